@@ -1,0 +1,533 @@
+"""Makes the data of the demo: handwritten digits, spoken digits, written digits, and prose.
+
+    python data/digits/prepare.py [--folder data/digits/shards] [--seed 0]
+
+Nothing is fetched. The images are scikit-learn's `load_digits` (1,797 handwritten digits), the sounds are spoken by espeak-ng
+in over ninety voices, the prose is what Python says about itself: the help topics of `pydoc` and the docstrings of the standard
+library. Six sets of shards are written:
+
+    digits-train       documents that show a digit as image, sound and name, or two or one of them, in the order of `SHARES`
+    digits-validation  the same from images and voices that appear in no training document
+    labelled-train     every plain training image and every training clip once, followed by its name
+    labelled-heldout   every held-out image and every held-out clip once, followed by its name
+    prose-train        a help topic, or the docstrings of a module, a document
+    prose-validation   documents of the same kind, chosen by the hash of their text
+
+Images are 16 by 16 grey PNG, white on black; clips are 8 kHz mono FLAC of 0.15 to 1 s. With the same seed and the same versions
+of the packages (`dataset.json` lists them), every byte of every shard is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pile_app.data.shards import write_shards
+from pile_app.documents import Document, Segment
+
+VERSION = 1  # of this recipe: raise it when the bytes of the shards change
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+# What a document shows, in its order, and how often.
+SHARES: dict[tuple[str, ...], float] = {
+    ("name", "image"): 0.17,
+    ("name", "audio"): 0.17,
+    ("image", "name"): 0.13,
+    ("audio", "name"): 0.13,
+    ("image", "audio"): 0.14,
+    ("audio", "image"): 0.06,
+    ("name", "image", "audio"): 0.10 / 6,
+    ("name", "audio", "image"): 0.10 / 6,
+    ("image", "name", "audio"): 0.10 / 6,
+    ("image", "audio", "name"): 0.10 / 6,
+    ("audio", "name", "image"): 0.10 / 6,
+    ("audio", "image", "name"): 0.10 / 6,
+    ("image",): 0.03,
+    ("audio",): 0.04,
+    ("name",): 0.03,
+}
+TRAIN_DOCUMENTS = 14_000
+VALIDATION_DOCUMENTS = 300
+
+IMAGE_SIZE = 16
+HELD_OUT_IMAGES = 297
+AUGMENTED_SHARE = 0.5  # of the uses of an image in training documents
+
+SAMPLE_RATE = 8_000
+SECONDS = (0.15, 1.0)  # a clip outside of this is rejected
+LEVEL = 0.1  # root mean square of a clip, -20 dB of full scale
+PEAK = 0.99
+SILENCE = 0.01  # of the peak: what is below at either end is cut
+MARGIN = 0.01  # seconds that are kept of it
+ACCENTS = ("en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc")
+# A voice is a variant of espeak-ng: a throat that speaks any accent. These three women and three men are heard in no training
+# clip. They were chosen for being intelligible and unlike every other variant (klatt6 and adam, say, are nearly one voice).
+HELD_OUT_VOICES = ("Annie", "f1", "linda", "m2", "norbert", "pablo")
+# Unvoiced, unlike any human, or confused most by a classifier that was trained on all the others.
+VOICES_LEFT_OUT = ("Alicia", "Demonic", "Mr serious", "shelby", "whisper", "whisperf", "zac")
+TRAIN_CLIPS_A_VOICE = 4  # of each digit, each in another accent
+HELD_OUT_CLIPS_A_VOICE = 5
+ATTEMPTS = 5  # to say a digit within SECONDS, each with a new rate and pitch
+
+HELD_OUT_PROSE = 0.1  # of the documents, drawn by the hash of their text
+MAX_HELD_OUT_CHARACTERS = 20_000  # a longer one is for training: `_pydecimal` alone would be half of the held-out prose
+MIN_PROSE_CHARACTERS = 200
+SHARED_PARAGRAPH = 100  # a paragraph at least this long that held-out prose has is cut from the training prose
+STDLIB_LEFT_OUT = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data"),
+    *("ensurepip", "encodings", "__pycache__"),
+}
+
+INSTALL = "install it with `uv sync --extra demo` or `pip install scikit-learn espeakng-loader`"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One handwritten digit: `pixels` (16, 16) uint8, `number` its row in `load_digits`."""
+
+    digit: int
+    number: int
+    pixels: np.ndarray
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One spoken digit; `voice` is what decides between training and held-out."""
+
+    digit: int
+    voice: str
+    accent: str
+    seconds: float
+    segment: Segment
+
+
+def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Writes all shards into `folder`, which appears only when they are whole, and returns the content of its `dataset.json`.
+
+    A folder that is complete already is left as it is.
+
+    Raises:
+        FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.
+        RuntimeError: scikit-learn or espeak-ng is missing or fails.
+    """
+    if (done := _finished(folder, seed)) is not None:
+        report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
+        return done
+    start = time.perf_counter()
+
+    def progress(line: str) -> None:
+        report(f"[{time.perf_counter() - start:5.1f} s] {line}")
+
+    pictures, held_out_pictures = handwritten_digits(seed)
+    progress(f"{len(pictures):,} training images, {len(held_out_pictures):,} held out")
+    clips, held_out_clips, rejected = spoken_digits(seed)
+    progress(f"{len(clips):,} training clips, {len(held_out_clips):,} held out, {sum(rejected.values()):,} rejected")
+    prose, held_out_prose, prose_rejected = prose_documents()
+    rejected += prose_rejected
+    progress(f"{len(prose):,} training documents of prose, {len(held_out_prose):,} held out")
+
+    sources: dict[str, list[Document]] = {
+        "digits-train": digit_documents(TRAIN_DOCUMENTS, pictures, clips, seed, AUGMENTED_SHARE),
+        "digits-validation": digit_documents(VALIDATION_DOCUMENTS, held_out_pictures, held_out_clips, seed, 0.0),
+        "labelled-train": labelled_documents(pictures, clips),
+        "labelled-heldout": labelled_documents(held_out_pictures, held_out_clips),
+        "prose-train": prose,
+        "prose-validation": held_out_prose,
+    }
+    summary: dict[str, Any] = {
+        "version": VERSION,
+        "seed": seed,
+        "documents": {prefix: len(documents) for prefix, documents in sources.items()},
+        "images": {"train": len(pictures), "heldout": len(held_out_pictures)},
+        "clips": {"train": len(clips), "heldout": len(held_out_clips)},
+        "sound_hours": {"train": _hours(clips), "heldout": _hours(held_out_clips)},
+        "voices": {"train": sorted({clip.voice for clip in clips}), "heldout": sorted({clip.voice for clip in held_out_clips})},
+        "prose_bytes": {"train": _text_bytes(prose), "heldout": _text_bytes(held_out_prose)},
+        "rejected": dict(sorted(rejected.items())),
+        "packages": _package_versions(),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary, "shards")
+        for prefix, documents in sources.items():
+            for index in write_shards(documents, whole, prefix):
+                if index.rejected:
+                    raise RuntimeError(f"the recipe wrote samples that cannot be read back: {index.rejected[:3]}")
+            progress(f"{prefix}: {len(documents):,} documents written")
+        (whole / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
+        os.replace(whole, folder)
+    progress(f"{folder} is complete")
+    return summary
+
+
+def _finished(folder: Path, seed: int) -> dict[str, Any] | None:
+    """The `dataset.json` of a folder that holds just what would be made, None where there is nothing yet."""
+    description = folder / "dataset.json"
+    if not description.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is in use by something else: it has no dataset.json. Name another --folder")
+        return None
+    found = json.loads(description.read_text())
+    if (found["version"], found["seed"]) != (VERSION, seed):
+        raise FileExistsError(
+            f"{folder} holds recipe {found['version']}, seed {found['seed']}; asked for recipe {VERSION}, seed {seed}. "
+            "Remove it or name another --folder"
+        )
+    return found
+
+
+# Images
+
+
+def handwritten_digits(seed: int) -> tuple[list[Picture], list[Picture]]:
+    """(training, held-out) pictures; `HELD_OUT_IMAGES` are held out, of each digit equally many within one."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise RuntimeError(f"the handwritten digits come with scikit-learn, which is missing ({error}): {INSTALL}") from error
+    images, targets = load_digits(return_X_y=True)
+    levels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    rng = np.random.default_rng([seed, 1])
+    held_out: set[int] = set()
+    for digit, share in enumerate(np.array_split(np.arange(HELD_OUT_IMAGES), len(DIGITS))):
+        held_out.update(rng.permutation(np.flatnonzero(targets == digit))[: len(share)].tolist())
+    pictures: tuple[list[Picture], list[Picture]] = [], []
+    for number, (small, digit) in enumerate(zip(levels, targets.tolist(), strict=True)):
+        pixels = np.asarray(Image.fromarray(small).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+        pictures[number in held_out].append(Picture(digit, number, pixels, Segment.from_image(pixels)))
+    return pictures
+
+
+def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A variant of `pixels` (16, 16): turned by up to 10 degrees, scaled by 0.9 to 1.1, shifted by up to a pixel."""
+    angle, scale = np.deg2rad(rng.uniform(-10, 10)), rng.uniform(0.9, 1.1)
+    x, y = IMAGE_SIZE / 2 + rng.uniform(-1, 1, size=2)  # where the centre goes
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    centre = IMAGE_SIZE / 2
+    # Pillow asks for the way back: the place in the input from which each output pixel comes.
+    matrix = (cos, sin, centre - cos * x - sin * y, -sin, cos, centre + sin * x - cos * y)
+    image = Image.fromarray(pixels)
+    return np.asarray(image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
+
+
+# Sound
+
+
+class Espeak:
+    """The espeak-ng library of the package `espeakng-loader`, as a context.
+
+    espeak-ng keeps its state in global variables, and a clip depends on the clips before it. Each context therefore loads its
+    own copy of the library, so that the same calls give the same samples whatever the process has said before.
+    """
+
+    RETRIEVE_SYNCHRONOUSLY, DO_NOT_EXIT = 2, 0x8000
+    RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4  # espeak_PARAMETER
+    UTF8 = 1
+
+    def __enter__(self) -> Espeak:
+        self._cleanup = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            try:
+                self._load(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espeak-"))))
+            except ImportError as error:
+                raise RuntimeError(f"the spoken digits need espeak-ng, which is missing ({error}): {INSTALL}") from error
+            except (OSError, AttributeError, RuntimeError) as error:
+                raise RuntimeError(f"espeak-ng is there but fails: {error}. If it is damaged or old, {INSTALL}") from error
+            self._cleanup = stack.pop_all()
+        return self
+
+    def _load(self, folder: Path) -> None:
+        import espeakng_loader
+
+        library = Path(espeakng_loader.get_library_path())
+        # espeak-ng cuts paths at 160 bytes, which a virtual environment in a deep folder exceeds: hence the link.
+        data = folder / "espeak-ng-data"
+        data.symlink_to(espeakng_loader.get_data_path(), target_is_directory=True)
+        self._library = ctypes.CDLL(str(shutil.copy(library, folder)))
+        self._library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        self._library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+        self._library.espeak_Synth.argtypes = [
+            *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
+            *(ctypes.c_void_p, ctypes.c_void_p),
+        ]
+        # Without DO_NOT_EXIT the library ends the process when it does not find its data.
+        self.sample_rate = self._library.espeak_Initialize(self.RETRIEVE_SYNCHRONOUSLY, 0, os.fsencode(data), self.DO_NOT_EXIT)
+        if self.sample_rate <= 0:
+            raise RuntimeError(f"{library} does not start with the data in {data.resolve()}")
+        self._blocks: list[bytes] = []
+        callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self._callback = callback_type(self._receive)  # kept here: the library does not keep it alive
+        self._library.espeak_SetSynthCallback(self._callback)
+        self.voices = sorted(path.name for path in (data / "voices" / "!v").iterdir())
+
+    def __exit__(self, *error: object) -> None:
+        self._library.espeak_Terminate()
+        self._cleanup.close()
+
+    def _receive(self, samples: Any, count: int, events: int | None) -> int:
+        if samples and count:
+            self._blocks.append(ctypes.string_at(samples, 2 * count))
+        return 0  # go on
+
+    def say(self, text: str, accent: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
+        """Samples (T,) in [-1, 1] at `sample_rate`. `rate` in words a minute, pitch and range from 0 to 100."""
+        if voice not in self.voices:  # the library would speak in the plain voice, without a word
+            raise ValueError(f"espeak-ng has no voice {voice!r}, only {self.voices}")
+        if self._library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()):
+            raise ValueError(f"espeak-ng does not speak {accent!r}")
+        # Louder, a third of the voices clip.
+        for parameter, value in ((self.RATE, rate), (self.VOLUME, 30), (self.PITCH, pitch), (self.RANGE, pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._library.espeak_ng_SetRandSeed(1)  # of the breath noise; seeded with the time of day otherwise
+        self._blocks.clear()
+        data = text.encode()
+        if self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, self.UTF8, None, None):
+            raise RuntimeError(f"espeak-ng fails to say {text!r} as {accent}+{voice}")
+        self._library.espeak_Synchronize()
+        return np.frombuffer(b"".join(self._blocks), np.int16).astype(np.float32) / 32768
+
+
+def spoken_digits(
+    seed: int, train_clips: int = TRAIN_CLIPS_A_VOICE, held_out_clips: int = HELD_OUT_CLIPS_A_VOICE
+) -> tuple[list[Clip], list[Clip], Counter[str]]:
+    """(training clips, held-out clips, rejections by reason): so many clips of each digit by each voice."""
+    from torch import from_numpy
+    from torchaudio.transforms import Resample
+
+    rng = np.random.default_rng([seed, 2])
+    rejected: Counter[str] = Counter()
+    clips: dict[bool, list[Clip]] = {False: [], True: []}
+    with Espeak() as espeak:
+        if missing := set(HELD_OUT_VOICES).difference(espeak.voices):
+            raise RuntimeError(f"this espeak-ng lacks the voices {sorted(missing)}: {INSTALL}")
+        resample = Resample(espeak.sample_rate, SAMPLE_RATE)
+        for voice in espeak.voices:
+            if voice in VOICES_LEFT_OUT:
+                continue
+            held_out = voice in HELD_OUT_VOICES
+            for accent in rng.permutation(ACCENTS)[: held_out_clips if held_out else train_clips].tolist():
+                for digit, name in enumerate(DIGITS):
+                    for _ in range(ATTEMPTS):
+                        rate, pitch, pitch_range = rng.integers((130, 30, 30), (201, 71, 71)).tolist()
+                        samples = espeak.say(name, accent, voice, rate, pitch, pitch_range)
+                        waveform = level(trim(resample(from_numpy(samples)).numpy()))
+                        seconds = len(waveform) / SAMPLE_RATE
+                        if SECONDS[0] <= seconds <= SECONDS[1]:
+                            segment = Segment.from_audio(waveform, SAMPLE_RATE)
+                            clips[held_out].append(Clip(digit, voice, accent, seconds, segment))
+                            break
+                        rejected["clip_too_short" if seconds < SECONDS[0] else "clip_too_long"] += 1
+    return clips[False], clips[True], rejected
+
+
+def trim(waveform: np.ndarray) -> np.ndarray:
+    """Without the silence at both ends, but for `MARGIN` seconds."""
+    magnitude = np.abs(waveform)
+    loud = np.flatnonzero(magnitude > SILENCE * magnitude.max(initial=0))
+    if not len(loud):
+        return waveform[:0]
+    margin = round(MARGIN * SAMPLE_RATE)
+    return waveform[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
+
+
+def level(waveform: np.ndarray) -> np.ndarray:
+    """At the loudness `LEVEL`, or below it where the peak would be above `PEAK`."""
+    if not len(waveform):
+        return waveform
+    return waveform * min(LEVEL / np.sqrt(np.mean(waveform**2)), PEAK / np.abs(waveform).max())
+
+
+# Documents
+
+
+def digit_documents(
+    count: int, pictures: Sequence[Picture], clips: Sequence[Clip], seed: int, augmented_share: float
+) -> list[Document]:
+    """`count` documents in the shares of `SHARES`, every digit, picture and clip about equally often.
+
+    A share `augmented_share` of the uses of a picture shows a new variant of it.
+    """
+    rng = np.random.default_rng([seed, 3])
+    picture_decks = _decks(pictures, rng)
+    clip_decks = _decks(clips, rng)
+
+    def segment(kind: str, digit: int) -> Segment:
+        if kind == "name":
+            return Segment(DIGITS[digit])
+        if kind == "audio":
+            return next(clip_decks[digit]).segment
+        picture = next(picture_decks[digit])
+        return Segment.from_image(augment(picture.pixels, rng)) if rng.random() < augmented_share else picture.segment
+
+    bounds = np.rint(np.cumsum([0.0, *SHARES.values()]) * count).astype(int)
+    orders = [order for order, times in zip(SHARES, np.diff(bounds).tolist(), strict=True) for _ in range(times)]
+    # Dealing the digits in turn before shuffling makes them even within each order, too.
+    plan = [(order, number % len(DIGITS)) for number, order in enumerate(orders)]
+    documents = []
+    for number, place in enumerate(rng.permutation(len(plan)).tolist()):
+        order, digit = plan[place]
+        segments = tuple(segment(kind, digit) for kind in order)
+        documents.append(Document(segments, key=f"digits-{number:06d}", meta={"label": DIGITS[digit]}))
+    return documents
+
+
+def _decks(media: Sequence[Any], rng: np.random.Generator) -> dict[int, Iterator[Any]]:
+    """For each digit its media without end: all of them in a random order, then all in another one."""
+    of_digit: dict[int, list[Any]] = defaultdict(list)
+    for medium in media:
+        of_digit[medium.digit].append(medium)
+
+    def deal(cards: list[Any]) -> Iterator[Any]:
+        while True:
+            for card in rng.permutation(len(cards)).tolist():
+                yield cards[card]
+
+    return {digit: deal(cards) for digit, cards in of_digit.items()}
+
+
+def labelled_documents(pictures: Sequence[Picture], clips: Sequence[Clip]) -> list[Document]:
+    """Every picture and every clip once, followed by its name: what classification is measured on."""
+    documents = [
+        Document(
+            (picture.segment, Segment(DIGITS[picture.digit])),
+            key=f"image-{picture.number:04d}",
+            meta={"label": DIGITS[picture.digit]},
+        )
+        for picture in pictures
+    ]
+    for clip in clips:
+        name = DIGITS[clip.digit]
+        key = f"clip-{clip.voice}-{clip.accent}-{name}"
+        meta = {"label": name, "voice": clip.voice, "accent": clip.accent}
+        documents.append(Document((clip.segment, Segment(name)), key=key, meta=meta))
+    return documents
+
+
+# Prose
+
+
+def prose_documents() -> tuple[list[Document], list[Document], Counter[str]]:
+    """(training, held-out) help topics and docstrings of the standard library, and what was left out by reason."""
+    from pydoc_data.topics import topics
+
+    rejected: Counter[str] = Counter()
+    texts: dict[str, str] = {}  # text -> key
+    named = {f"topic-{name}": text.strip() for name, text in sorted(topics.items())}
+    for key, text in (named | _docstrings_of_modules(Path(sysconfig.get_paths()["stdlib"]))).items():
+        if len(text) < MIN_PROSE_CHARACTERS:
+            rejected["prose_too_short"] += 1
+        elif text in texts:
+            rejected["prose_duplicate"] += 1
+        else:
+            texts[text] = key
+    held_out = {
+        text: key
+        for text, key in texts.items()
+        if len(text) <= MAX_HELD_OUT_CHARACTERS and _hash_fraction(text) < HELD_OUT_PROSE
+    }
+    seen = {_words(paragraph) for text in held_out for paragraph in text.split("\n\n")}
+    train: dict[str, str] = {}
+    for text, key in texts.items():
+        if text in held_out:
+            continue
+        paragraphs = text.split("\n\n")
+        kept = [one for one in paragraphs if len(one) < SHARED_PARAGRAPH or _words(one) not in seen]
+        rejected["prose_paragraph_of_heldout"] += len(paragraphs) - len(kept)
+        if remainder := "\n\n".join(kept).strip():
+            train[remainder] = key
+    return _named_texts(train), _named_texts(held_out), rejected
+
+
+def _named_texts(keys: Mapping[str, str]) -> list[Document]:
+    return [Document((Segment(text),), key=key, meta={"name": key}) for text, key in keys.items()]
+
+
+def _docstrings_of_modules(root: Path) -> dict[str, str]:
+    """For each module below `root` its docstrings in the order of the file, separated by blank lines. Nothing is imported."""
+    texts = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if STDLIB_LEFT_OUT.intersection(parts) or not all(part.isidentifier() for part in parts):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old escapes in string literals
+            tree = ast.parse(path.read_bytes(), str(path))
+        texts["module-" + "-".join(parts)] = "\n\n".join(_docstrings(tree)).strip()
+    return texts
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring:
+            yield inspect.cleandoc(docstring)
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _docstrings(child)
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def _hash_fraction(text: str) -> float:
+    """From 0 to 1, the same for the same text everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+
+
+# The summary
+
+
+def _hours(clips: Sequence[Clip]) -> float:
+    return round(sum(clip.seconds for clip in clips) / 3600, 4)
+
+
+def _text_bytes(documents: Sequence[Document]) -> int:
+    return sum(len(segment.text.encode()) for document in documents for segment in document.segments)
+
+
+def _package_versions() -> dict[str, str]:
+    packages = ("scikit-learn", "espeakng-loader", "numpy", "pillow", "torch", "torchaudio", "soundfile", "webdataset")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice; default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        summary = prepare(options.folder, options.seed)
+    except (RuntimeError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name in ("documents", "images", "clips", "sound_hours", "prose_bytes", "rejected"):
+        print(f"{name:>12}  " + ", ".join(f"{key} {value:,}" for key, value in summary[name].items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Documents: the one thing every room of Pile talks about.
+
+A document is an ordered list of segments; a segment is text, an image or a sound. Media are held as the files they came
+as (PNG, JPEG, FLAC, WAV ...), so that writing a document to a shard and reading it back changes nothing.
+
+A WebDataset sample (the files of a tar that share a key) becomes a document in one of two ways:
+
+* its `json` names the segments in order:
+  `{"segments": [{"text": "three"}, {"file": "0.png"}, {"file": "1.flac", "loss": false}], "meta": {...}}`, and may say
+  `"ordered": false` where their order is free;
+* otherwise every `txt`, image and sound file is a segment. Their order is free: training draws it anew in every epoch, as a
+  function of the position (`Document.ordered` is False).
+
+`Vocabulary` says how a document becomes one row of token ids, for the data path and the model alike:
+
+    <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
+
+An image takes a fixed number of codes, so it needs no closing token; a text ends where the next opener or `<end>` stands.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+MODALITIES = ("text", "image", "audio")
+TEXT, IMAGE, AUDIO = range(3)
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg")
+MODALITY_OF_EXTENSION = (
+    {"txt": TEXT, "cls": TEXT} | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE) | dict.fromkeys(AUDIO_EXTENSIONS, AUDIO)
+)
+
+# A file may claim to be far larger than what it takes on disk; what claims more than this is refused before it is decoded.
+MAX_IMAGE_PIXELS = 64_000_000
+MAX_AUDIO_SECONDS = 3600.0
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. `reason` is a short name that rejections are counted by."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text (`data` is a str) or one media file (`data` is its bytes, `extension` its kind without the dot).
+
+    `loss` is False where the segment is given and not to be learned (a question, say): it is context only.
+    """
+
+    data: str | bytes
+    extension: str = "txt"
+    loss: bool = True
+
+    @property
+    def modality(self) -> int:
+        return MODALITY_OF_EXTENSION[self.extension]
+
+    @property
+    def text(self) -> str:
+        assert isinstance(self.data, str)
+        return self.data
+
+    @property
+    def file(self) -> bytes:
+        assert isinstance(self.data, bytes)
+        return self.data
+
+    @classmethod
+    def from_image(cls, pixels: np.ndarray, loss: bool = True) -> Segment:
+        """A PNG segment from uint8 pixels (H, W) or (H, W, C) with 1 or 3 channels."""
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze()).save(file, "png")
+        return cls(file.getvalue(), "png", loss)
+
+    @classmethod
+    def from_audio(cls, waveform: np.ndarray, sample_rate: int, extension: str = "flac", loss: bool = True) -> Segment:
+        """A sound segment from mono samples in [-1, 1], stored with 16 bits a sample. `sample_rate` in Hz."""
+        import soundfile
+
+        file = io.BytesIO()
+        soundfile.write(file, np.clip(waveform, -1, 1), sample_rate, "PCM_16", format=extension.upper())
+        return cls(file.getvalue(), extension, loss)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Segments in order. `ordered` is False where the order of the segments is free, `meta` is kept but not learned."""
+
+    segments: tuple[Segment, ...]
+    key: str = ""
+    ordered: bool = True
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
+    """The document of a WebDataset sample, `files` by extension (what follows the first dot of the name).
+
+    Raises:
+        BadSample: `invalid_utf8`, `invalid_json`, `missing_file` or `no_segment`.
+    """
+    description = _parse_json(key, files["json"]) if "json" in files else {}
+    meta = description.get("meta", {})
+    if "segments" in description:
+        segments = [_named_segment(key, entry, files) for entry in description["segments"]]
+        ordered = bool(description.get("ordered", True))
+    else:
+        segments = [
+            _segment_from_file(key, name, data)
+            for name, data in sorted(files.items())
+            if name.rsplit(".", 1)[-1].lower() in MODALITY_OF_EXTENSION
+        ]
+        if isinstance(description.get("text"), str):
+            segments.append(Segment(description["text"]))
+        ordered = len(segments) < 2
+    segments = [segment for segment in segments if segment.data]
+    if not segments:
+        raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {sorted(files)}")
+    return Document(tuple(segments), key, ordered, meta)
+
+
+def sample_from_document(document: Document) -> dict[str, str | bytes]:
+    """The WebDataset sample of a document, `__key__` included: the inverse of `document_from_sample`."""
+    sample: dict[str, str | bytes] = {"__key__": document.key}
+    entries: list[dict[str, Any]] = []
+    for number, segment in enumerate(document.segments):
+        entry: dict[str, Any]
+        if segment.modality == TEXT:
+            entry = {"text": segment.text}
+        else:
+            entry = {"file": f"{number}.{segment.extension}"}
+            sample[entry["file"]] = segment.file
+        entries.append(entry if segment.loss else entry | {"loss": False})
+    description: dict[str, Any] = {"segments": entries} | ({"meta": dict(document.meta)} if document.meta else {})
+    if not document.ordered:
+        description["ordered"] = False
+    sample["json"] = json.dumps(description, ensure_ascii=False, sort_keys=True).encode()
+    return sample
+
+
+def _parse_json(key: str, data: bytes) -> dict[str, Any]:
+    try:
+        description = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BadSample("invalid_utf8", f"json of sample {key!r}: {error}") from error
+    except ValueError as error:
+        raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
+    if not isinstance(description, dict):
+        raise BadSample("invalid_json", f"json of sample {key!r} is a {type(description).__name__}, not an object")
+    return description
+
+
+def _named_segment(key: str, entry: Mapping[str, Any], files: Mapping[str, bytes]) -> Segment:
+    loss = bool(entry.get("loss", True))
+    if isinstance(entry.get("text"), str):
+        return Segment(entry["text"], loss=loss)
+    name = entry.get("file")
+    if name not in files:
+        raise BadSample("missing_file", f"sample {key!r} names {name!r} as a segment but holds only {sorted(files)}")
+    return _segment_from_file(key, name, files[name], loss)
+
+
+def _segment_from_file(key: str, name: str, data: bytes, loss: bool = True) -> Segment:
+    extension = name.rsplit(".", 1)[-1].lower()
+    if extension not in MODALITY_OF_EXTENSION:
+        known = ", ".join(MODALITY_OF_EXTENSION)
+        raise BadSample("unknown_extension", f"sample {key!r} has a segment {name!r}; known extensions are {known}")
+    if MODALITY_OF_EXTENSION[extension] != TEXT:
+        return Segment(data, extension, loss)
+    try:
+        return Segment(data.decode(), "txt", loss)
+    except UnicodeDecodeError as error:
+        raise BadSample("invalid_utf8", f"{name!r} of sample {key!r}: {error}") from error
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) in pixels of an encoded image, from its header only."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Exception as error:
+        raise BadSample("undecodable_image", str(error)) from error
+    if width * height > MAX_IMAGE_PIXELS:
+        raise BadSample("image_too_large", f"{width}x{height} pixels; at most {MAX_IMAGE_PIXELS:,} are decoded")
+    return height, width
+
+
+def decode_image(data: bytes, channels: int, height: int, width: int) -> np.ndarray:
+    """uint8 pixels (channels, height, width): decoded, transparent parts on white, resized (antialiased) to fill, centre-cropped."""
+    from PIL import Image, ImageOps
+
+    image_size(data)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if channels == 1 else "RGB")
+            if image.size != (width, height):
+                image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)
+    except Exception as error:
+        raise BadSample("undecodable_image", str(error)) from error
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def audio_size(data: bytes) -> tuple[int, int]:
+    """(samples a channel, sample rate in Hz) of an encoded sound, from its header only."""
+    import soundfile
+
+    try:
+        info = soundfile.info(io.BytesIO(data))
+    except Exception as error:
+        raise BadSample("undecodable_audio", str(error)) from error
+    if info.frames == 0:
+        raise BadSample("empty_audio", "the sound has no samples")
+    if info.frames / info.samplerate > MAX_AUDIO_SECONDS:
+        seconds = info.frames / info.samplerate
+        raise BadSample("audio_too_long", f"{seconds:,.0f} seconds; at most {MAX_AUDIO_SECONDS:,.0f} are decoded")
+    return info.frames, info.samplerate
+
+
+def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:
+    """float32 mono samples in [-1, 1] at `sample_rate` Hz: `ceil(samples * sample_rate / own rate)` of them.
+
+    Raises:
+        BadSample: `undecodable_audio`, `empty_audio`, `audio_too_long`, `nan_audio` or `silent_audio`.
+    """
+    import soundfile
+
+    audio_size(data)
+    try:
+        samples, own_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except Exception as error:
+        raise BadSample("undecodable_audio", str(error)) from error
+    waveform = samples.mean(axis=1)
+    if not np.isfinite(waveform).all():
+        raise BadSample("nan_audio", "the sound holds samples that are not finite numbers")
+    if np.abs(waveform).max(initial=0.0) < 1e-4:
+        raise BadSample("silent_audio", "no sample is louder than -80 dB of full scale")
+    if own_rate != sample_rate:
+        import torch
+        import torchaudio
+
+        waveform = torchaudio.functional.resample(torch.from_numpy(waveform), own_rate, sample_rate).numpy()
+    return waveform
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The one range of token ids and the number of tokens of every segment. Pure arithmetic: no files, no tensors.
+
+    Ids are, in order: six special tokens, text tokens, image codes, audio codes, `<audio_end>`. Every slice that a softmax runs
+    over is contiguous: specials and text; image codes; audio codes and `<audio_end>`.
+
+    Args:
+        text_tokens: size of the tokenizer's vocabulary (256 for bytes).
+        image_codes: size of the image codec's code book, 0 without images.
+        image_shape: (channels, height, width) that every image is resized to.
+        image_grid: (rows, columns) of codes an image takes.
+        audio_codes: size of the audio codec's code book, 0 without sound.
+        sample_rate: Hz that every sound is resampled to.
+        samples_per_token: samples that one audio code stands for.
+        tokenizer: fingerprint of the tokenizer, "bytes" for UTF-8 bytes.
+    """
+
+    text_tokens: int = 256
+    image_codes: int = 0
+    image_shape: tuple[int, int, int] = (0, 0, 0)
+    image_grid: tuple[int, int] = (0, 0)
+    audio_codes: int = 0
+    sample_rate: int = 0
+    samples_per_token: int = 0
+    tokenizer: str = "bytes"
+
+    BEGIN = 0  # opens a document
+    END = 1  # closes a document
+    OPENERS = (2, 3, 4)  # of a text, an image, a sound: `OPENERS[modality]`
+    NULL = 5  # stands where a condition was dropped (classifier-free guidance)
+    SPECIALS = 6
+
+    @cached_property
+    def starts(self) -> tuple[int, int, int]:
+        """First id of the text tokens, of the image codes, of the audio codes."""
+        image = self.SPECIALS + self.text_tokens
+        return self.SPECIALS, image, image + self.image_codes
+
+    @property
+    def audio_end(self) -> int:
+        return self.starts[AUDIO] + self.audio_codes
+
+    @property
+    def size(self) -> int:
+        return self.audio_end + 1
+
+    @cached_property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The ids each modality's softmax runs over."""
+        _, image, audio = self.starts
+        return slice(0, image), slice(image, audio), slice(audio, self.size)
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_grid[0] * self.image_grid[1]
+
+    @property
+    def modalities(self) -> tuple[int, ...]:
+        """The modalities this vocabulary can read and write."""
+        sizes = (self.text_tokens, self.image_codes, self.audio_codes)
+        return tuple(modality for modality, size in enumerate(sizes) if size)
+
+    def audio_tokens(self, samples: Any, sample_rate: Any) -> Any:
+        """Number of codes of a sound with `samples` samples at `sample_rate` Hz; ints or integer arrays."""
+        resampled = -(-samples * self.sample_rate // sample_rate)  # ceil, as torchaudio's resample returns
+        return -(-resampled // self.samples_per_token)
+
+    def segment_tokens(self, modality: int, size: int, sample_rate: int = 0) -> int:
+        """Tokens of one segment, its opener (and `<audio_end>`) included. `size`: text tokens, or samples of a sound."""
+        if modality == TEXT:
+            return 1 + size
+        if modality == IMAGE:
+            return 1 + self.image_tokens
+        return 2 + int(self.audio_tokens(size, sample_rate))
+
+    @property
+    def audio_tokens_per_second(self) -> float:
+        return self.sample_rate / self.samples_per_token if self.samples_per_token else math.nan
+
+
+def describe(document: Document, limit: int = 200) -> str:
+    """One line a segment, for people: texts shortened to `limit` characters, media as their kind and size."""
+    lines: Sequence[str] = [
+        repr(segment.text[:limit]) + (" ..." if len(segment.text) > limit else "")
+        if segment.modality == TEXT
+        else f"<{MODALITIES[segment.modality]}: {segment.extension}, {len(segment.data):,} bytes>"
+        for segment in document.segments
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""The fused model: one likelihood over text, images and sound.
+
+    batch (B, T) -> codes of its media (frozen codecs) -> embedding (B, T, D) -> backbone (B, T, D) -> a softmax per modality
+
+Which modality comes next is known at every place: after an opener and inside a medium it is that medium's codes, everywhere else
+it is text or the opener of the next segment. So each softmax runs over its own slice of the vocabulary, and the product of all
+of them is an exact likelihood of the whole document.
+
+Notable choices: codes of an image or a sound share statistics through their FSQ levels, in embedding and softmax alike (a vector
+per code plus one per level and dimension); RMS-normed embedding; untied heads that start at zero; logits capped softly at 15
+(arXiv:2408.00118); learned row and column vectors for image codes, which also serve backbones without positions of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pile_app.data.packing import Batch
+from pile_app.documents import AUDIO, IMAGE, Vocabulary
+from pile_app.model.backbones import Backbone, Cache, norm
+from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
+
+if TYPE_CHECKING:
+    from pile_app.data.text import Tokenizer
+
+LOGIT_CAP = 15.0
+
+
+class FactoredTable(nn.Module):
+    """One vector per code: a vector of its own plus the sum of its levels' vectors; then `extra` plain ones.
+
+    Args:
+        quantizer: says which levels a code has; None for a plain table.
+        extra: rows after the codes (or all rows).
+        width: D.
+        std: of the normal initialization; 0 for zeros.
+    """
+
+    def __init__(self, quantizer: FiniteScalarQuantizer | None, extra: int, width: int, std: float) -> None:
+        super().__init__()
+        codes = quantizer.codes if quantizer else 0
+        self.weight = nn.Parameter(torch.randn(codes + extra, width) * std)
+        if quantizer is not None:
+            offsets = quantizer.levels.cumsum(0) - quantizer.levels
+            rows = quantizer.to_levels(torch.arange(codes)) + offsets
+            self.register_buffer("level_rows", rows, persistent=False)  # (codes, d)
+            self.levels = nn.Parameter(torch.randn(int(quantizer.levels.sum()), width) * std)
+
+    def forward(self) -> Tensor:
+        """(codes + extra, D)"""
+        if not hasattr(self, "levels"):
+            return self.weight
+        shared = F.embedding_bag(self.level_rows, self.levels, mode="sum")
+        return self.weight + F.pad(shared, (0, 0, 0, len(self.weight) - len(shared)))
+
+
+@dataclass
+class ModalityLoss:
+    """Of one modality in one batch: summed nats, nats of each target (K,), most likely codes (K,), targets (K,)."""
+
+    total: Tensor
+    each: Tensor
+    predictions: Tensor
+    targets: Tensor
+
+
+class FusedLanguageModel(nn.Module):
+    """Vocabulary, codecs, embedding, backbone and heads.
+
+    Args:
+        backbone: see `backbones.py`; its width is D.
+        tokenizer: of the text.
+        image: shape of the image codec; None: the model knows no images.
+        audio: shape of the audio codec; None: the model knows no sound.
+        dropout: share of the embedding that is dropped in training.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        image: ImageCodecConfig | None = None,
+        audio: AudioCodecConfig | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, image, audio)
+        width = backbone.width
+        self.image_codec = ImageCodec(image) if image else None
+        self.audio_codec = AudioCodec(audio) if audio else None
+        self.backbone = backbone
+        self.dropout = nn.Dropout(dropout)
+        image_quantizer = self.image_codec.quantizer if self.image_codec else None
+        audio_quantizer = self.audio_codec.quantizer if self.audio_codec else None
+        shapes = (
+            (None, Vocabulary.SPECIALS + tokenizer.size),
+            (image_quantizer, 0),
+            (audio_quantizer, 1),
+        )
+        self.embeddings = nn.ModuleList(FactoredTable(quantizer, extra, width, 0.5) for quantizer, extra in shapes)
+        self.heads = nn.ModuleList(FactoredTable(quantizer, extra, width, 0.0) for quantizer, extra in shapes)
+        rows, columns = self.vocabulary.image_grid
+        self.image_rows = nn.Parameter(torch.zeros(rows, width))
+        self.image_columns = nn.Parameter(torch.zeros(columns, width))
+        token_bytes = torch.zeros(Vocabulary.SPECIALS + tokenizer.size, dtype=torch.int64)
+        token_bytes[Vocabulary.SPECIALS :] = torch.as_tensor(tokenizer.token_bytes)
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+
+    @property
+    def codecs(self) -> dict[int, ImageCodec | AudioCodec]:
+        """The codecs there are, by modality."""
+        pairs = ((IMAGE, self.image_codec), (AUDIO, self.audio_codec))
+        return {modality: codec for modality, codec in pairs if codec is not None}
+
+    def parameters_of_modality(self, modality: int) -> list[nn.Parameter]:
+        """Parameters that only batches with this modality use."""
+        own = [*self.embeddings[modality].parameters(), *self.heads[modality].parameters()]
+        return own + ([self.image_rows, self.image_columns] if modality == IMAGE else [])
+
+    def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
+        """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
+
+        `crop` cuts sounds to so many tokens at a random place, which bounds the cost of long recordings.
+        """
+        losses: dict[int, Tensor] = {}
+        if self.image_codec and len(batch.images):
+            losses[IMAGE] = self.image_codec.loss(batch.images)
+        if self.audio_codec and len(batch.audio):
+            audio, tokens = batch.audio, batch.audio_tokens
+            if crop is not None and int(tokens.max()) > crop:
+                per_token = self.audio_codec.config.samples_per_token
+                spare = (tokens - crop).clamp_min(0)
+                first = (torch.rand(len(tokens), device=tokens.device) * (spare + 1)).long() * per_token
+                places = first[:, None] + torch.arange(crop * per_token, device=tokens.device)
+                padded = F.pad(audio, (0, max(0, int(places.max()) + 1 - audio.size(1))))
+                audio, tokens = padded.gather(1, places), tokens.clamp_max(crop)
+            losses[AUDIO] = self.audio_codec.loss(audio, tokens)
+        return losses
+
+    @torch.no_grad()
+    def fill(self, batch: Batch) -> Tensor:
+        """(B, T) the batch's tokens with the codes of its images and sounds in their places."""
+        tokens = batch.tokens.clone()
+        flat = tokens.view(-1)
+        if self.image_codec and len(batch.images):
+            flat[batch.image_slots] = self.image_codec.encode(batch.images) + self.vocabulary.starts[IMAGE]
+        if self.audio_codec and len(batch.audio):
+            codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
+            inside = torch.arange(codes.size(1), device=codes.device) < batch.audio_tokens[:, None]
+            flat[batch.audio_slots] = codes[inside] + self.vocabulary.starts[AUDIO]
+        return tokens
+
+    def image_places(self, batch: Batch) -> Tensor:
+        """(B, T) 1 + number of the code within its image, 0 elsewhere."""
+        places = torch.zeros_like(batch.tokens)
+        numbers = torch.arange(1, batch.image_slots.size(1) + 1, device=places.device)
+        places.view(-1)[batch.image_slots] = numbers.expand_as(batch.image_slots)
+        return places
+
+    def hidden(
+        self, tokens: Tensor, image_places: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """(B, T, D) what the backbone makes of the tokens; all arguments (B, T)."""
+        table = torch.cat([embedding() for embedding in self.embeddings])  # (V, D)
+        x = F.embedding(tokens, table)
+        if self.image_codec is not None:
+            grid = (self.image_rows[:, None] + self.image_columns).flatten(0, 1)
+            x = x + F.embedding(image_places, F.pad(grid, (0, 0, 1, 0)))
+        return self.backbone(self.dropout(norm(x)), document, position, cache)
+
+    def logits(self, hidden: Tensor, modality: int) -> Tensor:
+        """(..., D) -> (..., size of the modality's slice), float32."""
+        logits = F.linear(hidden, self.heads[modality]().to(hidden.dtype)).float()
+        return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
+
+    def forward(self, batch: Batch) -> dict[int, ModalityLoss]:
+        """Cross-entropy of every target, by modality; modalities without a target are left out."""
+        tokens = self.fill(batch)
+        hidden = self.hidden(tokens, self.image_places(batch), batch.document, batch.position).flatten(0, 1)
+        following = tokens.flatten()
+        losses: dict[int, ModalityLoss] = {}
+        for modality, places in enumerate(batch.targets):
+            if not len(places):
+                continue
+            targets = following[places + 1] - self.vocabulary.slices[modality].start
+            logits = self.logits(hidden[places], modality)
+            each = F.cross_entropy(logits, targets, reduction="none")
+            losses[modality] = ModalityLoss(each.sum(), each.detach(), logits.detach().argmax(-1), targets)
+        return losses
+
+    def flops_per_token(self, context: float) -> float:
+        """Forward and backward of the language model for one token, multiply-adds count two (PaLM, arXiv:2204.02311, app. B).
+
+        `context`: tokens that an average token attends to. Heads count with the whole vocabulary's mean slice.
+        """
+        sizes = [s.stop - s.start for s in self.vocabulary.slices]
+        head = 2.0 * self.backbone.width * sum(sizes) / max(1, len([size for size in sizes if size > 1]))
+        return 3 * (self.backbone.flops_per_token(context) + head)
+
+
+def make_vocabulary(
+    text_tokens: int, tokenizer: str, image: ImageCodecConfig | None, audio: AudioCodecConfig | None
+) -> Vocabulary:
+    """The vocabulary that follows from tokenizer and codecs."""
+    side = image.size // image.patch if image else 0
+    return Vocabulary(
+        text_tokens=text_tokens,
+        tokenizer=tokenizer,
+        image_codes=_product(image.levels) if image else 0,
+        image_shape=(image.channels, image.size, image.size) if image else (0, 0, 0),
+        image_grid=(side, side),
+        audio_codes=_product(audio.levels) if audio else 0,
+        sample_rate=audio.sample_rate if audio else 0,
+        samples_per_token=audio.samples_per_token if audio else 0,
+    )
+
+
+def _product(levels: Sequence[int]) -> int:
+    return int(torch.tensor(levels).prod())
+

@@ -1,0 +1,3 @@
+from lightning.pytorch import Callback
+class EvaluateCrossModal(Callback):
+    pass

@@ -1,0 +1,301 @@
+"""Callbacks: what is measured, kept and shown while a run trains. Checkpoints and resuming are in `checkpoints.py`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from pile_app.data.packing import PADDING, Batch
+from pile_app.documents import MODALITIES, TEXT, Document, Segment
+from pile_app.model.generate import Sampling, generate
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteGuard(Callback):
+    """Stops the run at a loss that is no finite number, before it reaches a checkpoint.
+
+    Raises:
+        FloatingPointError: names the step and the documents of the batch.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if not torch.isfinite(outputs["loss"]).all():
+            names = [f"{trainer.datamodule.source_names[source]}/{key}" for source, key in batch.keys[:8]]  # type: ignore[attr-defined]
+            raise FloatingPointError(
+                f"the loss of step {trainer.global_step} is {float(outputs['loss'])}: lower the learning rate or look at the "
+                f"documents of that batch (first ones: {', '.join(names)}). The last checkpoint is from before it"
+            )
+
+
+class DataReport(Callback):
+    """Counts documents, padding, and documents that could not be used; lists the latter in `quarantine.jsonl`.
+
+    Args:
+        run: the run's folder.
+        max_rejected_share: stop above this share, once 100 documents were read.
+
+    Raises:
+        RuntimeError: more than that share could not be used.
+    """
+
+    def __init__(self, run: Path, max_rejected_share: float) -> None:
+        self.path = run / "quarantine.jsonl"
+        self.max_rejected_share = max_rejected_share
+        self.documents = 0
+        self.rejected: Counter[str] = Counter()
+        self.places = torch.zeros(2, dtype=torch.int64)  # of padding, of everything
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"documents": self.documents, "rejected": dict(self.rejected)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.documents = state_dict["documents"]
+        self.rejected = Counter(state_dict["rejected"])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.documents += len(batch.keys) + len(batch.rejected)
+        padding = (batch.document == PADDING).sum().cpu()
+        self.places += torch.stack([padding, torch.tensor(batch.document.numel())])
+        self._record(trainer, "train", batch)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("data/padding_share", float(self.places[0]) / float(self.places[1]), rank_zero_only=True, batch_size=1)
+            self.places.zero_()
+        count = sum(self.rejected.values())
+        if count > self.max_rejected_share * max(100, self.documents):
+            raise RuntimeError(
+                f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), more than "
+                f"data.max_rejected_share={self.max_rejected_share:.1%}. They are listed in {self.path}"
+            )
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any) -> None:
+        self._record(trainer, "validation", batch)
+
+    def _record(self, trainer: Trainer, split: Literal["train", "validation"], batch: Batch) -> None:
+        if not batch.rejected:
+            return
+        names = trainer.datamodule.source_names if split == "train" else trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        with open(self.path, "a") as file:
+            for source, key, reason, detail in batch.rejected:
+                if split == "train":
+                    self.rejected[f"{names[source]}/{reason}"] += 1
+                entry = {"step": trainer.global_step, "split": split, "source": names[source], "key": key}
+                file.write(json.dumps(entry | {"reason": reason, "detail": detail}) + "\n")
+
+
+class Throughput(Callback):
+    """Tokens a second by modality, share of the time spent waiting for data, and model FLOP utilization.
+
+    The utilization is against a matrix product measured on this machine at the start, so 1 would be "every cycle multiplies".
+    """
+
+    def __init__(self) -> None:
+        self.peak_flops = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.tokens = [0, 0, 0]
+        self.media = [0, 0]
+        self.flops = self.waited = 0.0
+        self.began = self.ended = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peak_flops = measure_matmul_flops(pl_module.device)
+        self._reset()
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.waited += time.perf_counter() - self.ended
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        away = time.perf_counter() - self.paused
+        self.began += away
+        self.ended += away
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        for modality, targets in enumerate(batch.targets):
+            self.tokens[modality] += len(targets)
+        if not pl_module.in_codec_phase:
+            places = int((batch.document != PADDING).sum())
+            attended = float(batch.position.float().mean()) + 1
+            self.flops += places * pl_module.model.flops_per_token(attended)
+        self.ended = time.perf_counter()
+        if trainer.global_step % trainer.log_every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:  # type: ignore[attr-defined]
+            return
+        seconds = max(self.ended - self.began, 1e-9)
+        values = {
+            f"throughput/{MODALITIES[m]}_tokens_per_second": self.tokens[m] * trainer.world_size / seconds
+            for m in pl_module.vocabulary.modalities
+        }
+        values["throughput/tokens_per_second"] = sum(values.values())
+        values["throughput/data_wait_share"] = self.waited / seconds
+        if self.flops:
+            values["throughput/model_flop_utilization"] = self.flops / seconds / self.peak_flops
+        pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
+        pl_module.log("tokens/s", values["throughput/tokens_per_second"], prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
+        self._reset()
+
+
+def measure_matmul_flops(device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the precision the device trains fastest in, best of a few."""
+    cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        if cuda:
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+class PileProgressBar(TQDMProgressBar):
+    """Loss of each modality and tokens a second, with the time that is left. Refreshed rarely where no one watches."""
+
+    def __init__(self) -> None:
+        import sys
+
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {name.removeprefix("train/"): value for name, value in metrics.items()}
+
+
+class SampleGeneration(Callback):
+    """Lets the model read and write in every modality, and keeps what comes out in `samples/step-.../` and W&B.
+
+    Args:
+        every_n_steps: optimizer steps between samples; there is always one at the end of a run.
+        count: documents from the validation data that prompts are taken from.
+        sampling: how tokens are drawn.
+    """
+
+    def __init__(self, every_n_steps: int = 500, count: int = 8, sampling: Sampling = Sampling(guidance=2.0)) -> None:  # noqa: B008
+        if every_n_steps < 1 or count < 1:
+            raise ValueError(f"every_n_steps and count must be at least 1, not {every_n_steps} and {count}")
+        self.every_n_steps = every_n_steps
+        self.count = count
+        self.sampling = sampling
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        step = trainer.global_step
+        last = trainer.fit_loop.epoch_loop.max_steps
+        due = step % self.every_n_steps == 0 or step == last
+        if due and not pl_module.in_codec_phase and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
+        entries = []
+        for title, prompts, to, references in self._prompts(trainer):
+            answers = generate(pl_module.model, prompts, to, self.sampling)
+            for prompt, answer, reference in zip(prompts, answers, references, strict=True):
+                entries.append((title, prompt, answer, reference))
+        write_samples(folder, entries)
+        log_samples_to_wandb(trainer, folder)
+
+    def _prompts(self, trainer: Trainer) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
+        """(title, prompts, modality wanted, real media to set beside) for each transition that the validation data shows.
+
+        A document of several segments gives its first as the prompt and its second as the reference; a plain text gives its
+        beginning.
+        """
+        kinds: dict[tuple[int, int], tuple[list[Document], list[Segment | None]]] = {}
+        for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
+            for number in range(min(len(data.tokens.document), 64 * self.count)):
+                try:
+                    segments = data.document(number).segments
+                except ValueError:
+                    continue  # bad samples are counted where they are read for training
+                if len(segments) > 1:
+                    pair = (segments[0].modality, segments[1].modality)
+                    prompt, reference = segments[0], segments[1]
+                elif segments[0].modality == TEXT and len(segments[0].text) > 80:
+                    pair, prompt, reference = (TEXT, TEXT), Segment(segments[0].text[:60]), None
+                else:
+                    continue
+                if pair == (TEXT, TEXT) and len(segments) > 1:
+                    continue
+                prompts, references = kinds.setdefault(pair, ([], []))
+                if len(prompts) < (self.count if pair[1] != TEXT or pair[0] != TEXT else 2):
+                    prompts.append(Document((prompt,)))
+                    references.append(reference)
+        return [
+            (f"{MODALITIES[source]} → {MODALITIES[to]}", prompts, to, references)
+            for (source, to), (prompts, references) in sorted(kinds.items())
+        ]
+
+
+def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segment | None]]) -> None:
+    """Prompts, answers and references as PNG, WAV and TXT, with `samples.json` saying which is which (see `report.py`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = []
+    for number, (title, prompt, answer, reference) in enumerate(entries):
+
+        def keep(segment: Segment, role: str, number: int = number) -> dict[str, str]:
+            modality = MODALITIES[segment.modality]
+            name = f"{number:03d}-{role}.{segment.extension}"
+            if segment.modality == TEXT:
+                if role == "output":
+                    (folder / name).write_text(segment.text)
+                return {"modality": modality, "text": segment.text}
+            (folder / name).write_bytes(segment.file)
+            return {"modality": modality, "file": name}
+
+        described.append(
+            {
+                "title": title,
+                "prompt": [keep(segment, "prompt") for segment in prompt.segments],
+                "outputs": [keep(answer, "output")],
+                "references": [keep(reference, "reference")] if reference else [],
+            }
+        )
+    (folder / "samples.json").write_text(json.dumps(described, indent=1, ensure_ascii=False))
+
+
+def log_samples_to_wandb(trainer: Trainer, folder: Path) -> None:
+    """The folder's samples as one W&B table with pictures and players."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    if not loggers:
+        return
+    import wandb
+
+    def cell(part: dict[str, str]) -> Any:
+        if part["modality"] == "text":
+            return part["text"]
+        kind = wandb.Image if part["modality"] == "image" else wandb.Audio
+        return kind(str(folder / part["file"]))
+
+    rows = json.loads((folder / "samples.json").read_text())
+    for title in dict.fromkeys(row["title"] for row in rows):
+        table = wandb.Table(columns=["prompt", "answer"])
+        media = []
+        for row in (row for row in rows if row["title"] == title):
+            table.add_data(cell(row["prompt"][-1]), cell(row["outputs"][0]))
+            if row["outputs"][0]["modality"] != "text":
+                media.append(cell(row["outputs"][0]))
+        loggers[0].experiment.log({f"samples/{title}": table, "trainer/global_step": trainer.global_step})
+        if media:
+            loggers[0].experiment.log({f"media/{title}": media, "trainer/global_step": trainer.global_step})
+
+

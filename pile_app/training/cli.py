@@ -1,0 +1,169 @@
+"""What `train.py` does: read and check the configuration, build, train or resume, evaluate, report.
+
+The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line. What
+cannot be is refused before data or model are built.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+# Lightning's own advice on its internals, of no use to whoever trains a model.
+warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|not resumable).*")
+warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
+
+from jsonargparse import Namespace  # noqa: E402
+from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402, F401
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+
+from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
+from pile_app.model.backbones import Transformer  # noqa: E402
+from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
+from pile_app.model.fused import make_vocabulary  # noqa: E402
+from pile_app.training.module import PileModule  # noqa: E402
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "val_check_interval": 500,
+    "check_val_every_n_epoch": None,
+    "enable_model_summary": False,
+    "gradient_clip_val": 1.0,
+}
+
+
+class PileCLI(LightningCLI):
+    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="name of the run; naming an existing run resumes it")
+        parser.add_argument("--runs", type=str, default="runs", help="folder that holds the runs")
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=500, help="optimizer steps between checkpoints (last.ckpt is replaced)"
+        )
+        parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
+        parser.link_arguments("model.vocabulary", "data.vocabulary", apply_on="instantiate")
+        parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config.runs) / self.config.name
+
+    def before_instantiate_classes(self) -> None:
+        from pile_app.training.run import check_writable
+
+        try:
+            check_config(self.config)
+            if "LOCAL_RANK" not in os.environ:
+                check_writable(self.run_folder)
+        except (ValueError, OSError) as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        from pile_app.training.callbacks import DataReport, NonFiniteGuard, PileProgressBar, Throughput
+        from pile_app.training.checkpoints import DurableCheckpointIO, ExactResume, GracefulStop, LastCheckpoint
+        from pile_app.training.run import RunFolder, make_loggers
+
+        run = self.run_folder
+        config = self.parser.dump(self.config, skip_link_targets=True)
+        self.run = RunFolder(run, config)
+        self.stop = GracefulStop()
+        callbacks: list[Callback] = [
+            ExactResume(),
+            self.stop,
+            self.run,
+            NonFiniteGuard(),
+            DataReport(run, self.config.data.max_rejected_share),
+            Throughput(),
+            PileProgressBar(),
+            LearningRateMonitor("step"),
+            LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),
+            ModelCheckpoint(
+                run / "checkpoints", filename="best", monitor="validation/loss", save_top_k=1, enable_version_counter=False
+            ),
+        ]
+        if self.config.trainer.fast_dev_run:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        chosen = {
+            "callbacks": [*callbacks, *(self.config_init.trainer.callbacks or [])],
+            "default_root_dir": str(run),
+            "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
+        }
+        if self.config.trainer.logger is None:
+            chosen["logger"] = make_loggers(run, self.config.wandb)
+        return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
+
+
+def check_config(config: Namespace) -> None:
+    """Raises ValueError for values that cannot be, alone or together; builds nothing."""
+    model, data = config.model, config.data
+    image = ImageCodecConfig(**_values(model.image)) if model.image else None
+    audio = AudioCodecConfig(**_values(model.audio)) if model.audio else None
+    vocabulary = make_vocabulary(256, "bytes", image, audio)
+    if model.backbone.class_path.rsplit(".", 1)[-1] == "Transformer":
+        sizes = model.backbone.init_args
+        Transformer.check(sizes.width, sizes.heads, sizes.key_value_heads)
+    sources = {name: Source(**_values(source)) for name, source in data.sources.items()}
+    check_data(sources, data.context, data.global_batch, data.micro_batch, data.condition_dropout, data.epochs)
+    if image and vocabulary.image_tokens + 3 > data.context:
+        raise ValueError(
+            f"data.context={data.context} is shorter than an image: model.image takes {vocabulary.image_tokens} codes "
+            f"(size {image.size}, patch {image.patch}) and 3 more tokens"
+        )
+    if config.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 optimizer step")
+    if data.epochs is None and config.trainer.max_steps < 0:
+        raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)")
+
+
+def _values(namespace: Any) -> dict[str, Any]:
+    return vars(namespace) if isinstance(namespace, Namespace) else dict(vars(namespace))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains. `arguments`: None takes the command line's."""
+    cli = PileCLI(
+        PileModule,
+        PileDataModule,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"default_config_files": ["conf/default.yaml"], "description": __doc__},
+        auto_configure_optimizers=False,
+        run=False,
+        args=arguments,
+    )
+    last = cli.run_folder / "checkpoints" / "last.ckpt"
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    if cli.stop.stopped:
+        raise SystemExit(128 + (cli.stop.received or 15))
+    finish(cli)
+
+
+def finish(cli: PileCLI) -> None:
+    """The last validation, the evaluations the config asks for, `summary.json` and `report.html`."""
+    from pile_app.tasks.cross_modal import EvaluateCrossModal
+    from pile_app.training.report import write_report
+
+    trainer, module = cli.trainer, cli.model
+    figures: dict[str, Any] = {}
+    metrics = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
+    for name, value in (metrics[0] if metrics else {}).items():
+        figures[name.removeprefix("validation/").replace("source/", "")] = value
+    if not trainer.is_global_zero:
+        return
+    module.to(trainer.strategy.root_device)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EvaluateCrossModal):
+            figures |= callback.evaluate(trainer, module)
+    cli.run.write_summary(trainer, module, figures)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=trainer.global_step)
+        logger.save()
+    report = write_report(cli.run_folder)
+    print(f"\n{cli.run_folder} is complete: open {report}")

@@ -1,0 +1,299 @@
+"""The Lightning module: what one optimizer step does, and what is measured.
+
+Phase one (`codec_steps`): the codecs learn to reconstruct the media of the batches. Then they are frozen, and the language model
+learns to predict the next token, with targets that no longer move. Both phases read the same stream of batches.
+
+The loss of a step is the sum over all its targets, on all devices, divided by their planned number, so that it is the same
+however the global batch is shared out. All losses are in nats a target token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from pile_app.data.order import hash64
+from pile_app.data.packing import Batch
+from pile_app.data.text import Tokenizer, load_tokenizer
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Vocabulary
+from pile_app.model.backbones import Backbone
+from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.fused import FusedLanguageModel, ModalityLoss
+from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
+
+
+@dataclass(frozen=True)
+class ModalityWeights:
+    """Weights of the modalities in the loss; 1 each is the likelihood of the documents.
+
+    Args:
+        text: of text and segment openers.
+        image: of image codes.
+        audio: of audio codes.
+    """
+
+    text: float = 1.0
+    image: float = 1.0
+    audio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.text, self.image, self.audio) < 0:
+            raise ValueError(f"weights of modalities must be at least 0, not {self}")
+
+
+class PileModule(LightningModule):
+    """One model over text, images and sound.
+
+    Args:
+        backbone: Transformer, LSTM or RNN, with its sizes.
+        tokenizer: "bytes", or the path of a `tokenizer.json`.
+        image: shape of the image codec; null: no images.
+        audio: shape of the audio codec; null: no sound.
+        codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
+        codec_crop: audio tokens of each sound that the codec trains on at a time.
+        codecs_from: checkpoint of another run to take the codecs from; they have to have this shape.
+        optimizer: how parameters move.
+        weights: of the modalities in the loss.
+        dropout: share of the embeddings that is dropped in training (blocks: `backbone.dropout`).
+        l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: str = "bytes",
+        image: ImageCodecConfig | None = None,
+        audio: AudioCodecConfig | None = None,
+        codec_steps: int = 0,
+        codec_crop: int = 50,
+        codecs_from: str | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        weights: ModalityWeights = ModalityWeights(),  # noqa: B008
+        dropout: float = 0.0,
+        l1: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if codec_steps < 0 or codec_crop < 1 or l1 < 0:
+            raise ValueError(f"codec_steps >= 0, codec_crop >= 1 and l1 >= 0, not {codec_steps}, {codec_crop} and {l1}")
+        self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout)
+        self.codec_steps = codec_steps if self.model.codecs else 0
+        self.codec_crop = codec_crop
+        self.optimizer = optimizer
+        self.weights = (weights.text, weights.image, weights.audio)
+        self.l1 = l1
+        self.sums: dict[str, Tensor] = {}
+        if codecs_from is not None:
+            load_codecs(self.model, codecs_from)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.model.vocabulary
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def in_codec_phase(self) -> bool:
+        return self.global_step < self.codec_steps
+
+    def setup(self, stage: str) -> None:
+        import torchmetrics
+
+        names: list[str] = self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        slices = self.vocabulary.slices
+
+        def mean() -> torchmetrics.Metric:
+            return torchmetrics.MeanMetric(nan_strategy="error")
+
+        self.losses = torch.nn.ModuleDict({MODALITIES[m]: mean() for m in self.vocabulary.modalities})
+        self.accuracies = torch.nn.ModuleDict(
+            {
+                MODALITIES[m]: torchmetrics.classification.MulticlassAccuracy(
+                    max(2, slices[m].stop - slices[m].start), average="micro", validate_args=False
+                )
+                for m in self.vocabulary.modalities
+            }
+        )
+        self.source_losses = torch.nn.ModuleDict({name: mean() for name in names})
+        self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: mean() for m in self.model.codecs})
+        self.total_loss = mean()
+        self.nats_per_byte = mean()
+
+    def on_train_start(self) -> None:
+        if not self.in_codec_phase:
+            for codec in self.model.codecs.values():
+                codec.eval()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout and crops depend on the step alone, so a resumed run draws what the uninterrupted one would have.
+        key = hash64(self.trainer.datamodule.seed, batch_idx, self.global_rank)  # type: ignore[attr-defined]
+        torch.manual_seed(int(key) >> 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._codec_step(batch) if self.in_codec_phase else self._language_step(batch)
+        return loss + self._touch_unused(batch)
+
+    def _codec_step(self, batch: Batch) -> Tensor:
+        losses = self.model.codec_loss(batch, self.codec_crop)
+        for modality, loss in losses.items():
+            self._add(f"{MODALITIES[modality]}_codec_loss", loss.detach(), 1.0)
+        return sum(losses.values(), torch.zeros((), device=self.device))
+
+    def _language_step(self, batch: Batch) -> Tensor:
+        losses = self.model(batch)
+        for modality, loss in losses.items():
+            self._add(f"{MODALITIES[modality]}_loss", loss.each.sum(), len(loss.each))
+            self._add("loss", loss.each.sum(), len(loss.each))
+            source = batch.source.flatten()[batch.targets[modality]]
+            for number, name in enumerate(self.trainer.datamodule.source_names):  # type: ignore[attr-defined]
+                of_source = source == number
+                self._add(f"source/{name}_loss", (loss.each * of_source).sum(), of_source.sum())
+        shares = self.trainer.world_size * self.trainer.accumulate_grad_batches  # both will divide by
+        total = sum(self.weights[modality] * loss.total for modality, loss in losses.items())
+        loss = total * (shares / batch.normalizer)
+        if self.l1:
+            language = (self.model.backbone, self.model.embeddings, self.model.heads)
+            loss = loss + self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
+        return loss
+
+    def _touch_unused(self, batch: Batch) -> Tensor:
+        """Zero, through every parameter that this batch may not reach.
+
+        DDP waits for the gradient of each parameter, and a batch without images does not reach the image head. One element each is
+        enough, and cheaper than letting DDP search the graph.
+        """
+        unused: list[torch.nn.Parameter] = []
+        if self.in_codec_phase:
+            codecs = {id(p) for codec in self.model.codecs.values() for p in codec.parameters()}
+            unused += [p for p in self.model.parameters() if id(p) not in codecs]
+            for modality, media in ((IMAGE, batch.images), (AUDIO, batch.audio)):
+                if modality in self.model.codecs and not len(media):
+                    unused += self.model.codecs[modality].parameters()
+        else:
+            unused += [p for codec in self.model.codecs.values() for p in codec.parameters() if p.requires_grad]
+            for modality in range(3):
+                if not len(batch.targets[modality]):
+                    unused += self.model.parameters_of_modality(modality)
+        return torch.stack([p.view(-1)[0] for p in unused if p.numel()]).sum() * 0.0 if unused else torch.zeros((), device=self.device)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # What the phase does not train gets no gradient at all: a zero one would still decay weights and momenta.
+        codecs = [p for codec in self.model.codecs.values() for p in codec.parameters()]
+        ids = {id(p) for p in codecs}
+        idle = [p for p in self.model.parameters() if id(p) not in ids] if self.in_codec_phase else codecs
+        for parameter in idle:
+            parameter.grad = None
+
+    def _add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """Adds to the sums of the optimizer step under way."""
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.sums[name] += torch.stack([total.double(), torch.as_tensor(count, dtype=torch.float64, device=self.device)])
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        step = self.global_step
+        if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+            names = self._all_names()
+            table = torch.stack([self.sums.get(name, torch.zeros(2, dtype=torch.float64, device=self.device)) for name in names])
+            if self.trainer.world_size > 1:
+                table = self.trainer.strategy.reduce(table, reduce_op="sum")
+            for name, (total, count) in zip(names, table.tolist(), strict=True):
+                if count:
+                    self.log(f"train/{name}", total / count, prog_bar="source" not in name, rank_zero_only=True, batch_size=1)
+        self.sums = {}
+
+    def _all_names(self) -> list[str]:
+        names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
+        names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs]
+        return names + [f"source/{name}_loss" for name in self.trainer.datamodule.source_names]  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for modality, codec_loss in self.model.codec_loss(batch).items():
+            self.codec_losses[MODALITIES[modality]].update(codec_loss)  # type: ignore[operator]
+        for modality, loss in self.model(batch).items():
+            self._update_metrics(batch, modality, loss)
+
+    def _update_metrics(self, batch: Batch, modality: int, loss: ModalityLoss) -> None:
+        name = MODALITIES[modality]
+        self.losses[name].update(loss.each)  # type: ignore[operator]
+        self.total_loss.update(loss.each)
+        self.accuracies[name].update(loss.predictions, loss.targets)  # type: ignore[operator]
+        source = batch.source.flatten()[batch.targets[modality]]
+        for number, metric in enumerate(self.source_losses.values()):
+            of_source = source == number
+            if bool(of_source.any()):
+                metric.update(loss.each[of_source])  # type: ignore[operator]
+        if modality == TEXT:
+            sizes = self.model.token_bytes[loss.targets]
+            inside = sizes > 0  # openers and `<end>` are not text
+            if bool(inside.any()):
+                self.nats_per_byte.update(loss.each[inside] / sizes[inside], sizes[inside].float())
+
+    def on_validation_epoch_end(self) -> None:
+        values: dict[str, Tensor] = {}
+        vocabulary = self.vocabulary
+        for name, metric in self.losses.items():
+            values[f"{name}_loss"] = _compute(metric)
+            values[f"{name}_perplexity"] = values[f"{name}_loss"].exp()
+            values[f"{name}_accuracy"] = _compute(self.accuracies[name])
+        values |= {f"source/{name}_loss": _compute(metric) for name, metric in self.source_losses.items()}
+        values |= {f"{name}_codec_loss": _compute(metric) for name, metric in self.codec_losses.items()}
+        values["loss"] = _compute(self.total_loss)
+        values["text_bits_per_byte"] = _compute(self.nats_per_byte) / math.log(2)
+        if IMAGE in vocabulary.modalities:
+            pixels = math.prod(vocabulary.image_shape)
+            values["image_code_bits_per_pixel_channel"] = values["image_loss"] * vocabulary.image_tokens / pixels / math.log(2)
+        if AUDIO in vocabulary.modalities:
+            values["audio_code_bits_per_second"] = values["audio_loss"] * vocabulary.audio_tokens_per_second / math.log(2)
+        self.log_dict({f"validation/{name}": value for name, value in values.items() if bool(value.isfinite())})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
+        if self.codec_steps and steps <= self.codec_steps:
+            raise ValueError(
+                f"model.codec_steps={self.codec_steps} leaves nothing of the run's {steps} optimizer steps for the language model"
+            )
+        optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_shapes(self, checkpoint["state_dict"])
+
+
+def _compute(metric: Any) -> Tensor:
+    """The value over all ranks, nan where no rank has seen anything; then reset."""
+    value: Tensor = metric.compute().float() if metric._update_called or metric._to_sync else torch.tensor(torch.nan)
+    metric.reset()
+    return value
+
+
+def check_shapes(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """Raises ValueError where the weights in a checkpoint are not those of the model."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    different = [f"{n}: {saved.get(n, 'missing')} in the checkpoint, {own.get(n, 'missing')} in the model"
+                 for n in sorted(own.keys() | saved.keys()) if own.get(n) != saved.get(n)]  # fmt: skip
+    if different:
+        listed = "\n  ".join(different[:5] + (["..."] if len(different) > 5 else []))
+        raise ValueError(
+            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ):\n  {listed}\n"
+            "Set the model back as it was (the run's config.yaml says how), or begin another run with another --name"
+        )
+
+
+def load_codecs(model: FusedLanguageModel, path: str) -> None:
+    """Takes the codecs' weights from a checkpoint of another run."""
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    for modality in model.codecs:
+        prefix = f"model.{MODALITIES[modality]}_codec."
+        weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        check_shapes(model.codecs[modality], weights)
+        model.codecs[modality].load_state_dict(weights)

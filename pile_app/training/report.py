@@ -1,0 +1,316 @@
+"""One page about one run: `write_report(Path("runs/digits"))` writes `runs/digits/report.html` and returns its path.
+
+The page carries its styles, charts (SVG), images and sounds (`data:` URIs) in itself, so that it can be mailed, kept beside the
+weights and opened without a network. It is made from what lies in the run folder; what is missing is left out:
+
+    metrics.csv                     the curves, as Lightning's CSVLogger writes them; `CHARTS` says where each is drawn
+    summary.json                    the final figures; `FIGURES` says what each means
+    config.yaml                     the resolved configuration
+    samples/{evaluation,step-N}/    samples.json, a list of {"title", "prompt", "outputs", "references"}, with its PNG and WAV
+                                    files; a part is {"modality": "text", "text": ...} or {"modality": "image", "file": ...}
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+JUDGED = "of what was made is recognised as what was asked for, by a judge trained on real media only"
+FIGURES = {  # key in summary.json: label, unit, meaning
+    "image_to_text_accuracy": ("Image → text", "%", "of unseen images are named right"),
+    "audio_to_text_accuracy": ("Sound → text", "%", "of unseen sounds are named right"),
+    "text_to_image_accuracy": ("Text → image", "%", JUDGED),
+    "text_to_audio_accuracy": ("Text → sound", "%", JUDGED),
+    "image_codec_accuracy": ("Images through the codec", "%", "are recognised by the judge: as far as generation can get"),
+    "audio_codec_accuracy": ("Sounds through the codec", "%", "are recognised by the judge: as far as generation can get"),
+    "image_judge_accuracy": ("Real images", "%", "are recognised by the judge"),
+    "audio_judge_accuracy": ("Real sounds", "%", "are recognised by the judge"),
+    "text_bits_per_byte": ("Text", "bits a byte", "to encode unseen text with the model; less is better"),
+    "text_bits_per_byte_xz": ("Text with xz", "bits a byte", "to encode the same text with the compressor xz"),
+    "text_bits_per_byte_zstd": ("Text with zstd", "bits a byte", "to encode the same text with the compressor zstd"),
+    "text_conditioning_gain": ("Use of the condition", "nats a token", "that a wrong image or sound adds to a text's loss"),
+    "image_psnr": ("Image codec", "dB", "peak signal-to-noise ratio of unseen images through the codec; more is better"),
+    "image_code_use": ("Image codes in use", "%", "of all image codes occur in unseen images"),
+    "audio_code_use": ("Sound codes in use", "%", "of all sound codes occur in unseen sounds"),
+    "parameters": ("Parameters", "", "learned numbers"),
+    "steps": ("Steps", "", "of the optimizer"),
+    "tokens": ("Tokens", "", "trained on, all modalities"),
+    "train_seconds": ("Training time", "s", "by the clock on the wall"),
+    "tokens_per_second": ("Throughput", "tokens/s", "mean over the training"),
+    "peak_memory_bytes": ("Peak memory", "bytes", "held at once"),
+}
+LOSS_UNITS = ("nats a token", "bits a byte", "reconstruction loss")
+STATUS = ("device", "steps", "tokens", "train_seconds", "tokens_per_second", "parameters")
+HEADLINE = {  # the figures on top: key, and what it is held against
+    "image_to_text_accuracy": "image_judge_accuracy", "audio_to_text_accuracy": "audio_judge_accuracy",
+    "text_to_image_accuracy": "image_codec_accuracy", "text_to_audio_accuracy": "audio_codec_accuracy",
+    "text_bits_per_byte": "text_bits_per_byte_xz", "image_psnr": "", "text_conditioning_gain": "",
+}  # fmt: skip
+CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; the first that matches counts
+    (r"(train|validation)/loss", "Loss", "All modalities", r"\1", "nats a token"),
+    (r"(train|validation)/(\w+)(?<!_codec)_loss", "Loss", r"\2", r"\1", "nats a token"),
+    (r"(train|validation)/(\w+)_bits_per_byte", "Loss", r"\2, bits a byte", r"\1", "bits a byte"),
+    (r"(train|validation)/(\w+)_codec_loss", "Loss", "Codecs", r"\2, \1", "reconstruction loss"),
+    (r"(train|validation)/source/(\w+)_loss", "Loss", "By source", r"\2, \1", "nats a token"),
+    (r"learning_rate/(.+)|lr-(.+)", "Learning rate and speed", "Learning rate", r"\1\2", "learning rate"),
+    (r"throughput/(.+)", "Learning rate and speed", r"\1", "", r"\1"),
+    (r"data/(.+)", "Data", r"\1", "", r"\1"),
+    (r"((?:train|validation)?)/?(.+)", "Other measurements", r"\2", r"\1", r"\2"),
+)
+MIME = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".wav": "audio/wav", ".flac": "audio/flac"}
+STYLE = """
+:root{color-scheme:light dark;--page:#fafaf8;--card:#fff;--ink:#20242a;--soft:#666e79;--line:#e2e4e1;--c0:#2f6fb5;--c1:#d9702b;
+--c2:#2e9268;--c3:#a2508f;--c4:#8a7422;--c5:#5a6b7c}@media(prefers-color-scheme:dark){:root{--page:#15181c;--card:#1d2126;
+--ink:#e4e6e8;--soft:#9aa2ac;--line:#30363d;--c0:#6ba7e6;--c1:#f0955a;--c2:#5cc296;--c3:#d488c2;--c4:#cbb45a;--c5:#9fb0c2}}
+*{box-sizing:border-box}body{margin:auto;max-width:1120px;padding:2.5rem 1.25rem 4rem;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,sans-serif}h1{font-size:2rem;line-height:1.2;margin:0}h2{font-size:1.3rem;margin:3rem 0 1rem;
+padding-bottom:.3rem;border-bottom:1px solid var(--line)}h3{font-size:1rem;margin:1.6rem 0 .6rem}nav{margin:.6rem 0 1.4rem}a{
+color:var(--c0);text-decoration:none;margin-right:1.1rem}small,th,figcaption,summary,.soft{color:var(--soft);font-size:.82rem;
+font-weight:400}b{color:var(--ink)}.soft span,figcaption *{margin-right:.8rem}.grid{display:grid;gap:.8rem;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least,12.2rem)),1fr))}.charts{--least:26rem}.card{
+background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem .9rem;margin:0;min-width:0;
+break-inside:avoid}.big{display:block;font-size:1.6rem;line-height:1.3}.row{display:flex;flex-wrap:wrap;gap:.35rem}.prompt{
+font-weight:650}.steps .grid{--least:32rem}.steps .grid:has(.long,.sound){--least:100%}.made .grid:has(.long){--least:25rem}
+.steps .card{display:grid;grid:auto/4rem;grid-auto-flow:column;grid-auto-columns:minmax(4rem,1fr);gap:.5rem;overflow-x:auto}
+.steps .grid:has(.long,.sound) .card{grid-template-columns:7rem;gap:1rem}.steps small{font-size:.72rem;white-space:nowrap}pre{
+margin:0;font:.85rem/1.45 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:24rem;
+overflow:auto}.prompt pre{font-weight:650}img{display:block;border-radius:4px;max-width:100%}.pixels{image-rendering:pixelated}
+.sound{width:100%;margin:0}.sound img{width:100%;height:3.5rem}audio{width:100%;height:2rem;margin-top:.3rem}.scroll{
+overflow-x:auto}svg{display:block;width:100%}table{border-collapse:collapse}td,th{text-align:left;
+padding:.35rem 1.6rem .35rem 0;border-bottom:1px solid var(--line)}details pre{max-height:none}summary{cursor:pointer}svg text{
+fill:var(--soft);font-size:11px}svg path{stroke:var(--line)}polyline{fill:none;stroke-width:2;stroke-linejoin:round;
+stroke-linecap:round}.raw{opacity:.2}i{display:inline-block;width:.9rem;height:3px;vertical-align:middle}figcaption i{
+margin-right:.35rem}figcaption span{display:inline-block}@media print{audio,nav{display:none}body{padding:0}}
+"""
+# The policy lets the browser itself see to it that nothing is loaded from elsewhere and no script of a sample runs.
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta
+http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:">
+<title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p><nav>{links}</nav>{body}</html>
+"""
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html`. Raises ValueError where `summary.json` or a `samples.json` is there and cannot be read."""
+    summary: dict[str, Any] = read_json(run / "summary.json", dict)
+    charts = draw_charts(read_curves(run / "metrics.csv"))
+    steps = sorted((int(path.parent.name[5:]), path.parent) for path in run.glob("samples/step-*/samples.json"))
+    some = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, 6)})] if steps else []
+    evaluation = sample_cards({"made": run / "samples/evaluation"}, "references")
+    config = (run / "config.yaml").read_text("utf-8") if (run / "config.yaml").exists() else ""
+    versions = {"git_revision": summary.pop("git_revision", None)} | (summary.pop("versions", None) or {})
+    quarantined = summary.pop("quarantined", None) or {}
+    bad = [[escape(source), escape(why), short(n)] for source, reasons in quarantined.items() for why, n in reasons.items()]
+    sections = {
+        "What it made": evaluation or sample_cards({"made": steps[-1][1]} if steps else {}, "references"),
+        "Progress over training": sample_cards({f"step {step:,}": path for step, path in some}, least=3, style="steps"),
+        "Loss": charts["Loss"],
+        "Results": results(summary),
+        "Learning rate and speed": charts["Learning rate and speed"],
+        "Data": charts["Data"] + table(["source", "set aside because", "samples"], bad),
+        "Other measurements": charts["Other measurements"],
+        "Configuration": config and f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>",
+        "Versions": table(["", ""], [[escape(name), figure("", value)] for name, value in versions.items() if value]),
+    }
+    sections = {name: content for name, content in sections.items() if content}
+    facts = [f"<span><b>{figure(key, summary[key])}</b> {label(key).lower()}</span>" for key in STATUS if key in summary]
+    links = "".join(f'<a href="#{i}">{name}</a>' for i, name in enumerate(sections))
+    body = "".join(f'<h2 id="{i}">{name}</h2>{content}' for i, (name, content) in enumerate(sections.items()))
+    page = PAGE.format(
+        title=escape(run.resolve().name), status="".join(facts), links=links, body=headline(summary) + body, style=STYLE
+    )
+    (run / "report.html").write_text(page, "utf-8", errors="backslashreplace")
+    return run / "report.html"
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The list or dictionary in a file; empty where there is no file."""
+    try:
+        content = json.loads(path.read_text("utf-8")) if path.exists() else kind()
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): write it again, or delete it and do without") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__} where a {kind.__name__} belongs")
+    return content
+
+
+def read_curves(path: Path) -> dict[str, dict[int, float]]:
+    """Column → {step: value} of a CSVLogger file; a step logged twice (after a resume) keeps its last value."""
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in csv.DictReader(path.read_text("utf-8").splitlines()) if path.exists() else ():
+        for name in row.keys() - {"step", "epoch", None}:
+            if row[name] and row["step"] and math.isfinite(float(row[name])):
+                curves[name][int(float(row["step"]))] = float(row[name])
+    return curves
+
+
+def label(key: str) -> str:
+    return FIGURES[key][0] if key in FIGURES else escape(key.replace("_", " ").capitalize())
+
+
+def figure(key: str, value: Any) -> str:
+    """A figure and its unit, as HTML."""
+    if isinstance(value, dict):
+        return ", ".join(f"{escape(name)} {figure('', part)}" for name, part in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    unit = FIGURES[key][1] if key in FIGURES else ""
+    scale, unit = {"%": (100, "%"), "bytes": (2**-30, "GiB"), "s": (1 / 60, "min")}.get(unit, (1, unit))
+    return f"{short(value * scale)} <small>{unit}</small>" if unit else short(value)
+
+
+def short(value: float) -> str:
+    """Three or four digits: 0.0123, 97.25, 1,250, 12.5M."""
+    size, letter = next(((size, letter) for size, letter in ((1e9, "G"), (1e6, "M")) if abs(value) >= size), (1, ""))
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value / size:.{3 if letter else 4}g}{letter}"
+
+
+def headline(summary: dict[str, Any]) -> str:
+    cards = ""
+    for key, rival in ((key, rival) for key, rival in HEADLINE.items() if key in summary):
+        beside = f"<small>{label(rival)}: {figure(rival, summary[rival])}</small>" if rival in summary else ""
+        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{beside}</div>'
+    return f'<div class="grid">{cards}</div>'
+
+
+def results(summary: dict[str, Any]) -> str:
+    """Every figure there is: those of FIGURES in its order, then those that it does not know."""
+    keys = [*(key for key in FIGURES if key in summary), *(key for key in summary if key not in FIGURES)]
+    rows = [[label(key), figure(key, summary[key]), FIGURES[key][2] if key in FIGURES else ""] for key in keys]
+    return table(["", "", "what it means"], rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells are HTML."""
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    return f'<div class="scroll"><table><tr>{titles}</tr>{lines}</table></div>' if rows else ""
+
+
+def sample_cards(folders: dict[str, Path], *extra: str, least: int = 2, style: str = "made") -> str:
+    """Under each title a card a prompt: what the samples of each folder answer to it; `least` parts make a card."""
+    titles: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, folder in folders.items():
+        for sample in read_json(folder / "samples.json", list):
+            card = titles[sample.get("title", "")][json.dumps(sample.get("prompt"))]
+            for kind in ("outputs", *extra) if card else ("prompt", "outputs", *extra):
+                note = {"outputs": name, "references": "real"}.get(kind, "" if sample.get("prompt") else "no prompt")
+                shown = "".join(medium(part, folder) for part in sample.get(kind) or ())
+                if shown or kind == "prompt":
+                    card.append(f'<div class="{kind}"><small>{note}</small><div class="row">{shown}</div></div>')
+    page = ""
+    for title, prompts in titles.items():
+        cards = "".join(f'<div class="card">{"".join(card)}</div>' for card in prompts.values() if len(card) >= least)
+        page += f'<h3>{escape(title)}</h3><div class="grid">{cards}</div>' if cards else ""
+    return page and f'<div class="{style}">{page}</div>'
+
+
+def medium(part: dict[str, Any], folder: Path) -> str:
+    if "file" not in part:
+        text = str(part.get("text", ""))
+        return f'<pre class="{"long" if len(text) > 60 else ""}">{escape(text)}</pre>'
+    path = folder / Path(part["file"]).name  # a sample is never a file from elsewhere
+    try:
+        source = data_uri(path.suffix, path.read_bytes())
+        if part["modality"] == "audio":
+            waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, C)
+            note, picture = f"{len(waveform) / rate:.2f} s, up to {rate / 2000:g} kHz", spectrogram(waveform.mean(1))
+            image = f'<img src="{data_uri(".png", picture)}" alt="{note}" title="{note}">'
+            return f'<figure class="sound">{image}<audio controls src="{source}"></audio></figure>'
+        width, height = Image.open(path).size
+    except (OSError, soundfile.LibsndfileError) as error:
+        return f"<small>{escape(path.name)} cannot be shown: {type(error).__name__}</small>"
+    scale = max(1, 64 // max(width, height))
+    return f'<img class="{"pixels" if scale > 1 else ""}" width="{min(256, scale * width)}" src="{source}" alt="image">'
+
+
+def data_uri(suffix: str, content: bytes) -> str:
+    return f"data:{MIME.get(suffix, 'application/octet-stream')};base64,{base64.b64encode(content).decode()}"
+
+
+def spectrogram(waveform: np.ndarray, window: int = 256, columns: int = 160) -> bytes:
+    """PNG of a waveform (S,): time to the right, frequency upwards to half the sample rate, the loudest 70 dB."""
+    waveform = np.pad(waveform, (0, max(0, window + 1 - len(waveform))))
+    starts = np.linspace(0, len(waveform) - window, columns).astype(int)
+    frames = waveform[starts[:, None] + np.arange(window)] * np.hanning(window)  # (columns, window)
+    decibels = 20 * np.log10(np.abs(np.fft.rfft(frames)).T[:0:-1] + 1e-5)  # (window / 2, columns)
+    image = Image.fromarray(np.clip(255 * (1 + (decibels - decibels.max()) / 70), 0, 255).astype(np.uint8))
+    colors = ((22, 70, 170, 240, 255), (20, 40, 60, 140, 240), (48, 120, 110, 70, 180))  # red, green, blue from silent to loud
+    ramp = [np.interp(np.arange(256), np.linspace(0, 255, 5), channel) for channel in colors]
+    image.putpalette(np.stack(ramp, 1).astype(np.uint8).tobytes())
+    image.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def draw_charts(curves: dict[str, dict[int, float]]) -> dict[str, str]:
+    """Section → its charts, in the order of CHARTS, and text before images before sound."""
+    charts: dict[tuple[int, str, str, str], dict[str, np.ndarray]] = defaultdict(dict)
+    for name in sorted(curves, key=lambda name: ("text" not in name, "image" not in name, name)):
+        order, match = next((i, match) for i, row in enumerate(CHARTS) if (match := re.fullmatch(row[0], name)))
+        section, title, curve, unit = (match.expand(part).replace("_", " ") for part in CHARTS[order][1:])
+        charts[order, section, title, unit][curve] = np.array(sorted(curves[name].items()))  # (N, 2): step, value
+    page: dict[str, str] = defaultdict(str)
+    for (_, section, title, unit), lines in sorted(charts.items(), key=lambda item: item[0][0]):
+        page[section] += line_chart(title[0].upper() + title[1:], unit, lines)
+    return defaultdict(str, {name: f'<div class="grid charts">{figures}</div>' for name, figures in page.items()})
+
+
+def line_chart(title: str, unit: str, curves: dict[str, np.ndarray], width: int = 480, height: int = 190) -> str:
+    """Curves (N, 2) of steps and values as an SVG figure: means over a 40th of them over faint measured values."""
+    means = {}
+    for name, curve in curves.items():
+        window = np.ones(1 if unit == "learning rate" else 1 + 2 * (len(curve) // 80))
+        means[name] = curve.copy()
+        means[name][:, 1] = np.convolve(curve[:, 1], window, "same") / np.convolve(np.ones(len(curve)), window, "same")
+    steps, values = np.concatenate(list(means.values())).T
+    usual = np.quantile(np.concatenate(list(curves.values()))[:, 1], [0.01, 0.99])  # a lone spike does not flatten the rest
+    last, low, high = max(steps.max(), 1), min(*usual, values.min()), max(*usual, values.max())
+    is_loss = unit in LOSS_UNITS
+    log = bool(is_loss and low > 0 and high > 6 * low)
+    bend = np.log if log else np.asarray
+    margin = 0.06 * (high - low or abs(high) or 1)
+    low, high = (low / 1.1, high * 1.1) if log else (low - margin if is_loss or low < 0 else 0.0, high + margin)
+
+    def place(curve: np.ndarray) -> str:
+        thin = curve[np.linspace(0, len(curve) - 1, min(len(curve), 400)).astype(int)].clip([0, low], None)
+        x, y = width * thin[:, 0] / last, height * (bend(high) - bend(thin[:, 1])) / (bend(high) - bend(low))
+        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)]
+        return " ".join([points[0], *points])  # the first one twice, so that a curve of one point shows as a dot
+
+    lines = keys = grid = ""
+    for i, (name, mean) in enumerate(means.items()):
+        color = f"var(--c{i % 6})"
+        lines += f'<polyline class="raw" stroke="{color}" points="{place(curves[name])}"/>'
+        lines += f'<polyline stroke="{color}" points="{place(mean)}"/>'
+        keys += f'<span><i style="background:{color}"></i>{escape(name)} {short(mean[-1, 1])}</span>'
+    for tick in ticks(low, high, log):
+        y = height * (bend(high) - bend(tick)) / (bend(high) - bend(low))
+        grid += f'<path d="M0 {y:.1f}H{width}"/><text x="-6" y="{y:.1f}" dy="4" text-anchor="end">{short(tick)}</text>'
+    for tick in ticks(0, last):
+        grid += f'<text x="{width * tick / last:.1f}" y="{height + 16}" text-anchor="middle">{short(tick)}</text>'
+    return (
+        f'<figure class="card"><figcaption><b>{escape(title)}</b>{keys}</figcaption><svg viewBox="-64 -8 {width + 84} '
+        f'{height + 46}" role="img" aria-label="{escape(title)}">{grid}<svg width="{width}" height="{height}">{lines}</svg>'
+        f'<text x="{width / 2}" y="{height + 34}" text-anchor="middle">step</text><text text-anchor="middle" '
+        f'transform="translate(-52 {height / 2}) rotate(-90)">{escape(unit)}{", log scale" * log}</text></svg></figure>'
+    )
+
+
+def ticks(low: float, high: float, log: bool = False) -> list[float]:
+    """A handful of round numbers between `low` and `high`."""
+    rounds = [factor * 10.0**k for k in range(-12, 13) for factor in (1, 2, 5)]
+    inside = [tick for tick in rounds if low <= tick <= high]
+    step = next((step for step in rounds if (high - low) / step <= 6), high - low)
+    even = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return inside[:: 1 + len(inside) // 7] if log else even

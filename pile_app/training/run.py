@@ -1,0 +1,164 @@
+"""A run is a folder: `runs/<name>/`. What is in it, and how it is picked up again.
+
+    config.yaml  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quarantine.jsonl  summary.json  report.html
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("lightning", "torch", "torchvision", "torchaudio", "torchmetrics", "webdataset", "wandb", "tokenizers")
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's CSV logger, which on its own deletes the metrics of the run it resumes."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run.parent, name="", version=run.name, flush_logs_every_n_steps=1_000_000)
+        self._path = run / "metrics.csv"
+        self._earlier = list(csv.DictReader(self._path.open())) if self._path.exists() else []
+
+    def keep_until(self, step: int) -> None:
+        """Puts back what was logged up to optimizer step `step`; what a killed run logged after its last checkpoint comes anew."""
+        rows = [{key: value for key, value in row.items() if value != ""} for row in self._earlier]
+        self.experiment.metrics = [row for row in rows if int(row["step"]) < step] + self.experiment.metrics
+        self.save()
+
+
+def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
+    """The CSV logger, and W&B's: online with a key, offline without, never asking. The same run folder is the same W&B run."""
+    loggers: list[Logger] = [ResumableCSVLogger(run)]
+    if wandb_project is None:
+        return loggers
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    identity = run / "wandb" / "id"
+    if not identity.exists():
+        identity.parent.mkdir(parents=True, exist_ok=True)
+        identity.write_text(uuid.uuid4().hex[:8])
+    loggers.append(
+        WandbLogger(
+            name=run.name,
+            project=wandb_project,
+            id=identity.read_text(),
+            save_dir=str(run),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            settings=wandb.Settings(silent=mode != "online", console="off"),
+        )
+    )
+    return loggers
+
+
+class RunFolder(Callback):
+    """Keeps the resolved config and the time spent, over all attempts.
+
+    Args:
+        run: the folder.
+        config: the resolved config as YAML.
+    """
+
+    def __init__(self, run: Path, config: str) -> None:
+        self.run = run
+        self.config = config
+        self.train_seconds = 0.0
+        self.tokens = 0
+        self._began: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_seconds": self._elapsed(), "tokens": self.tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds = state_dict["train_seconds"]
+        self.tokens = state_dict["tokens"]
+
+    def _elapsed(self) -> float:
+        return self.train_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            (self.run / "config.yaml").write_text(self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+        for logger in trainer.loggers:
+            if isinstance(logger, ResumableCSVLogger):
+                logger.keep_until(trainer.global_step)
+            elif trainer.is_global_zero:
+                import yaml
+
+                logger.log_hyperparams(yaml.safe_load(self.config))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.tokens += int(batch.normalizer) if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 else 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.train_seconds, self._began = self._elapsed(), None
+
+    def write_summary(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> Path:
+        """`summary.json`: final figures under flat keys, for machines and for the report."""
+        model = pl_module.model
+        codecs = sum(p.numel() for codec in model.codecs.values() for p in codec.parameters())
+        everything = sum(p.numel() for p in model.parameters())
+        device = pl_module.device
+        on_gpu = device.type == "cuda"
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        summary = {
+            "name": self.run.name,
+            "steps": trainer.global_step,
+            "tokens": self.tokens,
+            "train_seconds": round(self.train_seconds, 2),
+            "tokens_per_second": round(self.tokens / max(self.train_seconds, 1e-9), 1),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else usage,
+            "parameters": {"language_model": everything - codecs, "codecs": codecs},
+            **figures,
+            "device": torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}",
+            "devices": trainer.world_size,
+            "git_revision": git_revision(),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        }
+        path = self.run / "summary.json"
+        path.write_text(json.dumps(summary, indent=1))
+        return path
+
+
+def git_revision() -> str:
+    """Of the working folder, "-dirty" after it where files differ, "unknown" outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def check_writable(run: Path) -> None:
+    """Raises OSError where a run cannot write into its folder."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"the run folder {str(run)!r} cannot be written: {error}. Choose another with --runs or --name") from error
