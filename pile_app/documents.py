@@ -84,7 +84,8 @@ class Segment:
         from PIL import Image
 
         file = io.BytesIO()
-        Image.fromarray(pixels.squeeze()).save(file, "png")
+        grey = pixels.ndim == 3 and pixels.shape[2] == 1
+        Image.fromarray(pixels[..., 0] if grey else pixels).save(file, "png")
         return cls(file.getvalue(), "png", loss)
 
     @classmethod
@@ -115,7 +116,11 @@ def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
     """
     description = _parse_json(key, files["json"]) if "json" in files else {}
     meta = description.get("meta", {})
+    if not isinstance(meta, dict):
+        raise BadSample("invalid_json", f"the meta of sample {key!r} is a {type(meta).__name__}, not an object")
     if "segments" in description:
+        if not isinstance(description["segments"], list):
+            raise BadSample("invalid_json", f"the segments of sample {key!r} are not a list")
         segments = [_named_segment(key, entry, files) for entry in description["segments"]]
         ordered = bool(description.get("ordered", True))
     else:
@@ -164,11 +169,13 @@ def _parse_json(key: str, data: bytes) -> dict[str, Any]:
     return description
 
 
-def _named_segment(key: str, entry: Mapping[str, Any], files: Mapping[str, bytes]) -> Segment:
+def _named_segment(key: str, entry: Any, files: Mapping[str, bytes]) -> Segment:
+    if not isinstance(entry, dict) or not any(isinstance(entry.get(name), str) for name in ("text", "file")):
+        raise BadSample("invalid_json", f"a segment of sample {key!r} has neither a text nor the name of a file: {entry!r:.100}")
     loss = bool(entry.get("loss", True))
     if isinstance(entry.get("text"), str):
         return Segment(entry["text"], loss=loss)
-    name = entry.get("file")
+    name = entry["file"]
     if name not in files:
         raise BadSample("missing_file", f"sample {key!r} names {name!r} as a segment but holds only {sorted(files)}")
     return _segment_from_file(key, name, files[name], loss)
@@ -194,6 +201,8 @@ def image_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
+    except Image.DecompressionBombError as error:  # Pillow's own limit
+        raise BadSample("image_too_large", str(error)) from error
     except Exception as error:
         raise BadSample("undecodable_image", str(error)) from error
     if width * height > MAX_IMAGE_PIXELS:

@@ -1,8 +1,8 @@
 """The data module: sources of shards in, batches out, on the ordinary PyTorch `DataLoader`.
 
-A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank, starting at the optimizer step
-that is resumed. No worker holds state and the sampler has a length, so Lightning neither fetches a batch ahead that a resumed
-run would lose, nor saves a loader state that only fits rank 0.
+A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank, starting at the optimizer
+step that is resumed. No worker holds state and the sampler has a length, so Lightning neither fetches a batch ahead that a
+resumed run would lose, nor saves a loader state that only fits rank 0.
 
     global batch of step s = positions [s * G, (s + 1) * G); rank r of W takes the r-th of W equal parts, in micro-batches
 """
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pile_app.data import shards
 from pile_app.data.order import (
     ORDER_VERSION,
+    Piece,
     SourceTokens,
     TrainingOrder,
     ValidationOrder,
@@ -65,6 +66,7 @@ class SourceData:
         self.reader = ShardReader(self.indexes)
         self.first_document = np.cumsum([0, *(len(index) for index in self.indexes)])
         self.too_long = 0
+        self.cut: set[int] = set()  # documents longer than the context
         pieces = [self._pieces(number, vocabulary, tokenizer, context) for number in range(len(self.indexes))]
         document, start, stop, shard = (np.concatenate(column) for column in zip(*pieces, strict=True))
         if not len(document):
@@ -92,16 +94,19 @@ class SourceData:
         for sample in np.flatnonzero(~short):
             within = slice(first[sample], first[sample + 1])
             try:
-                cuts = cut_document(
-                    list(zip(index.modality[within].tolist(), tokens[within].tolist(), strict=True)), context
-                )
+                cuts = cut_document(list(zip(index.modality[within].tolist(), tokens[within].tolist(), strict=True)), context)
             except ValueError:
                 self.too_long += 1
                 continue
+            self.cut.add(int(numbers[sample]))
             starts, stops = np.array(cuts).T
             columns.append((np.full(len(cuts), numbers[sample]), starts, stops))
         document, start, stop = (np.concatenate(column) for column in zip(*columns, strict=True))
         return document, start, stop, np.full(len(document), shard)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self.first_document[-1])
 
     def document(self, number: int) -> Document:
         """Raises `BadSample` where it cannot be used."""
@@ -136,6 +141,19 @@ def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, tokenizer: Tokeniz
     return tokens
 
 
+@dataclass(frozen=True)
+class PackedDocument:
+    """A piece of a document as it stands in a pack: segments in the order they are seen in, the first `dropped` hidden.
+
+    `document` is a `BadSample` where it could not be read.
+    """
+
+    piece: Piece
+    key: str
+    document: Document | BadSample
+    dropped: int
+
+
 class PackDataset(Dataset[Pack]):
     """Position -> assembled pack. See `PileDataModule` for the arguments."""
 
@@ -158,34 +176,35 @@ class PackDataset(Dataset[Pack]):
         self.condition_dropout = condition_dropout
 
     def __getitem__(self, position: int) -> Pack:
-        pieces = self.order.pack(position)
-        laid_out = [
-            (p.source, *self._document(position, number, p.source, p.epoch, p.document, p.start), p.start, p.stop)
-            for number, p in enumerate(pieces)
+        entries = [
+            (one.piece.source, one.document, one.key, one.piece.start, one.piece.stop, one.dropped)
+            for one in self.documents(position)
         ]
-        entries = [(source, document, key, start, stop, dropped) for source, document, key, dropped, start, stop in laid_out]
         return assemble(entries, self.vocabulary, self.tokenizer, self.context)
 
-    def _document(
-        self, position: int, number: int, source: int, epoch: int, index: int, start: int
-    ) -> tuple[Document | BadSample, str, int]:
-        """(document, key, segments hidden by condition dropout) of the `number`-th piece at a position."""
-        data = self.sources[source]
-        key = data.key(index)
+    def documents(self, position: int) -> list[PackedDocument]:
+        """What stands in the pack of a position, in order, as it is seen there."""
+        return [self._document(position, number, piece) for number, piece in enumerate(self.order.pack(position))]
+
+    def _document(self, position: int, number: int, piece: Piece) -> PackedDocument:
+        """The `number`-th piece at a position."""
+        data = self.sources[piece.source]
+        key = data.key(piece.document)
         try:
-            document = data.document(index)
+            document = data.document(piece.document)
         except BadSample as error:
-            return error, key, 0
+            return PackedDocument(piece, key, error, 0)
         segments = document.segments
-        if not document.ordered and len(segments) > 1 and start == 0:
-            order = permutation(len(segments), self.seed, data.name, epoch, index, "segments")
+        # The cuts of a document longer than the context were made for the order that it is stored in.
+        if not document.ordered and len(segments) > 1 and piece.document not in data.cut:
+            order = permutation(len(segments), self.seed, data.name, piece.epoch, piece.document, "segments")
             document = Document(tuple(segments[i] for i in order), key, True, document.meta)
         dropped = 0
         if len(segments) > 1 and self.condition_dropout:
             chance = uniform(self.seed, position, number, "condition") / self.condition_dropout
             if chance < 1:  # then it is uniform once more, and says after how many segments the document begins
                 dropped = 1 + int(chance * (len(segments) - 1))
-        return document, key, dropped
+        return PackedDocument(piece, key, document, dropped)
 
 
 class StepBatches(Sampler[list[int]]):
@@ -355,8 +374,11 @@ class PileDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
+        return {"position": self.trainer.global_step * self.global_batch, **self.identity()}
+
+    def identity(self) -> dict[str, Any]:
+        """What the order of the data hangs on: where it is the same, the same positions hold the same packs."""
         return {
-            "position": self.trainer.global_step * self.global_batch,
             "global_batch": self.global_batch,
             "order_version": ORDER_VERSION,
             "seed": self.seed,
@@ -371,7 +393,7 @@ class PileDataModule(LightningDataModule):
             self._check_restored(state_dict)
 
     def _check_restored(self, state: dict[str, Any]) -> None:
-        now = self.state_dict()
+        now = self.identity()
         for key, mend in (
             ("order_version", "continue with the version of pile_app that the run began with"),
             ("seed", "set data.seed back"),
@@ -387,6 +409,10 @@ class PileDataModule(LightningDataModule):
                 )
 
     # -- Loaders.
+
+    def train_dataset(self) -> PackDataset:
+        """The packs of all positions."""
+        return self._dataset(self.train_data, self.order, self.condition_dropout)
 
     def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, dropout: float) -> PackDataset:
         return PackDataset(data, order, self.vocabulary, self.tokenizer, self.context, self.seed, dropout)
@@ -408,7 +434,7 @@ class PileDataModule(LightningDataModule):
         assert self.trainer is not None
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         micro, _ = self.micro_batches(world_size)
-        dataset = _Batches(self._dataset(self.train_data, self.order, self.condition_dropout), self.global_batch)
+        dataset = _Batches(self.train_dataset(), self.global_batch)
         start, steps = self.trainer.global_step, self.steps(self.trainer)
         return self._loader(dataset, StepBatches(start, steps, self.global_batch, micro, rank, world_size))
 
@@ -472,4 +498,3 @@ def check_data(
         raise ValueError(f"data.condition_dropout={condition_dropout} must be in [0, 1)")
     if epochs is not None and not epochs > 0:
         raise ValueError(f"data.epochs={epochs} must be above 0")
-

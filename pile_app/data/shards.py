@@ -17,6 +17,7 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,14 +52,18 @@ def expand_shards(pattern: str | Sequence[str]) -> list[str]:
     """Paths from a pattern: brace expansion as in WebDataset (`shard-{000000..000012}.tar`), then shell wildcards.
 
     Raises:
-        ShardError: nothing matches, or a path stands there twice.
+        ShardError: nothing matches, a path stands there twice, or braces do not match.
     """
     import braceexpand
 
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     paths: list[str] = []
     for one in patterns:
-        for expanded in braceexpand.braceexpand(one):
+        try:
+            expansions = list(braceexpand.braceexpand(one))
+        except braceexpand.UnbalancedBracesError as error:
+            raise ShardError(f"{one!r} opens or closes a brace without the other: write e.g. 'train-{{000..007}}.tar'") from error
+        for expanded in expansions:
             found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded]
             if not found:
                 raise ShardError(f"no shard matches {expanded!r} (from {one!r}, working folder {os.getcwd()})")
@@ -130,7 +135,7 @@ def load_index(path: str) -> ShardIndex:
             columns = {name: arrays[name] for name in ShardIndex.ARRAYS}
     except FileNotFoundError:
         raise ShardError(f"shard {path!r} has no index: {mend}") from None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ShardError(f"the index of shard {path!r} cannot be read ({error}): {mend}") from error
     tar_size = os.path.getsize(path)
     if tar_size != header["tar_size"]:
@@ -225,9 +230,8 @@ def _sample_ranges(path: str, tar: tarfile.TarFile, tar_size: int) -> Iterator[t
         ) from error
     with open(path, "rb") as file:
         file.seek(stop)
-        end = file.read(2 * tarfile.BLOCKSIZE)
-        rest = end + file.read() if len(end) < 2 * tarfile.BLOCKSIZE or any(end) else end
-    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        rest = file.read()
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
         raise ShardError(
             f"shard {path!r} is damaged or truncated at byte {stop:,}: neither a member nor the end of the archive stands there. "
             "Fetch or write it again"
@@ -251,7 +255,10 @@ def files_of_block(block: bytes) -> dict[str, bytes]:
             for member in tar:
                 base = member.name.rpartition("/")[2]
                 if member.isfile() and "." in base:
-                    files[base.split(".", 1)[1]] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    extension = base.split(".", 1)[1]
+                    if extension in files:
+                        raise BadSample("duplicate_key", f"two samples in a row are called {sample_key(member.name)!r}")
+                    files[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
     except tarfile.TarError as error:
         raise BadSample("damaged_sample", str(error)) from error
     return files
@@ -292,8 +299,15 @@ class ShardWriter:
         self._tar: Any = None
 
     def write(self, document: Document) -> None:
+        """Adds a document.
+
+        Raises:
+            ValueError: its key would be read back as another one.
+        """
         import webdataset
 
+        if sample_key(f"{document.key}.json") != document.key:
+            raise ValueError(f"document key {document.key!r}: WebDataset ends a key at the first dot; write another character there")
         if self._file is None:
             path = self.folder / f"{self.prefix}-{len(self._paths):06d}.tar.{os.getpid()}.tmp"
             self._file = open(path, "wb")  # noqa: SIM115 (closed by finish_shard)

@@ -287,28 +287,30 @@ class AudioCodec(nn.Module):
         for block in self.decoder:
             x = block(x, inside)
         x = self.unfold(x).unflatten(2, (self.config.frames_per_token, -1)).flatten(1, 2)  # (M, frames, D)
-        x = self.frame_block(x, inside.repeat_interleave(self.config.frames_per_token, 1))
+        frames_inside = inside.repeat_interleave(self.config.frames_per_token, 1)
+        x = self.frame_block(x, frames_inside)
         log_magnitude, real, imaginary = self.head(x).float().chunk(3, dim=-1)
         magnitude = log_magnitude.clamp(max=7).exp()
         length = (real.square() + imaginary.square() + 1e-6).sqrt()
         spectrum = torch.complex(magnitude * real / length, magnitude * imaginary / length)
-        return magnitude, self._inverse_stft(spectrum)
+        return magnitude, self._inverse_stft(spectrum, frames_inside)
 
-    def _inverse_stft(self, spectrum: Tensor) -> Tensor:
+    def _inverse_stft(self, spectrum: Tensor, inside: Tensor) -> Tensor:
         """(M, frames, bins) complex -> (M, frames * hop): overlap-add of windowed frames, divided by the windows' energy.
+        `inside` (M, frames, 1): frames past the end of a sound weigh nothing, or they would sound in its last samples.
 
         `torch.istft` cannot pad this way (it wants a frame centred on the first sample).
         """
         window, hop = self.config.window, self.config.hop
-        frames = torch.fft.irfft(spectrum, window) * self.window  # (M, frames, window)
-        size = (1, (frames.size(1) - 1) * hop + window)
+        weights = self.window * inside  # (M, frames, window)
+        size = (1, (weights.size(1) - 1) * hop + window)
 
         def overlap_add(parts: Tensor) -> Tensor:
             return F.fold(parts.transpose(1, 2), size, (1, window), stride=(1, hop)).flatten(1)
 
-        energy = overlap_add(self.window.square().expand(1, frames.size(1), -1))
+        samples = overlap_add(torch.fft.irfft(spectrum, window) * weights)
         trim = (window - hop) // 2
-        return (overlap_add(frames) / energy.clamp_min(1e-3))[:, trim : size[1] - trim]
+        return (samples / overlap_add(weights.square()).clamp_min(1e-3))[:, trim : size[1] - trim]
 
     @staticmethod
     def _inside(tokens: Tensor, longest: int) -> Tensor:
@@ -338,7 +340,7 @@ class AudioCodec(nn.Module):
 
     def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """Log-mel error of the magnitudes, plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32."""
-        longest = int(tokens.max())
+        longest = max(2, int(tokens.max()))  # the largest window below takes two frames
         inside = self._inside(tokens, longest)
         audio = self._fit(audio, longest)
         target = self.log_mel(self.spectrogram(audio))

@@ -81,6 +81,8 @@ class FusedLanguageModel(nn.Module):
         dropout: share of the embedding that is dropped in training.
     """
 
+    token_bytes: Tensor
+
     def __init__(
         self,
         backbone: Backbone,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pile_app.data.packing import assemble, collate
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Document, Segment, Vocabulary
 from pile_app.model.backbones import Cache
 from pile_app.model.fused import FusedLanguageModel
 
@@ -58,12 +58,14 @@ def generate(
     """One segment of modality `to` for each prompt. A text prompt that asks for text is continued.
 
     Raises:
-        ValueError: the model does not know the modality.
+        ValueError: the model does not know a modality.
         BadSample: a medium of a prompt cannot be decoded.
     """
     sampling = sampling or Sampling()
-    if to not in model.vocabulary.modalities:
-        raise ValueError(f"the model was trained without a codec for modality {to}")
+    for modality in (to, *(segment.modality for prompt in prompts for segment in prompt.segments)):
+        if modality not in model.vocabulary.modalities:
+            name = MODALITIES[modality]
+            raise ValueError(f"the model has no {name} codec: it can neither read nor write {name}")
     was_training = model.training
     model.eval()
     groups: dict[int, list[int]] = defaultdict(list)  # prompts of one length run together, so that no row is padded
@@ -138,7 +140,7 @@ def _draw(
             mixed[:, [Vocabulary.BEGIN, Vocabulary.NULL]] = -torch.inf
         code = _sample(mixed, sampling, generator)
         drawn.append(code)
-        ended = torch.isin(code, stops) & ~done
+        ended = torch.isin(code, stops.to(code.device)) & ~done
         lengths[ended] = step
         done |= ended
         if bool(done.all()):

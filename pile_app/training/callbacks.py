@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,7 +220,7 @@ class SampleGeneration(Callback):
         """
         kinds: dict[tuple[int, int], tuple[list[Document], list[Segment | None]]] = {}
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
-            for number in range(min(len(data.tokens.document), 64 * self.count)):
+            for number in range(min(len(data), 64 * self.count)):
                 try:
                     segments = data.document(number).segments
                 except ValueError:

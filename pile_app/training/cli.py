@@ -47,8 +47,7 @@ class PileCLI(LightningCLI):
             "--checkpoint_every", type=int, default=500, help="optimizer steps between checkpoints (last.ckpt is replaced)"
         )
         parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
-        parser.link_arguments("model.vocabulary", "data.vocabulary", apply_on="instantiate")
-        parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
+        link_model_to_data(parser)
 
     @property
     def run_folder(self) -> Path:
@@ -97,6 +96,20 @@ class PileCLI(LightningCLI):
         if self.config.trainer.logger is None:
             chosen["logger"] = make_loggers(run, self.config.wandb)
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
+
+
+def link_model_to_data(parser: LightningArgumentParser) -> None:
+    parser.link_arguments("model.vocabulary", "data.vocabulary", apply_on="instantiate")
+    parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
+
+
+def make_model_parser() -> LightningArgumentParser:
+    """Of `model` and `data` alone, as training has them, for what uses a run without training it (see `load.py`)."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(PileModule, "model")
+    parser.add_lightning_class_args(PileDataModule, "data")
+    link_model_to_data(parser)
+    return parser
 
 
 def check_config(config: Namespace) -> None:

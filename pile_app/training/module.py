@@ -73,7 +73,7 @@ class PileModule(LightningModule):
         codec_crop: int = 50,
         codecs_from: str | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
-        weights: ModalityWeights = ModalityWeights(),  # noqa: B008
+        weights: ModalityWeights = ModalityWeights(),
         dropout: float = 0.0,
         l1: float = 0.0,
     ) -> None:
@@ -123,7 +123,7 @@ class PileModule(LightningModule):
         self.source_losses = torch.nn.ModuleDict({name: mean() for name in names})
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: mean() for m in self.model.codecs})
         self.total_loss = mean()
-        self.nats_per_byte = mean()
+        self.nats_per_byte = torch.nn.ModuleDict({name: mean() for name in ["all", *names]})
 
     def on_train_start(self) -> None:
         if not self.in_codec_phase:
@@ -227,15 +227,14 @@ class PileModule(LightningModule):
         self.total_loss.update(loss.each)
         self.accuracies[name].update(loss.predictions, loss.targets)  # type: ignore[operator]
         source = batch.source.flatten()[batch.targets[modality]]
-        for number, metric in enumerate(self.source_losses.values()):
-            of_source = source == number
-            if bool(of_source.any()):
-                metric.update(loss.each[of_source])  # type: ignore[operator]
-        if modality == TEXT:
-            sizes = self.model.token_bytes[loss.targets]
-            inside = sizes > 0  # openers and `<end>` are not text
-            if bool(inside.any()):
-                self.nats_per_byte.update(loss.each[inside] / sizes[inside], sizes[inside].float())
+        # An empty update leaves a mean as it is. Openers and `<end>` are no text and have no bytes.
+        sizes = self.model.token_bytes[loss.targets] if modality == TEXT else torch.zeros_like(loss.targets)
+        per_byte = loss.each / sizes.clamp_min(1)
+        self.nats_per_byte["all"].update(per_byte, sizes.float())  # type: ignore[operator]
+        for number, name in enumerate(self.source_losses):
+            of_source = (source == number).float()
+            self.source_losses[name].update(loss.each, of_source)  # type: ignore[operator]
+            self.nats_per_byte[name].update(per_byte, sizes * of_source)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         values: dict[str, Tensor] = {}
@@ -247,7 +246,9 @@ class PileModule(LightningModule):
         values |= {f"source/{name}_loss": _compute(metric) for name, metric in self.source_losses.items()}
         values |= {f"{name}_codec_loss": _compute(metric) for name, metric in self.codec_losses.items()}
         values["loss"] = _compute(self.total_loss)
-        values["text_bits_per_byte"] = _compute(self.nats_per_byte) / math.log(2)
+        for name, metric in self.nats_per_byte.items():
+            key = "text_bits_per_byte" if name == "all" else f"source/{name}_bits_per_byte"
+            values[key] = _compute(metric) / math.log(2)
         if IMAGE in vocabulary.modalities:
             pixels = math.prod(vocabulary.image_shape)
             values["image_code_bits_per_pixel_channel"] = values["image_loss"] * vocabulary.image_tokens / pixels / math.log(2)
@@ -269,8 +270,9 @@ class PileModule(LightningModule):
 
 
 def _compute(metric: Any) -> Tensor:
-    """The value over all ranks, nan where no rank has seen anything; then reset."""
-    value: Tensor = metric.compute().float() if metric._update_called or metric._to_sync else torch.tensor(torch.nan)
+    """The value over all ranks (each has to ask, whether it has seen anything or not), nan where there is none; then reset."""
+    metric._update_count = max(1, metric._update_count)  # or a rank that has seen nothing would be warned of it
+    value: Tensor = metric.compute().float()
     metric.reset()
     return value
 

@@ -14,7 +14,8 @@ import soundfile
 import yaml
 import zstandard
 
-from pile_app.data.prepare import Summary, _pieces, prepare
+from pile_app.data.prepare import Summary, prepare
+from pile_app.data.readers import _pieces
 from pile_app.data.shards import ShardReader, expand_shards, load_index
 from pile_app.documents import Document, Segment
 

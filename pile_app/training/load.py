@@ -1,0 +1,86 @@
+"""A run folder back to its model: `runs/<name>/` -> module with its weights, data module, checkpoint.
+
+Nothing of training is built (no Trainer, no logger), and no shard is opened before `data.setup()` is called.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError
+
+from pile_app.data.datamodule import PileDataModule
+from pile_app.training.cli import make_model_parser
+from pile_app.training.module import PileModule, check_shapes
+
+
+def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
+    """The module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
+
+    Args:
+        run: folder of the run.
+        checkpoint: "last", "best", or the path of a checkpoint file.
+
+    Raises:
+        ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
+    """
+    config = read_config(run)
+    path = find_checkpoint(run, checkpoint)
+    module, data = _build(run, config)
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = saved["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {reason}") from error
+    try:
+        check_shapes(module, state)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} does not fit {str(run / 'config.yaml')!r}: {error}") from error
+    module.load_state_dict(state)
+    return module.eval(), data, saved
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """`config.yaml` of a run folder."""
+    path = run / "config.yaml"
+    if not run.is_dir():
+        raise ValueError(f"there is no run folder {str(run)!r} (working folder {os.getcwd()})")
+    if not path.is_file():
+        raise ValueError(f"{str(run)!r} is not the folder of a run: it holds no config.yaml")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
+        raise ValueError(f"{str(path)!r} has no model and data: it is not the config.yaml of a run")
+    return config
+
+
+def find_checkpoint(run: Path, checkpoint: str) -> Path:
+    """The file that "last", "best" or a path means."""
+    path = run / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint)
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint {str(path)!r} is a folder, saved in parts by several devices: make one file of it with "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` and give that with --checkpoint"
+        )
+    if not path.is_file():
+        found = ", ".join(sorted(one.stem for one in (run / "checkpoints").glob("*.ckpt"))) or "none"
+        raise ValueError(f"there is no checkpoint {str(path)!r}; checkpoints of run {str(run)!r}: {found}")
+    return path
+
+
+def _build(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
+    model = config["model"] | {"codecs_from": None}  # the checkpoint holds the codecs; where they came from may be gone
+    parser = make_model_parser()
+    try:
+        built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{str(run / 'config.yaml')!r} is not a configuration of this version of Pile: {error}") from error
+    return built.model, built.data

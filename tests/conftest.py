@@ -1,0 +1,140 @@
+"""What the tests of several rooms share: small media, and a model small enough to run in milliseconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pile_app.data.shards import write_shards
+from pile_app.data.text import ByteTokenizer
+from pile_app.documents import Document, Segment
+from pile_app.model.backbones import LSTM, RNN, Backbone, Transformer
+from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.fused import FusedLanguageModel
+
+IMAGE = ImageCodecConfig(size=8, channels=1, patch=4, levels=(4, 3), width=16, blocks=1)
+AUDIO = AudioCodecConfig(
+    sample_rate=8000, hop=80, window=320, mels=20, frames_per_token=4, levels=(4, 3, 3), width=16, blocks=1
+)
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "transformer": lambda: Transformer(width=32, layers=2, heads=4, key_value_heads=2),
+    "lstm": lambda: LSTM(width=32, layers=2),
+    "rnn": lambda: RNN(width=32, layers=2),
+}
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., FusedLanguageModel]:
+    """Makes a model of text, 8x8 images (4 codes) and 8 kHz sound (25 codes a second) over a named backbone.
+
+    `perturbed` moves every parameter away from its initial value (heads start at zero), so that predictions differ.
+    """
+
+    def make(backbone: str = "transformer", perturbed: bool = True) -> FusedLanguageModel:
+        torch.manual_seed(0)
+        model = FusedLanguageModel(BACKBONES[backbone](), ByteTokenizer(), IMAGE, AUDIO)
+        if perturbed:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += torch.randn_like(parameter) * 0.1
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def image() -> Callable[[int], Segment]:
+    """Makes the n-th 8x8 grey image."""
+    return lambda n: Segment.from_image(np.random.default_rng(n).integers(0, 256, (8, 8), np.uint8))
+
+
+@pytest.fixture
+def sound() -> Callable[..., Segment]:
+    """Makes the n-th 8 kHz sound: a tone in noise."""
+
+    def make(n: int, samples: int = 1500) -> Segment:
+        rng = np.random.default_rng(n)
+        tone = np.sin(np.arange(samples) * (0.1 + 0.05 * n))
+        return Segment.from_audio(0.4 * tone + 0.05 * rng.standard_normal(samples), 8000)
+
+    return make
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+TINY_CONFIG = """
+model:
+  backbone: {{class_path: Transformer, init_args: {{width: 32, layers: 2, heads: 2}}}}
+  image: {{size: 8, channels: 1, patch: 4, levels: [4, 3], width: 16, blocks: 1}}
+  audio: {{sample_rate: 8000, hop: 80, window: 320, mels: 20, frames_per_token: 4, levels: [4, 3, 3], width: 16, blocks: 1}}
+  codec_steps: 2
+data:
+  sources:
+    media: {{train: "{shards}/media-train-*.tar", validation: "{shards}/media-validation-*.tar", weight: 1}}
+    prose: {{train: "{shards}/prose-train-*.tar", validation: "{shards}/prose-validation-*.tar", weight: 1}}
+  context: 128
+  global_batch: 4
+  condition_dropout: 0.5
+trainer: {{max_steps: 6, val_check_interval: 3, accelerator: cpu}}
+checkpoint_every: 3
+"""
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A run that `train.py` made: its folder, the config it was given, the folder of its shards."""
+
+    folder: Path
+    config: Path
+    shards: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Six steps over captioned images, transcribed sounds and texts, by the real entry point. Not to be changed: copy it."""
+    base = tmp_path_factory.mktemp("tiny")
+    shards = base / "shards"
+    for split, count in (("train", 60), ("validation", 8)):
+        write_shards(media_documents(count, split), shards, f"media-{split}", shard_bytes=60_000)
+        write_shards(prose_documents(count, split), shards, f"prose-{split}")
+    config = base / "config.yaml"
+    config.write_text(TINY_CONFIG.format(shards=shards))
+    train("--config", config, "--name", "x", "--runs", base / "runs", "--wandb", "null", cwd=base)
+    return TinyRun(base / "runs" / "x", config, shards)
+
+
+def train(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python train.py ...` in a process of its own, from `cwd`, where no `conf/default.yaml` adds to the config."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def media_documents(count: int, split: str) -> Iterator[Document]:
+    """Captioned images and transcribed sounds by turns, segments in free order; every seventh a question with its answer."""
+    for n in range(count):
+        rng = np.random.default_rng(n)
+        if n % 2:
+            medium = Segment.from_image(rng.integers(0, 256, (8, 8), np.uint8))
+        else:
+            medium = Segment.from_audio(0.3 * rng.standard_normal(1600 + 100 * (n % 5)), 8000)
+        if n % 7 == 6:
+            question = Segment("what is this?", loss=False)
+            yield Document((question, medium, Segment(f"number {n}")), f"{split}-{n}")
+        else:
+            yield Document((medium, Segment(f"number {n}")), f"{split}-{n}", ordered=False)
+
+
+def prose_documents(count: int, split: str) -> Iterator[Document]:
+    """Texts of 20 to 300 bytes, the longer ones of which are cut in a context of 128."""
+    for n in range(count):
+        yield Document((Segment(f"{split} text {n}: " + "lorem ipsum " * (1 + n % 24)),), f"{split}-{n}")

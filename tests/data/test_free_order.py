@@ -1,0 +1,46 @@
+"""Documents whose segments stand in free order, and documents longer than the context: together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pile_app.data.datamodule import PackDataset, SourceData
+from pile_app.data.order import TrainingOrder
+from pile_app.data.shards import write_shards
+from pile_app.data.text import ByteTokenizer
+from pile_app.documents import IMAGE, TEXT, Document, Segment, Vocabulary
+
+VOCABULARY = Vocabulary(image_codes=12, image_shape=(1, 8, 8), image_grid=(2, 2))
+CONTEXT = 32
+
+
+def packs(documents: list[Document], folder: Path) -> PackDataset:
+    write_shards(documents, folder, "x")
+    source = SourceData("x", str(folder / "*.tar"), VOCABULARY, ByteTokenizer(), CONTEXT)
+    order = TrainingOrder([source.tokens], None, CONTEXT, seed=0)
+    return PackDataset([source], order, VOCABULARY, ByteTokenizer(), CONTEXT, 0, 0.0)
+
+
+def test_free_order_is_drawn_anew_in_each_epoch(tmp_path: Path, image: Callable[[int], Segment]) -> None:
+    dataset = packs([Document((image(0), Segment("one")), "a", ordered=False)], tmp_path)
+    openers = [int(dataset[position].tokens[1]) for position in range(20)]
+    assert set(openers) == {Vocabulary.OPENERS[TEXT], Vocabulary.OPENERS[IMAGE]}
+
+
+def test_a_cut_document_in_free_order_is_predicted_once_in_each_epoch(tmp_path: Path, image: Callable[[int], Segment]) -> None:
+    text = "a text that is longer than the context of 32 tokens, so it is cut"
+    dataset = packs([Document((image(0), Segment(text)), "a", ordered=False)], tmp_path)
+    order = dataset.order
+    assert isinstance(order, TrainingOrder) and order.packs_per_epoch == 3
+    for epoch in range(8):
+        seen = [dataset[position] for position in range(3 * epoch, 3 * epoch + 3)]
+        assert not any(pack.rejected for pack in seen)
+        predicted = np.concatenate([pack.tokens[places + 1] for pack in seen for places in pack.targets[TEXT]])
+        assert sorted(predicted) == sorted(
+            [Vocabulary.OPENERS[IMAGE], Vocabulary.OPENERS[TEXT], Vocabulary.END]
+            + [byte + Vocabulary.SPECIALS for byte in text.encode()]
+        )
+        assert sum(len(places) for pack in seen for places in pack.targets[IMAGE]) == VOCABULARY.image_tokens

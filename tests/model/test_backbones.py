@@ -1,0 +1,175 @@
+"""The promises of `model/backbones.py`, for each of them: documents in one row do not see each other, nobody sees ahead, and the
+cache changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pile_app.model.backbones import LSTM, RNN, Backbone, Transformer
+
+WIDTH = 32
+MAKE: dict[str, Callable[[], Backbone]] = {
+    "transformer": lambda: Transformer(WIDTH, 3, heads=4),
+    "grouped-query": lambda: Transformer(WIDTH, 2, heads=4, key_value_heads=2),
+    "multi-query": lambda: Transformer(WIDTH, 2, heads=4, key_value_heads=1),
+    "lstm": lambda: LSTM(WIDTH, 2),
+    "rnn": lambda: RNN(WIDTH, 2),
+}
+
+
+@pytest.fixture(params=list(MAKE))
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    """Perturbed: as they are made, the blocks of a Transformer are the identity."""
+    torch.manual_seed(0)
+    backbone = MAKE[request.param]()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    return backbone.eval()
+
+
+def one_document(tokens: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    return torch.zeros(batch, tokens, dtype=torch.int32), torch.arange(tokens, dtype=torch.int32).expand(batch, -1)
+
+
+def rows_of(lengths: list[list[tuple[int, int]]], tokens: int) -> tuple[Tensor, Tensor]:
+    """document and position (B, T) of rows of (number of the document, its length), the rest padding."""
+    document = torch.full((len(lengths), tokens), -1, dtype=torch.int32)
+    position = torch.zeros(len(lengths), tokens, dtype=torch.int32)
+    for row, pieces in enumerate(lengths):
+        place = 0
+        for number, length in pieces:
+            document[row, place : place + length] = number
+            position[row, place : place + length] = torch.arange(length) if number >= 0 else 0
+            place += length
+    return document, position
+
+
+# Documents of one token, of a whole row, beside padding in the middle (a bad sample) and at the end; and one row of nothing.
+LAYOUT = [
+    [(0, 40), (1, 1), (2, 17), (3, 36)],
+    [(0, 96)],
+    [(0, 5), (-1, 20), (2, 30), (3, 1)],
+    [(0, 1)],
+    [],
+]
+
+
+def test_packed_documents_give_what_each_gives_alone(backbone: Backbone) -> None:
+    document, position = rows_of(LAYOUT, 96)
+    x = torch.randn(len(LAYOUT), 96, WIDTH)
+    together = backbone(x, document, position)
+    assert together.isfinite().all()
+    for row, pieces in enumerate(LAYOUT):
+        place = 0
+        for number, length in pieces:
+            span = slice(place, place + length)
+            place += length
+            if number >= 0:
+                alone = backbone(x[row : row + 1, span], *one_document(length))
+                torch.testing.assert_close(together[row, span], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_a_document_do_not_hang_on_its_neighbours(backbone: Backbone) -> None:
+    document, position = rows_of(LAYOUT, 96)
+    x = torch.randn(len(LAYOUT), 96, WIDTH, requires_grad=True)
+    backbone(x, document, position)[0, 41:58].square().sum().backward()
+    assert x.grad is not None
+    touched = x.grad.abs().sum(-1) > 0
+    assert touched[0, 41:58].all()
+    touched[0, 41:58] = False
+    assert not touched.any()
+
+
+def test_no_place_sees_a_later_one(backbone: Backbone) -> None:
+    x = torch.randn(2, 24, WIDTH)
+    before = backbone(x, *one_document(24, 2))
+    for place in (1, 12, 23):
+        changed = x.clone()
+        changed[:, place:] = torch.randn_like(changed[:, place:])
+        after = backbone(changed, *one_document(24, 2))
+        torch.testing.assert_close(after[:, :place], before[:, :place], atol=1e-6, rtol=0)
+        assert (after[:, place] - before[:, place]).abs().max() > 1e-2
+
+
+def test_every_place_sees_all_earlier_ones(backbone: Backbone) -> None:
+    x = torch.randn(1, 12, WIDTH, requires_grad=True)
+    backbone(x, *one_document(12))[0, -1].sum().backward()
+    assert x.grad is not None
+    assert (x.grad[0].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("chunks", [[1] * 20, [7, 1, 5, 1, 6], [20]])
+def test_the_cache_changes_nothing(backbone: Backbone, chunks: list[int]) -> None:
+    x = torch.randn(3, 20, WIDTH)
+    document, position = one_document(20, 3)
+    whole = backbone(x, document, position)
+    cache = backbone.new_cache()
+    steps = [
+        backbone(*(part.contiguous() for part in parts), cache)
+        for parts in zip(x.split(chunks, 1), document.split(chunks, 1), position.split(chunks, 1), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_a_cache_can_be_chosen(backbone: Backbone) -> None:
+    x = torch.randn(4, 10, WIDTH)
+    document, position = one_document(10, 4)
+    cache = backbone.new_cache()
+    backbone(x[:, :9], document[:, :9], position[:, :9], cache)
+    rows = torch.tensor([2, 0])
+    chosen = backbone(x[rows, 9:], document[rows, 9:], position[rows, 9:], cache.select(rows))
+    torch.testing.assert_close(chosen[:, 0], backbone(x, document, position)[rows, 9], atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_is_trained(backbone: Backbone) -> None:
+    document, position = rows_of(LAYOUT, 96)
+    backbone(torch.randn(len(LAYOUT), 96, WIDTH), document, position).square().mul(torch.rand(WIDTH)).sum().backward()
+    without = [name for name, parameter in backbone.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not without
+
+
+def test_only_training_drops() -> None:
+    for make in (Transformer, LSTM, RNN):
+        backbone = make(width=32, layers=1, dropout=0.5)
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter += torch.randn_like(parameter) * 0.1
+        x, where = torch.randn(1, 8, 32), one_document(8)
+        assert not torch.equal(backbone.train()(x, *where), backbone(x, *where))
+        assert torch.equal(backbone.eval()(x, *where), backbone(x, *where))
+
+
+def test_a_transformer_begins_as_the_identity() -> None:
+    x = torch.randn(1, 8, WIDTH)
+    y = Transformer(WIDTH, 3, heads=4)(x, *one_document(8))
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (WIDTH,)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Transformer(width=0), "width >= 1"),
+        (lambda: LSTM(layers=0), "layers >= 1"),
+        (lambda: RNN(dropout=1.0), "dropout"),
+        (lambda: RNN(dropout=-0.1), "dropout"),
+        (lambda: Transformer(width=32, heads=5), "heads=5 must divide width=32"),
+        (lambda: Transformer(width=12, heads=4), "even size"),
+        (lambda: Transformer(width=32, heads=0), "heads=0"),
+        (lambda: Transformer(width=32, heads=4, key_value_heads=3), "key_value_heads=3 must divide heads=4"),
+        (lambda: Transformer(width=32, heads=4, key_value_heads=0), "key_value_heads=0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make: Callable[[], Backbone], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_grouped_queries_take_fewer_parameters_and_context_costs_flops() -> None:
+    full, grouped = MAKE["transformer"](), Transformer(WIDTH, 3, heads=4, key_value_heads=1)
+    assert full.flops_per_token(0) - grouped.flops_per_token(0) == 2 * 3 * 2 * WIDTH * (WIDTH - WIDTH // 4)
+    assert full.flops_per_token(100) - full.flops_per_token(0) == 4 * 3 * WIDTH * 100

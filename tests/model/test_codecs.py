@@ -1,0 +1,260 @@
+"""The promises of `model/codecs.py`: codes go there and back, and hang on their own medium only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pile_app.model.codecs import (
+    AudioCodec,
+    AudioCodecConfig,
+    FiniteScalarQuantizer,
+    ImageCodec,
+    ImageCodecConfig,
+)
+
+LEVELS = [(3,), (4,), (8, 5, 5, 5), (5, 7, 3), (4, 6, 8), (3, 4), (16, 3)]
+AUDIO = AudioCodecConfig(
+    sample_rate=8000, hop=80, window=320, mels=20, frames_per_token=2, levels=(5, 4, 3), width=16, blocks=2
+)
+
+
+def image_codec(channels: int = 3) -> ImageCodec:
+    torch.manual_seed(0)
+    codec = ImageCodec(ImageCodecConfig(size=16, channels=channels, patch=4, levels=(5, 4, 3), width=16, blocks=1))
+    perturb(codec)
+    return codec
+
+
+def audio_codec(config: AudioCodecConfig = AUDIO) -> AudioCodec:
+    torch.manual_seed(0)
+    codec = AudioCodec(config)
+    perturb(codec)
+    return codec
+
+
+def perturb(codec: torch.nn.Module) -> None:
+    """As they are made, the blocks are the identity."""
+    with torch.no_grad():
+        for parameter in codec.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    codec.eval()
+
+
+def images(count: int, channels: int = 3) -> Tensor:
+    return torch.randint(0, 256, (count, channels, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def sounds(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """(M, S) tones in noise, zero past their ends, and (M,) tokens."""
+    generator = torch.Generator().manual_seed(2)
+    audio = torch.zeros(len(lengths), max(lengths))
+    for number, length in enumerate(lengths):
+        tone = torch.sin(torch.arange(length) * (0.1 + 0.2 * number))
+        audio[number, :length] = 0.4 * tone + 0.1 * torch.randn(length, generator=generator)
+    return audio, torch.tensor([-(-length // AUDIO.samples_per_token) for length in lengths])
+
+
+# Quantizer
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_every_code_comes_back_from_its_quantized_vector(levels: tuple[int, ...]) -> None:
+    quantizer = FiniteScalarQuantizer(levels)
+    codes = torch.arange(quantizer.codes)
+    assert quantizer.codes == math.prod(levels)
+    quantized = quantizer.from_codes(codes)
+    assert quantized.shape == (len(codes), len(levels)) and quantized.abs().max() <= 1
+    assert len(quantized.unique(dim=0)) == len(codes)
+    assert torch.equal(quantizer.to_codes(quantized), codes)
+    of_levels = quantizer.to_levels(codes)
+    assert (of_levels >= 0).all() and (of_levels < torch.tensor(levels)).all()
+    assert torch.equal((of_levels * quantizer.basis).sum(-1), codes)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_the_encoder_can_reach_every_code_and_no_other(levels: tuple[int, ...]) -> None:
+    quantizer = FiniteScalarQuantizer(levels)
+    sweep = torch.linspace(-30, 30, 20001)[:, None].expand(-1, len(levels))
+    reached = quantizer.to_levels(quantizer.to_codes(quantizer(sweep)))
+    for dimension, count in enumerate(levels):
+        assert reached[:, dimension].unique().tolist() == list(range(count))
+        assert (reached[:, dimension].diff() >= 0).all(), "neighbouring numbers have neighbouring levels"
+
+
+@settings(deadline=None)
+@given(st.sampled_from(LEVELS), st.integers(0, 2**31))
+def test_what_the_decoder_sees_in_training_is_what_the_code_says(levels: tuple[int, ...], seed: int) -> None:
+    quantizer = FiniteScalarQuantizer(levels)
+    z = torch.randn(50, len(levels), generator=torch.Generator().manual_seed(seed)) * 3
+    quantized = quantizer(z)
+    torch.testing.assert_close(quantizer.from_codes(quantizer.to_codes(quantized)), quantized, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_gradients_pass_the_rounding(levels: tuple[int, ...]) -> None:
+    z = (torch.rand(64, len(levels)) * 2 - 1).requires_grad_()
+    FiniteScalarQuantizer(levels)(z).sum().backward()
+    assert z.grad is not None and (z.grad > 0).all()
+
+
+# Images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_encoded_and_decoded_in_shape_and_range(channels: int) -> None:
+    codec = image_codec(channels)
+    codes = codec.encode(images(5, channels))
+    assert codec.grid == (4, 4) and codes.shape == (5, 16) and codes.dtype == torch.int64
+    assert codes.min() >= 0 and codes.max() < codec.quantizer.codes and len(codes.unique()) > 3
+    decoded = codec.decode(codes)
+    assert decoded.shape == (5, channels, 16, 16) and decoded.dtype == torch.uint8
+    assert len(decoded.unique()) > 10
+
+
+def test_codes_of_an_image_do_not_hang_on_its_batch() -> None:
+    codec, batch = image_codec(), images(6)
+    together = codec.encode(batch)
+    for number in range(6):
+        assert torch.equal(codec.encode(batch[number : number + 1])[0], together[number])
+        assert torch.equal(codec.decode(together[number : number + 1])[0], codec.decode(together)[number])
+
+
+def test_codes_of_an_image_stand_row_by_row() -> None:
+    """A change in a corner changes the codes there (the convolutions do not reach across)."""
+    torch.manual_seed(0)
+    codec = ImageCodec(ImageCodecConfig(size=64, patch=4, width=8, blocks=1)).eval()
+    codec.encoder = torch.nn.Sequential(*(layer for layer in codec.encoder if not isinstance(layer, torch.nn.GroupNorm)))
+    plain = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)
+    changed = plain.clone()
+    changed[:, :, :4, 60:] = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
+    places = (codec.encode(plain) != codec.encode(changed))[0].unflatten(0, (16, 16)).nonzero()
+    assert len(places) and places[:, 0].max() < 8 and places[:, 1].min() > 7
+
+
+# Sound
+
+
+def test_codes_of_a_sound_do_not_hang_on_what_it_is_padded_with() -> None:
+    codec, lengths = audio_codec(), [3000, 100, 1601, 160, 4111]
+    audio, tokens = sounds(lengths)
+    together = codec.encode(audio, tokens)
+    assert together.shape == (5, int(tokens.max())) and together.dtype == torch.int64
+    assert len(together.unique()) > 10 and together.max() < codec.quantizer.codes
+    for number, (length, count) in enumerate(zip(lengths, tokens.tolist(), strict=True)):
+        alone = codec.encode(audio[number : number + 1, :length], tokens[number : number + 1])
+        assert alone.shape == (1, count)
+        assert torch.equal(alone[0], together[number, :count])
+
+
+def test_a_decoded_sound_does_not_hang_on_what_it_is_padded_with() -> None:
+    codec = audio_codec()
+    tokens = torch.tensor([9, 1, 14])
+    codes = torch.randint(0, codec.quantizer.codes, (3, 14), generator=torch.Generator().manual_seed(3))
+    together = codec.decode(codes, tokens)
+    for number, count in enumerate(tokens.tolist()):
+        alone = codec.decode(codes[number : number + 1, :count], tokens[number : number + 1])
+        torch.testing.assert_close(together[number, : count * AUDIO.samples_per_token], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoded_sound_is_as_long_as_its_codes_and_silent_behind_them() -> None:
+    codec, tokens = audio_codec(), torch.tensor([9, 1, 14])
+    codes = torch.randint(0, codec.quantizer.codes, (3, 14))
+    waveform = codec.decode(codes, tokens)
+    assert waveform.shape == (3, 14 * AUDIO.samples_per_token) and waveform.dtype == torch.float32
+    assert waveform.abs().max() <= 1
+    for row, count in zip(waveform, tokens.tolist(), strict=True):
+        assert row[: count * AUDIO.samples_per_token].any() and not row[count * AUDIO.samples_per_token :].any()
+    magnitudes = codec.decode_magnitudes(codes, tokens)
+    assert magnitudes.shape == (3, 28, 161) and (magnitudes >= 0).all() and not magnitudes[1, 2:].any()
+
+
+@pytest.mark.parametrize(("hop", "window"), [(80, 320), (80, 160), (100, 300), (64, 256), (160, 640)])
+def test_the_inverse_transform_of_a_true_spectrum_is_the_waveform(hop: int, window: int) -> None:
+    codec = audio_codec(AudioCodecConfig(sample_rate=8000, hop=hop, window=window, mels=20, width=16, blocks=1))
+    audio = torch.randn(2, hop * 12)
+    padding = (window - hop) // 2
+    padded = torch.nn.functional.pad(audio, (padding, padding))
+    spectrum = torch.stft(padded, window, hop, window=codec.window, center=False, return_complex=True).transpose(1, 2)
+    assert spectrum.shape[1] == codec.spectrogram(audio).shape[1] == 12
+    torch.testing.assert_close(codec.spectrogram(audio), spectrum.abs(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(codec._inverse_stft(spectrum, torch.ones(2, 12, 1)), audio, atol=1e-4, rtol=1e-4)
+
+
+def test_a_full_scale_tone_stands_in_its_mel_band_near_zero() -> None:
+    codec = audio_codec()
+    tone = torch.sin(torch.arange(8000) * 2 * math.pi * 1000 / 8000)[None]
+    log_mel = codec.log_mel(codec.spectrogram(tone))[0, 10]
+    assert -3 < log_mel.max() < 0.5
+    assert log_mel.min() == pytest.approx(math.log(AudioCodec.FLOOR), abs=0.5)
+    assert codec.log_mel(codec.spectrogram(0 * tone)).max() == pytest.approx(math.log(AudioCodec.FLOOR))
+
+
+# Training
+
+
+def test_thirty_steps_of_training_lower_the_loss_of_images() -> None:
+    torch.manual_seed(0)
+    codec = ImageCodec(ImageCodecConfig(size=16, channels=1, patch=4, levels=(8, 5, 5), width=16, blocks=1))
+    ramp = torch.linspace(0, 255, 16)
+    batch = torch.stack([ramp.expand(16, 16), ramp.flip(0).expand(16, 16), ramp[:, None].expand(16, 16)])[:, None].byte()
+    losses = train(codec, lambda: codec.loss(batch), learning_rate=1e-2)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_thirty_steps_of_training_lower_the_loss_of_sounds() -> None:
+    torch.manual_seed(0)
+    codec = AudioCodec(AUDIO)
+    audio, tokens = sounds([3000, 1000, 2222])
+    losses = train(codec, lambda: codec.loss(audio, tokens), learning_rate=5e-3)
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def train(codec: torch.nn.Module, loss: Callable[[], Tensor], learning_rate: float) -> list[float]:
+    optimizer = torch.optim.Adam(codec.parameters(), learning_rate)
+    losses = []
+    for _ in range(30):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in codec.parameters())
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+@pytest.mark.parametrize("frames_per_token", [1, 2, 4])
+def test_the_shortest_and_the_silent_sound_have_a_loss(frames_per_token: int) -> None:
+    config = AudioCodecConfig(
+        sample_rate=8000, hop=80, window=320, mels=20, frames_per_token=frames_per_token, width=16, blocks=1
+    )
+    codec = AudioCodec(config)
+    for audio in (torch.randn(1, 7), torch.zeros(1, 80)):
+        loss = codec.loss(audio, torch.tensor([1]))
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in codec.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ImageCodecConfig(size=30, patch=4), "patch=4 must divide size=30"),
+        (lambda: ImageCodecConfig(channels=4), "channels"),
+        (lambda: ImageCodecConfig(width=20), "multiple of 8"),
+        (lambda: ImageCodecConfig(levels=()), "levels"),
+        (lambda: ImageCodecConfig(levels=(8, 2)), "at least 3 levels"),
+        (lambda: AudioCodecConfig(hop=160, window=300), "at least twice hop"),
+        (lambda: AudioCodecConfig(hop=160, window=641), "even"),
+        (lambda: AudioCodecConfig(frames_per_token=0), "frames_per_token"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
