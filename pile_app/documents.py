@@ -171,7 +171,9 @@ def _parse_json(key: str, data: bytes) -> dict[str, Any]:
 
 def _named_segment(key: str, entry: Any, files: Mapping[str, bytes]) -> Segment:
     if not isinstance(entry, dict) or not any(isinstance(entry.get(name), str) for name in ("text", "file")):
-        raise BadSample("invalid_json", f"a segment of sample {key!r} has neither a text nor the name of a file: {entry!r:.100}")
+        raise BadSample(
+            "invalid_json", f"a segment of sample {key!r} has neither a text nor the name of a file: {entry!r:.100}"
+        )
     loss = bool(entry.get("loss", True))
     if isinstance(entry.get("text"), str):
         return Segment(entry["text"], loss=loss)

@@ -62,7 +62,9 @@ def expand_shards(pattern: str | Sequence[str]) -> list[str]:
         try:
             expansions = list(braceexpand.braceexpand(one))
         except braceexpand.UnbalancedBracesError as error:
-            raise ShardError(f"{one!r} opens or closes a brace without the other: write e.g. 'train-{{000..007}}.tar'") from error
+            raise ShardError(
+                f"{one!r} opens or closes a brace without the other: write e.g. 'train-{{000..007}}.tar'"
+            ) from error
         for expanded in expansions:
             found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded]
             if not found:
@@ -307,7 +309,9 @@ class ShardWriter:
         import webdataset
 
         if sample_key(f"{document.key}.json") != document.key:
-            raise ValueError(f"document key {document.key!r}: WebDataset ends a key at the first dot; write another character there")
+            raise ValueError(
+                f"document key {document.key!r}: WebDataset ends a key at the first dot; write another character there"
+            )
         if self._file is None:
             path = self.folder / f"{self.prefix}-{len(self._paths):06d}.tar.{os.getpid()}.tmp"
             self._file = open(path, "wb")  # noqa: SIM115 (closed by finish_shard)

@@ -1,5 +1,5 @@
-"""The promises of `model/backbones.py`, for each of them: documents in one row do not see each other, nobody sees ahead, and the
-cache changes nothing."""
+"""The promises of `model/backbones.py`, for each of them: documents in one row do not see each other, nobody sees ahead, and
+the cache changes nothing."""
 
 from __future__ import annotations
 

@@ -86,6 +86,8 @@ def test_the_encoder_can_reach_every_code_and_no_other(levels: tuple[int, ...]) 
     for dimension, count in enumerate(levels):
         assert reached[:, dimension].unique().tolist() == list(range(count))
         assert (reached[:, dimension].diff() >= 0).all(), "neighbouring numbers have neighbouring levels"
+    near_zero = torch.tensor([[-0.01], [0.01]]).expand(-1, len(levels))
+    assert not quantizer(near_zero).any(), "an encoder that begins near zero begins in the middle of a level"
 
 
 @settings(deadline=None)
