@@ -2,6 +2,6 @@
 
 import os
 
-# GCC's OpenMP lets idle threads spin for so long that any other busy process slows training tenfold (measured, 2 cores); with this
-# it is a fair share, at 5 % less speed on an idle machine. Has to stand before torch is imported.
+# GCC's OpenMP lets idle threads spin for so long that any other busy process slows training tenfold (measured, 2 cores); with
+# this it is a fair share, at 5 % less speed on an idle machine. Has to stand before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

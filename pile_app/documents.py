@@ -213,12 +213,14 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, channels: int, height: int, width: int) -> np.ndarray:
-    """uint8 pixels (channels, height, width): decoded, transparent parts on white, resized (antialiased) to fill, centre-cropped."""
+    """uint8 pixels (channels, height, width): decoded, transparent parts on white, resized (antialiased) to fill, and
+    centre-cropped."""
     from PIL import Image, ImageOps
 
     image_size(data)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as file:
+            image: Image.Image = file
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

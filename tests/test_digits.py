@@ -102,7 +102,8 @@ def test_documents_are_ordered_and_show_the_digit_they_are_labelled_with(documen
         for prefix in ("labelled-train", "labelled-heldout")
         for document in documents[prefix]
     }
-    for prefix in ("digits-train", "digits-validation", "labelled-train", "labelled-heldout"):
+    prefixes = ("digits-train", "digits-validation", "labelled-train", "labelled-heldout", "images-validation", "clips-train")
+    for prefix in prefixes:
         for document in documents[prefix]:
             assert document.ordered
             for segment in document.segments:
@@ -118,11 +119,23 @@ def test_1500_images_train_and_297_are_held_out(documents: dict[str, list[Docume
     assert set(media(documents["digits-validation"], "image")) <= held_out
 
 
-def test_half_of_the_uses_of_an_image_are_augmented_and_none_in_validation(documents: dict[str, list[Document]]) -> None:
-    plain = set(media(documents["labelled-train"], "image"))
-    uses = media(documents["digits-train"], "image")
-    assert np.mean([use not in plain for use in uses]) == pytest.approx(recipe.AUGMENTED_SHARE, abs=0.02)
-    assert set(media(documents["digits-validation"], "image")) <= set(media(documents["labelled-heldout"], "image"))
+def test_images_and_clips_stand_alone_and_held_out_ones_are_held_out(documents: dict[str, list[Document]]) -> None:
+    for name, wanted in (("images", "image"), ("clips", "audio")):
+        labelled = {split: set(media(documents[f"labelled-{split}"], wanted)) for split in ("train", "heldout")}
+        train, validation = documents[f"{name}-train"], documents[f"{name}-validation"]
+        assert {order(document) for document in train + validation} == {(wanted,)}
+        assert not set(media(train, wanted)) & labelled["heldout"]
+        assert set(media(validation, wanted)) <= labelled["heldout"]
+    assert Counter(media(documents["images-validation"], "image")) == Counter(media(documents["labelled-heldout"], "image"))
+
+
+@pytest.mark.parametrize("wanted", ["image", "audio"])
+def test_most_uses_of_a_medium_are_augmented_and_none_in_validation(documents: dict[str, list[Document]], wanted: str) -> None:
+    plain = set(media(documents["labelled-train"], wanted))
+    for prefix in ("digits-train", {"image": "images-train", "audio": "clips-train"}[wanted]):
+        uses = media(documents[prefix], wanted)
+        assert np.mean([use not in plain for use in uses]) == pytest.approx(recipe.AUGMENTED_SHARE, abs=0.02)
+    assert set(media(documents["digits-validation"], wanted)) <= set(media(documents["labelled-heldout"], wanted))
 
 
 def test_held_out_voices_are_heard_in_no_training_document(documents: dict[str, list[Document]]) -> None:
@@ -132,7 +145,8 @@ def test_held_out_voices_are_heard_in_no_training_document(documents: dict[str, 
         for document in documents[prefix]
         if "voice" in document.meta
     }
-    train = {voice_of[clip] for prefix in ("labelled-train", "digits-train") for clip in media(documents[prefix], "audio")}
+    trained = [*media(documents["labelled-train"], "audio"), *media(documents["digits-train"], "audio")]
+    train = {voice_of[clip] for clip in trained if clip in voice_of}  # augmented ones are new files
     held_out = {voice_of[clip] for clip in media(documents["labelled-heldout"], "audio")}
     assert held_out == set(recipe.HELD_OUT_VOICES)
     assert not train & held_out and len(train) > 80
@@ -144,8 +158,11 @@ def test_clips_are_balanced_and_used_equally_often(documents: dict[str, list[Doc
         clips = [document for document in documents[f"labelled-{split}"] if order(document) == ("audio", "name")]
         of_digit = Counter(document.meta["label"] for document in clips)
         assert len(clips) >= least and len(of_digit) == 10 and max(of_digit.values()) - min(of_digit.values()) <= 4
-    uses = Counter(media(documents["digits-train"], "audio"))
-    assert uses.keys() == set(media(documents["labelled-train"], "audio"))
+    silence, pixels = np.zeros(800, np.float32), np.zeros((16, 16), np.uint8)
+    given = [recipe.Clip(n % 10, "voice", "en", silence, Segment(b"clip %d" % n, "flac")) for n in range(300)]
+    pictures = [recipe.Picture(n % 10, n, pixels, Segment(b"picture %d" % n, "png")) for n in range(100)]
+    uses = Counter(media(recipe.digit_documents(2000, pictures, given, 0, 0.0), "audio"))
+    assert uses.keys() == {clip.segment.file for clip in given}
     assert max(uses.values()) - min(uses.values()) <= 2
 
 
@@ -236,7 +253,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, shards: Path) 
     with pytest.raises(FileExistsError, match=r"has no dataset\.json"):
         recipe.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(FileExistsError, match="holds recipe 1, seed 0; asked for recipe 1, seed 7"):
+    version = recipe.VERSION
+    with pytest.raises(FileExistsError, match=f"holds recipe {version}, seed 0; asked for recipe {version}, seed 7"):
         recipe.prepare(shards, seed=7)
 
 

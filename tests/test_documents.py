@@ -44,7 +44,8 @@ segments = st.one_of(
 
 def read_back(document: Document) -> Document:
     sample = sample_from_document(document)
-    return document_from_sample(str(sample.pop("__key__")), {name: bytes(data) for name, data in sample.items()})  # type: ignore[arg-type]
+    key = str(sample.pop("__key__"))
+    return document_from_sample(key, {name: bytes(data) for name, data in sample.items()})  # type: ignore[arg-type]
 
 
 def wav(samples: np.ndarray, sample_rate: int = 8000, subtype: str = "PCM_16") -> bytes:

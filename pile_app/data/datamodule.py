@@ -68,10 +68,10 @@ class SourceData:
         self.too_long = 0
         self.cut: set[int] = set()  # documents longer than the context
         pieces = [self._pieces(number, vocabulary, tokenizer, context) for number in range(len(self.indexes))]
-        document, start, stop, shard = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        document, start, stop, shard, targets = (np.concatenate(column) for column in zip(*pieces, strict=True))
         if not len(document):
             raise ShardError(f"source {name!r} ({pattern!r}) holds no document that fits a context of {context} tokens")
-        self.tokens = SourceTokens(name, document, start, stop, shard)
+        self.tokens = SourceTokens(name, document, start, stop, shard, targets)
         documents = int(self.first_document[-1])
         rejected = sum(len(index.rejected) for index in self.indexes)
         if self.too_long or rejected:
@@ -80,17 +80,17 @@ class SourceData:
                 "context of %d tokens", name, documents + rejected, rejected, self.too_long, context,
             )  # fmt: skip
 
-    def _pieces(
-        self, shard: int, vocabulary: Vocabulary, tokenizer: Tokenizer, context: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(document, start, stop, shard) of the pieces of one shard's documents."""
+    def _pieces(self, shard: int, vocabulary: Vocabulary, tokenizer: Tokenizer, context: int) -> tuple[np.ndarray, ...]:
+        """(document, start, stop, shard, targets) of the pieces of one shard's documents, see `SourceTokens`."""
         index = self.indexes[shard]
         tokens = segment_tokens(index, vocabulary, tokenizer)
         first = index.first_segment.astype(np.int64)
         lengths = np.add.reduceat(tokens, first[:-1]) + 2 if len(index) else np.zeros(0, np.int64)
+        ends = index.loss[first[1:] - 1]  # is the `<end>` predicted?
+        targets = np.add.reduceat(tokens * index.loss, first[:-1]) + ends if len(index) else lengths
         numbers = np.arange(len(index)) + self.first_document[shard]
         short = lengths <= context
-        columns = [(numbers[short], np.zeros(short.sum(), np.int64), lengths[short])]
+        columns = [(numbers[short], np.zeros(short.sum(), np.int64), lengths[short], targets[short])]
         for sample in np.flatnonzero(~short):
             within = slice(first[sample], first[sample + 1])
             try:
@@ -100,9 +100,11 @@ class SourceData:
                 continue
             self.cut.add(int(numbers[sample]))
             starts, stops = np.array(cuts).T
-            columns.append((np.full(len(cuts), numbers[sample]), starts, stops))
-        document, start, stop = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return document, start, stop, np.full(len(document), shard)
+            predicted = np.repeat([False, *index.loss[within], ends[sample]], [1, *tokens[within], 1])
+            cut_targets = np.array([predicted[start + 1 : stop].sum() for start, stop in cuts])
+            columns.append((np.full(len(cuts), numbers[sample]), starts, stops, cut_targets))
+        document, start, stop, counts = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return document, start, stop, np.full(len(document), shard), counts
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -240,7 +242,7 @@ class _Batches(Dataset[Batch]):
     def _step_targets(self, step: int) -> int:
         order = self.dataset.order
         assert isinstance(order, TrainingOrder)
-        return order.targets(step * self.global_batch, (step + 1) * self.global_batch)
+        return max(1, order.targets(step * self.global_batch, (step + 1) * self.global_batch))
 
     def __getitems__(self, positions: list[int]) -> Batch:
         packs = [self.dataset[position] for position in positions]
@@ -384,6 +386,8 @@ class PileDataModule(LightningDataModule):
             "seed": self.seed,
             "context": self.context,
             "weights": self.order.weights,
+            "sources": self.source_names,
+            "tokenizer": self.vocabulary.tokenizer,
             "fingerprints": {data.name: data.fingerprint for data in self.train_data},
         }
 
@@ -399,12 +403,18 @@ class PileDataModule(LightningDataModule):
             ("seed", "set data.seed back"),
             ("context", "set data.context back"),
             ("global_batch", "set data.global_batch back (devices and data.micro_batch may change)"),
+            ("sources", "name the same sources in the same order"),
             ("weights", "set the weights of data.sources back"),
+            ("tokenizer", "set model.tokenizer back"),
             ("fingerprints", "restore the shards"),
         ):
-            if state[key] != now[key]:
+            was, is_now = state[key], now[key]
+            if was != is_now:
+                if isinstance(was, dict):  # only those that differ
+                    names = sorted(name for name in was | is_now if was.get(name) != is_now.get(name))
+                    was, is_now = ({name: one.get(name) for name in names} for one in (was, is_now))
                 raise ValueError(
-                    f"the checkpoint was made with {key} {state[key]}, now it is {now[key]}: the data would not continue where "
+                    f"the checkpoint was made with {key} {was}, now it is {is_now}: the data would not continue where "
                     f"it stopped. To resume, {mend}; or begin another run with another --name"
                 )
 

@@ -1,4 +1,4 @@
-"""The order of the training data: position -> pieces of documents. Pure functions of (seed, lengths, position), no I/O, no state.
+"""The order of the training data: position -> pieces of documents. Pure functions of (seed, lengths, position), no I/O.
 
     source      documents, shards permuted, documents permuted inside groups of a few shards (so that reading stays local)
     windows     the next 4,096 pieces of that order; a window is packed by best fit
@@ -81,7 +81,8 @@ class Piece(NamedTuple):
 class SourceTokens:
     """What the order needs to know of a source: P pieces of D documents in index order.
 
-    name: the source's; document, start, stop: (P,) int64, see `Piece`; shard: (P,) int64, the shard that holds the document.
+    name: the source's; document, start, stop: (P,) int64, see `Piece`; shard: (P,) int64, the shard that holds the document;
+    targets: (P,) int64, tokens of the piece that are predicted, None: all but the first.
     """
 
     name: str
@@ -89,6 +90,7 @@ class SourceTokens:
     start: np.ndarray
     stop: np.ndarray
     shard: np.ndarray
+    targets: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -187,8 +189,16 @@ class TrainingOrder:
         return _pieces(source, epoch, order.tokens, pieces)
 
     def targets(self, first: int, stop: int) -> int:
-        """Tokens that are predicted in the packs at positions [first, stop)."""
-        return sum(piece.stop - piece.start - 1 for position in range(first, stop) for piece in self.pack(position))
+        """Tokens that are predicted in the packs at positions [first, stop), if all documents can be read and none loses its
+        first segments to condition dropout."""
+        total = 0
+        for position in range(first, stop):
+            source, k = self.locate(position)
+            tokens = self.orders[source].tokens
+            _, pieces = self.orders[source].pack(k)
+            predicted = tokens.stop - tokens.start - 1 if tokens.targets is None else tokens.targets
+            total += int(predicted[pieces].sum())
+        return total
 
 
 class ValidationOrder:
@@ -217,6 +227,4 @@ def integer_weights(weights: Sequence[float], unit: int = 1_000_000) -> list[int
 
 
 def _pieces(source: int, epoch: int, tokens: SourceTokens, indices: np.ndarray) -> tuple[Piece, ...]:
-    return tuple(
-        Piece(source, epoch, int(tokens.document[i]), int(tokens.start[i]), int(tokens.stop[i])) for i in indices
-    )
+    return tuple(Piece(source, epoch, int(tokens.document[i]), int(tokens.start[i]), int(tokens.stop[i])) for i in indices)

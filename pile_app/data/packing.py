@@ -1,8 +1,8 @@
 """Packing: documents -> packs -> batches.
 
-A pack is `context` tokens of whole documents. A document longer than that is cut, between segments where it can be and inside a
-text where it must be, never inside an image or a sound. A piece that continues a text repeats the last token of the piece before
-it, so that every text token and every code is predicted exactly once, whatever the context.
+A pack is `context` tokens of whole documents. A document longer than that is cut, between segments where it can be and inside
+a text where it must be, never inside an image or a sound. A piece that continues a text repeats the last token of the piece
+before it, so that every text token and every code is predicted exactly once, whatever the context.
 
 `assemble` lays out the tokens of one pack; places of media codes are left empty, for the model to fill (its codecs know the
 codes). `collate` stacks packs into a `Batch`.
@@ -171,8 +171,8 @@ def assemble(
     """Lays out the pieces one after another.
 
     Args:
-        pieces: (source, document, key, start, stop, dropped) each; a `BadSample` in place of a document masks its span; the first
-            `dropped` segments are hidden behind `<null>` (condition dropout).
+        pieces: (source, document, key, start, stop, dropped) each; a `BadSample` in place of a document masks its span; the
+            first `dropped` segments are hidden behind `<null>` (condition dropout).
         vocabulary: ids and lengths.
         tokenizer: of the text.
         context: T.

@@ -94,7 +94,7 @@ class Summary:
 
     def yaml(self) -> str:
         """The `data.sources` of a configuration: every source that has documents to train on."""
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         patterns = {source: self.shards(source) for source in sorted(self.sources)}
         sources = {

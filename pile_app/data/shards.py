@@ -20,6 +20,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +62,7 @@ def expand_shards(pattern: str | Sequence[str]) -> list[str]:
     for one in patterns:
         try:
             expansions = list(braceexpand.braceexpand(one))
-        except braceexpand.UnbalancedBracesError as error:
+        except ValueError as error:  # UnbalancedBracesError
             raise ShardError(
                 f"{one!r} opens or closes a brace without the other: write e.g. 'train-{{000..007}}.tar'"
             ) from error
@@ -189,26 +190,18 @@ def build_index(path: str) -> ShardIndex:
     return index
 
 
-class _open_tar:
-    """Context of (file, its members in order)."""
-
-    def __init__(self, path: str) -> None:
+@contextmanager
+def _open_tar(path: str) -> Iterator[tuple[io.BufferedReader, tarfile.TarFile]]:
+    """(file, its members in order)."""
+    with ExitStack() as stack:
         try:
-            self.file = open(path, "rb")
+            file = stack.enter_context(open(path, "rb"))
+            members = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
         except OSError as error:
             raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
-        try:
-            self.tar = tarfile.open(fileobj=self.file, mode="r:")
         except tarfile.TarError as error:
-            self.file.close()
             raise ShardError(f"shard {path!r} is not an uncompressed tar file: {error}") from error
-
-    def __enter__(self) -> tuple[io.BufferedReader, tarfile.TarFile]:
-        return self.file, self.tar
-
-    def __exit__(self, *error: object) -> None:
-        self.tar.close()
-        self.file.close()
+        yield file, members
 
 
 def _sample_ranges(path: str, tar: tarfile.TarFile, tar_size: int) -> Iterator[tuple[str, int, int]]:
@@ -235,8 +228,8 @@ def _sample_ranges(path: str, tar: tarfile.TarFile, tar_size: int) -> Iterator[t
         rest = file.read()
     if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
         raise ShardError(
-            f"shard {path!r} is damaged or truncated at byte {stop:,}: neither a member nor the end of the archive stands there. "
-            "Fetch or write it again"
+            f"shard {path!r} is damaged or truncated at byte {stop:,}: neither a member nor the end of the archive stands "
+            "there. Fetch or write it again"
         )
     if key is not None:
         yield key, start, stop

@@ -2,13 +2,14 @@
 
     batch (B, T) -> codes of its media (frozen codecs) -> embedding (B, T, D) -> backbone (B, T, D) -> a softmax per modality
 
-Which modality comes next is known at every place: after an opener and inside a medium it is that medium's codes, everywhere else
-it is text or the opener of the next segment. So each softmax runs over its own slice of the vocabulary, and the product of all
-of them is an exact likelihood of the whole document.
+Which modality comes next is known at every place: after an opener and inside a medium it is that medium's codes, everywhere
+else it is text or the opener of the next segment. So each softmax runs over its own slice of the vocabulary, and the product of
+all of them is an exact likelihood of the whole document.
 
-Notable choices: codes of an image or a sound share statistics through their FSQ levels, in embedding and softmax alike (a vector
-per code plus one per level and dimension); RMS-normed embedding; untied heads that start at zero; logits capped softly at 15
-(arXiv:2408.00118); learned row and column vectors for image codes, which also serve backbones without positions of their own.
+Notable choices: codes of an image or a sound share statistics through their FSQ levels, in embedding and softmax alike (a
+vector per code plus one per level and dimension); RMS-normed embedding; untied heads that start at zero; logits capped softly
+at 15 (arXiv:2408.00118); learned row and column vectors for image codes, which also serve backbones without positions of their
+own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class FactoredTable(nn.Module):
         std: of the normal initialization; 0 for zeros.
     """
 
+    level_rows: Tensor
+
     def __init__(self, quantizer: FiniteScalarQuantizer | None, extra: int, width: int, std: float) -> None:
         super().__init__()
         codes = quantizer.codes if quantizer else 0
@@ -74,7 +77,7 @@ class FusedLanguageModel(nn.Module):
     """Vocabulary, codecs, embedding, backbone and heads.
 
     Args:
-        backbone: see `backbones.py`; its width is D.
+        backbone: see `backbones.py`; its width is D, and it says how wide the embedding is (D, unless asked otherwise).
         tokenizer: of the text.
         image: shape of the image codec; None: the model knows no images.
         audio: shape of the audio codec; None: the model knows no sound.
@@ -94,7 +97,6 @@ class FusedLanguageModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, image, audio)
-        width = backbone.width
         self.image_codec = ImageCodec(image) if image else None
         self.audio_codec = AudioCodec(audio) if audio else None
         self.backbone = backbone
@@ -106,8 +108,9 @@ class FusedLanguageModel(nn.Module):
             (image_quantizer, 0),
             (audio_quantizer, 1),
         )
+        width = backbone.embedding_width
         self.embeddings = nn.ModuleList(FactoredTable(quantizer, extra, width, 0.5) for quantizer, extra in shapes)
-        self.heads = nn.ModuleList(FactoredTable(quantizer, extra, width, 0.0) for quantizer, extra in shapes)
+        self.heads = nn.ModuleList(FactoredTable(quantizer, extra, backbone.width, 0.0) for quantizer, extra in shapes)
         rows, columns = self.vocabulary.image_grid
         self.image_rows = nn.Parameter(torch.zeros(rows, width))
         self.image_columns = nn.Parameter(torch.zeros(columns, width))
@@ -170,7 +173,7 @@ class FusedLanguageModel(nn.Module):
         self, tokens: Tensor, image_places: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None
     ) -> Tensor:
         """(B, T, D) what the backbone makes of the tokens; all arguments (B, T)."""
-        table = torch.cat([embedding() for embedding in self.embeddings])  # (V, D)
+        table = torch.cat([embedding() for embedding in self.embeddings])  # (V, embedding width)
         x = F.embedding(tokens, table)
         if self.image_codec is not None:
             grid = (self.image_rows[:, None] + self.image_columns).flatten(0, 1)
@@ -226,4 +229,3 @@ def make_vocabulary(
 
 def _product(levels: Sequence[int]) -> int:
     return int(torch.tensor(levels).prod())
-

@@ -1,8 +1,9 @@
 """Does the model name what it sees and hears, and draw and say what it is told? Measured by judges that never saw its output.
 
-Labelled media (documents of one image or sound and its name) are split into training and held-out shards. The judges, a support
-vector machine on pixels and one on log-mel frames, are trained on real training media only. Every generative figure stands beside
-two others: the judge on real held-out media, and on the codec's reconstruction of them, which is the ceiling of the model.
+Labelled media (documents of one image or sound and its name) are split into training and held-out shards. The judges, a
+support vector machine on pixels and one on log-mel frames, are trained on real training media only. Every generative figure
+stands beside two others: the judge on real held-out media, and on the codec's reconstruction of them, which is the ceiling of
+the model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate
 from pile_app.training.callbacks import log_samples_to_wandb, write_samples
+from pile_app.training.module import PileModule
 
 SHOWN = 10  # examples of each kind that the report shows
 
@@ -111,7 +113,8 @@ class EvaluateCrossModal(Callback):
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """All figures, by their names in `summary.json`."""
-        model: FusedLanguageModel = pl_module.model
+        assert isinstance(pl_module, PileModule)
+        model = pl_module.model
         self._examples = []
         figures: dict[str, Any] = {}
         train, heldout = self._load(model, self.train), self._load(model, self.heldout)
@@ -122,9 +125,9 @@ class EvaluateCrossModal(Callback):
             figures |= self._codec_figures(model, modality, judges[modality], heldout[modality])
         for modality, media in heldout.items():
             figures[f"{MODALITIES[modality]}_to_text_accuracy"] = self._read(model, modality, media)
-            figures[f"text_to_{MODALITIES[modality]}_accuracy"] = self._make(
-                model, modality, judges[modality], self._names(media), [self._picked(media, name) for name in self._names(media)]
-            )
+            names = self._names(media)
+            picked = [self._picked(media, name) for name in names]
+            figures[f"text_to_{MODALITIES[modality]}_accuracy"] = self._make(model, modality, judges[modality], names, picked)
         if IMAGE in heldout and AUDIO in heldout:
             figures["image_to_audio_accuracy"] = self._image_to_audio(model, judges[AUDIO], heldout[IMAGE], heldout[AUDIO])
         figures |= self._conditioning_gains(model, heldout)
@@ -218,7 +221,8 @@ class EvaluateCrossModal(Callback):
 
         data = trainer.datamodule  # type: ignore[attr-defined]
         source = data.validation_data[data.validation_names.index(self.text_source)]
-        text = "".join(s.text for number in range(len(source)) for s in source.document(number).segments if s.modality == TEXT).encode()
+        segments = (segment for number in range(len(source)) for segment in source.document(number).segments)
+        text = "".join(segment.text for segment in segments if segment.modality == TEXT).encode()
         compressed = {
             "xz": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
             "zstd": zstandard.ZstdCompressor(level=19).compress(text),

@@ -16,35 +16,56 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from pile_app.data.packing import PADDING, Batch
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
+from pile_app.training.module import PileModule
 
 log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(Callback):
-    """Stops the run at a loss that is no finite number, before it reaches a checkpoint.
+    """Stops the run, on all devices, at a loss or a weight that is no finite number, before it reaches a checkpoint.
 
     Raises:
         FloatingPointError: names the step and the documents of the batch.
     """
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not torch.isfinite(outputs["loss"]).all():
-            names = [f"{trainer.datamodule.source_names[source]}/{key}" for source, key in batch.keys[:8]]  # type: ignore[attr-defined]
-            raise FloatingPointError(
-                f"the loss of step {trainer.global_step} is {float(outputs['loss'])}: lower the learning rate or look at the "
-                f"documents of that batch (first ones: {', '.join(names)}). The last checkpoint is from before it"
+    def __init__(self) -> None:
+        self.found = ""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step = batch_idx // trainer.accumulate_grad_batches + 1
+        if not self.found and not torch.isfinite(outputs["loss"]).all():
+            sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
+            names = [f"{sources[source]}/{key}" for source, key in batch.keys[:8]]
+            self.found = (
+                f"the loss of step {step} is {float(outputs['loss'])}: lower the learning rate or look at the documents of "
+                f"that batch (first ones: {', '.join(names)}). The last checkpoint is from before it"
             )
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # A device that stopped alone would leave the others waiting for it, or saving what its gradients made of the weights.
+        if trainer.strategy.reduce_boolean_decision(bool(self.found), all=False):
+            raise FloatingPointError(self.found or f"the loss of step {step} is not finite on another device, see its message")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, tensor in checkpoint["state_dict"].items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(
+                    f"after step {trainer.global_step} {name!r} holds values that are not finite: lower the learning rate. "
+                    "They were not saved; the last checkpoint is from before"
+                )
 
 
 class DataReport(Callback):
-    """Counts documents, padding, and documents that could not be used; lists the latter in `quarantine.jsonl`.
+    """Counts padding, and documents that could not be used, which it lists in `quarantine.jsonl` (see `count_quarantined`).
 
     Args:
         run: the run's folder.
         max_rejected_share: stop above this share, once 100 documents were read.
 
     Raises:
-        RuntimeError: more than that share could not be used.
+        RuntimeError: more than that share could not be used, of the documents of any device.
     """
 
     def __init__(self, run: Path, max_rejected_share: float) -> None:
@@ -61,25 +82,40 @@ class DataReport(Callback):
         self.documents = state_dict["documents"]
         self.rejected = Counter(state_dict["rejected"])
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets what a killed attempt met after the checkpoint that this one resumes: it comes anew."""
+        if trainer.is_global_zero and self.path.exists():
+            entries = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in entries if json.loads(line)["step"] <= trainer.global_step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        trainer.strategy.barrier("quarantine")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         self.documents += len(batch.keys) + len(batch.rejected)
         padding = (batch.document == PADDING).sum().cpu()
         self.places += torch.stack([padding, torch.tensor(batch.document.numel())])
-        self._record(trainer, "train", batch)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            pl_module.log("data/padding_share", float(self.places[0]) / float(self.places[1]), rank_zero_only=True, batch_size=1)
-            self.places.zero_()
+        self._record(trainer, "train", batch, batch_idx // trainer.accumulate_grad_batches + 1)
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not is_step or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        pl_module.log("data/padding_share", float(self.places[0]) / float(self.places[1]), rank_zero_only=True, batch_size=1)
+        self.places.zero_()
         count = sum(self.rejected.values())
-        if count > self.max_rejected_share * max(100, self.documents):
+        too_many = count > self.max_rejected_share * max(100, self.documents)
+        if trainer.strategy.reduce_boolean_decision(too_many, all=False):
             raise RuntimeError(
                 f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), more than "
                 f"data.max_rejected_share={self.max_rejected_share:.1%}. They are listed in {self.path}"
             )
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any) -> None:
-        self._record(trainer, "validation", batch)
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        self._record(trainer, "validation", batch, trainer.global_step)
 
-    def _record(self, trainer: Trainer, split: Literal["train", "validation"], batch: Batch) -> None:
+    def _record(self, trainer: Trainer, split: Literal["train", "validation"], batch: Batch, step: int) -> None:
         if not batch.rejected:
             return
         names = trainer.datamodule.source_names if split == "train" else trainer.datamodule.validation_names  # type: ignore[attr-defined]
@@ -87,8 +123,19 @@ class DataReport(Callback):
             for source, key, reason, detail in batch.rejected:
                 if split == "train":
                     self.rejected[f"{names[source]}/{reason}"] += 1
-                entry = {"step": trainer.global_step, "split": split, "source": names[source], "key": key}
+                entry = {"step": step, "split": split, "source": names[source], "key": key}
                 file.write(json.dumps(entry | {"reason": reason, "detail": detail}) + "\n")
+
+
+def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
+    """Source -> reason -> documents that could not be used, each counted once however often it came up."""
+    path = run / "quarantine.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    counts: dict[str, dict[str, int]] = {}
+    for source, _, reason in sorted({(entry["source"], entry["key"], entry["reason"]) for entry in entries}):
+        reasons = counts.setdefault(source, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return counts
 
 
 class Throughput(Callback):
@@ -122,7 +169,10 @@ class Throughput(Callback):
         self.began += away
         self.ended += away
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PileModule)
         for modality, targets in enumerate(batch.targets):
             self.tokens[modality] += len(targets)
         if not pl_module.in_codec_phase:
@@ -130,7 +180,8 @@ class Throughput(Callback):
             attended = float(batch.position.float().mean()) + 1
             self.flops += places * pl_module.model.flops_per_token(attended)
         self.ended = time.perf_counter()
-        if trainer.global_step % trainer.log_every_n_steps or (batch_idx + 1) % trainer.accumulate_grad_batches:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = max(self.ended - self.began, 1e-9)
         values = {
@@ -142,7 +193,8 @@ class Throughput(Callback):
         if self.flops:
             values["throughput/model_flop_utilization"] = self.flops / seconds / self.peak_flops
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        pl_module.log("tokens/s", values["throughput/tokens_per_second"], prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
+        speed = values["throughput/tokens_per_second"]
+        pl_module.log("tokens/s", speed, prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
         self._reset()
 
 
@@ -174,6 +226,8 @@ class PileProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        if not pl_module.in_codec_phase:
+            metrics = {name: value for name, value in metrics.items() if not name.endswith("_codec_loss")}
         return {name.removeprefix("train/"): value for name, value in metrics.items()}
 
 
@@ -193,7 +247,9 @@ class SampleGeneration(Callback):
         self.count = count
         self.sampling = sampling
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         last = trainer.fit_loop.epoch_loop.max_steps
         due = step % self.every_n_steps == 0 or step == last
@@ -203,6 +259,7 @@ class SampleGeneration(Callback):
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, PileModule)
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
         entries = []
         for title, prompts, to, references in self._prompts(trainer):
@@ -297,5 +354,3 @@ def log_samples_to_wandb(trainer: Trainer, folder: Path) -> None:
         loggers[0].experiment.log({f"samples/{title}": table, "trainer/global_step": trainer.global_step})
         if media:
             loggers[0].experiment.log({f"media/{title}": media, "trainer/global_step": trainer.global_step})
-
-

@@ -4,10 +4,11 @@ Lightning 2.6 has gaps that only show after a kill; each has its answer here, an
 
 * a checkpoint is staged in /tmp and moved, not synced, and a full disk may leave half of one: `DurableCheckpointIO`;
 * a checkpoint due together with a validation is written before it, and the resumed run skips that validation: `LastCheckpoint`
-  waits for the validation;
-* counters are in micro-batches, wrong after a change of devices, and a resumed run saves again after its first micro-batch, over
-  the checkpoint it came from: `ExactResume`;
-* SIGTERM starts a collective inside the signal handler and can deadlock: `GracefulStop` only sets a flag there.
+  waits for the validation, and what that decided (best checkpoint, early stopping) is in it;
+* counters are in micro-batches, wrong after a change of devices, and a resumed run saves again after its first micro-batch,
+  over the checkpoint it came from: `ExactResume`;
+* SIGTERM starts a collective inside the signal handler and can deadlock: `GracefulStop` only sets a flag there; and a run that
+  is told to stop first validates once more: not here.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class ExactResume(Callback):
 
 
 class GracefulStop(Callback):
-    """On SIGTERM, SIGINT or SIGUSR1: finish the optimizer step, write `last.ckpt` on all ranks, stop.
+    """On SIGTERM or SIGUSR1: finish the optimizer step (and the validation, where one is due), write `last.ckpt`, stop.
 
     Ranks agree every `every_n_steps` optimizer steps; a collective inside a signal handler could meet another one half way.
     """
@@ -165,4 +166,7 @@ class GracefulStop(Callback):
             return
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             self.stopped = trainer.should_stop = True
+            every = validation_every(trainer)
+            if not every or trainer.global_step % every:
+                trainer.limit_val_batches = 0
             log.warning("stopping after step %d because of a signal; the same command resumes the run", trainer.global_step)

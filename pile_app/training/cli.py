@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # Lightning's own advice on its internals, of no use to whoever trains a model.
-warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|not resumable).*")
+warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory).*")
+warnings.filterwarnings("ignore", message=".*not resumable.*")
 warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
 
 from jsonargparse import Namespace  # noqa: E402
@@ -34,6 +35,7 @@ TRAINER_DEFAULTS = {
     "check_val_every_n_epoch": None,
     "enable_model_summary": False,
     "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,  # the data module shares out each step itself
 }
 
 
@@ -54,14 +56,23 @@ class PileCLI(LightningCLI):
         return Path(self.config.runs) / self.config.name
 
     def before_instantiate_classes(self) -> None:
-        from pile_app.training.run import check_writable
+        from pile_app.training.run import check_writable, completed_steps
 
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             check_config(self.config)
-            if "LOCAL_RANK" not in os.environ:
+            if is_first:
                 check_writable(self.run_folder)
         except (ValueError, OSError) as error:
             self.parser.error(str(error))
+        steps = completed_steps(self.run_folder, self.config.trainer.max_steps, self.config.data.epochs)
+        if steps is not None:
+            if is_first:
+                print(
+                    f"{self.run_folder} is complete ({steps} steps): open {self.run_folder / 'report.html'}; to train longer "
+                    "raise trainer.max_steps, or choose another --name"
+                )
+            raise SystemExit
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from pile_app.training.callbacks import DataReport, NonFiniteGuard, PileProgressBar, Throughput
@@ -69,7 +80,7 @@ class PileCLI(LightningCLI):
         from pile_app.training.run import RunFolder, make_loggers
 
         run = self.run_folder
-        config = self.parser.dump(self.config, skip_link_targets=True)
+        config = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
         self.run = RunFolder(run, config)
         self.stop = GracefulStop()
         callbacks: list[Callback] = [
@@ -81,10 +92,10 @@ class PileCLI(LightningCLI):
             Throughput(),
             PileProgressBar(),
             LearningRateMonitor("step"),
-            LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),
             ModelCheckpoint(
                 run / "checkpoints", filename="best", monitor="validation/loss", save_top_k=1, enable_version_counter=False
             ),
+            LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),  # after the best one, whose score it keeps
         ]
         if self.config.trainer.fast_dev_run:
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
@@ -154,7 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     last = cli.run_folder / "checkpoints" / "last.ckpt"
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if cli.stop.stopped:
-        raise SystemExit(128 + (cli.stop.received or 15))
+        # Only the first one says so: Lightning kills all processes that are left when one that it started fails.
+        raise SystemExit(128 + (cli.stop.received or 15) if cli.trainer.is_global_zero else 0)
     finish(cli)
 
 

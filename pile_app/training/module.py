@@ -1,7 +1,7 @@
 """The Lightning module: what one optimizer step does, and what is measured.
 
-Phase one (`codec_steps`): the codecs learn to reconstruct the media of the batches. Then they are frozen, and the language model
-learns to predict the next token, with targets that no longer move. Both phases read the same stream of batches.
+Phase one (`codec_steps`): the codecs learn to reconstruct the media of the batches. Then they are frozen, and the language
+model learns to predict the next token, with targets that no longer move. Both phases read the same stream of batches.
 
 The loss of a step is the sum over all its targets, on all devices, divided by their planned number, so that it is the same
 however the global batch is shared out. All losses are in nats a target token.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from pile_app.data.order import hash64
@@ -105,7 +106,7 @@ class PileModule(LightningModule):
     def setup(self, stage: str) -> None:
         import torchmetrics
 
-        names: list[str] = self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        sources = len(self.trainer.datamodule.validation_names)  # type: ignore[attr-defined]
         slices = self.vocabulary.slices
 
         def mean() -> torchmetrics.Metric:
@@ -120,10 +121,11 @@ class PileModule(LightningModule):
                 for m in self.vocabulary.modalities
             }
         )
-        self.source_losses = torch.nn.ModuleDict({name: mean() for name in names})
+        self.source_losses = torch.nn.ModuleList(mean() for _ in range(sources))
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: mean() for m in self.model.codecs})
         self.total_loss = mean()
-        self.nats_per_byte = torch.nn.ModuleDict({name: mean() for name in ["all", *names]})
+        self.nats_per_byte = mean()
+        self.source_nats_per_byte = torch.nn.ModuleList(mean() for _ in range(sources))
 
     def on_train_start(self) -> None:
         if not self.in_codec_phase:
@@ -131,8 +133,11 @@ class PileModule(LightningModule):
                 codec.eval()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout and crops depend on the step alone, so a resumed run draws what the uninterrupted one would have.
-        key = hash64(self.trainer.datamodule.seed, batch_idx, self.global_rank)  # type: ignore[attr-defined]
+        # Dropout and crops depend on the place in the global batch alone: a resumed run draws what the uninterrupted one would
+        # have, and two devices what one draws in two micro-batches.
+        step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        number += self.global_rank * self.trainer.accumulate_grad_batches
+        key = hash64(self.trainer.datamodule.seed, step, number)  # type: ignore[attr-defined]
         torch.manual_seed(int(key) >> 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -165,8 +170,9 @@ class PileModule(LightningModule):
     def _touch_unused(self, batch: Batch) -> Tensor:
         """Zero, through every parameter that this batch may not reach.
 
-        DDP waits for the gradient of each parameter, and a batch without images does not reach the image head. One element each is
-        enough, and cheaper than letting DDP search the graph.
+        DDP waits for the gradient of each parameter, and a batch without images does not reach the image head. One element each
+        is enough, and cheaper than letting DDP search the graph; parameters without elements (of a modality that the model does
+        not have) are waited for as well.
         """
         unused: list[torch.nn.Parameter] = []
         if self.in_codec_phase:
@@ -180,7 +186,7 @@ class PileModule(LightningModule):
             for modality in range(3):
                 if not len(batch.targets[modality]):
                     unused += self.model.parameters_of_modality(modality)
-        return torch.stack([p.view(-1)[0] for p in unused if p.numel()]).sum() * 0.0 if unused else torch.zeros((), device=self.device)
+        return torch.cat([p.view(-1)[:1] for p in unused]).sum() * 0.0 if unused else torch.zeros((), device=self.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # What the phase does not train gets no gradient at all: a zero one would still decay weights and momenta.
@@ -202,12 +208,17 @@ class PileModule(LightningModule):
         step = self.global_step
         if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
             names = self._all_names()
-            table = torch.stack([self.sums.get(name, torch.zeros(2, dtype=torch.float64, device=self.device)) for name in names])
+            nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+            table = torch.stack([self.sums.get(name, nothing) for name in names])
             if self.trainer.world_size > 1:
                 table = self.trainer.strategy.reduce(table, reduce_op="sum")
-            for name, (total, count) in zip(names, table.tolist(), strict=True):
-                if count:
-                    self.log(f"train/{name}", total / count, prog_bar="source" not in name, rank_zero_only=True, batch_size=1)
+            sums = zip(names, table.tolist(), strict=True)
+            values = {f"train/{name}": total / count for name, (total, count) in sums if count}
+            for name, value in values.items():
+                self.log(name, value, prog_bar="source" not in name, logger=False, rank_zero_only=True, batch_size=1)
+            # Straight to the loggers: Lightning would log a value again in every step that has none of its own.
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, step=step - 1)
         self.sums = {}
 
     def _all_names(self) -> list[str]:
@@ -230,11 +241,11 @@ class PileModule(LightningModule):
         # An empty update leaves a mean as it is. Openers and `<end>` are no text and have no bytes.
         sizes = self.model.token_bytes[loss.targets] if modality == TEXT else torch.zeros_like(loss.targets)
         per_byte = loss.each / sizes.clamp_min(1)
-        self.nats_per_byte["all"].update(per_byte, sizes.float())  # type: ignore[operator]
-        for number, name in enumerate(self.source_losses):
+        self.nats_per_byte.update(per_byte, sizes.float())
+        for number, (losses, nats_per_byte) in enumerate(zip(self.source_losses, self.source_nats_per_byte, strict=True)):
             of_source = (source == number).float()
-            self.source_losses[name].update(loss.each, of_source)  # type: ignore[operator]
-            self.nats_per_byte[name].update(per_byte, sizes * of_source)  # type: ignore[operator]
+            losses.update(loss.each, of_source)  # type: ignore[operator]
+            nats_per_byte.update(per_byte, sizes * of_source)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         values: dict[str, Tensor] = {}
@@ -243,12 +254,13 @@ class PileModule(LightningModule):
             values[f"{name}_loss"] = _compute(metric)
             values[f"{name}_perplexity"] = values[f"{name}_loss"].exp()
             values[f"{name}_accuracy"] = _compute(self.accuracies[name])
-        values |= {f"source/{name}_loss": _compute(metric) for name, metric in self.source_losses.items()}
+        sources: list[str] = self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        for name, source_loss, nats_per_byte in zip(sources, self.source_losses, self.source_nats_per_byte, strict=True):
+            values[f"source/{name}_loss"] = _compute(source_loss)
+            values[f"source/{name}_bits_per_byte"] = _compute(nats_per_byte) / math.log(2)
         values |= {f"{name}_codec_loss": _compute(metric) for name, metric in self.codec_losses.items()}
         values["loss"] = _compute(self.total_loss)
-        for name, metric in self.nats_per_byte.items():
-            key = "text_bits_per_byte" if name == "all" else f"source/{name}_bits_per_byte"
-            values[key] = _compute(metric) / math.log(2)
+        values["text_bits_per_byte"] = _compute(self.nats_per_byte) / math.log(2)
         if IMAGE in vocabulary.modalities:
             pixels = math.prod(vocabulary.image_shape)
             values["image_code_bits_per_pixel_channel"] = values["image_loss"] * vocabulary.image_tokens / pixels / math.log(2)
@@ -256,11 +268,12 @@ class PileModule(LightningModule):
             values["audio_code_bits_per_second"] = values["audio_loss"] * vocabulary.audio_tokens_per_second / math.log(2)
         self.log_dict({f"validation/{name}": value for name, value in values.items() if bool(value.isfinite())})
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        steps = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        steps: int = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
         if self.codec_steps and steps <= self.codec_steps:
             raise ValueError(
-                f"model.codec_steps={self.codec_steps} leaves nothing of the run's {steps} optimizer steps for the language model"
+                f"model.codec_steps={self.codec_steps} leaves nothing of the run's {steps} optimizer steps for the language "
+                "model"
             )
         optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

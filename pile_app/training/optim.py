@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules.
 
-One optimizer object, whatever it is made of, so that Lightning's automatic optimization, clipping and resume keep working. Codecs
-and language model have groups of their own: each phase of a run moves only its groups.
+One optimizer object, whatever it is made of, so that Lightning's automatic optimization, clipping and resume keep working.
+Codecs and language model have groups of their own: each phase of a run moves only its groups.
 
     muon   Muon (https://kellerjordan.github.io/posts/muon/) for the backbone's matrices, AdamW for the rest; both are torch's
     adamw  AdamW (arXiv:1711.05101) for everything
@@ -130,7 +130,8 @@ def make_optimizer(
     """
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if id(parameter) in in_codecs:
             continue
@@ -141,11 +142,12 @@ def make_optimizer(
     decayed = [p for p in others if p.dim() >= 2]
     plain = [p for p in others if p.dim() < 2]
     rate = config.learning_rate
+    matrix_rate = config.matrix_learning_rate if muon else rate
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "lr": config.matrix_learning_rate if muon else rate, "weight_decay": config.weight_decay, "muon": muon},
+        {"params": matrices, "lr": matrix_rate, "weight_decay": config.weight_decay, "muon": muon},
         {"params": decayed, "lr": rate, "weight_decay": config.weight_decay},
         {"params": plain, "lr": rate, "weight_decay": 0.0},
-    ]  # fmt: skip
+    ]
     names = ["matrices", "tables", "vectors"]
     if codec_steps:
         groups.append({"params": codecs, "lr": config.codec_learning_rate, "weight_decay": 0.0})

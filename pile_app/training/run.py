@@ -1,6 +1,6 @@
 """A run is a folder: `runs/<name>/`. What is in it, and how it is picked up again.
 
-    config.yaml  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quarantine.jsonl  summary.json  report.html
+config.yaml  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quarantine.jsonl  summary.json  report.html
 """
 
 from __future__ import annotations
@@ -20,27 +20,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from pile_app.training.callbacks import count_quarantined
+from pile_app.training.module import PileModule
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchaudio", "torchmetrics", "webdataset", "wandb", "tokenizers")
 
 
+class _MetricsFile(ExperimentWriter):
+    """Adds to the metrics that are in the folder; Lightning's deletes them."""
+
+    def _check_log_dir_exists(self) -> None:
+        self._read()
+
+    def _read(self) -> list[dict[str, str]]:
+        """Its rows, but for one that a kill left unfinished; new ones will have their columns."""
+        path = Path(self.metrics_file_path)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        reader = csv.DictReader(line for line in lines if line.endswith("\n"))
+        self.metrics_keys = list(reader.fieldnames or ())
+        return list(reader)
+
+    def keep_until(self, step: int) -> None:
+        """Drops what was logged from optimizer step `step` on: what a killed run logged after its checkpoint comes anew."""
+        kept = [row for row in self._read() if int(row["step"]) < step]
+        path = Path(self.metrics_file_path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(kept)
+        if self.metrics_keys:
+            os.replace(temporary, path)
+        else:
+            temporary.unlink()
+
+
 class ResumableCSVLogger(CSVLogger):
-    """Lightning's CSV logger, which on its own deletes the metrics of the run it resumes."""
+    """`metrics.csv` of a run, over all its attempts."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(run.parent, name="", version=run.name, flush_logs_every_n_steps=1_000_000)
-        self._path = run / "metrics.csv"
-        self._earlier = list(csv.DictReader(self._path.open())) if self._path.exists() else []
 
-    def keep_until(self, step: int) -> None:
-        """Puts back what was logged up to optimizer step `step`; what a killed run logged after its last checkpoint comes anew."""
-        rows = [{key: value for key, value in row.items() if value != ""} for row in self._earlier]
-        self.experiment.metrics = [row for row in rows if int(row["step"]) < step] + self.experiment.metrics
-        self.save()
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _MetricsFile:
+        if not isinstance(self._experiment, _MetricsFile):
+            self._experiment = _MetricsFile(self.log_dir)
+        return self._experiment
 
 
 def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
@@ -95,34 +129,38 @@ class RunFolder(Callback):
     def _elapsed(self) -> float:
         return self.train_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            (self.run / "config.yaml").write_text(self.config)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not before: a run that is refused leaves the folder as it is."""
         self._began = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        (self.run / "config.yaml").write_text(self.config)
+        (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
-                logger.keep_until(trainer.global_step)
-            elif trainer.is_global_zero:
-                import yaml
-
+                logger.experiment.keep_until(trainer.global_step)
+            else:
                 logger.log_hyperparams(yaml.safe_load(self.config))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.tokens += int(batch.normalizer) if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 else 0
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.tokens += int(batch.normalizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
 
     def write_summary(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> Path:
         """`summary.json`: final figures under flat keys, for machines and for the report."""
+        assert isinstance(pl_module, PileModule)
         model = pl_module.model
         codecs = sum(p.numel() for codec in model.codecs.values() for p in codec.parameters())
         everything = sum(p.numel() for p in model.parameters())
         device = pl_module.device
         on_gpu = device.type == "cuda"
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        kind = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}"
         summary = {
             "name": self.run.name,
             "steps": trainer.global_step,
@@ -132,7 +170,8 @@ class RunFolder(Callback):
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else usage,
             "parameters": {"language_model": everything - codecs, "codecs": codecs},
             **figures,
-            "device": torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}",
+            "quarantined": count_quarantined(self.run),
+            "device": kind,
             "devices": trainer.world_size,
             "git_revision": git_revision(),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -140,6 +179,16 @@ class RunFolder(Callback):
         path = self.run / "summary.json"
         path.write_text(json.dumps(summary, indent=1))
         return path
+
+
+def completed_steps(run: Path, max_steps: int, epochs: float | None) -> int | None:
+    """Optimizer steps of a run that has ended and is asked for no other length than it had; None where there is more to do."""
+    if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
+        return None
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if (config["trainer"].get("max_steps"), config["data"].get("epochs")) != (max_steps, epochs):
+        return None
+    return int(json.loads((run / "summary.json").read_text())["steps"])
 
 
 def git_revision() -> str:
@@ -161,4 +210,5 @@ def check_writable(run: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OSError(f"the run folder {str(run)!r} cannot be written: {error}. Choose another with --runs or --name") from error
+        mend = "Choose another with --runs or --name"
+        raise OSError(f"the run folder {str(run)!r} cannot be written: {error}. {mend}") from error

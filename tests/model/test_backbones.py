@@ -17,6 +17,7 @@ MAKE: dict[str, Callable[[], Backbone]] = {
     "grouped-query": lambda: Transformer(WIDTH, 2, heads=4, key_value_heads=2),
     "multi-query": lambda: Transformer(WIDTH, 2, heads=4, key_value_heads=1),
     "lstm": lambda: LSTM(WIDTH, 2),
+    "narrow-embedding": lambda: LSTM(48, 2, embedding_width=WIDTH),
     "rnn": lambda: RNN(WIDTH, 2),
 }
 
@@ -128,9 +129,22 @@ def test_rows_of_a_cache_can_be_chosen(backbone: Backbone) -> None:
 
 def test_every_parameter_is_trained(backbone: Backbone) -> None:
     document, position = rows_of(LAYOUT, 96)
-    backbone(torch.randn(len(LAYOUT), 96, WIDTH), document, position).square().mul(torch.rand(WIDTH)).sum().backward()
+    backbone(torch.randn(len(LAYOUT), 96, WIDTH), document, position).square().mul(torch.rand(backbone.width)).sum().backward()
     without = [name for name, parameter in backbone.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert not without
+
+
+def test_one_layer_with_its_own_embedding_width_is_the_textbook_lstm_between_norms() -> None:
+    torch.manual_seed(0)
+    backbone = LSTM(width=48, layers=1, embedding_width=WIDTH)
+    textbook = torch.nn.LSTM(WIDTH, 48, batch_first=True)
+    textbook.load_state_dict(backbone.cells[0].state_dict())
+    x = torch.randn(2, 24, WIDTH)
+    expected, _ = textbook(x / x.square().mean(-1, keepdim=True).sqrt())
+    expected = expected / expected.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(backbone(x, *one_document(24, 2)), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="embedding_width >= 1, not 0"):
+        LSTM(width=48, layers=1, embedding_width=0)
 
 
 def test_only_training_drops() -> None:

@@ -1,0 +1,123 @@
+"""Every file in `conf/` trains as the commands at its top say, on tiny shards that lie where the demo's would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from pile_app.cli import main as pile
+from pile_app.data.shards import write_shards
+from pile_app.documents import Document, Segment
+
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "conf").glob("*.yaml"))
+STEPS = 3
+WORDS = ("three", "seven")
+
+# All of them in one process: starting one takes longer than its three steps.
+SCRIPT = """
+import sys
+from pile_app.training.cli import main
+
+for name in sys.argv[1:]:
+    config = [] if name == "default" else ["--config", f"conf/{name}.yaml"]
+    small = "--trainer.max_steps=3 --model.codec_steps=1 --data.global_batch=2 --trainer.val_check_interval=2"
+    # The demo's evaluation needs more than tiny shards; every other config has callbacks of its own.
+    callbacks = ["--trainer.callbacks=[]"] if name in ("default", "lstm") else []
+    main([*config, *small.split(), "--trainer.accelerator=cpu", "--name", name, "--wandb=null", *callbacks])
+"""
+
+
+def documents(kind: str, count: int) -> Iterator[Document]:
+    for n in range(count):
+        rng = np.random.default_rng(n)
+        image = Segment.from_image(rng.integers(0, 256, (16, 16), np.uint8))
+        clip = Segment.from_audio(0.3 * rng.standard_normal(2000), 8000)
+        name = Segment(WORDS[n % 2])
+        segments = {
+            "digits": (image, name, clip),
+            "labelled": (image if n % 4 < 2 else clip, name),
+            "prose": (Segment(f"text {n} " + "lorem ipsum dolor " * (1 + n % 9)),),
+            "images": (image,),
+            "clips": (clip,),
+        }[kind]
+        yield Document(segments, key=f"{kind}-{n}", meta={"label": name.text})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder, after every config was trained in it."""
+    base = tmp_path_factory.mktemp("conf")
+    (base / "conf").symlink_to(REPOSITORY / "conf")
+    shards = base / "data" / "digits" / "shards"
+    for kind in ("digits", "labelled", "prose", "images", "clips"):
+        for split in ("train", "heldout" if kind == "labelled" else "validation"):
+            write_shards(documents(kind, 24), shards, f"{kind}-{split}")
+    pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
+    command = [sys.executable, "-c", SCRIPT, *CONFIGS]
+    done = subprocess.run(command, cwd=base, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return base
+
+
+def resolved(trained: Path, name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((trained / "runs" / name / "config.yaml").read_text())
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_trains_and_reports(trained: Path, name: str) -> None:
+    run = trained / "runs" / name
+    summary = yaml.safe_load((run / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert np.isfinite(summary["loss"])
+    assert (run / "report.html").exists() and (run / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
+    text = (REPOSITORY / "conf" / f"{name}.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert text.startswith("# ")
+    if name != "default":
+        assert f"\n#   python train.py --config conf/{name}.yaml\n" in text
+        assert config["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "sources", "codecs"),
+    [
+        ("default", {"digits", "prose"}, {"image", "audio"}),
+        ("lstm", {"digits", "prose"}, {"image", "audio"}),
+        ("text_only", {"prose"}, set()),
+        ("images_only", {"images"}, {"image"}),
+        ("audio_only", {"clips"}, {"audio"}),
+        ("lstm_words", {"prose"}, set()),
+    ],
+)
+def test_nothing_of_the_demo_leaks_into_a_config(trained: Path, name: str, sources: set[str], codecs: set[str]) -> None:
+    config = resolved(trained, name)
+    assert set(config["data"]["sources"]) == sources
+    assert {codec for codec in ("image", "audio") if config["model"].get(codec)} == codecs
+    assert "EvaluateCrossModal" not in str(config["trainer"].get("callbacks"))
+
+
+def test_lstm_words_is_the_classic_baseline(trained: Path) -> None:
+    import torch
+
+    config = resolved(trained, "lstm_words")
+    assert config["data"]["epochs"] == 10
+    assert yaml.safe_load((REPOSITORY / "conf" / "lstm_words.yaml").read_text())["data"]["global_batch"] == 32
+    state = torch.load(trained / "runs" / "lstm_words" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state["model.embeddings.0.weight"].shape[1] == 64
+    assert state["model.backbone.cells.0.weight_ih_l0"].shape == (4 * 128, 64)
+    assert state["model.heads.0.weight"].shape == (state["model.embeddings.0.weight"].shape[0], 128)
+    assert len(state["model.heads.0.weight"]) < 100  # words and specials, not bytes

@@ -1,0 +1,45 @@
+"""What the documents show as code runs, and what they point at is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from pile_app.data.shards import ShardReader, build_index
+from pile_app.documents import AUDIO, IMAGE, TEXT
+
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+
+
+def test_the_example_writer_writes_a_shard_that_is_read_as_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (REPOSITORY / "docs" / "data-format.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    index = build_index("mine-000000.tar")
+    assert not index.rejected and index.keys == ["000000", "000001", "000002"]
+    document = ShardReader([index]).document(0, 2)
+    assert [segment.modality for segment in document.segments] == [TEXT, IMAGE, AUDIO]
+    assert document.ordered and document.segments[0].text == "tone 2" and document.meta == {"number": 2}
+    assert index.segment_size.tolist() == [6, 32 * 32, 8000] * 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_and_named_tests_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    tests = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
+
+
+def test_the_rooms_of_the_architecture_are_those_of_the_package() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    (tree,) = re.findall(r"## Rooms\n\n```\n(.*?)```", text, re.DOTALL)
+    named = set(re.findall(r"(\w+\.py)", tree)) - {"train.py"}
+    files = {path.name for path in (REPOSITORY / "pile_app").rglob("*.py")} - {"__init__.py"}
+    assert named == files, named ^ files

@@ -1,0 +1,240 @@
+"""Attempts at a run: `train.py` in real processes that can be killed.
+
+They are forked from one process that has done the imports, so that an attempt costs a second and not twelve.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import pile_app.model.generate
+import pile_app.tasks.cross_modal
+import pile_app.training.callbacks
+import pile_app.training.report  # noqa: F401
+from pile_app.data.shards import write_shards
+from pile_app.model.fused import FusedLanguageModel
+from pile_app.training.cli import main
+
+CONFIG = """
+model:
+  backbone: {{class_path: Transformer, init_args: {{width: 32, layers: 2, heads: 2, dropout: 0.1}}}}
+  image: {{size: 8, channels: 1, patch: 4, levels: [4, 3], width: 16, blocks: 1}}
+  audio: {{sample_rate: 8000, hop: 80, window: 320, mels: 20, frames_per_token: 4, levels: [4, 3, 3], width: 16, blocks: 1}}
+  codec_steps: 3
+  dropout: 0.1
+data:
+  sources:
+    media: {{train: "{shards}/media-train-*.tar", validation: "{shards}/media-validation-*.tar", weight: 1}}
+    prose: {{train: "{shards}/prose-train-*.tar", validation: "{shards}/prose-validation-*.tar", weight: 1}}
+  context: 128
+  global_batch: 4
+  condition_dropout: 0.5
+trainer:
+  max_steps: 14
+  val_check_interval: 5
+  log_every_n_steps: 1
+  accelerator: cpu
+  callbacks: [{{class_path: attempts.Watch}}]
+checkpoint_every: 3
+wandb: null
+"""
+PASSING = ("throughput/", "epoch")  # columns of metrics.csv that hang on the clock, or say nothing
+
+
+class Watch(Callback):
+    """Writes down what each micro-batch held and lost, and meddles where the environment says so.
+
+    KILL_AT, STOP_AT: number of the micro-batch after which rank 0 gets SIGKILL or SIGTERM; KILL_IN_VALIDATION: step whose
+    validation kills it; POISON: "number rank" of the micro-batch whose loss becomes nan; POISON_WEIGHTS: number of the one
+    after which the weights are; FILE_LIMIT: "number bytes", after which no file can grow beyond so many bytes, as on a
+    full disk.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if os.environ.get("POISON") == f"{batch_idx} {trainer.global_rank}":
+            pl_module.model.logits = lambda *args: FusedLanguageModel.logits(pl_module.model, *args) * math.nan
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = batch_idx // trainer.accumulate_grad_batches
+        entry = {"step": step, "began": self.began, "keys": batch.keys}
+        with open(f"{trainer.default_root_dir}/ledger-{trainer.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
+            next(pl_module.model.backbone.parameters()).data.fill_(math.nan)
+        number, limit = os.environ.get("FILE_LIMIT", "-1 0").split()
+        if int(number) == batch_idx:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+        for name, number in (("KILL_AT", signal.SIGKILL), ("STOP_AT", signal.SIGTERM)):
+            if os.environ.get(name) == str(batch_idx) and trainer.is_global_zero:
+                os.kill(os.getpid(), number)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if os.environ.get("KILL_IN_VALIDATION") == str(trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class Attempt:
+    """One that runs, or has ended."""
+
+    process: ForkServerProcess
+    output: Path
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; -9 after SIGKILL."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"the attempt did not end within {seconds} s:\n{self.text[-3000:]}")
+        return self.process.exitcode
+
+    @property
+    def text(self) -> str:
+        """What it has printed."""
+        return self.output.read_text()
+
+
+def surroundings() -> dict[str, str]:
+    """Environment in which a process finds `attempts`."""
+    here = Path(__file__).parent
+    return {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1]))), "OMP_NUM_THREADS": "1"}
+
+
+def make_bench(folder: Path) -> Workbench:
+    """Captioned images, transcribed sounds and texts, and a config that trains 14 steps on them."""
+    from conftest import media_documents, prose_documents
+
+    for split, count in (("train", 60), ("validation", 8)):
+        write_shards(media_documents(count, split), folder / "shards", f"media-{split}", shard_bytes=60_000)
+        write_shards(prose_documents(count, split), folder / "shards", f"prose-{split}")
+    return Workbench(folder, folder / "shards")
+
+
+class Workbench:
+    """A folder with a config, where attempts are made."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.folder = folder
+        self.shards = shards
+        self.config = folder / "config.yaml"
+        self.config.write_text(CONFIG.format(shards=shards))
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["attempts"])
+        with patch.dict(os.environ, surroundings()):
+            forkserver.ensure_running()
+        self._count = 0
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def start(self, name: str, *arguments: str, **environment: str) -> Attempt:
+        """Begins or resumes the run `name`."""
+        self._count += 1
+        output = self.folder / f"output-{self._count}.txt"
+        words = ["--config", str(self.config), "--name", name, *arguments]
+        process = self._context.Process(target=_train, args=(words, self.folder, environment, output))
+        process.start()
+        return Attempt(process, output)
+
+    def start_ranks(self, name: str, *arguments: str, port: int, **environment: str) -> list[Attempt]:
+        """The same on two processes, as a launcher starts them."""
+        words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *arguments]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        return [self.start(name, *words, **group, LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+
+    def train(self, name: str, *arguments: str, **environment: str) -> str:
+        """A run that has to succeed; what it printed."""
+        attempt = self.start(name, *arguments, **environment)
+        assert attempt.wait() == 0, attempt.text[-4000:]
+        return attempt.text
+
+
+def _train(arguments: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.argv = ["train.py", *arguments]
+    multiprocessing.set_start_method("fork", force=True)  # of loading workers, as in a process that nothing was forked from
+    torch.set_num_threads(1)
+    main()
+
+
+def losses(run: Path) -> dict[int, dict[str, str]]:
+    """Step -> what metrics.csv holds for it, as it is written there."""
+    rows: dict[int, dict[str, str]] = defaultdict(dict)
+    for row in csv.DictReader((run / "metrics.csv").open()):
+        kept = {key: value for key, value in row.items() if value and not key.startswith(PASSING)}
+        for key, value in kept.items():
+            assert rows[int(row["step"])].setdefault(key, value) == value, f"{key} of step {row['step']} was logged twice"
+    return dict(rows)
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Every logged value and every weight is the same, to the last bit."""
+    assert losses(run) == losses(other)
+    for name in ("last", "best"):
+        one, two = checkpoint(run, name), checkpoint(other, name)
+        assert one["global_step"] == two["global_step"]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+            assert is_same(one[key], two[key]), key
+
+
+def is_same(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(is_same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(is_same, one, two))
+    return bool(one == two)
+
+
+def assert_close_runs(run: Path, other: Path, tolerance: float = 1e-5) -> None:
+    """Every loss is the same but for rounding."""
+    one, two = losses(run), losses(other)
+    assert one.keys() == two.keys()
+    for step in one:
+        names = [name for name in one[step] if name.endswith("loss")]
+        assert names == [name for name in two[step] if name.endswith("loss")]
+        for name in names:
+            assert math.isclose(float(one[step][name]), float(two[step][name]), rel_tol=tolerance), (step, name)
+
+
+def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def documents(run: Path) -> dict[int, list[list[Any]]]:
+    """Step -> documents of its global batch, over all ranks, in the last attempt at it."""
+    entries = [json.loads(line) for path in run.glob("ledger-*.jsonl") for line in path.read_text().splitlines()]
+    last = {entry["step"]: entry["began"] for entry in sorted(entries, key=lambda entry: entry["began"])}
+    found: dict[int, list[list[Any]]] = {step: [] for step in last}
+    for entry in entries:
+        if entry["began"] == last[entry["step"]]:
+            found[entry["step"]] += entry["keys"]
+    return {step: sorted(keys) for step, keys in found.items()}

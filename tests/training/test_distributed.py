@@ -1,0 +1,106 @@
+"""Several processes train the same run as one: the same documents in the same steps, the same losses. They stop together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attempts import (
+    Attempt,
+    Workbench,
+    assert_close_runs,
+    assert_same_run,
+    checkpoint,
+    documents,
+    losses,
+    make_bench,
+    surroundings,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(bench: Workbench, name: str, *arguments: str, **environment: str) -> list[Attempt]:
+    return bench.start_ranks(name, *arguments, port=free_port(), **environment)
+
+
+def train_on_two(bench: Workbench, name: str, *arguments: str) -> None:
+    for rank in start_ranks(bench, name, *arguments):
+        assert rank.wait() == 0, rank.text[-4000:]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """With `one`, a run of one process in micro-batches of 2, and `two`, the same on two processes."""
+    bench = make_bench(tmp_path_factory.mktemp("distributed"))
+    bench.train("one", "--data.micro_batch", "2")
+    train_on_two(bench, "two")
+    return bench
+
+
+def test_two_processes_read_what_one_reads_and_lose_what_one_loses(bench: Workbench) -> None:
+    one, two = documents(bench.run("one")), documents(bench.run("two"))
+    assert len(one) == 14 and all(one.values())
+    assert one == two
+    assert_close_runs(bench.run("two"), bench.run("one"))
+
+
+def test_run_killed_on_two_processes_goes_on_with_one(bench: Workbench) -> None:
+    ranks = start_ranks(bench, "shrunk", KILL_AT="8")
+    assert ranks[0].wait() == -9
+    ranks[1].process.kill()  # it may wait for the other one for half an hour
+    assert checkpoint(bench.run("shrunk"))["global_step"] == 6
+    bench.train("shrunk", "--data.micro_batch", "2")
+    assert documents(bench.run("shrunk")) == documents(bench.run("one"))
+    assert_close_runs(bench.run("shrunk"), bench.run("one"))
+
+
+def test_sigterm_to_one_process_stops_both_and_the_run_resumes_exactly(bench: Workbench) -> None:
+    ranks = start_ranks(bench, "stopped", STOP_AT="6")
+    assert [rank.wait(30) for rank in ranks] == [143, 0]
+    assert checkpoint(bench.run("stopped"))["global_step"] == 8
+    train_on_two(bench, "stopped")
+    assert_same_run(bench.run("stopped"), bench.run("two"))
+
+
+def test_loss_that_is_no_number_on_one_process_stops_both(bench: Workbench) -> None:
+    ranks = start_ranks(bench, "poisoned", POISON="8 1")  # the checkpoint of step 9 would hold its gradients
+    assert [rank.wait(30) for rank in ranks] == [1, 1]
+    assert "not finite on another device" in ranks[0].text and "the loss of step 9 is nan" in ranks[1].text
+    saved = checkpoint(bench.run("poisoned"))
+    assert saved["global_step"] == 6
+    assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+
+
+def test_model_without_media_trains_on_two_processes(bench: Workbench) -> None:
+    """Its empty tables have gradients that nothing would produce."""
+    sources = f"{{prose: {{train: '{bench.shards}/prose-train-*.tar'}}}}"
+    arguments = ("--model.image", "null", "--model.audio", "null", "--data.sources", sources, "--trainer.max_steps", "3")
+    train_on_two(bench, "text", *arguments)
+    bench.train("text-one", *arguments, "--data.micro_batch", "2")
+    assert_close_runs(bench.run("text"), bench.run("text-one"))
+
+
+def test_train_py_starts_its_processes_and_torchrun_resumes_the_run(bench: Workbench) -> None:
+    arguments = ["train.py", "--config", str(bench.config), "--name", "launched", "--runs", str(bench.folder / "runs")]
+    arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = os.environ | surroundings()
+    command = [sys.executable, str(REPOSITORY / arguments[0]), *arguments[1:]]
+    stopped = subprocess.run(command, cwd=bench.folder, env=environment | {"STOP_AT": "6"}, capture_output=True, text=True)
+    assert stopped.returncode == 143, stopped.stderr[-4000:]
+    assert checkpoint(bench.run("launched"))["global_step"] == 8
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run([*torchrun, *command[1:]], cwd=bench.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(losses(bench.run("launched"))) >= 14
+    assert_same_run(bench.run("launched"), bench.run("two"))

@@ -1,0 +1,157 @@
+"""What is killed goes on as if nothing had been: the same command resumes a run to the last bit, or says why it cannot."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from attempts import Workbench, assert_same_run, checkpoint, losses, make_bench
+from conftest import prose_documents
+
+from pile_app.data.shards import write_shards
+
+KILLED, STOPPED = -9, 143
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """With `full` and `full-micro`, two undisturbed runs, and `part`, which was killed after its checkpoint of step 6."""
+    bench = make_bench(tmp_path_factory.mktemp("resume"))
+    bench.train("full")
+    bench.train("full-micro", "--data.micro_batch", "2")
+    assert bench.start("part", KILL_AT="7").wait() == KILLED
+    return bench
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_run_killed_five_times_is_bit_identical(bench: Workbench, workers: int) -> None:
+    name = f"killed-{workers}"
+    for step in sorted(random.Random(workers).sample(range(14), 5)):
+        assert bench.start(name, "--data.num_workers", str(workers), KILL_AT=str(step)).wait() == KILLED
+    bench.train(name, "--data.num_workers", str(workers))
+    assert_same_run(bench.run(name), bench.run("full"))
+
+
+def test_run_killed_between_accumulated_micro_batches_is_bit_identical(bench: Workbench) -> None:
+    """A resumed run used to save again after its first micro-batch, over the checkpoint that it came from."""
+    arguments = ("accumulated", "--data.micro_batch", "2")
+    for micro_batch in (12, 13):  # after the checkpoint of step 6; then, resumed, after one whole micro-batch of step 7
+        assert bench.start(*arguments, KILL_AT=str(micro_batch)).wait() == KILLED
+        saved = checkpoint(bench.run("accumulated"))
+        progress = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        assert (saved["global_step"], progress["ready"]) == (6, 12)
+    bench.train(*arguments)
+    assert_same_run(bench.run("accumulated"), bench.run("full-micro"))
+
+
+def test_validation_due_with_a_checkpoint_is_not_skipped(bench: Workbench) -> None:
+    arguments = ("--checkpoint_every", "5")
+    assert bench.start("validated", *arguments, KILL_IN_VALIDATION="10").wait() == KILLED
+    assert checkpoint(bench.run("validated"))["global_step"] == 5  # not 10: that checkpoint waits for its validation
+    bench.train("validated", *arguments)
+    assert_same_run(bench.run("validated"), bench.run("full"))
+
+
+def test_last_checkpoint_knows_the_score_of_the_validation_before_it(bench: Workbench) -> None:
+    """Or a resumed run would take a worse model for the best one."""
+    assert bench.start("scored", "--checkpoint_every", "5", KILL_AT="11").wait() == KILLED
+    saved = checkpoint(bench.run("scored"))
+    state = next(state for key, state in saved["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    assert saved["global_step"] == 10
+    assert float(state["current_score"]) == pytest.approx(float(losses(bench.run("scored"))[9]["validation/loss"]))
+
+
+@pytest.mark.parametrize(("like", "micro_batch", "stop_at"), [("full", "4", "6"), ("full-micro", "2", "14")])
+def test_sigterm_finishes_the_step_and_resumes_exactly(bench: Workbench, like: str, micro_batch: str, stop_at: str) -> None:
+    arguments = (f"stopped-{micro_batch}", "--data.micro_batch", micro_batch)
+    attempt = bench.start(*arguments, STOP_AT=stop_at)
+    assert attempt.wait(30) == STOPPED, attempt.text[-3000:]
+    run = bench.run(arguments[0])
+    assert checkpoint(run)["global_step"] == 8
+    assert [step for step, row in losses(run).items() if "validation/loss" in row] == [4]  # and not once more for stopping
+    assert not (run / "summary.json").exists()
+    bench.train(*arguments)
+    assert_same_run(run, bench.run(like))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.backbone.init_args.width", "64"], "in the checkpoint"),
+        (["--data.seed", "1"], "made with seed 0, now it is 1"),
+        (["--data.context", "120"], "made with context 128, now it is 120"),
+        (["--data.global_batch", "8"], "made with global_batch 4, now it is 8"),
+        (["--data.sources.prose.weight", "3"], "made with weights"),
+    ],
+)
+def test_resume_with_another_config_is_refused_and_changes_nothing(
+    bench: Workbench, arguments: list[str], message: str
+) -> None:
+    before = contents(bench.run("part"))
+    attempt = bench.start("part", *arguments)
+    assert attempt.wait() == 1
+    assert message in attempt.text.split("ValueError: ")[-1], attempt.text[-3000:]
+    assert contents(bench.run("part")) == before
+
+
+def test_resume_over_other_shards_is_refused_by_name(bench: Workbench, tmp_path: Path) -> None:
+    shutil.copytree(bench.shards, tmp_path / "shards")
+    moved = Workbench(tmp_path, tmp_path / "shards")
+    assert moved.start("run", KILL_AT="4").wait() == KILLED
+    write_shards(prose_documents(61, "train"), tmp_path / "shards", "prose-train")
+    before = contents(moved.run("run"))
+    attempt = moved.start("run")
+    assert attempt.wait() == 1
+    error = attempt.text.split("ValueError: ")[-1]
+    assert "made with fingerprints {'prose': '" in error and "media" not in error and "restore the shards" in error
+    assert contents(moved.run("run")) == before
+
+
+def test_full_disk_leaves_the_checkpoint_before(bench: Workbench) -> None:
+    attempt = bench.start("disk", FILE_LIMIT="7 60000")
+    assert attempt.wait() == 1
+    error = attempt.text.split("OSError: ")[-1]
+    assert "last.ckpt' could not be written" in error and "the one before it is whole" in error
+    folder = bench.run("disk") / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert checkpoint(bench.run("disk"))["global_step"] == 6
+    bench.train("disk")
+    assert_same_run(bench.run("disk"), bench.run("full"))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ({"POISON": "7 0"}, "the loss of step 8 is nan"),
+        ({"POISON_WEIGHTS": "8"}, "after step 9 'model.backbone"),  # step 9 writes a checkpoint
+    ],
+)
+def test_loss_that_is_no_number_never_reaches_a_checkpoint(bench: Workbench, trouble: dict[str, str], message: str) -> None:
+    name = next(iter(trouble)).lower()
+    attempt = bench.start(name, **trouble)
+    assert attempt.wait() == 1
+    error = attempt.text.split("FloatingPointError: ")[-1]
+    assert message in error
+    assert "documents" not in error or "media/train-" in error or "prose/train-" in error
+    saved = checkpoint(bench.run(name))
+    assert saved["global_step"] == 6
+    assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+
+
+def test_metrics_cut_off_by_a_kill_are_mended(bench: Workbench) -> None:
+    shutil.copytree(bench.run("part"), bench.run("cut"))
+    path = bench.run("cut") / "metrics.csv"
+    path.write_text(path.read_text()[:-30])
+    bench.train("cut")
+    assert torch.equal(
+        torch.tensor(sorted(losses(bench.run("cut")))), torch.tensor(sorted(losses(bench.run("full"))))
+    )  # every step is there
+    assert_same_run(bench.run("cut"), bench.run("full"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """File -> what is in it."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}

@@ -1,0 +1,163 @@
+"""A run from its command line to its summary: what is refused, what is counted, when it is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from attempts import Workbench, checkpoint, losses, make_bench
+
+from pile_app.data.datamodule import PileDataModule, Source
+from pile_app.data.shards import load_index, write_shards
+from pile_app.data.text import ByteTokenizer
+from pile_app.documents import Document, Segment
+from pile_app.model.fused import make_vocabulary
+
+SHORT = ("--model.codec_steps", "1", "--trainer.max_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """With `full`, a complete run of 14 steps."""
+    bench = make_bench(tmp_path_factory.mktemp("run"))
+    bench.train("full")
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model.backbone.init_args.widht", "64"], ["widht"]),
+        (["--data.context", "long"], ["data.context", "long"]),
+        (["--model.backbone.init_args.heads", "5"], ["32", "5"]),
+        (["--data.context", "9", "--model.image.patch", "2"], ["data.context=9", "16 codes"]),
+        (["--trainer.max_steps", "-1"], ["trainer.max_steps", "data.epochs"]),
+        (["--data.micro_batch", "3"], ["data.micro_batch=3", "data.global_batch=4"]),
+        (["--checkpoint_every", "0"], ["checkpoint_every=0"]),
+    ],
+)
+def test_config_that_cannot_be_is_refused_by_name(bench: Workbench, arguments: list[str], named: list[str]) -> None:
+    attempt = bench.start("refused", *arguments)
+    assert attempt.wait() == 2
+    error = attempt.text.split("error: ")[-1]
+    assert all(word in error for word in named), attempt.text
+    assert "Traceback" not in attempt.text
+    assert not bench.run("refused").exists()
+
+
+def test_folder_that_cannot_be_written_is_refused_in_a_line(bench: Workbench) -> None:
+    attempt = bench.start("x", "--runs", str(bench.config))  # a file, where not even root can make a folder
+    assert attempt.wait() == 2
+    assert "cannot be written" in attempt.text.splitlines()[-1] and "--runs" in attempt.text.splitlines()[-1]
+
+
+def test_config_can_be_printed(bench: Workbench) -> None:
+    printed = yaml.safe_load(bench.train("printed", "--print_config"))
+    assert printed["data"]["context"] == 128 and printed["trainer"]["max_steps"] == 14
+    assert not bench.run("printed").exists()
+
+
+def test_complete_run_is_not_trained_again_unless_it_is_to_be_longer(bench: Workbench) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bench.run("full").rglob("*")}
+    assert "runs/full is complete (14 steps): open runs/full/report.html" in bench.train("full")
+    assert {path: path.stat().st_mtime_ns for path in bench.run("full").rglob("*")} == before
+    steps = losses(bench.run("full"))
+    bench.train("full", "--trainer.max_steps", "16", "--model.optimizer.schedule", "constant")
+    assert json.loads((bench.run("full") / "summary.json").read_text())["steps"] == 16
+    longer = losses(bench.run("full"))
+    assert {15} <= longer.keys() and all(longer[step] == steps[step] for step in range(14))
+
+
+def test_early_stopping_by_config_completes_the_run(bench: Workbench) -> None:
+    words = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=validation/loss"]
+    words += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100"]
+    bench.train("early", *words)
+    summary = json.loads((bench.run("early") / "summary.json").read_text())
+    assert summary["steps"] == checkpoint(bench.run("early"))["global_step"] == 10
+    assert "is complete (10 steps)" in bench.train("early", *words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model.optimizer.name", "sgd"],
+        ["--model.optimizer.name", "adamw"],
+        ["--model.optimizer.name", "muon"],
+        ["--model.l1", "0.01"],
+        ["--model.optimizer.weight_decay", "0.5"],
+        ["--model.backbone", "{class_path: LSTM, init_args: {width: 32, layers: 2}}"],
+        ["--model.backbone", "{class_path: RNN, init_args: {width: 32, layers: 2}}"],
+    ],
+    ids=lambda arguments: " ".join(arguments[-2:])[-30:],
+)
+def test_every_optimizer_penalty_and_backbone_trains(bench: Workbench, arguments: list[str]) -> None:
+    name = "-".join(filter(str.isalnum, arguments[-1] + arguments[-2]))
+    bench.train(name, *SHORT, *arguments)
+    values = losses(bench.run(name))
+    assert all(np.isfinite(float(values[step]["train/loss"])) for step in (1, 2, 3))
+    saved = checkpoint(bench.run(name))
+    assert saved["global_step"] == 4
+    heads = [tensor for key, tensor in saved["state_dict"].items() if key.startswith("model.heads.0")]
+    assert heads and all(bool(tensor.any()) for tensor in heads)  # they start at zero
+
+
+def test_sources_may_be_called_like_methods_and_with_dots(bench: Workbench, tmp_path: Path) -> None:
+    config = yaml.safe_load(bench.config.read_text())
+    media, prose = config["data"]["sources"].values()
+    config["data"]["sources"] = {"train": media, "type": prose, "all": media, "v1.5": prose}
+    odd = Workbench(tmp_path, bench.shards)
+    odd.config.write_text(yaml.safe_dump(config))
+    odd.train("run", *SHORT)
+    summary = json.loads((odd.run("run") / "summary.json").read_text())
+    assert all(f"{name}_loss" in summary for name in ("train", "type", "all", "v1.5"))
+
+
+@pytest.mark.parametrize(("bad", "code"), [(1, 0), (40, 1)])
+def test_damaged_documents_are_counted_and_too_many_stop_the_run(bench: Workbench, tmp_path: Path, bad: int, code: int) -> None:
+    damaged = Workbench(tmp_path, tmp_path / "shards")
+    write_shards((Document((Segment(f"text {n}"),), f"t-{n}") for n in range(200)), damaged.shards, "prose-train")
+    index = load_index(str(damaged.shards / "prose-train-000000.tar"))
+    with open(index.path, "r+b") as file:
+        for offset in index.offset[:bad].tolist():
+            file.seek(offset + 512)
+            file.write(b"\xff")
+    sources = f"{{prose: {{train: '{damaged.shards}/prose-train-*.tar', validation: null}}}}"
+    words = ["--model.image", "null", "--model.audio", "null", "--data.sources", sources]
+    attempt = damaged.start("run", *words, "--data.epochs", "1", "--trainer.max_steps", "-1")
+    assert attempt.wait() == code, attempt.text[-3000:]
+    entries = [json.loads(line) for line in (damaged.run("run") / "quarantine.jsonl").read_text().splitlines()]
+    if code:
+        assert "documents could not be used" in attempt.text and "data.max_rejected_share=1.0%" in attempt.text
+        assert not (damaged.run("run") / "summary.json").exists()
+    else:
+        assert [entry["key"] for entry in entries] == ["t-0"]
+        summary = json.loads((damaged.run("run") / "summary.json").read_text())
+        assert summary["quarantined"] == {"prose": {entries[0]["reason"]: 1}}
+
+
+@pytest.mark.parametrize("context", [24, 64, 512])
+def test_normalizer_is_the_number_of_targets(tmp_path: Path, context: int) -> None:
+    """Of whole documents and of cut ones, with segments that are given and not learned."""
+
+    def texts() -> Iterator[Document]:
+        for n in range(30):
+            question = Segment("what is " + "so " * (n % 5) + "big?", loss=False)
+            answer = Segment("an elephant " * (1 + n % 4))
+            yield Document(((question, answer), (answer, question), (answer,))[n % 3], f"t-{n}")
+
+    write_shards(texts(), tmp_path, "text")
+    tokenizer = ByteTokenizer()
+    sources = {"text": Source(str(tmp_path / "text-*.tar"))}
+    vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, None, None)
+    data = PileDataModule(sources, vocabulary, tokenizer, context, global_batch=2, condition_dropout=0.0)
+    data.prepare_data()
+    data.setup()
+    dataset = data.train_dataset()
+    for step in range(data.order.packs_per_epoch // 2):
+        packs = [dataset[position] for position in (2 * step, 2 * step + 1)]
+        targets = sum(len(places) for pack in packs for modality in pack.targets for places in modality)
+        assert data.order.targets(2 * step, 2 * step + 2) == targets
