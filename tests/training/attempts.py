@@ -15,7 +15,6 @@ import signal
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
