@@ -83,7 +83,7 @@ data:
   context: 128
   global_batch: 4
   condition_dropout: 0.5
-trainer: {{max_steps: 6, val_check_interval: 3, accelerator: cpu}}
+trainer: {{max_steps: 6, val_check_interval: 3, accelerator: cpu, precision: 32-true}}
 checkpoint_every: 3
 """
 

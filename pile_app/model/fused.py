@@ -136,7 +136,8 @@ class FusedLanguageModel(nn.Module):
         """
         losses: dict[int, Tensor] = {}
         if self.image_codec and len(batch.images):
-            losses[IMAGE] = self.image_codec.loss(batch.images)
+            with full_precision(batch):
+                losses[IMAGE] = self.image_codec.loss(batch.images)
         if self.audio_codec and len(batch.audio):
             audio, tokens = batch.audio, batch.audio_tokens
             if crop is not None and int(tokens.max()) > crop:
@@ -146,7 +147,8 @@ class FusedLanguageModel(nn.Module):
                 places = first[:, None] + torch.arange(crop * per_token, device=tokens.device)
                 padded = F.pad(audio, (0, max(0, int(places.max()) + 1 - audio.size(1))))
                 audio, tokens = padded.gather(1, places), tokens.clamp_max(crop)
-            losses[AUDIO] = self.audio_codec.loss(audio, tokens)
+            with full_precision(batch):
+                losses[AUDIO] = self.audio_codec.loss(audio, tokens)
         return losses
 
     @torch.no_grad()
@@ -155,9 +157,11 @@ class FusedLanguageModel(nn.Module):
         tokens = batch.tokens.clone()
         flat = tokens.view(-1)
         if self.image_codec and len(batch.images):
-            flat[batch.image_slots] = self.image_codec.encode(batch.images) + self.vocabulary.starts[IMAGE]
+            with full_precision(batch):
+                flat[batch.image_slots] = self.image_codec.encode(batch.images) + self.vocabulary.starts[IMAGE]
         if self.audio_codec and len(batch.audio):
-            codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
+            with full_precision(batch):
+                codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
             inside = torch.arange(codes.size(1), device=codes.device) < batch.audio_tokens[:, None]
             flat[batch.audio_slots] = codes[inside] + self.vocabulary.starts[AUDIO]
         return tokens
@@ -208,6 +212,11 @@ class FusedLanguageModel(nn.Module):
         sizes = [s.stop - s.start for s in self.vocabulary.slices]
         head = 2.0 * self.backbone.width * sum(sizes) / max(1, len([size for size in sizes if size > 1]))
         return 3 * (self.backbone.flops_per_token(context) + head)
+
+
+def full_precision(batch: Batch) -> torch.autocast:
+    """Codecs compute in float32 whatever the run does: half precision would move codes over the borders of their levels."""
+    return torch.autocast(batch.tokens.device.type, enabled=False)
 
 
 def make_vocabulary(

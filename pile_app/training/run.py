@@ -86,6 +86,8 @@ def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
     from lightning.pytorch.loggers import WandbLogger
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    if mode == "offline":
+        os.environ.setdefault("WANDB_SILENT", "true")
     identity = run / "wandb" / "id"
     if not identity.exists():
         identity.parent.mkdir(parents=True, exist_ok=True)

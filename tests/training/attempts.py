@@ -47,6 +47,7 @@ data:
   global_batch: 4
   condition_dropout: 0.5
 trainer:
+  precision: 32-true
   max_steps: 14
   val_check_interval: 5
   log_every_n_steps: 1
