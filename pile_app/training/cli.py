@@ -112,7 +112,7 @@ class PileCLI(LightningCLI):
 
 
 def fast_precision(accelerator: Any) -> str:
-    """bf16-mixed (weights stay float32) where the hardware multiplies bfloat16, a third faster for the demo on a CPU; or 32-true."""
+    """bf16-mixed (weights stay float32) where the hardware multiplies bfloat16, for the demo a third faster; else 32-true."""
     import torch
 
     if accelerator != "cpu" and torch.cuda.is_available():
