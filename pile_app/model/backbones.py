@@ -223,7 +223,7 @@ class _Recurrent(Backbone):
         out = flat.new_zeros(len(flat), self.width)
         for places, inside in _document_rows(document, position):
             rows = self._stack(flat[places], None)  # (documents, longest, D); what follows a document's end is not used
-            out = out.index_put((places[inside],), rows[inside])
+            out = out.index_put((places[inside],), rows[inside].to(out.dtype))  # autocast makes rows half precision
         return out.view(*x.shape[:2], self.width)  # (B, T, D)
 
     def _stack(self, x: Tensor, cache: Cache | None) -> Tensor:

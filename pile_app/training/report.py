@@ -56,6 +56,7 @@ STATUS = ("device", "steps", "tokens", "train_seconds", "tokens_per_second", "pa
 HEADLINE = {  # the figures on top: key, and what it is held against
     "image_to_text_accuracy": "image_judge_accuracy", "audio_to_text_accuracy": "audio_judge_accuracy",
     "text_to_image_accuracy": "image_codec_accuracy", "text_to_audio_accuracy": "audio_codec_accuracy",
+    "image_to_audio_accuracy": "audio_codec_accuracy",
     "text_bits_per_byte": "text_bits_per_byte_xz", "image_psnr": "", "text_conditioning_gain": "",
 }  # fmt: skip
 CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; the first that matches counts

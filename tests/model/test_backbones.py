@@ -187,3 +187,14 @@ def test_grouped_queries_take_fewer_parameters_and_context_costs_flops() -> None
     full, grouped = MAKE["transformer"](), Transformer(WIDTH, 3, heads=4, key_value_heads=1)
     assert full.flops_per_token(0) - grouped.flops_per_token(0) == 2 * 3 * 2 * WIDTH * (WIDTH - WIDTH // 4)
     assert full.flops_per_token(100) - full.flops_per_token(0) == 4 * 3 * WIDTH * 100
+
+
+@pytest.mark.parametrize("backbone", [Transformer(16, 1, 2), LSTM(16, 1), RNN(16, 1)], ids=lambda b: type(b).__name__)
+def test_half_precision_gives_nearly_the_same_hidden_states(backbone: Backbone) -> None:
+    document = torch.tensor([[0, 0, 0, 1, 1, -1]])
+    position = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    x = torch.randn(1, 6, 16)
+    exact = backbone(x, document, position)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = backbone(x, document, position)
+    torch.testing.assert_close(half[:, :5].float(), exact[:, :5], atol=0.05, rtol=0.05)
