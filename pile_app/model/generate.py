@@ -91,7 +91,7 @@ def _prompt_tokens(model: FusedLanguageModel, prompt: Document, to: int) -> tupl
         if not prompt.segments:
             tokens, places = torch.tensor([Vocabulary.BEGIN], device=device), torch.zeros(1, dtype=torch.int64, device=device)
         else:
-            length = 2 + sum(_segment_length(model, segment) for segment in prompt.segments)
+            length = 2 + sum(segment_length(model, segment) for segment in prompt.segments)
             pack = assemble([(0, prompt, prompt.key, 0, length - 1, dropped)], vocabulary, model.tokenizer, length - 1)
             if pack.rejected:
                 raise BadSample(*pack.rejected[0][2:])
@@ -104,7 +104,8 @@ def _prompt_tokens(model: FusedLanguageModel, prompt: Document, to: int) -> tupl
     return laid_out[0][0], laid_out[0][1], laid_out[1][0]
 
 
-def _segment_length(model: FusedLanguageModel, segment: Segment) -> int:
+def segment_length(model: FusedLanguageModel, segment: Segment) -> int:
+    """Tokens of a segment that is in no index, its opener and closing token included."""
     from pile_app.documents import audio_size
 
     if segment.modality == TEXT:

@@ -24,7 +24,7 @@ from pile_app.data.datamodule import SourceData
 from pile_app.data.packing import assemble, collate
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import Sampling, generate
+from pile_app.model.generate import Sampling, generate, segment_length
 from pile_app.training.callbacks import log_samples_to_wandb, write_samples
 from pile_app.training.module import PileModule
 
@@ -295,16 +295,7 @@ def answer_loss(model: FusedLanguageModel, pairs: Sequence[tuple[Segment, Segmen
     model.eval()
     for condition, answer in pairs:
         document = Document((Segment(condition.data, condition.extension, loss=False), answer))
-        length = 2
-        for segment in document.segments:
-            size = (0, 0)
-            if segment.modality == TEXT:
-                size = (len(model.tokenizer.encode(segment.text)), 0)
-            elif segment.modality == AUDIO:
-                from pile_app.documents import audio_size
-
-                size = audio_size(segment.file)
-            length += model.vocabulary.segment_tokens(segment.modality, *size)
+        length = 2 + sum(segment_length(model, segment) for segment in document.segments)
         pack = assemble([(0, document, "", 0, length, 0)], model.vocabulary, model.tokenizer, length)
         losses = model(collate([pack], model.vocabulary).to(model.token_bytes.device))
         total += float(losses[answer.modality].total)

@@ -138,13 +138,13 @@ def make_model_parser() -> LightningArgumentParser:
 def check_config(config: Namespace) -> None:
     """Raises ValueError for values that cannot be, alone or together; builds nothing."""
     model, data = config.model, config.data
-    image = ImageCodecConfig(**_values(model.image)) if model.image else None
-    audio = AudioCodecConfig(**_values(model.audio)) if model.audio else None
+    image = ImageCodecConfig(**vars(model.image)) if model.image else None
+    audio = AudioCodecConfig(**vars(model.audio)) if model.audio else None
     vocabulary = make_vocabulary(256, "bytes", image, audio)
     if model.backbone.class_path.rsplit(".", 1)[-1] == "Transformer":
         sizes = model.backbone.init_args
         Transformer.check(sizes.width, sizes.heads, sizes.key_value_heads)
-    sources = {name: Source(**_values(source)) for name, source in data.sources.items()}
+    sources = {name: Source(**vars(source)) for name, source in data.sources.items()}
     check_data(sources, data.context, data.global_batch, data.micro_batch, data.condition_dropout, data.epochs)
     if image and vocabulary.image_tokens + 3 > data.context:
         raise ValueError(
@@ -155,10 +155,6 @@ def check_config(config: Namespace) -> None:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 optimizer step")
     if data.epochs is None and config.trainer.max_steps < 0:
         raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)")
-
-
-def _values(namespace: Any) -> dict[str, Any]:
-    return vars(namespace) if isinstance(namespace, Namespace) else dict(vars(namespace))
 
 
 def main(arguments: list[str] | None = None) -> None:
