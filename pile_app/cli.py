@@ -56,8 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_prepare(add(prepare_shards, "prepare", "make shards of own texts, images and sounds"))
     _add_index(add(index_shards, "index", "index shards that came from elsewhere, or check them against their index"))
     _add_tokenizer(add(make_tokenizer, "tokenizer", "train a tokenizer on the texts of shards, or of a folder"))
+    _add_encode(add(encode_shards, "encode", "write shards anew as token ids, so that training need not decode them"))
     _add_generate(add(generate_segments, "generate", "let a trained model write text, images or sound"))
-    _add_inspect(add(inspect_run, "inspect", "show what an optimizer step of a run was trained on"))
+    _add_inspect(add(inspect_run, "inspect", "show what data hold, or what a run was trained on"))
     return parser
 
 
@@ -73,19 +74,51 @@ class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Work is kept in OUTPUT.partial: the same command continues where it was interrupted. Every step is described in "
+        "docs/prepare.md."
+    )
+    kinds = ("auto", "text", "images", "audio", "interleaved", "webdataset")
     parser.add_argument("input", type=Path, help="file or folder to read")
     parser.add_argument("output", type=Path, help="folder for the shards")
-    parser.add_argument("--kind", choices=("auto", "text", "images", "audio"), default="auto", help="what to read")
+    parser.add_argument("--kind", choices=kinds, default="auto", help="what to read")
     parser.add_argument("--validation-share", type=float, default=0.01, help="share of the documents for validation")
     parser.add_argument("--seed", type=int, default=0, help="of the hash that splits training from validation")
-    parser.add_argument("--no-clean", dest="clean", action="store_false", help="keep texts as they are")
-    parser.add_argument("--max-audio-seconds", type=float, default=30.0, help="leave longer sounds out")
     parser.add_argument("--shard-megabytes", type=float, default=64.0, help="size of a shard")
-    parser.add_argument("--document-bytes", type=int, default=1 << 20, help="cut longer text files into several documents")
-    parser.add_argument(
-        "--caption-from-folder", action="store_true", help="media without caption get the name of their folder as caption"
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes here, or Ray Data")
+    parser.add_argument("--processes", type=int, help="how many work at a time (default: one a core)")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--document-bytes", type=int, default=1 << 20, help="cut longer text files into several documents")
+    text.add_argument("--repair", action="store_true", help="undo wrong decoding, HTML entities and the like (ftfy)")
+    text.add_argument("--no-clean", dest="clean", action="store_false", help="keep texts as they are")
+    text.add_argument(
+        "--quality", type=lambda names: names.split(","), default=[], metavar="RULES", help="gopher, c4, or gopher,c4"
+    )
+
+    again = parser.add_argument_group("duplicates and evaluation sets")
+    again.add_argument("--keep-duplicates", dest="exact_duplicates", action="store_false", help="keep exact duplicates")
+    again.add_argument(
+        "--near-duplicates", type=float, metavar="SIMILARITY", help="drop texts this similar to another, e.g. 0.8"
+    )
+    again.add_argument("--decontaminate", nargs="+", default=[], metavar="FILE", help="drop texts that hold a part of these")
+    again.add_argument("--ngram", type=int, default=13, help="words in a row that make a part")
+
+    media = parser.add_argument_group("images and sounds")
+    media.add_argument("--caption-from-folder", action="store_true", help="media without caption get the name of their folder")
+    media.add_argument("--min-image-size", type=int, default=0, metavar="PIXELS", help="leave out images with a shorter side")
+    media.add_argument(
+        "--max-aspect", type=float, metavar="RATIO", help="leave out images with longer to shorter side above this"
+    )
+    media.add_argument("--image-max-size", type=int, metavar="PIXELS", help="shrink images to this longer side")
+    media.add_argument("--min-audio-seconds", type=float, default=0.0, help="leave shorter sounds out")
+    media.add_argument("--max-audio-seconds", type=float, default=30.0, help="leave longer sounds out")
+    media.add_argument(
+        "--silence", type=float, metavar="DB", help="leave out sounds below this mean level, e.g. -60 (full scale: 0)"
+    )
+    media.add_argument("--resample", type=int, metavar="HZ", help="store sounds at this rate, mono")
+    media.add_argument("--audio-format", choices=("flac", "wav"), help="store sounds in this format, mono")
 
 
 def prepare_shards(options: argparse.Namespace) -> None:
@@ -104,27 +137,40 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="write nothing: read every sample and compare its checksum with the index"
     )
+    parser.add_argument("--processes", type=int, help="how many work at a time (default: one a core)")
 
 
 def index_shards(options: argparse.Namespace) -> None:
-    from pile_app.data.shards import ShardError, build_index, expand_shards, load_index
+    from functools import partial
 
+    from pile_app.data.shards import ShardError, expand_shards
+    from pile_app.data.sources import for_each
+
+    paths = expand_shards(options.shards)
     differing = 0
-    for path in expand_shards(options.shards):
-        if not options.verify:
-            print(f"{path}: {describe_index(build_index(path))}", flush=True)
-            continue
-        index = load_index(path)
-        different = differing_samples(index)
-        differing += len(different)
-        listed = ", ".join(different[:5] + ["..."] * (len(different) > 5))
-        verdict = f"{len(different):,} differ from the index: {listed}" if different else "all as indexed"
-        print(f"{path}: {len(index):,} documents, {verdict}", flush=True)
+    for lines in for_each(partial(_index_shard, paths, options.verify), range(len(paths)), options.processes):
+        line, count = lines
+        differing += count
+        print(line, flush=True)
     if differing:
         raise ShardError(
             f"{differing:,} documents differ from what was indexed: fetch those shards again, or run `pile index` without "
             "--verify to take them as they are (runs that were trained on them will not resume)"
         )
+
+
+def _index_shard(paths: Sequence[str], verify: bool, number: int) -> tuple[str, int]:
+    """(what to say of a shard, documents that differ from its index)."""
+    from pile_app.data.shards import build_index, load_index
+
+    path = paths[number]
+    if not verify:
+        return f"{path}: {describe_index(build_index(path))}", 0
+    index = load_index(path)
+    different = differing_samples(index)
+    listed = ", ".join(different[:5] + ["..."] * (len(different) > 5))
+    verdict = f"{len(different):,} differ from the index: {listed}" if different else "all as indexed"
+    return f"{path}: {len(index):,} documents, {verdict}", len(different)
 
 
 def describe_index(index: ShardIndex) -> str:
@@ -139,13 +185,13 @@ def describe_index(index: ShardIndex) -> str:
 
 def differing_samples(index: ShardIndex) -> list[str]:
     """Keys of the samples of a shard that are not what was indexed."""
-    from pile_app.data.shards import ShardReader
+    from pile_app.data.shards import Shards
     from pile_app.documents import BadSample
 
-    reader, different = ShardReader([index]), []
+    shards, different = Shards([index.path]), []
     for sample, key in enumerate(index.keys):
         try:
-            reader.document(0, sample)
+            shards.document(0, sample)
         except BadSample:
             different.append(key)
     return different
@@ -175,13 +221,13 @@ def make_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _texts_of_shards(pattern: str) -> Iterator[str]:
-    from pile_app.data.shards import ShardReader, expand_shards, load_index
+    from pile_app.data.shards import Shards, expand_shards
     from pile_app.documents import TEXT
 
-    reader = ShardReader([load_index(path) for path in expand_shards(pattern)])
-    for shard, index in enumerate(reader.indexes):
-        for sample in range(len(index)):
-            document = reader.document(shard, sample)
+    shards = Shards(expand_shards(pattern))
+    for shard in range(len(shards)):
+        for sample in range(len(shards.index(shard))):
+            document = shards.document(shard, sample)
             yield from (segment.text for segment in document.segments if segment.modality == TEXT)
 
 
@@ -189,6 +235,49 @@ def _existing(path: str) -> Path:
     if not os.path.exists(path):
         raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
     return Path(path)
+
+
+# -- pile encode
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "pile encode [options] RUN SHARDS [SHARDS ...] OUTPUT\n"
+        "       pile encode [options] --tokenizer FILE SHARDS [SHARDS ...] OUTPUT"
+    )
+    parser.epilog = "Train with model.codecs_from RUN/checkpoints/last.ckpt and model.codec_steps 0: other codecs are refused."
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of the run, shards (quoted patterns), new folder")
+    parser.add_argument("--tokenizer", help="instead of a run: encode the texts alone, with this tokenizer.json")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or a file")
+    parser.add_argument("--device", default="cpu", help="that the codecs compute on: cpu, cuda ...")
+    parser.add_argument("--batch", type=int, default=64, help="images or sounds that are encoded at once")
+    parser.add_argument("--overwrite", action="store_true", help="encode anew what is there already")
+
+
+def encode_shards(options: argparse.Namespace) -> None:
+    paths = list(options.paths)
+    if len(paths) < (2 if options.tokenizer else 3):
+        raise ValueError("pile encode takes RUN SHARDS OUTPUT, or --tokenizer FILE SHARDS OUTPUT")
+    if options.batch < 1:
+        raise ValueError(f"--batch must be at least 1, not {options.batch}")
+    from pile_app.data.remote import ShardCache
+    from pile_app.data.shards import Shards, expand_shards
+    from pile_app.data.sources import cache_folder
+    from pile_app.data.text import load_tokenizer
+    from pile_app.tasks import encode
+
+    run = None if options.tokenizer else Path(paths.pop(0))
+    folder = Path(paths.pop())
+    shards = Shards(expand_shards(paths), ShardCache(cache_folder() / "shards", int(100e9), False))
+    if run is None:
+        encoders = encode.Encoders(load_tokenizer(options.tokenizer), batch=options.batch)
+    else:
+        encoders = encode.run_encoders(run, options.checkpoint, options.device, options.batch)
+    found = encode.encode_shards(shards, folder, encoders, options.overwrite)
+    total: dict[str, Any] = {"documents": sum(one["documents"] for one in found.values())}
+    for key in ("encoded", "left"):
+        total[key] = sum((Counter(one[key]) for one in found.values()), Counter())
+    print(f"{len(found):,} shards in {folder}: {encode.describe_counts(total)}")
 
 
 # -- pile generate
@@ -304,18 +393,56 @@ def _read_medium(name: str, path: str) -> Segment:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="folder of the run: runs/<name>")
-    parser.add_argument("--step", type=int, required=True, help="optimizer step, counted from 1")
-    parser.add_argument("--output", type=Path, help="folder for media and documents.json (default: RUN/inspect/step-N)")
-    parser.add_argument("--limit", type=int, help="show at most so many documents (default: all)")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="for statistics of data: folders of `pile prepare`, shards (folder or quoted pattern), a run or a configuration; "
+        "for a step or positions: the folder of the run",
+    )
+    parser.add_argument("--step", type=int, help="show what a run was trained on in this optimizer step, counted from 1")
+    parser.add_argument("--position", metavar="P[:Q]", help="show the packs at positions P up to Q (without Q) of a run")
+    parser.add_argument("--output", type=Path, help="folder for what is found (default: inspect/ beside what is inspected)")
+    parser.add_argument("--limit", type=int, help="show at most so many documents (default: all; of data 8 a source)")
+    parser.add_argument("--duplicates", action="store_true", help="read all shards, to count what is there more than once")
+    parser.add_argument("--tokenizer", help="bytes or a tokenizer.json to count with (default: that of the run, or bytes)")
+    parser.add_argument("--context", type=int, help="tokens of a pack (default: those of the run, or 512)")
 
 
 def inspect_run(options: argparse.Namespace) -> None:
-    from pile_app.tasks.inspect_step import format_step, inspect_step
+    if options.step is None and options.position is None:
+        inspect_shards(options)
+        return
+    from pile_app.tasks.inspect_step import format_step, inspect_positions, inspect_step, parse_positions
 
-    folder = options.output or options.run / "inspect" / f"step-{options.step}"
-    print(format_step(inspect_step(options.run, options.step, folder, options.limit)))
-    print(f"saved in {folder}")
+    if options.step is not None and options.position is not None:
+        raise ValueError("give --step or --position, not both")
+    if len(options.paths) > 1 or options.duplicates or options.tokenizer or options.context:
+        raise ValueError("--step and --position take one run, and neither --duplicates, --tokenizer nor --context")
+    run = Path(options.paths[0])
+    if options.step is not None:
+        folder = options.output or run / "inspect" / f"step-{options.step}"
+        description = inspect_step(run, options.step, folder, options.limit)
+    else:
+        first, stop = parse_positions(options.position)
+        name = f"position-{first}" if stop == first + 1 else f"positions-{first}-{stop - 1}"
+        folder = options.output or run / "inspect" / name
+        description = inspect_positions(run, first, stop, folder, options.limit)
+    print(format_step(description))
+    print(f"saved in {folder}: open {folder / 'documents.html'}")
+
+
+def inspect_shards(options: argparse.Namespace) -> None:
+    from pile_app.tasks.inspect_data import inspect_data
+    from pile_app.tasks.inspect_tables import format_statistics
+
+    first = Path(options.paths[0])
+    inside = (first / "config.yaml", first / "inspect" / "data"), (first / "dataset.json", first / "inspect")
+    folder = options.output or next((folder for file, folder in inside if file.is_file()), Path("inspect"))
+    samples = 8 if options.limit is None else options.limit
+    description = inspect_data(options.paths, folder, options.tokenizer, options.context, options.duplicates, samples)
+    print(format_statistics(description))
+    print(f"saved in {folder}: open {folder / 'lengths.png'} and {folder / 'documents.html'}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ A WebDataset sample (the files of a tar that share a key) becomes a document in 
 * otherwise every `txt`, image and sound file is a segment. Their order is free: training draws it anew in every epoch, as a
   function of the position (`Document.ordered` is False).
 
+A segment may also be *encoded*: the token ids themselves, as `pile encode` writes them, instead of the text or the medium they
+were made of (`Codes`).
+
 `Vocabulary` says how a document becomes one row of token ids, for the data path and the model alike:
 
     <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
@@ -23,9 +26,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,13 +40,19 @@ TEXT, IMAGE, AUDIO = range(3)
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg")
+ENCODED_EXTENSIONS = ("textids", "imagecodes", "audiocodes")  # by modality
 MODALITY_OF_EXTENSION = (
-    {"txt": TEXT, "cls": TEXT} | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE) | dict.fromkeys(AUDIO_EXTENSIONS, AUDIO)
+    {"txt": TEXT, "cls": TEXT}
+    | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE)
+    | dict.fromkeys(AUDIO_EXTENSIONS, AUDIO)
+    | {extension: modality for modality, extension in enumerate(ENCODED_EXTENSIONS)}
 )
 
 # A file may claim to be far larger than what it takes on disk; what claims more than this is refused before it is decoded.
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_AUDIO_SECONDS = 3600.0
+MAX_AUDIO_SAMPLES = 1 << 28  # over all channels: a gigabyte as float32
+SAMPLE_RATES = (1_000, 768_000)  # Hz
 
 
 class BadSample(ValueError):
@@ -70,13 +81,23 @@ class Segment:
 
     @property
     def text(self) -> str:
-        assert isinstance(self.data, str)
+        if not isinstance(self.data, str):
+            raise ValueError("this text is encoded, as token ids: use the shards that it was encoded from")
         return self.data
 
     @property
     def file(self) -> bytes:
         assert isinstance(self.data, bytes)
         return self.data
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.extension in ENCODED_EXTENSIONS
+
+    @property
+    def codes(self) -> Codes:
+        """Of an encoded segment. Raises `BadSample` (`damaged_codes`) where its file is not what `Codes.to_bytes` writes."""
+        return Codes.from_bytes(self.file)
 
     @classmethod
     def from_image(cls, pixels: np.ndarray, loss: bool = True) -> Segment:
@@ -96,6 +117,45 @@ class Segment:
         file = io.BytesIO()
         soundfile.write(file, np.clip(waveform, -1, 1), sample_rate, "PCM_16", format=extension.upper())
         return cls(file.getvalue(), extension, loss)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What stands in the file of an encoded segment.
+
+    encoder: 32 hexadecimal digits, the fingerprint of the tokenizer or codec; size: UTF-8 bytes, pixels, or samples a channel
+    of what was encoded; sample_rate: Hz, 0 but for sounds; values: (T,) ids from 0, of the tokenizer or the code book; breaks:
+    (2, K), places where a sentence of a text ends, in UTF-8 bytes and in tokens; is_lost: the sample was damaged when it was to
+    be encoded, and only the number of the values counts, which keeps its place in the order.
+    """
+
+    encoder: str
+    size: int
+    sample_rate: int
+    values: np.ndarray
+    breaks: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.uint32))
+    is_lost: bool = False
+
+    HEADER = struct.Struct("<16sQIHHI")  # encoder, size, sample rate, bytes of a value, is lost, number of breaks
+
+    def to_bytes(self) -> bytes:
+        """Header, breaks as uint32, values as uint16 or uint32, all little-endian."""
+        item = 2 if int(self.values.max(initial=0)) < 1 << 16 else 4
+        encoder, breaks = bytes.fromhex(self.encoder), self.breaks.shape[1]
+        header = self.HEADER.pack(encoder, self.size, self.sample_rate, item, self.is_lost, breaks)
+        return header + self.breaks.astype("<u4").tobytes() + self.values.astype(f"<u{item}").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Codes:
+        try:
+            encoder, size, sample_rate, item, is_lost, count = cls.HEADER.unpack_from(data)
+            breaks = np.frombuffer(data, "<u4", 2 * count, cls.HEADER.size).reshape(2, count)
+            values = np.frombuffer(data, {2: "<u2", 4: "<u4"}[item], -1, cls.HEADER.size + 8 * count)
+        except (struct.error, ValueError, KeyError) as error:
+            raise BadSample("damaged_codes", f"the file of an encoded segment is damaged: {error}") from error
+        if size >= 1 << 40 or (sample_rate and not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]):
+            raise BadSample("damaged_codes", f"it claims {size:,} of something, at {sample_rate:,} Hz")
+        return cls(encoder.hex(), size, sample_rate, values, breaks, bool(is_lost))
 
 
 @dataclass(frozen=True)
@@ -144,7 +204,7 @@ def sample_from_document(document: Document) -> dict[str, str | bytes]:
     entries: list[dict[str, Any]] = []
     for number, segment in enumerate(document.segments):
         entry: dict[str, Any]
-        if segment.modality == TEXT:
+        if isinstance(segment.data, str):
             entry = {"text": segment.text}
         else:
             entry = {"file": f"{number}.{segment.extension}"}
@@ -162,7 +222,7 @@ def _parse_json(key: str, data: bytes) -> dict[str, Any]:
         description = json.loads(data)
     except UnicodeDecodeError as error:
         raise BadSample("invalid_utf8", f"json of sample {key!r}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists ...
         raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
     if not isinstance(description, dict):
         raise BadSample("invalid_json", f"json of sample {key!r} is a {type(description).__name__}, not an object")
@@ -188,7 +248,7 @@ def _segment_from_file(key: str, name: str, data: bytes, loss: bool = True) -> S
     if extension not in MODALITY_OF_EXTENSION:
         known = ", ".join(MODALITY_OF_EXTENSION)
         raise BadSample("unknown_extension", f"sample {key!r} has a segment {name!r}; known extensions are {known}")
-    if MODALITY_OF_EXTENSION[extension] != TEXT:
+    if MODALITY_OF_EXTENSION[extension] != TEXT or extension in ENCODED_EXTENSIONS:
         return Segment(data, extension, loss)
     try:
         return Segment(data.decode(), "txt", loss)
@@ -213,14 +273,21 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, channels: int, height: int, width: int) -> np.ndarray:
-    """uint8 pixels (channels, height, width): decoded, transparent parts on white, resized (antialiased) to fill, and
-    centre-cropped."""
+    """uint8 pixels (channels, height, width): decoded, turned as EXIF says, transparent parts on white, resized (antialiased)
+    to fill, and centre-cropped."""
+    plain = _plain_jpeg_shape(data)  # grey of a colour file is another grey than Pillow's
+    if plain in ((1, height, width), (channels, height, width)):
+        decoded = _decode_jpeg(data, channels)
+        if decoded is not None and decoded.shape == (channels, height, width):  # a made-up file may have said otherwise
+            return decoded
     from PIL import Image, ImageOps
 
     image_size(data)
     try:
         with Image.open(io.BytesIO(data)) as file:
-            image: Image.Image = file
+            # A JPEG may decode to a half, a quarter ... of its size in a fraction of the time; twice ours keeps the sharpness.
+            file.draft(None, (2 * max(width, height), 2 * max(width, height)))
+            image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -230,7 +297,39 @@ def decode_image(data: bytes, channels: int, height: int, width: int) -> np.ndar
             pixels = np.asarray(image)
     except Exception as error:
         raise BadSample("undecodable_image", str(error)) from error
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _plain_jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
+    """(components, height, width) of a JPEG file without Exif data, from its markers; None for all else. Pillow takes 20 times
+    as long."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    shape = None
+    place = 2
+    while place + 9 < len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # the image itself
+            return shape
+        if marker == 0xE1 or marker == 0xFF:  # Exif, which may turn the image; or padding, which is rare
+            return None
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
+            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (place + 5, place + 7))
+            shape = data[place + 9], height, width
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _decode_jpeg(data: bytes, channels: int) -> np.ndarray | None:
+    """By torchvision, faster than Pillow by half and the same to the bit; None where it cannot (CMYK, damage: Pillow says)."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode).numpy()
+    except RuntimeError:
+        return None
 
 
 def audio_size(data: bytes) -> tuple[int, int]:
@@ -241,38 +340,94 @@ def audio_size(data: bytes) -> tuple[int, int]:
         info = soundfile.info(io.BytesIO(data))
     except Exception as error:
         raise BadSample("undecodable_audio", str(error)) from error
-    if info.frames == 0:
-        raise BadSample("empty_audio", "the sound has no samples")
-    if info.frames / info.samplerate > MAX_AUDIO_SECONDS:
-        seconds = info.frames / info.samplerate
-        raise BadSample("audio_too_long", f"{seconds:,.0f} seconds; at most {MAX_AUDIO_SECONDS:,.0f} are decoded")
+    _check_audio(info.frames, info.samplerate, info.channels)
     return info.frames, info.samplerate
+
+
+def _check_audio(frames: int, sample_rate: int, channels: int) -> None:
+    if frames <= 0:
+        raise BadSample("empty_audio", "the sound has no samples")
+    if not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
+        raise BadSample("undecodable_audio", f"{sample_rate} Hz; sample rates from {SAMPLE_RATES} are decoded")
+    seconds = frames / sample_rate
+    if seconds > MAX_AUDIO_SECONDS or frames * channels > MAX_AUDIO_SAMPLES:
+        raise BadSample(
+            "audio_too_long",
+            f"{seconds:,.0f} seconds, {channels} channels; at most {MAX_AUDIO_SECONDS:,.0f} seconds and "
+            f"{MAX_AUDIO_SAMPLES:,} samples are decoded",
+        )
 
 
 def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:
     """float32 mono samples in [-1, 1] at `sample_rate` Hz: `ceil(samples * sample_rate / own rate)` of them.
 
     Raises:
-        BadSample: `undecodable_audio`, `empty_audio`, `audio_too_long`, `nan_audio` or `silent_audio`.
+        BadSample: `undecodable_audio`, `empty_audio`, `audio_too_long`, `truncated_audio`, `nan_audio` or `silent_audio`.
     """
     import soundfile
 
-    audio_size(data)
     try:
-        samples, own_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            promised, own_rate = file.frames, file.samplerate
+            _check_audio(promised, own_rate, file.channels)
+            samples = file.read(promised, dtype="float32", always_2d=True)
+    except BadSample:
+        raise
     except Exception as error:
         raise BadSample("undecodable_audio", str(error)) from error
-    waveform = samples.mean(axis=1)
-    if not np.isfinite(waveform).all():
+    if len(samples) < 0.9 * promised:  # the length that some headers state is an estimate, as in MP3
+        raise BadSample("truncated_audio", f"{len(samples):,} of {promised:,} samples could be decoded")
+    waveform = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    peak = np.abs(waveform).max(initial=0.0)
+    if not np.isfinite(peak):
         raise BadSample("nan_audio", "the sound holds samples that are not finite numbers")
-    if np.abs(waveform).max(initial=0.0) < 1e-4:
+    if peak < 1e-4:
         raise BadSample("silent_audio", "no sample is louder than -80 dB of full scale")
-    if own_rate != sample_rate:
-        import torch
-        import torchaudio
+    waveform = resample(waveform, own_rate, sample_rate)
+    return _fit_length(waveform, -(-promised * sample_rate // own_rate))
 
-        waveform = torchaudio.functional.resample(torch.from_numpy(waveform), own_rate, sample_rate).numpy()
-    return waveform
+
+def resample(waveform: np.ndarray, own_rate: int, sample_rate: int) -> np.ndarray:
+    """float32 samples (S,) at `own_rate` Hz to `sample_rate` Hz (windowed sinc)."""
+    if own_rate == sample_rate:
+        return waveform
+    import torch
+
+    return _resampler(own_rate, sample_rate)(torch.from_numpy(waveform)).numpy()
+
+
+@lru_cache(16)
+def _resampler(own_rate: int, sample_rate: int) -> Any:
+    """Its filter takes milliseconds to compute, so it is kept. Rates without a common factor (44,101 Hz) would take gigabytes:
+    those are rounded to 100 Hz, a hundredth of a semitone at most for usual rates."""
+    from torchaudio.transforms import Resample
+
+    common = math.gcd(own_rate, sample_rate)
+    if max(own_rate, sample_rate) // common > 2000:
+        own_rate = max(100, round(own_rate, -2))
+    return Resample(own_rate, sample_rate)
+
+
+def _fit_length(waveform: np.ndarray, samples: int) -> np.ndarray:
+    return waveform[:samples] if len(waveform) >= samples else np.pad(waveform, (0, samples - len(waveform)))
+
+
+_SENTENCE_END = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u2019\u201d)\]]*(?=\s)|\n+(?=\S)|[\u3002\uff01\uff1f](?=\S)""")
+BREAK_SPACING = 128  # least characters between two of them: they are for cuts, not for grammar
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Places (in characters, increasing) where a long text had best be cut: after the end of a sentence or line."""
+    ends: list[int] = []
+    if len(text) <= 2 * BREAK_SPACING:
+        return ends
+    place = BREAK_SPACING
+    while found := _SENTENCE_END.search(text, place):
+        if found.end() >= len(text):
+            break
+        ends.append(found.end())
+        place = found.end() + BREAK_SPACING
+    return ends
 
 
 @dataclass(frozen=True)
@@ -291,6 +446,8 @@ class Vocabulary:
         sample_rate: Hz that every sound is resampled to.
         samples_per_token: samples that one audio code stands for.
         tokenizer: fingerprint of the tokenizer, "bytes" for UTF-8 bytes.
+        image_codec: fingerprint of the image codec, where it is frozen from the start of the run.
+        audio_codec: fingerprint of the audio codec, likewise.
     """
 
     text_tokens: int = 256
@@ -301,6 +458,8 @@ class Vocabulary:
     sample_rate: int = 0
     samples_per_token: int = 0
     tokenizer: str = "bytes"
+    image_codec: str = ""
+    audio_codec: str = ""
 
     BEGIN = 0  # opens a document
     END = 1  # closes a document
@@ -360,7 +519,7 @@ def describe(document: Document, limit: int = 200) -> str:
     """One line a segment, for people: texts shortened to `limit` characters, media as their kind and size."""
     lines: Sequence[str] = [
         repr(segment.text[:limit]) + (" ..." if len(segment.text) > limit else "")
-        if segment.modality == TEXT
+        if isinstance(segment.data, str)
         else f"<{MODALITIES[segment.modality]}: {segment.extension}, {len(segment.data):,} bytes>"
         for segment in document.segments
     ]

@@ -72,12 +72,12 @@ def test_help_is_complete_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("[]")
-    for command in ("prepare", "index", "tokenizer", "generate", "inspect"):
+    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect"):
         assert re.search(rf"^    {command}\s", shown, re.MULTILINE), shown
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("prepare", "index", "tokenizer", "generate", "inspect"):
+    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
@@ -101,7 +101,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert "notes-train-*.tar" in capsys.readouterr().out
 
     shard = tmp_path / "out" / "notes-train-000000.tar"
-    stored = (tmp_path / "out" / "notes-train-000000.tar.index.npz").read_bytes()
+    stored = (tmp_path / "out" / "notes-train-000000.tar.index.safetensors").read_bytes()
     pile("index", tmp_path / "out" / "*.tar", "--verify")
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -110,7 +110,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     pile("index", shard)
     assert capsys.readouterr().out == f"{shard}: {counts['train']} documents; {counts['train']} text; rejected: none\n"
-    assert (tmp_path / "out" / "notes-train-000000.tar.index.npz").read_bytes() == stored
+    assert (tmp_path / "out" / "notes-train-000000.tar.index.safetensors").read_bytes() == stored
 
     assert "--overwrite" in fails("prepare", source, tmp_path / "out")
     pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-share", "0")
@@ -319,7 +319,7 @@ def batch_of_step(run: Path, step: int) -> tuple[Any, Any]:
     """(data module, the batch that the training loader gives for a step)."""
     _, data, _ = load_run(run)
     data.setup()
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=step - 1, max_steps=6)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, local_rank=0, global_step=step - 1, max_steps=6)  # type: ignore[assignment]
     return data, next(iter(data.train_dataloader()))
 
 
@@ -334,7 +334,7 @@ def test_inspect_lists_what_the_training_loader_gives(
     assert description["positions"] == [4 * (step - 1), 4 * step] and description["trained"]
     assert description["phase"] == ("codecs" if step <= 2 else "language model")
     assert [(one["source"], one["key"]) for one in documents] == [
-        (data.source_names[source], key) for source, key in batch.keys
+        (data.source_names[source], key) for of_pack in batch.documents for source, key, *_ in of_pack
     ]
     hidden = 0
     for one in documents:
@@ -407,7 +407,7 @@ def test_inspect_refuses_other_shards(tiny_run: TinyRun, tmp_path: Path, fails: 
     build_index(str(shard))
     message = fails("inspect", copy.folder, "--step", "1")
     assert "the shards of source 'prose'" in message and "not those that the run was trained on" in message
-    Path(f"{shard}.index.npz").unlink()
+    Path(f"{shard}.index.safetensors").write_bytes(b"no index")
     assert f"run `pile index {shard}`" in fails("inspect", copy.folder, "--step", "1")
     shard.unlink()
     assert "no shard matches" in fails("inspect", copy.folder, "--step", "1")

@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from pile_app.data.shards import ShardReader, expand_shards, load_index
+from pile_app.data.shards import Shards, expand_shards, load_index
 from pile_app.documents import Document, Segment
 
 RECIPE = Path(__file__).parents[1] / "data" / "digits" / "prepare.py"
@@ -53,7 +53,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documents(shards: Path) -> dict[str, list[Document]]:
     def read(prefix: str) -> list[Document]:
         indexes = [load_index(path) for path in expand_shards(f"{shards}/{prefix}-*.tar")]
-        reader = ShardReader(indexes)
+        reader = Shards([index.path for index in indexes])
         return [reader.document(shard, sample) for shard, index in enumerate(indexes) for sample in range(len(index))]
 
     prefixes = json.loads((shards / "dataset.json").read_text())["documents"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pile_app.data.shards import ShardReader, build_index
+from pile_app.data.shards import Shards, build_index
 from pile_app.documents import AUDIO, IMAGE, TEXT
 
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -21,7 +21,7 @@ def test_the_example_writer_writes_a_shard_that_is_read_as_promised(tmp_path: Pa
     exec(example, {})
     index = build_index("mine-000000.tar")
     assert not index.rejected and index.keys == ["000000", "000001", "000002"]
-    document = ShardReader([index]).document(0, 2)
+    document = Shards([index.path]).document(0, 2)
     assert [segment.modality for segment in document.segments] == [TEXT, IMAGE, AUDIO]
     assert document.ordered and document.segments[0].text == "tone 2" and document.meta == {"number": 2}
     assert index.segment_size.tolist() == [6, 32 * 32, 8000] * 3

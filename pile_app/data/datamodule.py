@@ -9,35 +9,42 @@ resumed run would lose, nor saves a loader state that only fits rank 0.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pile_app.data import shards
 from pile_app.data.order import (
+    GROUP_SHARDS,
     ORDER_VERSION,
+    Phase,
     Piece,
-    SourceTokens,
+    SourceOrder,
     TrainingOrder,
     ValidationOrder,
+    pack_weights,
     permutation,
     uniform,
 )
-from pile_app.data.packing import Batch, Pack, assemble, collate, cut_document
-from pile_app.data.shards import ShardError, ShardIndex, ShardReader
-from pile_app.data.text import Tokenizer, text_token_counts
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document, Vocabulary
+from pile_app.data.packing import Batch, Pack, assemble, collate
+from pile_app.data.remote import Prefetcher, ShardCache
+from pile_app.data.shards import ShardError
+from pile_app.data.sources import SourceData, cache_folder
+from pile_app.data.text import Tokenizer
+from pile_app.documents import BadSample, Document, Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -47,100 +54,16 @@ class Source:
     """A named set of shards.
 
     Args:
-        train: shards to train on: path with wildcards or braces (`data/x/train-{000..099}.tar`).
+        train: shards to train on: path or URL with wildcards or braces (`data/x/train-{000..099}.tar`, `s3://bucket/x/*.tar`).
         validation: shards to validate on; None: none.
         weight: share of the training tokens, in any unit; None (then for all sources): its size.
+        epochs: passes over this source, 0.5 for half of it; the run ends when all sources have had theirs. Instead of weights.
     """
 
     train: str
     validation: str | None = None
     weight: float | None = None
-
-
-class SourceData:
-    """The documents of one source: their pieces for the order, their contents by number."""
-
-    def __init__(self, name: str, pattern: str, vocabulary: Vocabulary, tokenizer: Tokenizer, context: int) -> None:
-        self.name = name
-        self.indexes = [shards.load_index(path) for path in shards.expand_shards(pattern)]
-        self.reader = ShardReader(self.indexes)
-        self.first_document = np.cumsum([0, *(len(index) for index in self.indexes)])
-        self.too_long = 0
-        self.cut: set[int] = set()  # documents longer than the context
-        pieces = [self._pieces(number, vocabulary, tokenizer, context) for number in range(len(self.indexes))]
-        document, start, stop, shard, targets = (np.concatenate(column) for column in zip(*pieces, strict=True))
-        if not len(document):
-            raise ShardError(f"source {name!r} ({pattern!r}) holds no document that fits a context of {context} tokens")
-        self.tokens = SourceTokens(name, document, start, stop, shard, targets)
-        documents = int(self.first_document[-1])
-        rejected = sum(len(index.rejected) for index in self.indexes)
-        if self.too_long or rejected:
-            log.warning(
-                "source %r: of %d documents %d were rejected when indexed and %d hold an image or a sound longer than the "
-                "context of %d tokens", name, documents + rejected, rejected, self.too_long, context,
-            )  # fmt: skip
-
-    def _pieces(self, shard: int, vocabulary: Vocabulary, tokenizer: Tokenizer, context: int) -> tuple[np.ndarray, ...]:
-        """(document, start, stop, shard, targets) of the pieces of one shard's documents, see `SourceTokens`."""
-        index = self.indexes[shard]
-        tokens = segment_tokens(index, vocabulary, tokenizer)
-        first = index.first_segment.astype(np.int64)
-        lengths = np.add.reduceat(tokens, first[:-1]) + 2 if len(index) else np.zeros(0, np.int64)
-        ends = index.loss[first[1:] - 1]  # is the `<end>` predicted?
-        targets = np.add.reduceat(tokens * index.loss, first[:-1]) + ends if len(index) else lengths
-        numbers = np.arange(len(index)) + self.first_document[shard]
-        short = lengths <= context
-        columns = [(numbers[short], np.zeros(short.sum(), np.int64), lengths[short], targets[short])]
-        for sample in np.flatnonzero(~short):
-            within = slice(first[sample], first[sample + 1])
-            try:
-                cuts = cut_document(list(zip(index.modality[within].tolist(), tokens[within].tolist(), strict=True)), context)
-            except ValueError:
-                self.too_long += 1
-                continue
-            self.cut.add(int(numbers[sample]))
-            starts, stops = np.array(cuts).T
-            predicted = np.repeat([False, *index.loss[within], ends[sample]], [1, *tokens[within], 1])
-            cut_targets = np.array([predicted[start + 1 : stop].sum() for start, stop in cuts])
-            columns.append((np.full(len(cuts), numbers[sample]), starts, stops, cut_targets))
-        document, start, stop, counts = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return document, start, stop, np.full(len(document), shard), counts
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        return int(self.first_document[-1])
-
-    def document(self, number: int) -> Document:
-        """Raises `BadSample` where it cannot be used."""
-        shard = int(np.searchsorted(self.first_document, number, side="right")) - 1
-        return self.reader.document(shard, number - int(self.first_document[shard]))
-
-    def key(self, number: int) -> str:
-        shard = int(np.searchsorted(self.first_document, number, side="right")) - 1
-        return self.indexes[shard].keys[number - int(self.first_document[shard])]
-
-    @property
-    def fingerprint(self) -> str:
-        return shards.hashlib.blake2b("".join(i.fingerprint for i in self.indexes).encode(), digest_size=16).hexdigest()
-
-
-def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, tokenizer: Tokenizer) -> np.ndarray:
-    """(G,) tokens of each segment of a shard, with openers and closing tokens, without reading the shard.
-
-    Raises:
-        ShardError: the shard holds a modality that the model has no codec for.
-    """
-    for modality in (IMAGE, AUDIO):
-        if (index.modality == modality).any() and modality not in vocabulary.modalities:
-            name = MODALITIES[modality]
-            raise ShardError(f"shard {index.path!r} holds {name}s, and the model has no codec for them: set model.{name}")
-    tokens = text_token_counts(index, tokenizer) + 1
-    tokens[index.modality == IMAGE] = 1 + vocabulary.image_tokens
-    sounds = index.modality == AUDIO
-    tokens[sounds] = 2 + vocabulary.audio_tokens(
-        index.segment_size[sounds].astype(np.int64), index.sample_rate[sounds].astype(np.int64)
-    )
-    return tokens
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -178,11 +101,14 @@ class PackDataset(Dataset[Pack]):
         self.condition_dropout = condition_dropout
 
     def __getitem__(self, position: int) -> Pack:
-        entries = [
-            (one.piece.source, one.document, one.key, one.piece.start, one.piece.stop, one.dropped)
-            for one in self.documents(position)
+        found = self.documents(position)
+        entries = [(one.piece.source, one.document, one.key, one.piece.start, one.piece.stop, one.dropped) for one in found]
+        pack = assemble(entries, self.vocabulary, self.tokenizer, self.context)
+        pack.number = position
+        pack.documents = [
+            (piece.source, one.key, piece.epoch, piece.start, piece.stop) for one in found for piece in [one.piece]
         ]
-        return assemble(entries, self.vocabulary, self.tokenizer, self.context)
+        return pack
 
     def documents(self, position: int) -> list[PackedDocument]:
         """What stands in the pack of a position, in order, as it is seen there."""
@@ -198,7 +124,7 @@ class PackDataset(Dataset[Pack]):
             return PackedDocument(piece, key, error, 0)
         segments = document.segments
         # The cuts of a document longer than the context were made for the order that it is stored in.
-        if not document.ordered and len(segments) > 1 and piece.document not in data.cut:
+        if not document.ordered and len(segments) > 1 and piece.whole:
             order = permutation(len(segments), self.seed, data.name, piece.epoch, piece.document, "segments")
             document = Document(tuple(segments[i] for i in order), key, True, document.meta)
         dropped = 0
@@ -237,18 +163,33 @@ class _Batches(Dataset[Batch]):
     def __init__(self, dataset: PackDataset, global_batch: int) -> None:
         self.dataset = dataset
         self.global_batch = global_batch
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_threads": None}
+
+    def _packs(self, positions: list[int]) -> list[Pack]:
+        """In a worker, media are decoded by two threads: decoders leave Python's lock to others, and so hide what Python does.
+
+        Not in the training process: its threads are the model's.
+        """
+        if get_worker_info() is None or len(self.dataset.vocabulary.modalities) == 1:
+            return [self.dataset[position] for position in positions]
+        self._threads = self._threads or ThreadPoolExecutor(2)
+        return list(self._threads.map(self.dataset.__getitem__, positions))
 
     @lru_cache(8)  # noqa: B019 (lives as long as the run)
-    def _step_targets(self, step: int) -> int:
+    def _step_sizes(self, step: int) -> tuple[list[int], int]:
         order = self.dataset.order
         assert isinstance(order, TrainingOrder)
-        return max(1, order.targets(step * self.global_batch, (step + 1) * self.global_batch))
+        tokens, targets = order.sizes(step * self.global_batch, (step + 1) * self.global_batch)
+        return tokens.tolist(), max(1, targets)
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        packs = [self.dataset[position] for position in positions]
+        packs = self._packs(positions)
         training = isinstance(self.dataset.order, TrainingOrder)
-        normalizer = float(self._step_targets(positions[0] // self.global_batch)) if training else 0.0
-        return collate(packs, self.dataset.vocabulary, normalizer)
+        tokens, targets = self._step_sizes(positions[0] // self.global_batch) if training else ([], 0)
+        return collate(packs, self.dataset.vocabulary, float(targets), tokens)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -266,13 +207,19 @@ class PileDataModule(LightningDataModule):
         global_batch: packs of one optimizer step, over all devices.
         micro_batch: packs that one device computes at once; None: as many as its share. Gradients of the micro-batches are
             accumulated. `global_batch` has to be a multiple of devices x micro_batch.
-        epochs: length of the run in passes over all sources; None: `trainer.max_steps` says it.
+        epochs: length of the run in passes over all sources, each document once in each; None: `trainer.max_steps`, or the
+            `epochs` of each source, say it.
+        weights_from: optimizer step -> source -> weight from that step on, where shares change during the run. A source that is
+            not named weighs nothing. Steps that are still to come may be changed when a run is resumed.
         seed: of the order of the data and of the condition dropout.
         condition_dropout: share of the documents with several segments whose first ones are hidden, so that guidance has an
             unconditional model to compare with, 0 to 1.
         num_workers: processes that load; 0: the training process itself.
         prepare: a recipe (`data/<name>/prepare.py`) that makes the shards where they are missing.
         max_rejected_share: the run stops when more than this share of its documents cannot be used.
+        cache: folder for remote shards, which several runs and nodes may share; None: `~/.cache/pile/shards`.
+        cache_gigabytes: what it may hold.
+        allow_pipe: run the commands of `pipe:` URLs. Whoever writes the configuration then runs programs.
     """
 
     def __init__(
@@ -284,14 +231,18 @@ class PileDataModule(LightningDataModule):
         global_batch: int = 16,
         micro_batch: int | None = None,
         epochs: float | None = None,
+        weights_from: dict[int, dict[str, float]] | None = None,
         seed: int = 0,
         condition_dropout: float = 0.1,
         num_workers: int = 0,
         prepare: str | None = None,
         max_rejected_share: float = 0.01,
+        cache: str | None = None,
+        cache_gigabytes: float = 100.0,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
-        check_data(sources, context, global_batch, micro_batch, condition_dropout, epochs)
+        check_data(sources, context, global_batch, micro_batch, condition_dropout, epochs, weights_from)
         assert vocabulary is not None and tokenizer is not None
         self.sources = sources
         self.vocabulary = vocabulary
@@ -300,44 +251,63 @@ class PileDataModule(LightningDataModule):
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.epochs = epochs
+        self.weights_from = weights_from or {}
         self.seed = seed
         self.condition_dropout = condition_dropout
         self.num_workers = num_workers
         self.prepare = prepare
         self.max_rejected_share = max_rejected_share
+        self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
         self.train_data: list[SourceData] = []
         self.validation_data: list[SourceData] = []
         self._restored: dict[str, Any] | None = None
+        self._prefetcher: _ShardsAhead | None = None
 
     # -- Before training: one process a node makes what is missing.
 
+    def _make_source(self, name: str, pattern: str) -> SourceData:
+        return SourceData(name, pattern, self.vocabulary, self.tokenizer, self.context, self.cache)
+
     def prepare_data(self) -> None:
-        patterns = [pattern for s in self.sources.values() for pattern in (s.train, s.validation) if pattern]
-        if self.prepare is not None and any(not _exists(pattern) for pattern in patterns):
+        patterns = [(n, pattern) for n, s in self.sources.items() for pattern in (s.train, s.validation) if pattern]
+        if self.prepare is not None and any(not _exists(pattern) for _, pattern in patterns):
             run_recipe(self.prepare)
-        for pattern in patterns:
-            for path in shards.expand_shards(pattern):
-                if not os.path.exists(path + shards.INDEX_SUFFIX):
-                    log.info("indexing %s", path)
-                    shards.build_index(path)
-                text_token_counts(shards.load_index(path), self.tokenizer)
+        for name, source in self.sources.items():
+            self._make_source(name, source.train).order(self.seed)
+            if source.validation is not None:
+                self._make_source(name, source.validation)
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_data:
             return
-        make = partial(SourceData, vocabulary=self.vocabulary, tokenizer=self.tokenizer, context=self.context)
-        self.train_data = [make(name, source.train) for name, source in self.sources.items()]
+        self.train_data = [self._make_source(name, source.train) for name, source in self.sources.items()]
         self.validation_data = [
-            make(name, source.validation) for name, source in self.sources.items() if source.validation is not None
+            self._make_source(name, source.validation) for name, source in self.sources.items() if source.validation is not None
         ]
-        self.validation_names = [name for name, source in self.sources.items() if source.validation is not None]
-        weights = [source.weight for source in self.sources.values()]
-        given = [weight for weight in weights if weight is not None]
-        tokens = [data.tokens for data in self.train_data]
-        self.order = TrainingOrder(tokens, given or None, self.context, self.seed)
+        self.validation_names = [data.name for data in self.validation_data]
+        self.order = self._make_order([data.order(self.seed) for data in self.train_data])
         self.validation_order = ValidationOrder([data.tokens for data in self.validation_data], self.context)
         if self._restored is not None:
             self._check_restored(self._restored)
+
+    def _make_order(self, orders: list[SourceOrder]) -> TrainingOrder:
+        sizes = [order.packs_per_epoch for order in orders]
+        given = [source.epochs for source in self.sources.values()]
+        if any(one is not None for one in given):  # exactly so many packs of each, then nothing
+            weights = tuple(math.ceil(size * (1.0 if n is None else n)) for size, n in zip(sizes, given, strict=True))
+            return TrainingOrder(orders, [Phase(0, weights, sum(weights))], self.seed)
+        if self.epochs is not None:  # each a phase of whole steps, so that it is complete before the next begins
+            steps = -(-sum(sizes) // self.global_batch)
+            starts = [epoch * steps * self.global_batch for epoch in range(math.ceil(self.epochs))]
+            phases = [Phase(start, tuple(sizes), start + sum(sizes)) for start in starts]
+            share = self.epochs - len(starts) + 1  # of the last epoch
+            return TrainingOrder(orders, phases, self.seed, starts[-1] + math.ceil(share * sum(sizes)))
+        shares = [source.weight for source in self.sources.values() if source.weight is not None]
+        phases = [Phase(0, pack_weights(orders, shares) if shares else tuple(sizes))]
+        for step, weights_then in sorted(self.weights_from.items()):
+            weights = pack_weights(orders, [weights_then.get(name, 0.0) for name in self.sources])
+            phases.append(Phase(step * self.global_batch, weights))
+        return TrainingOrder(orders, phases, self.seed)
 
     @property
     def source_names(self) -> list[str]:
@@ -347,10 +317,10 @@ class PileDataModule(LightningDataModule):
         """Optimizer steps of the whole run.
 
         Raises:
-            ValueError: neither `data.epochs` nor `trainer.max_steps` says it.
+            ValueError: neither `data.epochs`, nor those of the sources, nor `trainer.max_steps` says it.
         """
-        if self.epochs is not None:
-            in_epochs = math.ceil(self.epochs * self.order.packs_per_epoch / self.global_batch)
+        if self.order.length is not None:
+            in_epochs = -(-self.order.length // self.global_batch)
             return in_epochs if trainer.max_steps < 0 else min(in_epochs, trainer.max_steps)
         if trainer.max_steps < 0:
             raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes)")
@@ -385,7 +355,10 @@ class PileDataModule(LightningDataModule):
             "order_version": ORDER_VERSION,
             "seed": self.seed,
             "context": self.context,
-            "weights": self.order.weights,
+            "weights": [
+                [phase.first, phase.stop if phase.stop is None else min(phase.stop, self.order.length or 0), *phase.weights]
+                for phase in self.order.phases
+            ],
             "sources": self.source_names,
             "tokenizer": self.vocabulary.tokenizer,
             "fingerprints": {data.name: data.fingerprint for data in self.train_data},
@@ -398,15 +371,28 @@ class PileDataModule(LightningDataModule):
 
     def _check_restored(self, state: dict[str, Any]) -> None:
         now = self.identity()
+        # Shares that begin, and ends that come, after the position change nothing of what was read.
+        position = state["position"]
+        state, now = (
+            one
+            | {
+                "weights": [
+                    [first, stop if stop is not None and stop < position else None, *weights]
+                    for first, stop, *weights in one["weights"]
+                    if not first or first < position
+                ]
+            }
+            for one in (state, now)
+        )
         for key, mend in (
             ("order_version", "continue with the version of pile_app that the run began with"),
             ("seed", "set data.seed back"),
             ("context", "set data.context back"),
             ("global_batch", "set data.global_batch back (devices and data.micro_batch may change)"),
             ("sources", "name the same sources in the same order"),
-            ("weights", "set the weights of data.sources back"),
             ("tokenizer", "set model.tokenizer back"),
             ("fingerprints", "restore the shards"),
+            ("weights", "set the weights back; data.weights_from may change them from a step on that is still to come"),
         ):
             was, is_now = state[key], now[key]
             if was != is_now:
@@ -437,6 +423,8 @@ class PileDataModule(LightningDataModule):
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=False,
+            # A fork would copy the locks of the threads that fetch.
+            multiprocessing_context="forkserver" if self.num_workers and self._is_remote else None,
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
         )
 
@@ -446,7 +434,29 @@ class PileDataModule(LightningDataModule):
         micro, _ = self.micro_batches(world_size)
         dataset = _Batches(self.train_dataset(), self.global_batch)
         start, steps = self.trainer.global_step, self.steps(self.trainer)
+        self._prefetch(start)
         return self._loader(dataset, StepBatches(start, steps, self.global_batch, micro, rank, world_size))
+
+    @property
+    def _is_remote(self) -> bool:
+        return any(any(data.shards.remote) for data in self.train_data + self.validation_data)
+
+    def _prefetch(self, step: int) -> None:
+        """Fetches remote shards ahead of need, one process for all of a node."""
+        self.teardown()
+        assert self.trainer is not None
+        if self.trainer.local_rank == 0 and any(any(data.shards.remote) for data in self.train_data):
+            self._prefetcher = _ShardsAhead(self.train_data, self.order, self.cache, step * self.global_batch)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self._prefetcher is not None and self.trainer is not None and self.trainer.training:
+            self._prefetcher.advance_to(min(batch.numbers))
+        return batch
+
+    def teardown(self, stage: str | None = None) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._prefetcher = None
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not len(self.validation_order):
@@ -460,6 +470,51 @@ class PileDataModule(LightningDataModule):
         ]  # past the end stand empty packs, so that every rank has as many batches
         dataset = _Batches(self._dataset(self.validation_data, self.validation_order, 0.0), self.global_batch)
         return self._loader(dataset, mine)
+
+
+class _ShardsAhead:
+    """Remote shards in the order that training will need them, from a position on, handed to a `Prefetcher`."""
+
+    def __init__(self, sources: Sequence[SourceData], order: TrainingOrder, cache: ShardCache, position: int) -> None:
+        self._ends: deque[float] = deque()  # position after the last use, of each file in the order of their first use
+        self._used = 0
+        remote = [number for number, data in enumerate(sources) if any(data.shards.remote)]
+        streams = heapq.merge(*(self._of_source(number, sources[number], order, position) for number in remote))
+        shards_ahead = 2 * GROUP_SHARDS * len(remote)
+        self._prefetcher = Prefetcher(cache, self._files(streams, sources), shards_ahead, 2 * shards_ahead)
+
+    @staticmethod
+    def _of_source(
+        number: int, data: SourceData, order: TrainingOrder, position: int
+    ) -> Iterator[tuple[float, float, int, list[int]]]:
+        """(about the position of its first use, and after its last, source, shards) of each group."""
+        before, later = (int(order.counts(p)[number]) for p in (position, position + 100_000))
+        stride = 100_000 / max(later - before, 1e-3)  # positions a pack of this source
+        groups = order.sources[number].upcoming_shards(before)
+        first, of_group = next(groups)
+        for following, of_next in groups:
+            yield position + (first - before) * stride, position + (following - before) * stride, number, of_group
+            first, of_group = following, of_next
+
+    def _files(
+        self, streams: Iterator[tuple[float, float, int, list[int]]], sources: Sequence[SourceData]
+    ) -> Iterator[tuple[str, int, Callable[[str], None]]]:
+        for _, end, number, of_group in streams:
+            data = sources[number].shards
+            for shard in of_group:
+                if data.remote[shard]:
+                    self._ends.append(end)
+                    index = data.index(shard)
+                    yield data.paths[shard], index.tar_size, partial(shards.check_content, index=index)
+
+    def advance_to(self, position: int) -> None:
+        while self._ends and self._ends[0] < position:
+            self._ends.popleft()
+            self._used += 1
+        self._prefetcher.advance(self._used)
+
+    def close(self) -> None:
+        self._prefetcher.close()
 
 
 def _exists(pattern: str) -> bool:
@@ -490,16 +545,35 @@ def check_data(
     micro_batch: int | None,
     condition_dropout: float,
     epochs: float | None,
+    weights_from: Mapping[int, Mapping[str, float]] | None = None,
 ) -> None:
     """Raises ValueError for values that cannot be."""
     if not sources:
         raise ValueError("data.sources is empty: name at least one, e.g. {text: {train: 'shards/train-*.tar'}}")
     weights = [source.weight for source in sources.values()]
+    given_epochs = any(source.epochs is not None for source in sources.values())
+    given_weights = any(weight is not None for weight in weights)
+    if given_epochs + (epochs is not None) + (given_weights or bool(weights_from)) > 1:
+        raise ValueError(
+            "weights and epochs exclude each other: give data.epochs (passes over all sources), or epochs to the sources, or "
+            "weights with trainer.max_steps"
+        )
+    for step, shares in (weights_from or {}).items():
+        if step < 1:
+            raise ValueError(
+                f"data.weights_from: step {step} must be at least 1; from the start on, weights stand in data.sources"
+            )
+        if unknown := sorted(set(shares) - set(sources)):
+            raise ValueError(f"data.weights_from.{step} names {unknown}, which data.sources does not")
+        if any(weight < 0 for weight in shares.values()) or not sum(shares.values()) > 0:
+            raise ValueError(f"data.weights_from.{step}: weights must be 0 or more and one of them above, not {dict(shares)}")
     if any(weight is not None for weight in weights) and any(weight is None for weight in weights):
         raise ValueError("give every source of data.sources a weight, or none of them (then they weigh what they hold)")
     for name, source in sources.items():
         if source.weight is not None and not source.weight > 0:
             raise ValueError(f"data.sources.{name}.weight must be above 0, not {source.weight}; leave the source out instead")
+        if source.epochs is not None and not source.epochs > 0:
+            raise ValueError(f"data.sources.{name}.epochs must be above 0, not {source.epochs}; leave the source out instead")
     if context < 8:
         raise ValueError(f"data.context={context} tokens is too short: at least 8")
     if global_batch < 1 or (micro_batch is not None and (micro_batch < 1 or global_batch % micro_batch)):

@@ -1,8 +1,9 @@
 """Packing: documents -> packs -> batches.
 
-A pack is `context` tokens of whole documents. A document longer than that is cut, between segments where it can be and inside
-a text where it must be, never inside an image or a sound. A piece that continues a text repeats the last token of the piece
-before it, so that every text token and every code is predicted exactly once, whatever the context.
+A pack is `context` tokens of whole documents. A document longer than that is cut, between segments or at the end of a sentence
+where it can be, inside a text where it must be, never inside an image or a sound. A
+piece that continues a text repeats the last token of the piece before it, so that every text token and every code is predicted
+exactly once, whatever the context.
 
 `assemble` lays out the tokens of one pack; places of media codes are left empty, for the model to fill (its codecs know the
 codes). `collate` stacks packs into a `Batch`.
@@ -10,17 +11,35 @@ codes). `collate` stacks packs into a `Batch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Vocabulary, decode_audio, decode_image
+from pile_app.data import transport
+from pile_app.documents import (
+    AUDIO,
+    IMAGE,
+    MODALITIES,
+    TEXT,
+    BadSample,
+    Codes,
+    Document,
+    Segment,
+    Vocabulary,
+    audio_size,
+    decode_audio,
+    decode_image,
+)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import, and planning needs none of it
+    import torch
+    from torch import Tensor
+
     from pile_app.data.text import Tokenizer
 
 PADDING = -1  # `Batch.document` of a place that holds nothing
@@ -53,36 +72,46 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     return [np.array(one) for one in bins]
 
 
-def cut_document(segments: Sequence[tuple[int, int]], context: int) -> list[tuple[int, int]]:
+def cut_document(
+    segments: Sequence[tuple[int, int]], context: int, breaks: Sequence[int] | np.ndarray = ()
+) -> list[tuple[int, int]]:
     """Ranges [start, stop) of at most `context` tokens that a document is cut into.
+
+    A cut falls on the last place that is good for one, between segments or at a break, unless that wastes more than a 32nd of
+    the context: then a text is cut where the context ends.
 
     Args:
         segments: (modality, tokens with opener and closing token) of each segment; `<begin>` and `<end>` come on top.
         context: tokens of a pack.
+        breaks: places in the document, in tokens, where a sentence ends; increasing.
 
     Raises:
         ValueError: an image or a sound alone is longer than the context.
     """
+    openers = list(accumulate((tokens for _, tokens in segments), initial=1))  # places of the openers, then of `<end>`
+    longest = max((tokens for modality, tokens in segments if modality != TEXT), default=0)
+    if longest > context:
+        raise ValueError(f"a medium of {longest} tokens cannot stand in a context of {context}")
+    borders = set(openers)
+    good = sorted(borders.union(map(int, breaks))) if len(breaks) else openers
+    length = openers[-1] + 1
     pieces: list[tuple[int, int]] = []
-    start, place = 0, 1
-    for modality, tokens in segments:
-        end = place + tokens
-        if end > start + context and modality != TEXT:
-            if tokens > context:
-                raise ValueError(f"a medium of {tokens} tokens cannot stand in a context of {context}")
-            pieces.append((start, place))
-            start = place
-        while end > start + context:
-            stop = start + context
-            pieces.append((start, stop))
-            start = stop if stop == place else stop - 1
-        place = end
-    if place + 1 > start + context:
-        pieces.append((start, place))
-        if segments[-1][0] != TEXT:  # nothing but `<end>` is left, and nothing in sight to predict it from
-            return pieces
-        start = place - 1
-    pieces.append((start, place + 1))
+    start = 0
+    while length > start + context:
+        limit = start + context
+        segment = bisect_right(openers, limit) - 1
+        cut = good[bisect_right(good, limit) - 1]
+        if segments[min(segment, len(segments) - 1)][0] != TEXT and openers[segment] != limit:
+            cut = openers[segment]  # never inside an image or a sound
+        elif limit - cut > context / 32:
+            cut = limit
+        if cut > 1:  # not `<begin>` alone
+            pieces.append((start, cut))
+        if cut == openers[-1] and segments[-1][0] != TEXT:
+            return pieces  # nothing but `<end>` is left, and nothing in sight to predict it from
+        # A piece that goes on inside a text, or with its `<end>`, repeats the token before, to predict from.
+        start = cut if cut in borders and cut != openers[-1] else cut - 1
+    pieces.append((start, length))
     return pieces
 
 
@@ -92,8 +121,10 @@ class Pack:
 
     tokens: (T,) int64, 0 where a code belongs; document: (T,) int32, number of the piece or -1; position: (T,) int32, place
     within the piece; source: (T,) uint8; targets: per modality (K,) places whose *next* token is to be predicted;
-    image_slots: N arrays of places; audio_slots: M arrays of places; rejected: (source, key, reason, detail) of documents that
-    could not be used and whose span is masked; keys: (source, key) of the documents.
+    image_slots: N arrays of places; audio_slots: M arrays of places; encoded_image_slots: places of images whose codes stand in
+    `tokens` already; rejected: (source, key, reason, detail) of documents that
+    could not be used and whose span is masked; number: its position; documents: (source, key, epoch, start,
+    stop) of the pieces that are planned to stand here.
     """
 
     tokens: np.ndarray
@@ -105,8 +136,10 @@ class Pack:
     image_slots: list[np.ndarray] = field(default_factory=list)
     audio: list[np.ndarray] = field(default_factory=list)
     audio_slots: list[np.ndarray] = field(default_factory=list)
+    encoded_image_slots: list[np.ndarray] = field(default_factory=list)
     rejected: list[tuple[int, str, str, str]] = field(default_factory=list)
-    keys: list[tuple[int, str]] = field(default_factory=list)
+    number: int = 0
+    documents: list[tuple[int, str, int, int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -115,37 +148,65 @@ class Batch:
 
     tokens: (B, T) int64; document, position: (B, T) int32; source: (B, T) uint8; targets: per modality, (K,) int64 indices into
     the flattened (B * T) places whose next token is to be predicted; images: (N, C, height, width) uint8; image_slots:
-    (N, codes) int64 flat places; audio: (M, S) float32; audio_tokens: (M,) int64 codes of each sound; audio_slots:
-    (sum of audio_tokens,) int64 flat places; normalizer: () float32, targets of the whole optimizer step, over all ranks.
+    (N + E, codes) int64 flat places, last those of the E images that came encoded; audio: (M, S) float32; audio_tokens: (M,)
+    int64 codes of each sound; audio_slots:
+    (sum of audio_tokens,) int64 flat places; normalizer: () float32, targets of the whole optimizer step, over all ranks;
+    rejected: as in `Pack`; numbers: positions of the packs in the order; documents: of each pack; source_tokens: planned tokens
+    of each source in the whole optimizer step, over all ranks.
+
+    All tensors are views of one `buffer`, so a batch goes from process to process, and to the device, in one piece.
     """
 
-    tokens: Tensor
-    document: Tensor
-    position: Tensor
-    source: Tensor
-    targets: tuple[Tensor, Tensor, Tensor]
-    images: Tensor
-    image_slots: Tensor
-    audio: Tensor
-    audio_tokens: Tensor
-    audio_slots: Tensor
-    normalizer: Tensor
+    buffer: Tensor  # uint8
+    layout: dict[str, tuple[str, tuple[int, ...], int]]  # of the tensors in it: type, shape, first byte
+    memory: transport.Memory | None = None  # that the buffer lies in, where a loading worker made it
     rejected: list[tuple[int, str, str, str]] = field(default_factory=list)
-    keys: list[tuple[int, str]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    documents: list[list[tuple[int, str, int, int, int]]] = field(default_factory=list)
+    source_tokens: list[int] = field(default_factory=list)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        def one(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(function(tensor) for tensor in value)
-            return function(value) if isinstance(value, Tensor) else value
+    def __post_init__(self) -> None:
+        self._make_views()
 
-        return replace(self, **{f.name: one(getattr(self, f.name)) for f in fields(self)})
+    def _make_views(self) -> None:
+        import torch
+
+        views = {}
+        for name, (kind, shape, first) in self.layout.items():
+            dtype: torch.dtype = getattr(torch, kind)
+            stop = first + math.prod(shape) * dtype.itemsize
+            views[name] = self.buffer[first:stop].view(dtype).view(shape)
+        self.tokens: Tensor = views["tokens"]
+        self.document: Tensor = views["document"]
+        self.position: Tensor = views["position"]
+        self.source: Tensor = views["source"]
+        self.targets: tuple[Tensor, Tensor, Tensor] = (views["text"], views["image"], views["audio"])
+        self.images: Tensor = views["images"].permute(0, 3, 1, 2)  # pixels come from decoders with channels last
+        self.image_slots: Tensor = views["image_slots"]
+        self.audio: Tensor = views["waveforms"]
+        self.audio_tokens: Tensor = views["audio_tokens"]
+        self.audio_slots: Tensor = views["audio_slots"]
+        self.normalizer: Tensor = views["normalizer"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.memory is not None:
+            state |= {"memory": None, "buffer": self.memory.reference(len(self.buffer))}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import torch
+
+        if isinstance(state["buffer"], tuple):
+            state["buffer"] = torch.from_numpy(transport.receive(state["buffer"]))
+        self.__dict__.update(state)
+        self._make_views()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking), memory=None)
 
     def pin_memory(self) -> Batch:
-        return self._map(lambda tensor: tensor.pin_memory())
+        return replace(self, buffer=self.buffer.pin_memory(), memory=None)
 
     @property
     def padding_share(self) -> float:
@@ -191,7 +252,6 @@ def assemble(
                 pack.document[span] = number
                 pack.position[span] = np.arange(stop - start)
                 pack.source[span] = source
-                pack.keys.append((source, key))
             except BadSample as error:
                 document = error
         if isinstance(document, BadSample):
@@ -208,7 +268,7 @@ class _Layout:
     ) -> None:
         self.vocabulary = vocabulary
         self.start, self.stop = start, stop
-        self.media: list[tuple[int, np.ndarray, int, int]] = []  # (modality, decoded, first place, codes)
+        self.media: list[tuple[int, np.ndarray | None, int, int]] = []  # (modality, decoded or encoded, first place, codes)
         self.targets: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
         parts: list[np.ndarray] = [np.array([Vocabulary.BEGIN])]
         self.length = 1
@@ -216,7 +276,9 @@ class _Layout:
             first = self.length
             hidden = number < dropped
             opener = np.array([Vocabulary.OPENERS[segment.modality]])
-            if segment.modality == TEXT:
+            if segment.is_encoded:
+                body = self._encoded(segment, tokenizer, first + 1, hidden)
+            elif segment.modality == TEXT:
                 body = tokenizer.encode(segment.text).astype(np.int64) + vocabulary.starts[TEXT]
             elif segment.modality == IMAGE:
                 body = self._image(segment.file, first + 1, hidden)
@@ -240,6 +302,27 @@ class _Layout:
         if first < stop:
             self.targets[modality].append(np.arange(first - 1, stop - 1))
 
+    def _encoded(self, segment: Segment, tokenizer: Tokenizer, first: int, hidden: bool) -> np.ndarray:
+        """The ids of an encoded segment: nothing is left for the codec to do."""
+        codes, modality, vocabulary = segment.codes, segment.modality, self.vocabulary
+        if codes.is_lost:
+            raise BadSample("checksum", "the sample was damaged before it was encoded")
+        check_encoder(codes, modality, vocabulary, tokenizer)
+        ids = codes.values.astype(np.int64) + vocabulary.starts[modality]
+        promised = {
+            TEXT: lambda: len(ids),
+            IMAGE: lambda: vocabulary.image_tokens,
+            AUDIO: lambda: int(vocabulary.audio_tokens(codes.size, max(1, codes.sample_rate))),
+        }[modality]()
+        if len(ids) != promised:
+            raise BadSample("damaged_codes", f"{len(ids)} codes, its size asks for {promised}")
+        limit = vocabulary.audio_end if modality == AUDIO else vocabulary.slices[modality].stop
+        if len(ids) and int(ids.max()) >= limit:
+            raise BadSample("damaged_codes", f"an id of {int(codes.values.max())} is beyond the vocabulary")
+        if modality == IMAGE and not hidden and self.start <= first < self.stop:
+            self.media.append((IMAGE, None, first, len(ids)))
+        return np.append(ids, vocabulary.audio_end) if modality == AUDIO else ids
+
     def _image(self, data: bytes, first: int, hidden: bool) -> np.ndarray:
         codes = self.vocabulary.image_tokens
         if not codes:
@@ -251,11 +334,12 @@ class _Layout:
     def _audio(self, data: bytes, first: int, hidden: bool) -> np.ndarray:
         if not self.vocabulary.audio_codes:
             raise BadSample("no_audio_codec", "the model has no audio codec: set model.audio, or leave the sounds out")
-        from pile_app.documents import audio_size
-
-        codes = int(self.vocabulary.audio_tokens(*audio_size(data)))
         if not hidden and self.start <= first < self.stop:
-            self.media.append((AUDIO, decode_audio(data, self.vocabulary.sample_rate), first, codes))
+            waveform = decode_audio(data, self.vocabulary.sample_rate)
+            codes = -(-len(waveform) // self.vocabulary.samples_per_token)
+            self.media.append((AUDIO, waveform, first, codes))
+        else:
+            codes = int(self.vocabulary.audio_tokens(*audio_size(data)))
         return np.append(np.zeros(codes, np.int64), self.vocabulary.audio_end)
 
     def place(self, pack: Pack, offset: int) -> None:
@@ -265,43 +349,96 @@ class _Layout:
             pack.targets[modality].extend(places + shift for places in targets)
         for modality, decoded, first, codes in self.media:
             slots = np.arange(first, first + codes) + shift
+            if decoded is None:
+                pack.encoded_image_slots.append(slots)
+                continue
             media, media_slots = (pack.images, pack.image_slots) if modality == IMAGE else (pack.audio, pack.audio_slots)
             media.append(decoded)
             media_slots.append(slots)
 
 
-def collate(packs: Sequence[Pack], vocabulary: Vocabulary, normalizer: float = 0.0) -> Batch:
+def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where an encoded segment was not made by the encoder of the model."""
+    encoder = (tokenizer.fingerprint, vocabulary.image_codec, vocabulary.audio_codec)[modality]
+    if codes.encoder == encoder:
+        return
+    what = f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, "
+    if modality == TEXT:
+        raise ValueError(f"{what}the model's tokenizer is {encoder}: set model.tokenizer to that one, or encode them anew")
+    if not encoder:
+        raise ValueError(
+            f"{what}the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
+            "model.codec_steps to 0, or train on the shards that they were encoded from"
+        )
+    raise ValueError(
+        f"{what}the model's codec is {encoder}: set model.codecs_from to the run that encoded them, or encode them anew"
+    )
+
+
+def collate(packs: Sequence[Pack], vocabulary: Vocabulary, normalizer: float = 0.0, source_tokens: Sequence[int] = ()) -> Batch:
     """Stacks packs. `normalizer` 0 means: the targets of these packs."""
     context = len(packs[0].tokens)
     rows = [row * context for row in range(len(packs))]
-
-    def flat(arrays: Iterable[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays]))
-
-    targets = tuple(
-        flat(places + row for row, pack in zip(rows, packs, strict=True) for places in pack.targets[modality])
+    targets = [
+        [places + row for row, pack in zip(rows, packs, strict=True) for places in pack.targets[modality]]
         for modality in range(3)
-    )
-    images = [image for pack in packs for image in pack.images]
+    ]
+    images = [image.transpose(1, 2, 0) for pack in packs for image in pack.images]
     audio = [waveform for pack in packs for waveform in pack.audio]
     slots = [slot + row for row, pack in zip(rows, packs, strict=True) for slot in pack.image_slots]
+    slots += [slot + row for row, pack in zip(rows, packs, strict=True) for slot in pack.encoded_image_slots]
     audio_slots = [slot + row for row, pack in zip(rows, packs, strict=True) for slot in pack.audio_slots]
-    waveforms = np.zeros((len(audio), max((len(waveform) for waveform in audio), default=0)), np.float32)
-    for waveform, row in zip(audio, waveforms, strict=True):
-        row[: len(waveform)] = waveform
-    image_shape = (0, *vocabulary.image_shape)
+    channels, height, width = vocabulary.image_shape
+    total = normalizer or float(sum(len(places) for one in targets for places in one))
+    places = (len(packs), context)
+    # Name -> (type, shape, arrays that fill it one row after the other, or one after the other).
+    parts: dict[str, tuple[str, tuple[int, ...], Sequence[np.ndarray]]] = {
+        "tokens": ("int64", places, [pack.tokens for pack in packs]),
+        "document": ("int32", places, [pack.document for pack in packs]),
+        "position": ("int32", places, [pack.position for pack in packs]),
+        "source": ("uint8", places, [pack.source for pack in packs]),
+        "images": ("uint8", (len(images), height, width, channels), images),
+        "image_slots": ("int64", (len(slots), vocabulary.image_tokens), slots),
+        "waveforms": ("float32", (len(audio), max(map(len, audio), default=0)), audio),
+        "audio_tokens": ("int64", (len(audio),), [np.array([len(slot) for slot in audio_slots], np.int64)]),
+        "audio_slots": ("int64", (sum(map(len, audio_slots)),), audio_slots),
+        "normalizer": ("float32", (), [np.array([total], np.float32)]),
+    }
+    for modality, name in enumerate(MODALITIES):
+        parts[name] = ("int64", (sum(map(len, targets[modality])),), targets[modality])
+    buffer, layout, memory = _lay_out(parts)
     return Batch(
-        tokens=torch.from_numpy(np.stack([pack.tokens for pack in packs])),
-        document=torch.from_numpy(np.stack([pack.document for pack in packs])),
-        position=torch.from_numpy(np.stack([pack.position for pack in packs])),
-        source=torch.from_numpy(np.stack([pack.source for pack in packs])),
-        targets=targets,  # type: ignore[arg-type]
-        images=torch.from_numpy(np.stack(images) if images else np.zeros(image_shape, np.uint8)),
-        image_slots=torch.from_numpy(np.stack(slots) if slots else np.zeros((0, vocabulary.image_tokens), np.int64)),
-        audio=torch.from_numpy(waveforms),
-        audio_tokens=torch.tensor([len(slot) for slot in audio_slots], dtype=torch.int64),
-        audio_slots=flat(audio_slots),
-        normalizer=torch.tensor(normalizer or float(sum(len(index) for index in targets)), dtype=torch.float32),
+        buffer,
+        layout,
+        memory,
         rejected=[one for pack in packs for one in pack.rejected],
-        keys=[one for pack in packs for one in pack.keys],
+        numbers=[pack.number for pack in packs],
+        documents=[pack.documents for pack in packs],
+        source_tokens=list(source_tokens),
     )
+
+
+def _lay_out(
+    parts: Mapping[str, tuple[str, tuple[int, ...], Sequence[np.ndarray]]],
+) -> tuple[Tensor, dict[str, tuple[str, tuple[int, ...], int]], transport.Memory | None]:
+    """(buffer, layout, memory) of a `Batch`."""
+    import torch
+    from torch.utils.data import get_worker_info
+
+    layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    size = 0
+    for name, (kind, shape, _) in parts.items():
+        layout[name] = (kind, shape, size)
+        size += -(-math.prod(shape) * np.dtype(kind).itemsize // 64) * 64
+    memory = transport.take(size) if transport.IS_POSSIBLE and get_worker_info() is not None else None
+    whole = np.empty(size, np.uint8) if memory is None else memory.data(size)
+    for name, (kind, shape, arrays) in parts.items():
+        first = layout[name][2]
+        flat = whole[first : first + math.prod(shape) * np.dtype(kind).itemsize].view(kind)
+        if len(shape) > 1:
+            for row, array in zip(flat.reshape(shape), arrays, strict=True):
+                row[: len(array)] = array
+                row[len(array) :] = 0
+        elif arrays:
+            np.concatenate(arrays, out=flat, casting="same_kind")
+    return torch.from_numpy(whole), layout, memory

@@ -5,7 +5,7 @@ train, the default) or a `tokenizer.json` of the `tokenizers` library, byte-leve
 UTF-8 bytes each id stands for, so that losses can be told in bits per byte whatever the tokenizer.
 
 Packing needs the token count of every text before any is read. For bytes the index of the shard holds it; for others
-`text_token_counts` reads the shard once and keeps the counts beside it, in `<shard>.<fingerprint>.tokens.npy`.
+`text_tokens` reads the shard once and keeps them beside it, in `<shard>.<fingerprint>.tokens.safetensors`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pile_app.data.shards import ShardError, ShardIndex, ShardReader
-from pile_app.documents import TEXT, BadSample
+from pile_app.data.shards import ShardError, Shards, breaks_in_bytes, map_arrays, save_arrays, tokens_path
+from pile_app.documents import TEXT, BadSample, Codes, Segment, sentence_ends
 
+NO_BREAKS = np.zeros(0, np.int64)
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_UNUSUAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # what either of the two replaces
 _BLANK_LINES = re.compile("\n{3,}")
 
 
 def clean_text(text: str) -> str:
     """Unicode NFC, every line end a newline, no control characters but tab and newline, no whitespace at the end of lines, no
     more than one blank line in a row. Cleaning twice changes nothing."""
-    text = _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
+    if _UNUSUAL.search(text):  # mostly not, and to look is six times as fast as to replace
+        text = _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
     text = unicodedata.normalize("NFC", text)  # last of the two: removing a control character can bring a mark to its letter
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_LINES.sub("\n\n", text)
@@ -57,6 +61,10 @@ class Tokenizer(Protocol):
         """Number of tokens of `text`."""
         ...
 
+    def lengths(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
+        """(number of tokens, those before each of its breaks) of each text; breaks are places in characters."""
+        ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
 
@@ -73,6 +81,12 @@ class ByteTokenizer:
 
     def count(self, text: str) -> int:
         return len(text.encode())
+
+    def lengths(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
+        return [
+            (self.count(text), np.array(breaks_in_bytes(text, places), np.int64))
+            for text, places in zip(texts, breaks, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Bytes that are not UTF-8, as an untrained model writes them, become U+FFFD."""
@@ -129,6 +143,14 @@ class JsonTokenizer:
     def count(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def lengths(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            # A token that reaches over a break is on its far side.
+            (len(one), np.searchsorted([stop for _, stop in one.offsets], places, side="right") if places else NO_BREAKS)
+            for one, places in zip(encodings, breaks, strict=True)
+        ]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
 
@@ -173,45 +195,106 @@ def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: i
     os.replace(temporary, path)
 
 
-def text_token_counts(index: ShardIndex, tokenizer: Tokenizer) -> np.ndarray:
-    """(G,) int64: the tokens of every text segment of a shard, 0 for other segments.
+@dataclass(frozen=True, eq=False)
+class TextTokens:
+    """The texts of a shard as a tokenizer sees them. G segments of the shard, L texts with breaks.
 
-    A subword tokenizer counts once, by reading the shard; the counts are kept beside it and made anew when the shard changes.
+    counts: (G,) int64 tokens of every text, 0 for other segments; breaks: segment -> places inside a long text where a sentence
+    ends, in tokens.
+    """
+
+    counts: np.ndarray
+    breaks: Mapping[int, np.ndarray]
+
+
+def text_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> TextTokens:
+    """What a tokenizer makes of the texts of a shard.
+
+    A subword tokenizer reads the shard once; what it found is kept beside it, and made anew when the shard changes.
 
     Raises:
         ShardError: a sample is not what was indexed.
     """
+    index = shards.index(shard)
     if tokenizer.fingerprint == "bytes":
-        return np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64)
-    path = f"{index.path}.{tokenizer.fingerprint[:16]}.tokens.npy"
-    stamp = np.frombuffer(bytes.fromhex(index.fingerprint), "<i8")  # two numbers before the counts: the shard they belong to
+        return TextTokens(np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64), index.text_breaks)
+    path = tokens_path(shards.local(shard), tokenizer.fingerprint)
+    types = {"counts": "<u4", "breaks": "<u4"}
     try:
-        stored = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        stored = np.empty(0, np.int64)
-    if len(stored) == len(stamp) + len(index.modality) and np.array_equal(stored[: len(stamp)], stamp):
-        return stored[len(stamp) :]
-    counts = _count_tokens(index, tokenizer)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        np.save(file, np.concatenate([stamp, counts]))
-    os.replace(temporary, path)
-    return counts
+        stored, header = map_arrays(path, types)
+    except (OSError, ValueError):
+        stored, header = {}, {}
+    sizes = {"counts": len(index.modality), "breaks": len(index.breaks)}
+    if header.get("shard") != index.fingerprint or {name: len(array) for name, array in stored.items()} != sizes:
+        counts, breaks = _count_tokens(shards, shard, tokenizer)
+        stored = {"counts": counts.astype("<u4"), "breaks": breaks.astype("<u4")}
+        save_arrays(path, stored, {"shard": index.fingerprint})
+    first = index.first_break.tolist()
+    ranges = zip(index.break_segment.tolist(), first[:-1], first[1:], strict=True)
+    return TextTokens(
+        stored["counts"].astype(np.int64), {segment: stored["breaks"][start:stop] for segment, start, stop in ranges}
+    )
 
 
-def _count_tokens(index: ShardIndex, tokenizer: Tokenizer) -> np.ndarray:
+def text_token_counts(shards: Shards, shard: int, tokenizer: Tokenizer) -> np.ndarray:
+    """(G,) int64: the tokens of every text segment of a shard, 0 for other segments. See `text_tokens`."""
+    return text_tokens(shards, shard, tokenizer).counts
+
+
+COUNTED_AT_ONCE = 1 << 20  # bytes of text that are tokenized in one call
+
+
+def _count_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of each segment, breaks of all texts in tokens)."""
+    index = shards.index(shard)
     counts = np.zeros(len(index.modality), np.int64)
-    reader = ShardReader([index])
+    breaks: list[np.ndarray] = []
+    waiting: list[tuple[int, str]] = []
+    size = 0
+
+    def count() -> None:
+        nonlocal size
+        found = tokenizer.lengths([text for _, text in waiting], [sentence_ends(text) for _, text in waiting])
+        for (segment, _), (length, places) in zip(waiting, found, strict=True):
+            counts[segment] = length
+            breaks.append(places)
+        waiting.clear()
+        size = 0
+
     for sample in range(len(index)):
         first, last = index.first_segment[sample : sample + 2].tolist()
         if not (index.modality[first:last] == TEXT).any():
             continue
         try:
-            segments = reader.document(0, sample).segments
+            segments = shards.document(shard, sample).segments
+            for number, one in enumerate(segments, first):
+                if one.modality != TEXT:
+                    continue
+                if one.is_encoded:
+                    codes = encoded_text(one, tokenizer, index.path)
+                    count()  # breaks stand in the order of the segments
+                    counts[number] = len(codes.values)
+                    breaks.append(codes.breaks[1])
+                else:
+                    waiting.append((number, one.text))
+                    size += len(one.text)
         except BadSample as error:
             raise ShardError(
                 f"the tokens of shard {index.path!r} cannot be counted: {error}. Fetch the shard again, or run "
                 f"`pile index {index.path}` to take it as it is"
             ) from error
-        counts[first:last] = [tokenizer.count(one.text) if one.modality == TEXT else 0 for one in segments]
-    return counts
+        if size > COUNTED_AT_ONCE:
+            count()
+    count()
+    return counts, np.concatenate([np.zeros(0, np.int64), *breaks])
+
+
+def encoded_text(segment: Segment, tokenizer: Tokenizer, where: str) -> Codes:
+    """The ids of an encoded text. Raises `ShardError` where another tokenizer made them."""
+    codes = segment.codes
+    if codes.encoder != tokenizer.fingerprint:
+        raise ShardError(
+            f"{where!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is {tokenizer.fingerprint}: set "
+            "model.tokenizer to the one it was encoded with, or encode the shards anew"
+        )
+    return codes

@@ -14,8 +14,10 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,6 +126,12 @@ class FusedLanguageModel(nn.Module):
         pairs = ((IMAGE, self.image_codec), (AUDIO, self.audio_codec))
         return {modality: codec for modality, codec in pairs if codec is not None}
 
+    def fingerprint_codecs(self) -> None:
+        """Writes into the vocabulary which codecs these are. For codecs that will not change any more: with it the model takes
+        media that they have encoded."""
+        found = {modality: codec_fingerprint(codec) for modality, codec in self.codecs.items()}
+        self.vocabulary = replace(self.vocabulary, image_codec=found.get(IMAGE, ""), audio_codec=found.get(AUDIO, ""))
+
     def parameters_of_modality(self, modality: int) -> list[nn.Parameter]:
         """Parameters that only batches with this modality use."""
         own = [*self.embeddings[modality].parameters(), *self.heads[modality].parameters()]
@@ -153,12 +161,14 @@ class FusedLanguageModel(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Tensor:
-        """(B, T) the batch's tokens with the codes of its images and sounds in their places."""
+        """(B, T) the batch's tokens with the codes of its images and sounds in their places; what came encoded stands there."""
         tokens = batch.tokens.clone()
         flat = tokens.view(-1)
         if self.image_codec and len(batch.images):
             with full_precision(batch):
-                flat[batch.image_slots] = self.image_codec.encode(batch.images) + self.vocabulary.starts[IMAGE]
+                flat[batch.image_slots[: len(batch.images)]] = (
+                    self.image_codec.encode(batch.images) + self.vocabulary.starts[IMAGE]
+                )
         if self.audio_codec and len(batch.audio):
             with full_precision(batch):
                 codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
@@ -212,6 +222,15 @@ class FusedLanguageModel(nn.Module):
         sizes = [s.stop - s.start for s in self.vocabulary.slices]
         head = 2.0 * self.backbone.width * sum(sizes) / max(1, len([size for size in sizes if size > 1]))
         return 3 * (self.backbone.flops_per_token(context) + head)
+
+
+def codec_fingerprint(codec: ImageCodec | AudioCodec, weights: Mapping[str, Tensor] | None = None) -> str:
+    """32 hexadecimal digits that differ between codecs of another shape or other weights. `weights`: None takes its own."""
+    digest = hashlib.blake2b(json.dumps(asdict(codec.config), sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted((codec.state_dict() if weights is None else weights).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def full_precision(batch: Batch) -> torch.autocast:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -108,10 +108,28 @@ def segment_length(model: FusedLanguageModel, segment: Segment) -> int:
     """Tokens of a segment that is in no index, its opener and closing token included."""
     from pile_app.documents import audio_size
 
+    if segment.is_encoded:
+        return 1 + len(segment.codes.values) + (segment.modality == AUDIO)
     if segment.modality == TEXT:
         return model.vocabulary.segment_tokens(TEXT, len(model.tokenizer.encode(segment.text)))
     size, rate = audio_size(segment.file) if segment.modality == AUDIO else (0, 0)
     return model.vocabulary.segment_tokens(segment.modality, size, rate)
+
+
+def plain(model: FusedLanguageModel, segment: Segment) -> Segment:
+    """What an encoded segment stands for, by the model's tokenizer and codecs; any other as it is.
+
+    Raises:
+        BadSample: it stands for nothing.
+    """
+    if not segment.is_encoded:
+        return segment
+    codes = segment.codes
+    if codes.is_lost:
+        raise BadSample("checksum", "the sample was damaged before it was encoded")
+    first = Vocabulary.SPECIALS if segment.modality == TEXT else 0
+    values = torch.from_numpy(codes.values.astype(np.int64)).to(model.token_bytes.device)
+    return replace(_decode(model, [values + first], segment.modality)[0], loss=segment.loss)
 
 
 def _draw(

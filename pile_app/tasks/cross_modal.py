@@ -20,12 +20,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from pile_app.data.datamodule import SourceData
 from pile_app.data.packing import assemble, collate
+from pile_app.data.sources import SourceData
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import Sampling, generate, segment_length
-from pile_app.training.callbacks import log_samples_to_wandb, write_samples
+from pile_app.model.generate import Sampling, generate, plain, segment_length
+from pile_app.training.callbacks import log_samples_to_wandb, plain_example, write_samples
 from pile_app.training.module import PileModule
 
 SHOWN = 10  # examples of each kind that the report shows
@@ -132,9 +132,9 @@ class EvaluateCrossModal(Callback):
             figures["image_to_audio_accuracy"] = self._image_to_audio(model, judges[AUDIO], heldout[IMAGE], heldout[AUDIO])
         figures |= self._conditioning_gains(model, heldout)
         if self.text_source is not None:
-            figures |= self._text_figures(trainer)
+            figures |= self._text_figures(trainer, model)
         folder = Path(trainer.default_root_dir) / "samples" / "evaluation"
-        write_samples(folder, self._examples)
+        write_samples(folder, [plain_example(model, *example) for example in self._examples])
         log_samples_to_wandb(trainer, folder)
         return figures
 
@@ -146,7 +146,7 @@ class EvaluateCrossModal(Callback):
             kept = media.setdefault(medium.modality, Labelled([], [], []))
             kept.segments.append(medium)
             kept.arrays.append(decoded(model, medium))
-            kept.names.append(name.text)
+            kept.names.append(plain(model, name).text)
         return media
 
     def _names(self, media: Labelled) -> list[str]:
@@ -215,14 +215,14 @@ class EvaluateCrossModal(Callback):
                 gains.setdefault(TEXT if reading else modality, []).append(gain)
         return {f"{MODALITIES[modality]}_conditioning_gain": float(np.mean(values)) for modality, values in gains.items()}
 
-    def _text_figures(self, trainer: Trainer) -> dict[str, float]:
+    def _text_figures(self, trainer: Trainer, model: FusedLanguageModel) -> dict[str, float]:
         """Bits a byte of the source's held-out text: the model's, and those of two compressors on the same bytes."""
         import zstandard
 
         data = trainer.datamodule  # type: ignore[attr-defined]
         source = data.validation_data[data.validation_names.index(self.text_source)]
         segments = (segment for number in range(len(source)) for segment in source.document(number).segments)
-        text = "".join(segment.text for segment in segments if segment.modality == TEXT).encode()
+        text = "".join(plain(model, segment).text for segment in segments if segment.modality == TEXT).encode()
         compressed = {
             "xz": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
             "zstd": zstandard.ZstdCompressor(level=19).compress(text),
@@ -233,7 +233,8 @@ class EvaluateCrossModal(Callback):
 
 
 def decoded(model: FusedLanguageModel, segment: Segment) -> np.ndarray:
-    """What the codecs see of a medium: uint8 (C, H, W) pixels or float32 samples."""
+    """What the codecs see of a medium, or make of its codes: uint8 (C, H, W) pixels or float32 samples."""
+    segment = plain(model, segment)
     if segment.modality == IMAGE:
         return decode_image(segment.file, *model.vocabulary.image_shape)
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pile_app.data.packing import PADDING, Batch
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
-from pile_app.model.generate import Sampling, generate
+from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class NonFiniteGuard(Callback):
         step = batch_idx // trainer.accumulate_grad_batches + 1
         if not self.found and not torch.isfinite(outputs["loss"]).all():
             sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
-            names = [f"{sources[source]}/{key}" for source, key in batch.keys[:8]]
+            names = [f"{sources[source]}/{key}" for of_pack in batch.documents for source, key, *_ in of_pack][:8]
             self.found = (
                 f"the loss of step {step} is {float(outputs['loss'])}: lower the learning rate or look at the documents of "
                 f"that batch (first ones: {', '.join(names)}). The last checkpoint is from before it"
@@ -58,7 +61,8 @@ class NonFiniteGuard(Callback):
 
 
 class DataReport(Callback):
-    """Counts padding, and documents that could not be used, which it lists in `quarantine.jsonl` (see `count_quarantined`).
+    """Counts padding, tokens of each source, and documents that could not be used, which it lists in `quarantine.jsonl` (see
+    `count_quarantined`).
 
     Args:
         run: the run's folder.
@@ -73,34 +77,43 @@ class DataReport(Callback):
         self.max_rejected_share = max_rejected_share
         self.documents = 0
         self.rejected: Counter[str] = Counter()
+        self.source_tokens: Counter[str] = Counter()
         self.places = torch.zeros(2, dtype=torch.int64)  # of padding, of everything
 
     def state_dict(self) -> dict[str, Any]:
-        return {"documents": self.documents, "rejected": dict(self.rejected)}
+        return {
+            "documents": self.documents,
+            "rejected": dict(self.rejected),
+            "source_tokens": dict(self.source_tokens),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.documents = state_dict["documents"]
         self.rejected = Counter(state_dict["rejected"])
+        self.source_tokens = Counter(state_dict["source_tokens"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what a killed attempt met after the checkpoint that this one resumes: it comes anew."""
-        if trainer.is_global_zero and self.path.exists():
-            entries = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in entries if json.loads(line)["step"] <= trainer.global_step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        if trainer.is_global_zero:
+            keep_lines(self.path, lambda entry: entry["step"] <= trainer.global_step)
         trainer.strategy.barrier("quarantine")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.documents += len(batch.keys) + len(batch.rejected)
+        self.documents += sum(map(len, batch.documents))
         padding = (batch.document == PADDING).sum().cpu()
         self.places += torch.stack([padding, torch.tensor(batch.document.numel())])
         self._record(trainer, "train", batch, batch_idx // trainer.accumulate_grad_batches + 1)
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_step:
+            self.source_tokens.update(dict(zip(trainer.datamodule.source_names, batch.source_tokens, strict=True)))  # type: ignore[attr-defined]
         if not is_step or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         pl_module.log("data/padding_share", float(self.places[0]) / float(self.places[1]), rank_zero_only=True, batch_size=1)
+        values = {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
+        values |= {f"data/rejected/{name}": float(count) for name, count in self.rejected.items()}
+        pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
         self.places.zero_()
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
@@ -125,6 +138,62 @@ class DataReport(Callback):
                     self.rejected[f"{names[source]}/{reason}"] += 1
                 entry = {"step": step, "split": split, "source": names[source], "key": key}
                 file.write(json.dumps(entry | {"reason": reason, "detail": detail}) + "\n")
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the lines of a JSON lines file that are not wanted, and one that a kill left unfinished."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines if wanted(json.loads(line))))
+    os.replace(temporary, path)
+
+
+class Ledger(Callback):
+    """Writes down which documents each optimizer step was trained on, in `ledger/`: what `read_ledger` reads.
+
+    A line a pack: {"step": from 1, "position": of the pack, "documents": [[source, key, epoch, first token, stop], ...]}. Each
+    device writes a file of its own; how the packs were shared out does not show in what is read.
+
+    Args:
+        run: the run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "ledger"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a killed attempt wrote after its last checkpoint comes anew."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(exist_ok=True)
+            for path in sorted(self.folder.glob("*.jsonl")):
+                keep_lines(path, lambda entry: entry["step"] <= trainer.global_step)
+        trainer.strategy.barrier("ledger")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step = batch_idx // trainer.accumulate_grad_batches + 1
+        sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
+        with open(self.folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
+            for position, documents in zip(batch.numbers, batch.documents, strict=True):
+                named = [[sources[source], *rest] for source, *rest in documents]
+                file.write(json.dumps({"step": step, "position": position, "documents": named}) + "\n")
+
+
+def read_ledger(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run's ledger, by position.
+
+    Raises:
+        ValueError: a position stands there twice or is missing.
+    """
+    paths = sorted((run / "ledger").glob("*.jsonl"))
+    entries = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    entries.sort(key=lambda entry: entry["position"])
+    if [entry["position"] for entry in entries] != list(range(len(entries))):
+        raise ValueError(f"the ledger of {run} holds a position twice, or lacks one")
+    return entries
 
 
 def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
@@ -262,14 +331,16 @@ class SampleGeneration(Callback):
         assert isinstance(pl_module, PileModule)
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
         entries = []
-        for title, prompts, to, references in self._prompts(trainer):
+        for title, prompts, to, references in self._prompts(trainer, pl_module.model):
             answers = generate(pl_module.model, prompts, to, self.sampling)
             for prompt, answer, reference in zip(prompts, answers, references, strict=True):
                 entries.append((title, prompt, answer, reference))
-        write_samples(folder, entries)
+        write_samples(folder, [plain_example(pl_module.model, *entry) for entry in entries])
         log_samples_to_wandb(trainer, folder)
 
-    def _prompts(self, trainer: Trainer) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
+    def _prompts(
+        self, trainer: Trainer, model: FusedLanguageModel
+    ) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
         """(title, prompts, modality wanted, real media to set beside) for each transition that the validation data shows.
 
         A document of several segments gives its first as the prompt and its second as the reference; a plain text gives its
@@ -279,7 +350,11 @@ class SampleGeneration(Callback):
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
                 try:
-                    segments = data.document(number).segments
+                    stored = data.document(number).segments
+                    # Codes of a medium are the better prompt: they need not be made again.
+                    segments = [plain(model, one) if one.modality == TEXT else one for one in stored]
+                    if any(one.is_encoded and one.codes.is_lost for one in segments):
+                        continue
                 except ValueError:
                     continue  # bad samples are counted where they are read for training
                 if len(segments) > 1:
@@ -299,6 +374,14 @@ class SampleGeneration(Callback):
             (f"{MODALITIES[source]} → {MODALITIES[to]}", prompts, to, references)
             for (source, to), (prompts, references) in sorted(kinds.items())
         ]
+
+
+def plain_example(
+    model: FusedLanguageModel, title: str, prompt: Document, answer: Segment, reference: Segment | None
+) -> tuple[str, Document, Segment, Segment | None]:
+    """An entry of `write_samples` without encoded segments."""
+    shown = Document(tuple(plain(model, segment) for segment in prompt.segments))
+    return title, shown, answer, plain(model, reference) if reference else None
 
 
 def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segment | None]]) -> None:

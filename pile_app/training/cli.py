@@ -40,7 +40,7 @@ TRAINER_DEFAULTS = {
 
 
 class PileCLI(LightningCLI):
-    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`."""
+    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`, `--ledger`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="run", help="name of the run; naming an existing run resumes it")
@@ -49,6 +49,9 @@ class PileCLI(LightningCLI):
             "--checkpoint_every", type=int, default=500, help="optimizer steps between checkpoints (last.ckpt is replaced)"
         )
         parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
+        parser.add_argument(
+            "--ledger", type=bool, default=False, help="write down the documents of every optimizer step, in runs/<name>/ledger"
+        )
         link_model_to_data(parser)
 
     @property
@@ -75,7 +78,7 @@ class PileCLI(LightningCLI):
             raise SystemExit
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        from pile_app.training.callbacks import DataReport, NonFiniteGuard, PileProgressBar, Throughput
+        from pile_app.training.callbacks import DataReport, Ledger, NonFiniteGuard, PileProgressBar, Throughput
         from pile_app.training.checkpoints import DurableCheckpointIO, ExactResume, GracefulStop, LastCheckpoint
         from pile_app.training.run import RunFolder, make_loggers
 
@@ -84,6 +87,8 @@ class PileCLI(LightningCLI):
         self.run = RunFolder(run, config)
         self.stop = GracefulStop()
         callbacks: list[Callback] = [
+            # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
+            *([Ledger(run)] if self.config.ledger else []),
             ExactResume(),
             self.stop,
             self.run,
@@ -145,7 +150,9 @@ def check_config(config: Namespace) -> None:
         sizes = model.backbone.init_args
         Transformer.check(sizes.width, sizes.heads, sizes.key_value_heads)
     sources = {name: Source(**vars(source)) for name, source in data.sources.items()}
-    check_data(sources, data.context, data.global_batch, data.micro_batch, data.condition_dropout, data.epochs)
+    check_data(
+        sources, data.context, data.global_batch, data.micro_batch, data.condition_dropout, data.epochs, data.weights_from
+    )
     if image and vocabulary.image_tokens + 3 > data.context:
         raise ValueError(
             f"data.context={data.context} is shorter than an image: model.image takes {vocabulary.image_tokens} codes "
@@ -153,7 +160,8 @@ def check_config(config: Namespace) -> None:
         )
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 optimizer step")
-    if data.epochs is None and config.trainer.max_steps < 0:
+    in_epochs = data.epochs is not None or any(source.epochs is not None for source in sources.values())
+    if not in_epochs and config.trainer.max_steps < 0:
         raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)")
 
 

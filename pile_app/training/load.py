@@ -43,6 +43,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     except ValueError as error:
         raise ValueError(f"{str(path)!r} does not fit {str(run / 'config.yaml')!r}: {error}") from error
     module.load_state_dict(state)
+    data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
 
 

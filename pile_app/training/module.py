@@ -19,12 +19,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from pile_app.data.order import hash64
-from pile_app.data.packing import Batch
+from pile_app.data.packing import Batch, check_encoder
+from pile_app.data.sources import SourceData
 from pile_app.data.text import Tokenizer, load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Vocabulary
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.fused import FusedLanguageModel, ModalityLoss
+from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 
 
@@ -90,6 +91,8 @@ class PileModule(LightningModule):
         self.sums: dict[str, Tensor] = {}
         if codecs_from is not None:
             load_codecs(self.model, codecs_from)
+            if not self.codec_steps:
+                self.model.fingerprint_codecs()
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -106,6 +109,9 @@ class PileModule(LightningModule):
     def setup(self, stage: str) -> None:
         import torchmetrics
 
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        for source in data.train_data + data.validation_data:
+            check_encoded(source)
         sources = len(self.trainer.datamodule.validation_names)  # type: ignore[attr-defined]
         slices = self.vocabulary.slices
 
@@ -280,6 +286,19 @@ class PileModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_shapes(self, checkpoint["state_dict"])
+        for modality, codec in self.model.codecs.items():
+            expected = (None, self.vocabulary.image_codec, self.vocabulary.audio_codec)[modality]
+            if expected and expected != codec_fingerprint(codec, codec_weights(checkpoint["state_dict"], modality)):
+                raise ValueError(
+                    f"model.codecs_from holds another {MODALITIES[modality]} codec than the run began with: set it back, or "
+                    "begin another run with another --name"
+                )
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_state_dict(state_dict, *args, **kwargs)
+        if not self.codec_steps and self.model.codecs:
+            self.model.fingerprint_codecs()  # never trained: they are what they were
+        return loaded
 
 
 def _compute(metric: Any) -> Tensor:
@@ -304,11 +323,37 @@ def check_shapes(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
         )
 
 
+def check_encoded(source: SourceData) -> None:
+    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
+    (A remote shard would have to be fetched for it; there the first batch says it.)
+
+    Raises:
+        ValueError: another encoder than the model's made it.
+    """
+    if source.shards.remote[0]:
+        return
+    index = source.shards.index(0)
+    for modality in range(3):
+        segments = (index.modality == modality).nonzero()[0][:1]
+        for sample in index.first_segment.searchsorted(segments, side="right") - 1:
+            try:
+                for segment in source.shards.document(0, int(sample)).segments:
+                    if segment.is_encoded and not segment.codes.is_lost:
+                        check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer)
+            except BadSample:
+                continue  # counted where it is read for training
+
+
+def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
+    """The weights of one codec, by its own names, from those of a `PileModule`."""
+    prefix = f"model.{MODALITIES[modality]}_codec."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def load_codecs(model: FusedLanguageModel, path: str) -> None:
     """Takes the codecs' weights from a checkpoint of another run."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     for modality in model.codecs:
-        prefix = f"model.{MODALITIES[modality]}_codec."
-        weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        weights = codec_weights(state, modality)
         check_shapes(model.codecs[modality], weights)
         model.codecs[modality].load_state_dict(weights)

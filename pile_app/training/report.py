@@ -111,15 +111,19 @@ def write_report(run: Path) -> Path:
     evaluation = sample_cards({"made": run / "samples/evaluation"}, "references")
     config = (run / "config.yaml").read_text("utf-8") if (run / "config.yaml").exists() else ""
     versions = {"git_revision": summary.pop("git_revision", None)} | (summary.pop("versions", None) or {})
-    quarantined = summary.pop("quarantined", None) or {}
-    bad = [[escape(source), escape(why), short(n)] for source, reasons in quarantined.items() for why, n in reasons.items()]
+    bad = [
+        [escape(source), escape(why), when, short(n)]
+        for name, when in (("rejected_when_indexed", "when indexed"), ("quarantined", "when read"))
+        for source, reasons in (summary.pop(name, None) or {}).items()
+        for why, n in reasons.items()
+    ]
     sections = {
         "What it made": evaluation or sample_cards({"made": steps[-1][1]} if steps else {}, "references"),
         "Progress over training": sample_cards({f"step {step:,}": path for step, path in some}, least=3, style="steps"),
         "Loss": charts["Loss"],
         "Results": results(summary),
         "Learning rate and speed": charts["Learning rate and speed"],
-        "Data": charts["Data"] + table(["source", "set aside because", "samples"], bad),
+        "Data": charts["Data"] + table(["source", "set aside because", "", "samples"], bad),
         "Other measurements": charts["Other measurements"],
         "Configuration": config and f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>",
         "Versions": table(["", ""], [[escape(name), figure("", value)] for name, value in versions.items() if value]),

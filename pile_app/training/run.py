@@ -173,6 +173,7 @@ class RunFolder(Callback):
             "parameters": {"language_model": everything - codecs, "codecs": codecs},
             **figures,
             "quarantined": count_quarantined(self.run),
+            "rejected_when_indexed": {data.name: data.rejected() for data in trainer.datamodule.train_data},  # type: ignore[attr-defined]
             "device": kind,
             "devices": trainer.world_size,
             "git_revision": git_revision(),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_app.data.datamodule import PackDataset, SourceData
-from pile_app.data.order import TrainingOrder
+from pile_app.data.datamodule import PackDataset
+from pile_app.data.order import Phase, TrainingOrder
 from pile_app.data.shards import write_shards
+from pile_app.data.sources import SourceData
 from pile_app.data.text import ByteTokenizer
 from pile_app.documents import IMAGE, TEXT, Document, Segment, Vocabulary
 
@@ -20,7 +21,7 @@ CONTEXT = 32
 def packs(documents: list[Document], folder: Path) -> PackDataset:
     write_shards(documents, folder, "x")
     source = SourceData("x", str(folder / "*.tar"), VOCABULARY, ByteTokenizer(), CONTEXT)
-    order = TrainingOrder([source.tokens], None, CONTEXT, seed=0)
+    order = TrainingOrder([source.order(0)], [Phase(0, (1,))], seed=0)
     return PackDataset([source], order, VOCABULARY, ByteTokenizer(), CONTEXT, 0, 0.0)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pile_app.data.datamodule import PackDataset, SourceData
-from pile_app.data.order import TrainingOrder
+from pile_app.data.datamodule import PackDataset
+from pile_app.data.order import Phase, TrainingOrder
 from pile_app.data.packing import PADDING, Pack, assemble, best_fit_decreasing, collate, cut_document, empty_pack
 from pile_app.data.shards import write_shards
+from pile_app.data.sources import SourceData
 from pile_app.data.text import ByteTokenizer
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment, Vocabulary, decode_audio, decode_image
+from pile_app.documents import (
+    AUDIO,
+    ENCODED_EXTENSIONS,
+    IMAGE,
+    TEXT,
+    BadSample,
+    Codes,
+    Document,
+    Segment,
+    Vocabulary,
+    decode_audio,
+    decode_image,
+)
 
 VOCABULARY = Vocabulary(
     image_codes=12,
@@ -91,10 +106,26 @@ segment_lists = st.lists(
 )
 
 
+@st.composite
+def segments_with_breaks(draw: Callable[..., Any]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Segments of a document, and places inside its texts where a sentence ends."""
+    segments = draw(segment_lists)
+    breaks, opener = [], 1
+    for modality, tokens in segments:
+        if modality == TEXT and tokens > 2:
+            breaks += sorted(draw(st.sets(st.integers(opener + 2, opener + tokens - 1), max_size=8)))
+        opener += tokens
+    return segments, breaks
+
+
 @settings(max_examples=500)
-@given(segment_lists, st.integers(24, 60))
-def test_a_cut_document_loses_nothing_and_repeats_nothing(segments: list[tuple[int, int]], context: int) -> None:
-    pieces = cut_document(segments, context)
+@given(segments_with_breaks(), st.integers(24, 60), st.booleans())
+def test_a_cut_document_loses_nothing_and_repeats_nothing(
+    document: tuple[list[tuple[int, int]], list[int]], context: int, with_breaks: bool
+) -> None:
+    segments, breaks = document
+    pieces = cut_document(segments, context, np.array(breaks, np.uint32) if with_breaks else ())
+    assert all(stop - start > 1 for start, stop in pieces), "a token alone predicts nothing"
     length = 2 + sum(tokens for _, tokens in segments)
     assert all(0 < stop - start <= context for start, stop in pieces)
     times = Counter(place for start, stop in pieces for place in range(start + 1, stop))
@@ -111,6 +142,50 @@ def test_a_cut_document_loses_nothing_and_repeats_nothing(segments: list[tuple[i
     openers = set(np.cumsum([1, *(tokens for _, tokens in segments)]).tolist())
     assert set(range(1, length)) - times.keys() <= openers
     assert times[length - 1] == 1 or (segments[-1][0] != TEXT and length - 1 == pieces[-1][1])
+
+
+@settings(max_examples=500)
+@given(segments_with_breaks(), st.integers(24, 60))
+def test_a_cut_falls_where_a_segment_or_sentence_ends_if_that_wastes_little(
+    document: tuple[list[tuple[int, int]], list[int]], context: int
+) -> None:
+    segments, breaks = document
+    openers = np.cumsum([1, *(tokens for _, tokens in segments)]).tolist()
+    inside_media = [
+        range(a + 1, a + tokens) for a, (modality, tokens) in zip(openers, segments, strict=False) if modality != TEXT
+    ]
+    for start, stop in cut_document(segments, context, breaks):
+        limit = start + context
+        if stop == openers[-1] + 1 or (stop == openers[-1] and segments[-1][0] != TEXT):
+            continue  # the end of the document
+        (medium,) = [one for one in inside_media if limit in one] or [None]
+        best = max((place for place in {*openers, *breaks} if place <= limit), default=0)
+        if medium is not None:
+            assert stop == medium.start - 1, "before the medium that does not fit"
+        elif limit - best <= context / 32:
+            assert stop == best
+        else:
+            assert stop == limit, "or the piece is full"
+
+
+def test_a_long_text_is_cut_at_the_ends_of_its_sentences() -> None:
+    assert cut_document([(TEXT, 150)], 64, [30, 63, 100, 126]) == [(0, 63), (62, 126), (125, 152)]
+    assert cut_document([(TEXT, 150)], 64, [50, 120]) == [(0, 64), (63, 127), (126, 152)], "that would waste too much"
+    assert cut_document([(TEXT, 150)], 64) == [(0, 64), (63, 127), (126, 152)]
+    assert cut_document([(TEXT, 62), (TEXT, 60)], 64, [30]) == [(0, 63), (63, 124)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packs_of_long_texts_cut_at_their_sentences_are_nearly_full(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pieces: list[int] = []
+    texts = rng.lognormal(np.log(400), 1.0, 5000).astype(int).clip(1, 60_000)
+    assert (texts > 4096).any()
+    for tokens in texts.tolist():
+        breaks = np.cumsum(rng.integers(30, 200, tokens // 30)) + 2
+        pieces += [stop - start for start, stop in cut_document([(TEXT, tokens + 1)], 4096, breaks[breaks < tokens + 2])]
+    packs = best_fit_decreasing(np.array(pieces), 4096)
+    assert sum(pieces) / (4096 * len(packs)) >= 0.98
 
 
 @given(segment_lists)
@@ -153,7 +228,7 @@ def test_documents_in_free_order_that_are_cut_keep_their_media_whole(tmp_path: P
     documents += [Document((image(n), Segment("z" * 5)), f"short-{n}", ordered=False) for n in range(40)]
     write_shards(documents, tmp_path, "s")
     data = SourceData("s", str(tmp_path / "s-*.tar"), VOCABULARY, TOKENIZER, 32)
-    order = TrainingOrder([data.tokens], None, 32, seed=0)
+    order = TrainingOrder([data.order(0)], [Phase(0, (1,))], seed=0)
     dataset = PackDataset([data], order, VOCABULARY, TOKENIZER, 32, seed=0, condition_dropout=0.0)
     images, texts, orders = 0, Counter[int](), set()
     for position in range(order.packs_per_epoch):
@@ -195,7 +270,7 @@ def test_a_pack_lays_out_tokens_positions_targets_and_slots(
     assert [slots.tolist() for slots in pack.audio_slots] == [[11, 12, 13]]
     assert np.array_equal(pack.images[0], decode_image(both.segments[1].file, 1, 8, 8))
     assert np.array_equal(pack.audio[0], decode_audio(both.segments[2].file, 8000))
-    assert pack.keys == [(3, "both"), (1, "text")] and pack.rejected == []
+    assert pack.rejected == []
 
 
 @pytest.mark.parametrize("why", ["reading", "decoding", "length"])
@@ -216,7 +291,6 @@ def test_a_bad_sample_masks_its_span_and_moves_nothing_else(why: str, image: Cal
     right, wrong = pack(middle), pack(bad[why])
     reasons = {"reading": "checksum", "decoding": "undecodable_image", "length": "length"}
     assert [one[:3] for one in wrong.rejected] == [(1, "b", reasons[why])]
-    assert wrong.keys == [(0, "a"), (0, "c")]
     span = np.arange(length) + length_of(good[0])
     outside = np.setdiff1d(np.arange(64), span)
     for name in ("tokens", "document", "position", "source"):
@@ -273,6 +347,82 @@ def test_media_without_a_codec_are_named(image: Callable[[int], Segment], sound:
         assert [one[2] for one in pack.rejected] == [reason]
 
 
+def test_a_document_in_a_pack_is_what_it_is_alone(image: Callable[[int], Segment], sound: Callable[..., Segment]) -> None:
+    documents = [
+        Document((Segment("ab"), image(0)), "a"),
+        Document((sound(1, 900), Segment("given", loss=False), Segment("c")), "b"),
+        Document((image(1), image(2)), "c"),
+    ]
+    lengths = [length_of(one) for one in documents]
+    entries = [(0, one, one.key, 0, length, 0) for one, length in zip(documents, lengths, strict=True)]
+    together = assemble(entries, VOCABULARY, TOKENIZER, 64)
+    alone = [assemble([entry], VOCABULARY, TOKENIZER, length) for entry, length in zip(entries, lengths, strict=True)]
+    filled = sum(lengths)
+    for name in ("tokens", "position", "source"):
+        assert np.array_equal(getattr(together, name)[:filled], np.concatenate([getattr(one, name) for one in alone])), name
+    assert together.document[:filled].tolist() == np.repeat(np.arange(3), lengths).tolist()
+    offsets = np.cumsum([0, *lengths[:-1]]).tolist()
+    for modality in range(3):
+        moved = [place + offset for one, offset in zip(alone, offsets, strict=True) for place in predicted(one)[modality]]
+        assert predicted(together)[modality] == moved
+    for media in ("images", "audio"):
+        apart = [medium for one in alone for medium in getattr(one, media)]
+        assert all(map(np.array_equal, getattr(together, media), apart)) and len(apart) == len(getattr(together, media))
+    slots = [slots + offset for one, offset in zip(alone, offsets, strict=True) for slots in one.image_slots]
+    assert np.array_equal(together.image_slots, slots)
+
+
+# Encoded segments
+
+
+ENCODER = "0123456789abcdef" * 2
+
+
+class Encoder:
+    """A tokenizer by name."""
+
+    size, fingerprint, token_bytes = 256, ENCODER, np.ones(256, np.int64)
+    encode = staticmethod(TOKENIZER.encode)
+
+
+def encoded(modality: int, values: list[int], size: int, rate: int = 0, encoder: str = ENCODER) -> Segment:
+    return Segment(Codes(encoder, size, rate, np.array(values)).to_bytes(), ENCODED_EXTENSIONS[modality])
+
+
+def test_encoded_segments_are_laid_out_as_what_they_were_made_of(image: Callable[[int], Segment]) -> None:
+    vocabulary = dataclasses.replace(VOCABULARY, tokenizer=ENCODER, image_codec="1" * 32, audio_codec="2" * 32)
+    document = Document(
+        (
+            encoded(TEXT, list(b"h\xc3\xa9"), 3),
+            encoded(IMAGE, [11, 0, 5, 7], 64, encoder="1" * 32),
+            encoded(AUDIO, [35, 0, 1], 700, 8000, "2" * 32),
+        ),
+        "k",
+    )
+    pack = assemble([(0, document, "k", 0, 16, 0)], vocabulary, Encoder(), 16)  # type: ignore[arg-type]
+    image_codes, audio_codes = vocabulary.starts[IMAGE], vocabulary.starts[AUDIO]
+    assert not pack.rejected and not pack.images and not pack.audio
+    assert pack.tokens.tolist() == [
+        *(BEGIN, TEXT_OPENER, *ids("hé"), IMAGE_OPENER, *(image_codes + code for code in (11, 0, 5, 7))),
+        *(AUDIO_OPENER, *(audio_codes + code for code in (35, 0, 1)), vocabulary.audio_end, END),
+    ]  # fmt: skip
+    assert predicted(pack) == [[1, 2, 3, 4, 5, 10, 15], [6, 7, 8, 9], [11, 12, 13, 14]]
+
+
+def test_encoded_segments_of_another_encoder_or_beyond_the_vocabulary_are_refused() -> None:
+    vocabulary = dataclasses.replace(VOCABULARY, image_codec="1" * 32)
+
+    def lay_out(segment: Segment) -> Pack:
+        return assemble([(0, Document((segment,), "k"), "k", 0, 7, 0)], vocabulary, TOKENIZER, 8)
+
+    with pytest.raises(ValueError, match="encoded by 22222222222222222222222222222222, the model's codec is 1111"):
+        lay_out(encoded(IMAGE, [1, 2, 3, 4], 64, encoder="2" * 32))
+    assert [one[2] for one in lay_out(encoded(IMAGE, [1, 2, 3, 12], 64, encoder="1" * 32)).rejected] == ["damaged_codes"]
+    assert [one[2] for one in lay_out(encoded(IMAGE, [1, 2, 3], 64, encoder="1" * 32)).rejected] == ["damaged_codes"]
+    assert [one[2] for one in lay_out(Segment(b"rotten", "imagecodes")).rejected] == ["damaged_codes"]
+    assert not lay_out(encoded(IMAGE, [1, 2, 3, 11], 64, encoder="1" * 32)).rejected
+
+
 # Collating
 
 
@@ -283,6 +433,8 @@ def test_a_batch_points_at_the_same_places_as_its_packs(image: Callable[[int], S
         Document((sound(1, 2000), image(1), image(2)), "c"),
     ]
     packs = [assemble([(0, one, one.key, 0, length_of(one), 0)], VOCABULARY, TOKENIZER, 32) for one in documents]
+    for number, (pack, one) in enumerate(zip(packs, documents, strict=True)):
+        pack.number, pack.documents = 7 + number, [(0, one.key, 2, 0, length_of(one))]
     batch = collate([*packs, empty_pack(32)], VOCABULARY)
     assert batch.tokens.shape == batch.document.shape == batch.position.shape == batch.source.shape == (4, 32)
     assert torch.equal(batch.tokens[:3], torch.from_numpy(np.stack([pack.tokens for pack in packs])))
@@ -297,7 +449,9 @@ def test_a_batch_points_at_the_same_places_as_its_packs(image: Callable[[int], S
     assert not batch.audio[0, 900:].any() and batch.audio[0, :900].any()
     assert batch.normalizer == sum(len(places) for places in batch.targets)
     assert collate(packs, VOCABULARY, 123.0).normalizer == 123
-    assert batch.keys == [(0, "a"), (0, "b"), (0, "c")]
+    assert batch.numbers == [7, 8, 9, 0]
+    assert batch.documents == [*([(0, one.key, 2, 0, length_of(one))] for one in documents), []]
+    assert batch.source_tokens == [] and collate(packs, VOCABULARY, 5.0, [3, 4]).source_tokens == [3, 4]
     assert batch.padding_share == 1 - sum(map(length_of, documents)) / 128
 
 

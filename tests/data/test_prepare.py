@@ -16,7 +16,7 @@ import zstandard
 
 from pile_app.data.prepare import Summary, prepare
 from pile_app.data.readers import _pieces
-from pile_app.data.shards import ShardReader, expand_shards, load_index
+from pile_app.data.shards import Shards, expand_shards, load_index
 from pile_app.documents import Document, Segment
 
 RATE = 8000
@@ -46,13 +46,17 @@ def write(folder: Path, files: Mapping[str, Any]) -> Path:
 
 
 def read(output: Path, pattern: str = "*.tar") -> list[Document]:
-    indexes = [load_index(path) for path in expand_shards(str(output / pattern))]
-    reader = ShardReader(indexes)
-    return [reader.document(shard, sample) for shard, index in enumerate(indexes) for sample in range(len(index))]
+    shards = Shards(expand_shards(str(output / pattern)))
+    return [shards.document(shard, sample) for shard in range(len(shards)) for sample in range(len(shards.index(shard)))]
 
 
 def texts(output: Path, pattern: str = "*.tar") -> list[str]:
     return [document.segments[-1].text for document in read(output, pattern)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def rejected(output: Path) -> dict[str, str]:
@@ -63,7 +67,7 @@ def rejected(output: Path) -> dict[str, str]:
 
 
 def run(folder: Path, output: Path, **options: Any) -> Summary:
-    return prepare(folder, output, **{"validation_share": 0.0} | options)
+    return prepare(folder, output, **{"validation_share": 0.0, "processes": 1} | options)
 
 
 def test_text_files_are_documents(tmp_path: Path) -> None:
@@ -245,6 +249,7 @@ def test_bad_media_and_texts_are_counted_by_reason(tmp_path: Path) -> None:
     }
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path)
+    (tmp_path / "in" / "good-link.png").symlink_to("good.png")
     summary = run(write(tmp_path / "in", files), tmp_path / "out", max_audio_seconds=1.0)
     assert rejected(tmp_path / "out") == {
         "broken.png": "undecodable_image",
@@ -261,6 +266,7 @@ def test_bad_media_and_texts_are_counted_by_reason(tmp_path: Path) -> None:
         "kind.gif": "ignored_extension",
         ".git": "ignored_folder",
         "link": "ignored_folder",
+        "good-link.png": "ignored_link",
     }
     assert summary.documents == 1
     assert summary.rejected == Counter(rejected(tmp_path / "out").values())
@@ -279,6 +285,23 @@ def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
     summary = run(write(tmp_path / "in", files), tmp_path / "out")
     assert summary.documents == 3
     assert rejected(tmp_path / "out") == {"b/c.txt": "duplicate", "e.png": "duplicate"}
+    assert run(tmp_path / "in", tmp_path / "all", exact_duplicates=False).documents == 5
+
+
+def test_rejected_samples_are_kept_for_review(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "same"})] * 30 + ["{broken"]
+    files = {"a.jsonl": "\n".join(lines), "small.png": image(1), "small.txt": "a caption"}
+    summary = run(write(tmp_path / "in", files), tmp_path / "out", min_image_size=6)
+    assert summary.rejected == {"duplicate": 29, "invalid_json": 1, "image_too_small": 1}
+    folder = tmp_path / "out" / "rejected"
+    kept = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+    assert {reason: len(samples) for reason, samples in kept.items()} == {
+        "duplicate": 20, "image_too_small": 1, "invalid_json": 1,
+    }  # fmt: skip
+    assert kept["invalid_json"][0]["segments"] == [{"text": "{broken"}]
+    picture, caption = kept["image_too_small"][0]["segments"]
+    assert ((folder / picture["file"]).read_bytes(), caption) == (image(1), {"text": "a caption"})
+    assert kept["duplicate"][0]["file"] == "a.jsonl:2"
 
 
 def test_a_document_stays_on_its_side_whatever_is_added(tmp_path: Path) -> None:
@@ -315,7 +338,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", files | {"a.png": image(1), "a.wav": sound(extension="wav"), "bad.png": b"bad"})
     for name in "ab":
         run(folder, tmp_path / name, validation_share=0.2, shard_megabytes=0.1)
-    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    contents = [content(tmp_path / name) for name in "ab"]
     assert contents[0] == contents[1]
     assert len([name for name in contents[0] if name.startswith("in-train-") and name.endswith(".tar")]) > 1
 
@@ -361,18 +384,27 @@ def test_an_output_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "in", "out"]
 
 
-def test_nothing_is_left_behind_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_earlier_result_and_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write(tmp_path / "in", {"a.txt": "one", "b.txt": "two"})
     run(folder, tmp_path / "out")
+    write(folder, {"c.txt": "three"})
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pile_app.data.prepare.ShardWriter.finish_shard", full)
-    with pytest.raises(OSError, match="no space left"):
-        run(folder, tmp_path / "out", overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("pile_app.data.spill.build_index", full)
+        with pytest.raises(OSError, match="no space left"):
+            run(folder, tmp_path / "out", overwrite=True)
     assert texts(tmp_path / "out") == ["one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "out.partial"]
+    assert "the same command continues" in capsys.readouterr().err
+    run(folder, tmp_path / "out", overwrite=True)
+    assert texts(tmp_path / "out") == ["one", "two", "three"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert "1 of 1 units are done" in capsys.readouterr().err
 
 
 def test_an_input_with_nothing_usable_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:

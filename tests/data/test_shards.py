@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import json
 import os
 import pickle
 import tarfile
@@ -11,20 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pile_app.data import shards
 from pile_app.data.shards import (
     INDEX_SUFFIX,
     ShardError,
     ShardIndex,
-    ShardReader,
+    Shards,
     ShardWriter,
     build_index,
     expand_shards,
     load_index,
+    read_members,
     write_shards,
 )
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
+from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, TEXT, BadSample, Codes, Document, Segment, sentence_ends
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8)
 TONE = 0.5 * np.sin(np.arange(800) / 5)
@@ -56,8 +62,6 @@ def flip(place: int) -> Callable[[bytearray], bytearray]:
 
 def tar_of(path: Path, files: list[tuple[str, bytes]]) -> str:
     """A tar as another program writes it."""
-    import io
-
     with tarfile.open(path, "w") as tar:
         for name, data in files:
             member = tarfile.TarInfo(name)
@@ -69,7 +73,7 @@ def tar_of(path: Path, files: list[tuple[str, bytes]]) -> str:
 def test_documents_come_back_from_shards_unchanged(tmp_path: Path) -> None:
     indexes = write_shards(DOCUMENTS, tmp_path, "test", shard_bytes=8192)
     assert len(indexes) > 2
-    reader = ShardReader(indexes)
+    reader = Shards([index.path for index in indexes])
     read = [reader.document(number, sample) for number, index in enumerate(indexes) for sample in range(len(index))]
     assert read == DOCUMENTS
     assert [key for index in indexes for key in index.keys] == [document.key for document in DOCUMENTS]
@@ -95,7 +99,7 @@ def test_an_index_loads_as_it_was_built(shard: str) -> None:
 
 
 def test_samples_are_read_in_any_order(shard: str) -> None:
-    reader = ShardReader([load_index(shard)])
+    reader = Shards([shard])
     for sample in np.random.default_rng(0).permutation(len(DOCUMENTS)).tolist():
         assert reader.document(0, sample) == DOCUMENTS[sample]
 
@@ -151,7 +155,7 @@ def test_samples_of_one_key_are_rejected_and_not_merged(tmp_path: Path) -> None:
     index = write_shards(documents, tmp_path, "test")[0]
     assert index.keys == ["a", "c"]
     assert index.rejected == [["b", "duplicate_key"], ["a", "duplicate_key"]]
-    assert ShardReader([index]).document(0, 0).segments == (Segment("1"),)
+    assert Shards([index.path]).document(0, 0).segments == (Segment("1"),)
 
 
 def test_shards_of_other_programs_are_read_and_their_bad_samples_listed(tmp_path: Path) -> None:
@@ -161,7 +165,7 @@ def test_shards_of_other_programs_are_read_and_their_bad_samples_listed(tmp_path
     index = build_index(tar_of(tmp_path / "foreign.tar", files))
     assert index.keys == ["./a/1", "./a/4"]
     assert index.rejected == [["./a/2", "undecodable_image"], ["./a/3", "invalid_utf8"], ["./a/5", "invalid_json"]]
-    reader = ShardReader([load_index(index.path)])
+    reader = Shards([index.path])
     assert [segment.data for segment in reader.document(0, 0).segments] == [png, "caption"]
     assert [segment.data for segment in reader.document(0, 1).segments] == [flac, "spoken"]
 
@@ -204,14 +208,14 @@ def test_a_damaged_header_in_the_middle_does_not_end_the_shard_in_silence(shard:
 def test_a_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(b"\x1f\x8b" + b"compressed" * 200)
-    with pytest.raises(ShardError, match="not an uncompressed tar"):
+    with pytest.raises(ShardError, match=r"x\.tar.*damaged.*what stands at byte 0 is no header"):
         build_index(str(path))
 
 
 def test_a_flipped_bit_spoils_its_sample_and_no_other(shard: str) -> None:
     index = load_index(shard)
     edit(shard, flip(int(index.offset[4]) + 512 + 20))
-    reader = ShardReader([load_index(shard)])
+    reader = Shards([shard])
     with pytest.raises(BadSample) as caught:
         reader.document(0, 4)
     assert caught.value.reason == "checksum" and "text-0001" in caught.value.detail
@@ -237,12 +241,12 @@ def test_an_index_of_another_version_is_refused(shard: str, monkeypatch: pytest.
 
 def test_a_damaged_index_is_refused(shard: str) -> None:
     whole = Path(shard + INDEX_SUFFIX).read_bytes()
-    for length in (0, 2, 100, len(whole) // 2, len(whole) - 3):
+    for length in (0, 2, 7, 8, 100, len(whole) // 2, len(whole) - 3):
         Path(shard + INDEX_SUFFIX).write_bytes(whole[:length])
         with pytest.raises(ShardError, match="cannot be read"):
             load_index(shard)
-    Path(shard + INDEX_SUFFIX).write_bytes(flip(200)(bytearray(whole)))
-    with pytest.raises(ShardError, match="cannot be read"):
+    Path(shard + INDEX_SUFFIX).write_bytes(b"\x80\x04" + whole[2:])  # as a pickle begins
+    with pytest.raises(ShardError, match=r"cannot be read .*: run `pile index .*test-000000\.tar`"):
         load_index(shard)
 
 
@@ -251,10 +255,11 @@ def test_a_missing_shard_is_named(tmp_path: Path, shard: str) -> None:
     for call in (build_index, expand_shards):
         with pytest.raises(ShardError, match=r"absent\.tar"):
             call(absent)
-    index = load_index(shard)
+    reader = Shards([shard])
+    reader.index(0)
     os.remove(shard)
     with pytest.raises(ShardError, match="cannot be opened"):
-        ShardReader([index]).document(0, 0)
+        reader.document(0, 0)
 
 
 def test_braces_and_wildcards_expand_in_order(tmp_path: Path) -> None:
@@ -281,7 +286,7 @@ def test_a_pattern_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reader_survives_pickling_and_forking(shard: str) -> None:
-    reader = ShardReader([load_index(shard)])
+    reader = Shards([shard])
     assert reader.document(0, 0) == DOCUMENTS[0]
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.document(0, 1) == DOCUMENTS[1]
@@ -290,3 +295,344 @@ def test_a_reader_survives_pickling_and_forking(shard: str) -> None:
         os._exit(0 if reader.document(0, 2) == DOCUMENTS[2] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert reader.document(0, 3) == DOCUMENTS[3]
+
+
+def test_a_reader_holds_only_some_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    documents = [Document((Segment(f"{n}" * 3000),), f"d-{n}") for n in range(10)]
+    writer = ShardWriter(tmp_path, "x")
+    for document in documents:
+        writer.write(document)
+        writer.finish_shard()
+    reader = Shards([index.path for index in writer.close()])
+    assert len(reader) == 10
+    before = len(os.listdir("/proc/self/fd"))
+    for number in [*range(10), *reversed(range(10)), 0, 5, 0, 5]:
+        assert reader.document(number, 0) == documents[number]
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 3
+
+
+# What is known of long texts
+
+
+def test_the_index_knows_where_the_sentences_of_long_texts_end(tmp_path: Path) -> None:
+    long = "Ein Satz über Öl, der lang genug ist. " * 40
+    codes = Codes("ab" * 16, 999, 0, np.arange(300), np.array([[200, 700], [55, 180]]))
+    documents = [
+        Document((Segment("short."), Segment(long)), "a"),
+        Document((Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT]), Segment(long)), "b"),
+    ]
+    index = write_shards(documents, tmp_path, "x")[0]
+    assert not index.rejected and index.segment_size.tolist() == [6, len(long.encode()), 999, len(long.encode())]
+    ends = sentence_ends(long)
+    assert len(ends) > 5 and index.text_breaks.keys() == {1, 2, 3}
+    for segment in (1, 3):
+        assert [long.encode()[:place].decode() for place in index.text_breaks[segment]] == [long[:end] for end in ends]
+    assert index.text_breaks[2].tolist() == [200, 700]
+
+
+@given(st.text(st.sampled_from("ab .\n!?\u3002\u201d\xe9")) | st.text(), st.integers(1, 400))
+def test_sentences_end_inside_a_long_text_in_order_and_far_apart(text: str, times: int) -> None:
+    long = text * times
+    ends = sentence_ends(long)
+    assert all(b - a >= 128 for a, b in zip([0, *ends], ends, strict=False))
+    assert all(0 < end < len(long) for end in ends)
+    for end in ends:  # after a full stop, with what closes it, or after a line
+        before = long[:end].rstrip("\"'\u2019\u201d)]")
+        assert before[-1] in ".!?\u2026\u3002\uff01\uff1f\n"
+
+
+# Tars of other programs
+
+names = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/"), min_size=1, max_size=70).filter(
+    lambda name: name not in (".", "..")
+)
+paths = st.lists(names, min_size=1, max_size=5).map("/".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(paths, st.integers(0, 2000), st.sampled_from([0, 1.5, 1e10])), min_size=1, max_size=6),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.booleans(),
+)
+def test_members_are_those_that_the_standard_library_finds(
+    members: list[tuple[str, int, float]], format: int, with_folders: bool
+) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for number, (name, size, mtime) in enumerate(members):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = size, mtime if format == tarfile.PAX_FORMAT else int(mtime)
+            if with_folders and number % 2:
+                info.type, info.size = tarfile.DIRTYPE, 0
+            try:
+                tar.addfile(info, io.BytesIO(bytes([number]) * size))
+            except ValueError:  # longer than the format can say
+                continue
+    data = file.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(one.name, one.offset_data, one.size, one.isfile()) for one in tar]
+    found = list(read_members(lambda size, offset: data[offset : offset + size], len(data)))
+    assert [(one.name.rstrip("/"), one.data, one.size, one.kind == "0") for one in found] == [
+        (name.rstrip("/"), *rest) for name, *rest in expected
+    ]
+
+
+def header(name: bytes, size: int | bytes, kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytes:
+    """A block as anybody may write it. size: a number, or the 12 bytes of the field."""
+    field = b"%011o\0" % size if isinstance(size, int) else size
+    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8 + kind)
+    block += b"\0" * 100 + magic
+    block += bytes(512 - len(block))
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def hostile(tmp_path: Path, *blocks: bytes) -> str:
+    """A tar of one good sample, `blocks`, and another good sample."""
+    path = tmp_path / "hostile.tar"
+    first, last = (header(name, 4) + padded(b"fine") for name in (b"first.txt", b"last.txt"))
+    path.write_bytes(first + b"".join(blocks) + last + bytes(1024))
+    return str(path)
+
+
+def pax(*records: tuple[str, str]) -> bytes:
+    content = b""
+    for key, value in records:
+        rest = f" {key}={value}\n".encode()
+        length = len(rest) + 1
+        while len(str(length)) + len(rest) != length:
+            length += 1
+        content += str(length).encode() + rest
+    return header(b"PaxHeader", len(content), b"x") + padded(content)
+
+
+MEMBER = header(b"bad.txt", 4) + padded(b"evil")
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        header(b"/etc/bad.txt", 4) + padded(b"evil"),
+        header(b"../bad.txt", 4) + padded(b"evil"),
+        header(b"a/../../bad.txt", 4) + padded(b"evil"),
+        pax(("path", "/etc/bad.txt")) + MEMBER,
+        pax(("path", "a/../bad.txt")) + MEMBER,
+        header(b"././@LongLink", 11, b"L") + padded(b"../bad.txt\0") + MEMBER,
+        header(b"bad.txt", 0, b"1"),  # hard link
+        header(b"bad.txt", 0, b"2"),  # symbolic link
+        header(b"bad.txt", 0, b"3"),  # character device
+        header(b"bad.txt", 0, b"4"),  # block device
+        header(b"bad.txt", 0, b"6"),  # pipe
+        header(b"bad.txt", 1 << 30, b"2"),  # a link that claims a gigabyte
+        header(b"bad.txt", 4, b"S") + padded(b"evil"),  # sparse, GNU
+        pax(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"), ("GNU.sparse.realsize", "99999999999")) + MEMBER,
+        header(b"bad.txt", 4, b"M") + padded(b"evil"),  # the rest of a file of another tar
+        header(b"bad.txt", 4, b"V") + padded(b"evil"),
+        header(b"bad.txt", 4, b"\xe9") + padded(b"evil"),
+        header(b"bad\xff.txt", 4) + padded(b"evil"),  # no UTF-8
+    ],
+)
+def test_members_that_no_data_needs_are_rejected_and_the_others_read(tmp_path: Path, blocks: bytes) -> None:
+    index = build_index(hostile(tmp_path, blocks))
+    assert index.keys == ["first", "last"]
+    assert [reason for _, reason in index.rejected] == ["unsafe_member"]
+    loaded = load_index(index.path)
+    assert loaded.rejected == index.rejected
+    reader = Shards([index.path])
+    assert [reader.document(0, sample).segments[0].text for sample in range(2)] == ["fine", "fine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile.tar", "hostile.tar.index.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        header(b"PaxHeader", 2 << 30, b"x") + MEMBER,  # 2 GB of header
+        header(b"././@LongLink", 2 << 30, b"L") + MEMBER,
+        header(b"PaxHeader", b"\x80" + b"\0" * 3 + b"\xff" * 8, b"x") + MEMBER,  # base 256: more than 2 ** 63
+        header(b"PaxHeader", b"\xff" * 12, b"x") + MEMBER,
+        header(b"bad.txt", 1 << 32) + padded(b"evil"),  # beyond the end
+        header(b"bad.txt", b"\x80" + b"\0" * 7 + b"\x7f\0\0\0") + padded(b"evil"),
+        header(b"bad.txt", b"\xff" * 12) + padded(b"evil"),
+        header(b"bad.txt", b"-0000000004\0") + padded(b"evil"),  # backwards
+        header(b"bad.txt", b"-7777777777\0") + padded(b"evil"),  # to where it stands, for ever
+        header(b"bad.txt", b"0000000000x\0") + padded(b"evil"),
+        pax(("size", "-512")) + MEMBER,  # to its own header
+        pax(("size", "-1024")) + MEMBER,
+        pax(("size", "99999999999")) + MEMBER,
+        pax(("size", "many")) + MEMBER,
+        header(b"PaxHeader", 8, b"x") + padded(b"-5 a=b\n\n") + MEMBER,
+        header(b"PaxHeader", 8, b"x") + padded(b"0 a=bcd\n") + MEMBER,
+        header(b"PaxHeader", 8, b"x") + padded(b"99 a=bc\n") + MEMBER,
+        header(b"PaxHeader", 8, b"x") + padded(b"abcdefgh") + MEMBER,
+        b"x" * 512 + MEMBER,
+        MEMBER.replace(b"bad", b"sad", 1),  # another name than was summed
+        bytes(512) + MEMBER,  # what follows the end of the archive
+    ],
+)
+def test_headers_that_cannot_be_are_an_error_of_the_shard(tmp_path: Path, blocks: bytes) -> None:
+    path = hostile(tmp_path, blocks)
+    with pytest.raises(ShardError, match=r"hostile\.tar.* is damaged or truncated"):
+        build_index(path)
+    assert not Path(path + INDEX_SUFFIX).exists()
+
+
+def test_a_large_header_of_many_records_is_read_at_once(tmp_path: Path) -> None:
+    content = b"6 a=b\n" * 150_000
+    index = build_index(hostile(tmp_path, header(b"PaxHeader", len(content), b"x") + padded(content) + MEMBER))
+    assert index.keys == ["first", "bad", "last"]
+
+
+def test_long_names_and_sizes_in_base_256_are_read(tmp_path: Path) -> None:
+    name = "folder/" * 40 + "ü.txt"
+    blocks = [
+        header(b"././@LongLink", len(name.encode()) + 1, b"L") + padded(name.encode() + b"\0") + MEMBER,
+        header(b"base.txt", b"\x80" + b"\0" * 10 + b"\x04") + padded(b"evil"),
+        pax(("path", name.replace("ü", "ж")), ("size", "4")) + header(b"bad.txt", 0) + padded(b"evil"),
+        header(b"old.txt", 4, b"\0", b"\0" * 8) + padded(b"evil"),
+        header(b"contiguous.txt", 4, b"7") + padded(b"evil"),
+        header(b"folder", 1 << 20, b"5"),
+    ]
+    index = build_index(hostile(tmp_path, *blocks))
+    folder = "folder/" * 40
+    assert index.keys == ["first", folder + "ü", "base", folder + "ж", "old", "contiguous", "last"] and not index.rejected
+    assert load_index(index.path).keys == index.keys
+    reader = Shards([index.path])
+    texts = [reader.document(0, sample).segments[0].text for sample in range(len(index))]
+    assert texts == ["fine", *["evil"] * 5, "fine"]
+    assert [reader.document(0, sample).key for sample in range(len(index))] == index.keys
+
+
+def test_a_sample_larger_than_allowed_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_SAMPLE_BYTES", 4096)
+    files = [("a.txt", b"a"), ("b.txt", b"b" * 3000), ("b.png", b"b" * 3000), ("c.txt", b"c")]
+    index = build_index(tar_of(tmp_path / "x.tar", files))
+    assert index.keys == ["a", "c"] and index.rejected == [["b", "sample_too_large"]]
+
+
+# Indexes
+
+
+def test_an_index_is_arrays_and_json_and_no_pickle(shard: str) -> None:
+    from safetensors.numpy import load_file
+
+    whole = Path(shard + INDEX_SUFFIX).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    description = json.loads(whole[8 : 8 + length])
+    assert description.keys() == {*ShardIndex.TYPES, "__metadata__"}
+    loaded = load_file(shard + INDEX_SUFFIX)
+    index = load_index(shard)
+    assert all(np.array_equal(loaded[name], getattr(index, name)) for name in ShardIndex.TYPES)
+    source = Path(shards.__file__).read_text()
+    assert "pickle" not in source and "np.load" not in source
+
+
+def examine(shard: str) -> None:
+    """All that is asked of an index and its shard; may raise what says that they are damaged, and nothing else."""
+    try:
+        reader = Shards([shard])
+        index = reader.index(0)
+    except ShardError as error:
+        assert "test-000000.tar" in str(error) and f"run `pile index {shard}`" in str(error)
+        return
+    assert len(index.text_breaks) == len(index.break_segment) and len(index) == len(index.offset) >= 1
+    for sample in range(len(index)):
+        with contextlib.suppress(ShardError, BadSample):
+            reader.document(0, sample)
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """A shard with long texts, and its index."""
+    documents = [*DOCUMENTS, Document((Segment("A sentence that stands here often. " * 30),), "long")]
+    path = write_shards(documents, tmp_path_factory.mktemp("indexed"), "test")[0].path
+    return path, Path(path + INDEX_SUFFIX).read_bytes()
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.data())
+def test_a_bit_that_flips_in_the_header_of_an_index_is_no_crash(indexed: tuple[str, bytes], data: st.DataObject) -> None:
+    shard, whole = indexed
+    stop = 8 + int.from_bytes(whole[:8], "little")
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, stop - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    Path(shard + INDEX_SUFFIX).write_bytes(changed)
+    examine(shard)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_an_index_that_is_cut_off_is_refused(indexed: tuple[str, bytes], data: st.DataObject) -> None:
+    shard, whole = indexed
+    length = data.draw(st.integers(0, len(whole) - 1))
+    Path(shard + INDEX_SUFFIX).write_bytes(whole[:length])
+    with pytest.raises(ShardError, match=r"cannot be read .*: run `pile index .*test-000000\.tar`"):
+        load_index(shard)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.binary(max_size=300))
+def test_an_index_of_anything_is_refused(indexed: tuple[str, bytes], data: st.DataObject, anything: bytes) -> None:
+    shard, whole = indexed
+    stop = 8 + int.from_bytes(whole[:8], "little")
+    description = json.loads(whole[8:stop])
+    name = data.draw(st.sampled_from([*ShardIndex.TYPES, "__metadata__"]))
+    value = data.draw(
+        st.none() | st.integers() | st.lists(st.integers(), max_size=3)
+        | st.fixed_dictionaries({"data_offsets": st.lists(st.integers() | st.floats() | st.text(), max_size=3) | st.integers()})
+    )  # fmt: skip
+    text = json.dumps(description | {name: value}).encode()
+    for content in (anything, len(text).to_bytes(8, "little") + text + whole[stop:], (2**40).to_bytes(8, "little") + whole[8:]):
+        Path(shard + INDEX_SUFFIX).write_bytes(content)
+        with pytest.raises(ShardError, match=r"cannot be read .*: run `pile index .*test-000000\.tar`"):
+            load_index(shard)
+
+
+@pytest.mark.parametrize("name", ShardIndex.TYPES)
+def test_an_index_whose_arrays_do_not_fit_together_is_refused(indexed: tuple[str, bytes], name: str) -> None:
+    shard, whole = indexed
+    stop = 8 + int.from_bytes(whole[:8], "little")
+    description = json.loads(whole[8:stop])
+    description[name]["data_offsets"][1] -= np.dtype(ShardIndex.TYPES[name]).itemsize
+    text = json.dumps(description).encode()
+    Path(shard + INDEX_SUFFIX).write_bytes(len(text).to_bytes(8, "little") + text + whole[stop:])
+    with pytest.raises(ShardError, match=r"cannot be read .*do not fit together.*: run `pile index .*test-000000\.tar`"):
+        load_index(shard)
+
+
+def test_an_index_of_deep_json_is_refused(indexed: tuple[str, bytes]) -> None:
+    shard = indexed[0]
+    text = b"[" * 100_000
+    Path(shard + INDEX_SUFFIX).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ShardError, match="cannot be read"):
+        load_index(shard)
+
+
+@pytest.mark.parametrize(
+    "name", ["first_segment", "first_key", "first_break", "offset", "size", "crc", "segment_size", "key_bytes"]
+)
+@pytest.mark.parametrize("value", [0, 0xFF])
+def test_an_index_whose_numbers_are_damaged_is_no_crash(indexed: tuple[str, bytes], name: str, value: int) -> None:
+    shard, whole = indexed
+    stop = 8 + int.from_bytes(whole[:8], "little")
+    first, last = json.loads(whole[8:stop])[name]["data_offsets"]
+    for end in (last, (first + last) // 2 // 8 * 8):
+        changed = bytearray(whole)
+        changed[stop + first : stop + end] = bytes([value]) * (end - first)
+        Path(shard + INDEX_SUFFIX).write_bytes(changed)
+        examine(shard)
+
+
+def test_an_index_is_mapped_and_stays_what_it_was_when_it_is_made_anew(shard: str) -> None:
+    index = load_index(shard)
+    with pytest.raises(ValueError, match="read-only"):
+        index.offset[0] = 1
+    before = index.offset.tolist()
+    write_shards([Document((Segment("another"),))], Path(shard).parent, "test")
+    assert index.offset.tolist() == before and len(load_index(shard)) == 1

@@ -6,7 +6,6 @@ They are forked from one process that has done the imports, so that an attempt c
 from __future__ import annotations
 
 import csv
-import json
 import math
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ import pile_app.training.callbacks
 import pile_app.training.report  # noqa: F401
 from pile_app.data.shards import write_shards
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.training.callbacks import read_ledger
 from pile_app.training.cli import main
 
 CONFIG = """
@@ -54,6 +54,7 @@ trainer:
   accelerator: cpu
   callbacks: [{{class_path: attempts.Watch}}]
 checkpoint_every: 3
+ledger: true
 wandb: null
 """
 PASSING = ("throughput/", "epoch")  # columns of metrics.csv that hang on the clock, or say nothing
@@ -78,10 +79,6 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = batch_idx // trainer.accumulate_grad_batches
-        entry = {"step": step, "began": self.began, "keys": batch.keys}
-        with open(f"{trainer.default_root_dir}/ledger-{trainer.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
         if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
             next(pl_module.model.backbone.parameters()).data.fill_(math.nan)
         number, limit = os.environ.get("FILE_LIMIT", "-1 0").split()
@@ -159,11 +156,11 @@ class Workbench:
         process.start()
         return Attempt(process, output)
 
-    def start_ranks(self, name: str, *arguments: str, port: int, **environment: str) -> list[Attempt]:
-        """The same on two processes, as a launcher starts them."""
-        words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *arguments]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-        return [self.start(name, *words, **group, LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+    def start_ranks(self, name: str, *arguments: str, port: int, ranks: int = 2, **environment: str) -> list[Attempt]:
+        """The same on several processes, as a launcher starts them."""
+        words = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp", *arguments]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+        return [self.start(name, *words, **group, LOCAL_RANK=str(rank), **environment) for rank in range(ranks)]
 
     def train(self, name: str, *arguments: str, **environment: str) -> str:
         """A run that has to succeed; what it printed."""
@@ -229,12 +226,9 @@ def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
-def documents(run: Path) -> dict[int, list[list[Any]]]:
-    """Step -> documents of its global batch, over all ranks, in the last attempt at it."""
-    entries = [json.loads(line) for path in run.glob("ledger-*.jsonl") for line in path.read_text().splitlines()]
-    last = {entry["step"]: entry["began"] for entry in sorted(entries, key=lambda entry: entry["began"])}
-    found: dict[int, list[list[Any]]] = {step: [] for step in last}
-    for entry in entries:
-        if entry["began"] == last[entry["step"]]:
-            found[entry["step"]] += entry["keys"]
-    return {step: sorted(keys) for step, keys in found.items()}
+def documents(run: Path) -> dict[int, list[Any]]:
+    """Step -> documents of its global batch."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for entry in read_ledger(run):
+        found[entry["step"]] += entry["documents"]
+    return dict(found)

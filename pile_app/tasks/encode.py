@@ -1,0 +1,361 @@
+"""Pre-encoding: `pile encode`, shards of documents -> shards of the same documents as token ids.
+
+Frozen codecs give the same codes in every epoch. Here they are computed once: each image and sound becomes an encoded segment
+(`Codes`), each text too where the tokenizer is not bytes. A new shard holds the documents of the old one under the same name,
+in the same order, with the same keys, flags and sizes, so that training plans the same packs from either; only the decoding is
+gone. That the index says the same of both is checked for every shard.
+
+What cannot be encoded must not move anything: a medium that cannot be decoded stays as it is, to be masked and counted where it
+would have been; a sample whose bytes are not those that were indexed leaves segments of its sizes that say so (`is_lost`).
+
+`encoded.json` beside the new shards, written after each of them, says what they were made from and by, so that an interrupted
+run continues:
+
+    {"<shard>": {"source": fingerprint of the old shard, "fingerprint": of the new one, "encoders": {modality: fingerprint},
+                 "documents", "encoded": {modality: segments}, "left": {reason: segments or samples left as they were}}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from pile_app.data.shards import (
+    INDEX_SUFFIX,
+    UNORDERED,
+    ShardError,
+    ShardIndex,
+    Shards,
+    build_index,
+    load_index,
+    segment_breaks,
+    segment_size,
+)
+from pile_app.data.text import Tokenizer, text_tokens
+from pile_app.documents import (
+    AUDIO,
+    ENCODED_EXTENSIONS,
+    IMAGE,
+    MODALITIES,
+    TEXT,
+    BadSample,
+    Codes,
+    Document,
+    Segment,
+    decode_audio,
+    decode_image,
+    sample_from_document,
+    sentence_ends,
+)
+
+if TYPE_CHECKING:
+    from pile_app.model.fused import FusedLanguageModel
+
+LEDGER = "encoded.json"
+DOCUMENTS_AT_ONCE = 512
+SOUND_SECONDS = 30.0  # a batch of sounds takes no more memory than so many seconds each would
+SAME = ("flags", "first_segment", "modality", "segment_size", "sample_rate", "loss", "breaks", "break_segment", "first_break")
+NO_ENCODER = "0" * 32  # of a lost segment
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What encodes: a tokenizer, a model for its codecs (None: media stay as they are), media of a batch."""
+
+    tokenizer: Tokenizer
+    model: FusedLanguageModel | None = None
+    batch: int = 64
+
+    def fingerprints(self) -> dict[str, str]:
+        """Modality -> fingerprint of what encodes it.
+
+        Raises:
+            ValueError: nothing would be encoded.
+        """
+        from pile_app.model.fused import codec_fingerprint
+
+        codecs = self.model.codecs if self.model is not None else {}
+        found = {MODALITIES[modality]: codec_fingerprint(codec) for modality, codec in codecs.items()}
+        if self.tokenizer.fingerprint != "bytes":
+            found[MODALITIES[TEXT]] = self.tokenizer.fingerprint
+        if not found:
+            raise ValueError("nothing to encode: bytes are read as fast as their ids, and there is no codec for media")
+        return found
+
+
+def run_encoders(run: Path, checkpoint: str = "last", device: str = "cpu", batch: int = 64) -> Encoders:
+    """The encoders of a trained run.
+
+    Raises:
+        ValueError: there is no such run or checkpoint, or its codecs are still learning.
+    """
+    from pile_app.training.load import load_run
+
+    module, _, saved = load_run(run, checkpoint)
+    if saved["global_step"] < module.codec_steps:
+        raise ValueError(
+            f"the codecs of {str(run)!r} learn for {module.codec_steps} steps, and the checkpoint is of step "
+            f"{saved['global_step']}: codes of codecs that still change are of no use"
+        )
+    return Encoders(module.tokenizer, module.model.to(device), batch)
+
+
+def encode_shards(
+    shards: Shards, folder: Path, encoders: Encoders, overwrite: bool = False, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Writes `folder/<name>` for every shard, and returns what `encoded.json` then says of them.
+
+    Args:
+        shards: of documents; what is encoded already stays as it is.
+        folder: another one than theirs.
+        encoders: see `Encoders`.
+        overwrite: encode all of them anew.
+        report: is told a line a shard.
+
+    Raises:
+        ValueError: two shards have one name, a shard would replace the one it is made from, or another one is in its place.
+        ShardError: a shard cannot be read.
+    """
+    names = [_shard_name(path) for path in shards.paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two shards are called {twice!r}: encode them into different folders")
+    for shard, name in enumerate(names):
+        if os.path.realpath(shards.local(shard)) == os.path.realpath(folder / name):
+            raise ValueError(f"{str(folder)!r} is the folder of the shards themselves: give another one")
+    fingerprints = encoders.fingerprints()
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _read_ledger(folder)
+    for shard, name in enumerate(names):
+        shards.make_index(shard)
+        entry = {"source": shards.index(shard).fingerprint, "encoders": fingerprints}
+        stored = done.get(name)
+        if not overwrite and (folder / name).exists():
+            ours = isinstance(stored, dict) and {key: stored.get(key) for key in entry} == entry
+            if ours and _is_finished(folder / name, done[name]):
+                report(f"{folder / name}: there already")
+                continue
+            if not ours:
+                raise ValueError(
+                    f"{str(folder / name)!r} was not made from {shards.paths[shard]!r} by these encoders: give --overwrite, or "
+                    "another folder"
+                )
+        done[name] = entry  # from here on, what stands under that name is ours
+        _write_ledger(folder, done)
+        counts = _encode_shard(shards, shard, folder / name, encoders, fingerprints)
+        index = build_index(str(folder / name))
+        _check_same(index, shards.index(shard))
+        done[name] = entry | {"fingerprint": index.fingerprint, "documents": len(index)} | counts
+        _write_ledger(folder, done)
+        report(f"{folder / name}: {describe_counts(done[name])}")
+    return {name: done[name] for name in names}
+
+
+def describe_counts(entry: dict[str, Any]) -> str:
+    """`300 documents; encoded: 150 image; left as they were: 2 silent_audio`"""
+    encoded = ", ".join(f"{count:,} {name}" for name, count in sorted(entry["encoded"].items()))
+    left = ", ".join(f"{count:,} {name}" for name, count in sorted(entry["left"].items()))
+    return f"{entry['documents']:,} documents; encoded: {encoded or 'nothing'}; left as they were: {left or 'nothing'}"
+
+
+def _shard_name(path: str) -> str:
+    name = PurePosixPath(urlsplit(path).path if "://" in path else path).name
+    if not name.endswith(".tar"):
+        raise ValueError(f"shard {path!r} has no name that ends in .tar, to call the new one by")
+    return name
+
+
+def _read_ledger(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / LEDGER).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_ledger(folder: Path, done: dict[str, Any]) -> None:
+    temporary = folder / f"{LEDGER}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, folder / LEDGER)
+
+
+def _is_finished(path: Path, stored: dict[str, Any]) -> bool:
+    """Whether the shard at `path` is the one that `encoded.json` tells of."""
+    try:
+        found = load_index(str(path)) if os.path.exists(f"{path}{INDEX_SUFFIX}") else build_index(str(path))
+    except ShardError:
+        return False
+    return bool(stored.get("fingerprint") == found.fingerprint)
+
+
+def _check_same(new: ShardIndex, old: ShardIndex) -> None:
+    different = [name for name in SAME if not np.array_equal(getattr(new, name), getattr(old, name))]
+    if different or new.keys != old.keys:
+        raise ShardError(
+            f"the index of {new.path!r} is another one than that of {old.path!r} ({', '.join(different or ['keys'])}): run "
+            f"`pile index {old.path}`, and this command again with --overwrite"
+        )
+
+
+def _encode_shard(
+    shards: Shards, shard: int, path: Path, encoders: Encoders, fingerprints: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    """Writes the shard at `path`, which appears when it is whole; counts for `encoded.json`."""
+    import webdataset
+
+    encoded: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+                for samples in _batched(range(len(shards.index(shard))), DOCUMENTS_AT_ONCE):
+                    documents = [_read(shards, shard, sample, encoders.tokenizer, encoders.model, left) for sample in samples]
+                    for document in _encode(documents, encoders, fingerprints, encoded, left):
+                        tar.write(_sample(document))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"encoded": dict(encoded), "left": dict(left)}
+
+
+def _sample(document: Document) -> dict[str, str | bytes]:
+    """The WebDataset sample of a document; that of a single encoded segment is one file, half the bytes in a tar."""
+    segment = document.segments[0]
+    alone = len(document.segments) == 1 and segment.is_encoded and segment.loss and document.ordered and not document.meta
+    if alone:
+        return {"__key__": document.key, segment.extension: segment.file}
+    return sample_from_document(document)
+
+
+def _read(
+    shards: Shards, shard: int, sample: int, tokenizer: Tokenizer, model: FusedLanguageModel | None, left: Counter[str]
+) -> Document:
+    """A document, or lost segments of its sizes where its bytes are not those that were indexed."""
+    try:
+        return shards.document(shard, sample)
+    except BadSample as error:
+        left[error.reason] += 1
+    index = shards.index(shard)
+    texts = text_tokens(shards, shard, tokenizer)
+    segments = []
+    for number in range(*index.first_segment[sample : sample + 2].tolist()):
+        modality, size, rate = (int(column[number]) for column in (index.modality, index.segment_size, index.sample_rate))
+        breaks = np.stack([one.get(number, np.zeros(0)) for one in (index.text_breaks, texts.breaks)])
+        encoder = tokenizer.fingerprint if modality == TEXT and tokenizer.fingerprint != "bytes" else NO_ENCODER
+        values = np.zeros(int(texts.counts[number]) if encoder != NO_ENCODER else 0, np.uint16)
+        file = Codes(encoder, size, rate, values, breaks, is_lost=True).to_bytes()
+        segments.append(Segment(file, ENCODED_EXTENSIONS[modality], bool(index.loss[number])))
+    return Document(tuple(segments), index.key(sample), not index.flags[sample] & UNORDERED)
+
+
+def _encode(
+    documents: Sequence[Document],
+    encoders: Encoders,
+    fingerprints: dict[str, str],
+    encoded: Counter[str],
+    left: Counter[str],
+) -> Iterator[Document]:
+    """The documents with what can be encoded encoded."""
+    segments = [segment for document in documents for segment in document.segments]
+    numbers: list[list[int]] = [
+        [n for n, one in enumerate(segments) if one.modality == modality and not one.is_encoded and name in fingerprints]
+        for modality, name in enumerate(MODALITIES)
+    ]
+    for number in numbers[TEXT]:
+        segments[number] = encode_text(segments[number], encoders.tokenizer)
+    encoded["text"] += len(numbers[TEXT])
+    for modality in (IMAGE, AUDIO):
+        name, extension = MODALITIES[modality], ENCODED_EXTENSIONS[modality]
+        for some in _batched(numbers[modality], encoders.batch):
+            media = _decode([segments[number] for number in some], modality, encoders.model, left)
+            good = [(number, medium) for number, medium in zip(some, media, strict=True) if medium is not None]
+            codes = encode_media([medium for _, medium in good], modality, encoders.model) if good else []
+            encoded[name] += len(good)
+            for (number, _), values in zip(good, codes, strict=True):
+                file = Codes(fingerprints[name], *segment_size(segments[number]), values).to_bytes()
+                segments[number] = replace(segments[number], data=file, extension=extension)
+    first = 0
+    for document in documents:
+        stop = first + len(document.segments)
+        yield replace(document, segments=tuple(segments[first:stop]))
+        first = stop
+    for name in [name for name, count in encoded.items() if not count]:
+        del encoded[name]
+
+
+def _batched(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(numbers), size):
+        yield numbers[first : first + size]
+
+
+def encode_text(segment: Segment, tokenizer: Tokenizer) -> Segment:
+    """The ids of a text, with the places where its sentences end."""
+    ends = sentence_ends(segment.text)
+    _, in_tokens = tokenizer.lengths([segment.text], [ends])[0] if ends else (0, np.zeros(0))
+    size, _ = segment_size(segment)
+    breaks = np.stack([segment_breaks(segment), in_tokens]).reshape(2, -1)
+    codes = Codes(tokenizer.fingerprint, size, 0, tokenizer.encode(segment.text), breaks)
+    return Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT], segment.loss)
+
+
+def _decode(
+    segments: Sequence[Segment], modality: int, model: FusedLanguageModel | None, left: Counter[str]
+) -> list[np.ndarray | None]:
+    """Pixels or samples as the codec takes them, None for what cannot be decoded."""
+    assert model is not None
+    vocabulary = model.vocabulary
+
+    def one(segment: Segment) -> np.ndarray | str:
+        try:
+            if modality == IMAGE:
+                return decode_image(segment.file, *vocabulary.image_shape)
+            return decode_audio(segment.file, vocabulary.sample_rate)
+        except BadSample as error:
+            return error.reason
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let go of the interpreter's lock
+        found = list(pool.map(one, segments))
+    left.update(medium for medium in found if isinstance(medium, str))
+    return [None if isinstance(medium, str) else medium for medium in found]
+
+
+def encode_media(media: Sequence[np.ndarray], modality: int, model: FusedLanguageModel | None) -> list[np.ndarray]:
+    """uint8 pixels (C, H, W), or float32 samples (S,) -> codes (T,) of each."""
+    import torch
+
+    assert model is not None
+    device = model.token_bytes.device
+    if modality == IMAGE:
+        assert model.image_codec is not None
+        pixels = np.stack([medium.transpose(1, 2, 0) for medium in media])  # as batches hold them: channels last
+        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+        return list(model.image_codec.encode(images).cpu().numpy())
+    assert model.audio_codec is not None
+    vocabulary = model.vocabulary
+    tokens = [-(-len(medium) // vocabulary.samples_per_token) for medium in media]
+    codes: list[np.ndarray] = [np.zeros(0)] * len(media)
+    limit = len(media) * SOUND_SECONDS * vocabulary.sample_rate
+    groups: list[list[int]] = []
+    for number in sorted(range(len(media)), key=lambda n: len(media[n])):  # sounds of about a length together
+        if not groups or len(media[number]) * (len(groups[-1]) + 1) > limit:
+            groups.append([])
+        groups[-1].append(number)
+    for group in groups:
+        audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(media[n]) for n in group], batch_first=True)
+        lengths = torch.tensor([tokens[n] for n in group], device=device)
+        rows = model.audio_codec.encode(audio.to(device), lengths).cpu().numpy()
+        for n, row in zip(group, rows, strict=True):
+            codes[n] = row[: tokens[n]]
+    return codes

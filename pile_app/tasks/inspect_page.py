@@ -1,0 +1,122 @@
+"""Documents on a page, to look at and listen to.
+
+Its media lie beside it. A policy sees to it that nothing else is loaded, and that no script of a sample runs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pile_app.documents import MODALITIES, TEXT, Segment
+from pile_app.training.report import STYLE, data_uri, spectrogram
+
+Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None where that cannot be
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta
+http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:;
+media-src 'self' file:"><title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p>{body}</html>
+"""
+PAGE_STYLE = """
+.documents{--least:24rem}.card>small{display:block;margin-bottom:.5rem;overflow-wrap:anywhere}.segment{margin:.45rem 0}
+.segment>small{display:block}.away{opacity:.5}.bad{color:var(--c1)}.segment img{max-height:16rem}figure.sound img{height:3.5rem}
+"""
+SHOWN_CHARACTERS = 20_000  # of a text
+
+
+def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
+    """The entry of a segment. A medium is written to `path` and its extension; what is encoded, as what it decodes to."""
+    entry: dict[str, Any] = {"modality": MODALITIES[segment.modality]}
+    learned = segment.loss and not hidden
+    if segment.is_encoded:
+        decoded = decode(segment)
+        if decoded is None:
+            note = f"encoded as {len(segment.file):,} bytes of codes, which the model here cannot decode"
+            return entry | {"note": note, "hidden": hidden, "learned": learned}
+        segment = decoded
+    if segment.modality == TEXT:
+        entry["text"] = segment.text
+    else:
+        entry["file"] = f"{path.name}.{segment.extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / entry["file"]).write_bytes(segment.file)
+    return entry | {"hidden": hidden, "learned": learned}
+
+
+def write_page(
+    title: str, notes: Sequence[str], groups: Iterable[tuple[str, Sequence[Mapping[str, Any]]]], folder: Path, media: str = ""
+) -> Path:
+    """Writes `folder/documents.html`.
+
+    Args:
+        groups: (heading, documents) each; documents as in `documents.json`, "facts" of a document are told beside its key.
+        media: folder of the media, within `folder`.
+    """
+    body = ""
+    for heading, documents in groups:
+        cards = "".join(_card(one, folder / media, media) for one in documents)
+        body += f'<h2>{escape(heading)}</h2><div class="grid documents">{cards}</div>'
+    status = "".join(f"<span>{escape(note)}</span>" for note in notes)
+    page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, status=status, body=body)
+    path = folder / "documents.html"
+    path.write_text(page, "utf-8", errors="backslashreplace")
+    return path
+
+
+def state_of(segment: Mapping[str, Any], frame: str = "{}") -> str:
+    """Whether the model saw and learned a segment, in words; "" where it did both."""
+    state = "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
+    return frame.format(state) if state else ""
+
+
+def _card(one: Mapping[str, Any], folder: Path, media: str) -> str:
+    facts = one.get("facts") or f"tokens {one['tokens'][0]:,} to {one['tokens'][1] - 1:,}"
+    card = f"<small><b>{escape(one['key'])}</b> {escape(facts)}</small>"
+    if one["rejected"]:
+        card += f'<small class="bad">{escape(one["rejected"]["reason"])}: {escape(one["rejected"]["detail"])}</small>'
+    for segment in one["segments"]:
+        state = state_of(segment)
+        note = f"<small>{escape(state)}</small>" if state else ""
+        card += f'<div class="segment{" away" * segment["hidden"]}">{note}{_shown(segment, folder, media)}</div>'
+    return f'<div class="card">{card}</div>'
+
+
+def _shown(segment: Mapping[str, Any], folder: Path, media: str) -> str:
+    if "text" in segment:
+        text = segment["text"]
+        more = f"\n... and {len(text) - SHOWN_CHARACTERS:,} more characters" if len(text) > SHOWN_CHARACTERS else ""
+        return f"<pre>{escape(text[:SHOWN_CHARACTERS] + more)}</pre>"
+    if "note" in segment:
+        return f'<small class="bad">{escape(segment["modality"])}: {escape(segment["note"])}</small>'
+    source = escape(quote(f"{media}/{segment['file']}" if media else segment["file"]))
+    path = folder / segment["file"]
+    try:
+        return _image(path, source) if segment["modality"] == "image" else _sound(path, source)
+    except Exception as error:  # a damaged file is what one may be looking for
+        return f'<small class="bad">{escape(path.name)} cannot be shown: {escape(str(error))}</small>'
+
+
+def _image(path: Path, source: str) -> str:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+    scale = max(1, 128 // max(width, height))
+    size = f"{width} x {height} pixels"
+    return (
+        f'<img class="{"pixels" * (scale > 1)}" width="{min(480, scale * width)}" src="{source}" alt="{size}" title="{size}">'
+    )
+
+
+def _sound(path: Path, source: str) -> str:
+    import soundfile
+
+    waveform, rate = soundfile.read(io.BytesIO(path.read_bytes()), dtype="float32", always_2d=True)  # (S, C)
+    note = f"{len(waveform) / rate:.2f} s at {rate:,} Hz"
+    picture = data_uri(".png", spectrogram(waveform.mean(1)))
+    image = f'<img src="{picture}" alt="{note}" title="{note}">'
+    return f'<figure class="sound">{image}<audio controls src="{source}"></audio><figcaption>{note}</figcaption></figure>'
