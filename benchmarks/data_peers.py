@@ -86,6 +86,7 @@ def main() -> None:
     if options.quick:
         options.rounds, options.seconds, options.text_megabytes, options.resume_gigabytes, copies = 1, 2.0, 12, 0.2, "1"
 
+    load = os.getloadavg()[0]  # before this adds its own
     chosen = {name: CONTESTANTS[name] for name in options.peers}
     pythons = {name: make_environment(options.folder / "environments", one) for name, one in chosen.items()}
     run([sys.executable, SCRIPTS / "make_data.py", data, "--text-megabytes", str(options.text_megabytes),
@@ -94,7 +95,13 @@ def main() -> None:
         print(f"data of {name} ...", file=sys.stderr, flush=True)
         run([pythons[name], SCRIPTS / f"{one.script}.py", "prepare", "all", data], environment_of(one))
 
-    results: dict[str, Any] = {"machine": describe_machine(), "facts": json.loads((data / "facts.json").read_text())}
+    if load > 0.5:
+        print(f"**The machine is busy** (load {load:.1f}): these are no figures.", flush=True)
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "load": load,
+        "facts": json.loads((data / "facts.json").read_text()),
+    }
     for figure in options.only:
         read_all(data, DATA_OF.get(figure, "image"))
         if figure != "resume":
@@ -185,42 +192,49 @@ class Running:
 
 def measure_speed(
     figure: str, chosen: dict[str, Contestant], pythons: dict[str, Path], data: Path, rounds: int, seconds: float
-) -> dict[str, list[float]]:
-    """Contestant -> units a second in each round."""
+) -> dict[str, list[dict[str, float]]]:
+    """Contestant -> what each turn gave: `speed` in units a second, `cores` that its workers took."""
     running: dict[str, Running] = {}
-    speeds: dict[str, list[float]] = {}
+    turns: dict[str, list[dict[str, float]]] = {}
     for name, one in chosen.items():
         if (one.script == "decode_alone" and figure not in MEDIA) or (figure == "text_tokens" and name in HAS_NO_TOKENS):
             continue
         try:
             running[name] = Running(one, pythons[name], figure, data)
-            speeds[name] = []
+            turns[name] = []
         except RuntimeError as error:
             print(f"{name} does not take part in {figure}: {error}", file=sys.stderr)
     for round_ in range(rounds):
         for name, one in running.items():
             answer = one.load_for(seconds)
-            speeds[name].append(answer["units"] / answer["seconds"])
-            print(f"{figure} {round_ + 1}/{rounds} {name}: {speeds[name][-1]:,.1f}", file=sys.stderr, flush=True)
+            turns[name].append(answer | {"speed": answer["units"] / answer["seconds"]})
+            print(f"{figure} {round_ + 1}/{rounds} {name}: {turns[name][-1]['speed']:,.1f}", file=sys.stderr, flush=True)
     for one in running.values():
         one.close()
-    return speeds
+    return turns
 
 
-def speed_table(figure: str, speeds: dict[str, list[float]]) -> str:
+def speed_table(figure: str, turns: dict[str, list[dict[str, float]]]) -> str:
     unit, bar = FIGURES[figure]
+    speeds = {name: [turn["speed"] for turn in found] for name, found in turns.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     peers = {name: value for name, value in medians.items() if name not in ("pile", ALONE, IN_WORKER)}
     best = max(peers.values(), default=float("nan"))
     alone = medians.get(ALONE, float("nan"))
     lines = [
         f"\n### {figure}: {unit}, median of {max(map(len, speeds.values()), default=0)} turns; bar {bar}x the best peer\n",
-        "| | " + unit + " | range | of the best peer | of decoding alone |",
-        "|---|---|---|---|---|",
+        f"| | {unit} | range | of the best peer | of decoding alone | cores of its worker |",
+        "|---|---|---|---|---|---|",
     ]
     for name, value in medians.items():
         shown = f"{min(speeds[name]):,.4g} to {max(speeds[name]):,.4g}"
-        lines.append(f"| {name} | {value:,.4g} | {shown} | {value / best:.2f}x | {value / alone:.2f} |".replace("nan", "-"))
+        cores = statistics.median(turn["cores"] for turn in turns[name])
+        ratios = f"{value / best:.2f}x | {value / alone:.2f} | {cores:.2f}".replace("nan", "-")
+        lines.append(f"| {name} | {value:,.4g} | {shown} | {ratios} |")
+    if any(value > 1.05 * alone for value in medians.values()):
+        lines.append("\n**Not valid**: no loader decodes faster than its decoder alone. Something else took the processor.")
+    if any(turn["cores"] > 1.1 for found in turns.values() for turn in found):
+        lines.append("\n**Not one core each**: a worker took more than one, see the last column.")
     return "\n".join(lines)
 
 

@@ -18,10 +18,12 @@ folder, **settings)`, which gives an iterable of batches with one worker process
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -238,11 +240,22 @@ def _serve_slices(loader: Iterable[Any], figure: str, units: Callable[[Any, str]
         while time.perf_counter() < warm:  # what the worker had ready while others had their turn
             next(batches)
         epochs = 0
+        cpu = _cpu_of_workers()
         began = now = time.perf_counter()
         while now < began + seconds:
             done += units(next(batches), figure)
             now = time.perf_counter()
-        _say(units=done, seconds=now - began, epoch_ends=epochs)
+        _say(units=done, seconds=now - began, epoch_ends=epochs, cores=(_cpu_of_workers() - cpu) / (now - began))
+
+
+def _cpu_of_workers() -> float:
+    """Seconds of CPU that the child processes have used: one worker with several threads may take more than one core."""
+    ticks = 0
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended
+            fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _state_file(folder: Path, fraction: str) -> Path:

@@ -48,7 +48,11 @@ def has_data(figure: str, folder: Path) -> bool:
 
 
 def encode_text(folder: Path) -> None:
-    """Writes `tars/encoded`: the shards of `tars/text` with token ids in place of text. Here goes the call of `pile encode`."""
+    """Writes `tars/encoded`: the shards of `tars/text` with token ids in place of text."""
+    from pile_app.cli import main as pile
+
+    tokenizer = str(folder / "tokenizer.json")
+    pile(["encode", "--tokenizer", tokenizer, str(folder / "tars" / "text" / "*.tar"), str(folder / "tars" / "encoded")])
 
 
 def prepare(folder: Path) -> None:

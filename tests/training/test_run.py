@@ -125,7 +125,7 @@ def test_damaged_documents_are_counted_and_too_many_stop_the_run(bench: Workbenc
         for offset in index.offset[:bad].tolist():
             file.seek(offset + 512)
             file.write(b"\xff")
-    sources = f"{{prose: {{train: '{damaged.shards}/prose-train-*.tar', validation: null}}}}"
+    sources = f"{{prose: {{train: '{damaged.shards}/prose-train-*.tar', validation: null, weight: null}}}}"
     words = ["--model.image", "null", "--model.audio", "null", "--data.sources", sources]
     attempt = damaged.start("run", *words, "--data.epochs", "1", "--trainer.max_steps", "-1")
     assert attempt.wait() == code, attempt.text[-3000:]
@@ -160,4 +160,4 @@ def test_normalizer_is_the_number_of_targets(tmp_path: Path, context: int) -> No
     for step in range(data.order.packs_per_epoch // 2):
         packs = [dataset[position] for position in (2 * step, 2 * step + 1)]
         targets = sum(len(places) for pack in packs for modality in pack.targets for places in modality)
-        assert data.order.targets(2 * step, 2 * step + 2) == targets
+        assert data.order.sizes(2 * step, 2 * step + 2)[1] == targets
