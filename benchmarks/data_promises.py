@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pile_app.data.assembly import assemble
 from pile_app.data.datamodule import PileDataModule, Source
-from pile_app.data.packing import assemble, collate
 from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
 from pile_app.model.backbones import LSTM, RNN, Transformer
@@ -121,13 +121,10 @@ def main() -> None:
         worst, compared = 0.0, 0
         for position in range(40):
             with torch.no_grad():
-                packed = losses(model, collate([dataset[position]], model.vocabulary))
+                packed = losses(model, dataset[position])
                 alone: dict[int, float] = {}
                 for number, entry in enumerate(dataset.documents(position)):
-                    piece = entry.piece
-                    span = (piece.source, entry.document, entry.key, piece.start, piece.stop, 0)
-                    pack = assemble([span], model.vocabulary, model.tokenizer, piece.stop)
-                    alone[number] = losses(model, collate([pack], model.vocabulary))[0]
+                    alone[number] = losses(model, assemble([[entry]], model.vocabulary, model.tokenizer, entry.piece.stop))[0]
             compared += len(alone)
             worst = max(worst, *(abs(packed[n] - alone[n]) for n in alone))
         print(f"| packed against alone, worst loss of {compared} pieces, {name} | {worst:.1e} nats | ≤ 1e-5 |")

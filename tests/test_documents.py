@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pile_app.data.packing import assemble
+from pile_app.data.assembly import assemble, whole
 from pile_app.data.text import ByteTokenizer
 from pile_app.documents import (
     AUDIO,
@@ -488,12 +488,12 @@ def test_token_counts_of_segments_equal_what_assemble_lays_out(kinds: list[str],
     parts = [made[kind]() for kind in kinds]
     length = 2 + sum(tokens for _, tokens in parts)
     document = Document(tuple(segment for segment, _ in parts), "k")
-    pack = assemble([(0, document, "k", 0, length, 0)], VOCABULARY, ByteTokenizer(), length)
+    pack = assemble([[whole(document, length)]], VOCABULARY, ByteTokenizer(), length)
     assert not pack.rejected
     openers = [Vocabulary.OPENERS[segment.modality] for segment in document.segments]
     places = np.cumsum([1, *(tokens for _, tokens in parts)])
-    assert pack.tokens[places].tolist() == [*openers, Vocabulary.END]
-    assert pack.tokens[0] == Vocabulary.BEGIN
+    assert pack.tokens[0, places].tolist() == [*openers, Vocabulary.END]
+    assert pack.tokens[0, 0] == Vocabulary.BEGIN
     # One token more than was promised is an error of the sample, and not a shift of everything that follows.
-    too_long = assemble([(0, document, "k", 0, length + 1, 0)], VOCABULARY, ByteTokenizer(), length + 1)
+    too_long = assemble([[whole(document, length + 1)]], VOCABULARY, ByteTokenizer(), length + 1)
     assert [reason for _, _, reason, _ in too_long.rejected] == ["length"]

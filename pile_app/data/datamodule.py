@@ -16,10 +16,11 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pile_app.data import shards
+from pile_app.data.assembly import PackedDocument, assemble
+from pile_app.data.batch import Batch
 from pile_app.data.order import (
     GROUP_SHARDS,
     ORDER_VERSION,
@@ -39,7 +42,6 @@ from pile_app.data.order import (
     permutation,
     uniform,
 )
-from pile_app.data.packing import Batch, Pack, assemble, collate
 from pile_app.data.remote import Prefetcher, ShardCache
 from pile_app.data.shards import ShardError
 from pile_app.data.sources import SourceData, cache_folder
@@ -66,21 +68,11 @@ class Source:
     epochs: float | None = None
 
 
-@dataclass(frozen=True)
-class PackedDocument:
-    """A piece of a document as it stands in a pack: segments in the order they are seen in, the first `dropped` hidden.
+class PackDataset(Dataset[Batch]):
+    """Positions -> their packs, as one batch. See `PileDataModule` for the arguments.
 
-    `document` is a `BadSample` where it could not be read.
+    Training batches carry the normalizer of the whole optimizer step, which `global_batch` packs make.
     """
-
-    piece: Piece
-    key: str
-    document: Document | BadSample
-    dropped: int
-
-
-class PackDataset(Dataset[Pack]):
-    """Position -> assembled pack. See `PileDataModule` for the arguments."""
 
     def __init__(
         self,
@@ -89,6 +81,7 @@ class PackDataset(Dataset[Pack]):
         vocabulary: Vocabulary,
         tokenizer: Tokenizer,
         context: int,
+        global_batch: int,
         seed: int,
         condition_dropout: float,
     ) -> None:
@@ -97,42 +90,76 @@ class PackDataset(Dataset[Pack]):
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
         self.context = context
+        self.global_batch = global_batch
         self.seed = seed
         self.condition_dropout = condition_dropout
+        self._threads: ThreadPoolExecutor | None = None
 
-    def __getitem__(self, position: int) -> Pack:
-        found = self.documents(position)
-        entries = [(one.piece.source, one.document, one.key, one.piece.start, one.piece.stop, one.dropped) for one in found]
-        pack = assemble(entries, self.vocabulary, self.tokenizer, self.context)
-        pack.number = position
-        pack.documents = [
-            (piece.source, one.key, piece.epoch, piece.start, piece.stop) for one in found for piece in [one.piece]
-        ]
-        return pack
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_threads": None}
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        tokens, targets = self._step_sizes(positions[0] // self.global_batch)
+        return assemble(
+            [[self._arranged(position, *one) for one in enumerate(self.order.pack(position))] for position in positions],
+            self.vocabulary,
+            self.tokenizer,
+            self.context,
+            numbers=positions,
+            normalizer=targets,
+            source_tokens=tokens,
+            decode=self._decode,
+        )
 
     def documents(self, position: int) -> list[PackedDocument]:
-        """What stands in the pack of a position, in order, as it is seen there."""
-        return [self._document(position, number, piece) for number, piece in enumerate(self.order.pack(position))]
+        """What stands in the pack of a position, in order, as it is seen there; texts as they are, for people."""
+        return [
+            self._arranged(position, number, piece, self.sources[piece.source].document_or_reason(piece.document))
+            for number, piece in enumerate(self.order.pack(position))
+        ]
 
-    def _document(self, position: int, number: int, piece: Piece) -> PackedDocument:
-        """The `number`-th piece at a position."""
+    def _arranged(
+        self, position: int, number: int, piece: Piece, read: tuple[str, Document | BadSample] | None = None
+    ) -> PackedDocument:
+        """The `number`-th piece at a position: with its segments in the order they are seen in, and how many are hidden."""
         data = self.sources[piece.source]
-        key = data.key(piece.document)
-        try:
-            document = data.document(piece.document)
-        except BadSample as error:
-            return PackedDocument(piece, key, error, 0)
+        key, document = read or data.document_to_train(piece.document)
+        if isinstance(document, BadSample) or len(document.segments) < 2:
+            return PackedDocument(piece, key, document)
         segments = document.segments
         # The cuts of a document longer than the context were made for the order that it is stored in.
-        if not document.ordered and len(segments) > 1 and piece.whole:
+        if not document.ordered and piece.whole:
             order = permutation(len(segments), self.seed, data.name, piece.epoch, piece.document, "segments")
             document = Document(tuple(segments[i] for i in order), key, True, document.meta)
         dropped = 0
-        if len(segments) > 1 and self.condition_dropout:
+        if self.condition_dropout:
             chance = uniform(self.seed, position, number, "condition") / self.condition_dropout
             if chance < 1:  # then it is uniform once more, and says after how many segments the document begins
                 dropped = 1 + int(chance * (len(segments) - 1))
         return PackedDocument(piece, key, document, dropped)
+
+    @lru_cache(8)  # noqa: B019 (lives as long as the run)
+    def _step_sizes(self, step: int) -> tuple[list[int], int]:
+        """(tokens of each source, targets) of an optimizer step; nothing while validating."""
+        if isinstance(self.order, ValidationOrder):
+            return [], 0
+        tokens, targets = self.order.sizes(step * self.global_batch, (step + 1) * self.global_batch)
+        return tokens.tolist(), max(1, targets)
+
+    def _decode(self, function: Callable[[Any], Any], media: Iterable[Any]) -> Iterable[Any]:
+        """In a worker, media are decoded by two threads: decoders leave Python's lock to others, and so hide what Python does.
+
+        Not in the training process: its threads are the model's.
+        """
+        if get_worker_info() is None:
+            return map(function, media)
+        self._threads = self._threads or ThreadPoolExecutor(2)
+        items = list(media)
+        halves = (items[: len(items) // 2], items[len(items) // 2 :])  # a task for each item would cost as much as a small one
+        return chain.from_iterable(self._threads.map(lambda half: list(map(function, half)), halves))
 
 
 class StepBatches(Sampler[list[int]]):
@@ -155,41 +182,6 @@ class StepBatches(Sampler[list[int]]):
             first = step * self.global_batch + self.rank * per_rank
             for offset in range(0, per_rank, self.micro_batch):
                 yield list(range(first + offset, first + offset + self.micro_batch))
-
-
-class _Batches(Dataset[Batch]):
-    """Lists of positions -> batches; while training, with the normalizer of the whole optimizer step."""
-
-    def __init__(self, dataset: PackDataset, global_batch: int) -> None:
-        self.dataset = dataset
-        self.global_batch = global_batch
-        self._threads: ThreadPoolExecutor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_threads": None}
-
-    def _packs(self, positions: list[int]) -> list[Pack]:
-        """In a worker, media are decoded by two threads: decoders leave Python's lock to others, and so hide what Python does.
-
-        Not in the training process: its threads are the model's.
-        """
-        if get_worker_info() is None or len(self.dataset.vocabulary.modalities) == 1:
-            return [self.dataset[position] for position in positions]
-        self._threads = self._threads or ThreadPoolExecutor(2)
-        return list(self._threads.map(self.dataset.__getitem__, positions))
-
-    @lru_cache(8)  # noqa: B019 (lives as long as the run)
-    def _step_sizes(self, step: int) -> tuple[list[int], int]:
-        order = self.dataset.order
-        assert isinstance(order, TrainingOrder)
-        tokens, targets = order.sizes(step * self.global_batch, (step + 1) * self.global_batch)
-        return tokens.tolist(), max(1, targets)
-
-    def __getitems__(self, positions: list[int]) -> Batch:
-        packs = self._packs(positions)
-        training = isinstance(self.dataset.order, TrainingOrder)
-        tokens, targets = self._step_sizes(positions[0] // self.global_batch) if training else ([], 0)
-        return collate(packs, self.dataset.vocabulary, float(targets), tokens)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -411,7 +403,7 @@ class PileDataModule(LightningDataModule):
         return self._dataset(self.train_data, self.order, self.condition_dropout)
 
     def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, dropout: float) -> PackDataset:
-        return PackDataset(data, order, self.vocabulary, self.tokenizer, self.context, self.seed, dropout)
+        return PackDataset(data, order, self.vocabulary, self.tokenizer, self.context, self.global_batch, self.seed, dropout)
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
         import torch
@@ -432,7 +424,7 @@ class PileDataModule(LightningDataModule):
         assert self.trainer is not None
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         micro, _ = self.micro_batches(world_size)
-        dataset = _Batches(self.train_dataset(), self.global_batch)
+        dataset = self.train_dataset()
         start, steps = self.trainer.global_step, self.steps(self.trainer)
         self._prefetch(start)
         return self._loader(dataset, StepBatches(start, steps, self.global_batch, micro, rank, world_size))
@@ -468,7 +460,7 @@ class PileDataModule(LightningDataModule):
         mine = [
             [(batch * world_size + rank) * micro + i for i in range(micro)] for batch in range(batches)
         ]  # past the end stand empty packs, so that every rank has as many batches
-        dataset = _Batches(self._dataset(self.validation_data, self.validation_order, 0.0), self.global_batch)
+        dataset = self._dataset(self.validation_data, self.validation_order, 0.0)
         return self._loader(dataset, mine)
 
 

@@ -19,7 +19,6 @@ import hashlib
 import json
 import mmap
 import os
-import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,11 +34,13 @@ import numpy as np
 from pile_app.documents import (
     AUDIO,
     IMAGE,
+    MODALITY_OF_EXTENSION,
     TEXT,
     BadSample,
     Document,
     Segment,
     audio_size,
+    document_and_files,
     document_from_sample,
     image_size,
     sample_from_document,
@@ -50,11 +51,13 @@ if TYPE_CHECKING:
     import io
 
     from pile_app.data.remote import ShardCache
+    from pile_app.data.text import TextTokens
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX_SUFFIX = ".index.safetensors"
 UNORDERED = 1  # sample flag: the order of its segments is free
 BLOCK = 512  # bytes of a tar block
+EXTENSIONS = tuple(MODALITY_OF_EXTENSION)  # `ShardIndex.file` holds places in it: append, never reorder
 MAX_SAMPLE_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20  # of one extended header: names, no data
 OPEN_SHARDS = 64  # files that a reader holds open: an evicted shard frees its disk when the last reader lets go
@@ -107,17 +110,19 @@ class ShardIndex:
     """What is known of one tar without opening it. S samples, G segments, L texts with breaks.
 
     offset, size: (S,) byte range in the tar; crc: (S,) CRC-32 of that range; flags: (S,) uint8; first_segment: (S + 1,);
-    modality: (G,) uint8; segment_size: (G,) UTF-8 bytes | pixels | samples; sample_rate: (G,) Hz, 0 but for sounds;
-    loss: (G,) bool; breaks: places inside long texts where a sentence ends, in UTF-8 bytes, those of segment `break_segment[l]`
-    from `first_break[l]` up to `first_break[l + 1]`, (L,) and (L + 1,); key_bytes, first_key: sample keys in UTF-8, (S + 1,);
-    rejected: [key, reason] of samples that cannot be used; fingerprint: changes when any sample of the shard changes, moves,
-    comes or goes.
+    modality: (G,) uint8; segment_size: (G,) UTF-8 bytes | pixels | samples; sample_rate: (G,) Hz, 0 but for sounds; loss: (G,)
+    bool; file: (G,) number of its extension in `EXTENSIONS`; file_offset, file_size: (G,) where in the sample it stands, in
+    bytes, offset 0 for a text of the `json`; breaks: places inside long texts where a sentence ends, in UTF-8 bytes, those of
+    segment `break_segment[l]` from `first_break[l]` up to `first_break[l + 1]`, (L,) and (L + 1,); key_bytes, first_key: sample
+    keys in UTF-8, (S + 1,); rejected: [key, reason] of samples that cannot be used; fingerprint: changes when any sample of the
+    shard changes, moves, comes or goes.
     """
 
     path: str
     tar_size: int
     fingerprint: str
     rejected: list[list[str]]
+    crc_of_arrays: int | None
     offset: np.ndarray
     size: np.ndarray
     crc: np.ndarray
@@ -127,6 +132,9 @@ class ShardIndex:
     segment_size: np.ndarray
     sample_rate: np.ndarray
     loss: np.ndarray
+    file: np.ndarray
+    file_offset: np.ndarray
+    file_size: np.ndarray
     breaks: np.ndarray
     break_segment: np.ndarray
     first_break: np.ndarray
@@ -135,8 +143,8 @@ class ShardIndex:
 
     TYPES = {  # noqa: RUF012 (a table, never changed)
         "offset": "<u8", "size": "<u8", "crc": "<u4", "flags": "|u1", "first_segment": "<u8", "modality": "|u1",
-        "segment_size": "<u8", "sample_rate": "<u4", "loss": "|b1", "breaks": "<u4", "break_segment": "<u4",
-        "first_break": "<u8", "key_bytes": "|u1", "first_key": "<u8",
+        "segment_size": "<u8", "sample_rate": "<u4", "loss": "|b1", "file": "|u1", "file_offset": "<u4", "file_size": "<u4",
+        "breaks": "<u4", "break_segment": "<u4", "first_break": "<u8", "key_bytes": "|u1", "first_key": "<u8",
     }  # fmt: skip
 
     def __len__(self) -> int:
@@ -149,15 +157,33 @@ class ShardIndex:
     def keys(self) -> list[str]:
         return [self.key(sample) for sample in range(len(self))]
 
+    def _crc_of_arrays(self) -> int:
+        crc = 0
+        for name in self.TYPES:
+            crc = zlib.crc32(np.ascontiguousarray(getattr(self, name)).data, crc)
+        return crc
+
+    def check_arrays(self) -> None:
+        """Raises `ShardError` where the arrays are not those that were saved. Reads them all, so it is not done at every start,
+        but when a shard is opened."""
+        if self._crc_of_arrays() != self.crc_of_arrays:
+            raise ShardError(f"the index of shard {self.path!r} is damaged: run `pile index {self.path}`")
+
+    def breaks_of_segments(self, breaks: np.ndarray) -> dict[int, np.ndarray]:
+        """Segment -> its part of `self.breaks`, or of what stands in the same order."""
+        first = self.first_break.tolist()
+        ranges = zip(self.break_segment.tolist(), first[:-1], first[1:], strict=True)
+        return {segment: breaks[start:stop] for segment, start, stop in ranges}
+
     @cached_property
-    def text_breaks(self) -> dict[int, np.ndarray]:
-        """Segment -> places in UTF-8 bytes where a sentence ends, for the texts that have any."""
-        return {
-            segment: self.breaks[first:stop]
-            for segment, first, stop in zip(
-                self.break_segment.tolist(), self.first_break[:-1].tolist(), self.first_break[1:].tolist(), strict=True
-            )
-        }
+    def texts(self) -> dict[str, TextTokens]:
+        """What `text_tokens` has found, by tokenizer."""
+        return {}
+
+    @cached_property
+    def has_media(self) -> bool:
+        """Is any of its segments no text?"""
+        return bool((self.modality != TEXT).any()) or bool((self.file != EXTENSIONS.index("txt")).any())
 
     def save(self) -> None:
         header = {
@@ -165,6 +191,7 @@ class ShardIndex:
             "tar_size": str(self.tar_size),
             "fingerprint": self.fingerprint,
             "rejected": json.dumps(self.rejected),
+            "crc": str(self._crc_of_arrays()),
         }
         save_arrays(self.path + INDEX_SUFFIX, {name: getattr(self, name) for name in self.TYPES}, header)
 
@@ -236,6 +263,7 @@ def load_index(path: str, name: str | None = None) -> ShardIndex:
         rejected, fingerprint = json.loads(header["rejected"]), header["fingerprint"]
         if version == INDEX_VERSION:
             _check_lengths(arrays)
+            crc = int(header["crc"])
     except FileNotFoundError:
         raise ShardError(f"shard {shown!r} has no index: {mend}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -246,13 +274,17 @@ def load_index(path: str, name: str | None = None) -> ShardIndex:
         raise ShardError(
             f"the index of shard {shown!r} is stale: the tar has {size:,} bytes, {tar_size:,} were indexed: {mend}"
         )
-    return ShardIndex(shown, tar_size, fingerprint, rejected, **arrays)
+    return ShardIndex(shown, tar_size, fingerprint, rejected, crc, **arrays)
 
 
 def _check_lengths(arrays: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError where the arrays of an index do not fit together."""
     for first, columns, of in (
-        ("first_segment", ("offset", "size", "crc", "flags"), ("modality", "segment_size", "sample_rate", "loss")),
+        (
+            "first_segment",
+            ("offset", "size", "crc", "flags"),
+            ("modality", "segment_size", "sample_rate", "loss", "file", "file_offset", "file_size"),
+        ),
         ("first_key", ("offset",), ("key_bytes",)),
         ("first_break", ("break_segment",), ("breaks",)),
     ):
@@ -291,7 +323,8 @@ def build_index(path: str) -> ShardIndex:
                     raise BadSample("duplicate_key", f"two samples of {path!r} are called {sample.key!r}")
                 seen.add(sample.key)
                 block = os.pread(descriptor, sample.stop - sample.start, sample.start)
-                document = document_from_sample(sample.key, files_of_block(block))
+                ranges = ranges_of_files(block)
+                document, names = document_and_files(sample.key, {n: block[at : at + size] for n, (at, size) in ranges.items()})
                 sizes = [segment_size(segment) for segment in document.segments]
             except BadSample as error:
                 rejected.append([sample.key, error.reason])
@@ -304,7 +337,11 @@ def build_index(path: str) -> ShardIndex:
             columns["flags"].append(0 if document.ordered else UNORDERED)
             first = columns["first_segment"][-1]
             columns["first_segment"].append(first + len(sizes))
-            for number, (segment, (size, rate)) in enumerate(zip(document.segments, sizes, strict=True), first):
+            for number, (segment, name, (size, rate)) in enumerate(zip(document.segments, names, sizes, strict=True), first):
+                file_offset, file_size = ranges.get(name, (0, 0))
+                columns["file"].append(EXTENSIONS.index(segment.extension))
+                columns["file_offset"].append(file_offset)
+                columns["file_size"].append(file_size)
                 columns["modality"].append(segment.modality)
                 columns["loss"].append(segment.loss)
                 columns["segment_size"].append(size)
@@ -319,9 +356,8 @@ def build_index(path: str) -> ShardIndex:
     digest = hashlib.blake2b(str(tar_size).encode(), digest_size=16)
     for name in ("offset", "size", "crc"):
         digest.update(arrays[name].astype("<u8").tobytes())
-    index = ShardIndex(path, tar_size, digest.hexdigest(), rejected, **arrays)
-    index.save()
-    return index
+    ShardIndex(path, tar_size, digest.hexdigest(), rejected, None, **arrays).save()
+    return load_index(path)
 
 
 def breaks_in_bytes(text: str, breaks: Sequence[int]) -> list[int]:
@@ -479,25 +515,32 @@ def sample_key(name: str) -> str:
     return f"{folder}/{stem}" if folder else stem
 
 
-def files_of_block(block: bytes) -> dict[str, bytes]:
-    """The files, by extension, of one sample from its range of the tar."""
-    files: dict[str, bytes] = {}
+def ranges_of_files(block: bytes) -> dict[str, tuple[int, int]]:
+    """Extension -> (first byte, bytes) of the files of one sample in its range of the tar."""
+    ranges: dict[str, tuple[int, int]] = {}
     try:
         for member in read_members(lambda size, offset: block[offset : offset + size], len(block)):
             _, dot, extension = member.name.rpartition("/")[2].partition(".")
             if member.kind == "0" and dot:
-                if extension in files:
+                if extension in ranges:
                     raise BadSample("duplicate_key", f"two samples in a row are called {sample_key(member.name)!r}")
-                files[extension] = block[member.data : member.data + member.size]
+                ranges[extension] = member.data, member.size
     except BadSample:
         raise
     except ValueError as error:
         raise BadSample("damaged_sample", str(error)) from error
-    return files
+    return ranges
+
+
+def files_of_block(block: bytes) -> dict[str, bytes]:
+    """The files, by extension, of one sample from its range of the tar."""
+    return {extension: block[first : first + size] for extension, (first, size) in ranges_of_files(block).items()}
 
 
 def segment_size(segment: Segment) -> tuple[int, int]:
     """(size, sample rate) of a segment as the index holds it."""
+    if segment.size is not None:
+        return segment.size
     if segment.is_encoded:
         codes = segment.codes
         return codes.size, codes.sample_rate
@@ -615,7 +658,6 @@ class Shards:
         self._process = os.getpid()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.RLock()  # a worker decodes in several threads
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {"paths": self.paths, "cache": self.cache, "remote": self.remote}
@@ -646,13 +688,14 @@ class Shards:
 
     def index(self, shard: int) -> ShardIndex:
         """Raises `ShardError` where there is none, or where the shard is another one than was indexed."""
-        with self._lock:
-            if shard not in self._indexes:
-                self._indexes[shard] = load_index(self.local(shard), self.paths[shard] if self.remote[shard] else None)
-                if len(self._indexes) > OPEN_SHARDS:
-                    self._indexes.popitem(last=False)
-            self._indexes.move_to_end(shard)
-            return self._indexes[shard]
+        index = self._indexes.get(shard)
+        if index is None:
+            index = load_index(self.local(shard), self.paths[shard] if self.remote[shard] else None)
+            self._indexes[shard] = index
+            if len(self._indexes) > OPEN_SHARDS:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(shard)
+        return index
 
     def document(self, shard: int, sample: int) -> Document:
         """The document of a sample.
@@ -661,21 +704,51 @@ class Shards:
             BadSample: the bytes are not those that were indexed, or do not make a document.
             ShardError: the shard cannot be opened or fetched any more.
         """
-        with self._lock:
-            index = self.index(shard)
-            offset, size = int(index.offset[sample]), int(index.size[sample])
-            if offset + size > index.tar_size:
-                raise ShardError(f"the index of shard {index.path!r} is damaged: run `pile index {index.path}`")
-            block = os.pread(self._descriptor(shard), size, offset)
+        index = self.index(shard)
+        return document_from_sample(index.key(sample), files_of_block(self._block(shard, index, sample)))
+
+    def document_to_train(self, shard: int, sample: int, texts: TextTokens | None = None) -> Document:
+        """The same as training reads it, straight from the places that the index names: no `meta`, and texts are token ids.
+
+        Args:
+            shard: number of the shard.
+            sample: number of the sample.
+            texts: ids of its texts; None: the UTF-8 bytes themselves.
+        """
+        index = self.index(shard)
+        first, stop = int(index.first_segment[sample]), int(index.first_segment[sample + 1])
+        block = b""
+        if texts is None or index.has_media:
+            block = self._block(shard, index, sample)
+        segments = []
+        for number in range(first, stop):
+            extension, loss = EXTENSIONS[index.file[number]], bool(index.loss[number])
+            offset, size = int(index.file_offset[number]), int(index.file_size[number])
+            if extension != "txt":
+                own = int(index.segment_size[number]), int(index.sample_rate[number])
+                segments.append(Segment(block[offset : offset + size], extension, loss, size=own))
+            elif texts is not None:
+                segments.append(Segment("", "txt", loss, texts.ids(number)))
+            elif offset:
+                segments.append(Segment("", "txt", loss, np.frombuffer(block, np.uint8, size, offset)))
+            else:
+                return document_from_sample(index.key(sample), files_of_block(block))
+        return Document(tuple(segments), "", not index.flags[sample] & UNORDERED)
+
+    def _block(self, shard: int, index: ShardIndex, sample: int) -> bytes:
+        """The checked bytes of a sample."""
+        offset, size = int(index.offset[sample]), int(index.size[sample])
+        block = os.pread(self._descriptor(shard), size, offset)
         if len(block) != size or zlib.crc32(block) != index.crc[sample]:
             raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
-        return document_from_sample(index.key(sample), files_of_block(block))
+        return block
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar on this machine, fetched where it is remote and not there."""
+        index = self.index(shard)
+        index.check_arrays()
         if not self.remote[shard] or self.cache is None:
             return os.open(self.paths[shard], os.O_RDONLY)
-        index = self.index(shard)
         return self.cache.open(self.paths[shard], index.tar_size, partial(check_content, index=index))
 
     def _descriptor(self, shard: int) -> int:

@@ -27,7 +27,7 @@ from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
 from pile_app.data.shards import ShardError, ShardIndex, Shards, map_arrays, save_arrays
 from pile_app.data.text import TextTokens, Tokenizer, text_tokens
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, Document, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document, Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.remote import ShardCache
@@ -203,6 +203,23 @@ class SourceData:
     def document(self, number: int) -> Document:
         """Raises `BadSample` where it cannot be used."""
         return self.shards.document(*self._place(number))
+
+    def document_or_reason(self, number: int) -> tuple[str, Document | BadSample]:
+        """(key, document) or why it cannot be used."""
+        try:
+            return self.key(number), self.document(number)
+        except BadSample as error:
+            return self.key(number), error
+
+    def document_to_train(self, number: int) -> tuple[str, Document | BadSample]:
+        """(key, document as training reads it: texts as token ids) or why it cannot be used."""
+        shard, sample = self._place(number)
+        key = self.shards.index(shard).key(sample)
+        try:
+            texts = None if self.tokenizer.fingerprint == "bytes" else text_tokens(self.shards, shard, self.tokenizer)
+            return key, self.shards.document_to_train(shard, sample, texts)
+        except BadSample as error:
+            return key, error
 
     def key(self, number: int) -> str:
         shard, sample = self._place(number)

@@ -5,7 +5,8 @@ train, the default) or a `tokenizer.json` of the `tokenizers` library, byte-leve
 UTF-8 bytes each id stands for, so that losses can be told in bits per byte whatever the tokenizer.
 
 Packing needs the token count of every text before any is read. For bytes the index of the shard holds it; for others
-`text_tokens` reads the shard once and keeps them beside it, in `<shard>.<fingerprint>.tokens.safetensors`.
+`text_tokens` tokenizes the shard once and keeps the ids beside it, in `<shard>.<fingerprint>.tokens.safetensors`: training
+reads those, and never tokenizes.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pile_app.data.shards import ShardError, Shards, breaks_in_bytes, map_arrays, save_arrays, tokens_path
+from pile_app.data.shards import (
+    EXTENSIONS,
+    ShardError,
+    ShardIndex,
+    Shards,
+    breaks_in_bytes,
+    map_arrays,
+    save_arrays,
+    tokens_path,
+)
 from pile_app.documents import TEXT, BadSample, Codes, Segment, sentence_ends
 
-NO_BREAKS = np.zeros(0, np.int64)
+NO_TOKENS = np.zeros(0, np.int64)
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 _UNUSUAL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # what either of the two replaces
@@ -61,8 +73,8 @@ class Tokenizer(Protocol):
         """Number of tokens of `text`."""
         ...
 
-    def lengths(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
-        """(number of tokens, those before each of its breaks) of each text; breaks are places in characters."""
+    def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, how many of them are before each of its breaks) of each text; breaks are places in characters."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
@@ -82,9 +94,9 @@ class ByteTokenizer:
     def count(self, text: str) -> int:
         return len(text.encode())
 
-    def lengths(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
+    def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         return [
-            (self.count(text), np.array(breaks_in_bytes(text, places), np.int64))
+            (self.encode(text), np.array(breaks_in_bytes(text, places), np.int64))
             for text, places in zip(texts, breaks, strict=True)
         ]
 
@@ -143,11 +155,14 @@ class JsonTokenizer:
     def count(self, text: str) -> int:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def lengths(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[int, np.ndarray]]:
+    def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [
             # A token that reaches over a break is on its far side.
-            (len(one), np.searchsorted([stop for _, stop in one.offsets], places, side="right") if places else NO_BREAKS)
+            (
+                np.array(one.ids, np.int32),
+                np.searchsorted([stop for _, stop in one.offsets], places, side="right") if places else NO_TOKENS,
+            )
             for one, places in zip(encodings, breaks, strict=True)
         ]
 
@@ -197,14 +212,36 @@ def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: i
 
 @dataclass(frozen=True, eq=False)
 class TextTokens:
-    """The texts of a shard as a tokenizer sees them. G segments of the shard, L texts with breaks.
+    """The texts of a shard as a tokenizer sees them. G segments of the shard.
 
-    counts: (G,) int64 tokens of every text, 0 for other segments; breaks: segment -> places inside a long text where a sentence
-    ends, in tokens.
+    counts: (G,) tokens of every text, 0 for other segments; flat_breaks: places inside long texts where a sentence ends, in
+    tokens, as `ShardIndex.breaks` has them in bytes; flat_ids, crc: ids of all texts, one after the other, and (G,) the CRC-32
+    of those of each; none where the tokens are the bytes.
     """
 
+    index: ShardIndex
     counts: np.ndarray
-    breaks: Mapping[int, np.ndarray]
+    flat_breaks: np.ndarray
+    flat_ids: np.ndarray
+    crc: np.ndarray
+
+    @cached_property
+    def breaks(self) -> Mapping[int, np.ndarray]:
+        """Segment -> places inside a long text where a sentence ends, in tokens."""
+        return self.index.breaks_of_segments(self.flat_breaks)
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """(G + 1,) where the ids of each text begin; encoded ones have theirs in the shard."""
+        counts = np.where(self.index.file == EXTENSIONS.index("txt"), self.counts, 0)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def ids(self, segment: int) -> np.ndarray:
+        """(tokens,) ids of a text. Raises `BadSample` where they are not what the tokenizer gave."""
+        ids = self.flat_ids[self._first[segment] : self._first[segment + 1]]
+        if zlib.crc32(ids.data) != self.crc[segment]:
+            raise BadSample("checksum", f"the tokens of {self.index.path!r} that were kept are damaged: remove the file")
+        return ids
 
 
 def text_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> TextTokens:
@@ -216,47 +253,47 @@ def text_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> TextTokens:
         ShardError: a sample is not what was indexed.
     """
     index = shards.index(shard)
+    kept: TextTokens | None = index.texts.get(tokenizer.fingerprint)
+    if kept is None:
+        kept = index.texts[tokenizer.fingerprint] = _text_tokens(index, shards, shard, tokenizer)
+    return kept
+
+
+def _text_tokens(index: ShardIndex, shards: Shards, shard: int, tokenizer: Tokenizer) -> TextTokens:
     if tokenizer.fingerprint == "bytes":
-        return TextTokens(np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64), index.text_breaks)
+        counts = np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64)
+        return TextTokens(index, counts, index.breaks, NO_TOKENS, NO_TOKENS)
     path = tokens_path(shards.local(shard), tokenizer.fingerprint)
-    types = {"counts": "<u4", "breaks": "<u4"}
+    types = {"counts": "<u4", "breaks": "<u4", "crc": "<u4", "ids": "<u2" if tokenizer.size <= 1 << 16 else "<u4"}
     try:
         stored, header = map_arrays(path, types)
     except (OSError, ValueError):
         stored, header = {}, {}
-    sizes = {"counts": len(index.modality), "breaks": len(index.breaks)}
-    if header.get("shard") != index.fingerprint or {name: len(array) for name, array in stored.items()} != sizes:
-        counts, breaks = _count_tokens(shards, shard, tokenizer)
-        stored = {"counts": counts.astype("<u4"), "breaks": breaks.astype("<u4")}
+    sizes = {"counts": len(index.modality), "breaks": len(index.breaks), "crc": len(index.modality)}
+    if header.get("shard") != index.fingerprint or {name: len(stored[name]) for name in sizes} != sizes:
+        stored = {name: array.astype(types[name]) for name, array in _tokenize(shards, shard, tokenizer, types["ids"]).items()}
         save_arrays(path, stored, {"shard": index.fingerprint})
-    first = index.first_break.tolist()
-    ranges = zip(index.break_segment.tolist(), first[:-1], first[1:], strict=True)
-    return TextTokens(
-        stored["counts"].astype(np.int64), {segment: stored["breaks"][start:stop] for segment, start, stop in ranges}
-    )
+    return TextTokens(index, stored["counts"].astype(np.int64), stored["breaks"], stored["ids"], stored["crc"])
 
 
-def text_token_counts(shards: Shards, shard: int, tokenizer: Tokenizer) -> np.ndarray:
-    """(G,) int64: the tokens of every text segment of a shard, 0 for other segments. See `text_tokens`."""
-    return text_tokens(shards, shard, tokenizer).counts
+TOKENIZED_AT_ONCE = 1 << 20  # bytes of text that are tokenized in one call
 
 
-COUNTED_AT_ONCE = 1 << 20  # bytes of text that are tokenized in one call
-
-
-def _count_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of each segment, breaks of all texts in tokens)."""
+def _tokenize(shards: Shards, shard: int, tokenizer: Tokenizer, kind: str) -> dict[str, np.ndarray]:
+    """The arrays that are kept, see `TextTokens`."""
     index = shards.index(shard)
-    counts = np.zeros(len(index.modality), np.int64)
+    counts, crc = np.zeros(len(index.modality), np.int64), np.zeros(len(index.modality), np.uint32)
+    ids: list[np.ndarray] = []
     breaks: list[np.ndarray] = []
     waiting: list[tuple[int, str]] = []
     size = 0
 
-    def count() -> None:
+    def tokenize() -> None:
         nonlocal size
-        found = tokenizer.lengths([text for _, text in waiting], [sentence_ends(text) for _, text in waiting])
-        for (segment, _), (length, places) in zip(waiting, found, strict=True):
-            counts[segment] = length
+        found = tokenizer.encode_all([text for _, text in waiting], [sentence_ends(text) for _, text in waiting])
+        for (segment, _), (of_text, places) in zip(waiting, found, strict=True):
+            ids.append(of_text.astype(kind))
+            counts[segment], crc[segment] = len(of_text), zlib.crc32(ids[-1].data)
             breaks.append(places)
         waiting.clear()
         size = 0
@@ -272,7 +309,7 @@ def _count_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> tuple[np.
                     continue
                 if one.is_encoded:
                     codes = encoded_text(one, tokenizer, index.path)
-                    count()  # breaks stand in the order of the segments
+                    tokenize()  # breaks stand in the order of the segments
                     counts[number] = len(codes.values)
                     breaks.append(codes.breaks[1])
                 else:
@@ -280,13 +317,14 @@ def _count_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> tuple[np.
                     size += len(one.text)
         except BadSample as error:
             raise ShardError(
-                f"the tokens of shard {index.path!r} cannot be counted: {error}. Fetch the shard again, or run "
+                f"the texts of shard {index.path!r} cannot be tokenized: {error}. Fetch the shard again, or run "
                 f"`pile index {index.path}` to take it as it is"
             ) from error
-        if size > COUNTED_AT_ONCE:
-            count()
-    count()
-    return counts, np.concatenate([np.zeros(0, np.int64), *breaks])
+        if size > TOKENIZED_AT_ONCE:
+            tokenize()
+    tokenize()
+    all_breaks, all_ids = (np.concatenate([np.zeros(0, kind), *parts]) for parts in (breaks, ids))
+    return {"counts": counts, "breaks": all_breaks, "crc": crc, "ids": all_ids}
 
 
 def encoded_text(segment: Segment, tokenizer: Tokenizer, where: str) -> Codes:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pile_app.data.packing import Batch
+from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, Vocabulary
 from pile_app.model.backbones import Backbone, Cache, norm
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
@@ -161,8 +161,8 @@ class FusedLanguageModel(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Tensor:
-        """(B, T) the batch's tokens with the codes of its images and sounds in their places; what came encoded stands there."""
-        tokens = batch.tokens.clone()
+        """(B, T) int64, the batch's tokens with the codes of its images and sounds; those of encoded ones are there already."""
+        tokens = batch.tokens.long()
         flat = tokens.view(-1)
         if self.image_codec and len(batch.images):
             with full_precision(batch):
@@ -178,7 +178,7 @@ class FusedLanguageModel(nn.Module):
 
     def image_places(self, batch: Batch) -> Tensor:
         """(B, T) 1 + number of the code within its image, 0 elsewhere."""
-        places = torch.zeros_like(batch.tokens)
+        places = torch.zeros_like(batch.tokens, dtype=torch.int64)
         numbers = torch.arange(1, batch.image_slots.size(1) + 1, device=places.device)
         places.view(-1)[batch.image_slots] = numbers.expand_as(batch.image_slots)
         return places

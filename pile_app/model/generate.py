@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pile_app.data.packing import assemble, collate
+from pile_app.data.assembly import assemble, whole
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Document, Segment, Vocabulary
 from pile_app.model.backbones import Cache
 from pile_app.model.fused import FusedLanguageModel
@@ -92,10 +92,10 @@ def _prompt_tokens(model: FusedLanguageModel, prompt: Document, to: int) -> tupl
             tokens, places = torch.tensor([Vocabulary.BEGIN], device=device), torch.zeros(1, dtype=torch.int64, device=device)
         else:
             length = 2 + sum(segment_length(model, segment) for segment in prompt.segments)
-            pack = assemble([(0, prompt, prompt.key, 0, length - 1, dropped)], vocabulary, model.tokenizer, length - 1)
-            if pack.rejected:
-                raise BadSample(*pack.rejected[0][2:])
-            batch = collate([pack], vocabulary).to(device)
+            batch = assemble([[whole(prompt, length - 1, dropped)]], vocabulary, model.tokenizer, length - 1)
+            if batch.rejected:
+                raise BadSample(*batch.rejected[0][2:])
+            batch = batch.to(device)
             tokens, places = model.fill(batch)[0], model.image_places(batch)[0]
         if not continued:
             tokens = torch.cat([tokens, tokens.new_tensor([Vocabulary.OPENERS[to]])])

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from pile_app.data.packing import assemble, collate
+from pile_app.data.assembly import assemble, whole
 from pile_app.data.sources import SourceData
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
@@ -297,8 +297,8 @@ def answer_loss(model: FusedLanguageModel, pairs: Sequence[tuple[Segment, Segmen
     for condition, answer in pairs:
         document = Document((Segment(condition.data, condition.extension, loss=False), answer))
         length = 2 + sum(segment_length(model, segment) for segment in document.segments)
-        pack = assemble([(0, document, "", 0, length, 0)], model.vocabulary, model.tokenizer, length)
-        losses = model(collate([pack], model.vocabulary).to(model.token_bytes.device))
+        batch = assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length)
+        losses = model(batch.to(model.token_bytes.device))
         total += float(losses[answer.modality].total)
         count += len(losses[answer.modality].each)
     return total / count

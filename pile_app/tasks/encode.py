@@ -252,7 +252,8 @@ def _read(
     segments = []
     for number in range(*index.first_segment[sample : sample + 2].tolist()):
         modality, size, rate = (int(column[number]) for column in (index.modality, index.segment_size, index.sample_rate))
-        breaks = np.stack([one.get(number, np.zeros(0)) for one in (index.text_breaks, texts.breaks)])
+        in_bytes = index.breaks_of_segments(index.breaks)
+        breaks = np.stack([one.get(number, np.zeros(0)) for one in (in_bytes, texts.breaks)])
         encoder = tokenizer.fingerprint if modality == TEXT and tokenizer.fingerprint != "bytes" else NO_ENCODER
         values = np.zeros(int(texts.counts[number]) if encoder != NO_ENCODER else 0, np.uint16)
         file = Codes(encoder, size, rate, values, breaks, is_lost=True).to_bytes()
@@ -303,10 +304,10 @@ def _batched(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def encode_text(segment: Segment, tokenizer: Tokenizer) -> Segment:
     """The ids of a text, with the places where its sentences end."""
     ends = sentence_ends(segment.text)
-    _, in_tokens = tokenizer.lengths([segment.text], [ends])[0] if ends else (0, np.zeros(0))
+    ids, in_tokens = tokenizer.encode_all([segment.text], [ends])[0]
     size, _ = segment_size(segment)
     breaks = np.stack([segment_breaks(segment), in_tokens]).reshape(2, -1)
-    codes = Codes(tokenizer.fingerprint, size, 0, tokenizer.encode(segment.text), breaks)
+    codes = Codes(tokenizer.fingerprint, size, 0, ids, breaks)
     return Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT], segment.loss)
 
 

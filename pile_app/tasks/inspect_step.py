@@ -22,7 +22,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pile_app.data.datamodule import PackDataset, PackedDocument, PileDataModule
+from pile_app.data.assembly import PackedDocument
+from pile_app.data.datamodule import PackDataset, PileDataModule
 from pile_app.data.shards import segment_size
 from pile_app.data.text import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Segment, Vocabulary
@@ -135,7 +136,7 @@ def check_same_data(data: PileDataModule, saved: dict[str, Any]) -> None:
 def describe_pack(dataset: PackDataset, position: int, folder: Path, decode: Decode) -> Iterator[dict[str, Any]]:
     """The entry of each document in the pack of a position; media are written into `folder`."""
     pack = dataset[position]
-    used = set(pack.document.tolist())
+    used = set(pack.document[0].tolist())
     rejected = iter(pack.rejected)
     place = 0
     for number, one in enumerate(dataset.documents(position)):

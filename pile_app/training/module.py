@@ -18,8 +18,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from pile_app.data.assembly import check_encoder
+from pile_app.data.batch import Batch
 from pile_app.data.order import hash64
-from pile_app.data.packing import Batch, check_encoder
 from pile_app.data.sources import SourceData
 from pile_app.data.text import Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Vocabulary

@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pile_app.data import order
+from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.order import MIXTURE_BLOCK
-from pile_app.data.packing import PADDING, Batch
 from pile_app.data.shards import write_shards
 from pile_app.data.text import ByteTokenizer
 from pile_app.documents import TEXT, Document, Segment, Vocabulary
@@ -52,7 +52,7 @@ def module(folder: Path, sources: dict[str, dict[str, Any]] | None = None, **arg
 
 def seen(made: PileDataModule, first: int, stop: int) -> list[list[Step]]:
     dataset = made.train_dataset()
-    return [dataset[position].documents for position in range(first, stop)]
+    return [dataset[position].documents[0] for position in range(first, stop)]
 
 
 def whole_documents(packs: list[list[Step]]) -> Counter[tuple[int, str]]:

@@ -22,12 +22,12 @@ def packs(documents: list[Document], folder: Path) -> PackDataset:
     write_shards(documents, folder, "x")
     source = SourceData("x", str(folder / "*.tar"), VOCABULARY, ByteTokenizer(), CONTEXT)
     order = TrainingOrder([source.order(0)], [Phase(0, (1,))], seed=0)
-    return PackDataset([source], order, VOCABULARY, ByteTokenizer(), CONTEXT, 0, 0.0)
+    return PackDataset([source], order, VOCABULARY, ByteTokenizer(), CONTEXT, 1, 0, 0.0)
 
 
 def test_free_order_is_drawn_anew_in_each_epoch(tmp_path: Path, image: Callable[[int], Segment]) -> None:
     dataset = packs([Document((image(0), Segment("one")), "a", ordered=False)], tmp_path)
-    openers = [int(dataset[position].tokens[1]) for position in range(20)]
+    openers = [int(dataset[position].tokens[0, 1]) for position in range(20)]
     assert set(openers) == {Vocabulary.OPENERS[TEXT], Vocabulary.OPENERS[IMAGE]}
 
 
@@ -39,9 +39,9 @@ def test_a_cut_document_in_free_order_is_predicted_once_in_each_epoch(tmp_path: 
     for epoch in range(8):
         seen = [dataset[position] for position in range(3 * epoch, 3 * epoch + 3)]
         assert not any(pack.rejected for pack in seen)
-        predicted = np.concatenate([pack.tokens[places + 1] for pack in seen for places in pack.targets[TEXT]])
+        predicted = np.concatenate([pack.tokens.flatten()[pack.targets[TEXT] + 1] for pack in seen])
         assert sorted(predicted) == sorted(
             [Vocabulary.OPENERS[IMAGE], Vocabulary.OPENERS[TEXT], Vocabulary.END]
             + [byte + Vocabulary.SPECIALS for byte in text.encode()]
         )
-        assert sum(len(places) for pack in seen for places in pack.targets[IMAGE]) == VOCABULARY.image_tokens
+        assert sum(len(pack.targets[IMAGE]) for pack in seen) == VOCABULARY.image_tokens

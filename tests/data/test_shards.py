@@ -325,10 +325,12 @@ def test_the_index_knows_where_the_sentences_of_long_texts_end(tmp_path: Path) -
     index = write_shards(documents, tmp_path, "x")[0]
     assert not index.rejected and index.segment_size.tolist() == [6, len(long.encode()), 999, len(long.encode())]
     ends = sentence_ends(long)
-    assert len(ends) > 5 and index.text_breaks.keys() == {1, 2, 3}
+    assert len(ends) > 5 and index.breaks_of_segments(index.breaks).keys() == {1, 2, 3}
     for segment in (1, 3):
-        assert [long.encode()[:place].decode() for place in index.text_breaks[segment]] == [long[:end] for end in ends]
-    assert index.text_breaks[2].tolist() == [200, 700]
+        assert [long.encode()[:place].decode() for place in index.breaks_of_segments(index.breaks)[segment]] == [
+            long[:end] for end in ends
+        ]
+    assert index.breaks_of_segments(index.breaks)[2].tolist() == [200, 700]
 
 
 @given(st.text(st.sampled_from("ab .\n!?\u3002\u201d\xe9")) | st.text(), st.integers(1, 400))
@@ -540,10 +542,11 @@ def examine(shard: str) -> None:
     except ShardError as error:
         assert "test-000000.tar" in str(error) and f"run `pile index {shard}`" in str(error)
         return
-    assert len(index.text_breaks) == len(index.break_segment) and len(index) == len(index.offset) >= 1
+    assert len(index) == len(index.offset) >= 1
     for sample in range(len(index)):
-        with contextlib.suppress(ShardError, BadSample):
-            reader.document(0, sample)
+        for read in (reader.document, reader.document_to_train):
+            with contextlib.suppress(ShardError, BadSample):
+                read(0, sample)
 
 
 @pytest.fixture(scope="module")
@@ -615,18 +618,23 @@ def test_an_index_of_deep_json_is_refused(indexed: tuple[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["first_segment", "first_key", "first_break", "offset", "size", "crc", "segment_size", "key_bytes"]
+    "name", ["first_segment", "first_key", "first_break", "offset", "size", "crc", "file", "file_offset", "key_bytes"]
 )
 @pytest.mark.parametrize("value", [0, 0xFF])
-def test_an_index_whose_numbers_are_damaged_is_no_crash(indexed: tuple[str, bytes], name: str, value: int) -> None:
+def test_an_index_whose_numbers_are_damaged_is_refused_before_a_sample_is_read(
+    indexed: tuple[str, bytes], name: str, value: int
+) -> None:
     shard, whole = indexed
     stop = 8 + int.from_bytes(whole[:8], "little")
     first, last = json.loads(whole[8:stop])[name]["data_offsets"]
     for end in (last, (first + last) // 2 // 8 * 8):
         changed = bytearray(whole)
         changed[stop + first : stop + end] = bytes([value]) * (end - first)
+        if changed == whole:
+            continue
         Path(shard + INDEX_SUFFIX).write_bytes(changed)
-        examine(shard)
+        with pytest.raises(ShardError, match=r"index of shard .*test-000000\.tar.*: run `pile index "):
+            Shards([shard]).document(0, 1)
 
 
 def test_an_index_is_mapped_and_stays_what_it_was_when_it_is_made_anew(shard: str) -> None:

@@ -16,11 +16,10 @@ from pile_app.data.text import (
     JsonTokenizer,
     clean_text,
     load_tokenizer,
-    text_token_counts,
     text_tokens,
     train_tokenizer,
 )
-from pile_app.documents import ENCODED_EXTENSIONS, TEXT, Codes, Document, Segment, sentence_ends
+from pile_app.documents import ENCODED_EXTENSIONS, TEXT, BadSample, Codes, Document, Segment, sentence_ends
 
 CORPUS = ["The cat sat on the mat, the dog sat on the cat.", "Où est le chat ? 猫はどこ?  three\n\nthe the the"] * 4
 
@@ -155,26 +154,48 @@ def sidecars(folder: Path) -> list[Path]:
 
 def test_token_counts_are_those_of_the_texts(tmp_path: Path, bpe: JsonTokenizer) -> None:
     shards = Shards([_write(tmp_path, CORPUS[:2])])
-    counts = text_token_counts(shards, 0, ByteTokenizer())
+    counts = text_tokens(shards, 0, ByteTokenizer()).counts
     assert counts.tolist() == [0, len(CORPUS[0]), 0, 3, len(CORPUS[1].encode()), 0, 3]
     assert not sidecars(tmp_path)
     expected = [0, bpe.count(CORPUS[0]), 0, bpe.count("the"), bpe.count(CORPUS[1]), 0, bpe.count("the")]
-    counts = text_token_counts(shards, 0, bpe)
+    counts = text_tokens(shards, 0, bpe).counts
     assert counts.dtype == np.int64
     assert counts.tolist() == expected
     assert [path.name for path in sidecars(tmp_path)] == [f"a-000000.tar.{bpe.fingerprint[:16]}.tokens.safetensors"]
+
+
+def test_training_reads_the_ids_that_were_kept_and_notices_damage(tmp_path: Path, bpe: JsonTokenizer) -> None:
+    path = _write(tmp_path, CORPUS)
+    shards = Shards([path])
+    texts = text_tokens(shards, 0, bpe)
+    for sample in range(1, len(CORPUS)):
+        read, plain = shards.document_to_train(0, sample, texts), shards.document(0, sample)
+        for segment, text in zip(read.segments, plain.segments, strict=True):
+            if text.modality == TEXT:
+                assert segment.ids is not None and segment.ids.tolist() == bpe.encode(text.text).tolist()
+            else:
+                assert segment.data == text.data
+    (sidecar,) = sidecars(tmp_path)
+    data = bytearray(sidecar.read_bytes())
+    data[data.index(texts.flat_ids.tobytes())] ^= 1  # in the first text
+    sidecar.write_bytes(data)
+    damaged = Shards([path])
+    texts = text_tokens(damaged, 0, bpe)
+    with pytest.raises(BadSample, match="damaged: remove the file"):
+        damaged.document_to_train(0, 1, texts)
+    assert damaged.document_to_train(0, 2, texts).segments[0].ids is not None
 
 
 def test_token_counts_are_read_back_until_the_shard_changes(
     tmp_path: Path, bpe: JsonTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _write(tmp_path, ["the cat"])
-    before = text_token_counts(Shards([path]), 0, bpe)
+    before = text_tokens(Shards([path]), 0, bpe).counts
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.data.text._count_tokens", lambda *_: pytest.fail("counted again"))
-        assert text_token_counts(Shards([path]), 0, bpe).tolist() == before.tolist()
+        patch.setattr("pile_app.data.text._tokenize", lambda *_: pytest.fail("tokenized again"))
+        assert text_tokens(Shards([path]), 0, bpe).counts.tolist() == before.tolist()
     _write(tmp_path, ["xyz wq."])  # as many samples, segments and bytes
-    after = text_token_counts(Shards([path]), 0, bpe)
+    after = text_tokens(Shards([path]), 0, bpe).counts
     assert after[1] == bpe.count("xyz wq.") != before[1]
 
 
@@ -187,8 +208,8 @@ def test_a_damaged_sidecar_is_made_anew(tmp_path: Path, bpe: JsonTokenizer, dama
     right = text_tokens(Shards([path]), 0, bpe)
     (sidecar,) = sidecars(tmp_path)
     whole = sidecar.read_bytes()
-    few = {"counts": np.ones(2, "<u4"), "breaks": np.zeros(0, "<u4")}
-    many = {"counts": np.ones(7, "<u4"), "breaks": np.ones(99, "<u4")}
+    few = {"counts": np.ones(2, "<u4"), "breaks": np.zeros(0, "<u4"), "crc": np.ones(2, "<u4"), "ids": np.ones(2, "<u2")}
+    many = {"counts": np.ones(7, "<u4"), "breaks": np.ones(99, "<u4"), "crc": np.ones(7, "<u4"), "ids": np.ones(7, "<u2")}
     {
         "cut off": lambda: sidecar.write_bytes(whole[:-3]),
         "empty": lambda: sidecar.write_bytes(b""),
@@ -207,8 +228,8 @@ def test_counting_a_damaged_shard_names_it(tmp_path: Path, bpe: JsonTokenizer) -
     path = _write(tmp_path, ["the cat sat"])
     data = Path(path).read_bytes()
     Path(path).write_bytes(data.replace(b"the cat sat", b"the cat sax"))
-    with pytest.raises(ShardError, match=r"a-000000\.tar.*cannot be counted.*pile index"):
-        text_token_counts(Shards([path]), 0, bpe)
+    with pytest.raises(ShardError, match=r"a-000000\.tar.*cannot be tokenized.*pile index"):
+        text_tokens(Shards([path]), 0, bpe)
     assert not sidecars(tmp_path)
 
 
@@ -223,9 +244,8 @@ long_texts = st.lists(
 def test_breaks_are_token_places_whose_prefix_is_the_text_before_them(bpe: JsonTokenizer, text: str) -> None:
     ends = sentence_ends(text)
     for tokenizer in (ByteTokenizer(), bpe):
-        ((length, places),) = tokenizer.lengths([text], [ends])
-        ids = tokenizer.encode(text)
-        assert length == len(ids) and len(places) == len(ends)
+        ((ids, places),) = tokenizer.encode_all([text], [ends])
+        assert np.array_equal(ids, tokenizer.encode(text)) and len(places) == len(ends)
         for place, end in zip(places.tolist(), ends, strict=True):
             before = tokenizer.decode(ids[:place])
             if tokenizer.token_bytes[ids[:place]].sum() == len(text[:end].encode()):
@@ -251,7 +271,7 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
     path = write_shards(documents, tmp_path, "a")[0].path
     texts = {0: LONG, 4: LONG[3:], 5: LONG[9:]}
     for at_once in (1, 1 << 20):
-        monkeypatch.setattr("pile_app.data.text.COUNTED_AT_ONCE", at_once)
+        monkeypatch.setattr("pile_app.data.text.TOKENIZED_AT_ONCE", at_once)
         for sidecar in sidecars(tmp_path):
             sidecar.unlink()
         found = text_tokens(Shards([path]), 0, bpe)
@@ -262,7 +282,7 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
         ]
         assert found.breaks.keys() == {0, 3, 4, 5, 6}
         for segment, text in texts.items():
-            ((_, expected),) = bpe.lengths([text], [sentence_ends(text)])
+            ((_, expected),) = bpe.encode_all([text], [sentence_ends(text)])
             assert len(expected) > 3 and found.breaks[segment].tolist() == expected.tolist()
         assert found.breaks[3].tolist() == found.breaks[6].tolist() == [100, 200]
     found = text_tokens(Shards([path]), 0, ByteTokenizer())

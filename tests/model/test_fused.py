@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from pile_app.data.packing import Batch, assemble, collate, empty_pack
+from pile_app.data.assembly import PackedDocument, assemble, whole
+from pile_app.data.batch import Batch
+from pile_app.data.order import Piece
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment, audio_size
 from pile_app.model.fused import LOGIT_CAP, FactoredTable, FusedLanguageModel
 
@@ -37,16 +39,16 @@ def length_of(model: FusedLanguageModel, document: Document) -> int:
 
 
 def batch_of(model: FusedLanguageModel, rows: Sequence[Sequence[Document | BadSample]], context: int) -> Batch:
-    packs = []
-    for row in rows:
-        pieces = [
-            (0, document, document.key, 0, length_of(model, document), 0)
+    packs = [
+        [
+            whole(document, length_of(model, document))
             if isinstance(document, Document)
-            else (0, document, "bad", 0, 10, 0)
+            else PackedDocument(Piece(0, 0, 0, 0, 10, True), "bad", document)
             for document in row
         ]
-        packs.append(assemble(pieces, model.vocabulary, model.tokenizer, context) if pieces else empty_pack(context))
-    return collate(packs, model.vocabulary)
+        for row in rows
+    ]
+    return assemble(packs, model.vocabulary, model.tokenizer, context)
 
 
 def losses_by_place(model: FusedLanguageModel, batch: Batch) -> dict[tuple[int, int], float]:

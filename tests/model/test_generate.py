@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from pile_app.data.packing import assemble, collate
+from pile_app.data.assembly import assemble, whole
 from pile_app.data.text import ByteTokenizer
 from pile_app.documents import (
     AUDIO,
@@ -115,8 +115,7 @@ def test_the_greedy_answer_is_what_the_model_finds_most_likely(tiny_model: MakeM
     answer = generate(model, [Document((image(0),))], TEXT, GREEDY)[0]
     assert len(answer.text) == 12 and answer.text.isascii() and len(set(answer.text)) > 2
     document = Document((image(0), answer), "k")
-    pack = assemble([(0, document, "k", 0, 20, 0)], model.vocabulary, model.tokenizer, 20)
-    loss = model(collate([pack], model.vocabulary))[TEXT]
+    loss = model(assemble([[whole(document, 20)]], model.vocabulary, model.tokenizer, 20))[TEXT]
     letters = slice(2, 14)  # after the openers of image and text, before `<end>`
     assert torch.equal(loss.predictions[letters], loss.targets[letters])
 

@@ -200,11 +200,10 @@ def packs(name: str, bench: Workbench, shards: Path, count: int = 120) -> list[A
         source.train = source.train.replace(str(bench.shards), str(shards))
         source.validation = None
     data.setup()
-    from pile_app.data.packing import collate
 
     found = []
     for position in range(count):
-        batch = collate([data.train_dataset()[position]], module.vocabulary)
+        batch = data.train_dataset()[position]
         targets = [places.tolist() for places in batch.targets]
         filled = module.model.fill(batch), module.model.image_places(batch), batch.document, batch.position
         found.append((*(tensor.tolist() for tensor in filled), targets, batch.documents, [r[:3] for r in batch.rejected]))

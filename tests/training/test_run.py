@@ -158,6 +158,5 @@ def test_normalizer_is_the_number_of_targets(tmp_path: Path, context: int) -> No
     data.setup()
     dataset = data.train_dataset()
     for step in range(data.order.packs_per_epoch // 2):
-        packs = [dataset[position] for position in (2 * step, 2 * step + 1)]
-        targets = sum(len(places) for pack in packs for modality in pack.targets for places in modality)
-        assert data.order.sizes(2 * step, 2 * step + 2)[1] == targets
+        batch = dataset.__getitems__([2 * step, 2 * step + 1])
+        assert batch.normalizer == sum(len(places) for places in batch.targets)
