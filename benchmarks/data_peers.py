@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
-    parser.add_argument("--text-megabytes", type=float, default=60)
+    parser.add_argument("--text-megabytes", type=float, default=120)
     parser.add_argument("--resume-gigabytes", type=float, default=2.2, help="of images, for both their figures")
     parser.add_argument("--quick", action="store_true", help="small data, one round of short turns: does it run?")
     options = parser.parse_args()

@@ -86,7 +86,7 @@ def open_loader(figure: str, folder: Path, fraction: float = 0, state: None = No
 def units(batch: Any, figure: str) -> int:
     assert not batch.rejected, batch.rejected[0]
     if figure.startswith("text"):
-        return int((batch.document >= 0).sum())
+        return sum(stop - start for pack in batch.documents for _, _, _, start, stop in pack)
     return len(batch.images) if figure == "image" else len(batch.audio)
 
 

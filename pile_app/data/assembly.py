@@ -218,6 +218,15 @@ class _Rows:
         start, stop, vocabulary = one.piece.start, one.piece.stop, self.vocabulary
         shift = place - start  # from places of the document to flat ones
         tokens, learned = self.tokens, self.learned
+        if len(document.segments) == 1 and not one.dropped:
+            segment = document.segments[0]
+            if segment.ids is not None and segment.loss and (start, stop) == (0, len(segment.ids) + 3):
+                # A whole text, as most documents are: what follows does the same, in twice the time.
+                end = place + stop - 1
+                tokens[place], tokens[place + 1], tokens[end] = Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END
+                np.add(segment.ids, Vocabulary.SPECIALS, out=tokens[place + 2 : end], casting="unsafe")
+                learned[place:end] = TEXT
+                return
 
         def put(first: int, ids: np.ndarray | Sequence[int], base: int) -> None:
             low, high = max(first, start), min(first + len(ids), stop)

@@ -133,9 +133,12 @@ class SourceTokens:
 
 
 class Packed(NamedTuple):
-    """A packed window: its packs in the order they are visited in, tokens and targets of each."""
+    """A packed window, its packs in the order they are visited in: pieces of the `n`-th are `pieces[first[n] : first[n + 1]]`,
+    its number within the source is `number + n`; `tokens`, `targets` of each."""
 
-    packs: list[Pieces]
+    number: int
+    pieces: tuple[Piece, ...]  # of source 0
+    first: list[int]
     tokens: np.ndarray
     targets: np.ndarray
 
@@ -181,9 +184,10 @@ class SourceOrder:
         self._epoch_windows = lru_cache(2)(self._make_epoch_windows)
         self._group = lru_cache(1)(self._make_group)
         self._pack_window = lru_cache(3)(self._make_packs)
+        self._last: Packed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        caches = ("_epoch_groups", "_epoch_windows", "_group", "_pack_window")
+        caches = ("_epoch_groups", "_epoch_windows", "_group", "_pack_window", "_last")
         return {name: value for name, value in self.__dict__.items() if name not in caches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -208,18 +212,18 @@ class SourceOrder:
         lengths = pieces.stop - pieces.start
         return np.array([len(best_fit_decreasing(lengths[window], self.context)) for window in self._slices(group)])
 
-    def pack(self, k: int) -> tuple[int, Pieces]:
-        """(epoch, pieces) of pack number `k`."""
-        epoch, group, window, number = self._locate(k)
-        return epoch, self._pack_window(epoch, group, window).packs[number]
+    def pack(self, k: int) -> tuple[Piece, ...]:
+        """The pieces of pack number `k`, as of source 0."""
+        packed = self._window_of(k)
+        return packed.pieces[packed.first[k - packed.number] : packed.first[k - packed.number + 1]]
 
     def sizes(self, first: int, stop: int) -> tuple[int, int]:
         """(tokens, targets) of the packs number [first, stop)."""
         tokens = targets = 0
         while first < stop:
-            epoch, group, window, number = self._locate(first)
-            packed = self._pack_window(epoch, group, window)
-            last = min(number + stop - first, len(packed.packs))
+            packed = self._window_of(first)
+            number = first - packed.number
+            last = min(stop - packed.number, len(packed.tokens))
             tokens += int(packed.tokens[number:last].sum())
             targets += int(packed.targets[number:last].sum())
             first += last - number
@@ -236,12 +240,14 @@ class SourceOrder:
                 yield epoch * self.packs_per_epoch + first, self.shards_of_group(group)
             epoch, within = epoch + 1, 0
 
-    def _locate(self, k: int) -> tuple[int, int, int, int]:
-        """(epoch, group, window, number of the pack in the window)."""
-        epoch, within = divmod(k, self.packs_per_epoch)
-        group, within = _find(self._epoch_groups(epoch), within)
-        window, number = _find(self._epoch_windows(epoch, group), within)
-        return epoch, group, window, number
+    def _window_of(self, k: int) -> Packed:
+        """The packed window that pack number `k` stands in."""
+        if self._last is None or not self._last.number <= k < self._last.number + len(self._last.tokens):
+            epoch, within = divmod(k, self.packs_per_epoch)
+            group, within = _find(self._epoch_groups(epoch), within)
+            window, number = _find(self._epoch_windows(epoch, group), within)
+            self._last = self._pack_window(epoch, group, window, k - number)
+        return self._last
 
     def _make_epoch_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(self.groups, *self._key, epoch, "groups")
@@ -265,7 +271,7 @@ class SourceOrder:
         ends = [size * i // windows for i in range(windows + 1)]
         return [slice(start, stop) for start, stop in pairwise(ends)]
 
-    def _make_packs(self, epoch: int, group: int, window: int) -> Packed:
+    def _make_packs(self, epoch: int, group: int, window: int, number: int) -> Packed:
         pieces = self._group(group)[self._slices(group)[window]]
         pieces = pieces[permutation(len(pieces), *self._key, epoch, group, window, "ties")]
         lengths = pieces.stop - pieces.start
@@ -273,12 +279,14 @@ class SourceOrder:
         # Best fit leaves the long documents in the first packs: without this the lengths would drift through a window.
         shuffled = permutation(len(packs), *self._key, epoch, group, window, "packs")
         packs = [packs[i] for i in shuffled]
-        first = np.cumsum([0, *(len(pack) for pack in packs[:-1])])
+        first = np.cumsum([0, *(len(pack) for pack in packs)])
         visited = np.concatenate(packs)
         return Packed(
-            [pieces[pack] for pack in packs],
-            np.add.reduceat(lengths[visited], first),
-            np.add.reduceat(pieces.targets[visited], first),
+            number,
+            pieces[visited].of_source(0, epoch),
+            first.tolist(),
+            np.add.reduceat(lengths[visited], first[:-1]),
+            np.add.reduceat(pieces.targets[visited], first[:-1]),
         )
 
 
@@ -332,6 +340,7 @@ class TrainingOrder:
     _base: list[np.ndarray] = field(init=False, repr=False)  # packs of each source before each phase
 
     def __post_init__(self) -> None:
+        self._firsts = [phase.first for phase in self.phases]
         self._base = [np.zeros(len(self.sources), np.int64)]
         for phase, following in pairwise(self.phases):
             # Not the share of so many packs: a phase may be appended inside a block that was already begun.
@@ -348,7 +357,7 @@ class TrainingOrder:
         return self.phases[-1].stop if self.end is None else self.end
 
     def _phase(self, position: int) -> int:
-        return bisect_right([phase.first for phase in self.phases], position) - 1
+        return bisect_right(self._firsts, position) - 1
 
     def counts(self, position: int, number: int | None = None) -> np.ndarray:
         """(S,) packs of each source before a position, which is in phase `number`, or at its end."""
@@ -386,15 +395,14 @@ class TrainingOrder:
             numbers[places] = before[source] + np.arange(counts[source])
         return sources, numbers
 
-    @lru_cache(1024)  # noqa: B019
     def pack(self, position: int) -> tuple[Piece, ...]:
         """The pieces of the pack at a position; none where it is empty."""
         located = self.locate(position)
         if located is None:
             return ()
         source, k = located
-        epoch, pieces = self.sources[source].pack(k)
-        return pieces.of_source(source, epoch)
+        pieces = self.sources[source].pack(k)
+        return tuple(piece._replace(source=source) for piece in pieces) if source else pieces
 
     def sizes(self, first: int, stop: int) -> tuple[np.ndarray, int]:
         """(tokens of each source (S,), targets) of the packs at positions [first, stop), if all documents can be read and none

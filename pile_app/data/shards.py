@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -151,7 +152,8 @@ class ShardIndex:
         return len(self.offset)
 
     def key(self, sample: int) -> str:
-        return self.key_bytes[self.first_key[sample] : self.first_key[sample + 1]].tobytes().decode(errors="replace")
+        first, stop = self.numbers.first_key[sample], self.numbers.first_key[sample + 1]
+        return str(self.numbers.key_bytes[first:stop], "utf-8", "replace")
 
     @property
     def keys(self) -> list[str]:
@@ -168,6 +170,11 @@ class ShardIndex:
         but when a shard is opened."""
         if self._crc_of_arrays() != self.crc_of_arrays:
             raise ShardError(f"the index of shard {self.path!r} is damaged: run `pile index {self.path}`")
+
+    @cached_property
+    def numbers(self) -> SimpleNamespace:
+        """The arrays as memoryviews: they give single numbers in a third of the time."""
+        return SimpleNamespace(**{name: memoryview(getattr(self, name)) for name in self.TYPES})
 
     def breaks_of_segments(self, breaks: np.ndarray) -> dict[int, np.ndarray]:
         """Segment -> its part of `self.breaks`, or of what stands in the same order."""
@@ -716,14 +723,13 @@ class Shards:
             texts: ids of its texts; None: the UTF-8 bytes themselves.
         """
         index = self.index(shard)
-        first, stop = int(index.first_segment[sample]), int(index.first_segment[sample + 1])
         block = b""
         if texts is None or index.has_media:
             block = self._block(shard, index, sample)
         segments = []
-        for number in range(first, stop):
-            extension, loss = EXTENSIONS[index.file[number]], bool(index.loss[number])
-            offset, size = int(index.file_offset[number]), int(index.file_size[number])
+        for number in range(index.numbers.first_segment[sample], index.numbers.first_segment[sample + 1]):
+            extension, loss = EXTENSIONS[index.numbers.file[number]], index.numbers.loss[number]
+            offset, size = index.numbers.file_offset[number], index.numbers.file_size[number]
             if extension != "txt":
                 own = int(index.segment_size[number]), int(index.sample_rate[number])
                 segments.append(Segment(block[offset : offset + size], extension, loss, size=own))
@@ -733,13 +739,13 @@ class Shards:
                 segments.append(Segment("", "txt", loss, np.frombuffer(block, np.uint8, size, offset)))
             else:
                 return document_from_sample(index.key(sample), files_of_block(block))
-        return Document(tuple(segments), "", not index.flags[sample] & UNORDERED)
+        return Document(tuple(segments), "", not index.numbers.flags[sample] & UNORDERED)
 
     def _block(self, shard: int, index: ShardIndex, sample: int) -> bytes:
         """The checked bytes of a sample."""
-        offset, size = int(index.offset[sample]), int(index.size[sample])
-        block = os.pread(self._descriptor(shard), size, offset)
-        if len(block) != size or zlib.crc32(block) != index.crc[sample]:
+        size = index.numbers.size[sample]
+        block = os.pread(self._descriptor(shard), size, index.numbers.offset[sample])
+        if len(block) != size or zlib.crc32(block) != index.numbers.crc[sample]:
             raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
         return block
 

@@ -77,7 +77,7 @@ def synthetic_lengths(count: int, seed: int = 0) -> np.ndarray:
 def packs_of_epoch(plan: SourceOrder, epoch: int) -> list[list[int]]:
     """The documents of its packs."""
     size = plan.packs_per_epoch
-    return [plan.pack(k)[1].document.tolist() for k in range(epoch * size, (epoch + 1) * size)]
+    return [[piece.document for piece in plan.pack(k)] for k in range(epoch * size, (epoch + 1) * size)]
 
 
 @pytest.fixture
@@ -166,10 +166,10 @@ def test_every_document_comes_exactly_once_an_epoch(shards: list[list[int]], see
     plan = SourceOrder(source("s", lengths, list(map(len, shards))), 64, seed)
     for epoch in range(3):
         packs = [plan.pack(epoch * plan.packs_per_epoch + k) for k in range(plan.packs_per_epoch)]
-        assert {number for number, _ in packs} == {epoch}
-        assert sorted(np.concatenate([pieces.document for _, pieces in packs]).tolist()) == list(range(len(lengths)))
-        assert all((pieces.stop - pieces.start).sum() <= 64 for _, pieces in packs)
-        assert all(lengths[piece.document] == piece.stop for _, pieces in packs for piece in pieces.of_source(0, epoch))
+        assert {piece.epoch for pack in packs for piece in pack} == {epoch}
+        assert sorted(piece.document for pack in packs for piece in pack) == list(range(len(lengths)))
+        assert all(sum(piece.stop - piece.start for piece in pack) <= 64 for pack in packs)
+        assert all(lengths[piece.document] == piece.stop for pack in packs for piece in pack)
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -178,7 +178,7 @@ def test_a_window_fills_as_many_packs_in_every_epoch() -> None:
     windows = [(group, window) for group in range(plan.groups) for window in range(len(plan._slices(group)))]
     assert len(windows) >= 10 and plan.groups >= 2
     for epoch in range(20):
-        counts = [len(plan._pack_window(epoch, group, window).packs) for group, window in windows]
+        counts = [len(plan._pack_window(epoch, group, window, 0).tokens) for group, window in windows]
         assert counts == plan.window_packs.tolist()
 
 
@@ -211,8 +211,8 @@ def test_a_window_reads_from_the_few_shards_of_its_group() -> None:
     assert sorted(shard for group in groups for shard in group) == list(range(40))
     for group, shards in enumerate(groups):
         for window in range(len(plan._slices(group))):
-            packs = plan._pack_window(0, group, window).packs
-            touched = shard_of(plan.source, np.concatenate([pieces.document for pieces in packs]))
+            pieces = plan._pack_window(0, group, window, 0).pieces
+            touched = shard_of(plan.source, np.array([piece.document for piece in pieces]))
             assert touched <= set(shards) and len(touched) <= order.GROUP_SHARDS
 
 
@@ -228,7 +228,9 @@ def test_upcoming_shards_are_those_that_the_packs_touch_in_order(shards: list[li
     for number in {0, 1, len(announced) - 2}:
         first, allowed = announced[number]
         packs = range(max(first, k), announced[number + 1][0])
-        touched: set[int] = set().union(*(shard_of(plan.source, plan.pack(one)[1].document) for one in packs))
+        touched: set[int] = set().union(
+            *(shard_of(plan.source, np.array([piece.document for piece in plan.pack(one)])) for one in packs)
+        )
         assert touched <= set(allowed)
         if first >= k:  # all packs of the group
             assert touched == {shard for shard in allowed if shards[shard]}
