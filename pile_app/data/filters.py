@@ -44,7 +44,7 @@ from pile_app.documents import (
 )
 
 if TYPE_CHECKING:
-    from pile_app.data.readers import Options
+    from pile_app.data.options import Options
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
@@ -59,8 +59,10 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
     """The document as it will be stored.
 
     Raises:
-        BadSample: `empty_text`, a rule's own reason, or what `decode_image` and `decode_audio` raise.
+        BadSample: `encoded_segment`, `empty_text`, a rule's own reason, or what `decode_image` and `decode_audio` raise.
     """
+    if any(segment.is_encoded for segment in document.segments):
+        raise BadSample("encoded_segment", "it holds token ids: prepare the shards that they were made from")
     segments = tuple(_STEPS[segment.modality](segment, options) for segment in document.segments)
     if len(segments) == 1 and segments[0].modality == TEXT:
         for name in options.quality:
@@ -348,15 +350,6 @@ class EvaluationTexts:
             if (at := np.flatnonzero(known[places] == found)).size:
                 ngram = " ".join(words[at[0] : at[0] + length])
                 raise BadSample("contaminated", f"{length} words of an evaluation text: {ngram!r}")
-
-
-def evaluation_strings(value: Any) -> Iterator[str]:
-    """Every string in a record, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from evaluation_strings(one)
 
 
 # -- media

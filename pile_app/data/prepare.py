@@ -5,8 +5,9 @@
 
 1. The input is listed as units of some megabytes (`readers.py`).
 2. Each unit is read, mended and judged on its own (`filters.py`), to samples as they will stand in a shard (`spill.py`).
-3. One process goes over the tables of all units in order: it drops duplicates and says which samples make which shard.
-4. Each shard is put together from them.
+3. One process goes over the tables of all units in order: it drops duplicates and says which samples make which shard
+   (`assign.py`).
+4. Each shard is put together from them (`spill.py`).
 
 Steps 2 and 4 run in processes here, or on a cluster through Ray Data. All is kept in `<output>.partial/` until the result is
 whole, so that the same command continues where it was interrupted. The same input gives the same bytes, whatever the engine,
@@ -14,7 +15,8 @@ the number of processes and the interruptions.
 
 A document goes to training or validation by the hash of its content (of its media, where it has any), so it stays on its side
 whatever is added later. What cannot be used is counted by reason, listed in `rejected.jsonl`, and kept in part in `rejected/`.
-Memory does not grow with the data but for near-duplicates (4 kB a document) and 16 bytes a unit.
+Memory does not grow with the data but for near-duplicates (4 kB a document), the names of the files of a folder and of all
+tables, and 16 bytes a unit.
 """
 
 from __future__ import annotations
@@ -22,102 +24,30 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
-from heapq import merge
 from importlib.metadata import version
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
+from pile_app.data.assign import SPLITS, Summary, assign
+from pile_app.data.filters import EvaluationTexts, require
+from pile_app.data.options import Options
+from pile_app.data.readers import evaluation_texts, list_items
+from pile_app.data.spill import Workplace, is_spilled, make_spill, slug, write_shard
 
-from pile_app.data.filters import EvaluationTexts, NearDuplicates, require
-from pile_app.data.readers import DigestSet, Options, evaluation_texts, list_items
-from pile_app.data.shards import map_arrays
-from pile_app.data.spill import (
-    KEPT,
-    Table,
-    Workplace,
-    document_of_block,
-    is_spilled,
-    make_spill,
-    slug,
-    write_shard,
-    write_units,
-)
-
-SPLITS = ("train", "validation")
-PREPARE_VERSION = 1  # changes with what the same options give
+PREPARE_VERSION = 2  # changes with what the same options give
 UNIT_BYTES = 1 << 24
-DIGESTS_AT_ONCE = 1 << 24  # that are sorted in memory
-
-
-@dataclass
-class Tally:
-    """What one split of one source holds."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    images: int = 0
-    audio_seconds: float = 0.0
-
-    def add(self, table: Table, rows: np.ndarray) -> None:
-        self.documents += len(rows)
-        self.text_bytes += int(table.text_bytes[rows].sum())
-        self.images += int(table.images[rows].sum())
-        self.audio_seconds += float(table.audio_seconds[rows].sum())
-
-
-@dataclass
-class Summary:
-    """What `prepare` wrote: `sources[source][split]`, a split without documents is absent; `rejected[reason]`; `read[layout]`,
-    documents, and what was rejected, by what they were read as."""
-
-    output: Path
-    sources: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(dict))
-    rejected: Counter[str] = field(default_factory=Counter)
-    read: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def documents(self) -> int:
-        return sum(tally.documents for splits in self.sources.values() for tally in splits.values())
-
-    def shards(self, source: str) -> dict[str, str]:
-        """Pattern of the shards of each split, relative to `output`."""
-        return {split: f"{source}-{split}-*.tar" for split in SPLITS if split in self.sources[source]}
-
-    def description(self) -> dict[str, Any]:
-        """What `dataset.json` holds, but for the options."""
-        sources = {
-            source: {
-                split: {"shards": pattern, **asdict(self.sources[source][split])}
-                for split, pattern in self.shards(source).items()
-            }
-            for source in sorted(self.sources)
-        }
-        counts = {"read": dict(sorted(self.read.items())), "rejected": dict(sorted(self.rejected.items()))}
-        return {"pile_dataset": 1, "sources": sources, **counts}
-
-    def yaml(self) -> str:
-        """The `data.sources` of a configuration: every source that has documents to train on."""
-        import yaml
-
-        patterns = {source: self.shards(source) for source in sorted(self.sources)}
-        sources = {
-            source: {split: os.path.join(self.output, pattern) for split, pattern in splits.items()}
-            for source, splits in patterns.items()
-            if "train" in splits
-        }
-        description = {"data": {"sources": sources}}
-        return yaml.safe_dump(description, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
 
 
 def prepare(
@@ -144,39 +74,37 @@ def prepare(
         ValueError: an argument is out of its bounds, `output` is in use, `input` holds nothing usable, or an interrupted
             preparation had other options or another input.
     """
-    input, output = Path(input), Path(output)
-    if unknown := steps.keys() - Options.__dataclass_fields__.keys():
-        raise TypeError(f"prepare has no argument {', '.join(sorted(unknown))}")
+    given, input, output = str(input), Path(input), Path(output)
     options = Options.of(steps)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; it has to be one of {', '.join(ENGINES)}")
-    processes = processes or len(os.sched_getaffinity(0))
     _check_extras(options, engine)
     _check_folders(input, output, overwrite)
-    given = str(input)
     input = input.resolve()
     name = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
     folder = output.parent / f"{output.name}.partial"
     work = Workplace(folder, str(input if input.is_dir() else input.parent), name, options)
-    with _lock(folder), _progress() as progress, ENGINES[engine](processes) as run:
-        units, summary = _list_input(work, given, input, output, overwrite), Summary(output)
+    with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
+        units, summary = _list_input(work, input, output, overwrite), Summary(output)
         waiting = [unit for unit in range(units) if not is_spilled(work, unit)]
         if len(waiting) < units:
             print(f"continues {folder}: {units - len(waiting):,} of {units:,} units are done", file=sys.stderr)
-        run(make_spill, str(folder), waiting, progress("read", len(waiting)))
-        (folder / "plans").mkdir(exist_ok=True)
+        for _ in tracked(run(make_spill, str(folder), waiting), "read", len(waiting)):
+            pass
         shutil.rmtree(work.result / "rejected", ignore_errors=True)
-        work.result.mkdir(exist_ok=True)
-        shards = _assign(work, units, summary)
+        for needed in (folder / "plans", work.result):
+            needed.mkdir(exist_ok=True)
+        for stale in work.result.glob("*.tmp"):  # of a process that was killed
+            stale.unlink()
+        shards = assign(work, units, summary)
         if not shards:
             shutil.rmtree(folder)
             raise ValueError(
                 f"{given!r} holds nothing usable for kind {options.kind!r}: looked for files "
-                f"*.{', *.'.join(options.extensions)}; "
-                f""
-                f"found {_counts(summary.rejected) or 'no file at all'}"
+                f"*.{', *.'.join(options.extensions)}; found {_counts(summary.rejected) or 'no file at all'}"
             )
-        run(write_shard, str(folder), shards, progress("write", len(shards)))
+        for _ in tracked(run(write_shard, str(folder), shards), "write", len(shards)):
+            pass
         description = summary.description() | {"input": given, "options": asdict(options)}
         (work.result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         _move_into_place(work.result, output)
@@ -187,52 +115,27 @@ def prepare(
 
 # -- where the work is done
 
-Task = Callable[[str, Any], None]
-Run = Callable[[Task, str, Sequence[Any], Callable[[], None]], None]  # task(folder, thing) for each of things; advance()
+Run = Callable[[Callable[[str, Any], None], str, Sequence[Any]], Iterator[Any]]  # task(folder, thing) for each of things
 
 
-@contextmanager
-def _here(processes: int) -> Iterator[Run]:
+def _here(processes: int) -> AbstractContextManager[Run]:
     """Work in this process, or in others where there are many things to do."""
-    yield partial(_run_here, processes)
+    return nullcontext(partial(_run_here, processes))
 
 
-def _run_here(processes: int, task: Task, folder: str, things: Sequence[Any], advance: Callable[[], None]) -> None:
-    if min(processes, len(things)) < 2:
-        for thing in things:
-            task(folder, thing)
-            advance()
+def _run_here(processes: int, task: Callable[[str, Any], None], folder: str, things: Sequence[Any]) -> Iterator[Any]:
+    processes = min(processes, len(things))
+    if processes < 2:
+        yield from map(partial(task, folder), things)
         return
-    import multiprocessing
-
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pile_app.data.spill"])
-    waiting: set[Future[None]] = set()
-    pool = ProcessPoolExecutor(min(processes, len(things)), context, _end_with_parent)
-    try:
-        for thing in things:
-            waiting.add(pool.submit(task, folder, thing))
-            if len(waiting) >= 4 * processes:
-                waiting = _collect(waiting, advance)
-        while waiting:
-            waiting = _collect(waiting, advance)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _collect(waiting: set[Future[None]], advance: Callable[[], None]) -> set[Future[None]]:
-    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-    for one in done:
-        one.result()
-        advance()
-    return waiting
+    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
+        yield from pool.map(partial(task, folder), things, chunksize=1 + len(things) // 10_000)
 
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
-    import multiprocessing
-    import threading
-
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -253,7 +156,7 @@ def _on_ray(processes: int) -> Iterator[Run]:
         ray.init(log_to_driver=False, logging_level="ERROR", **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Task, folder: str, things: Sequence[Any], advance: Callable[[], None]) -> None:
+    def run(task: Callable[[str, Any], None], folder: str, things: Sequence[Any]) -> Iterator[Any]:
         folder = os.path.abspath(folder)
 
         def run_one(row: dict[str, Any]) -> dict[str, Any]:
@@ -268,8 +171,7 @@ def _on_ray(processes: int) -> Iterator[Run]:
             return
         dataset = ray.data.from_items(list(things), override_num_blocks=min(len(things), 10_000))
         try:
-            for _ in dataset.map(run_one).iter_rows():
-                advance()
+            yield from dataset.map(run_one).iter_rows()
         except ray.exceptions.RayError as error:
             raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
 
@@ -289,63 +191,54 @@ def _import_ray() -> Any:
     return require("ray", "ray", "the engine ray")
 
 
-ENGINES = {"local": _here, "ray": _on_ray}
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _here, "ray": _on_ray}
+T = TypeVar("T")
+
+
+def tracked(things: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The things, with a bar on stderr where somebody looks."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(things, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 # -- the input, and what is there of an earlier attempt
 
 
-def _list_input(work: Workplace, given: str, input: Path, output: Path, overwrite: bool) -> int:
-    """Lists the input anew, and prepares the folder of the workplace; the number of units."""
+def _list_input(work: Workplace, input: Path, output: Path, overwrite: bool) -> int:
+    """Lists the input anew, and makes the workplace ready for it; the number of units."""
     folder, options = work.folder, work.options
-    listing = folder / "listing"
-    shutil.rmtree(listing, ignore_errors=True)
-    listing.mkdir()
     digest = hashlib.blake2b(digest_size=16)
-    with DigestSet(listing / "named.sqlite") as named:
-        units = write_units(list_items(input, options, named, digest.update), listing, UNIT_BYTES)
-    os.remove(listing / "named.sqlite")
-    digest.update((listing / "units.jsonl").read_bytes() if units < 1000 else _file_digest(listing / "units.jsonl"))
+    units = work.write_units(list_items(input, options, digest.update), UNIT_BYTES)
+    digest.update(_file_digest(folder / "units.jsonl"))
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
-        count, short = EvaluationTexts.save(texts, options.ngram, str(listing / "evaluation.safetensors"))
+        count, short = EvaluationTexts.save(texts, options.ngram, work.evaluation)
         print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be looked for", file=sys.stderr)
     state: dict[str, Any] = {
         "prepare_version": PREPARE_VERSION,
         "output": str(output.resolve()),
-        "input": str(input),
-        "options": asdict(options) | {"quality": list(options.quality), "decontaminate": list(options.decontaminate)},
+        "root": work.root,
+        "source": work.source,
         "files of the input": digest.hexdigest(),
-        "evaluation sets": _file_digest(listing / "evaluation.safetensors").hex() if options.decontaminate else "",
+        "evaluation sets": _file_digest(Path(work.evaluation)).hex() if options.decontaminate else "",
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
+        "options": json.loads(json.dumps(asdict(options))),
     }
     earlier = _read_json(folder / "state.json")
-    if earlier and earlier != state and not overwrite:
-        shutil.rmtree(listing)
-        raise ValueError(
-            f"{str(folder)!r} holds an interrupted preparation that differs in {_differences(earlier, state)}: give the "
-            "command of then to continue it, or --overwrite (overwrite=True) to start anew"
-        )
     if earlier != state:
-        _clear(folder, but="listing")
-        (listing / "state.json").write_text(json.dumps(state))
-        for path in sorted(listing.iterdir(), key=lambda path: path.name == "state.json"):
-            os.replace(path, folder / path.name)
-    work.save()
-    shutil.rmtree(listing)
+        if earlier and not overwrite:
+            then, now = ({**one, **one["options"], "options": None} for one in (earlier, state))
+            names = ", ".join(name for name, value in now.items() if then.get(name) != value)
+            raise ValueError(
+                f"{str(folder)!r} holds an interrupted preparation that differs in {names}: give the command of then to "
+                "continue it, or --overwrite (overwrite=True) to start anew"
+            )
+        for name in ("spill", "plans", "result"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "state.json").write_text(json.dumps(state))
     return units
-
-
-def _differences(earlier: dict[str, Any], state: dict[str, Any]) -> str:
-    names = [name for name in state if name != "options" and earlier.get(name) != state[name]]
-    options = earlier.get("options", {})
-    return ", ".join(names + [name for name, value in state["options"].items() if options.get(name) != value])
-
-
-def _clear(folder: Path, but: str) -> None:
-    for path in folder.iterdir():
-        if path.name not in (but, "lock"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _file_digest(path: Path) -> bytes:
@@ -384,152 +277,6 @@ def _lock(folder: Path) -> Iterator[None]:
             raise
 
 
-# -- duplicates, and which document stands in which shard
-
-
-def _assign(work: Workplace, units: int, summary: Summary) -> list[str]:
-    """Writes `rejected.jsonl`, `rejected/` and the plans of all shards; the names of the shards, in order."""
-    options = work.options
-    duplicates = _duplicates(work, units) if options.exact_duplicates else repeat(np.zeros(0, np.int64))
-    similar = NearDuplicates(options.near_duplicates) if options.near_duplicates is not None else None
-    plans: dict[tuple[str, str], _ShardPlans] = {}
-    with open(work.result / "rejected.jsonl", "w", encoding="utf-8") as lines, ExitStack() as stack:
-        reviews = _Reviews(work, stack)
-        for unit, repeated in zip(range(units), duplicates, strict=False):
-            table = Table.load(work.table(unit))
-            summary.read.update({layout: count for layout, count in table.layouts.items() if layout})
-            dropped = _dropped(table, repeated, similar)
-            for _, source, file, reason, detail, place, size in merge(table.rejected, dropped, key=lambda entry: entry[0]):
-                summary.rejected[reason] += 1
-                line = {"source": source, "file": file, "reason": reason, "detail": detail}
-                lines.write(json.dumps(line) + "\n")
-                if size:
-                    reviews.add(line, unit, place, size)
-            keep = np.ones(len(table.offset), bool)
-            keep[[entry[0] for entry in dropped]] = False
-            for number, source in enumerate(table.sources):
-                for split in SPLITS:
-                    chosen = keep & (table.source == number) & (table.validation == (split == "validation"))
-                    if not (rows := np.flatnonzero(chosen)).size:
-                        continue
-                    if (source, split) not in plans:
-                        plans[source, split] = _ShardPlans(work, f"{source}-{split}")
-                    plans[source, split].add(unit, table.offset[rows], table.size[rows])
-                    summary.sources[source].setdefault(split, Tally()).add(table, rows)
-    return [shard for plan in plans.values() for shard in plan.close()]
-
-
-def _dropped(table: Table, repeated: np.ndarray, similar: NearDuplicates | None) -> list[list[Any]]:
-    """The documents of a unit that stood before, exactly or nearly, as entries of `Table.rejected`, in order."""
-    found = dict.fromkeys(repeated.tolist(), ("duplicate", "a document of the same content was taken before"))
-    for row, signature in enumerate(table.signature if similar else ()):
-        if row not in found and signature.any() and similar and (first := similar.add(signature, table.files[row])):
-            found[row] = "near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}"
-    return [
-        [row, table.sources[table.source[row]], table.files[row], *why, int(table.offset[row]), int(table.size[row])]
-        for row, why in sorted(found.items())
-    ]
-
-
-def _duplicates(work: Workplace, units: int) -> Iterator[np.ndarray]:
-    """For each unit the rows whose document stood before. Digests are sorted in parts that fit memory."""
-    counts = [len(_digests(work, unit)) for unit in range(units)]
-    first = np.concatenate([[0], np.cumsum(counts)])
-    parts = 1 + int(first[-1]) // DIGESTS_AT_ONCE
-    found = [np.zeros(0, np.int64)]
-    for part in range(parts):
-        digests, rows = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)]
-        for unit in range(units):
-            digest = _digests(work, unit)
-            chosen = np.flatnonzero(digest[:, 1] % np.uint64(parts) == part)
-            digests.append(digest[chosen])
-            rows.append(first[unit] + chosen)
-        one, row = np.concatenate(digests), np.concatenate(rows)
-        order = np.lexsort((one[:, 1], one[:, 0]))  # stable: rows of one digest stay in order
-        same = (one[order[1:]] == one[order[:-1]]).all(axis=1)
-        found.append(row[order[1:][same]])
-    repeated = np.sort(np.concatenate(found))
-    for unit in range(units):
-        start, stop = np.searchsorted(repeated, first[unit : unit + 2]).tolist()
-        yield repeated[start:stop] - first[unit]
-
-
-def _digests(work: Workplace, unit: int) -> np.ndarray:
-    arrays, _ = map_arrays(work.table(unit), {"digest": Table.TYPES["digest"]})
-    return arrays["digest"].reshape(-1, 2)
-
-
-class _ShardPlans:
-    """Of one source and split: which ranges of which blocks make up each shard."""
-
-    def __init__(self, work: Workplace, prefix: str) -> None:
-        self._work, self._prefix = work, prefix
-        self._limit = int(work.options.shard_megabytes * 2**20)
-        self._names: list[str] = []
-        self._ranges: list[np.ndarray] = []
-        self._bytes = 0
-
-    def add(self, unit: int, offset: np.ndarray, size: np.ndarray) -> None:
-        while len(offset):
-            ends = self._bytes + np.cumsum(size)
-            count = int(np.searchsorted(ends, self._limit)) + 1  # the sample that reaches the limit is the last
-            self._ranges.append(_ranges(unit, offset[:count], size[:count]))
-            self._bytes = int(ends[:count][-1])
-            if self._bytes >= self._limit:
-                self._finish()
-            offset, size = offset[count:], size[count:]
-
-    def _finish(self) -> None:
-        name = f"{self._prefix}-{len(self._names):06d}"
-        np.save(self._work.plan(name), np.concatenate(self._ranges))
-        self._names.append(name)
-        self._ranges, self._bytes = [], 0
-
-    def close(self) -> list[str]:
-        if self._ranges:
-            self._finish()
-        return self._names
-
-
-def _ranges(unit: int, offset: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """(K, 3) unit, offset, size: samples that stand side by side are one range."""
-    starts = np.concatenate([[0], np.flatnonzero(offset[1:] != offset[:-1] + size[:-1]) + 1])
-    columns = np.full(len(starts), unit, np.uint64), offset[starts], np.add.reduceat(size, starts)
-    return np.stack(columns, axis=1)
-
-
-class _Reviews:
-    """The first `KEPT` rejected samples of each reason: `rejected/<reason>.jsonl`, and their media beside it."""
-
-    def __init__(self, work: Workplace, stack: ExitStack) -> None:
-        self._work, self._stack = work, stack
-        self._files: dict[str, Any] = {}
-        self._counts: Counter[str] = Counter()
-
-    def add(self, line: dict[str, str], unit: int, place: int, size: int) -> None:
-        reason = line["reason"]
-        if self._counts[reason] == KEPT:
-            return
-        folder = self._work.result / "rejected"
-        if reason not in self._files:
-            folder.mkdir(exist_ok=True)
-            path = folder / f"{reason}.jsonl"
-            self._files[reason] = self._stack.enter_context(path.open("w", encoding="utf-8"))
-        with open(self._work.blocks(unit), "rb") as file:
-            document = document_of_block(os.pread(file.fileno(), size, place))
-        segments: list[dict[str, str]] = []
-        for number, segment in enumerate(document.segments):
-            if isinstance(segment.data, str):
-                segments.append({"text": segment.data})
-                continue
-            name = f"{reason}/{self._counts[reason]:02d}.{number}.{segment.extension}"
-            (folder / reason).mkdir(exist_ok=True)
-            (folder / name).write_bytes(segment.data)
-            segments.append({"file": name})
-        self._files[reason].write(json.dumps(line | {"segments": segments}, ensure_ascii=False) + "\n")
-        self._counts[reason] += 1
-
-
 # -- folders and what is said
 
 
@@ -559,10 +306,7 @@ def _check_folders(input: Path, output: Path, overwrite: bool) -> None:
 
 
 def _is_result(output: Path) -> bool:
-    try:
-        return "pile_dataset" in json.loads((output / "dataset.json").read_bytes())
-    except (OSError, ValueError):
-        return False
+    return "pile_dataset" in _read_json(output / "dataset.json")
 
 
 def _move_into_place(result: Path, output: Path) -> None:
@@ -573,22 +317,6 @@ def _move_into_place(result: Path, output: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Bars on stderr where somebody looks; yields what makes one, which returns the function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-
-        def start(name: str, total: int) -> Callable[[], None]:
-            task = progress.add_task(name, total=total)
-            return lambda: progress.advance(task)
-
-        yield start
-
-
 def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
 
@@ -597,20 +325,23 @@ def _print_summary(summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(
-        "source", "split", *(Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
-    )
+    figures = (Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
+    table = Table("source", "split", *figures)
+    missing = []
     for source, splits in sorted(summary.sources.items()):
-        for split in (split for split in SPLITS if split in splits):
-            one = splits[split]
-            figures = (f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", f"{one.audio_seconds / 3600:,.3f}")
-            table.add_row(source, split, *figures)
+        for split in SPLITS:
+            if one := splits.get(split):
+                hours = f"{one.audio_seconds / 3600:,.3f}"
+                table.add_row(source, split, f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", hours)
+            else:
+                missing.append(
+                    f"{source} has no {split} documents: change validation_share, or cut text finer with document_bytes"
+                )
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     console.print(f"read: {_counts(summary.read)}")
     if summary.rejected:
         console.print(f"left out: {_counts(summary.rejected)}; see {summary.output / 'rejected.jsonl'}")
-    for source, splits in sorted(summary.sources.items()):
-        for split in set(SPLITS) - set(splits):
-            console.print(f"{source} has no {split} documents: change validation_share, or cut text finer with document_bytes")
+    if missing:
+        console.print(f"{'; '.join(missing)}: change validation_share, or cut text finer with document_bytes")
     print(summary.yaml())

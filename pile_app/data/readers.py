@@ -9,53 +9,48 @@ What is read (the kind `auto` reads all of it):
 * JSON lines, plain or compressed (`.gz`, `.zst`): `{"text": ..., "meta": {...}}` a line, where `meta.pile_set_name` names the
   source, as in the Pile; or interleaved records: `text_list` and `image_info` (MMC4), `texts` and `images` (OBELICS);
 * Parquet: a column of texts, of media as Hugging Face writes them (structs with `bytes`), or the records above;
-* files of a folder that share a name (`frog.png`, `frog.ogg` and the caption or transcript `frog.txt`): one document;
-* a CSV or TSV table with a column that names the file and one that holds the text, and then only the files of its rows;
-  Common Voice (`validated.tsv` beside `clips/`): that table alone;
-* LibriSpeech: `*.trans.txt` with a line a recording, beside the recordings;
+* media: files that share a name (`frog.png`, `frog.ogg` and the caption or transcript `frog.txt`); the rows of a CSV or TSV
+  table with a column that names the file and one that holds the text, and then no other media; Common Voice (`validated.tsv`
+  beside `clips/`, that table alone); LibriSpeech (`*.trans.txt` with a line a recording, beside the recordings);
 * WebDataset shards (`.tar`): their documents as they are.
 
-Input is not trusted. Links are not followed, and no name in a table or record reaches a file outside the input folder. Lines,
-rows, files and the windows of decompression are bounded, so that memory is; nothing is unpickled or extracted.
+Input is not trusted: see `files.py`. No name in a table or record reaches a file outside the input folder; nothing is unpickled
+or extracted.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import hashlib
-import io
 import json
 import os
 import re
-import sqlite3
 import stat
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pile_app.data.filters import QUALITY, evaluation_strings, require
+from pile_app.data.files import (
+    DECOMPRESSORS,
+    MAX_LINE_BYTES,
+    decode,
+    extension,
+    file_beside,
+    lines_of,
+    next_cut,
+    open_plain,
+    pieces_of,
+    read_file,
+    table_lines,
+)
+from pile_app.data.filters import require
+from pile_app.data.options import JSON_EXTENSIONS, MEDIA_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options
 from pile_app.data.shards import MAX_SAMPLE_BYTES, ShardError, files_of_block, sample_ranges
 from pile_app.data.text import clean_text
-from pile_app.documents import (
-    AUDIO_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    BadSample,
-    Document,
-    Segment,
-    document_from_sample,
-)
-
-Kind = Literal["auto", "text", "images", "audio", "interleaved", "webdataset"]
-
-TEXT_EXTENSIONS = ("txt", "text", "md", "rst")
-JSON_EXTENSIONS = ("jsonl", "jsonl.gz", "jsonl.zst")
+from pile_app.documents import AUDIO_EXTENSIONS, BadSample, Document, Segment, document_from_sample
 
 
 class TabSeparated(csv.excel_tab):
@@ -63,83 +58,13 @@ class TabSeparated(csv.excel_tab):
 
 
 TABLE_DIALECTS = {"csv": csv.excel, "tsv": TabSeparated}
-MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
-EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "auto": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet", *MEDIA_EXTENSIONS, *TABLE_DIALECTS, "tar"),
-    "text": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet"),
-    "images": (*IMAGE_EXTENSIONS, *TABLE_DIALECTS, "parquet"),
-    "audio": (*AUDIO_EXTENSIONS, *TABLE_DIALECTS, "parquet"),
-    "interleaved": (*JSON_EXTENSIONS, "parquet"),
-    "webdataset": ("tar",),
-}
 FILE_COLUMNS = ("image", "audio", "file", "path")
 TEXT_COLUMNS = ("caption", "transcript", "transcription", "text", "sentence")
-TABLE_FOLDERS = ("", "clips", "images", "audio")  # where files that are named may lie, beside what names them
-MAX_LINE_BYTES = 1 << 26  # of JSON lines, tables and captions
-MAX_ZSTD_WINDOW = 1 << 27  # what `zstd --long` needs; `--long=31` would take 2 GiB a process
 ITEM_BYTES = 1 << 24  # longer plain files are cut
-TABLE_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `prepare` that decide what the shards hold. See there."""
-
-    kind: Kind = "auto"
-    validation_share: float = 0.01
-    seed: int = 0
-    clean: bool = True
-    shard_megabytes: float = 64
-    caption_from_folder: bool = False
-    document_bytes: int = 1 << 20
-    repair: bool = False
-    quality: tuple[str, ...] = ()
-    exact_duplicates: bool = True
-    near_duplicates: float | None = None
-    decontaminate: tuple[str, ...] = ()
-    ngram: int = 13
-    min_image_size: int = 0
-    max_aspect: float | None = None
-    image_max_size: int | None = None
-    min_audio_seconds: float = 0.0
-    max_audio_seconds: float = 30.0
-    silence: float | None = None
-    resample: int | None = None
-    audio_format: str | None = None
-
-    BOUNDS = {  # noqa: RUF012 (a table, never changed)
-        "shard_megabytes": (0.01, 1e6), "max_audio_seconds": (0.01, 3600), "min_audio_seconds": (0, 3600),
-        "document_bytes": (16, MAX_LINE_BYTES), "near_duplicates": (0.1, 1), "ngram": (1, 100), "min_image_size": (0, 100_000),
-        "max_aspect": (1, 100_000), "image_max_size": (1, 100_000), "silence": (-200, 0), "resample": (1000, 768_000),
-    }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        if self.kind not in EXTENSIONS:
-            raise ValueError(f"kind is {self.kind!r}; it has to be one of {', '.join(EXTENSIONS)}")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share is {self.validation_share}; it has to be 0 or more and below 1")
-        for name, (smallest, largest) in self.BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not smallest <= value <= largest:
-                raise ValueError(f"{name} is {value}; it has to be {smallest:g} or more and at most {largest:g}")
-        if unknown := set(self.quality) - QUALITY.keys():
-            raise ValueError(f"quality is {', '.join(sorted(unknown))}; it has to be of {', '.join(QUALITY)}")
-        if self.audio_format not in (None, "flac", "wav"):
-            raise ValueError(f"audio_format is {self.audio_format!r}; it has to be flac or wav")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Options:
-        """From names and values; JSON and command lines have lists for tuples."""
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**given)
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        return EXTENSIONS[self.kind]
 
 
 class Item(NamedTuple):
-    """A part of the input: the reader's name and JSON arguments, paths relative to the root; bytes to read."""
+    """A part of the input: the reader's name and JSON arguments, the first one a name for people; bytes to read."""
 
     reader: str
     arguments: list[Any]
@@ -161,72 +86,91 @@ class Found(NamedTuple):
 # -- listing
 
 
-def list_items(input: Path, options: Options, named: DigestSet, stamp: Callable[[bytes], Any] = len) -> Iterator[Item]:
+def list_items(input: Path, options: Options, stamp: Callable[[bytes], Any] = len) -> Iterator[Item]:
     """Everything under a folder (or one file) that the options ask for: tables first, then folder by folder, sorted.
 
     Args:
-        named: takes the digests of files that tables name.
         stamp: is called with path, size and time of change of every file.
     """
     wanted = options.extensions
     root = str(input if input.is_dir() else input.parent)
-    tables = 0
+    named: set[str] | None = None  # files that tables name, where there are tables
     records: list[str] = []  # folders whose media belong to interleaved records
     for folder, names, _ in _walk(input):
-        voice = "clips" in _folders(folder) and "validated.tsv" in names
+        voice = "validated.tsv" in names and os.path.isdir(os.path.join(folder, "clips"))
         for name in names:
             path = os.path.join(folder, name)
-            if _extension(name) in TABLE_DIALECTS and _extension(name) in wanted and not _is_link(path):
+            if extension(name) in TABLE_EXTENSIONS and extension(name) in wanted and not os.path.islink(path):
                 if voice and name != "validated.tsv":
                     yield _rejected(root, path, "other_table", "of Common Voice, validated.tsv is read")
                 else:
-                    tables += 1
-                    yield from _list_table(root, path, voice, named)
-            elif _extension(name) in JSON_EXTENSIONS and options.kind in ("auto", "interleaved") and _is_interleaved(path):
+                    named = set() if named is None else named
+                    layout = "Common Voice" if voice else "table"
+                    yield from _guarded(root, path, _list_table(root, path, layout, options, named))
+            elif extension(name) in JSON_EXTENSIONS and options.kind in ("auto", "interleaved") and _is_interleaved(path):
                 records.append(os.path.join(folder, ""))
     for folder, names, skipped in _walk(input):
         for name in skipped:
-            path = os.path.join(folder, name)
-            yield _rejected(root, path, "ignored_folder", "hidden folders and links are not followed")
-        groups: dict[str, list[str]] = defaultdict(list)
+            yield _rejected(root, os.path.join(folder, name), "ignored_folder", "hidden folders and links are not followed")
         sizes: dict[str, int] = {}
-        recorded = any(os.path.join(folder, "").startswith(prefix) for prefix in records)
         for name in names:
             path = os.path.join(folder, name)
             about = os.lstat(path)
-            if not stat.S_ISREG(about.st_mode):
+            if stat.S_ISREG(about.st_mode):
+                sizes[name] = about.st_size
+                stamp(os.fsencode(_relative(root, path)) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
+            else:
                 yield _rejected(root, path, "ignored_link", "links, devices and pipes are not read")
+        is_recorded = os.path.join(folder, "").startswith(tuple(records))
+        yield from _list_folder(root, folder, sizes, options, named, is_recorded)
+
+
+def _list_folder(
+    root: str, folder: str, sizes: dict[str, int], options: Options, named: set[str] | None, is_recorded: bool
+) -> Iterator[Item]:
+    """What the plain files of a folder, name -> bytes, are read as."""
+    wanted = options.extensions
+    media_names = [name for name in sizes if extension(name) in MEDIA_EXTENSIONS and extension(name) in wanted]
+    spoken = _librispeech(sizes) if options.kind in ("auto", "audio") else {}
+    taken = {name for names in spoken.values() for name in names} | set(media_names if is_recorded else ())
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sizes:
+        groups[name.rsplit(".", 1)[0]].append(name)
+    for group in groups.values():
+        media = [name for name in group if name in media_names and name not in taken]
+        captions = [name for name in group if media and extension(name) == "txt"]
+        if named is not None:
+            for path in (os.path.join(folder, name) for name in media + captions):
+                if path not in named:
+                    yield _rejected(root, path, "not_in_table", "no row of a table names it")
+        elif media:
+            layout = "files that share a name" if len(media) + len(captions) > 1 else "media file"
+            files, texts = ([_relative(root, folder, name) for name in names] for names in (media, captions))
+            yield Item("media", [files[0], layout, files, None, texts], sum(sizes[name] for name in media + captions))
+        for name in group:
+            path = os.path.join(folder, name)
+            if name in spoken:
+                yield from _guarded(root, path, _list_librispeech(root, path, spoken[name], sizes))
+            elif name in taken or name in media or name in captions:
                 continue
-            stamp(os.fsencode(os.path.relpath(path, root)) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
-            groups[name.rsplit(".", 1)[0]].append(name)
-            sizes[name] = about.st_size
-        relative = partial(_relative, root, folder)
-        spoken = _librispeech(sizes) if options.kind in ("auto", "audio") else {}
-        taken = {name for names in spoken.values() for name in names} | spoken.keys()
-        for group in groups.values():
-            media = [name for name in group if _extension(name) in MEDIA_EXTENSIONS and _extension(name) in wanted]
-            captions = [name for name in group if media and _extension(name) == "txt"]
-            if recorded and media:
-                taken.update(media)
-            elif tables:
-                for name in media + captions:
-                    if name not in taken and _path_digest(os.path.join(folder, name)) not in named:
-                        yield _rejected(root, os.path.join(folder, name), "not_in_table", "no row of a table names it")
-            elif media and not taken & set(media):
-                weight = sum(sizes[name] for name in media + captions)
-                yield Item("media", [[relative(name) for name in media], [relative(name) for name in captions]], weight)
-            for name in group:
-                path, extension = os.path.join(folder, name), _extension(name)
-                if name in spoken:
-                    weight = sum(sizes[sound] for sound in spoken[name])
-                    yield Item("librispeech", [relative(name), spoken[name]], weight)
-                elif name in captions or name in taken:
-                    continue
-                elif extension not in wanted:
-                    if not (recorded and extension in MEDIA_EXTENSIONS):
-                        yield _rejected(root, path, "ignored_extension", f"only *.{', *.'.join(wanted)} are read")
-                elif extension in LISTERS:
-                    yield from LISTERS[extension](root, path, sizes[name])
+            elif extension(name) in LISTERS and extension(name) in wanted:
+                yield from _guarded(root, path, LISTERS[extension(name)](root, path, sizes[name]))
+            elif extension(name) not in wanted and not (is_recorded and extension(name) in MEDIA_EXTENSIONS):
+                yield _rejected(root, path, "ignored_extension", f"only *.{', *.'.join(wanted)} are read")
+
+
+def _guarded(root: str, path: str, items: Iterator[Item]) -> Iterator[Item]:
+    """The items; what cannot be listed is rejected, and what comes before it stays."""
+    try:
+        yield from items
+    except BadSample as error:
+        yield _rejected(root, path, error.reason, error.detail)
+    except (OSError, csv.Error) as error:
+        yield _rejected(root, path, "damaged_file", str(error))
+
+
+def _rejected(root: str, path: str, reason: str, detail: str, layout: str = "") -> Item:
+    return Item("rejected", [_relative(root, path), reason, detail, layout])
 
 
 def _list_file(reader: str, root: str, path: str, size: int) -> Iterator[Item]:
@@ -236,20 +180,18 @@ def _list_file(reader: str, root: str, path: str, size: int) -> Iterator[Item]:
 def _list_ranges(reader: str, root: str, path: str, size: int) -> Iterator[Item]:
     """A long file in parts, [start, stop) in bytes; who reads one finds its first line or paragraph."""
     parts = max(1, size // ITEM_BYTES)
-    places = [size * part // parts for part in range(parts + 1)]
-    for start, stop in pairwise(places):
+    for start, stop in pairwise(size * part // parts for part in range(parts + 1)):
         yield Item(reader, [_relative(root, path), start, stop, parts > 1], stop - start)
 
 
 def _list_parquet(root: str, path: str, _: int) -> Iterator[Item]:
     parquet = require("pyarrow.parquet", "prepare", "reading Parquet")
     try:
-        with _open(path) as file, parquet.ParquetFile(file, memory_map=False) as opened:
-            metadata = opened.metadata
-            sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        with open_plain(path) as file, parquet.ParquetFile(file, memory_map=False) as opened:
+            groups = range(opened.metadata.num_row_groups)
+            sizes = [opened.metadata.row_group(group).total_byte_size for group in groups]
     except Exception as error:  # of pyarrow, and what a hostile footer makes of it
-        yield _rejected(root, path, "damaged_file", str(error))
-        return
+        raise BadSample("damaged_file", str(error)) from error
     for group, size in enumerate(sizes):
         yield Item("parquet", [_relative(root, path), group], max(0, size))
 
@@ -264,70 +206,55 @@ LISTERS: dict[str, Callable[[str, str, int], Iterator[Item]]] = {
 }
 
 
-def _list_table(root: str, path: str, voice: bool, named: DigestSet) -> Iterator[Item]:
-    """Items of `TABLE_ROWS` rows; the files that rows name are noted in `named`."""
-    relative = _relative(root, path)
-    try:
-        with _open(path) as file:
-            lines = _Lines(file, 0)
-            rows = csv.reader(lines, TABLE_DIALECTS[_extension(path)])
-            header = [name.strip().lower() for name in next(rows, [])]
-            file_columns = [header.index(name) for name in FILE_COLUMNS if name in header]
-            if not file_columns:
-                detail = f"the table has columns {header}; one of {', '.join(FILE_COLUMNS)} has to name the file"
-                yield _rejected(root, path, "no_file_column", detail)
-                return
-            layout = "Common Voice" if voice else "table"
-            start, first, count, weight = lines.place, lines.number, 0, 0
-            for row in rows:
-                for column in file_columns:
-                    if column < len(row) and row[column] and (named_file := _beside(root, path, row[column])):
-                        named.add(_path_digest(named_file))
-                        weight += os.lstat(named_file).st_size
-                count += 1
-                if count == TABLE_ROWS or weight >= ITEM_BYTES:
-                    yield Item("table", [relative, header, start, first, count, layout], weight)
-                    start, first, count, weight = lines.place, lines.number, 0, 0
-            if count:
-                yield Item("table", [relative, header, start, first, count, layout], weight)
-    except (csv.Error, OSError, BadSample) as error:
-        if count:
-            yield Item("table", [relative, header, start, first, count, layout], weight)
-        yield _rejected(root, path, "damaged_file", str(error))
+def _list_table(root: str, path: str, layout: str, options: Options, named: set[str]) -> Iterator[Item]:
+    """An item a row; the files that rows name are noted in `named`."""
+    with open_plain(path) as file:
+        rows = csv.reader(table_lines(file), TABLE_DIALECTS[extension(path)])
+        header = [name.strip().lower() for name in next(rows, [])]
+        file_columns = [name for name in FILE_COLUMNS if name in header]
+        text_column = next((name for name in TEXT_COLUMNS if name in header), None)
+        if not file_columns:
+            detail = f"the table has columns {header}; one of {', '.join(FILE_COLUMNS)} has to name the file"
+            raise BadSample("no_file_column", detail)
+        for row in rows:
+            cells = dict(zip(header, row, strict=False))
+            names = [cells[column] for column in file_columns if cells.get(column)]
+            text = cells.get(text_column, "") if text_column is not None else None
+            line = f"{path}:{rows.line_num}"
+            try:
+                media = _files_of_row(root, path, names, options)
+            except BadSample as error:
+                yield _rejected(root, line, error.reason, error.detail, layout)
+                continue
+            named.update(media)
+            files = [_relative(root, one) for one in media]
+            yield Item("media", [_relative(root, line), layout, files, text, []], sum(map(os.path.getsize, media)))
 
 
-class _Lines:
-    """The lines of a table, decoded; how many there were and where the next begins."""
-
-    def __init__(self, file: BinaryIO, place: int, number: int = 0) -> None:
-        file.seek(place)
-        self.file, self.place, self.number = file, place, number
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.file.readline(MAX_LINE_BYTES)
-        if not line:
-            raise StopIteration
-        if len(line) == MAX_LINE_BYTES:
-            raise BadSample("line_too_long", f"line {self.number + 1} of the table is longer than {MAX_LINE_BYTES:,} bytes")
-        text = line.decode("utf-8" if self.place else "utf-8-sig", "surrogateescape")
-        self.place += len(line)
-        self.number += 1
-        return text
+def _files_of_row(root: str, table: str, names: list[str], options: Options) -> list[str]:
+    if not names:
+        raise BadSample("missing_file", "no file is named")
+    files = []
+    for name in names:
+        file = file_beside(root, table, name)
+        if file is None:
+            raise BadSample("missing_file", f"{name!r} is not in the input folder")
+        if extension(file) not in options.extensions or extension(file) not in MEDIA_EXTENSIONS:
+            raise BadSample("ignored_extension", f"{file!r} is not of a kind that is read")
+        files.append(file)
+    return files
 
 
 def _is_interleaved(path: str) -> bool:
     """By the first record."""
     try:
-        with _open(path) as file:
-            for line in _lines(DECOMPRESSORS[_extension(path)](file)):
+        with open_plain(path) as file:
+            for line in lines_of(DECOMPRESSORS[extension(path)](file)):
                 if isinstance(line, bytes) and line.strip():
                     record = json.loads(line)
                     return isinstance(record, dict) and bool(_INTERLEAVED.keys() & record.keys())
     except (OSError, EOFError, ValueError, zlib.error, RecursionError):
-        pass
+        pass  # who reads it says what is wrong
     return False
 
 
@@ -336,9 +263,25 @@ def _librispeech(names: Iterable[str]) -> dict[str, list[str]]:
     transcripts = {name.removesuffix(".trans.txt") + "-": name for name in names if name.endswith(".trans.txt")}
     found: dict[str, list[str]] = {name: [] for name in transcripts.values()}
     for name in names:
-        if _extension(name) in AUDIO_EXTENSIONS and (prefix := name.rpartition("-")[0] + "-") in transcripts:
+        if extension(name) in AUDIO_EXTENSIONS and (prefix := name.rpartition("-")[0] + "-") in transcripts:
             found[transcripts[prefix]].append(name)
     return {name: sounds for name, sounds in found.items() if sounds}
+
+
+def _list_librispeech(root: str, path: str, sounds: list[str], sizes: dict[str, int]) -> Iterator[Item]:
+    """An item a line: the name of a recording without extension, a space, what is said."""
+    folder = os.path.dirname(path)
+    recordings = {name.rsplit(".", 1)[0]: name for name in sounds}
+    for number, line in enumerate(read_file(path, MAX_LINE_BYTES).splitlines(), start=1):
+        name, _, text = line.decode(errors="surrogateescape").strip().partition(" ")
+        if sound := recordings.pop(name, None):
+            arguments = [_relative(root, f"{path}:{number}"), "LibriSpeech", [_relative(root, folder, sound)], text, []]
+            yield Item("media", arguments, sizes[sound])
+        elif name:
+            yield _rejected(root, f"{path}:{number}", "missing_file", f"no recording is called {name!r}", "LibriSpeech")
+    for sound in recordings.values():
+        detail = "no line of the transcript names it"
+        yield _rejected(root, os.path.join(folder, sound), "not_in_table", detail, "LibriSpeech")
 
 
 def _walk(input: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -352,8 +295,8 @@ def _walk(input: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield folder, sorted(names), skipped
 
 
-def _rejected(root: str, path: str, reason: str, detail: str) -> Item:
-    return Item("rejected", [_relative(root, path), reason, detail])
+def _relative(root: str, *path: str) -> str:
+    return os.path.relpath(os.path.join(*path), root)
 
 
 # -- reading
@@ -361,27 +304,28 @@ def _rejected(root: str, path: str, reason: str, detail: str) -> Item:
 
 def read_item(root: str, item: Item, options: Options) -> Iterator[Found]:
     """What an item holds, in order."""
-    file = os.fsencode(item.arguments[0][0] if item.reader == "media" else item.arguments[0]).decode(errors="replace")
+    file = os.fsencode(item.arguments[0]).decode(errors="replace")
     try:
         yield from READERS[item.reader](root, file, options, *item.arguments)
     except BadSample as error:
         yield Found(file, error)
-    except (EOFError, zlib.error, csv.Error, ShardError) as error:
+    except (EOFError, zlib.error, ShardError) as error:
         yield Found(file, BadSample("damaged_file", str(error)))
     except OSError as error:
         reason = "damaged_file" if error.errno is None else "unreadable_file"
         yield Found(file, BadSample(reason, str(error)))
 
 
-def _read_rejected(_: str, file: str, __: Options, ___: str, reason: str, detail: str) -> Iterator[Found]:
-    yield Found(file, BadSample(reason, detail))
+def _read_rejected(_: str, file: str, __: Options, ___: str, reason: str, detail: str, layout: str) -> Iterator[Found]:
+    yield Found(file, BadSample(reason, detail), layout)
 
 
 def _read_text(root: str, file: str, options: Options, path: str, start: int, stop: int, _: bool) -> Iterator[Found]:
     """One document, or several where the file is longer than `document_bytes`."""
-    with _open(os.path.join(root, path)) as opened:
-        start, stop = (_paragraph_after(opened, place, options.document_bytes) for place in (start, stop))
-        for piece in _pieces(_Range(opened, start, stop), options.document_bytes):
+    with open_plain(os.path.join(root, path)) as opened:
+        start, stop = (next_cut(opened, place, options.document_bytes) for place in (start, stop))
+        opened.seek(start)
+        for piece in pieces_of(opened, stop - start, options.document_bytes):
             yield _found(file, "text file", piece, _document_of_text, piece)
 
 
@@ -391,11 +335,11 @@ def _read_json_lines(
     """A document a line, plain or compressed; what follows damage in a compressed file is lost, and the file is listed."""
     path = os.path.join(root, path)
     place, number = start, 0
-    with _open(path) as opened:
+    with open_plain(path) as opened:
         if start:  # the line that goes over the border belongs to the part before
             opened.seek(start - 1)
             place += len(opened.readline(MAX_LINE_BYTES)) - 1
-        for line in _lines(DECOMPRESSORS[_extension(path)](opened)):
+        for line in lines_of(DECOMPRESSORS[extension(path)](opened)):
             if cut and place >= stop:
                 break
             number += 1
@@ -403,37 +347,136 @@ def _read_json_lines(
             if isinstance(line, BadSample):
                 yield Found(name, line)
                 place = opened.tell()
-            else:
-                place += len(line)
-                if line.strip():
-                    yield _found_in_line(root, path, name, line, options)
+                continue
+            place += len(line)
+            if line.strip():
+                yield _found_in_line(root, path, name, line, options)
+
+
+def _read_parquet(root: str, file: str, options: Options, path: str, group: int) -> Iterator[Found]:
+    """A document a row of a row group."""
+    parquet = require("pyarrow.parquet", "prepare", "reading Parquet")
+    path = os.path.join(root, path)
+    try:
+        with open_plain(path) as opened, parquet.ParquetFile(opened, memory_map=False) as table:
+            number = sum(table.metadata.row_group(before).num_rows for before in range(group))
+            rows, size = max(1, table.metadata.row_group(group).num_rows), table.metadata.row_group(group).total_byte_size
+            if size > rows * MAX_SAMPLE_BYTES:
+                raise BadSample("damaged_file", f"{size:,} bytes in {rows:,} rows")
+            at_once = max(1, min(1024, rows * ITEM_BYTES // max(1, size)))
+            columns = _parquet_columns(table.schema_arrow)
+            for batch in table.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
+                for record in batch.to_pylist():
+                    number += 1
+                    record = {name: value for name, value in record.items() if value is not None}
+                    yield _found_in_record(root, path, f"{file}:{number}", "Parquet", record, options)
+    except BadSample:
+        raise
+    except Exception as error:  # of pyarrow, and what a hostile file makes of it
+        raise BadSample("damaged_file", f"row group {group}: {error}") from error
+
+
+def _parquet_columns(schema: Any) -> list[str]:
+    """Columns that may make a document: those that readers know by name, and media."""
+    import pyarrow.types as types
+
+    known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS}
+
+    def is_medium(kind: Any) -> bool:
+        is_file = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        return types.is_binary(kind) or types.is_large_binary(kind) or is_file
+
+    return [field.name for field in schema if field.name in known or is_medium(field.type)]
+
+
+def _read_media(
+    root: str, file: str, options: Options, _: str, layout: str, media: list[str], text: str | None, captions: list[str]
+) -> Iterator[Found]:
+    """Files, and what is said of them."""
+    yield _found(file, layout, b"", _document_of_files, root, media, text, captions, options)
+
+
+def _read_tar(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
+    """The samples of a WebDataset shard."""
+    with open_plain(os.path.join(root, path)) as opened:
+        descriptor = opened.fileno()
+        for sample in sample_ranges(file, descriptor, os.fstat(descriptor).st_size):
+            name = f"{file}:{os.fsencode(sample.key).decode(errors='replace')}"
+            size = sample.stop - sample.start
+            if sample.trouble or size > MAX_SAMPLE_BYTES:
+                yield Found(name, BadSample("unsafe_member", f"it holds {sample.trouble or f'{size:,} bytes'}"), "WebDataset")
+                continue
+            block = os.pread(descriptor, size, sample.start)
+            yield _found(name, "WebDataset", b"", _document_of_block, sample.key, block)
+
+
+READERS: dict[str, Callable[..., Iterator[Found]]] = {
+    "rejected": _read_rejected,
+    "text": _read_text,
+    "json_lines": _read_json_lines,
+    "parquet": _read_parquet,
+    "media": _read_media,
+    "tar": _read_tar,
+}
+
+
+# -- documents
+
+
+def _found(file: str, layout: str, raw: bytes, make: Callable[..., Document], *arguments: Any) -> Found:
+    try:
+        return Found(file, make(*arguments), layout)
+    except BadSample as error:
+        return Found(file, error, layout, raw)
+    except FileNotFoundError as error:
+        return Found(file, BadSample("missing_file", str(error)), layout, raw)
+    except (OSError, ValueError, TypeError) as error:  # ValueError: a path with a zero byte; TypeError: a record of other types
+        return Found(file, BadSample("unreadable_file", str(error)), layout, raw)
+
+
+def _document_of_text(data: bytes) -> Document:
+    return Document((Segment(decode(data)),))
+
+
+def _document_of_block(key: str, block: bytes) -> Document:
+    return document_from_sample(key, files_of_block(block))
+
+
+def _document_of_files(root: str, media: list[str], text: str | None, captions: list[str], options: Options) -> Document:
+    segments = [Segment(read_file(os.path.join(root, file)), extension(file)) for file in media]
+    if captions:
+        text = decode(read_file(os.path.join(root, captions[0]), MAX_LINE_BYTES))
+    if options.caption_from_folder and not text:
+        text = re.sub("[-_]+", " ", Path(root, media[0]).parent.name)
+    return _captioned(segments, text)
+
+
+def _captioned(media: list[Segment], text: str | None) -> Document:
+    segments = (*media, *([Segment(text.strip())] if text is not None else []))
+    return Document(segments, ordered=len(segments) == 1)
 
 
 def _found_in_line(root: str, path: str, name: str, line: bytes, options: Options) -> Found:
     try:
-        record = json.loads(_decode(line))
+        record = json.loads(decode(line))
     except BadSample as error:
         return Found(name, error, "JSON lines", line)
     except (ValueError, RecursionError) as error:
         return Found(name, BadSample("invalid_json", str(error)), "JSON lines", line)
-    if isinstance(record, dict) and isinstance(record.get("text"), str) and options.kind in ("auto", "text"):
-        meta = record.get("meta")
-        return Found(name, Document((Segment(record["text"]),), meta=meta if isinstance(meta, dict) else {}), "JSON lines")
     return _found_in_record(root, path, name, "JSON lines", record, options, line)
 
 
 def _found_in_record(root: str, path: str, name: str, layout: str, record: Any, options: Options, raw: bytes = b"") -> Found:
-    """Of a record that is not just a text: interleaved, or media with a caption."""
-    if isinstance(record, dict):
-        for key, (interleaved, make) in _INTERLEAVED.items():
-            if isinstance(record.get(key), list) and options.kind in ("auto", "interleaved"):
-                return _found(name, f"{interleaved} ({layout})", raw, make, root, path, record)
-        media = [value for value in record.values() if _is_medium(value)] if options.kind != "text" else []
-        if media and options.kind in ("auto", "images", "audio"):
-            return _found(name, layout, raw, _document_of_media_record, root, path, record, media, options)
-        if isinstance(record.get("text"), str) and options.kind in ("auto", "text"):
-            meta = record.get("meta")
-            return Found(name, Document((Segment(record["text"]),), meta=meta if isinstance(meta, dict) else {}), layout)
+    """Of a record that is interleaved, has media and a caption, or is a text."""
+    record = record if isinstance(record, dict) else {}
+    for key, (interleaved, make) in _INTERLEAVED.items():
+        if isinstance(record.get(key), list) and options.kind in ("auto", "interleaved"):
+            return _found(name, f"{interleaved} ({layout})", raw, make, root, path, record)
+    if options.kind in ("auto", "images", "audio") and (media := [value for value in record.values() if _is_medium(value)]):
+        return _found(name, layout, raw, _document_of_media, root, path, record, media, options)
+    if options.kind in ("auto", "text") and isinstance(record.get("text"), str):
+        meta = record.get("meta")
+        return Found(name, Document((Segment(record["text"]),), meta=meta if isinstance(meta, dict) else {}), layout)
     return Found(name, BadSample("no_text", 'the record is not an object with a string "text"'), layout, raw)
 
 
@@ -483,21 +526,17 @@ def _document_of_parts(root: str, path: str, parts: list[Any], glue: str) -> Doc
     return Document(tuple(segments), meta={"missing_images": missing} if missing else {})
 
 
-def _document_of_media_record(root: str, path: str, record: dict[str, Any], media: list[Any], options: Options) -> Document:
+def _document_of_media(root: str, path: str, record: dict[str, Any], media: list[Any], options: Options) -> Document:
     segments = [_medium(root, path, medium) for medium in media]
     for segment in segments:
-        if segment.extension not in options.extensions and options.kind != "auto":
+        if segment.extension not in options.extensions:
             raise BadSample("ignored_extension", f"{segment.extension} is not of a kind that is read")
-    text = next((record[name] for name in TEXT_COLUMNS if isinstance(record.get(name), str)), None)
-    if text is not None:
-        segments.append(Segment(text.strip()))
-    return Document(tuple(segments), ordered=len(segments) == 1)
+    return _captioned(segments, next((record[name] for name in TEXT_COLUMNS if isinstance(record.get(name), str)), None))
 
 
 def _is_medium(value: Any) -> bool:
-    return isinstance(value, bytes) or (
-        isinstance(value, dict) and "bytes" in value and isinstance(value["bytes"], bytes | None)
-    )
+    """Bytes, or a struct of `bytes` and `path`, either of which may be missing."""
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes", ""), bytes | None))
 
 
 _MAGIC = (
@@ -511,367 +550,31 @@ def _medium(root: str, path: str, value: Any) -> Segment:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        file = _beside(root, path, value)
+        file = file_beside(root, path, value)
         if file is None:
             raise BadSample("missing_file", f"{value!r} is not in the input folder")
-        value = _read_file(file)
+        value = read_file(file)
     if not isinstance(value, bytes):
         raise BadSample("missing_file", "neither bytes nor the name of a file")
-    if value[:4] == b"RIFF" and (extension := {b"WAVE": "wav", b"WEBP": "webp"}.get(value[8:12])):
-        return Segment(value, extension)
-    for magic, extension in _MAGIC:
+    if value[:4] == b"RIFF" and (kind := {b"WAVE": "wav", b"WEBP": "webp"}.get(value[8:12])):
+        return Segment(value, kind)
+    for magic, kind in _MAGIC:
         if value.startswith(magic):
-            return Segment(value, extension)
+            return Segment(value, kind)
     raise BadSample("unknown_medium", f"it begins with {value[:8]!r}, as no kind of medium that is read does")
 
 
-MAX_BATCH_BYTES = 1 << 30
-
-
-def _read_parquet(root: str, file: str, options: Options, path: str, group: int) -> Iterator[Found]:
-    parquet = require("pyarrow.parquet", "prepare", "reading Parquet")
-    path = os.path.join(root, path)
-    try:
-        with _open(path) as opened, parquet.ParquetFile(opened, memory_map=False) as table:
-            first = sum(table.metadata.row_group(before).num_rows for before in range(group))
-            names = _parquet_columns(table.schema_arrow)
-            rows = max(1, table.metadata.row_group(group).num_rows)
-            size = table.metadata.row_group(group).total_byte_size
-            at_once = max(1, min(1024, rows * ITEM_BYTES // max(1, size)))
-            if size > rows * MAX_SAMPLE_BYTES:
-                raise BadSample("damaged_file", f"{size:,} bytes in {rows:,} rows")
-            for batch in table.iter_batches(at_once, row_groups=[group], columns=names, use_threads=False):
-                for record in batch.to_pylist():
-                    first += 1
-                    record = {name: value for name, value in record.items() if value is not None}
-                    yield _found_in_record(root, path, f"{file}:{first}", "Parquet", record, options)
-    except BadSample:
-        raise
-    except Exception as error:  # of pyarrow, and what a hostile file makes of it
-        raise BadSample("damaged_file", f"row group {group}: {error}") from error
-
-
-def _parquet_columns(schema: Any) -> list[str]:
-    """Columns that may make a document: those that readers know by name, and media."""
-    import pyarrow.types as types
-
-    known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS}
-    return [
-        field.name
-        for field in schema
-        if field.name in known
-        or types.is_binary(field.type)
-        or types.is_large_binary(field.type)
-        or (types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
-    ]
-
-
-def _read_media(root: str, file: str, options: Options, media: list[str], captions: list[str]) -> Iterator[Found]:
-    """Files that share a name."""
-    layout = "files that share a name" if len(media) + len(captions) > 1 else "media file"
-    media, captions = ([os.path.join(root, name) for name in names] for names in (media, captions))
-    yield _found(file, layout, b"", _document_of_group, media, captions, options)
-
-
-def _read_table(
-    root: str, file: str, options: Options, path: str, header: list[str], start: int, first: int, count: int, layout: str
-) -> Iterator[Found]:
-    """A document a row."""
-    path = os.path.join(root, path)
-    file_columns = [header.index(name) for name in FILE_COLUMNS if name in header]
-    text_column = next((header.index(name) for name in TEXT_COLUMNS if name in header), None)
-    with _open(path) as opened:
-        lines = _Lines(opened, start, first)
-        for _, row in zip(range(count), csv.reader(lines, TABLE_DIALECTS[_extension(path)]), strict=False):
-            media = [row[column] for column in file_columns if column < len(row) and row[column]]
-            text = (row[text_column] if text_column < len(row) else "") if text_column is not None else None
-            yield _found(f"{file}:{lines.number}", layout, b"", _document_of_row, root, path, media, text, options)
-
-
-def _read_librispeech(root: str, file: str, options: Options, path: str, sounds: list[str]) -> Iterator[Found]:
-    """A line a recording: its name without extension, a space, what is said."""
-    folder = os.path.join(root, os.path.dirname(path))
-    recordings = {name.rsplit(".", 1)[0]: name for name in sounds}
-    data = _read_file(os.path.join(root, path), MAX_LINE_BYTES)
-    for number, line in enumerate(data.splitlines(), start=1):
-        name, _, text = line.decode(errors="surrogateescape").strip().partition(" ")
-        if name:
-            sound = recordings.pop(name, None)
-            media = [os.path.join(folder, sound)] if sound else []
-            yield _found(f"{file}:{number}", "LibriSpeech", line, _document_of_media, media, text, options)
-    for sound in recordings.values():
-        name = os.path.join(os.path.dirname(file), os.fsencode(sound).decode(errors="replace"))
-        yield Found(name, BadSample("not_in_table", "no line of the transcript names it"), "LibriSpeech")
-
-
-def _read_tar(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
-    """The samples of a WebDataset shard."""
-    with _open(os.path.join(root, path)) as opened:
-        descriptor = opened.fileno()
-        for sample in sample_ranges(file, descriptor, os.fstat(descriptor).st_size):
-            name = f"{file}:{os.fsencode(sample.key).decode(errors='replace')}"
-            if sample.trouble or sample.stop - sample.start > MAX_SAMPLE_BYTES:
-                trouble = sample.trouble or f"{sample.stop - sample.start:,} bytes"
-                yield Found(name, BadSample("unsafe_member", f"it holds {trouble}"), "WebDataset")
-                continue
-            block = os.pread(descriptor, sample.stop - sample.start, sample.start)
-            yield _found(name, "WebDataset", b"", _document_of_block, sample.key, block)
-
-
-def _document_of_block(key: str, block: bytes) -> Document:
-    return document_from_sample(key, files_of_block(block))
-
-
-READERS: dict[str, Callable[..., Iterator[Found]]] = {
-    "rejected": _read_rejected,
-    "text": _read_text,
-    "json_lines": _read_json_lines,
-    "parquet": _read_parquet,
-    "media": _read_media,
-    "table": _read_table,
-    "librispeech": _read_librispeech,
-    "tar": _read_tar,
-}
-
-
-def _found(file: str, layout: str, raw: bytes, make: Callable[..., Document], *arguments: Any) -> Found:
-    try:
-        return Found(file, make(*arguments), layout)
-    except BadSample as error:
-        return Found(file, error, layout, raw)
-    except FileNotFoundError as error:
-        return Found(file, BadSample("missing_file", str(error)), layout, raw)
-    except (OSError, ValueError, TypeError) as error:  # ValueError: a path with a zero byte; TypeError: a record of other types
-        return Found(file, BadSample("unreadable_file", str(error)), layout, raw)
-
-
-def _document_of_text(data: bytes) -> Document:
-    return Document((Segment(_decode(data)),))
-
-
-def _document_of_group(media: list[str], captions: list[str], options: Options) -> Document:
-    text = _decode(_read_file(captions[0], MAX_LINE_BYTES)) if captions else None
-    return _document_of_media(media, text, options)
-
-
-def _document_of_row(root: str, table: str, names: list[str], text: str | None, options: Options) -> Document:
-    media = []
-    for name in names:
-        file = _beside(root, table, name)
-        if file is None:
-            raise BadSample("missing_file", f"{name!r} is not in the input folder")
-        if _extension(file) not in options.extensions or _extension(file) not in MEDIA_EXTENSIONS:
-            raise BadSample("ignored_extension", f"{file!r} is not of a kind that is read")
-        media.append(file)
-    return _document_of_media(media, text, options)
-
-
-def _document_of_media(media: list[str], text: str | None, options: Options) -> Document:
-    if not media:
-        raise BadSample("missing_file", "no file is named, or none of that name is there")
-    segments = [Segment(_read_file(file), _extension(file)) for file in media]
-    if options.caption_from_folder and not text:
-        text = re.sub("[-_]+", " ", Path(media[0]).resolve().parent.name)
-    if text is not None:
-        segments.append(Segment(text.strip()))
-    return Document(tuple(segments), ordered=len(segments) == 1)
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", str(error)) from error
-
-
-# -- files
-
-
-def _open(path: str) -> BinaryIO:
-    """Raises `BadSample` where `path` is a link or no plain file (a pipe would block for ever)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BadSample("ignored_link", f"{path!r} is no plain file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _read_file(path: str, limit: int = MAX_SAMPLE_BYTES) -> bytes:
-    with _open(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise BadSample("file_too_large", f"{path!r} has {size:,} bytes; at most {limit:,} are read")
-        return file.read(limit)
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes | BadSample]:
-    """The lines of a file; a `BadSample` in place of one that is too long, and the end where it is far too long."""
-    while line := file.readline(MAX_LINE_BYTES):
-        if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        for _ in range(16):
-            line = file.readline(MAX_LINE_BYTES)
-            if not line or line.endswith(b"\n"):
-                break
-        else:
-            raise BadSample("line_too_long", f"a line is longer than {16 * MAX_LINE_BYTES:,} bytes; what follows is left out")
-        yield BadSample("line_too_long", f"the line is longer than {MAX_LINE_BYTES:,} bytes")
-
-
-class _Zstandard(io.RawIOBase):
-    """Decompresses frame by frame: `zstandard.open` takes a truncated file for a whole one.
-
-    A block of 4 bytes can hold 128 KiB, so 2 KiB of input are at most 64 MiB.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
-        self._file, self._frame, self._input, self._output = file, None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(2048)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the compressed file ends before its end mark")
-                return 0
-            frame: Any = self._frame or self._decompressor.decompressobj()
-            try:
-                self._output = memoryview(frame.decompress(self._input))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            self._input = frame.unused_data if frame.eof else b""
-            self._frame = None if frame.eof else frame
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
-    "jsonl": lambda file: file,
-    "jsonl.gz": lambda file: gzip.GzipFile(fileobj=file),
-    "jsonl.zst": lambda file: io.BufferedReader(_Zstandard(file), 1 << 17),
-}
-
-
-class _Range(io.RawIOBase):
-    """The bytes [start, stop) of a file."""
-
-    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
-        file.seek(start)
-        self._file, self._left = file, max(0, stop - start)
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(min(size, self._left))
-        self._left -= len(data)
-        return data
-
-
-def _paragraph_after(file: BinaryIO, place: int, limit: int) -> int:
-    """The first place from `place` on where a paragraph begins, else a line, a word, a character; the borders of parts."""
-    size = os.fstat(file.fileno()).st_size
-    if place in (0, size):
-        return place
-    file.seek(place)
-    window = file.read(min(limit, 1 << 16))
-    cuts = (at + len(mark) for mark in (b"\n\n", b"\n", b" ") if (at := window.find(mark)) >= 0)
-    characters = (at for at in range(min(4, len(window))) if window[at] & 0xC0 != 0x80)
-    return place + (next(cuts, 0) or next(characters, 0))
-
-
-def _pieces(file: Any, limit: int) -> Iterator[bytes]:
-    """A file in pieces of at most `limit` bytes, each cut after a blank line, else a line, else a space, else a character."""
-    piece = file.read(limit)
-    while len(piece) == limit:
-        cuts = (at + len(mark) for mark in (b"\n\n", b"\n", b" ") if (at := piece.rfind(mark, limit // 2)) >= 0)
-        characters = (at for at in range(limit - 1, limit - 5, -1) if piece[at] & 0xC0 != 0x80)  # first bytes, from the end
-        cut = next(cuts, 0) or next(characters, 0) or limit
-        rest = piece[cut:] + file.read(cut)
-        if rest:
-            yield piece[:cut]
-            piece = rest
-        else:
-            break
-    yield piece
-
-
-def _relative(root: str, *path: str) -> str:
-    joined = os.path.join(*path)
-    return joined[len(root) :].lstrip(os.sep) if joined.startswith(os.path.join(root, "")) else os.path.relpath(joined, root)
-
-
-def _extension(file: str) -> str:
-    parts = os.path.basename(file).lower().split(".")
-    return ".".join(parts[-2:] if parts[-1] in ("gz", "zst") else parts[-1:]) if len(parts) > 1 else ""
-
-
-def _folders(folder: str) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
-
-
-def _is_link(path: str) -> bool:
-    return os.path.islink(path)
-
-
-def _beside(root: str, path: str, name: str) -> str | None:
-    """The plain file of that name beside `path`; None where there is none, or outside the root."""
-    inside = os.path.realpath(root)
-    for folder in TABLE_FOLDERS:
-        candidate = os.path.join(os.path.dirname(path), folder, name)
-        with suppress(OSError, ValueError):  # ValueError: a zero byte
-            if stat.S_ISREG(os.lstat(candidate).st_mode) and Path(os.path.realpath(candidate)).is_relative_to(inside):
-                return candidate
-    return None
-
-
-def _path_digest(file: str) -> bytes:
-    return hashlib.blake2b(os.fsencode(os.path.abspath(file)), digest_size=16, person=b"path").digest()
-
-
-class DigestSet:
-    """A set of digests in a file, so that memory does not grow with the data."""
-
-    def __init__(self, path: Path) -> None:
-        # One thread at a time, but not always the same: `tokenizers` iterates in one of its own.
-        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for statement in (
-            "PRAGMA journal_mode=OFF",
-            "PRAGMA synchronous=OFF",
-            "PRAGMA cache_size=-65536",  # KiB
-            "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID",
-            "BEGIN",
-        ):
-            self._database.execute(statement)
-
-    def __enter__(self) -> DigestSet:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._database.close()
-
-    def add(self, digest: bytes) -> None:
-        self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
-
-    def __contains__(self, digest: bytes) -> bool:
-        return self._database.execute("SELECT 1 FROM seen WHERE digest = ?", (digest,)).fetchone() is not None
+# -- texts alone
 
 
 def read_texts(input: Path) -> Iterator[str]:
     """The texts alone, cleaned, of a text file or a folder of them; what cannot be read is left out."""
     input = input.resolve()
     options = Options(kind="text")
-    with DigestSet(Path(":memory:")) as named:
-        for item in list_items(input, options, named):
-            for found in read_item(str(input if input.is_dir() else input.parent), item, options):
-                if isinstance(found.content, Document):
-                    yield from (clean_text(segment.text) for segment in found.content.segments)
+    for item in list_items(input, options):
+        for found in read_item(str(input if input.is_dir() else input.parent), item, options):
+            if isinstance(found.content, Document):
+                yield from (clean_text(segment.text) for segment in found.content.segments)
 
 
 def evaluation_texts(path: str) -> Iterator[str]:
@@ -880,28 +583,39 @@ def evaluation_texts(path: str) -> Iterator[str]:
     Raises:
         ValueError: the file cannot be read, or is of another kind.
     """
-    extension = _extension(path)
+    kind = extension(path)
     try:
-        if extension in TEXT_EXTENSIONS:
-            yield _decode(_read_file(os.path.realpath(path)))
-        elif extension in JSON_EXTENSIONS:
-            with _open(os.path.realpath(path)) as file:
-                for line in _lines(DECOMPRESSORS[extension](file)):
-                    if isinstance(line, BadSample):
-                        raise line
-                    if line.strip():
-                        yield from evaluation_strings(json.loads(line))
-        elif extension in TABLE_DIALECTS:
-            with _open(os.path.realpath(path)) as file:
-                for row in csv.reader(_Lines(file, 0), TABLE_DIALECTS[extension]):
-                    yield from row
-        elif extension == "parquet":
+        if kind == "parquet":
             parquet = require("pyarrow.parquet", "prepare", "reading Parquet")
             with parquet.ParquetFile(path) as table:
                 for batch in table.iter_batches(1024):
-                    yield from evaluation_strings(batch.to_pylist())
-        else:
-            known = (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, *TABLE_DIALECTS, "parquet")
-            raise ValueError(f"the evaluation set {path!r} is none of *.{', *.'.join(known)}")
-    except (OSError, EOFError, zlib.error, csv.Error, json.JSONDecodeError, BadSample) as error:
+                    yield from _strings_in(batch.to_pylist())
+            return
+        if kind in TEXT_EXTENSIONS:
+            yield decode(read_file(os.path.realpath(path)))
+            return
+        with open_plain(os.path.realpath(path)) as file:
+            if kind in TABLE_EXTENSIONS:
+                yield from _strings_in(csv.reader(table_lines(file), TABLE_DIALECTS[kind]))
+            elif kind in JSON_EXTENSIONS:
+                for line in lines_of(DECOMPRESSORS[kind](file)):
+                    if isinstance(line, BadSample):
+                        raise line
+                    if line.strip():
+                        yield from _strings_in(json.loads(line))
+            else:
+                known = (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, *TABLE_EXTENSIONS, "parquet")
+                raise ValueError(f"it is none of *.{', *.'.join(known)}")
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:  # BadSample is a ValueError
         raise ValueError(f"the evaluation set {path!r} cannot be read: {error}") from error
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    """Every string in a record, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings_in(list(value.values()))
+    elif isinstance(value, Iterable):
+        for one in value:
+            yield from _strings_in(one)

@@ -2,7 +2,7 @@
 
     unit ──► make_spill ──► spill/0000/0000012.blocks       samples as they will stand in a shard, one after another
                             spill/0000/0000012.safetensors  a row a document; what was rejected
-    plan ──► write_shard ──► result/<source>-train-000000.tar and its index: ranges of blocks, copied
+    plan ──► write_shard ──► result/<source>-train-000000.tar and its index
 
 Both are functions of files in a `Workplace`, and write files that appear when they are whole: any process on any machine that
 sees the folder may run them, in any order and again, with the same result.
@@ -17,15 +17,20 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pile_app.data.files import whole_file
 from pile_app.data.filters import PERMUTATIONS, EvaluationTexts, apply_steps, minhash
-from pile_app.data.readers import Found, Item, Options, read_item
+from pile_app.data.options import Options
+from pile_app.data.readers import Found, Item, read_item
 from pile_app.data.shards import (
     BLOCK,
     MAX_SAMPLE_BYTES,
@@ -41,6 +46,12 @@ from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, audio_
 KEPT = 20  # rejected samples of each reason that are kept for review
 KEPT_BYTES = 1 << 20  # of a file
 KEPT_CHARACTERS = 1 << 16
+ROW = np.dtype(  # of a document: byte range in the blocks, number of its source in `Table.sources`, split, sizes, content
+    [
+        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("validation", "|b1"),
+        ("text_bytes", "<u8"), ("images", "<u4"), ("audio_seconds", "<f8"), ("digest", "<u8", 2),
+    ]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,14 +66,10 @@ class Workplace:
     source: str
     options: Options
 
-    def save(self) -> None:
-        values = {"root": self.root, "source": self.source, "options": asdict(self.options)}
-        (self.folder / "workplace.json").write_text(json.dumps(values))
-
     @classmethod
     def load(cls, folder: str) -> Workplace:
-        values = json.loads((Path(folder) / "workplace.json").read_bytes())
-        return cls(Path(folder), values["root"], values["source"], Options.of(values["options"]))
+        state = json.loads((Path(folder) / "state.json").read_bytes())
+        return cls(Path(folder), state["root"], state["source"], Options.of(state["options"]))
 
     @property
     def result(self) -> Path:
@@ -71,13 +78,6 @@ class Workplace:
     @property
     def evaluation(self) -> str:
         return str(self.folder / "evaluation.safetensors")
-
-    def items(self, unit: int) -> list[Item]:
-        """What a unit consists of."""
-        places = np.load(self.folder / "units.npy", mmap_mode="r")
-        with open(self.folder / "units.jsonl", "rb") as file:
-            file.seek(int(places[unit]))
-            return [Item(*item) for item in json.loads(file.readline())]
 
     def blocks(self, unit: int) -> str:
         return str(self.folder / "spill" / f"{unit // 1000:04d}" / f"{unit:07d}.blocks")
@@ -88,51 +88,78 @@ class Workplace:
     def plan(self, shard: str) -> Path:
         return self.folder / "plans" / f"{shard}.npy"
 
+    def write_units(self, items: Iterable[Item], unit_bytes: int) -> int:
+        """Groups items to units of about `unit_bytes`, a line of `units.jsonl` each; their number."""
+        places: list[int] = []
+        with open(self.folder / "units.jsonl", "wb") as file:
+            for unit in _grouped(items, unit_bytes):
+                places.append(file.tell())
+                file.write(json.dumps(unit).encode() + b"\n")
+        np.save(self.folder / "units.npy", np.array(places, np.uint64))
+        return len(places)
+
+    def items(self, unit: int) -> list[Item]:
+        """What a unit consists of."""
+        places = np.load(self.folder / "units.npy", mmap_mode="r")
+        with open(self.folder / "units.jsonl", "rb") as file:
+            file.seek(int(places[unit]))
+            return [Item(*item) for item in json.loads(file.readline())]
+
+
+def _grouped(items: Iterable[Item], most_bytes: int, most_items: int = 1024) -> Iterator[list[Item]]:
+    unit: list[Item] = []
+    weight = 0
+    for item in items:
+        unit.append(item)
+        weight += item.weight
+        if weight >= most_bytes or len(unit) == most_items:
+            yield unit
+            unit, weight = [], 0
+    if unit:
+        yield unit
+
 
 @dataclass(frozen=True)
 class Table:
     """The documents of a unit, N rows, and what was rejected.
 
-    offset, size: (N,) byte range in the blocks; source: (N,) number in `sources`; validation: (N,); text_bytes, images,
-    audio_seconds: (N,); digest: (N, 2) uint64; signature: (N, 128) uint32, or (0, 128) where none were asked for, zeros where
-    there is none; files: names; rejected: [row it came before, source, file, reason, detail, offset, size]; layouts: documents,
-    and what was rejected, by what they were read as.
+    rows: (N,) `ROW`; signatures: (N, 128) uint32, or (0, 128) where none were asked for, zeros where there is none; files:
+    names; rejected: [row it came before, source, file, reason, detail, offset, size]; layouts: documents, and what was
+    rejected, by what they were read as; blocks: bytes of the blocks.
     """
 
-    offset: np.ndarray
-    size: np.ndarray
-    source: np.ndarray
-    validation: np.ndarray
-    text_bytes: np.ndarray
-    images: np.ndarray
-    audio_seconds: np.ndarray
-    digest: np.ndarray
-    signature: np.ndarray
+    rows: np.ndarray
+    signatures: np.ndarray
     sources: list[str]
     files: list[str]
     rejected: list[list[Any]]
     layouts: dict[str, int]
+    blocks: int
 
-    TYPES = {  # noqa: RUF012 (a table, never changed)
-        "offset": "<u8", "size": "<u8", "source": "<u2", "validation": "|b1", "text_bytes": "<u8", "images": "<u4",
-        "audio_seconds": "<f8", "digest": "<u8", "signature": "<u4",
-    }  # fmt: skip
-    TEXTS = ("sources", "files", "rejected", "layouts")
+    TYPES = {"rows": "|u1", "signatures": "<u4"}  # noqa: RUF012 (a table, never changed)
+
+    def save(self, path: str) -> None:
+        texts = {name: getattr(self, name) for name in ("sources", "files", "rejected", "layouts", "blocks")}
+        arrays = {"rows": self.rows.view(np.uint8), "signatures": self.signatures.reshape(-1)}
+        save_arrays(path, arrays, {name: json.dumps(value) for name, value in texts.items()})
 
     @classmethod
     def load(cls, path: str) -> Table:
         arrays, header = map_arrays(path, cls.TYPES)
-        arrays["digest"] = arrays["digest"].reshape(-1, 2)
-        arrays["signature"] = arrays["signature"].reshape(-1, PERMUTATIONS)
-        fields: dict[str, Any] = arrays | {name: json.loads(header[name]) for name in cls.TEXTS}
-        return cls(**fields)
+        texts = {name: json.loads(value) for name, value in header.items()}
+        return cls(arrays["rows"].view(ROW), arrays["signatures"].reshape(-1, PERMUTATIONS), **texts)
+
+    @classmethod
+    def digests(cls, path: str) -> np.ndarray:
+        """(N, 2) uint64: of the contents of the documents, without reading the rest."""
+        return map_arrays(path, cls.TYPES)[0]["rows"].view(ROW)["digest"]
 
 
 def is_spilled(work: Workplace, unit: int) -> bool:
     """Whether a unit is done: both of its files are there and whole."""
     try:
         _, header = map_arrays(work.table(unit), Table.TYPES)
-        return os.path.getsize(work.blocks(unit)) == int(header["bytes"])
+        return os.path.getsize(work.blocks(unit)) == int(header["blocks"])
     except (OSError, ValueError, KeyError):
         return False
 
@@ -142,88 +169,58 @@ def make_spill(folder: str, unit: int) -> None:
     work = Workplace.load(folder)
     options = work.options
     evaluation = EvaluationTexts(work.evaluation, options.ngram) if options.decontaminate else None
-    columns: dict[str, list[Any]] = {name: [] for name in Table.TYPES}
+    rows: list[tuple[Any, ...]] = []
+    signatures: list[np.ndarray] = []
     sources: dict[str, int] = {}
     files: list[str] = []
     rejected: list[list[Any]] = []
     reasons: Counter[str] = Counter()
     layouts: Counter[str] = Counter()
+    place = 0
     os.makedirs(os.path.dirname(work.blocks(unit)), exist_ok=True)
-    temporary = f"{work.blocks(unit)}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb", 1 << 20) as blocks:
-            place = 0
-            for found in _read(work, unit):
-                layouts[found.layout] += 1
-                source = work.source
-                try:
-                    if isinstance(found.content, BadSample):
-                        raise found.content
-                    document = found.content
-                    if "pile_set_name" in document.meta:
-                        source = slug(str(document.meta["pile_set_name"])) or work.source
-                    document = replace(
-                        document, key=f"{unit:07d}-{len(files):06d}", meta={"file": found.file} | dict(document.meta)
-                    )
-                    document = apply_steps(document, options, evaluation)
-                    block = sample_block(document)
-                except BadSample as error:
-                    offset = size = 0
-                    if reasons[error.reason] < KEPT and (review := _review(found)) is not None:
-                        offset, size = place, blocks.write(review)
-                        place += size
-                    reasons[error.reason] += 1
-                    # An address differs in every run.
-                    detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)
-                    rejected.append([len(files), source, found.file, error.reason, detail, offset, size])
-                    continue
-                blocks.write(block)
-                _add_row(columns, document, options)
-                columns["offset"].append(place)
-                columns["size"].append(len(block))
-                columns["source"].append(sources.setdefault(source, len(sources)))
+    with whole_file(work.blocks(unit)) as blocks:
+        for found in (found for item in work.items(unit) for found in read_item(work.root, item, options)):
+            layouts[found.layout] += 1
+            source = work.source
+            try:
+                if isinstance(found.content, BadSample):
+                    raise found.content
+                document, meta = found.content, dict(found.content.meta)
+                source = slug(str(meta.get("pile_set_name", ""))) or source
+                document = replace(document, key=f"{unit:07d}-{len(files):06d}", meta={"file": found.file} | meta)
+                document = apply_steps(document, options, evaluation)
+                block = sample_block(document)
+            except BadSample as error:
+                block = (_review(found) if reasons[error.reason] < KEPT else None) or b""
+                reasons[error.reason] += 1
+                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
+                rejected.append([len(files), source, found.file, error.reason, detail, place, blocks.write(block)])
+            else:
+                number = sources.setdefault(source, len(sources))
+                rows.append((place, blocks.write(block), number, *_describe(document, options)))
                 files.append(found.file)
-                place += len(block)
-        os.replace(temporary, work.blocks(unit))
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    digest, signature = columns.pop("digest"), columns.pop("signature")
-    arrays = {name: np.array(values, Table.TYPES[name]) for name, values in columns.items()}
-    arrays["digest"] = np.frombuffer(b"".join(digest), "<u8")
-    arrays["signature"] = np.array(signature, "<u4").reshape(-1)
-    texts = {"sources": list(sources), "files": files, "rejected": rejected, "layouts": layouts}
-    save_arrays(work.table(unit), arrays, {name: json.dumps(value) for name, value in texts.items()} | {"bytes": str(place)})
+                if options.near_duplicates is not None:
+                    signatures.append(_signature(document))
+            place += len(block)
+    hashes = np.array(signatures, "<u4").reshape(-1, PERMUTATIONS)
+    Table(np.array(rows, ROW), hashes, list(sources), files, rejected, dict(layouts), place).save(work.table(unit))
 
 
 def write_shard(folder: str, shard: str) -> None:
-    """Copies the ranges of a plan, (K, 3) of unit, offset and size, to a shard, and indexes it."""
+    """Copies the samples of a plan, (K, 3) of unit, offset and size in its blocks, to a shard, and indexes it."""
     work = Workplace.load(folder)
     path = str(work.result / f"{shard}.tar")
-    try:
+    with suppress(ShardError, OSError):
         load_index(path)
         return
-    except (ShardError, OSError):
-        pass
-    temporary = f"{path}.{os.getpid()}.tmp"
-    opened, blocks = -1, -1
-    try:
-        with open(temporary, "wb", 1 << 20) as tar:
-            for unit, offset, size in np.load(work.plan(shard)).tolist():
-                if unit != opened:
-                    if blocks >= 0:
-                        os.close(blocks)
-                    opened, blocks = unit, os.open(work.blocks(unit), os.O_RDONLY)
-                for start in range(offset, offset + size, 1 << 24):
-                    tar.write(os.pread(blocks, min(1 << 24, offset + size - start), start))
-            end = tar.tell() + 2 * BLOCK
-            tar.write(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
-        os.replace(temporary, path)
-    finally:
-        if blocks >= 0:
-            os.close(blocks)
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_file(path) as tar:
+        for unit, samples in groupby(np.load(work.plan(shard)).tolist(), itemgetter(0)):
+            with open(work.blocks(unit), "rb") as blocks:
+                for _, offset, size in samples:
+                    blocks.seek(offset)
+                    tar.write(blocks.read(size))
+        end = tar.tell() + 2 * BLOCK
+        tar.write(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
     index = build_index(path)
     if index.rejected:
         raise RuntimeError(f"{path!r}: what was prepared cannot be read back: {index.rejected[:3]}")
@@ -272,34 +269,24 @@ def document_of_block(block: bytes) -> Document:
     return document_from_sample("", files_of_block(block))
 
 
-def _read(work: Workplace, unit: int) -> Iterator[Found]:
-    for item in work.items(unit):
-        yield from read_item(work.root, item, work.options)
-
-
-def _add_row(columns: dict[str, list[Any]], document: Document, options: Options) -> None:
+def _describe(document: Document, options: Options) -> tuple[Any, ...]:
+    """The columns of `ROW` after `source`."""
     media = [segment for segment in document.segments if segment.modality != TEXT]
     digest = _digest(document.segments, options.seed)
     # By the media where there are any: five captions of one image are five documents on one side.
     draw = int.from_bytes((_digest(media, options.seed) if media else digest)[:8], "big") / 2**64
-    text_bytes = images = 0
-    audio_seconds = 0.0
-    for segment in document.segments:
-        if segment.modality == TEXT:
-            text_bytes += len(segment.text) if segment.text.isascii() else len(segment.text.encode())
-        elif segment.modality == IMAGE:
-            images += 1
-        else:
-            samples, rate = audio_size(segment.file)
-            audio_seconds += samples / rate
-    columns["digest"].append(digest)
-    columns["validation"].append(draw < options.validation_share)
-    columns["text_bytes"].append(text_bytes)
-    columns["images"].append(images)
-    columns["audio_seconds"].append(audio_seconds)
-    if options.near_duplicates is not None:
-        signature = np.zeros(PERMUTATIONS, np.uint32) if media else minhash("\n".join(s.text for s in document.segments))
-        columns["signature"].append(signature)
+    text_bytes = sum(len(segment.text.encode()) for segment in document.segments if segment.modality == TEXT)
+    sounds = [audio_size(segment.file) for segment in media if segment.modality != IMAGE]
+    seconds = sum(samples / rate for samples, rate in sounds)
+    is_validation = draw < options.validation_share
+    return is_validation, text_bytes, len(media) - len(sounds), seconds, tuple(np.frombuffer(digest, "<u8").tolist())
+
+
+def _signature(document: Document) -> np.ndarray:
+    """Of the texts; zeros where there are media, whose captions may well be alike."""
+    if any(segment.modality != TEXT for segment in document.segments):
+        return np.zeros(PERMUTATIONS, np.uint32)
+    return minhash("\n".join(segment.text for segment in document.segments))
 
 
 def _digest(segments: Iterable[Segment], seed: int) -> bytes:
@@ -312,12 +299,10 @@ def _digest(segments: Iterable[Segment], seed: int) -> bytes:
 
 def _review(found: Found) -> bytes | None:
     """What was rejected as a sample for people to look at; None where there is nothing to see."""
-    if isinstance(found.content, BadSample):
-        if not found.raw:
-            return None
-        segments: tuple[Segment, ...] = (Segment(found.raw[:KEPT_CHARACTERS].decode(errors="replace")),)
-    else:
+    if isinstance(found.content, Document):
         segments = tuple(map(_review_segment, found.content.segments))
+    else:
+        segments = (Segment(found.raw[:KEPT_CHARACTERS].decode(errors="replace")),)
     return sample_block(Document(segments, "rejected")) if any(segment.data for segment in segments) else None
 
 
@@ -331,29 +316,5 @@ def _review_segment(segment: Segment) -> Segment:
 
 @lru_cache(1024)
 def slug(name: str) -> str:
-    """A name for files, from any."""
-    return re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:64]
-
-
-def write_units(items: Iterable[Item], folder: Path, unit_bytes: int, unit_items: int = 1024) -> int:
-    """Groups items to units of about `unit_bytes`, a line of `units.jsonl` each; their number."""
-    places: list[int] = []
-    unit: list[Item] = []
-    weight = 0
-    with open(folder / "units.jsonl", "wb") as file:
-
-        def close() -> None:
-            nonlocal unit, weight
-            places.append(file.tell())
-            file.write(json.dumps(unit).encode() + b"\n")
-            unit, weight = [], 0
-
-        for item in items:
-            unit.append(item)
-            weight += item.weight
-            if weight >= unit_bytes or len(unit) == unit_items:
-                close()
-        if unit:
-            close()
-    np.save(folder / "units.npy", np.array(places, np.uint64))
-    return len(places)
+    """A name for files, from any; of 128 bytes at most, as file systems have 255 for shard, index and what is being written."""
+    return re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:64].encode()[:128].decode(errors="ignore")

@@ -27,7 +27,7 @@ from pile_app.data.filters import (
     require,
     words_of,
 )
-from pile_app.data.readers import Options
+from pile_app.data.options import Options
 from pile_app.documents import BadSample, Document, Segment, audio_size, decode_audio, image_size
 
 RATE = 8000

@@ -14,8 +14,8 @@ import soundfile
 import yaml
 import zstandard
 
+from pile_app.data.files import pieces_of
 from pile_app.data.prepare import Summary, prepare
-from pile_app.data.readers import _pieces
 from pile_app.data.shards import Shards, expand_shards, load_index
 from pile_app.documents import Document, Segment
 
@@ -98,7 +98,7 @@ def test_long_text_files_are_cut_at_blank_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"ab cd\n" * 9, "猫".encode() * 40, b"x" * 64, b"\x80" * 70, b"a\n\n" + b"b" * 61])
 def test_pieces_are_the_file(data: bytes) -> None:
-    pieces = list(_pieces(io.BytesIO(data), 16))
+    pieces = list(pieces_of(io.BytesIO(data), len(data), 16))
     assert b"".join(pieces) == data
     assert all(0 < len(piece) <= 16 for piece in pieces) or data == b""
     if data[:1] != b"\x80":
