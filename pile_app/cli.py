@@ -413,7 +413,7 @@ def inspect_run(options: argparse.Namespace) -> None:
     if options.step is None and options.position is None:
         inspect_shards(options)
         return
-    from pile_app.tasks.inspect_step import format_step, inspect_positions, inspect_step, parse_positions
+    from pile_app.tasks.inspect_step import inspect_training, parse_positions
 
     if options.step is not None and options.position is not None:
         raise ValueError("give --step or --position, not both")
@@ -421,14 +421,12 @@ def inspect_run(options: argparse.Namespace) -> None:
         raise ValueError("--step and --position take one run, and neither --duplicates, --tokenizer nor --context")
     run = Path(options.paths[0])
     if options.step is not None:
-        folder = options.output or run / "inspect" / f"step-{options.step}"
-        description = inspect_step(run, options.step, folder, options.limit)
+        asked, name = options.step, f"step-{options.step}"
     else:
-        first, stop = parse_positions(options.position)
+        first, stop = asked = parse_positions(options.position)
         name = f"position-{first}" if stop == first + 1 else f"positions-{first}-{stop - 1}"
-        folder = options.output or run / "inspect" / name
-        description = inspect_positions(run, first, stop, folder, options.limit)
-    print(format_step(description))
+    folder = options.output or run / "inspect" / name
+    print(inspect_training(run, asked, folder, options.limit))
     print(f"saved in {folder}: open {folder / 'documents.html'}")
 
 

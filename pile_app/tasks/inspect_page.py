@@ -5,14 +5,13 @@ Its media lie beside it. A policy sees to it that nothing else is loaded, and th
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pile_app.documents import MODALITIES, TEXT, Segment
+from pile_app.documents import MODALITIES, TEXT, BadSample, Segment, audio_size, decode_audio, decode_image, image_size
 from pile_app.training.report import STYLE, data_uri, spectrogram
 
 Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None where that cannot be
@@ -29,31 +28,32 @@ SHOWN_CHARACTERS = 20_000  # of a text
 
 
 def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
-    """The entry of a segment. A medium is written to `path` and its extension; what is encoded, as what it decodes to."""
-    entry: dict[str, Any] = {"modality": MODALITIES[segment.modality]}
-    learned = segment.loss and not hidden
+    """{"modality", "text" | "file" | "note", "hidden", "learned"}. A medium is written to `path` and its extension as it is
+    stored; what is encoded, as what it decodes to."""
+    entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
     if segment.is_encoded:
-        decoded = decode(segment)
+        try:
+            decoded = decode(segment)
+        except BadSample as error:
+            return entry | {"note": str(error)}
         if decoded is None:
-            note = f"encoded as {len(segment.file):,} bytes of codes, which the model here cannot decode"
-            return entry | {"note": note, "hidden": hidden, "learned": learned}
+            return entry | {"note": f"encoded as {len(segment.file):,} bytes of codes, which only the model's run can decode"}
         segment = decoded
     if segment.modality == TEXT:
-        entry["text"] = segment.text
-    else:
-        entry["file"] = f"{path.name}.{segment.extension}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / entry["file"]).write_bytes(segment.file)
-    return entry | {"hidden": hidden, "learned": learned}
+        return entry | {"text": segment.text}
+    path = path.with_name(f"{path.name}.{segment.extension}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(segment.file)
+    return entry | {"file": path.name}
 
 
 def write_page(
     title: str, notes: Sequence[str], groups: Iterable[tuple[str, Sequence[Mapping[str, Any]]]], folder: Path, media: str = ""
-) -> Path:
+) -> None:
     """Writes `folder/documents.html`.
 
     Args:
-        groups: (heading, documents) each; documents as in `documents.json`, "facts" of a document are told beside its key.
+        groups: (heading, documents) each; a document has a "key", "facts", "segments" (see `describe_segment`) and "rejected".
         media: folder of the media, within `folder`.
     """
     body = ""
@@ -62,20 +62,16 @@ def write_page(
         body += f'<h2>{escape(heading)}</h2><div class="grid documents">{cards}</div>'
     status = "".join(f"<span>{escape(note)}</span>" for note in notes)
     page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, status=status, body=body)
-    path = folder / "documents.html"
-    path.write_text(page, "utf-8", errors="backslashreplace")
-    return path
+    (folder / "documents.html").write_text(page, "utf-8", errors="backslashreplace")
 
 
-def state_of(segment: Mapping[str, Any], frame: str = "{}") -> str:
+def state_of(segment: Mapping[str, Any]) -> str:
     """Whether the model saw and learned a segment, in words; "" where it did both."""
-    state = "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
-    return frame.format(state) if state else ""
+    return "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
 
 
 def _card(one: Mapping[str, Any], folder: Path, media: str) -> str:
-    facts = one.get("facts") or f"tokens {one['tokens'][0]:,} to {one['tokens'][1] - 1:,}"
-    card = f"<small><b>{escape(one['key'])}</b> {escape(facts)}</small>"
+    card = f"<small><b>{escape(one['key'])}</b> {escape(one['facts'])}</small>"
     if one["rejected"]:
         card += f'<small class="bad">{escape(one["rejected"]["reason"])}: {escape(one["rejected"]["detail"])}</small>'
     for segment in one["segments"]:
@@ -92,8 +88,8 @@ def _shown(segment: Mapping[str, Any], folder: Path, media: str) -> str:
         return f"<pre>{escape(text[:SHOWN_CHARACTERS] + more)}</pre>"
     if "note" in segment:
         return f'<small class="bad">{escape(segment["modality"])}: {escape(segment["note"])}</small>'
-    source = escape(quote(f"{media}/{segment['file']}" if media else segment["file"]))
     path = folder / segment["file"]
+    source = escape(quote(f"{media}/{path.name}" if media else path.name))
     try:
         return _image(path, source) if segment["modality"] == "image" else _sound(path, source)
     except Exception as error:  # a damaged file is what one may be looking for
@@ -101,22 +97,17 @@ def _shown(segment: Mapping[str, Any], folder: Path, media: str) -> str:
 
 
 def _image(path: Path, source: str) -> str:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        width, height = image.size
+    height, width = image_size(path.read_bytes())
+    decode_image(path.read_bytes(), 3, 1, 1)
     scale = max(1, 128 // max(width, height))
     size = f"{width} x {height} pixels"
-    return (
-        f'<img class="{"pixels" * (scale > 1)}" width="{min(480, scale * width)}" src="{source}" alt="{size}" title="{size}">'
-    )
+    shape = f'class="{"pixels" * (scale > 1)}" width="{min(480, scale * width)}"'
+    return f'<img {shape} src="{source}" alt="{size}" title="{size}">'
 
 
 def _sound(path: Path, source: str) -> str:
-    import soundfile
-
-    waveform, rate = soundfile.read(io.BytesIO(path.read_bytes()), dtype="float32", always_2d=True)  # (S, C)
-    note = f"{len(waveform) / rate:.2f} s at {rate:,} Hz"
-    picture = data_uri(".png", spectrogram(waveform.mean(1)))
-    image = f'<img src="{picture}" alt="{note}" title="{note}">'
+    samples, rate = audio_size(path.read_bytes())
+    waveform = decode_audio(path.read_bytes(), rate)  # (S,)
+    note = f"{samples / rate:.2f} s at {rate:,} Hz"
+    image = f'<img src="{data_uri(".png", spectrogram(waveform))}" alt="{note}" title="{note}">'
     return f'<figure class="sound">{image}<audio controls src="{source}"></audio><figcaption>{note}</figcaption></figure>'

@@ -9,7 +9,7 @@ The output folder holds the media, `documents.html` to look at and listen to, an
 
     {"run", "step": null where positions were asked for, "trained", "phase": "codecs" | "language model" | both with a comma,
      "positions": [first, stop], "found": documents of the positions,
-     "documents": [{"position", "step", "source", "epoch", "key", "tokens": [start, stop] of the document,
+     "documents": [{"position", "step", "source", "epoch", "key", "facts", "tokens": [start, stop] of the document,
                     "place": first in the pack, "rejected": null | {"reason", "detail"},
                     "segments": [{"modality", "text" | "file" | "note", "hidden", "learned"}]}]}
 """
@@ -17,8 +17,9 @@ The output folder holds the media, `documents.html` to look at and listen to, an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterator, Mapping
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,36 +34,10 @@ from pile_app.training.load import load_run
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
 
-
-def inspect_step(run: Path, step: int, folder: Path, limit: int | None = None) -> dict[str, Any]:
-    """Writes the documents of step `step` into `folder`, as `inspect_positions` does, and returns `documents.json`.
-
-    Raises:
-        ValueError: `step` is below 1; see `inspect_positions` for more.
-    """
-    if step < 1:
-        raise ValueError(f"steps and limits count from 1, not step {step}")
-    return _inspect(run, lambda batch: ((step - 1) * batch, step * batch), folder, limit, step)
-
-
-def inspect_positions(run: Path, first: int, stop: int, folder: Path, limit: int | None = None) -> dict[str, Any]:
-    """Writes the documents at positions [first, stop) into `folder`: their media, `documents.html` and `documents.json`, which
-    is returned.
-
-    Args:
-        run: folder of the run.
-        first: 0 or more; positions that are still to come are told as planned.
-        stop: above `first`.
-        folder: is made where it is missing.
-        limit: at most so many documents; None: all.
-
-    Raises:
-        ValueError: the positions are none, `limit` is below 1, or the data are not what the run was trained on.
-        ShardError: a shard or its index is missing.
-    """
-    if not 0 <= first < stop:
-        raise ValueError(f"positions count from 0 and have to be some, not {first}:{stop} (the last one is not included)")
-    return _inspect(run, lambda batch: (first, stop), folder, limit, None)
+PHASES = {  # of the training, and what one has to know of it
+    "codecs": "only the codecs learned from it",
+    "codecs, language model": "first the codecs learned, then the rest",
+}
 
 
 def parse_positions(text: str) -> tuple[int, int]:
@@ -74,26 +49,38 @@ def parse_positions(text: str) -> tuple[int, int]:
         raise ValueError(f"--position {text!r} is neither a position, as 7, nor a range, as 7:12") from None
 
 
-def _inspect(
-    run: Path, positions: Callable[[int], tuple[int, int]], folder: Path, limit: int | None, step: int | None
-) -> dict[str, Any]:
-    """`positions`: (first, stop) from the packs of an optimizer step."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"steps and limits count from 1, not limit {limit}")
+def inspect_training(
+    run: Path, asked: int | tuple[int, int], folder: Path, limit: int | None = None, text_limit: int = 100
+) -> str:
+    """Writes the documents of an optimizer step, or at positions [first, stop), into `folder`: their media, `documents.html`
+    and `documents.json`; returns a summary for people, a line a segment.
+
+    Args:
+        run: folder of the run.
+        asked: a step, from 1; or positions, from 0. Those that are still to come are told as planned.
+        limit: at most so many documents; None: all.
+        text_limit: characters of a text in the summary.
+
+    Raises:
+        ValueError: there are no such positions, `limit` is below 1, or the data are not what the run was trained on.
+        ShardError: a shard or its index is missing.
+    """
+    step = asked if isinstance(asked, int) else None
+    if any(number is not None and number < 1 for number in (step, limit)):
+        raise ValueError(f"steps and limits count from 1, not step {step}, limit {limit}")
+    if not isinstance(asked, int) and not 0 <= asked[0] < asked[1]:
+        raise ValueError(
+            f"positions count from 0 and have to be some, not {asked[0]}:{asked[1]} (the last one is not included)"
+        )
     module, data, checkpoint = load_run(run)
     data.setup()
     check_same_data(data, checkpoint["PileDataModule"])
+    batch = data.global_batch
+    first, stop = ((asked - 1) * batch, asked * batch) if isinstance(asked, int) else asked
     folder.mkdir(parents=True, exist_ok=True)
-    first, stop = positions(data.global_batch)
-    dataset = data.train_dataset()
-    decode = decoder(module.model)
-    documents: list[dict[str, Any]] = []
-    for position in range(first, stop):
-        if limit is not None and len(documents) >= limit:
-            break
-        of_step = position // data.global_batch + 1
-        documents += [{"step": of_step} | one for one in describe_pack(dataset, position, folder, decode)]
-    first_step, last_step = first // data.global_batch + 1, (stop - 1) // data.global_batch + 1
+    dataset, decode = data.train_dataset(), decoder(module.model)
+    entries = (one for position in range(first, stop) for one in describe_pack(dataset, position, batch, folder, decode))
+    first_step, last_step = first // batch + 1, (stop - 1) // batch + 1
     phases = ["codecs"] * (first_step <= module.codec_steps) + ["language model"] * (last_step > module.codec_steps)
     description = {
         "run": str(run),
@@ -102,20 +89,10 @@ def _inspect(
         "phase": ", ".join(phases),
         "positions": [first, stop],
         "found": sum(len(dataset.order.pack(position)) for position in range(first, stop)),
-        "documents": documents[:limit],
+        "documents": list(islice(entries, limit)),
     }
     (folder / "documents.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
-    groups = [
-        (f"Position {position}: {of_pack[0]['source']}, epoch {of_pack[0]['epoch']}, step {of_pack[0]['step']}", of_pack)
-        for position, of_pack in _groups(documents[:limit], "position")
-    ]
-    write_page(f"{run.resolve().name}: {_asked_for(description)}", _notes(description), groups, folder)
-    return description
-
-
-def _groups(documents: Iterable[dict[str, Any]], key: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    for value, group in groupby(documents, lambda one: one[key]):
-        yield value, list(group)
+    return _tell(description, folder, text_limit)
 
 
 def check_same_data(data: PileDataModule, saved: dict[str, Any]) -> None:
@@ -133,26 +110,25 @@ def check_same_data(data: PileDataModule, saved: dict[str, Any]) -> None:
         raise ValueError(f"the run was trained in another order of the data ({'; '.join(different)}): see config.yaml")
 
 
-def describe_pack(dataset: PackDataset, position: int, folder: Path, decode: Decode) -> Iterator[dict[str, Any]]:
+def describe_pack(dataset: PackDataset, position: int, batch: int, folder: Path, decode: Decode) -> Iterator[dict[str, Any]]:
     """The entry of each document in the pack of a position; media are written into `folder`."""
     pack = dataset[position]
     used = set(pack.document[0].tolist())
     rejected = iter(pack.rejected)
     place = 0
     for number, one in enumerate(dataset.documents(position)):
-        piece, source = one.piece, dataset.sources[one.piece.source]
-        reason = None
-        if number not in used:
-            _, _, name, detail = next(rejected)
-            reason = {"reason": name, "detail": detail}
+        piece = one.piece
+        _, _, reason, detail = (None,) * 4 if number in used else next(rejected)
         yield {
             "position": position,
-            "source": source.name,
+            "step": position // batch + 1,
+            "source": dataset.sources[piece.source].name,
             "epoch": piece.epoch,
             "key": one.key,
+            "facts": f"tokens {piece.start:,} to {piece.stop - 1:,}, at place {place:,}",
             "tokens": [piece.start, piece.stop],
             "place": place,
-            "rejected": reason,
+            "rejected": {"reason": reason, "detail": detail} if reason else None,
             "segments": [
                 describe_segment(segment, folder / f"{position}-{number}-{index}", decode, hidden)
                 for index, hidden, segment in segments_of_piece(one, dataset.vocabulary, dataset.tokenizer)
@@ -168,25 +144,21 @@ def segments_of_piece(one: PackedDocument, vocabulary: Vocabulary, tokenizer: To
     start, stop = one.piece.start, one.piece.stop
     first = 1  # after `<begin>`
     for number, segment in enumerate(one.document.segments):
+        ids = None
         try:
-            length = _segment_tokens(segment, vocabulary, tokenizer)
+            if segment.modality == TEXT:
+                ids = segment.codes.values if segment.is_encoded else tokenizer.encode(segment.text)
+            size, rate = (len(ids), 0) if ids is not None else segment_size(segment) if segment.modality == AUDIO else (0, 0)
         except BadSample:  # the whole document is rejected, and its pieces cannot be told apart any more
             yield number, number < one.dropped, segment
             continue
-        if first < stop and first + length > start:
-            if segment.modality == TEXT and (first < start or first + length > stop):
-                ids = segment.codes.values if segment.is_encoded else tokenizer.encode(segment.text)
+        last = first + vocabulary.segment_tokens(segment.modality, size, rate)
+        if first < stop and last > start:
+            if ids is not None and (first < start or last > stop):
                 inside = ids[max(0, start - first - 1) : max(0, stop - first - 1)]
                 segment = Segment(tokenizer.decode(inside), "txt", segment.loss)
             yield number, number < one.dropped, segment
-        first += length
-
-
-def _segment_tokens(segment: Segment, vocabulary: Vocabulary, tokenizer: Tokenizer) -> int:
-    if segment.modality == TEXT:
-        tokens = len(segment.codes.values) if segment.is_encoded else tokenizer.count(segment.text)
-        return vocabulary.segment_tokens(TEXT, tokens)
-    return vocabulary.segment_tokens(segment.modality, *(segment_size(segment) if segment.modality == AUDIO else (0, 0)))
+        first = last
 
 
 def decoder(model: FusedLanguageModel) -> Decode:
@@ -198,10 +170,7 @@ def decoder(model: FusedLanguageModel) -> Decode:
     sizes = {TEXT: model.tokenizer.size, IMAGE: model.vocabulary.image_codes, AUDIO: model.vocabulary.audio_codes}
 
     def decode(segment: Segment) -> Segment | None:
-        try:
-            values = segment.codes.values
-        except BadSample:
-            return None
+        values = segment.codes.values
         fits = segment.modality != IMAGE or len(values) == model.vocabulary.image_tokens
         if not fits or int(values.max(initial=0)) >= sizes[segment.modality]:
             return None  # another codec made them
@@ -213,46 +182,33 @@ def decoder(model: FusedLanguageModel) -> Decode:
     return decode
 
 
-def _asked_for(description: Mapping[str, Any]) -> str:
+def _tell(description: Mapping[str, Any], folder: Path, text_limit: int) -> str:
+    """Writes the page, and returns the summary."""
     first, stop = description["positions"]
-    if description["step"] is not None:
-        return f"step {description['step']}"
-    return f"position {first}" if stop == first + 1 else f"positions {first} to {stop - 1}"
-
-
-def _notes(description: Mapping[str, Any]) -> list[str]:
-    """What one has to know of these positions."""
-    notes = {
-        "codecs": ["only the codecs learned from it"],
-        "codecs, language model": ["first the codecs learned, then the rest"],
-    }
-    planned = [] if description["trained"] else ["planned: the checkpoint is from before it"]
-    return notes.get(description["phase"], []) + planned
-
-
-def format_step(description: dict[str, Any], text_limit: int = 100) -> str:
-    """For people, one line a segment; texts are shortened to `text_limit` characters."""
-    first, stop = description["positions"]
-    notes = _notes(description)
-    what = f"step {description['step']} of {description['run']}" if description["step"] is not None else description["run"]
     where = f"positions {first} to {stop - 1}" if stop > first + 1 else f"position {first}"
+    run, step = description["run"], description["step"]
+    notes = [PHASES[description["phase"]]] if description["phase"] in PHASES else []
+    notes += [] if description["trained"] else ["planned: the checkpoint is from before it"]
+    what = run if step is None else f"step {step} of {run}"
     lines = [f"{what}: {where}, {description['found']} documents" + (f" ({'; '.join(notes)})" if notes else "")]
-    for position, documents in _groups(description["documents"], "position"):
-        lines.append(f"position {position}: source {documents[0]['source']}, epoch {documents[0]['epoch']}")
+    groups = []
+    for position, group in groupby(description["documents"], itemgetter("position")):
+        documents = list(group)
+        of_pack = f"{documents[0]['source']}, epoch {documents[0]['epoch']}"
+        groups.append((f"Position {position}: {of_pack}, step {documents[0]['step']}", documents))
+        lines.append(f"position {position}: source {of_pack}")
         for one in documents:
-            start, end = one["tokens"]
-            lines.append(f"  {one['key']}: tokens {start} to {end - 1}, at place {one['place']}")
-            lines += describe_lines(one, text_limit)
+            lines.append(f"  {one['key']}: {one['facts']}")
+            if one["rejected"]:
+                lines.append(f"    not used, {one['rejected']['reason']}: {one['rejected']['detail']}")
+            for segment in one["segments"]:
+                state, text = state_of(segment), segment.get("text")
+                shown = segment.get("file") or segment.get("note") or ""
+                if text is not None:
+                    shown = repr(text[:text_limit]) + (" ..." if len(text) > text_limit else "")
+                lines.append(f"    {segment['modality']} {shown}" + (f" ({state})" if state else ""))
     if len(description["documents"]) < description["found"]:
         lines.append(f"and {description['found'] - len(description['documents'])} more documents")
+    asked = where if step is None else f"step {step}"
+    write_page(f"{Path(run).resolve().name}: {asked}", notes, groups, folder)
     return "\n".join(lines)
-
-
-def describe_lines(one: Mapping[str, Any], text_limit: int = 100) -> list[str]:
-    """A line for each segment of a document, and for why it was not used."""
-    lines = [f"    not used, {one['rejected']['reason']}: {one['rejected']['detail']}"] if one["rejected"] else []
-    for segment in one["segments"]:
-        text = segment.get("text", "")
-        shown = repr(text[:text_limit]) + (" ..." if len(text) > text_limit else "") if "text" in segment else ""
-        lines.append(f"    {segment['modality']} {shown or segment.get('file') or segment['note']}{state_of(segment, ' ({})')}")
-    return lines

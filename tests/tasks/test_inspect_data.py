@@ -25,6 +25,7 @@ from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.inspect_data import inspect_data
 from pile_app.tasks.inspect_lengths import Histogram
+from pile_app.tasks.inspect_page import describe_segment
 from pile_app.tasks.inspect_step import decoder
 from pile_app.training.load import load_run
 
@@ -90,7 +91,7 @@ def test_without_codecs_media_are_told_in_pixels_and_seconds(tmp_path: Path, ima
 
     page = tmp_path / "out" / "documents.html"
     assert "<script>" not in page.read_text() and "&lt;script&gt;" in page.read_text()
-    first, second, third = sorted(media_of_page(page), key=lambda path: (path.suffix, path.name))
+    third, first, second = sorted(media_of_page(page), key=lambda path: (path.suffix, path.name))  # as they are stored
     assert np.array_equal(np.asarray(Image.open(first).convert("L")), np.asarray(Image.open(_file(image(1)))))
     assert Image.open(second).size == (30, 20)
     samples, rate = soundfile.read(third)
@@ -158,18 +159,16 @@ def test_a_prepared_folder_is_taken_with_its_sources_and_splits(tmp_path: Path, 
     assert "train" in capsys.readouterr().out
 
 
-def test_quantiles_are_exact_to_a_hundredth_whatever_the_size() -> None:
+def test_quantiles_are_exact_whatever_the_size() -> None:
     rng = np.random.default_rng(0)
     for values in (rng.integers(0, 256, 999), (10 ** rng.uniform(0, 15, 5000)).astype(np.int64), np.array([2**53, 2**60])):
         histogram = Histogram()
         for part in np.array_split(values, 3):
             histogram.add(part)
         assert histogram.count == len(values) and histogram.sum == values.sum()
-        assert (histogram.minimum, histogram.maximum) == (values.min(), values.max())
-        for share in (0.01, 0.5, 0.99):
-            exact = np.sort(values)[int(np.ceil(share * len(values))) - 1]
-            assert histogram.quantile(share) == pytest.approx(exact, rel=0.008 if exact < 2**53 else 1)
-    assert np.array_equal(Histogram.bins(Histogram.centers()[:-1].astype(np.int64)), np.arange(Histogram.BINS - 1))
+        assert [histogram.quantile(share) for share in (0, 0.5, 1)] == [
+            values.min(), np.sort(values)[(len(values) + 1) // 2 - 1], values.max(),
+        ]  # fmt: skip
 
 
 # -- Duplicates
@@ -266,7 +265,8 @@ def test_what_is_stored_encoded_is_decoded_by_the_run(tiny_model: Callable[..., 
     assert heard is not None and len(soundfile.read(_file(heard))[0]) == 3 * 320
     assert decode(encoded("imagecodes", [0, 1, 2])) is None  # of another codec
     assert decode(encoded("audiocodes", [36])) is None
-    assert decode(Segment(b"damaged", "textids")) is None
+    entry = describe_segment(Segment(b"damaged", "textids"), Path("unused"), decode)
+    assert "damaged_codes" in entry["note"]
 
 
 # -- What cannot be
@@ -289,7 +289,7 @@ def test_what_cannot_be_inspected_is_told_in_one_line(
     assert "is not what `pile prepare` writes" in fails(tmp_path)
     assert "no shard matches" in fails(tmp_path / "empty")
     assert "does not exist" in fails(tmp_path / "x.tar")
-    assert "is not a YAML configuration" in fails(tmp_path / "bad.yaml")
+    assert "is not a configuration" in fails(tmp_path / "bad.yaml")
     assert "is a second run or configuration" in fails(run, tiny_run.config)
     assert "context=4" in fails(run, "--context", "4") and "samples=-1" in fails(run, "--limit", "-1")
     assert "not both" in fails(run, "--step", "1", "--position", "1")
