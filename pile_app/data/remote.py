@@ -1,12 +1,8 @@
 """Remote shards: whole files, fetched ahead of need into a folder of bounded size.
 
-`http(s)://`, `s3://` and whatever else fsspec knows are read through fsspec, `pipe:<command>` from a command's output where
-that is switched on. Credentials, endpoints, headers and proxies are those of the libraries' own configuration:
-`AWS_ENDPOINT_URL`, `AWS_PROFILE` and so on for S3, `HTTPS_PROXY` and `.netrc` for HTTP, `~/.config/fsspec/*.json` for all.
-
     <folder>/<hash of the URL>/<name>            the file: there only when it is whole
-                               <name>.checksum   of its content as it came; only bounded files have one
                                <name>.<random>.part, <name>.lock
+                               <name>....safetensors   what is known of it: its index, its tokens
              plans/<host>@<process>@...          what that process reads next, in order
              room.lock                           held while room is made
 
@@ -18,18 +14,13 @@ the seconds for which NFS remembers sizes. A file that a process holds open free
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import glob
 import hashlib
-import itertools
 import logging
 import os
 import re
-import signal
 import socket
-import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -37,10 +28,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from pile_app.data.files import whole_file
 from pile_app.data.shards import ShardError
+from pile_app.data.urls import MissingError, expand_remote, is_remote, opened, with_retries
+
+__all__ = ["Prefetcher", "ShardCache", "expand_remote", "is_remote"]
 
 log = logging.getLogger(__name__)
 
@@ -48,48 +43,12 @@ Check = Callable[[str], None]  # raises where the file at that path is not the o
 Wanted = tuple[str, int | None, Check | None]  # URL, expected size, check
 CHUNK = 16 << 20  # bytes of a read, and of a ranged request to S3
 PLAN_SECONDS = 3600  # after which the plan of a process on another host counts no more: it may be dead
-SILENT_SECONDS = 60  # without a byte, after which a server counts as dead
 WAIT_SECONDS = 0.1  # between looks for room
 NEVER = 1 << 62  # place of what stands in no plan
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-TRY_AGAIN = (408, 425, 429)  # HTTP statuses below 500 that pass
-CANNOT_RUN = (126, 127)  # exit statuses of a shell that finds no such command
 
 
-class _Missing(ShardError):
-    """The server says that there is no such file, or none for us."""
-
-
-class _NoRoom(Exception):
+class _NoRoomError(ShardError):
     """What is fetched ahead would take the place of what is needed sooner, or is not wanted any more."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL (`file://` is not remote) or a `pipe:`."""
-    return path.startswith("pipe:") or (not path.startswith("file://") and bool(re.match(r"[A-Za-z][\w+.:-]*://", path)))
-
-
-def expand_remote(url: str) -> list[str]:
-    """URLs that match the wildcards in `url`, sorted; [url] where it has none. HTTP servers have to list their folders.
-
-    Raises:
-        ShardError: the server cannot be asked.
-    """
-    scheme, _, rest = url.partition("://")
-    place = rest.partition("/")[2]  # without the host, which may be [::1]
-    if scheme.startswith("http"):
-        place = place.replace("?", "")  # begins a query there
-    if url.startswith("pipe:") or not glob.has_magic(place):
-        return [url]
-    filesystem, path = _filesystem(url)
-
-    def ask() -> list[str]:
-        found = filesystem.glob(path)
-        if not found:  # glob takes a dead server for an empty folder
-            filesystem.ls(re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0])
-        return found
-
-    return sorted(filesystem.unstrip_protocol(one) for one in _with_retries(url, ask, 5, 0.5, time.sleep))
 
 
 @dataclass(frozen=True)
@@ -116,7 +75,7 @@ class _Job:
         if self.ahead is None:
             time.sleep(seconds)
         elif self.ahead.wait(seconds):
-            raise _NoRoom
+            raise _NoRoomError
 
 
 class ShardCache:
@@ -148,7 +107,9 @@ class ShardCache:
         name = re.sub(r"[^\w.,=+-]+", "_", where.rpartition("/")[2], flags=re.ASCII)[-100:].strip(".")
         return os.path.join(self.folder, _digest(url), name or "shard")
 
-    def fetch(self, url: str, expected_size: int | None = None, check: Check | None = None) -> str:
+    def fetch(
+        self, url: str, expected_size: int | None = None, check: Check | None = None, ahead: threading.Event | None = None
+    ) -> str:
         """Path of a whole local copy, which is downloaded where it is missing, by one of all that ask at the same time.
 
         Another process may evict it before the caller opens it; `open` knows of that.
@@ -156,12 +117,22 @@ class ShardCache:
         Args:
             expected_size: bytes; a copy of another size is fetched anew.
             check: is given the path of a new copy before others see it. If it raises, the copy is fetched once more.
+            ahead: given where the file is not needed yet: it takes no room from what is needed sooner, nobody waits for another
+                who fetches it, and all ends when the event is set.
 
         Raises:
             ShardError: naming the URL, what happened last and what to do.
             Exception: what `check` raised the second time.
         """
-        return self._fetch(_Job(url, self.path(url), expected_size, check))
+        if url.startswith("pipe:") and not self.allow_pipe:
+            raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust who wrote it")
+        job = _Job(url, self.path(url), expected_size, check, ahead)
+        if not job.is_done():
+            os.makedirs(os.path.dirname(job.path), exist_ok=True)
+            with _locked(job.path + ".lock", wait=ahead is None) as ours:
+                if ours and not job.is_done():
+                    self._download(job)
+        return job.path
 
     def open(self, url: str, expected_size: int | None = None, check: Check | None = None) -> int:
         """A file descriptor, for reading, of what `fetch` gives. The caller closes it."""
@@ -169,60 +140,34 @@ class ShardCache:
             with suppress(FileNotFoundError):  # evicted in between
                 return os.open(self.fetch(url, expected_size, check), os.O_RDONLY)
 
-    def fetch_small(self, url: str, to: str | None = None) -> str | None:
-        """Path of a small file beside a shard, such as its index; None where the server has none. It is never evicted.
-
-        Args:
-            to: where it should lie, if not at `path(url)`.
+    def fetch_small(self, url: str, to: str) -> str | None:
+        """Brings a small file beside a shard, such as its index, to the path `to`; None where the server has none.
 
         Raises:
             ShardError: as `fetch`; not for 404 and 403, which S3 answers for a missing file to who may not list.
         """
         if url.startswith("pipe:") or (url.startswith("http") and "?" in url):
             return None  # a query is the shard's own, such as a signature
-        path = to or self.path(url)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _locked(path + ".lock"):
-            if not os.path.exists(path):
+        os.makedirs(os.path.dirname(to), exist_ok=True)
+        with _locked(to + ".lock"):
+            if not os.path.exists(to):
                 try:
-                    self._download(_Job(url, path, is_bounded=False))
-                except _Missing:
+                    self._download(_Job(url, to, is_bounded=False))
+                except MissingError:
                     return None
-        return path
+        return to
 
     def plan(self, urls: Sequence[str], name: str = "") -> None:
         """Tells all that share the folder what this process reads next, in order. Replaces its last plan of that `name`.
 
         Who makes room takes what stands in no plan first, longest unused first, then what is used last.
         """
-        folder = os.path.join(self.folder, "plans")
-        path = os.path.join(folder, f"{socket.gethostname()}@{os.getpid()}@{name}")
+        path = os.path.join(self.folder, "plans", f"{socket.gethostname()}@{os.getpid()}@{name}")
         if not urls:
             return _remove(path)
-        os.makedirs(folder, exist_ok=True)
-        _write(path, "\n".join(_digest(url) for url in urls))
-
-    def verify(self, url: str) -> None:
-        """Raises ShardError where the copy of `url` is missing, or its content is not what was downloaded."""
-        path = self.path(url)
-        try:
-            recorded = Path(path + ".checksum").read_text().strip()
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, _hash).hexdigest()
-        except FileNotFoundError as error:
-            raise ShardError(f"{url!r} is not in the cache ({error})") from error
-        if found != recorded:
-            raise ShardError(f"the copy of {url!r} is damaged: its checksum is {found}, not {recorded}. Delete {path!r}")
-
-    def _fetch(self, job: _Job) -> str:
-        if job.url.startswith("pipe:") and not self.allow_pipe:
-            raise ShardError(f"{job.url!r} would run a command: set data.allow_pipe: true if you trust who wrote it")
-        if not job.is_done():
-            os.makedirs(os.path.dirname(job.path), exist_ok=True)
-            with _locked(job.path + ".lock", wait=job.ahead is None) as ours:
-                if ours and not job.is_done():
-                    self._download(job)
-        return job.path
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with whole_file(path) as file:
+            file.write("\n".join(map(_digest, urls)).encode())
 
     def _download(self, job: _Job) -> None:
         """Brings the file to `job.path`, whose lock is held."""
@@ -230,20 +175,18 @@ class ShardCache:
             _remove(stale)
         part = f"{job.path}.{uuid.uuid4().hex[:8]}.part"
 
-        def transfer() -> str:
+        def transfer() -> None:
             try:
-                return self._transfer(job, part)
+                self._transfer(job, part)
             except BaseException:
                 _remove(part)  # at once, so that it takes no room while we wait
                 raise
 
         for is_last in (False, True):
-            checksum = _with_retries(job.url, transfer, self.retries, self.backoff_seconds, job.pause)
+            with_retries(job.url, transfer, self.retries, self.backoff_seconds, job.pause)
             try:
                 if job.check is not None:
                     job.check(part)
-                if job.is_bounded:
-                    _write(job.path + ".checksum", checksum)  # first: a file without one would never be evicted
                 return os.replace(part, job.path)
             except Exception as error:
                 if is_last:
@@ -252,14 +195,14 @@ class ShardCache:
             finally:
                 _remove(part)
 
-    def _transfer(self, job: _Job, part: str) -> str:
-        """Downloads to `part` once; checksum of what came."""
-        size, written, reserved, checksum = job.size, 0, 0, _hash()
+    def _transfer(self, job: _Job, part: str) -> None:
+        """Downloads to `part` once."""
+        size, written, reserved = job.size, 0, 0
         with open(part, "wb") as file:
             if job.is_bounded and size:
                 self._reserve(job, part, size)
                 reserved = size
-            with _opened(job.url) as (read, said):
+            with opened(job.url) as (read, said):
                 if size is not None and said is not None and size != said:
                     raise ShardError(f"{job.url!r} has {said:,} bytes, {size:,} were indexed: run `pile index {job.url}` again")
                 size = said if size is None else size
@@ -272,13 +215,11 @@ class ShardCache:
                         reserved = needed
                     job.pause(0)
                     file.write(chunk)
-                    checksum.update(chunk)
                     written += len(chunk)
             file.truncate()  # what was reserved and did not come
             os.fsync(file.fileno())
         if size is not None and written != size:
             raise OSError(f"{written:,} of {size:,} bytes came")
-        return checksum.hexdigest()
 
     def _reserve(self, job: _Job, part: str, size: int) -> None:
         """Makes `part` `size` bytes long, and room for it. Waits while other downloads hold all room that could be made."""
@@ -290,47 +231,42 @@ class ShardCache:
             with _locked(os.path.join(self.folder, "room.lock")):
                 plan = self._next_uses()
                 files, taken = self._contents(part)
-                taken += sum(bytes_ for _, bytes_, _ in files)
-                places = {path: plan.get(os.path.basename(os.path.dirname(path)), NEVER) for path, _, _ in files}
                 soonest = plan.get(_digest(job.url), NEVER) if job.ahead else 0  # place of what may go
+                ranked = [(plan.get(Path(path).parent.name, NEVER), used, bytes_, path) for path, bytes_, used in files]
                 victims = []
-                for path, bytes_, _ in sorted(files, key=lambda file: (-places[file[0]], file[2])):
-                    if taken + size <= self.max_bytes or places[path] < soonest:
+                for place, _, bytes_, path in sorted(ranked, key=lambda file: (-file[0], file[1])):
+                    if taken + size <= self.max_bytes or place < soonest:
                         break
                     victims.append(path)
                     taken -= bytes_
-                if taken + size <= self.max_bytes and all(_evict(path) for path in victims):
+                if taken + size <= self.max_bytes and all(map(_evict, victims)):
                     return os.truncate(part, size)
             if job.ahead:
-                raise _NoRoom
+                raise _NoRoomError
             if os.path.getsize(part):  # two that hold room could wait for each other
                 raise OSError("other downloads left no room in the cache")
             time.sleep(WAIT_SECONDS)
 
     def _contents(self, own_part: str) -> tuple[list[tuple[str, int, int]], int]:
-        """((path, bytes, last use) of bounded files, bytes of downloads but `own_part`). Removes what dead processes left."""
-        files, under_way = [], 0
+        """((path, bytes, last use) of whole files, bytes of all but `own_part`). Removes what dead processes left."""
+        files, taken = [], 0
         for folder in glob.glob(os.path.join(glob.escape(self.folder), "[0-9a-f]" * 32)):
             while os.path.isdir(folder):
-                try:
-                    files_there, under_way_there = _contents_of(folder, own_part)
-                except FileNotFoundError:  # finished, evicted or given up since it was listed: what is there instead?
-                    continue
-                files += files_there
-                under_way += under_way_there
-                break
-        return files, under_way
+                with suppress(FileNotFoundError):  # finished, evicted or given up since it was listed: what is there instead?
+                    there, under_way = _contents_of(folder, own_part)
+                    files += there
+                    taken += under_way + sum(bytes_ for _, bytes_, _ in there)
+                    break
+        return files, taken
 
     def _next_uses(self) -> dict[str, int]:
         """Hash of a URL -> its first place in any living process's plan."""
         places: dict[str, int] = {}
-        for path in glob.glob(os.path.join(glob.escape(self.folder), "plans", "*")):
+        for path in glob.glob(os.path.join(glob.escape(self.folder), "plans", "*@*@*")):
+            host, process, _ = os.path.basename(path).split("@", 2)
             with suppress(FileNotFoundError):
-                host, process, _ = os.path.basename(path).split("@", 2)
-                is_dead = time.time() - os.stat(path).st_mtime > PLAN_SECONDS
-                if host == socket.gethostname():
-                    is_dead = not _runs(int(process))
-                if is_dead:
+                is_old = time.time() - os.stat(path).st_mtime > PLAN_SECONDS
+                if is_old if host != socket.gethostname() else not _runs(int(process)):
                     os.unlink(path)
                     continue
                 for place, digest in enumerate(Path(path).read_text().split()):
@@ -348,25 +284,18 @@ class Prefetcher:
         threads: downloads at the same time.
     """
 
-    def __init__(
-        self,
-        cache: ShardCache,
-        files: Iterable[Wanted],
-        ahead: int = 8,
-        horizon: int = 64,
-        threads: int = 2,
-    ) -> None:
+    def __init__(self, cache: ShardCache, files: Iterable[Wanted], ahead: int = 8, horizon: int = 64, threads: int = 2) -> None:
         self.cache = cache
         self.ahead = ahead
-        self.horizon = max(ahead, horizon)
         self._files = iter(files)
-        self._pulled: deque[Wanted] = deque()  # from number `_first` on
-        self._first = self._next = self._used = 0
+        self._planned: deque[Wanted] = deque(islice(self._files, max(ahead, horizon)))  # from number `_used` on
+        self._used = self._next = 0
         self._blocked: int | None = None  # number of a file that found no room: later ones must not take it first
-        self._changes = 0
+        self._is_full = False  # and nothing has changed since
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._failed = False
+        self._tell_plan()
         self._threads = [threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -374,119 +303,80 @@ class Prefetcher:
     def advance(self, used: int) -> None:
         """Says that the first `used` files of the order are not needed any more."""
         with self._changed:
-            self._used = max(self._used, used)
-            self._change()
+            count = min(used - self._used, len(self._planned))
+            if count > 0:
+                self._planned.extend(islice(self._files, count))
+                for _ in range(count):
+                    self._planned.popleft()
+                self._used += count
+                self._next = max(self._next, self._used)
+                self._tell_plan()
+            self._is_full = False
+            if self._blocked is not None and self._blocked < self._used:
+                self._blocked = None
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Ends the threads. A download under way is given up at its next chunk, and waited for some seconds at most."""
-        self._closed.set()
         with self._changed:
-            self._change()
+            self._closed.set()
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join(timeout=5)
         self.cache.plan([], name=str(id(self)))
 
-    def _change(self) -> None:
-        self._changes += 1
-        self._changed.notify_all()
+    def _tell_plan(self) -> None:
+        self.cache.plan([url for url, _, _ in self._planned], name=str(id(self)))
+
+    def _may_fetch(self) -> bool:
+        is_ahead = self._next < self._used + min(self.ahead, len(self._planned))
+        return is_ahead and not self._is_full and self._blocked in (None, self._next)
 
     def _run(self) -> None:
-        while not self._closed.is_set():
-            seen = self._changes  # before the attempt: none must be missed
-            number = -1
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed.is_set() or self._may_fetch())
+                if self._closed.is_set():
+                    return
+                number, self._next = self._next, self._next + 1
+                url, size, check = self._planned[number - self._used]
+            has_room = True
             try:
-                taken = self._take()
-                if taken is not None:
-                    number, (url, size, check) = taken
-                    self.cache._fetch(_Job(url, self.cache.path(url), size, check, self._closed))
-            except _NoRoom:
-                with self._changed:
-                    self._blocked = self._next = min(self._next, number)
-                number = -1
+                self.cache.fetch(url, size, check, self._closed)
+            except _NoRoomError:
+                has_room = False
             except Exception as error:
                 level = logging.DEBUG if self._failed else logging.WARNING
                 log.log(level, "a shard could not be fetched ahead; who needs it will try again: %s", error)
                 self._failed = True
             with self._changed:
-                if number >= 0:
-                    if number == self._blocked:
-                        self._blocked = None
-                        self._change()
-                    continue
-                self._changed.wait_for(lambda: self._closed.is_set() or self._changes != seen)  # noqa: B023 (called at once)
-
-    def _take(self) -> tuple[int, Wanted] | None:
-        """(number, file) of the next one to fetch; None where all that may be ahead is, or under way."""
-        with self._changed:
-            before = self._first, len(self._pulled)
-            while self._first < self._used and (self._pulled or self._pull()):
-                self._pulled.popleft()
-                self._first += 1
-            while len(self._pulled) < self.horizon and self._pull():
-                pass
-            if before != (self._first, len(self._pulled)):
-                self.cache.plan([url for url, _, _ in self._pulled], name=str(id(self)))
-            self._next = max(self._next, self._first)
-            if self._blocked is not None and self._blocked < self._first:
-                self._blocked = None
-            if self._blocked not in (None, self._next) or self._next >= self._first + min(self.ahead, len(self._pulled)):
-                return None
-            self._next += 1
-            return self._next - 1, self._pulled[self._next - 1 - self._first]
-
-    def _pull(self) -> bool:
-        for file in self._files:
-            self._pulled.append(file)
-            return True
-        return False
+                if not has_room and number >= self._used:
+                    self._next = self._blocked = number if self._blocked is None else min(number, self._blocked)
+                    self._is_full = True
+                elif has_room and number == self._blocked:
+                    self._blocked = None
+                    self._changed.notify_all()
 
 
 def _digest(url: str) -> str:
     return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
-def _hash() -> Any:
-    return hashlib.blake2b(digest_size=32)
-
-
-def _evict(path: str) -> bool:
-    """Removes a file, unless someone holds its lock, who is fetching it anew."""
-    with _locked(path + ".lock", wait=False) as ours:
-        if ours:
-            _remove(path)
-            _remove(path + ".checksum")
-        return ours
-
-
 def _contents_of(folder: str, own_part: str) -> tuple[list[tuple[str, int, int]], int]:
-    files, under_way, names = [], 0, set(os.listdir(folder))
-    for name in names:
+    """((path, bytes, last use) of the whole file, bytes of the downloads but `own_part`) in the folder of a URL."""
+    files, under_way = [], 0
+    for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name + ".checksum" in names:
-            stat = os.stat(path)
-            files.append((path, stat.st_size, stat.st_mtime_ns))
-        elif name.endswith(".part") and path != own_part:
-            size = os.stat(path).st_size
+        if name.endswith(".part"):
             with _locked(path.rsplit(".", 2)[0] + ".lock", wait=False) as is_stale:
                 if is_stale:
                     os.unlink(path)
-                else:
-                    under_way += size
+                elif path != own_part:
+                    under_way += os.stat(path).st_size
+        elif not name.endswith((".lock", ".tmp", ".safetensors")):
+            about = os.stat(path)
+            files.append((path, about.st_size, about.st_mtime_ns))
     return files, under_way
-
-
-def _remove(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _write(path: str, text: str) -> None:
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        Path(temporary).write_text(text)
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
 
 
 def _runs(process: int) -> bool:
@@ -494,9 +384,22 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # another user's
         pass
     return True
+
+
+def _evict(path: str) -> bool:
+    """Removes a file, unless someone holds its lock, who is fetching it anew."""
+    with _locked(path + ".lock", wait=False) as ours:
+        if ours:
+            _remove(path)
+        return ours
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 @contextmanager
@@ -515,107 +418,3 @@ def _locked(path: str, wait: bool = True) -> Iterator[bool]:
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked child may hold a copy
         os.close(descriptor)
-
-
-def _with_retries(
-    url: str, action: Callable[[], Any], retries: int, backoff_seconds: float, pause: Callable[[float], object]
-) -> Any:
-    """What `action` returns; tried again after errors that may pass."""
-    for attempt in itertools.count():
-        try:
-            return action()
-        except (ShardError, _NoRoom):
-            raise
-        except Exception as error:
-            said = f"{url!r} cannot be fetched: {type(error).__name__}: {error}"
-            status = getattr(error, "status", 0)  # aiohttp.ClientResponseError
-            if isinstance(error, FileNotFoundError) or status in (404, 410):
-                raise _Missing(f"{said}. There is no such file: check the URL") from error
-            if isinstance(error, PermissionError) or status in (401, 403):
-                raise _Missing(f"{said}. The server refuses: check the credentials and the URL") from error
-            if isinstance(error, ValueError | TypeError) or (400 <= status < 500 and status not in TRY_AGAIN):
-                raise ShardError(f"{said}. Check the URL") from error
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-                raise ShardError(f"{said}. Lower data.cache_gigabytes below what the disk has room for") from error
-            if attempt >= retries:
-                raise ShardError(f"{said} (tried {attempt + 1} times). Check the URL, and that the server runs") from error
-            log.info("%s; attempt %d of %d", said, attempt + 2, retries + 1)
-            pause(backoff_seconds * 2**attempt)
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it)."""
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    options: dict[str, Any] = {}
-    if scheme in ("http", "https"):
-        import aiohttp
-
-        # aiohttp would end any download after five minutes, and ignore proxies.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
-        given = {**fsspec.config.conf.get("http", {}), **fsspec.config.conf.get("https", {})}
-        options["client_kwargs"] = {"timeout": timeout, "trust_env": True, **given.get("client_kwargs", {})}
-        options["encoded"] = "%" in url  # a signature breaks when it is quoted anew
-    elif scheme in ("s3", "s3a"):
-        # Its retries would multiply with ours and s3fs's.
-        given = {**fsspec.config.conf.get("s3", {}), **fsspec.config.conf.get("s3a", {})}
-        options["config_kwargs"] = {"retries": {"max_attempts": 0}, **given.get("config_kwargs", {})}
-    try:
-        return fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        mend = "run `uv sync --extra s3` or `pip install 'pile-app[s3]'`" if scheme in ("s3", "s3a") else f"{error}"
-        raise ShardError(f"{url!r} needs a package that is not installed: {mend}") from error
-    except ValueError as error:
-        raise ShardError(f"{url!r} cannot be read: {error}") from error
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[tuple[Callable[[int], bytes], int | None]]:
-    """(reads up to so many of the next bytes, size that the server says) of a URL or pipe."""
-    if url.startswith("pipe:"):
-        with _piped(url.removeprefix("pipe:")) as read:
-            yield read, None
-        return
-    filesystem, path = _filesystem(url)
-    filesystem.invalidate_cache()  # what it remembers of listings may be of another version
-    if url.startswith("http"):
-        # One GET, as plain as possible: `size` only spares a HEAD, which signed URLs refuse.
-        headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
-        with filesystem.open(path, "rb", block_size=0, size=1, headers=headers) as file:
-            length = None if "Content-Encoding" in file.r.headers else file.r.headers.get("Content-Length")
-            yield file.read, None if length is None else int(length)
-        return
-    with filesystem.open(path, "rb", cache_type="none") as file:  # S3: ranges, all of the version that was first seen
-        size = getattr(file, "size", None)
-        yield file.read, size if isinstance(size, int) else None
-
-
-@contextmanager
-def _piped(command: str) -> Iterator[Callable[[int], bytes]]:
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", command],  # else `curl | gunzip` could fail and look like a short shard
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-
-        def read(size: int) -> bytes:
-            chunk = process.stdout.read1(size)  # type: ignore[union-attr]
-            if not chunk and process.wait():
-                complaints.seek(-min(1000, complaints.seek(0, os.SEEK_END)), os.SEEK_END)
-                said = complaints.read().decode(errors="replace").strip()
-                error = ValueError if process.returncode in CANNOT_RUN else OSError
-                raise error(f"the command ended with exit status {process.returncode}: {said or 'it said nothing'}")
-            return chunk
-
-        try:
-            yield read
-        finally:
-            if process.poll() is None:  # given up, or we are told to end
-                os.killpg(process.pid, signal.SIGKILL)
-            process.stdout.close()
-            process.wait()

@@ -290,7 +290,8 @@ def _measure_shard(part: Part, shard: int, plan: Plan) -> None:
     special = 0 if part.only_text else 1 + (index.modality == AUDIO)
     for modality in range(len(MODALITIES)):
         part.sizes[modality].add(sizes[index.modality == modality])
-        part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
+        if modality == TEXT or not part.only_text:
+            part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
     if len(index):
         lengths = np.add.reduceat(tokens, index.first_segment[:-1].astype(np.int64)) + 2 * (not part.only_text)
         part.document_tokens.add(lengths)

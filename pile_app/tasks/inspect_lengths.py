@@ -106,7 +106,7 @@ def draw_lengths(parts: Sequence[Part], context: int, path: Path) -> None:
 
 def _draw_panel(axes: Any, panel: Panel, context: int) -> None:
     """Histograms one above the other over a logarithmic axis, each as high as its highest bin, with its median."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     smallest, largest = (f(histogram.values[place] for _, histogram, _ in panel.rows) for f, place in ((min, 0), (max, -1)))
     edges = np.geomspace(max(1, smallest) / 1.1, max(2, largest) * 1.1, BINS + 1)
@@ -125,6 +125,7 @@ def _draw_panel(axes: Any, panel: Panel, context: int) -> None:
     axes.set_yticks(np.arange(len(labels)) + 0.3, labels, fontsize=8, parse_math=False)
     axes.set_ylim(0, len(panel.rows))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 1e4 * edges[0] else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(panel.unit)
