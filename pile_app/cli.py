@@ -272,12 +272,9 @@ def encode_shards(options: argparse.Namespace) -> None:
     if run is None:
         encoders = encode.Encoders(load_tokenizer(options.tokenizer), batch=options.batch)
     else:
-        encoders = encode.run_encoders(run, options.checkpoint, options.device, options.batch)
+        encoders = encode.Encoders.of_run(run, options.checkpoint, options.device, options.batch)
     found = encode.encode_shards(shards, folder, encoders, options.overwrite)
-    total: dict[str, Any] = {"documents": sum(one["documents"] for one in found.values())}
-    for key in ("encoded", "left"):
-        total[key] = sum((Counter(one[key]) for one in found.values()), Counter())
-    print(f"{len(found):,} shards in {folder}: {encode.describe_counts(total)}")
+    print(f"{len(found):,} shards in {folder}: {encode.describe_counts(list(found.values()))}")
 
 
 # -- pile generate

@@ -22,13 +22,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from pile_app.data.files import whole_file
 from pile_app.data.shards import (
     INDEX_SUFFIX,
     UNORDERED,
@@ -42,7 +44,6 @@ from pile_app.data.shards import (
 )
 from pile_app.data.text import Tokenizer, text_tokens
 from pile_app.documents import (
-    AUDIO,
     ENCODED_EXTENSIONS,
     IMAGE,
     MODALITIES,
@@ -67,46 +68,39 @@ SAME = ("flags", "first_segment", "modality", "segment_size", "sample_rate", "lo
 NO_ENCODER = "0" * 32  # of a lost segment
 
 
-@dataclass(frozen=True)
 class Encoders:
-    """What encodes: a tokenizer, a model for its codecs (None: media stay as they are), media of a batch."""
+    """What encodes: a tokenizer, and a model for its codecs (None: media stay as they are).
 
-    tokenizer: Tokenizer
-    model: FusedLanguageModel | None = None
-    batch: int = 64
-
-    def fingerprints(self) -> dict[str, str]:
-        """Modality -> fingerprint of what encodes it.
-
-        Raises:
-            ValueError: nothing would be encoded.
-        """
-        from pile_app.model.fused import codec_fingerprint
-
-        codecs = self.model.codecs if self.model is not None else {}
-        found = {MODALITIES[modality]: codec_fingerprint(codec) for modality, codec in codecs.items()}
-        if self.tokenizer.fingerprint != "bytes":
-            found[MODALITIES[TEXT]] = self.tokenizer.fingerprint
-        if not found:
-            raise ValueError("nothing to encode: bytes are read as fast as their ids, and there is no codec for media")
-        return found
-
-
-def run_encoders(run: Path, checkpoint: str = "last", device: str = "cpu", batch: int = 64) -> Encoders:
-    """The encoders of a trained run.
+    Args:
+        batch: images or sounds that are encoded at once.
 
     Raises:
-        ValueError: there is no such run or checkpoint, or its codecs are still learning.
+        ValueError: nothing would be encoded.
     """
-    from pile_app.training.load import load_run
 
-    module, _, saved = load_run(run, checkpoint)
-    if saved["global_step"] < module.codec_steps:
-        raise ValueError(
-            f"the codecs of {str(run)!r} learn for {module.codec_steps} steps, and the checkpoint is of step "
-            f"{saved['global_step']}: codes of codecs that still change are of no use"
-        )
-    return Encoders(module.tokenizer, module.model.to(device), batch)
+    def __init__(self, tokenizer: Tokenizer, model: FusedLanguageModel | None = None, batch: int = 64) -> None:
+        from pile_app.model.fused import codec_fingerprint
+
+        self.tokenizer, self.model, self.batch = tokenizer, model, batch
+        codecs = model.codecs if model is not None else {}
+        self.fingerprints = {modality: codec_fingerprint(codec) for modality, codec in codecs.items()}
+        if tokenizer.fingerprint != "bytes":
+            self.fingerprints[TEXT] = tokenizer.fingerprint
+        if not self.fingerprints:
+            raise ValueError("nothing to encode: bytes are read as fast as their ids, and there is no codec for media")
+
+    @classmethod
+    def of_run(cls, run: Path, checkpoint: str = "last", device: str = "cpu", batch: int = 64) -> Encoders:
+        """Raises ValueError where there is no such run or checkpoint, or its codecs are still learning."""
+        from pile_app.training.load import load_run
+
+        module, _, saved = load_run(run, checkpoint)
+        if saved["global_step"] < module.codec_steps:
+            raise ValueError(
+                f"the codecs of {str(run)!r} learn for {module.codec_steps} steps, and the checkpoint is of step "
+                f"{saved['global_step']}: codes of codecs that still change are of no use"
+            )
+        return cls(module.tokenizer, module.model.to(device), batch)
 
 
 def encode_shards(
@@ -117,7 +111,6 @@ def encode_shards(
     Args:
         shards: of documents; what is encoded already stays as it is.
         folder: another one than theirs.
-        encoders: see `Encoders`.
         overwrite: encode all of them anew.
         report: is told a line a shard.
 
@@ -126,45 +119,46 @@ def encode_shards(
         ShardError: a shard cannot be read.
     """
     names = [_shard_name(path) for path in shards.paths]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two shards are called {twice!r}: encode them into different folders")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"two shards are called {twice[0]!r}: encode them into different folders")
     for shard, name in enumerate(names):
         if os.path.realpath(shards.local(shard)) == os.path.realpath(folder / name):
             raise ValueError(f"{str(folder)!r} is the folder of the shards themselves: give another one")
-    fingerprints = encoders.fingerprints()
     folder.mkdir(parents=True, exist_ok=True)
     done = _read_ledger(folder)
+    by_name = {MODALITIES[modality]: fingerprint for modality, fingerprint in encoders.fingerprints.items()}
     for shard, name in enumerate(names):
+        path = folder / name
         shards.make_index(shard)
-        entry = {"source": shards.index(shard).fingerprint, "encoders": fingerprints}
-        stored = done.get(name)
-        if not overwrite and (folder / name).exists():
-            ours = isinstance(stored, dict) and {key: stored.get(key) for key in entry} == entry
-            if ours and _is_finished(folder / name, done[name]):
-                report(f"{folder / name}: there already")
-                continue
-            if not ours:
+        entry = {"source": shards.index(shard).fingerprint, "encoders": by_name}
+        if path.exists() and not overwrite:
+            stored = done.get(name, {})
+            if any(stored.get(key) != value for key, value in entry.items()):
                 raise ValueError(
-                    f"{str(folder / name)!r} was not made from {shards.paths[shard]!r} by these encoders: give --overwrite, or "
-                    "another folder"
+                    f"{str(path)!r} was not made from {shards.paths[shard]!r} by these encoders: give --overwrite, or another "
+                    "folder"
                 )
+            if _is_finished(path, stored):
+                report(f"{path}: there already")
+                continue
         done[name] = entry  # from here on, what stands under that name is ours
         _write_ledger(folder, done)
-        counts = _encode_shard(shards, shard, folder / name, encoders, fingerprints)
-        index = build_index(str(folder / name))
+        counts = _encode_shard(shards, shard, path, encoders)
+        index = build_index(str(path))
         _check_same(index, shards.index(shard))
         done[name] = entry | {"fingerprint": index.fingerprint, "documents": len(index)} | counts
         _write_ledger(folder, done)
-        report(f"{folder / name}: {describe_counts(done[name])}")
+        report(f"{path}: {describe_counts([done[name]])}")
     return {name: done[name] for name in names}
 
 
-def describe_counts(entry: dict[str, Any]) -> str:
+def describe_counts(entries: Sequence[dict[str, Any]]) -> str:
     """`300 documents; encoded: 150 image; left as they were: 2 silent_audio`"""
-    encoded = ", ".join(f"{count:,} {name}" for name, count in sorted(entry["encoded"].items()))
-    left = ", ".join(f"{count:,} {name}" for name, count in sorted(entry["left"].items()))
-    return f"{entry['documents']:,} documents; encoded: {encoded or 'nothing'}; left as they were: {left or 'nothing'}"
+    told = [f"{sum(entry['documents'] for entry in entries):,} documents"]
+    for key, what in (("encoded", "encoded"), ("left", "left as they were")):
+        counts = sum((Counter(entry[key]) for entry in entries), Counter[str]())
+        told.append(f"{what}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'nothing'}")
+    return "; ".join(told)
 
 
 def _shard_name(path: str) -> str:
@@ -175,17 +169,16 @@ def _shard_name(path: str) -> str:
 
 
 def _read_ledger(folder: Path) -> dict[str, Any]:
+    """Empty where there is none, or none that can be read: then shards that are there are not known to be ours."""
     try:
-        found = json.loads((folder / LEDGER).read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((folder / LEDGER).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write_ledger(folder: Path, done: dict[str, Any]) -> None:
-    temporary = folder / f"{LEDGER}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, folder / LEDGER)
+    with whole_file(folder / LEDGER) as file:
+        file.write(json.dumps(done, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def _is_finished(path: Path, stored: dict[str, Any]) -> bool:
@@ -206,28 +199,20 @@ def _check_same(new: ShardIndex, old: ShardIndex) -> None:
         )
 
 
-def _encode_shard(
-    shards: Shards, shard: int, path: Path, encoders: Encoders, fingerprints: dict[str, str]
-) -> dict[str, dict[str, int]]:
-    """Writes the shard at `path`, which appears when it is whole; counts for `encoded.json`."""
+def _encode_shard(shards: Shards, shard: int, path: Path, encoders: Encoders) -> dict[str, Counter[str]]:
+    """Writes the shard at `path`, which appears when it is whole; what was encoded and left, for `encoded.json`."""
     import webdataset
 
-    encoded: Counter[str] = Counter()
-    left: Counter[str] = Counter()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                for samples in _batched(range(len(shards.index(shard))), DOCUMENTS_AT_ONCE):
-                    documents = [_read(shards, shard, sample, encoders.tokenizer, encoders.model, left) for sample in samples]
-                    for document in _encode(documents, encoders, fingerprints, encoded, left):
-                        tar.write(_sample(document))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {"encoded": dict(encoded), "left": dict(left)}
+    encoded, left = Counter[str](), Counter[str]()
+    with whole_file(path) as file:
+        with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+            for samples in _batched(range(len(shards.index(shard))), DOCUMENTS_AT_ONCE):
+                documents = [_read(shards, shard, sample, encoders.tokenizer, left) for sample in samples]
+                for document in _encode(documents, encoders, encoded, left):
+                    tar.write(_sample(document))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"encoded": encoded, "left": left}
 
 
 def _sample(document: Document) -> dict[str, str | bytes]:
@@ -239,9 +224,7 @@ def _sample(document: Document) -> dict[str, str | bytes]:
     return sample_from_document(document)
 
 
-def _read(
-    shards: Shards, shard: int, sample: int, tokenizer: Tokenizer, model: FusedLanguageModel | None, left: Counter[str]
-) -> Document:
+def _read(shards: Shards, shard: int, sample: int, tokenizer: Tokenizer, left: Counter[str]) -> Document:
     """A document, or lost segments of its sizes where its bytes are not those that were indexed."""
     try:
         return shards.document(shard, sample)
@@ -261,39 +244,25 @@ def _read(
     return Document(tuple(segments), index.key(sample), not index.flags[sample] & UNORDERED)
 
 
-def _encode(
-    documents: Sequence[Document],
-    encoders: Encoders,
-    fingerprints: dict[str, str],
-    encoded: Counter[str],
-    left: Counter[str],
-) -> Iterator[Document]:
+def _encode(documents: list[Document], encoders: Encoders, encoded: Counter[str], left: Counter[str]) -> Iterator[Document]:
     """The documents with what can be encoded encoded."""
     segments = [segment for document in documents for segment in document.segments]
-    numbers: list[list[int]] = [
-        [n for n, one in enumerate(segments) if one.modality == modality and not one.is_encoded and name in fingerprints]
-        for modality, name in enumerate(MODALITIES)
-    ]
-    for number in numbers[TEXT]:
-        segments[number] = encode_text(segments[number], encoders.tokenizer)
-    encoded["text"] += len(numbers[TEXT])
-    for modality in (IMAGE, AUDIO):
-        name, extension = MODALITIES[modality], ENCODED_EXTENSIONS[modality]
-        for some in _batched(numbers[modality], encoders.batch):
-            media = _decode([segments[number] for number in some], modality, encoders.model, left)
-            good = [(number, medium) for number, medium in zip(some, media, strict=True) if medium is not None]
-            codes = encode_media([medium for _, medium in good], modality, encoders.model) if good else []
-            encoded[name] += len(good)
-            for (number, _), values in zip(good, codes, strict=True):
-                file = Codes(fingerprints[name], *segment_size(segments[number]), values).to_bytes()
-                segments[number] = replace(segments[number], data=file, extension=extension)
-    first = 0
+    for modality, fingerprint in encoders.fingerprints.items():
+        numbers = [n for n, one in enumerate(segments) if one.modality == modality and not one.is_encoded]
+        for some in _batched(numbers, encoders.batch):
+            for number in some if modality == TEXT else ():
+                segments[number] = encode_text(segments[number], encoders.tokenizer)
+            if modality != TEXT and encoders.model is not None:
+                codes = _encode_media([segments[number].file for number in some], modality, encoders.model, left)
+                for number, values in zip(some, codes, strict=True):
+                    if values is not None:
+                        file = Codes(fingerprint, *segment_size(segments[number]), values).to_bytes()
+                        segments[number] = replace(segments[number], data=file, extension=ENCODED_EXTENSIONS[modality])
+        if done := sum(segments[number].is_encoded for number in numbers):
+            encoded[MODALITIES[modality]] += done
+    remaining = iter(segments)
     for document in documents:
-        stop = first + len(document.segments)
-        yield replace(document, segments=tuple(segments[first:stop]))
-        first = stop
-    for name in [name for name, count in encoded.items() if not count]:
-        del encoded[name]
+        yield replace(document, segments=tuple(islice(remaining, len(document.segments))))
 
 
 def _batched(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -311,50 +280,53 @@ def encode_text(segment: Segment, tokenizer: Tokenizer) -> Segment:
     return Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT], segment.loss)
 
 
-def _decode(
-    segments: Sequence[Segment], modality: int, model: FusedLanguageModel | None, left: Counter[str]
-) -> list[np.ndarray | None]:
-    """Pixels or samples as the codec takes them, None for what cannot be decoded."""
-    assert model is not None
+def _encode_media(files: list[bytes], modality: int, model: FusedLanguageModel, left: Counter[str]) -> list[np.ndarray | None]:
+    """Codes (T,) of each image or sound, None for what cannot be decoded."""
     vocabulary = model.vocabulary
 
-    def one(segment: Segment) -> np.ndarray | str:
+    def decode(file: bytes) -> np.ndarray | BadSample:
         try:
             if modality == IMAGE:
-                return decode_image(segment.file, *vocabulary.image_shape)
-            return decode_audio(segment.file, vocabulary.sample_rate)
+                return decode_image(file, *vocabulary.image_shape)
+            return decode_audio(file, vocabulary.sample_rate)
         except BadSample as error:
-            return error.reason
+            return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let go of the interpreter's lock
-        found = list(pool.map(one, segments))
-    left.update(medium for medium in found if isinstance(medium, str))
-    return [None if isinstance(medium, str) else medium for medium in found]
+        decoded = list(pool.map(decode, files))
+    left.update(medium.reason for medium in decoded if isinstance(medium, BadSample))
+    media = [medium for medium in decoded if not isinstance(medium, BadSample)]
+    codes = iter((encode_images if modality == IMAGE else encode_sounds)(media, model) if media else ())
+    return [None if isinstance(medium, BadSample) else next(codes) for medium in decoded]
 
 
-def encode_media(media: Sequence[np.ndarray], modality: int, model: FusedLanguageModel | None) -> list[np.ndarray]:
-    """uint8 pixels (C, H, W), or float32 samples (S,) -> codes (T,) of each."""
+def encode_images(images: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
+    """uint8 pixels (C, H, W) -> codes (T,) of each."""
     import torch
 
-    assert model is not None
-    device = model.token_bytes.device
-    if modality == IMAGE:
-        assert model.image_codec is not None
-        pixels = np.stack([medium.transpose(1, 2, 0) for medium in media])  # as batches hold them: channels last
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-        return list(model.image_codec.encode(images).cpu().numpy())
+    assert model.image_codec is not None
+    pixels = np.stack([image.transpose(1, 2, 0) for image in images])  # as batches hold them: channels last
+    return list(
+        model.image_codec.encode(torch.from_numpy(pixels).to(model.token_bytes.device).permute(0, 3, 1, 2)).cpu().numpy()
+    )
+
+
+def encode_sounds(sounds: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
+    """float32 samples (S,) -> codes (T,) of each."""
+    import torch
+
     assert model.audio_codec is not None
-    vocabulary = model.vocabulary
-    tokens = [-(-len(medium) // vocabulary.samples_per_token) for medium in media]
-    codes: list[np.ndarray] = [np.zeros(0)] * len(media)
-    limit = len(media) * SOUND_SECONDS * vocabulary.sample_rate
+    vocabulary, device = model.vocabulary, model.token_bytes.device
+    tokens = [-(-len(sound) // vocabulary.samples_per_token) for sound in sounds]
+    codes: list[np.ndarray] = [np.zeros(0)] * len(sounds)
+    limit = len(sounds) * SOUND_SECONDS * vocabulary.sample_rate
     groups: list[list[int]] = []
-    for number in sorted(range(len(media)), key=lambda n: len(media[n])):  # sounds of about a length together
-        if not groups or len(media[number]) * (len(groups[-1]) + 1) > limit:
+    for number in sorted(range(len(sounds)), key=lambda n: len(sounds[n])):  # sounds of about a length together
+        if not groups or len(sounds[number]) * (len(groups[-1]) + 1) > limit:
             groups.append([])
         groups[-1].append(number)
     for group in groups:
-        audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(media[n]) for n in group], batch_first=True)
+        audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sounds[n]) for n in group], batch_first=True)
         lengths = torch.tensor([tokens[n] for n in group], device=device)
         rows = model.audio_codec.encode(audio.to(device), lengths).cpu().numpy()
         for n, row in zip(group, rows, strict=True):

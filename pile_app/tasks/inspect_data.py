@@ -165,7 +165,7 @@ def _add_config(plan: Plan, path: Path) -> Any:
         try:
             content = yaml.safe_load(file.read_text("utf-8")) or {}
             chosen = {name: content[name] for name in ("model", "data") if name in content}
-            parsed = parser.parse_object(chosen, cfg_base=parsed)
+            parsed = parser.parse_object(chosen, parsed)  # laid over what was parsed before
         except (yaml.YAMLError, UnicodeDecodeError, ArgumentError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(file)!r} is not a configuration of this version of Pile: {error}") from error
     assert parsed is not None

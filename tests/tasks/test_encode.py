@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pile_app.data.text import train_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Codes, Document, Segment, describe
 from pile_app.tasks import encode
 from pile_app.training.load import load_run
+from tests.data.test_remote import serving
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from attempts import Workbench, checkpoint, documents, losses
@@ -264,6 +267,27 @@ def test_interrupted_encoding_continues(
     with pytest.raises(SystemExit):
         pile("encode", bench.run("raw"), bench.shards / "*.tar", bench.shards)
     assert "folder of the shards themselves" in capsys.readouterr().err
+
+
+def test_shards_of_a_server_are_encoded_as_those_of_a_folder(
+    bench: Workbench, encoded: dict[str, Workbench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name, value in {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PILE_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    served = tmp_path / "served"
+    shutil.copytree(bench.shards, served)
+    index = served / "prose-train-000000.tar.index.safetensors"
+    index.unlink()  # then it is made from the fetched shard
+    with serving(functools.partial(SimpleHTTPRequestHandler, directory=str(served))) as port:
+        names = [path.name for path in sorted(served.glob("*.tar"))]
+        urls = [f"http://127.0.0.1:{port}/{name}" for name in names]
+        pile("encode", bench.run("raw"), *urls, tmp_path / "new")
+        for name in names:
+            assert (tmp_path / "new" / name).read_bytes() == (encoded["raw"].shards / name).read_bytes()
+        capsys.readouterr()
+        pile("encode", bench.run("raw"), *urls, tmp_path / "new")
+        assert capsys.readouterr().out.count("there already") == len(names)
+    assert {path.name for path in (tmp_path / "cache" / "shards").rglob("*.tar")} == set(names)
 
 
 def test_text_alone_needs_no_run(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
