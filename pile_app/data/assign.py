@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.filters import NearDuplicates
+from pile_app.data.ngrams import NearDuplicates
 from pile_app.data.spill import KEPT, Table, Workplace, document_of_block
 
 SPLITS = ("train", "validation")

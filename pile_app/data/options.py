@@ -1,9 +1,10 @@
-"""What `pile prepare` is asked for, and the kinds of files it knows."""
+"""What `pile prepare` is asked for, the kinds of files it knows, and the libraries that not everybody has installed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
@@ -23,6 +24,14 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
     "webdataset": ("tar",),
 }
 RULES = ("gopher", "c4")  # of quality
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Imports a library of an extra. Raises `ValueError` with the command that installs it where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(f'{purpose} needs {module}: pip install "pile-app[{extra}]"') from error
 
 
 @dataclass(frozen=True)

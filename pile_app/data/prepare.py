@@ -3,8 +3,8 @@
     files ──► units ──► spill: clean, check ──► drop duplicates, assign ──► <source>-train-*.tar, <source>-validation-*.tar
               listed    in parallel             one process                 in parallel
 
-1. The input is listed as units of some megabytes (`readers.py`).
-2. Each unit is read, mended and judged on its own (`filters.py`), to samples as they will stand in a shard (`spill.py`).
+1. The input is listed as units of some megabytes (`listing.py`).
+2. Each unit is read, mended and judged on its own (`readers.py`, `filters.py`), to samples as they will stand in a shard.
 3. One process goes over the tables of all units in order: it drops duplicates and says which samples make which shard
    (`assign.py`).
 4. Each shard is put together from them (`spill.py`).
@@ -24,26 +24,24 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pile_app.data.assign import SPLITS, Summary, assign
-from pile_app.data.filters import EvaluationTexts, require
-from pile_app.data.options import Options
-from pile_app.data.readers import evaluation_texts, list_items
+from pile_app.data.engines import ENGINES, import_ray, tracked
+from pile_app.data.listing import list_items
+from pile_app.data.ngrams import EvaluationTexts
+from pile_app.data.options import Options, require
+from pile_app.data.readers import evaluation_texts
 from pile_app.data.spill import Workplace, is_spilled, make_spill, slug, write_shard
 
 PREPARE_VERSION = 2  # changes with what the same options give
@@ -111,96 +109,6 @@ def prepare(
         shutil.rmtree(folder)
     _print_summary(summary)
     return summary
-
-
-# -- where the work is done
-
-Run = Callable[[Callable[[str, Any], None], str, Sequence[Any]], Iterator[Any]]  # task(folder, thing) for each of things
-
-
-def _here(processes: int) -> AbstractContextManager[Run]:
-    """Work in this process, or in others where there are many things to do."""
-    return nullcontext(partial(_run_here, processes))
-
-
-def _run_here(processes: int, task: Callable[[str, Any], None], folder: str, things: Sequence[Any]) -> Iterator[Any]:
-    processes = min(processes, len(things))
-    if processes < 2:
-        yield from map(partial(task, folder), things)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pile_app.data.spill"])
-    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
-        yield from pool.map(partial(task, folder), things, chunksize=1 + len(things) // 10_000)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _on_ray(processes: int) -> Iterator[Run]:
-    """Work on the cluster that `RAY_ADDRESS` names, or on `processes` cores here."""
-    ray = _import_ray()
-    ours = not ray.is_initialized()
-    if ours:
-        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": processes, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="ERROR", **here)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-
-    def run(task: Callable[[str, Any], None], folder: str, things: Sequence[Any]) -> Iterator[Any]:
-        folder = os.path.abspath(folder)
-
-        def run_one(row: dict[str, Any]) -> dict[str, Any]:
-            if not os.path.isdir(folder):
-                raise ValueError(
-                    f"a node does not see {folder!r}: input and output have to lie in folders that all nodes share"
-                )
-            task(folder, row["item"])
-            return row
-
-        if not things:
-            return
-        dataset = ray.data.from_items(list(things), override_num_blocks=min(len(things), 10_000))
-        try:
-            yield from dataset.map(run_one).iter_rows()
-        except ray.exceptions.RayError as error:
-            raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
-
-    try:
-        yield run
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _import_ray() -> Any:
-    # Read by Ray when it is imported: else it starts workers by `uv run` in another folder, where they find no environment and
-    # the driver waits for ever, and reports usage to its makers.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    require("ray.data", "ray", "the engine ray")
-    return require("ray", "ray", "the engine ray")
-
-
-ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _here, "ray": _on_ray}
-T = TypeVar("T")
-
-
-def tracked(things: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The things, with a bar on stderr where somebody looks."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(things, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 # -- the input, and what is there of an earlier attempt
@@ -287,7 +195,7 @@ def _check_extras(options: Options, engine: str) -> None:
     if options.near_duplicates is not None:
         require("datasketch", "prepare", "near_duplicates")
     if engine == "ray":
-        _import_ray()
+        import_ray()
 
 
 def _check_folders(input: Path, output: Path, overwrite: bool) -> None:
@@ -334,9 +242,7 @@ def _print_summary(summary: Summary) -> None:
                 hours = f"{one.audio_seconds / 3600:,.3f}"
                 table.add_row(source, split, f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", hours)
             else:
-                missing.append(
-                    f"{source} has no {split} documents: change validation_share, or cut text finer with document_bytes"
-                )
+                missing.append(f"{source} has no {split} documents")
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     console.print(f"read: {_counts(summary.read)}")

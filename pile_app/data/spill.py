@@ -28,9 +28,11 @@ from typing import Any
 import numpy as np
 
 from pile_app.data.files import whole_file
-from pile_app.data.filters import PERMUTATIONS, EvaluationTexts, apply_steps, minhash
+from pile_app.data.filters import apply_steps
+from pile_app.data.listing import Item
+from pile_app.data.ngrams import PERMUTATIONS, EvaluationTexts, minhash
 from pile_app.data.options import Options
-from pile_app.data.readers import Found, Item, read_item
+from pile_app.data.readers import Found, read_item
 from pile_app.data.shards import (
     BLOCK,
     MAX_SAMPLE_BYTES,

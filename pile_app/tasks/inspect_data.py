@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from pile_app.data.engines import tracked
 from pile_app.data.order import hash64
-from pile_app.data.prepare import tracked
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import ShardError, Shards, expand_shards
 from pile_app.data.sources import SourceData, cache_folder, segment_tokens

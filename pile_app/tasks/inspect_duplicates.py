@@ -14,7 +14,7 @@ from contextlib import closing
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from pile_app.data.prepare import tracked
+from pile_app.data.engines import tracked
 from pile_app.documents import MODALITIES, TEXT, BadSample, Segment
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from pile_app.data import listing
 from pile_app.data import prepare as engine
-from pile_app.data import readers
 from tests.data.test_prepare import content, image, rejected, sound, write
 
 STEPS: dict[str, Any] = {"validation_share": 0.2, "shard_megabytes": 0.3, "near_duplicates": 0.8, "repair": True}
@@ -21,7 +21,7 @@ UNIT_BYTES = 20_000
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "UNIT_BYTES", UNIT_BYTES)
-    monkeypatch.setattr(readers, "ITEM_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(listing, "ITEM_BYTES", UNIT_BYTES)
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def test_processes_and_ray_give_the_same_bytes(
 
 KILLED = """
 import sys, pathlib
-from pile_app.data import prepare, readers
+from pile_app.data import prepare, listing
 if __name__ == "__main__":
-    prepare.UNIT_BYTES = readers.ITEM_BYTES = {unit_bytes}
+    prepare.UNIT_BYTES = listing.ITEM_BYTES = {unit_bytes}
     prepare.prepare(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), processes={processes}, **{steps})
 """
 

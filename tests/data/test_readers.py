@@ -15,9 +15,10 @@ import pytest
 import webdataset
 import zstandard
 
-from pile_app.data import files, readers
+from pile_app.data import files, listing
+from pile_app.data.listing import Item, list_items
 from pile_app.data.options import Options
-from pile_app.data.readers import Found, Item, evaluation_texts, list_items, read_item, read_texts
+from pile_app.data.readers import Found, evaluation_texts, read_item, read_texts
 from pile_app.documents import BadSample, Document, Segment
 
 RATE = 8000
@@ -187,7 +188,7 @@ def test_long_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
     prose = "\n\n".join(f"paragraph {n}: " + "word " * (n % 30) for n in range(200))
     folder = write(tmp_path / "in", {"a.jsonl": "\n".join(lines), "b.txt": prose})
     whole = read(folder, document_bytes=300)
-    monkeypatch.setattr(readers, "ITEM_BYTES", 700)
+    monkeypatch.setattr(listing, "ITEM_BYTES", 700)
     parts = read(folder, document_bytes=300)
     assert [one.file for one in whole[:3]] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     lines_of_whole, lines_of_parts = ([one for one in found if "jsonl" in one.file] for found in (whole, parts))
