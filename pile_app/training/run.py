@@ -6,6 +6,7 @@ config.yaml  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quaran
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from pile_app.data.files import whole_file
 from pile_app.training.callbacks import count_quarantined
 from pile_app.training.module import PileModule
 
@@ -51,16 +54,14 @@ class _MetricsFile(ExperimentWriter):
     def keep_until(self, step: int) -> None:
         """Drops what was logged from optimizer step `step` on: what a killed run logged after its checkpoint comes anew."""
         kept = [row for row in self._read() if int(row["step"]) < step]
-        path = Path(self.metrics_file_path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(kept)
-        if self.metrics_keys:
-            os.replace(temporary, path)
-        else:
-            temporary.unlink()
+        if not self.metrics_keys:
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(kept)
+        with whole_file(self.metrics_file_path) as file:
+            file.write(text.getvalue().encode())
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -209,9 +210,8 @@ def check_writable(run: Path) -> None:
     """Raises OSError where a run cannot write into its folder."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        probe = run / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=run).close()
     except OSError as error:
-        mend = "Choose another with --runs or --name"
-        raise OSError(f"the run folder {str(run)!r} cannot be written: {error}. {mend}") from error
+        raise OSError(
+            f"the run folder {str(run)!r} cannot be written: {error}. Choose another with --runs or --name"
+        ) from error
