@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pile_app.data.shards import ShardIndex
+    from pile_app.data.shards import ShardIndex, Shards
     from pile_app.documents import Document, Segment
 
 
@@ -143,15 +143,15 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 def index_shards(options: argparse.Namespace) -> None:
     from functools import partial
 
-    from pile_app.data.shards import ShardError, expand_shards
+    from pile_app.data.shards import ShardError
     from pile_app.data.sources import for_each
 
-    paths = expand_shards(options.shards)
+    shards = _open_shards(options.shards)
+    task = partial(_verify_shard if options.verify else _index_shard, shards)
     differing = 0
-    for lines in for_each(partial(_index_shard, paths, options.verify), range(len(paths)), options.processes):
-        line, count = lines
+    for number, (line, count) in enumerate(for_each(task, range(len(shards)), options.processes)):
         differing += count
-        print(line, flush=True)
+        print(f"{shards.paths[number]}: {line}", flush=True)
     if differing:
         raise ShardError(
             f"{differing:,} documents differ from what was indexed: fetch those shards again, or run `pile index` without "
@@ -159,18 +159,40 @@ def index_shards(options: argparse.Namespace) -> None:
         )
 
 
-def _index_shard(paths: Sequence[str], verify: bool, number: int) -> tuple[str, int]:
-    """(what to say of a shard, documents that differ from its index)."""
-    from pile_app.data.shards import build_index, load_index
+def _open_shards(patterns: str | Sequence[str]) -> Shards:
+    """Shards of this machine or of others, which are fetched into the default cache."""
+    from pile_app.data.remote import ShardCache
+    from pile_app.data.shards import Shards, expand_shards
+    from pile_app.data.sources import cache_folder
 
-    path = paths[number]
-    if not verify:
-        return f"{path}: {describe_index(build_index(path))}", 0
-    index = load_index(path)
-    different = differing_samples(index)
+    return Shards(expand_shards(patterns), ShardCache(cache_folder() / "shards", int(100e9)))
+
+
+def _index_shard(shards: Shards, number: int) -> tuple[str, int]:
+    """(what to say of the shard, 0)."""
+    from pile_app.data.shards import build_index
+
+    if shards.remote[number] and shards.cache is not None:
+        Path(shards.local(number)).unlink(missing_ok=True)  # it may be of an earlier version
+        shards.cache.fetch(shards.paths[number])
+    return describe_index(build_index(shards.local(number))), 0
+
+
+def _verify_shard(shards: Shards, number: int) -> tuple[str, int]:
+    """(what to say of the shard, documents that differ from its index)."""
+    from pile_app.documents import BadSample
+
+    if shards.remote[number]:
+        shards.make_index(number)
+    keys, different = shards.index(number).keys, []
+    for sample, key in enumerate(keys):
+        try:
+            shards.document(number, sample)
+        except BadSample:
+            different.append(key)
     listed = ", ".join(different[:5] + ["..."] * (len(different) > 5))
     verdict = f"{len(different):,} differ from the index: {listed}" if different else "all as indexed"
-    return f"{path}: {len(index):,} documents, {verdict}", len(different)
+    return f"{len(keys):,} documents, {verdict}", len(different)
 
 
 def describe_index(index: ShardIndex) -> str:
@@ -181,20 +203,6 @@ def describe_index(index: ShardIndex) -> str:
     segments = ", ".join(f"{count:,} {name}" for name, count in counts if count) or "no segments"
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in Counter(r for _, r in index.rejected).most_common())
     return f"{len(index):,} documents; {segments}; rejected: {rejected or 'none'}"
-
-
-def differing_samples(index: ShardIndex) -> list[str]:
-    """Keys of the samples of a shard that are not what was indexed."""
-    from pile_app.data.shards import Shards
-    from pile_app.documents import BadSample
-
-    shards, different = Shards([index.path]), []
-    for sample, key in enumerate(index.keys):
-        try:
-            shards.document(0, sample)
-        except BadSample:
-            different.append(key)
-    return different
 
 
 # -- pile tokenizer
@@ -221,11 +229,11 @@ def make_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _texts_of_shards(pattern: str) -> Iterator[str]:
-    from pile_app.data.shards import Shards, expand_shards
     from pile_app.documents import TEXT
 
-    shards = Shards(expand_shards(pattern))
+    shards = _open_shards(pattern)
     for shard in range(len(shards)):
+        shards.make_index(shard)
         for sample in range(len(shards.index(shard))):
             document = shards.document(shard, sample)
             yield from (segment.text for segment in document.segments if segment.modality == TEXT)
@@ -260,15 +268,12 @@ def encode_shards(options: argparse.Namespace) -> None:
         raise ValueError("pile encode takes RUN SHARDS OUTPUT, or --tokenizer FILE SHARDS OUTPUT")
     if options.batch < 1:
         raise ValueError(f"--batch must be at least 1, not {options.batch}")
-    from pile_app.data.remote import ShardCache
-    from pile_app.data.shards import Shards, expand_shards
-    from pile_app.data.sources import cache_folder
     from pile_app.data.text import load_tokenizer
     from pile_app.tasks import encode
 
     run = None if options.tokenizer else Path(paths.pop(0))
     folder = Path(paths.pop())
-    shards = Shards(expand_shards(paths), ShardCache(cache_folder() / "shards", int(100e9), False))
+    shards = _open_shards(paths)
     if run is None:
         encoders = encode.Encoders(load_tokenizer(options.tokenizer), batch=options.batch)
     else:
@@ -293,11 +298,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "on its own. A text at the end of the prompt is continued by --to text."
     )
     parser.add_argument("run", type=Path, help="folder of the run: runs/<name>")
-    for name, what in (
-        ("text", "text"),
-        ("image", "image file (png, jpg, webp)"),
-        ("audio", "sound file (wav, flac, ogg, mp3)"),
-    ):
+    kinds = {"text": "text", "image": "image file (png, jpg, webp)", "audio": "sound file (wav, flac, ogg, mp3)"}
+    for name, what in kinds.items():
         parser.add_argument(
             f"--{name}",
             dest="prompt",
@@ -360,30 +362,21 @@ def read_prompt(parts: Sequence[tuple[str, str]]) -> Document:
 
 
 def _read_medium(name: str, path: str) -> Segment:
-    from pile_app.documents import (
-        AUDIO_EXTENSIONS,
-        IMAGE_EXTENSIONS,
-        BadSample,
-        Segment,
-        audio_size,
-        decode_audio,
-        decode_image,
-        image_size,
-    )
+    from pile_app import documents
 
     extension = Path(path).suffix[1:].lower()
-    known = IMAGE_EXTENSIONS if name == "image" else AUDIO_EXTENSIONS
+    known = documents.IMAGE_EXTENSIONS if name == "image" else documents.AUDIO_EXTENSIONS
     if extension not in known:
         raise ValueError(f"--{name} {path!r}: its name has to end in .{', .'.join(known)}")
     data = Path(path).read_bytes()
     try:  # once here, where the name of the file is known
         if name == "image":
-            decode_image(data, 3, *image_size(data))
+            documents.decode_image(data, 3, *documents.image_size(data))
         else:
-            decode_audio(data, audio_size(data)[1])
-    except BadSample as error:
+            documents.decode_audio(data, documents.audio_size(data)[1])
+    except documents.BadSample as error:
         raise ValueError(f"--{name} {path!r} cannot be used, {error}") from error
-    return Segment(data, extension)
+    return documents.Segment(data, extension)
 
 
 # -- pile inspect

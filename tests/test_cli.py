@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from pile_app.data.shards import build_index, expand_shards, write_shards
 from pile_app.data.text import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, Vocabulary
 from pile_app.training.load import load_run
+from tests.data.test_remote import serving
 
 Fails = Callable[..., str]
 
@@ -137,6 +140,27 @@ def test_verify_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     pile("index", tmp_path / "*.tar")
     pile("index", tmp_path / "*.tar", "--verify")
     assert "no shard matches" in fails("index", tmp_path / "none-*.tar")
+
+
+def test_shards_of_a_server_are_indexed_verified_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PILE_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    write_shards((Document((Segment(f"text {n}"),), f"key-{n}") for n in range(9)), tmp_path / "served", "x")
+    with serving(functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))) as port:
+        url = f"http://127.0.0.1:{port}/x-000000.tar"
+        pile("tokenizer", url, tmp_path / "t.json", "--kind", "bpe", "--size", "260")
+        write_shards([Document((Segment("changed"),), "new")], tmp_path / "served", "x")
+        capsys.readouterr()
+        pile("index", url, "--verify")
+        pile("index", url)
+        pile("index", url, "--verify")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{url}: 9 documents, all as indexed",  # the copy that was fetched
+        f"{url}: 1 documents; 1 text; rejected: none",
+        f"{url}: 1 documents, all as indexed",
+    ]
 
 
 def test_tokenizer_from_shards_and_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
