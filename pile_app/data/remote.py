@@ -288,14 +288,14 @@ class Prefetcher:
         self.cache = cache
         self.ahead = ahead
         self._files = iter(files)
-        self._planned: deque[Wanted] = deque(islice(self._files, max(ahead, horizon)))  # from number `_used` on
+        self._planned: deque[Wanted] = deque()  # from number `_used` on
         self._used = self._next = 0
         self._blocked: int | None = None  # number of a file that found no room: later ones must not take it first
         self._is_full = False  # and nothing has changed since
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._failed = False
-        self._tell_plan()
+        self._plan(max(ahead, horizon))
         self._threads = [threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -305,12 +305,11 @@ class Prefetcher:
         with self._changed:
             count = min(used - self._used, len(self._planned))
             if count > 0:
-                self._planned.extend(islice(self._files, count))
                 for _ in range(count):
                     self._planned.popleft()
                 self._used += count
                 self._next = max(self._next, self._used)
-                self._tell_plan()
+                self._plan(count)
             self._is_full = False
             if self._blocked is not None and self._blocked < self._used:
                 self._blocked = None
@@ -325,8 +324,18 @@ class Prefetcher:
             thread.join(timeout=5)
         self.cache.plan([], name=str(id(self)))
 
-    def _tell_plan(self) -> None:
-        self.cache.plan([url for url, _, _ in self._planned], name=str(id(self)))
+    def _plan(self, count: int) -> None:
+        """Plans so many more files."""
+        try:
+            self._planned.extend(islice(self._files, count))
+            self.cache.plan([url for url, _, _ in self._planned], name=str(id(self)))
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        level = logging.DEBUG if self._failed else logging.WARNING
+        log.log(level, "a shard could not be fetched ahead; who needs it will try again: %s", error)
+        self._failed = True
 
     def _may_fetch(self) -> bool:
         is_ahead = self._next < self._used + min(self.ahead, len(self._planned))
@@ -346,9 +355,7 @@ class Prefetcher:
             except _NoRoomError:
                 has_room = False
             except Exception as error:
-                level = logging.DEBUG if self._failed else logging.WARNING
-                log.log(level, "a shard could not be fetched ahead; who needs it will try again: %s", error)
-                self._failed = True
+                self._warn(error)
             with self._changed:
                 if not has_room and number >= self._used:
                     self._next = self._blocked = number if self._blocked is None else min(number, self._blocked)
