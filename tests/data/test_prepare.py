@@ -16,8 +16,8 @@ import zstandard
 
 from pile_app.data.files import pieces_of
 from pile_app.data.prepare import Summary, prepare
-from pile_app.data.shards import Shards, expand_shards, load_index
-from pile_app.documents import Document, Segment
+from pile_app.data.shards import Shards, expand_shards, load_index, write_shards
+from pile_app.documents import Codes, Document, Segment
 
 RATE = 8000
 
@@ -401,10 +401,21 @@ def test_a_failure_leaves_the_earlier_result_and_what_is_done(
     assert texts(tmp_path / "out") == ["one", "two"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "out.partial"]
     assert "the same command continues" in capsys.readouterr().err
+    write(tmp_path / "out.partial" / "result", {"in-train-000000.tar.1.tmp": "of a writer that was killed"})
     run(folder, tmp_path / "out", overwrite=True)
     assert texts(tmp_path / "out") == ["one", "two", "three"]
+    assert not list((tmp_path / "out").glob("*.tmp"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert "1 of 1 units are done" in capsys.readouterr().err
+
+
+def test_long_names_and_encoded_samples_do_not_end_a_preparation(tmp_path: Path) -> None:
+    line = json.dumps({"text": "good", "meta": {"pile_set_name": "\U00010348" * 90}})
+    codes = Codes("00" * 16, 4, 0, np.array([1, 2]))
+    write_shards([Document((Segment(codes.to_bytes(), "textids"),), "x")], tmp_path / "in", "encoded")
+    run(write(tmp_path / "in", {"a.jsonl": line}), tmp_path / "out")
+    assert texts(tmp_path / "out") == ["good"]
+    assert rejected(tmp_path / "out")["encoded-000000.tar:x"] == "encoded_segment"
 
 
 def test_an_input_with_nothing_usable_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
