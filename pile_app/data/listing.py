@@ -57,6 +57,7 @@ def list_items(input: Path, options: Options, stamp: Callable[[bytes], Any] = le
     """Everything under a folder (or one file) that the options ask for: tables first, then folder by folder, sorted.
 
     Args:
+        input: an absolute path.
         stamp: is called with path, size and time of change of every file.
     """
     wanted = options.extensions
@@ -97,9 +98,9 @@ def _list_folder(
 ) -> Iterator[Item]:
     """What the plain files of a folder, name -> bytes, are read as."""
     wanted = options.extensions
-    media_names = [name for name in sizes if extension(name) in MEDIA_EXTENSIONS and extension(name) in wanted]
+    media_names = {name for name in sizes if extension(name) in MEDIA_EXTENSIONS and extension(name) in wanted}
     spoken = _librispeech(sizes) if options.kind in ("auto", "audio") else {}
-    taken = {name for names in spoken.values() for name in names} | set(media_names if is_recorded else ())
+    taken = {name for names in spoken.values() for name in names} | (media_names if is_recorded else set())
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sizes:
         groups[name.rsplit(".", 1)[0]].append(name)
@@ -263,4 +264,4 @@ def _walk(input: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _relative(root: str, *path: str) -> str:
-    return os.path.relpath(os.path.join(*path), root)
+    return os.path.join(*path).removeprefix(os.path.join(root, ""))
