@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -103,16 +103,13 @@ class Encoders:
         return cls(module.tokenizer, module.model.to(device), batch)
 
 
-def encode_shards(
-    shards: Shards, folder: Path, encoders: Encoders, overwrite: bool = False, report: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Writes `folder/<name>` for every shard, and returns what `encoded.json` then says of them.
+def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: bool = False) -> dict[str, Any]:
+    """Writes `folder/<name>` for every shard, tells a line of each, and returns what `encoded.json` then says of them.
 
     Args:
         shards: of documents; what is encoded already stays as it is.
         folder: another one than theirs.
         overwrite: encode all of them anew.
-        report: is told a line a shard.
 
     Raises:
         ValueError: two shards have one name, a shard would replace the one it is made from, or another one is in its place.
@@ -139,7 +136,7 @@ def encode_shards(
                     "folder"
                 )
             if _is_finished(path, stored):
-                report(f"{path}: there already")
+                print(f"{path}: there already")
                 continue
         done[name] = entry  # from here on, what stands under that name is ours
         _write_ledger(folder, done)
@@ -148,7 +145,7 @@ def encode_shards(
         _check_same(index, shards.index(shard))
         done[name] = entry | {"fingerprint": index.fingerprint, "documents": len(index)} | counts
         _write_ledger(folder, done)
-        report(f"{path}: {describe_counts([done[name]])}")
+        print(f"{path}: {describe_counts([done[name]])}")
     return {name: done[name] for name in names}
 
 
