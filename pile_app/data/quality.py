@@ -10,9 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from pile_app.documents import (
-    BadSample,
-)
+from pile_app.documents import BadSample
 
 _BULLETS = ("\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf", "\u25aa", "\u2219", "\u00b7", "- ", "* ")
 _ELLIPSES = ("...", "\u2026")
