@@ -219,7 +219,7 @@ def make_tokenizer(options: argparse.Namespace) -> None:
     from pile_app.data.readers import read_texts
     from pile_app.data.text import load_tokenizer, train_tokenizer
 
-    texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else read_texts(_existing(options.input))
+    texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else read_texts(Path(options.input))
     first = next(texts, None)
     if first is None:
         raise ValueError(f"{options.input!r} holds no text: give shards ('shards/*.tar'), or a folder of text files")
@@ -237,12 +237,6 @@ def _texts_of_shards(pattern: str) -> Iterator[str]:
         for sample in range(len(shards.index(shard))):
             document = shards.document(shard, sample)
             yield from (segment.text for segment in document.segments if segment.modality == TEXT)
-
-
-def _existing(path: str) -> Path:
-    if not os.path.exists(path):
-        raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
-    return Path(path)
 
 
 # -- pile encode

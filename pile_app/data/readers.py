@@ -327,7 +327,13 @@ def _medium(root: str, path: str, value: Any) -> Segment:
 
 
 def read_texts(input: Path) -> Iterator[str]:
-    """The texts alone, cleaned, of a text file or a folder of them; what cannot be read is left out."""
+    """The texts alone, cleaned, of a text file or a folder of them; what cannot be read is left out.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    if not input.exists():
+        raise ValueError(f"{str(input)!r} does not exist (working folder {os.getcwd()})")
     input = input.resolve()
     options = Options(kind="text")
     for item in list_items(input, options):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pile_app.documents import AUDIO, IMAGE
+from pile_app.training.report import short
 
 if TYPE_CHECKING:
     from pile_app.tasks.inspect_data import Part
@@ -49,14 +50,6 @@ class Histogram:
         shares = {f"{100 * share:g}%": self.quantile(share) for share in (0.01, 0.25, 0.5, 0.75, 0.99)}
         ends = {"minimum": int(self.values[0])}, {"maximum": int(self.values[-1])}
         return {"count": self.count, "sum": self.sum} | ends[0] | shares | ends[1]
-
-
-def short(value: float) -> str:
-    """Three digits: 812, 12.5k, 3.1M."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}" if value < 999.5 * size else f"{value / size:,.0f}{letter}"
-    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 class Panel(NamedTuple):

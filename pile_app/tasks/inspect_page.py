@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pile_app.documents import MODALITIES, TEXT, BadSample, Segment, audio_size, decode_audio, decode_image, image_size
-from pile_app.training.report import STYLE, data_uri, spectrogram
+from pile_app.documents import MODALITIES, TEXT, BadSample, Segment
+from pile_app.training.report import STYLE, medium
 
 Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None where that cannot be
 
@@ -81,33 +81,12 @@ def _card(one: Mapping[str, Any], folder: Path, media: str) -> str:
     return f'<div class="card">{card}</div>'
 
 
-def _shown(segment: Mapping[str, Any], folder: Path, media: str) -> str:
+def _shown(segment: dict[str, Any], folder: Path, media: str) -> str:
     if "text" in segment:
         text = segment["text"]
         more = f"\n... and {len(text) - SHOWN_CHARACTERS:,} more characters" if len(text) > SHOWN_CHARACTERS else ""
-        return f"<pre>{escape(text[:SHOWN_CHARACTERS] + more)}</pre>"
+        return medium({"text": text[:SHOWN_CHARACTERS] + more}, folder)
     if "note" in segment:
         return f'<small class="bad">{escape(segment["modality"])}: {escape(segment["note"])}</small>'
-    path = folder / segment["file"]
-    source = escape(quote(f"{media}/{path.name}" if media else path.name))
-    try:
-        return _image(path, source) if segment["modality"] == "image" else _sound(path, source)
-    except Exception as error:  # a damaged file is what one may be looking for
-        return f'<small class="bad">{escape(path.name)} cannot be shown: {escape(str(error))}</small>'
-
-
-def _image(path: Path, source: str) -> str:
-    height, width = image_size(path.read_bytes())
-    decode_image(path.read_bytes(), 3, 1, 1)
-    scale = max(1, 128 // max(width, height))
-    size = f"{width} x {height} pixels"
-    shape = f'class="{"pixels" * (scale > 1)}" width="{min(480, scale * width)}"'
-    return f'<img {shape} src="{source}" alt="{size}" title="{size}">'
-
-
-def _sound(path: Path, source: str) -> str:
-    samples, rate = audio_size(path.read_bytes())
-    waveform = decode_audio(path.read_bytes(), rate)  # (S,)
-    note = f"{samples / rate:.2f} s at {rate:,} Hz"
-    image = f'<img src="{data_uri(".png", spectrogram(waveform))}" alt="{note}" title="{note}">'
-    return f'<figure class="sound">{image}<audio controls src="{source}"></audio><figcaption>{note}</figcaption></figure>'
+    link = escape(quote(f"{media}/{segment['file']}" if media else segment["file"]))
+    return medium(segment, folder, link, least=120)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pile_app.documents import MODALITIES
 from pile_app.tasks.inspect_duplicates import duplicate_lines
-from pile_app.tasks.inspect_lengths import short
+from pile_app.training.report import short
 
 
 def format_statistics(description: Mapping[str, Any]) -> str:

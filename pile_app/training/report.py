@@ -27,6 +27,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from pile_app.documents import BadSample, audio_size, image_size
+
 JUDGED = "of what was made is recognised as what was asked for, by a judge trained on real media only"
 FIGURES = {  # key in summary.json: label, unit, meaning
     "image_to_text_accuracy": ("Image → text", "%", "of unseen images are named right"),
@@ -177,7 +179,9 @@ def figure(key: str, value: Any) -> str:
 
 def short(value: float) -> str:
     """Three or four digits: 0.0123, 97.25, 1,250, 12.5M."""
-    size, letter = next(((size, letter) for size, letter in ((1e9, "G"), (1e6, "M")) if abs(value) >= size), (1, ""))
+    size, letter = next(
+        ((size, letter) for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if abs(value) >= size), (1, "")
+    )
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value / size:.{3 if letter else 4}g}{letter}"
 
 
@@ -221,23 +225,27 @@ def sample_cards(folders: dict[str, Path], *extra: str, least: int = 2, style: s
     return page and f'<div class="{style}">{page}</div>'
 
 
-def medium(part: dict[str, Any], folder: Path) -> str:
+def medium(part: dict[str, Any], folder: Path, link: str | None = None, least: int = 64) -> str:
+    """A text, image or sound on a page: within it, or at `link`. Small images are shown at `least` pixels or more."""
     if "file" not in part:
         text = str(part.get("text", ""))
         return f'<pre class="{"long" if len(text) > 60 else ""}">{escape(text)}</pre>'
     path = folder / Path(part["file"]).name  # a sample is never a file from elsewhere
     try:
-        source = data_uri(path.suffix, path.read_bytes())
+        content = path.read_bytes()
+        source = link or data_uri(path.suffix, content)
         if part["modality"] == "audio":
-            waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (S, C)
-            note, picture = f"{len(waveform) / rate:.2f} s, up to {rate / 2000:g} kHz", spectrogram(waveform.mean(1))
+            samples, rate = audio_size(content)
+            waveform, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)  # (S, C)
+            note, picture = f"{samples / rate:.2f} s, up to {rate / 2000:g} kHz", spectrogram(waveform.mean(1))
             image = f'<img src="{data_uri(".png", picture)}" alt="{note}" title="{note}">'
             return f'<figure class="sound">{image}<audio controls src="{source}"></audio></figure>'
-        width, height = Image.open(path).size
-    except (OSError, soundfile.LibsndfileError) as error:
-        return f"<small>{escape(path.name)} cannot be shown: {type(error).__name__}</small>"
-    scale = max(1, 64 // max(width, height))
-    return f'<img class="{"pixels" if scale > 1 else ""}" width="{min(256, scale * width)}" src="{source}" alt="image">'
+        height, width = image_size(content)
+    except (OSError, BadSample, soundfile.LibsndfileError) as error:
+        return f'<small class="bad">{escape(path.name)} cannot be shown: {escape(str(error))}</small>'
+    scale = max(1, least // max(width, height))
+    shape = f'class="{"pixels" if scale > 1 else ""}" width="{min(4 * least, scale * width)}"'
+    return f'<img {shape} src="{source}" alt="image" title="{width} x {height} pixels">'
 
 
 def data_uri(suffix: str, content: bytes) -> str:
