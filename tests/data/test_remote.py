@@ -21,10 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pile_app.data import remote
+from pile_app.data.datamodule import PileDataModule, Source, _ShardsAhead
 from pile_app.data.remote import Prefetcher, ShardCache, expand_remote, is_remote
-from pile_app.data.shards import ShardError
+from pile_app.data.shards import ShardError, write_shards
+from pile_app.data.text import ByteTokenizer
+from pile_app.documents import Document, Segment
+from pile_app.model.fused import make_vocabulary
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 needs_nginx = pytest.mark.skipif(not os.path.exists(NGINX), reason="nginx is not installed")
@@ -120,7 +125,7 @@ def read(path: str) -> bytes:
 
 
 def whole_files(cache: ShardCache) -> list[Path]:
-    return [path for path in Path(cache.folder).glob("?" * 32 + "/*") if path.suffix not in (".lock", ".part", ".tmp")]
+    return [path for path in Path(cache.folder).glob("?" * 32 + "/*") if path.name.endswith(".tar")]
 
 
 def bytes_held(cache: ShardCache) -> int:
@@ -399,6 +404,32 @@ class TestHTTP:
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+@needs_nginx
+def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Server, tmp_path: Path) -> None:
+    texts = (Document((Segment(f"text {n} " * 20),), str(n)) for n in range(600))
+    indexes = write_shards(texts, nginx.files / "set", "a", shard_bytes=30_000)
+    tokenizer, here, there = ByteTokenizer(), str(nginx.files / "set/a-*.tar"), nginx.url("set/a-*.tar")
+    vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, None, None)
+    local, remote = (
+        PileDataModule({"a": Source(where)}, vocabulary, tokenizer, 256, global_batch=2, cache=str(tmp_path / "cache"))
+        for where in (here, there)
+    )
+    for data in (local, remote):
+        data.prepare_data()
+        data.setup()
+    assert len(indexes) > 18 and whole_files(remote.cache) == []
+    ahead = _ShardsAhead(remote.train_data, remote.order, remote.cache, 0)
+    try:
+        wait_until(lambda: len(whole_files(remote.cache)) == 16)  # two groups
+        ahead.advance_to(10**6)
+        wait_until(lambda: len(whole_files(remote.cache)) == len(indexes))
+        for position in range(0, remote.order.packs_per_epoch, 7):
+            assert torch.equal(*(data.train_dataset()[position].tokens for data in (local, remote)))
+    finally:
+        ahead.close()
+    assert sum(line.endswith(".tar 200") for line in nginx.requests("set/")) == len(indexes)
 
 
 def fetch_whole(cache: ShardCache, url: str, expected: bytes) -> str:
