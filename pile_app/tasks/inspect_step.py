@@ -34,6 +34,7 @@ from pile_app.training.load import load_run
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
 
+TOLD_CHARACTERS = 100  # of a text in the summary
 PHASES = {  # of the training, and what one has to know of it
     "codecs": "only the codecs learned from it",
     "codecs, language model": "first the codecs learned, then the rest",
@@ -49,9 +50,7 @@ def parse_positions(text: str) -> tuple[int, int]:
         raise ValueError(f"--position {text!r} is neither a position, as 7, nor a range, as 7:12") from None
 
 
-def inspect_training(
-    run: Path, asked: int | tuple[int, int], folder: Path, limit: int | None = None, text_limit: int = 100
-) -> str:
+def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limit: int | None = None) -> str:
     """Writes the documents of an optimizer step, or at positions [first, stop), into `folder`: their media, `documents.html`
     and `documents.json`; returns a summary for people, a line a segment.
 
@@ -59,7 +58,6 @@ def inspect_training(
         run: folder of the run.
         asked: a step, from 1; or positions, from 0. Those that are still to come are told as planned.
         limit: at most so many documents; None: all.
-        text_limit: characters of a text in the summary.
 
     Raises:
         ValueError: there are no such positions, `limit` is below 1, or the data are not what the run was trained on.
@@ -92,7 +90,7 @@ def inspect_training(
         "documents": list(islice(entries, limit)),
     }
     (folder / "documents.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), "utf-8", "backslashreplace")
-    return _tell(description, folder, text_limit)
+    return _tell(description, folder)
 
 
 def check_same_data(data: PileDataModule, saved: dict[str, Any]) -> None:
@@ -182,7 +180,7 @@ def decoder(model: FusedLanguageModel) -> Decode:
     return decode
 
 
-def _tell(description: Mapping[str, Any], folder: Path, text_limit: int) -> str:
+def _tell(description: Mapping[str, Any], folder: Path) -> str:
     """Writes the page, and returns the summary."""
     first, stop = description["positions"]
     where = f"positions {first} to {stop - 1}" if stop > first + 1 else f"position {first}"
@@ -205,7 +203,7 @@ def _tell(description: Mapping[str, Any], folder: Path, text_limit: int) -> str:
                 state, text = state_of(segment), segment.get("text")
                 shown = segment.get("file") or segment.get("note") or ""
                 if text is not None:
-                    shown = repr(text[:text_limit]) + (" ..." if len(text) > text_limit else "")
+                    shown = repr(text[:TOLD_CHARACTERS]) + (" ..." if len(text) > TOLD_CHARACTERS else "")
                 lines.append(f"    {segment['modality']} {shown}" + (f" ({state})" if state else ""))
     if len(description["documents"]) < description["found"]:
         lines.append(f"and {description['found'] - len(description['documents'])} more documents")
