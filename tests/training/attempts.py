@@ -1,6 +1,7 @@
 """Attempts at a run: `train.py` in real processes that can be killed.
 
-They are forked from one process that has done the imports, so that an attempt costs a second and not twelve.
+They are forked from one process that has done the imports, so that an attempt costs a second and not twelve. With those that
+Lightning and we leave for later: `ModelCheckpoint` imports s3fs to see whether a local folder is on S3, for half a second.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import omegaconf  # noqa: F401
+import s3fs  # noqa: F401
 import torch
+import torchaudio  # noqa: F401
 from conftest import TINY_CODECS, TINY_DATA, write_tiny_shards
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import pile_app.model.generate
 import pile_app.tasks.cross_modal
 import pile_app.training.callbacks
-import pile_app.training.report  # noqa: F401
+import pile_app.training.checkpoints
+import pile_app.training.report
+import pile_app.training.run  # noqa: F401
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import read_ledger
 from pile_app.training.cli import main
