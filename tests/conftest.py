@@ -41,8 +41,8 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that train in processes of their own take longest: begun first, they leave no core alone at the end."""
-    items.sort(key=lambda item: item.path.parent.name not in ("training", "tasks"))
+    """Files that make whole runs or the demo's data take longest: begun first, they leave no core alone at the end."""
+    items.sort(key=lambda item: item.path.parent.name in ("data", "model"))
 
 
 @pytest.fixture
