@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch looks: tests run side by side and are small
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from pile_app.data.shards import write_shards
 from pile_app.data.text import ByteTokenizer
@@ -19,6 +22,12 @@ from pile_app.documents import Document, Segment
 from pile_app.model.backbones import LSTM, RNN, Backbone, Transformer
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
+
+# No test fails because the machine is slow; and where CI is set, as `.ci/run` does, every run draws the same examples.
+settings.register_profile(
+    "pile", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ, print_blob=True
+)
+settings.load_profile("pile")
 
 IMAGE = ImageCodecConfig(size=8, channels=1, patch=4, levels=(4, 3), width=16, blocks=1)
 AUDIO = AudioCodecConfig(
@@ -29,6 +38,11 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "lstm": lambda: LSTM(width=32, layers=2),
     "rnn": lambda: RNN(width=32, layers=2),
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that make whole runs or the demo's data take longest: begun first, they leave no core alone at the end."""
+    items.sort(key=lambda item: item.path.parent.name in ("data", "model"))
 
 
 @pytest.fixture
@@ -70,12 +84,12 @@ def sound() -> Callable[..., Segment]:
 
 REPOSITORY = Path(__file__).parents[1]
 
-TINY_CONFIG = """
-model:
-  backbone: {{class_path: Transformer, init_args: {{width: 32, layers: 2, heads: 2}}}}
+# Parts of the configurations of tiny runs, here and in `training/attempts.py`.
+TINY_CODECS = """
   image: {{size: 8, channels: 1, patch: 4, levels: [4, 3], width: 16, blocks: 1}}
   audio: {{sample_rate: 8000, hop: 80, window: 320, mels: 20, frames_per_token: 4, levels: [4, 3, 3], width: 16, blocks: 1}}
-  codec_steps: 2
+"""
+TINY_DATA = """
 data:
   sources:
     media: {{train: "{shards}/media-train-*.tar", validation: "{shards}/media-validation-*.tar", weight: 1}}
@@ -83,9 +97,23 @@ data:
   context: 128
   global_batch: 4
   condition_dropout: 0.5
-trainer: {{max_steps: 6, val_check_interval: 3, accelerator: cpu, precision: 32-true}}
+"""
+TINY_CONFIG = f"""
+model:
+  backbone: {{{{class_path: Transformer, init_args: {{{{width: 32, layers: 2, heads: 2}}}}}}}}
+{TINY_CODECS}
+  codec_steps: 2
+{TINY_DATA}
+trainer: {{{{max_steps: 6, val_check_interval: 3, accelerator: cpu, precision: 32-true}}}}
 checkpoint_every: 3
 """
+
+
+def write_tiny_shards(folder: Path) -> None:
+    """What those runs train on: captioned images, transcribed sounds and texts."""
+    for split, count in (("train", 60), ("validation", 8)):
+        write_shards(media_documents(count, split), folder, f"media-{split}", shard_bytes=60_000)
+        write_shards(prose_documents(count, split), folder, f"prose-{split}")
 
 
 @dataclass(frozen=True)
@@ -102,9 +130,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Six steps over captioned images, transcribed sounds and texts, by the real entry point. Not to be changed: copy it."""
     base = tmp_path_factory.mktemp("tiny")
     shards = base / "shards"
-    for split, count in (("train", 60), ("validation", 8)):
-        write_shards(media_documents(count, split), shards, f"media-{split}", shard_bytes=60_000)
-        write_shards(prose_documents(count, split), shards, f"prose-{split}")
+    write_tiny_shards(shards)
     config = base / "config.yaml"
     config.write_text(TINY_CONFIG.format(shards=shards))
     train("--config", config, "--name", "x", "--runs", base / "runs", "--wandb", "null", cwd=base)
@@ -114,7 +140,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def train(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`python train.py ...` in a process of its own, from `cwd`, where no `conf/default.yaml` adds to the config."""
     command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

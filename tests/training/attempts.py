@@ -1,6 +1,7 @@
 """Attempts at a run: `train.py` in real processes that can be killed.
 
-They are forked from one process that has done the imports, so that an attempt costs a second and not twelve.
+They are forked from one process that has done the imports, so that an attempt costs a second and not twelve. With those that
+Lightning and we leave for later: `ModelCheckpoint` imports s3fs to see whether a local folder is on S3, for half a second.
 """
 
 from __future__ import annotations
@@ -20,39 +21,37 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import omegaconf  # noqa: F401
+import s3fs  # noqa: F401
 import torch
+import torchaudio  # noqa: F401
+from conftest import TINY_CODECS, TINY_DATA, write_tiny_shards
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import pile_app.model.generate
 import pile_app.tasks.cross_modal
 import pile_app.training.callbacks
-import pile_app.training.report  # noqa: F401
-from pile_app.data.shards import write_shards
+import pile_app.training.checkpoints
+import pile_app.training.report
+import pile_app.training.run  # noqa: F401
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import read_ledger
 from pile_app.training.cli import main
 
-CONFIG = """
+CONFIG = f"""
 model:
-  backbone: {{class_path: Transformer, init_args: {{width: 32, layers: 2, heads: 2, dropout: 0.1}}}}
-  image: {{size: 8, channels: 1, patch: 4, levels: [4, 3], width: 16, blocks: 1}}
-  audio: {{sample_rate: 8000, hop: 80, window: 320, mels: 20, frames_per_token: 4, levels: [4, 3, 3], width: 16, blocks: 1}}
+  backbone: {{{{class_path: Transformer, init_args: {{{{width: 32, layers: 2, heads: 2, dropout: 0.1}}}}}}}}
+{TINY_CODECS}
   codec_steps: 3
   dropout: 0.1
-data:
-  sources:
-    media: {{train: "{shards}/media-train-*.tar", validation: "{shards}/media-validation-*.tar", weight: 1}}
-    prose: {{train: "{shards}/prose-train-*.tar", validation: "{shards}/prose-validation-*.tar", weight: 1}}
-  context: 128
-  global_batch: 4
-  condition_dropout: 0.5
+{TINY_DATA}
 trainer:
   precision: 32-true
   max_steps: 14
   val_check_interval: 5
   log_every_n_steps: 1
   accelerator: cpu
-  callbacks: [{{class_path: attempts.Watch}}]
+  callbacks: [{{{{class_path: attempts.Watch}}}}]
 checkpoint_every: 3
 ledger: true
 wandb: null
@@ -117,16 +116,12 @@ class Attempt:
 def surroundings() -> dict[str, str]:
     """Environment in which a process finds `attempts`."""
     here = Path(__file__).parent
-    return {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parents[1]))), "OMP_NUM_THREADS": "1"}
+    return {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1]))), "OMP_NUM_THREADS": "1"}
 
 
 def make_bench(folder: Path) -> Workbench:
     """Captioned images, transcribed sounds and texts, and a config that trains 14 steps on them."""
-    from conftest import media_documents, prose_documents
-
-    for split, count in (("train", 60), ("validation", 8)):
-        write_shards(media_documents(count, split), folder / "shards", f"media-{split}", shard_bytes=60_000)
-        write_shards(prose_documents(count, split), folder / "shards", f"prose-{split}")
+    write_tiny_shards(folder / "shards")
     return Workbench(folder, folder / "shards")
 
 

@@ -104,7 +104,8 @@ def test_bad_samples_of_twelve_kinds_are_counted_and_no_good_one_is_lost(tmp_pat
     rest = "  context: 128" + bench.config.read_text().split("  context: 128")[1]
     source = f'{{train: "{shards}/mixed-train-*.tar", validation: "{shards}/mixed-validation-*.tar"}}'
     bench.config.write_text(f"{config}  sources:\n    mixed: {source}\n  epochs: 1\n  max_rejected_share: 0.1\n{rest}")
-    attempt = bench.start("run", "--trainer.max_steps", "-1", "--trainer.val_check_interval", "1000")
+    few_steps = ("--data.global_batch", "32", "--trainer.val_check_interval", "1000", "--checkpoint_every", "1000")
+    attempt = bench.start("run", "--trainer.max_steps", "-1", *few_steps)
     assert attempt.wait() == 0, attempt.text[-3000:]
     summary = json.loads((bench.run("run") / "summary.json").read_text())
     assert summary["rejected_when_indexed"] == {"mixed": {name: EACH for name in sorted(BAD) if name not in WHEN_READ}}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from attempts import (
@@ -20,14 +18,8 @@ from attempts import (
     make_bench,
     surroundings,
 )
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from conftest import REPOSITORY
+from ports import free_port
 
 
 def start_ranks(bench: Workbench, name: str, *arguments: str, **environment: str) -> list[Attempt]:
