@@ -2,8 +2,8 @@
 
     python benchmarks/learning_rates.py FILE [--vary width|depth] [--sizes 64 128 256] [--rates 0.01 0.02 0.04] ...
 
-Trains the model as it is (embedding, backbone, heads, optimizer, schedule) on random windows of the bytes of a text file, the last
-tenth of which is held out, and prints the held-out nats a byte for each size and rate. Every run sees the same windows.
+Trains the model as it is (embedding, backbone, heads, optimizer, schedule) on random windows of the bytes of a text file, the
+last tenth of which is held out, and prints the held-out nats a byte for each size and rate. Every run sees the same windows.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ def main() -> None:
         case, optimizer, precision, accumulated = options.one
         print(measure(case, optimizer, precision, accumulated == "True", options.steps))
         return
-    print("| model | optimizer | precision | micro-batches | planned MB | measured MB | planned ÷ measured |\n" + "|---" * 7 + "|")
+    print(
+        "| model | optimizer | precision | micro-batches | planned MB | measured MB | planned ÷ measured |\n" + "|---" * 7 + "|"
+    )
     for case in options.only:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in make_model(case).parameters()) / 1e6

@@ -1,8 +1,8 @@
 """What a training step needs of a device's memory, without the memory: the step itself, run on fake tensors.
 
 PyTorch's fake tensors have shapes, types and storages, but no numbers. Forward and backward of the model as it is run on them,
-and `LiveBytes` counts the storages that are alive. So whatever the model does (autocast, activation checkpointing, another loss)
-is in the figures, and no formula has to follow it.
+and `LiveBytes` counts the storages that are alive. So whatever the model does (autocast, activation checkpointing, another
+loss) is in the figures, and no formula has to follow it.
 
     weights       parameters and buffers
     gradients     as wide as the parameters
@@ -16,9 +16,11 @@ The codecs' phase is not in it, nor what the device's runtime takes for itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pile_app.data.packing import Batch, collate, empty_pack
+from pile_app.data.batch import NOT_LEARNED, Batch, allocate
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
@@ -42,7 +44,7 @@ class Layout:
     """How a run is shared out.
 
     Args:
-        strategy: single, ddp, or fsdp (FSDP2: weights, gradients and optimizer in as many parts as there are data-parallel ranks).
+        strategy: single, ddp, or fsdp (FSDP2: weights, gradients and optimizer are cut over the data-parallel ranks).
         devices: of the whole run.
         tensor_parallel: devices that share the matrices of each block.
         bucket_view: DDP's gradients are views of its buckets (`gradient_as_bucket_view`), or stand beside them.
@@ -79,14 +81,14 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations make and that are alive.
 
     Args:
-        gradient_share: what a parameter's gradient counts for once it is complete (FSDP2 keeps a part of it).
+        given: tensors that are there already; views of them are nothing new.
     """
 
-    def __init__(self, gradient_share: float = 1.0) -> None:
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now, self.peak, self.gradients = 0.0, 0.0, 0.0
-        self.gradient_share = gradient_share
-        self._sizes = WeakIdKeyDictionary()
+        self.now, self.peak = 0.0, 0.0
+        self.gradients: dict[int, float] = {}  # of `now`, by parameter
+        self._sizes = WeakIdKeyDictionary({tensor.untyped_storage(): [0.0] for tensor in given})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -106,17 +108,17 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, size: list[float]) -> None:
         self.now -= size[0]
 
-    def keep_gradient(self, parameter: nn.Parameter) -> None:
-        """Once backward is done with a parameter: of its gradient that share is left."""
+    def keep_gradient(self, kept: float, parameter: Tensor) -> None:
+        """Once backward is done with a parameter: `kept` bytes of its gradient are left (FSDP2 keeps a part of it)."""
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         self._add(storage)
         size = self._sizes[storage]
-        self.now -= size[0] * (1 - self.gradient_share)
-        size[0] *= self.gradient_share
+        self.now += kept - size[0]
+        size[0] = self.gradients[id(parameter)] = kept
 
 
-def count_bytes(tensors: Iterator[Tensor]) -> int:
+def count_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
@@ -129,7 +131,7 @@ def plan_memory(
     shares: tuple[float, ...] = (1.0, 0.0, 0.0),
     accumulated: bool = False,
     precision: str = "32-true",
-    layout: Layout = Layout(),  # noqa: B008 (frozen)
+    layout: Layout = Layout(),
     codec_steps: int = 0,
 ) -> Memory:
     """Memory of one device in a language-model step.
@@ -158,15 +160,20 @@ def plan_memory(
         kind = "muon" if group.get("muon") else "adamw" if config.name == "muon" else config.name
         state += states[kind] * count_bytes(group["params"])
     weights = count_bytes(model.parameters()) + count_bytes(model.buffers())
-    gradients = count_bytes(iter(trained))
+    gradients = count_bytes(trained)
+    kept_bytes = {n: p.numel() * p.itemsize / layout.shards for n, p in model.named_parameters() if id(p) not in codecs}
     parallel = 0
     if layout.strategy == "ddp" and not layout.bucket_view:
         parallel = gradients
-    elif layout.shards > 1:  # two blocks at a time with weights and gradients, and all that is in no block
-        blocks = [count_bytes(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
-        root = gradients - sum(blocks)
-        parallel = 2 * (root + 2 * max(blocks, default=0))
-    held, peak = trace_step(model, micro_batch, context, shares, accumulated, precision, 1 / layout.shards)
+    elif layout.shards > 1:  # two blocks at a time with their weights and one with gradients; all that is in no block stays
+        blocks = list(getattr(model.backbone, "blocks", ()))
+        largest = max((count_bytes(block.parameters()) for block in blocks), default=0)
+        root = gradients - sum(count_bytes(block.parameters()) for block in blocks)
+        for block in blocks if precision == "bf16-mixed" else ():
+            block.to(torch.bfloat16)  # as they are gathered
+        parallel = 2 * root + 2 * max((count_bytes(block.parameters()) for block in blocks), default=0) + largest
+    batch = make_batch(model, micro_batch, context, shares)
+    held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
     kept = (weights + state) // layout.shards + parallel
     return Memory(weights // layout.shards, gradients // layout.shards, state // layout.shards, held, parallel, kept + peak)
 
@@ -188,48 +195,58 @@ def cut_matrices(model: FusedLanguageModel, parts: int) -> None:
 
 
 def trace_step(
-    model: FusedLanguageModel,
-    micro_batch: int,
-    context: int,
-    shares: tuple[float, ...],
-    accumulated: bool,
-    precision: str,
-    gradient_share: float,
+    model: FusedLanguageModel, batch: Batch, accumulated: bool, precision: str, kept: Mapping[str, float]
 ) -> tuple[int, int]:
-    """(bytes that forward leaves for backward, most bytes at once beside weights and optimizer) of one micro-batch."""
-    batch = make_batch(model, micro_batch, context, shares)
+    """(bytes that forward leaves for backward, most bytes at once beside weights and optimizer) of one micro-batch.
+
+    `accumulated`: gradients are there before; `kept`: parameter -> bytes of its gradient once it is complete.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.to_empty(device="cpu")
         batch = replace(batch, buffer=fake.from_tensor(batch.buffer))
-        if accumulated:
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter)
-        with _documents_as_packs(model), LiveBytes(gradient_share) as live:
-            for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(live.keep_gradient)
-                if parameter.grad is not None:
-                    live.keep_gradient(parameter)
+        with _documents_as_packs(model), LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            for name, size in kept.items():
+                parameter = model.get_parameter(name)
+                keep = partial(live.keep_gradient, size)
+                parameter.register_post_accumulate_grad_hook(keep)
+                if accumulated:
+                    parameter.grad = torch.empty_like(parameter)
+                    keep(parameter)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
                 losses = model(batch)
                 loss = torch.stack([one.total for one in losses.values()]).sum()
             del losses
-            held = live.now - (gradient_share * count_bytes(p.grad for p in model.parameters() if p.grad is not None))
+            held = live.now - sum(live.gradients.values())
             loss.backward()
     return int(held), int(live.peak)
 
 
 def make_batch(model: FusedLanguageModel, micro_batch: int, context: int, shares: tuple[float, ...]) -> Batch:
     """Packs of one document each, with targets of the modalities in their shares; no media: codes count as given."""
-    packs, borders = [], np.cumsum([0.0, *shares]) / sum(shares) * (context - 1)
-    for _ in range(micro_batch):
-        pack = empty_pack(context)
-        pack.document[:], pack.position[:] = 0, np.arange(context)
-        for modality, targets in enumerate(pack.targets):
-            places = np.arange(round(borders[modality]), round(borders[modality + 1]))
-            pack.tokens[places + 1] = model.vocabulary.slices[modality].start
-            targets.append(places)
-        packs.append(pack)
-    return collate(packs, model.vocabulary, float(micro_batch * context), [])
+    places, nothing = (micro_batch, context), ("int32", (0,))
+    arrays, buffer, layout, memory = allocate(
+        {
+            "tokens": ("int32", places),
+            "learned": ("uint8", places),
+            "piece_starts": ("int32", (micro_batch + 1,)),
+            "piece_sources": ("int32", (micro_batch,)),
+            "images": ("uint8", (0, 1, 1, 1)),
+            **dict.fromkeys(("image_starts", "audio_starts", "audio_tokens"), nothing),
+            "audio": ("float32", (0, 0)),
+            "normalizer": ("float32", ()),
+        }
+    )
+    arrays["tokens"][:] = 0
+    arrays["learned"][:] = NOT_LEARNED
+    arrays["piece_starts"][:] = np.arange(micro_batch + 1) * context
+    arrays["piece_sources"][:] = 0
+    arrays["normalizer"][...] = micro_batch * (context - 1)
+    borders = (np.cumsum([0.0, *shares]) / sum(shares) * (context - 1)).round().astype(int).tolist()
+    for modality, (first, stop) in enumerate(pairwise(borders)):
+        arrays["learned"][:, first:stop] = modality
+        arrays["tokens"][:, first + 1 : stop + 1] = model.vocabulary.slices[modality].start
+    text, image, audio = (micro_batch * (stop - first) for first, stop in pairwise(borders))
+    return Batch(buffer, layout, (text, image, audio), memory=memory)
 
 
 @contextmanager

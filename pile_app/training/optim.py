@@ -148,7 +148,7 @@ def make_optimizer(
     decayed = [p for p in others if p.dim() >= 2]
     plain = [p for p in others if p.dim() < 2]
     rate = config.learning_rate
-    # Adam moves every entry by the rate, and a sum over D of them D times as far. Muon's update has the norm of the rate at any D.
+    # Adam moves every entry by the rate, so a sum over D of them D times as far; Muon's update has the same norm at any D.
     inner_rate = rate * (config.base_width / model.backbone.width if config.base_width and config.name != "sgd" else 1.0)
     matrix_rate = config.matrix_learning_rate if muon else inner_rate
     groups: list[dict[str, Any]] = [
