@@ -466,8 +466,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_run(options: argparse.Namespace) -> None:
-    from pile_app.training.advice import advise
-    from pile_app.training.plan import format_plan, make_plan
+    from pile_app.training.advice import format_plan
+    from pile_app.training.plan import make_plan
 
     values = dict(vars(options))
     del values["command"]
@@ -476,7 +476,7 @@ def plan_run(options: argparse.Namespace) -> None:
         raise ValueError(f"{wrong[0]!r} is not SETTING=VALUE, e.g. data.global_batch=64")
     arguments = [f"--config={path}" for path in values.pop("config")]
     plan = make_plan([*arguments, *(f"--{setting}" for setting in values.pop("settings"))], **values)
-    print(format_plan(plan, advise(plan)))
+    print(format_plan(plan))
 
 
 if __name__ == "__main__":

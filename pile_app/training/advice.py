@@ -1,11 +1,70 @@
-"""What an experienced engineer says of a plan before it burns a week of GPUs: rules of thumb, each with number and mend."""
+"""What is said of a plan: its figures, and what an experienced engineer warns of before it burns a week of GPUs
+(rules of thumb, each with its number and mend).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from pile_app.documents import MODALITIES
 from pile_app.training.plan import NODE, Plan
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """The plan as (what, figure) lines."""
+    config, layout, memory = plan.config, plan.layout, plan.memory
+    rows: list[tuple[str, str]] = []
+
+    def add(what: str, figure: Any) -> None:
+        rows.append((what, str(figure)))
+
+    add("parameters", ", ".join(f"{part} {size:,}" for part, size in plan.parts.items() if size))
+    add("language model", f"{plan.language_parameters:,} parameters")
+    shares = ", ".join(f"{MODALITIES[m]} {plan.data.shares[m]:.0%}" for m in plan.vocabulary.modalities)
+    source = "from 64 packs" if plan.data.measured else "assumed, --read-data measures"
+    add("data", f"fill {plan.data.fill:.1%}, {plan.data.attended:,.0f} tokens attended to, targets {shares} ({source})")
+    codecs = f", codecs {plan.codec_flops_per_token / 1e6:,.1f} M" if plan.codec_flops_per_token else ""
+    add("FLOPs a token", f"{plan.flops_per_token / 1e6:,.1f} M forward and backward{codecs}")
+    batch = f"{plan.micro_batch} x {plan.accumulated} x {layout.data_parallel}"
+    add("step", f"{config.data.global_batch} packs ({batch}) of {config.data.context:,}: {plan.tokens_per_step:,} tokens")
+    parallel = f", tensor parallel {layout.tensor_parallel}" if layout.tensor_parallel > 1 else ""
+    add("devices", f"{layout.devices} x {plan.device_name}, {layout.strategy}{parallel}, {plan.precision}")
+    names = ("weights", "gradients", "optimizer", "activations", "parallel")
+    each = ", ".join(f"{name} {_bytes(getattr(memory, name))}" for name in names if getattr(memory, name))
+    add("memory of a device", f"{_bytes(memory.peak)} at the peak: {each} (gradients come as activations go)")
+    reserved = "what malloc keeps" if plan.device_name == "cpu" else "CUDA's own and fragments"
+    add("needed of a device", f"{_bytes(plan.peak_bytes)} of {_bytes(plan.device.memory)}, with {reserved}")
+    add("a checkpoint", _bytes((memory.weights + memory.optimizer) * layout.shards * layout.tensor_parallel))
+    speed = plan.tokens_per_step / plan.seconds_per_step
+    sending = f"; {plan.seconds_sending:.3g} s of sending to hide behind it" if plan.seconds_sending else ""
+    add("speed", f"{speed:,.0f} tokens/s at {plan.utilization:.0%} utilization, {plan.seconds_per_step:.3g} s a step{sending}")
+    if plan.tokens is not None and plan.steps is not None:
+        optimal = 20 * plan.language_parameters
+        add("tokens", f"{plan.tokens:,.0f} in {plan.steps:,} steps, {plan.tokens / optimal:.2f} x Chinchilla's 20 a parameter")
+        seconds = plan.steps * plan.seconds_per_step
+        add("time", f"{_duration(seconds)} ({seconds * layout.devices / 3600:,.1f} device hours)")
+        if plan.data.tokens:
+            add("passes over the data", f"{plan.tokens / plan.data.tokens:.2f} ({plan.data.tokens:,} tokens)")
+    return rows
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"
+
+
+def format_plan(plan: Plan) -> str:
+    rows = describe(plan)
+    width = max(len(what) for what, _ in rows)
+    lines = [f"{what:<{width}}  {figure}" for what, figure in rows]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in advise(plan))])
 
 
 def advise(plan: Plan) -> list[str]:

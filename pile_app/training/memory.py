@@ -37,6 +37,7 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 COLUMNWISE = ("query", "key", "value", "expand")  # matrices that tensor parallelism cuts by outputs; the others by inputs
+LSTM_WORKSPACE = {"32": 65, "bf16": 47}  # bytes a unit and token that oneDNN keeps for backward; fake tensors do not show them
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ def plan_memory(
         parallel = 2 * root + 2 * max((count_bytes(block.parameters()) for block in blocks), default=0) + largest
     batch = make_batch(model, micro_batch, context, shares)
     held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
+    units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM)) * micro_batch * context
+    workspace = units * LSTM_WORKSPACE["32" if precision == "32-true" else "bf16"]
+    held, peak = held + workspace, peak + workspace
     kept = (weights + state) // layout.shards + parallel
     return Memory(weights // layout.shards, gradients // layout.shards, state // layout.shards, held, parallel, kept + peak)
 

@@ -2,14 +2,14 @@
 
 The model is built on PyTorch's meta device, so 7 billion parameters are counted in seconds; memory comes from a step on fake
 tensors (`memory.py`). Time is arithmetic: FLOPs a token over the device's FLOP/s times the utilization that is asked for.
-`advice.py` says what is unwise.
+`advice.py` writes it down, and says what is unwise.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.text import ByteTokenizer, Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, Vocabulary
 from pile_app.model.backbones import Backbone
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codecs import AudioCodec, AudioCodecConfig, ImageCodec, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import measure_matmul_flops
 from pile_app.training.cli import fast_precision, parse_config
@@ -52,7 +52,8 @@ DEVICES = {
     "rtx4090": Device(165e12, 82.6e12, 24e9, 32e9, 3e9),
 }
 NODE = 8  # devices of a node
-RESERVE = 1.5e9  # bytes that CUDA's context, NCCL and cuBLAS take
+RESERVE = 1.5e9  # bytes that CUDA's context, NCCL and cuBLAS take (not measured)
+FRAGMENTS = 1.15  # resident over allocated memory on a CPU, measured 1.02 to 1.22 (benchmarks/plan_memory.py)
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,8 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        """What the device has to have: on CUDA with the runtime's own and 5 % for fragments."""
-        on_gpu = self.device_name != "cpu"
-        return self.memory.peak * 1.05 + RESERVE if on_gpu else self.memory.peak
+        """What the device has to have: with what malloc keeps, or on CUDA with the runtime's own and 5 % for fragments."""
+        return self.memory.peak * FRAGMENTS if self.device_name == "cpu" else self.memory.peak * 1.05 + RESERVE
 
 
 def make_plan(
@@ -191,8 +191,6 @@ def make_plan(
 def find_device(name: str) -> Device:
     if name != "cpu":
         return DEVICES[name]
-    import os
-
     rate = measure_matmul_flops(torch.device("cpu"))
     return Device(rate, rate, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 5e9, 1e9)
 
@@ -226,13 +224,13 @@ def share_out(config: Namespace, layout: Layout) -> tuple[int, int]:
     micro = config.data.micro_batch or per_device
     if rest or not per_device or per_device % micro:
         batch, unit = config.data.global_batch, config.data.micro_batch or 1
-        near = sorted(
-            {w for w in range(1, batch // unit + 1) if batch % (w * unit) == 0}, key=lambda w: abs(w - layout.data_parallel)
-        )
+        fitting = [w for w in range(1, batch // unit + 1) if batch % (w * unit) == 0]
+        near = sorted(sorted(fitting, key=lambda w: abs(w - layout.data_parallel))[:4])
+        whole = layout.data_parallel * unit
         raise ValueError(
             f"data.global_batch={batch} packs cannot be shared by {layout.data_parallel} data-parallel devices in "
-            f"micro-batches of {micro}: devices x data.micro_batch must divide it. Nearest numbers of devices: {sorted(near[:4])}; or set "
-            f"data.global_batch to {max(1, round(batch / (layout.data_parallel * unit))) * layout.data_parallel * unit}"
+            f"micro-batches of {micro}: devices x data.micro_batch must divide it. Nearest numbers of devices: {near}; or set "
+            f"data.global_batch to {max(1, round(batch / whole)) * whole}"
         )
     return micro, per_device // micro
 
@@ -248,8 +246,6 @@ class _PlannedTokenizer(ByteTokenizer):
 
 def find_tokenizer(spec: str, text_tokens: int) -> tuple[Tokenizer, bool]:
     """(the tokenizer or one of that size, whether it is there)."""
-    import os
-
     if spec == "bytes" or os.path.exists(spec):
         return load_tokenizer(spec), True
     return _PlannedTokenizer(text_tokens), False
@@ -314,8 +310,6 @@ def codec_flops(config: Namespace, data: DataShape) -> float:
     """FLOPs of the frozen codecs for one token of the stream: counted while they encode one image and one second of sound."""
     total = 0.0
     image, audio = codec_configs(config)
-    from pile_app.model.codecs import AudioCodec, ImageCodec
-
     with FlopCounterMode(display=False) as counter:
         if image:
             codes = ImageCodec(image).encode(torch.zeros(1, image.channels, image.size, image.size, dtype=torch.uint8))
@@ -327,59 +321,3 @@ def codec_flops(config: Namespace, data: DataShape) -> float:
             )
             total += data.shares[AUDIO] * counter.get_total_flops() / codes.numel()
     return total
-
-
-def describe(plan: Plan) -> list[tuple[str, str]]:
-    """The plan as (what, figure) lines."""
-    config, layout, memory = plan.config, plan.layout, plan.memory
-    rows: list[tuple[str, str]] = []
-
-    def add(what: str, figure: Any) -> None:
-        rows.append((what, str(figure)))
-
-    add("parameters", ", ".join(f"{part} {size:,}" for part, size in plan.parts.items() if size))
-    add("language model", f"{plan.language_parameters:,} parameters")
-    shares = ", ".join(f"{MODALITIES[m]} {plan.data.shares[m]:.0%}" for m in plan.vocabulary.modalities)
-    source = "from 64 packs" if plan.data.measured else "assumed, --read-data measures"
-    add("data", f"fill {plan.data.fill:.1%}, {plan.data.attended:,.0f} tokens attended to, targets {shares} ({source})")
-    codecs = f", codecs {plan.codec_flops_per_token / 1e6:,.1f} M" if plan.codec_flops_per_token else ""
-    add("FLOPs a token", f"{plan.flops_per_token / 1e6:,.1f} M forward and backward{codecs}")
-    batch = f"{plan.micro_batch} x {plan.accumulated} x {layout.data_parallel}"
-    add("step", f"{config.data.global_batch} packs ({batch}) of {config.data.context:,}: {plan.tokens_per_step:,} tokens")
-    parallel = f", tensor parallel {layout.tensor_parallel}" if layout.tensor_parallel > 1 else ""
-    add("devices", f"{layout.devices} x {plan.device_name}, {layout.strategy}{parallel}, {plan.precision}")
-    names = ("weights", "gradients", "optimizer", "activations", "parallel")
-    each = ", ".join(f"{name} {_bytes(getattr(memory, name))}" for name in names if getattr(memory, name))
-    add("memory of a device", f"{_bytes(memory.peak)} at the peak: {each} (gradients come as activations go)")
-    reserved = "" if plan.device_name == "cpu" else " with CUDA's own and fragments"
-    add("needed of a device", f"{_bytes(plan.peak_bytes)} of {_bytes(plan.device.memory)}{reserved}")
-    add("a checkpoint", _bytes((memory.weights + memory.optimizer) * layout.shards * layout.tensor_parallel))
-    speed = plan.tokens_per_step / plan.seconds_per_step
-    sending = f"; {plan.seconds_sending:.3g} s of sending to hide behind it" if plan.seconds_sending else ""
-    add("speed", f"{speed:,.0f} tokens/s at {plan.utilization:.0%} utilization, {plan.seconds_per_step:.3g} s a step{sending}")
-    if plan.tokens is not None and plan.steps is not None:
-        optimal = 20 * plan.language_parameters
-        add("tokens", f"{plan.tokens:,.0f} in {plan.steps:,} steps, {plan.tokens / optimal:.2f} x Chinchilla's 20 a parameter")
-        seconds = plan.steps * plan.seconds_per_step
-        add("time", f"{_duration(seconds)} ({seconds * layout.devices / 3600:,.1f} device hours)")
-        if plan.data.tokens:
-            add("passes over the data", f"{plan.tokens / plan.data.tokens:.2f} ({plan.data.tokens:,} tokens)")
-    return rows
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} seconds"
-
-
-def format_plan(plan: Plan, warnings: list[str]) -> str:
-    rows = describe(plan)
-    width = max(len(what) for what, _ in rows)
-    lines = [f"{what:<{width}}  {figure}" for what, figure in rows]
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in warnings)])

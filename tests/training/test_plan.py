@@ -73,13 +73,10 @@ def test_flops_per_token_are_what_torch_counts() -> None:
     batch = make_batch(model, 2, 65, SHARES)
     with FlopCounterMode(display=False) as counter:
         torch.stack([one.total for one in model(batch).values()]).sum().backward()
-    # Torch counts attention over the whole context for every token, heads for the 64 of 65 places that have a target.
-    backbone = model.flops_per_token(65, (0.0, 0.0, 0.0))
-    heads = model.flops_per_token(65, SHARES) - backbone
-    attention = 3 * 4 * 2 * 32 * 65
-    counted = counter.get_total_flops() / (2 * 65)
-    recomputed = attention / 3 / 2  # the backward of fused attention computes the scores anew
-    assert counted == pytest.approx(backbone + heads * 64 / 65 + recomputed, rel=0.02)
+    # Torch counts no attention on a CPU (test_backbones.py has it by hand), and 64 of 65 places have a target.
+    backbone = model.flops_per_token(0, (0.0, 0.0, 0.0))
+    heads = model.flops_per_token(0, SHARES) - backbone
+    assert counter.get_total_flops() / (2 * 65) == pytest.approx(backbone + heads * 64 / 65, rel=0.01)
 
 
 def test_each_target_goes_through_its_own_head_alone() -> None:
