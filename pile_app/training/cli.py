@@ -13,7 +13,7 @@ from typing import Any
 
 # Lightning's own advice on its internals, of no use to whoever trains a model.
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory).*")
-warnings.filterwarnings("ignore", message=".*(not resumable|LightningCLI's args parameter).*")
+warnings.filterwarnings("ignore", message=".*not resumable.*")
 warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
 
 from jsonargparse import Namespace  # noqa: E402
@@ -191,7 +191,10 @@ def parse_config(arguments: list[str]) -> Namespace:
     Raises:
         ValueError: values that cannot be together. (For what does not parse the process ends with exit code 2.)
     """
-    return _ParsingCLI(PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments).config
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        cli = _ParsingCLI(PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments)
+    return cli.config
 
 
 def main(arguments: list[str] | None = None) -> None:
