@@ -35,7 +35,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     add("memory of a device", f"{_bytes(memory.peak)} at the peak: {each} (gradients come as activations go)")
     reserved = "what malloc keeps" if plan.device_name == "cpu" else "CUDA's own and fragments"
     add("needed of a device", f"{_bytes(plan.peak_bytes)} of {_bytes(plan.device.memory)}, with {reserved}")
-    add("a checkpoint", _bytes((memory.weights + memory.optimizer) * layout.shards * layout.tensor_parallel))
+    add("a checkpoint", _bytes(plan.checkpoint_bytes))
     speed = plan.tokens_per_step / plan.seconds_per_step
     sending = f"; {plan.seconds_sending:.3g} s of sending to hide behind it" if plan.seconds_sending else ""
     add("speed", f"{speed:,.0f} tokens/s at {plan.utilization:.0%} utilization, {plan.seconds_per_step:.3g} s a step{sending}")

@@ -156,12 +156,13 @@ def plan_memory(
     trained = [p for p in model.parameters() if id(p) not in codecs]
     optimizer, _ = make_optimizer(model, config, codec_steps, codec_steps + 1)
     states = {"muon": 1, "adamw": 2, "sgd": int(config.momentum > 0)}
-    state = 0
+    state, state_of_codecs = 0, 0
     for group in optimizer.param_groups:
         kind = "muon" if group.get("muon") else "adamw" if config.name == "muon" else config.name
-        state += states[kind] * count_bytes(group["params"])
-    weights = count_bytes(model.parameters()) + count_bytes(model.buffers())
-    gradients = count_bytes(trained)
+        size = states[kind] * count_bytes(group["params"])
+        state, state_of_codecs = (state, size) if group["name"] == "codecs" else (state + size, state_of_codecs)
+    gradients = count_bytes(trained)  # as large as the language model's weights
+    whole = count_bytes(model.parameters()) - gradients + count_bytes(model.buffers())  # codecs are on every device
     kept_bytes = {n: p.numel() * p.itemsize / layout.shards for n, p in model.named_parameters() if id(p) not in codecs}
     parallel = 0
     if layout.strategy == "ddp" and not layout.bucket_view:
@@ -178,8 +179,8 @@ def plan_memory(
     units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM)) * micro_batch * context
     workspace = units * LSTM_WORKSPACE["32" if precision == "32-true" else "bf16"]
     held, peak = held + workspace, peak + workspace
-    kept = (weights + state) // layout.shards + parallel
-    return Memory(weights // layout.shards, gradients // layout.shards, state // layout.shards, held, parallel, kept + peak)
+    weights, state = gradients // layout.shards + whole, state // layout.shards + state_of_codecs
+    return Memory(weights, gradients // layout.shards, state, held, parallel, weights + state + parallel + peak)
 
 
 def cut_matrices(model: FusedLanguageModel, parts: int) -> None:

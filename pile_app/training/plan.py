@@ -126,6 +126,12 @@ class Plan:
         return sent
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and optimizer of all devices (too much under tensor parallel: its devices hold some of it alike)."""
+        weights = sum(self.parts.values()) * (2 if self.precision == "bf16-true" else 4)
+        return weights + self.memory.optimizer * self.layout.shards * self.layout.tensor_parallel
+
+    @property
     def peak_bytes(self) -> float:
         """What the device has to have: with what malloc keeps, or on CUDA with the runtime's own and 5 % for fragments."""
         return self.memory.peak * FRAGMENTS if self.device_name == "cpu" else self.memory.peak * 1.05 + RESERVE
