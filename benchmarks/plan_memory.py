@@ -34,7 +34,7 @@ CASES = {
     "10m": (Transformer, {"width": 256, "layers": 8, "heads": 4}, 8192, False, 4, 1024),
     "50m": (Transformer, {"width": 512, "layers": 8, "heads": 8, "key_value_heads": 4}, 24_576, False, 2, 1024),
     "150m": (Transformer, {"width": 768, "layers": 12, "heads": 6}, 49_152, True, 1, 2048),
-    "lstm 10m": (LSTM, {"width": 640, "layers": 3}, 256, False, 4, 512),
+    "lstm": (LSTM, {"width": 640, "layers": 3}, 256, False, 4, 512),
 }
 SHARES = {True: (0.5, 0.3, 0.2), False: (1.0, 0.0, 0.0)}
 
