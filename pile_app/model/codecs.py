@@ -97,7 +97,7 @@ class FiniteScalarQuantizer(nn.Module):
     """FSQ: bounds each of d numbers, rounds it to one of L_i levels, gradients pass the rounding as if it were not there.
 
     Args:
-        levels: L_1 .. L_d; `codes` = their product.
+        levels: L_1 .. L_d; `codes` = their product, `level_count` = their sum.
     """
 
     levels: Tensor
@@ -105,7 +105,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        self.codes = math.prod(levels)
+        self.codes, self.level_count = math.prod(levels), sum(levels)  # no tensors: planning builds models on the meta device
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", torch.tensor([1, *levels[:-1]]).cumprod(0), persistent=False)
 
@@ -242,9 +242,10 @@ class AudioCodec(nn.Module):
 
         self.config = config
         width, bins, dimensions = config.width, config.window // 2 + 1, len(config.levels)
-        filterbank = torchaudio.functional.melscale_fbanks(
-            bins, 0.0, config.sample_rate / 2, config.mels, config.sample_rate, norm="slaney", mel_scale="slaney"
-        )
+        with torch.device("cpu"):  # it looks at what it made, which the meta device does not have
+            filterbank = torchaudio.functional.melscale_fbanks(
+                bins, 0.0, config.sample_rate / 2, config.mels, config.sample_rate, norm="slaney", mel_scale="slaney"
+            )
         self.register_buffer("filterbank", filterbank * config.sample_rate / config.window, persistent=False)  # sums to 1
         self.register_buffer("window", torch.hann_window(config.window), persistent=False)
         self.quantizer = FiniteScalarQuantizer(config.levels)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ class FactoredTable(nn.Module):
             offsets = quantizer.levels.cumsum(0) - quantizer.levels
             rows = quantizer.to_levels(torch.arange(codes)) + offsets
             self.register_buffer("level_rows", rows, persistent=False)  # (codes, d)
-            self.levels = nn.Parameter(torch.randn(int(quantizer.levels.sum()), width) * std)
+            self.levels = nn.Parameter(torch.randn(quantizer.level_count, width) * std)
 
     def forward(self) -> Tensor:
         """(codes + extra, D)"""
@@ -214,13 +215,19 @@ class FusedLanguageModel(nn.Module):
             losses[modality] = ModalityLoss(each.sum(), each.detach(), logits.detach().argmax(-1), targets)
         return losses
 
-    def flops_per_token(self, context: float) -> float:
+    def flops_per_token(self, context: float, shares: Sequence[float] | None = None) -> float:
         """Forward and backward of the language model for one token, multiply-adds count two (PaLM, arXiv:2204.02311, app. B).
 
-        `context`: tokens that an average token attends to. Heads count with the whole vocabulary's mean slice.
+        Args:
+            context: tokens that an average token attends to.
+            shares: targets of each modality for one token: each goes through its own head alone. None: the modalities that the
+                model has, alike.
         """
         sizes = [s.stop - s.start for s in self.vocabulary.slices]
-        head = 2.0 * self.backbone.width * sum(sizes) / max(1, len([size for size in sizes if size > 1]))
+        if shares is None:
+            used = self.vocabulary.modalities
+            shares = [(modality in used) / len(used) for modality in range(len(sizes))]
+        head = 2.0 * self.backbone.width * sum(share * size for share, size in zip(shares, sizes, strict=True))
         return 3 * (self.backbone.flops_per_token(context) + head)
 
 
@@ -246,14 +253,10 @@ def make_vocabulary(
     return Vocabulary(
         text_tokens=text_tokens,
         tokenizer=tokenizer,
-        image_codes=_product(image.levels) if image else 0,
+        image_codes=math.prod(image.levels) if image else 0,
         image_shape=(image.channels, image.size, image.size) if image else (0, 0, 0),
         image_grid=(side, side),
-        audio_codes=_product(audio.levels) if audio else 0,
+        audio_codes=math.prod(audio.levels) if audio else 0,
         sample_rate=audio.sample_rate if audio else 0,
         samples_per_token=audio.samples_per_token if audio else 0,
     )
-
-
-def _product(levels: Sequence[int]) -> int:
-    return int(torch.tensor(levels).prod())

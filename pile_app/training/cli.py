@@ -165,19 +165,41 @@ def check_config(config: Namespace) -> None:
         raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)")
 
 
+CLI_OPTIONS: dict[str, Any] = {
+    "save_config_callback": None,
+    "seed_everything_default": 0,
+    "trainer_defaults": TRAINER_DEFAULTS,
+    "parser_kwargs": {"default_config_files": ["conf/default.yaml"], "description": __doc__},
+    "auto_configure_optimizers": False,
+    "run": False,
+}
+
+
+class _ParsingCLI(PileCLI):
+    """Reads and checks the configuration as training does, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        check_config(self.config)
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def parse_config(arguments: list[str]) -> Namespace:
+    """The configuration that training would have with these arguments.
+
+    Raises:
+        ValueError: values that cannot be together. (For what does not parse the process ends with exit code 2.)
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        cli = _ParsingCLI(PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments)
+    return cli.config
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Trains. `arguments`: None takes the command line's."""
-    cli = PileCLI(
-        PileModule,
-        PileDataModule,
-        save_config_callback=None,
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"default_config_files": ["conf/default.yaml"], "description": __doc__},
-        auto_configure_optimizers=False,
-        run=False,
-        args=arguments,
-    )
+    cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
     last = cli.run_folder / "checkpoints" / "last.ckpt"
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if cli.stop.stopped:

@@ -38,6 +38,8 @@ class OptimizerConfig:
         warmup_steps: optimizer steps of linear warm-up.
         decay_share: share of the steps that wsd spends decaying, at the end.
         final_share: rate at the end as a share of the peak (wsd, cosine).
+        base_width: width of the backbone that the rates were tuned at: at width D the heads' rate of AdamW, and that of hidden
+            matrices where it moves them, are multiplied by `base_width / D` (muP, arXiv:2203.03466). null: rates as they are.
     """
 
     name: Literal["muon", "adamw", "sgd"] = "muon"
@@ -51,6 +53,7 @@ class OptimizerConfig:
     warmup_steps: int = 20
     decay_share: float = 0.4
     final_share: float = 0.02
+    base_width: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "matrix_learning_rate", "codec_learning_rate"):
@@ -58,6 +61,8 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer {name}={getattr(self, name)} must be above 0")
         if self.weight_decay < 0 or self.warmup_steps < 0:
             raise ValueError("optimizer weight_decay and warmup_steps must be at least 0")
+        if self.base_width is not None and self.base_width < 1:
+            raise ValueError(f"optimizer base_width={self.base_width} must be at least 1, or null")
         if not 0 <= self.decay_share <= 1 or not 0 <= self.final_share <= 1:
             raise ValueError("optimizer decay_share and final_share are shares, 0 to 1")
 
@@ -131,24 +136,28 @@ def make_optimizer(
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
     matrices: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if id(parameter) in in_codecs:
             continue
-        # Muon is for hidden matrices; recurrent ones stack four gates into one and do better with AdamW.
-        is_hidden = isinstance(model.backbone, Transformer) and name.startswith("backbone.") and parameter.dim() == 2
-        (matrices if is_hidden else others).append(parameter)
-    muon = config.name == "muon"
+        is_hidden = name.startswith("backbone.") and parameter.dim() == 2
+        (matrices if is_hidden else heads if name.startswith("heads.") else others).append(parameter)
+    # Muon is for hidden matrices; recurrent ones stack four gates into one and do better with AdamW.
+    muon = config.name == "muon" and isinstance(model.backbone, Transformer)
     decayed = [p for p in others if p.dim() >= 2]
     plain = [p for p in others if p.dim() < 2]
     rate = config.learning_rate
-    matrix_rate = config.matrix_learning_rate if muon else rate
+    # Adam moves every entry by the rate, so a sum over D of them D times as far; Muon's update has the same norm at any D.
+    inner_rate = rate * (config.base_width / model.backbone.width if config.base_width and config.name != "sgd" else 1.0)
+    matrix_rate = config.matrix_learning_rate if muon else inner_rate
     groups: list[dict[str, Any]] = [
         {"params": matrices, "lr": matrix_rate, "weight_decay": config.weight_decay, "muon": muon},
+        {"params": heads, "lr": inner_rate, "weight_decay": config.weight_decay},
         {"params": decayed, "lr": rate, "weight_decay": config.weight_decay},
         {"params": plain, "lr": rate, "weight_decay": 0.0},
     ]
-    names = ["matrices", "tables", "vectors"]
+    names = ["matrices", "heads", "tables", "vectors"]
     if codec_steps:
         groups.append({"params": codecs, "lr": config.codec_learning_rate, "weight_decay": 0.0})
         names.append("codecs")
