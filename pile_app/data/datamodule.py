@@ -13,6 +13,7 @@ import heapq
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -186,6 +187,12 @@ class StepBatches(Sampler[list[int]]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals(worker: int) -> None:
+    """SLURM signals the workers too; one that went would take the run with it before its last step is saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PileDataModule(LightningDataModule):
@@ -417,6 +424,7 @@ class PileDataModule(LightningDataModule):
             persistent_workers=False,
             # A fork would copy the locks of the threads that fetch.
             multiprocessing_context="forkserver" if self.num_workers and self._is_remote else None,
+            worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
         )
 
