@@ -116,7 +116,8 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 class Ledger(Callback):
-    """Writes down which documents each optimizer step was trained on, in `ledger/`: what `read_ledger` reads.
+    """Writes down which documents each optimizer step was trained on, in `ledger/`: what `read_ledger` reads. (Steps that
+    `rejected.jsonl` names stand there as well: they were read, and not taken.)
 
     A line a pack: {"step": from 1, "position": of the pack, "documents": [[source, key, epoch, first token, stop], ...]}. Each
     device writes a file of its own; how the packs were shared out does not show in what is read.
