@@ -248,6 +248,8 @@ def go_back(cli: PileCLI, error: DivergedError) -> bool:
     if goes_back:
         import wandb
 
+        cli.stop.teardown(cli.trainer, cli.model, "fit")  # Lightning leaves that out after an exception
+
         if wandb.run is not None:
             wandb.finish()  # the next attempt goes on with it
         return False
