@@ -30,7 +30,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from pile_app.data.packing import Batch
+from pile_app.data.batch import Batch
 from pile_app.training.callbacks import keep_lines
 from pile_app.training.checkpoints import GracefulStop
 from pile_app.training.module import PileModule

@@ -57,3 +57,18 @@ def test_damaged_folder_is_refused_in_a_line(tiny_model: Callable[..., FusedLang
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="damaged"):
         FusedLanguageModel.from_pretrained(tmp_path)
+
+
+def test_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
+    from pile_app.data.text import load_tokenizer, train_tokenizer
+    from pile_app.model.pretrained import save_pretrained
+
+    train_tokenizer(["one two three"] * 5, "words", 5, tmp_path / "made" / "tokenizer.json")
+    spec = str(tmp_path / "made" / "tokenizer.json")
+    model = FusedLanguageModel(Transformer(width=32, layers=1, heads=2), load_tokenizer(spec))
+    backbone = {"class_path": "pile_app.model.backbones.Transformer", "init_args": {"width": 32, "layers": 1, "heads": 2}}
+    save_pretrained(model, {"backbone": backbone, "tokenizer": spec}, tmp_path / "out")
+    (tmp_path / "made").rename(tmp_path / "gone")
+    loaded = FusedLanguageModel.from_pretrained(tmp_path / "out")
+    assert loaded.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("two one")) == "two one"
