@@ -58,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_tokenizer(add(make_tokenizer, "tokenizer", "train a tokenizer on the texts of shards, or of a folder"))
     _add_encode(add(encode_shards, "encode", "write shards anew as token ids, so that training need not decode them"))
     _add_generate(add(generate_segments, "generate", "let a trained model write text, images or sound"))
+    _add_export(add(export_run, "export", "write a run's model as safetensors with its config, to hand on"))
     _add_inspect(add(inspect_run, "inspect", "show what data hold, or what a run was trained on"))
     _add_plan(add(plan_run, "plan", "say what a configuration will need, how long it will take, and what is unwise in it"))
     return parser
@@ -251,7 +252,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Train with model.codecs_from RUN/checkpoints/last.ckpt and model.codec_steps 0: other codecs are refused."
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of the run, shards (quoted patterns), new folder")
     parser.add_argument("--tokenizer", help="instead of a run: encode the texts alone, with this tokenizer.json")
-    parser.add_argument("--checkpoint", default="last", help="last, best, or a file")
+    parser.add_argument("--checkpoint", default="last", help="last, best, previous, or a file")
     parser.add_argument("--device", default="cpu", help="that the codecs compute on: cpu, cuda ...")
     parser.add_argument("--batch", type=int, default=64, help="images or sounds that are encoded at once")
     parser.add_argument("--overwrite", action="store_true", help="encode anew what is there already")
@@ -275,6 +276,26 @@ def encode_shards(options: argparse.Namespace) -> None:
         encoders = encode.Encoders.of_run(run, options.checkpoint, options.device, options.batch)
     found = encode.encode_shards(shards, folder, encoders, options.overwrite)
     print(f"{len(found):,} shards in {folder}: {encode.describe_counts(list(found.values()))}")
+
+
+# -- pile export
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "FusedLanguageModel.from_pretrained(FOLDER) reads it; no code of the folder is run."
+    parser.add_argument("run", type=Path, help="folder of the run: runs/<name>")
+    parser.add_argument("output", type=Path, metavar="FOLDER", help="new folder for config.json, weights and tokenizer")
+    parser.add_argument("--checkpoint", default="last", help="last, best, previous, or a file")
+
+
+def export_run(options: argparse.Namespace) -> None:
+    from pile_app.model.pretrained import save_pretrained
+    from pile_app.training.load import load_run, read_config
+
+    module, _, saved = load_run(options.run, options.checkpoint)
+    save_pretrained(module.model, read_config(options.run)["model"], options.output)
+    size = sum(file.stat().st_size for file in options.output.iterdir())
+    print(f"{options.output}: the model after step {saved['global_step']:,}, {size / 1e6:,.1f} MB")
 
 
 # -- pile generate
@@ -313,7 +334,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-text", type=int, default=256, help="most text tokens")
     parser.add_argument("--max-seconds", type=float, default=10.0, help="longest sound")
     parser.add_argument("--no-cache", dest="use_cache", action="store_false", help="compute all anew for every token")
-    parser.add_argument("--checkpoint", default="last", help="last, best, or a file")
+    parser.add_argument("--checkpoint", default="last", help="last, best, previous, or a file")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/generated)")
 
 

@@ -13,8 +13,10 @@ import heapq
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +188,22 @@ class StepBatches(Sampler[list[int]]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals(worker: int) -> None:
+    """SLURM signals the workers too; one that went would take the run with it before its last step is saved. So a worker goes
+    when its parent says so, and at no one else's word."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class PileDataModule(LightningDataModule):
@@ -417,6 +435,7 @@ class PileDataModule(LightningDataModule):
             persistent_workers=False,
             # A fork would copy the locks of the threads that fetch.
             multiprocessing_context="forkserver" if self.num_workers and self._is_remote else None,
+            worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
         )
 

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,6 +121,13 @@ class FusedLanguageModel(nn.Module):
         token_bytes = torch.zeros(Vocabulary.SPECIALS + tokenizer.size, dtype=torch.int64)
         token_bytes[Vocabulary.SPECIALS :] = torch.as_tensor(tokenizer.token_bytes)
         self.register_buffer("token_bytes", token_bytes, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone_class: type[Backbone] | None = None) -> FusedLanguageModel:
+        """The model of a folder that `pile export` wrote; no code of the folder is run. See `pretrained.py`."""
+        from pile_app.model.pretrained import load_pretrained
+
+        return load_pretrained(Path(folder), backbone_class)
 
     @property
     def codecs(self) -> dict[int, ImageCodec | AudioCodec]:

@@ -1,4 +1,5 @@
-"""Callbacks: what is measured, kept and shown while a run trains. Checkpoints and resuming are in `checkpoints.py`."""
+"""Callbacks: what is measured, kept and shown while a run trains. Checkpoints and stopping are in `checkpoints.py`, steps that
+are not taken in `guards.py`."""
 
 from __future__ import annotations
 
@@ -22,42 +23,6 @@ from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteGuard(Callback):
-    """Stops the run, on all devices, at a loss or a weight that is no finite number, before it reaches a checkpoint.
-
-    Raises:
-        FloatingPointError: names the step and the documents of the batch.
-    """
-
-    def __init__(self) -> None:
-        self.found = ""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        step = batch_idx // trainer.accumulate_grad_batches + 1
-        if not self.found and not torch.isfinite(outputs["loss"]).all():
-            sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
-            names = [f"{sources[source]}/{key}" for of_pack in batch.documents for source, key, *_ in of_pack][:8]
-            self.found = (
-                f"the loss of step {step} is {float(outputs['loss'])}: lower the learning rate or look at the documents of "
-                f"that batch (first ones: {', '.join(names)}). The last checkpoint is from before it"
-            )
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        # A device that stopped alone would leave the others waiting for it, or saving what its gradients made of the weights.
-        if trainer.strategy.reduce_boolean_decision(bool(self.found), all=False):
-            raise FloatingPointError(self.found or f"the loss of step {step} is not finite on another device, see its message")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for name, tensor in checkpoint["state_dict"].items():
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(
-                    f"after step {trainer.global_step} {name!r} holds values that are not finite: lower the learning rate. "
-                    "They were not saved; the last checkpoint is from before"
-                )
 
 
 class DataReport(Callback):
@@ -151,7 +116,8 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 class Ledger(Callback):
-    """Writes down which documents each optimizer step was trained on, in `ledger/`: what `read_ledger` reads.
+    """Writes down which documents each optimizer step was trained on, in `ledger/`: what `read_ledger` reads. (Steps that
+    `rejected.jsonl` names stand there as well: they were read, and not taken.)
 
     A line a pack: {"step": from 1, "position": of the pack, "documents": [[source, key, epoch, first token, stop], ...]}. Each
     device writes a file of its own; how the packs were shared out does not show in what is read.

@@ -1,8 +1,13 @@
-"""Checkpoints that survive, and runs that resume exactly.
+"""Checkpoints that survive, and runs that stop and resume exactly. Which checkpoint a run resumes from: `resume.py`.
+
+    save → last.ckpt.next, durably → ranks meet → last.ckpt becomes previous.ckpt → last.ckpt.next becomes last.ckpt
+
+so that whatever happens, one of the three is whole; files and folders (sharded checkpoints) alike.
 
 Lightning 2.6 has gaps that only show after a kill; each has its answer here, and a test in `tests/training/test_resume.py`:
 
 * a checkpoint is staged in /tmp and moved, not synced, and a full disk may leave half of one: `DurableCheckpointIO`;
+* there is one last checkpoint, overwritten in place where it is a folder: `LastCheckpoint` keeps the one before;
 * a checkpoint due together with a validation is written before it, and the resumed run skips that validation: `LastCheckpoint`
   waits for the validation, and what that decided (best checkpoint, early stopping) is in it;
 * counters are in micro-batches, wrong after a change of devices, and a resumed run saves again after its first micro-batch,
@@ -15,10 +20,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,37 +34,71 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 log = logging.getLogger(__name__)
 
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs to disk, then renames: a checkpoint is there as a whole or not at all.
+
+def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """A file that is there as a whole or not at all: written beside its place, synced to disk, renamed.
+
+    What a killed process left of an earlier try is removed; a path has one writer at a time.
 
     Raises:
-        OSError: it cannot be written (disk full, say). The checkpoint before it stays.
+        OSError: it cannot be written (disk full, say). What was at `path` is there still.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{str(path)!r} could not be written ({error}); the checkpoint before it is whole. Free some space and run the "
+            "same command again: it resumes from there"
+        ) from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames in a folder reach the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def promote(staged: Path, last: Path) -> None:
+    """`last` becomes the one before, `staged` becomes `last`; each file or folder."""
+    previous = last.with_name(PREVIOUS)
+    if last.exists():
+        remove(previous)
+        os.rename(last, previous)
+    os.rename(staged, last)
+    sync_folder(last.parent)
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """A checkpoint file is there as a whole or not at all. See `write_durably`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-            temporary.unlink(missing_ok=True)
-            raise OSError(
-                f"checkpoint {str(path)!r} could not be written ({error}); the one before it is whole. Free some space and run "
-                "the same command again: it resumes from there"
-            ) from error
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
+        write_durably(Path(path), lambda file: torch.save(checkpoint, file))
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt`, every `every_n_steps` optimizer steps and at the end. Where a validation is due too, it is saved after that.
+    """`last.ckpt`, every `every_n_steps` optimizer steps and at the end, and the one before it as `previous.ckpt`. Where a
+    validation is due too, it is saved after that.
 
     Args:
         folder: where.
@@ -73,13 +114,21 @@ class LastCheckpoint(ModelCheckpoint):
         return "LastCheckpoint"
 
     def save(self, trainer: Trainer) -> None:
+        """On all ranks."""
         self._last_global_step_saved = trainer.global_step
-        trainer.save_checkpoint(self.path, weights_only=False)
+        staged = self.path.with_name(f"{LAST}.next")
+        if trainer.is_global_zero:
+            remove(staged)  # shards that a killed attempt left would be taken for new ones
+        trainer.strategy.barrier("staged")
+        trainer.save_checkpoint(staged, weights_only=False)  # returns when all ranks have written theirs
+        if trainer.is_global_zero:
+            promote(staged, self.path)
+        trainer.strategy.barrier("promoted")
 
     @property
-    def path(self) -> str:
+    def path(self) -> Path:
         assert self.dirpath is not None
-        return os.path.join(self.dirpath, "last.ckpt")
+        return Path(self.dirpath) / LAST
 
     def _due(self, trainer: Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and self._last_global_step_saved != trainer.global_step
@@ -138,35 +187,81 @@ class ExactResume(Callback):
                 callback._last_global_step_saved = trainer.global_step
 
 
-class GracefulStop(Callback):
-    """On SIGTERM or SIGUSR1: finish the optimizer step (and the validation, where one is due), write `last.ckpt`, stop.
+class StoppedInValidation(Exception):
+    """A validation was left because of a signal; the checkpoint knows that it is due."""
 
-    Ranks agree every `every_n_steps` optimizer steps; a collective inside a signal handler could meet another one half way.
+
+class GracefulStop(Callback):
+    """On SIGTERM or SIGUSR1: finish the optimizer step, write `last.ckpt`, stop. A validation is broken off, and begun again by
+    the resumed run.
+
+    The handler sets a flag; a collective inside of it could meet another one half way. Ranks agree once an optimizer step, with
+    the figures that `StepGuard` averages anyway, and after each batch of a validation.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, every_n_steps: int = 1) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self) -> None:
         self.received: int | None = None
+        self.agreed = False  # a rank has received a signal, and all know it
         self.stopped = False
+        self.in_validation = False
+        self._original: dict[int, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        return "GracefulStop"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_validation": self.in_validation}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A validation that was left is due before anything else; to Lightning it is one that has just begun."""
+        if checkpoint["callbacks"].get(self.state_key, {}).get("in_validation"):
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for part in ("total", "current"):
+                progress[part] |= begun
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         for number in self.SIGNALS:
-            signal.signal(number, self._receive)
-        # Otherwise Lightning broadcasts its own flag in every step, waiting for the device each time.
+            self._original[number] = signal.signal(number, self._receive)
+        # Lightning's own handlers would broadcast, save and requeue from inside the signal; and its loop would broadcast a flag
+        # in every step, waiting for the device each time.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._original.items():
+            signal.signal(number, handler)
+        self._original = {}
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         micro_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if micro_batch % (trainer.accumulate_grad_batches * self.every_n_steps):
+        if micro_batch % trainer.accumulate_grad_batches or not self.agreed:
+            return
+        every = validation_every(trainer)
+        if every and trainer.global_step % every == 0:
+            return  # the validation that is due begins and is broken off, which leaves it due
+        self.stopped = trainer.should_stop = True
+        trainer.limit_val_batches = 0
+        self._say(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
-            self.stopped = trainer.should_stop = True
-            every = validation_every(trainer)
-            if not every or trainer.global_step % every:
-                trainer.limit_val_batches = 0
-            log.warning("stopping after step %d because of a signal; the same command resumes the run", trainer.global_step)
+            self.stopped = self.in_validation = True
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, LastCheckpoint):
+                    callback.save(trainer)
+            self._say(trainer)
+            raise StoppedInValidation
+
+    def _say(self, trainer: Trainer) -> None:
+        log.warning("stopping after step %d because of a signal; the same command resumes the run", trainer.global_step)

@@ -6,6 +6,7 @@ cannot be is refused before data or model are built.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa:
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
+from pile_app.training.guards import DivergedError, GuardConfig  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 
 TRAINER_DEFAULTS = {
@@ -40,18 +42,22 @@ TRAINER_DEFAULTS = {
 
 
 class PileCLI(LightningCLI):
-    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`, `--ledger`."""
+    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`, `--ledger`, `--guard`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="run", help="name of the run; naming an existing run resumes it")
         parser.add_argument("--runs", type=str, default="runs", help="folder that holds the runs")
         parser.add_argument(
-            "--checkpoint_every", type=int, default=500, help="optimizer steps between checkpoints (last.ckpt is replaced)"
+            "--checkpoint_every",
+            type=int,
+            default=500,
+            help="optimizer steps between checkpoints (last.ckpt and previous.ckpt)",
         )
         parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
         parser.add_argument(
             "--ledger", type=bool, default=False, help="write down the documents of every optimizer step, in runs/<name>/ledger"
         )
+        parser.add_argument("--guard", type=GuardConfig, default=GuardConfig(), help="optimizer steps that are not taken")
         link_model_to_data(parser)
 
     @property
@@ -59,13 +65,18 @@ class PileCLI(LightningCLI):
         return Path(self.config.runs) / self.config.name
 
     def before_instantiate_classes(self) -> None:
+        from pile_app.training.resume import choose_checkpoint, read_skipped
         from pile_app.training.run import check_writable, completed_steps
 
-        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        is_first = is_first_process()
         try:
             check_config(self.config)
             if is_first:
                 check_writable(self.run_folder)
+            self.config.guard.skip_steps = tuple(
+                sorted({tuple(one) for one in (*self.config.guard.skip_steps, *read_skipped(self.run_folder))})
+            )
+            self.checkpoint = choose_checkpoint(self.run_folder / "checkpoints", self.config.guard.skip_steps, is_first)
         except (ValueError, OSError) as error:
             self.parser.error(str(error))
         steps = completed_steps(self.run_folder, self.config.trainer.max_steps, self.config.data.epochs)
@@ -78,8 +89,9 @@ class PileCLI(LightningCLI):
             raise SystemExit
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        from pile_app.training.callbacks import DataReport, Ledger, NonFiniteGuard, PileProgressBar, Throughput
+        from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, Throughput
         from pile_app.training.checkpoints import DurableCheckpointIO, ExactResume, GracefulStop, LastCheckpoint
+        from pile_app.training.guards import StepGuard
         from pile_app.training.run import RunFolder, make_loggers
 
         run = self.run_folder
@@ -92,7 +104,7 @@ class PileCLI(LightningCLI):
             ExactResume(),
             self.stop,
             self.run,
-            NonFiniteGuard(),
+            StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop),
             DataReport(run, self.config.data.max_rejected_share),
             Throughput(),
             PileProgressBar(),
@@ -197,15 +209,79 @@ def parse_config(arguments: list[str]) -> Namespace:
     return cli.config
 
 
+DIVERGED = 3  # exit code: the same command would come to the same end
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Trains. `arguments`: None takes the command line's."""
+    """Trains. `arguments`: None takes the command line's.
+
+    Raises:
+        SystemExit: 143 or 138 after SIGTERM or SIGUSR1, with a checkpoint (run the same command again); 3 where too many
+            steps in a row could not be taken (do not, before something is changed); 2 for a configuration that cannot be.
+    """
+    while not train(arguments):
+        gc.collect()  # the model that went astray is held by cycles, and its place on the device is needed
+
+
+def train(arguments: list[str] | None) -> bool:
+    """One attempt: False where the run goes back to a checkpoint, and has to begin once more."""
+    from pile_app.training.checkpoints import StoppedInValidation
+
     cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
-    last = cli.run_folder / "checkpoints" / "last.ckpt"
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    try:
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=str(cli.checkpoint) if cli.checkpoint else None, weights_only=True
+        )
+    except StoppedInValidation:
+        pass
+    except DivergedError as error:
+        return go_back(cli, error)
     if cli.stop.stopped:
         # Only the first one says so: Lightning kills all processes that are left when one that it started fails.
         raise SystemExit(128 + (cli.stop.received or 15) if cli.trainer.is_global_zero else 0)
     finish(cli)
+    return True
+
+
+def go_back(cli: PileCLI, error: DivergedError) -> bool:
+    """False where the run shall pass over the steps that were rejected, which is then written down; else it ends here."""
+    from pile_app.training.resume import add_skipped, range_to_skip, read_skipped
+
+    guard, run, strategy = cli.config.guard, cli.run_folder, cli.trainer.strategy
+    skipped = range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
+    goes_back = skipped is not None and len(read_skipped(run)) < guard.rewinds
+    strategy.barrier("went astray")  # all have read what is there
+    if cli.trainer.is_global_zero:
+        print(f"{run}: {error}", flush=True)
+        if skipped is None:
+            print(
+                "Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name"
+            )
+        elif goes_back:
+            add_skipped(run, *skipped)
+            print(f"Going back to pass over steps {skipped[0]} to {skipped[1]}", flush=True)
+        else:
+            ranges = [list(one) for one in (*guard.skip_steps, skipped)]
+            print(
+                "Lower the learning rate, or go back and pass over those data: the same command with "
+                f"--guard.skip_steps '{ranges}' (--guard.rewinds 3 would have done that by itself, three times)"
+            )
+    strategy.barrier("written down")
+    if goes_back:
+        import wandb
+
+        cli.stop.teardown(cli.trainer, cli.model, "fit")  # Lightning leaves that out after an exception
+
+        if wandb.run is not None:
+            wandb.finish()  # the next attempt goes on with it
+        return False
+    raise SystemExit(DIVERGED if cli.trainer.is_global_zero else 0)
+
+
+def is_first_process() -> bool:
+    """Of all, as far as launchers have said it: torchrun, SLURM, Lightning for the processes that it starts."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def finish(cli: PileCLI) -> None:

@@ -6,7 +6,6 @@ Nothing of training is built (no Trainer, no logger), and no shard is opened bef
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from jsonargparse import ArgumentError
 from pile_app.data.datamodule import PileDataModule
 from pile_app.training.cli import make_model_parser
 from pile_app.training.module import PileModule, check_shapes
+from pile_app.training.resume import find_damage
 
 
 def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
@@ -24,7 +24,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
 
     Args:
         run: folder of the run.
-        checkpoint: "last", "best", or the path of a checkpoint file.
+        checkpoint: "last", "best", "previous" (the one before the last), or the path of a checkpoint file.
 
     Raises:
         ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
@@ -32,12 +32,10 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     config = read_config(run)
     path = find_checkpoint(run, checkpoint)
     module, data = _build(run, config)
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        state = saved["state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {reason}") from error
+    if damage := find_damage(path):
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {damage}")
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = saved["state_dict"]
     try:
         check_shapes(module, state)
     except ValueError as error:
@@ -64,8 +62,9 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
-    """The file that "last", "best" or a path means."""
-    path = run / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("last", "best") else Path(checkpoint)
+    """The file that "last", "best", "previous" or a path means."""
+    named = checkpoint in ("last", "best", "previous")
+    path = run / "checkpoints" / f"{checkpoint}.ckpt" if named else Path(checkpoint)
     if path.is_dir():
         raise ValueError(
             f"checkpoint {str(path)!r} is a folder, saved in parts by several devices: make one file of it with "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,6 +28,9 @@ from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
+
+if TYPE_CHECKING:
+    from pile_app.training.guards import StepGuard
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class PileModule(LightningModule):
         self.weights = (weights.text, weights.image, weights.audio)
         self.l1 = l1
         self.sums: dict[str, Tensor] = {}
+        self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the optimizer step under way
+        self.guard: StepGuard | None = None  # says which steps are not taken; it enters itself here
         if codecs_from is not None:
             load_codecs(self.model, codecs_from)
             if not self.codec_steps:
@@ -148,8 +153,13 @@ class PileModule(LightningModule):
         torch.manual_seed(int(key) >> 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._codec_step(batch) if self.in_codec_phase else self._language_step(batch)
-        return loss + self._touch_unused(batch)
+        if self.guard is not None and self.guard.passes_over(self.global_step + 1):
+            loss = self._touch([p for p in self.model.parameters() if p.requires_grad])
+        else:
+            loss = self._codec_step(batch) if self.in_codec_phase else self._language_step(batch)
+            loss = loss + self._touch_unused(batch)
+        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
+        return loss
 
     def _codec_step(self, batch: Batch) -> Tensor:
         losses = self.model.codec_loss(batch, self.codec_crop)
@@ -193,7 +203,13 @@ class PileModule(LightningModule):
             for modality in range(3):
                 if not len(batch.targets[modality]):
                     unused += self.model.parameters_of_modality(modality)
-        return torch.cat([p.view(-1)[:1] for p in unused]).sum() * 0.0 if unused else torch.zeros((), device=self.device)
+        return self._touch(unused)
+
+    def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
+        """() zero that hangs on an element of each."""
+        if not parameters:
+            return torch.zeros((), device=self.device)
+        return torch.cat([p.view(-1)[:1] for p in parameters]).sum() * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # What the phase does not train gets no gradient at all: a zero one would still decay weights and momenta.
@@ -202,6 +218,27 @@ class PileModule(LightningModule):
         idle = [p for p in self.model.parameters() if id(p) not in ids] if self.in_codec_phase else codecs
         for parameter in idle:
             parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, and asks the guard, to whom the norm is of use, whether the step is to be taken."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if hasattr(norm, "full_tensor"):  # sharded parameters
+            norm = norm.full_tensor()
+        loss, self.step_loss = self.step_loss, None
+        assert loss is not None
+        if self.guard is not None and self.guard.rejects(self, loss / self.trainer.accumulate_grad_batches, norm):
+            for parameter in parameters:
+                parameter.grad = None  # so the optimizer leaves it, its momenta and its step count as they are
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Adds to the sums of the optimizer step under way."""

@@ -62,34 +62,41 @@ PASSING = ("throughput/", "epoch")  # columns of metrics.csv that hang on the cl
 class Watch(Callback):
     """Writes down what each micro-batch held and lost, and meddles where the environment says so.
 
-    KILL_AT, STOP_AT: number of the micro-batch after which rank 0 gets SIGKILL or SIGTERM; KILL_IN_VALIDATION: step whose
-    validation kills it; POISON: "number rank" of the micro-batch whose loss becomes nan; POISON_WEIGHTS: number of the one
-    after which the weights are; FILE_LIMIT: "number bytes", after which no file can grow beyond so many bytes, as on a
-    full disk.
+    KILL_AT, STOP_AT: number of the micro-batch after which rank 0 gets SIGKILL or SIGTERM, its loading workers too;
+    KILL_IN_VALIDATION, STOP_IN_VALIDATION: step in whose validation it does; POISON: "first last rank" of the micro-batches
+    whose loss becomes nan; POISON_WEIGHTS: number of the one after which the weights are; FILE_LIMIT: "number bytes", after
+    which no file can grow beyond so many bytes, as on a full disk; KILL_IN_WRITE: the same, but whoever tries is killed.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if os.environ.get("POISON") == f"{batch_idx} {trainer.global_rank}":
+        first, last, rank = map(int, os.environ.get("POISON", "-1 -1 0").split())
+        if first <= batch_idx <= last and rank == trainer.global_rank:
             pl_module.model.logits = lambda *args: FusedLanguageModel.logits(pl_module.model, *args) * math.nan
+        else:
+            vars(pl_module.model).pop("logits", None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
             next(pl_module.model.backbone.parameters()).data.fill_(math.nan)
-        number, limit = os.environ.get("FILE_LIMIT", "-1 0").split()
-        if int(number) == batch_idx:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+        for name, action in (("FILE_LIMIT", signal.SIG_IGN), ("KILL_IN_WRITE", signal.SIG_DFL)):
+            number, limit = os.environ.get(name, "-1 0").split()
+            if int(number) == batch_idx:
+                signal.signal(signal.SIGXFSZ, action)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
         for name, number in (("KILL_AT", signal.SIGKILL), ("STOP_AT", signal.SIGTERM)):
             if os.environ.get(name) == str(batch_idx) and trainer.is_global_zero:
-                os.kill(os.getpid(), number)
+                for process in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
+                    os.kill(process, number)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if os.environ.get("KILL_IN_VALIDATION") == str(trainer.global_step):
-            os.kill(os.getpid(), signal.SIGKILL)
+        for name, number in (("KILL_IN_VALIDATION", signal.SIGKILL), ("STOP_IN_VALIDATION", signal.SIGTERM)):
+            if os.environ.get(name) == str(trainer.global_step):
+                os.kill(os.getpid(), number)
 
 
 @dataclass

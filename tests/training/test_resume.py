@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_last_checkpoint_knows_the_score_of_the_validation_before_it(bench: Work
 
 @pytest.mark.parametrize(("like", "micro_batch", "stop_at"), [("full", "4", "6"), ("full-micro", "2", "14")])
 def test_sigterm_finishes_the_step_and_resumes_exactly(bench: Workbench, like: str, micro_batch: str, stop_at: str) -> None:
-    arguments = (f"stopped-{micro_batch}", "--data.micro_batch", micro_batch)
+    """Also where the loading workers get the signal, as under SLURM."""
+    arguments = (f"stopped-{micro_batch}", "--data.micro_batch", micro_batch, "--data.num_workers", "2")
     attempt = bench.start(*arguments, STOP_AT=stop_at)
     assert attempt.wait(30) == STOPPED, attempt.text[-3000:]
     run = bench.run(arguments[0])
@@ -75,6 +77,18 @@ def test_sigterm_finishes_the_step_and_resumes_exactly(bench: Workbench, like: s
     assert not (run / "summary.json").exists()
     bench.train(*arguments)
     assert_same_run(run, bench.run(like))
+
+
+def test_sigterm_in_a_validation_breaks_it_off_and_the_resumed_run_begins_it_again(bench: Workbench) -> None:
+    """It may last longer than the time that is left."""
+    arguments = ("unvalidated", "--data.micro_batch", "1", "--data.num_workers", "2")
+    assert bench.start(*arguments, STOP_IN_VALIDATION="10").wait(30) == STOPPED
+    run = bench.run("unvalidated")
+    assert checkpoint(run)["global_step"] == 10
+    assert [step for step, row in losses(run).items() if "validation/loss" in row] == [4]
+    bench.train(*arguments)
+    bench.train("validated-once", *arguments[1:])
+    assert_same_run(run, bench.run("validated-once"))
 
 
 @pytest.mark.parametrize(
@@ -114,31 +128,44 @@ def test_full_disk_leaves_the_checkpoint_before(bench: Workbench) -> None:
     attempt = bench.start("disk", FILE_LIMIT="7 60000")
     assert attempt.wait() == 1
     error = attempt.text.split("OSError: ")[-1]
-    assert "last.ckpt' could not be written" in error and "the one before it is whole" in error
+    assert "last.ckpt.next' could not be written" in error and "the checkpoint before it is whole" in error
     folder = bench.run("disk") / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert checkpoint(bench.run("disk"))["global_step"] == 6
     bench.train("disk")
     assert_same_run(bench.run("disk"), bench.run("full"))
 
 
-@pytest.mark.parametrize(
-    ("trouble", "message"),
-    [
-        ({"POISON": "7 0"}, "the loss of step 8 is nan"),
-        ({"POISON_WEIGHTS": "8"}, "after step 9 'model.backbone"),  # step 9 writes a checkpoint
-    ],
-)
-def test_loss_that_is_no_number_never_reaches_a_checkpoint(bench: Workbench, trouble: dict[str, str], message: str) -> None:
-    name = next(iter(trouble)).lower()
-    attempt = bench.start(name, **trouble)
+def test_weights_that_are_no_numbers_never_reach_a_checkpoint(bench: Workbench) -> None:
+    attempt = bench.start("poisoned", POISON_WEIGHTS="8")  # step 9 writes a checkpoint
     assert attempt.wait() == 1
-    error = attempt.text.split("FloatingPointError: ")[-1]
-    assert message in error
-    assert "documents" not in error or "media/train-" in error or "prose/train-" in error
-    saved = checkpoint(bench.run(name))
+    assert "after step 9 state_dict.model.backbone" in attempt.text.split("FloatingPointError: ")[-1]
+    saved = checkpoint(bench.run("poisoned"))
     assert saved["global_step"] == 6
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+
+
+def test_kill_within_the_write_of_a_checkpoint_leaves_the_one_before(bench: Workbench) -> None:
+    attempt = bench.start("torn", KILL_IN_WRITE="7 60000")
+    assert attempt.wait() == -signal.SIGXFSZ
+    folder = bench.run("torn") / "checkpoints"
+    assert any(path.name.endswith(".tmp") for path in folder.iterdir())
+    assert checkpoint(bench.run("torn"))["global_step"] == 6
+    bench.train("torn")
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert_same_run(bench.run("torn"), bench.run("full"))
+
+
+def test_broken_last_checkpoint_falls_back_to_the_one_before_and_says_so(bench: Workbench) -> None:
+    shutil.copytree(bench.run("part"), bench.run("broken"))
+    last = bench.run("broken") / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 16
+    last.write_bytes(content)
+    said = bench.train("broken")
+    assert "last.ckpt' cannot be read: the checksum of" in said and "previous.ckpt, step 3" in said
+    assert (last.parent / "aside.ckpt").read_bytes() == content
+    assert_same_run(bench.run("broken"), bench.run("full"))
 
 
 def test_metrics_cut_off_by_a_kill_are_mended(bench: Workbench) -> None:
