@@ -79,6 +79,14 @@ def flac_that_claims(samples: int) -> bytes:
     return bytes(data)
 
 
+def test_a_file_is_decoded_as_the_format_of_an_image_and_nothing_else() -> None:
+    """An EPS would be run by Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    for use in (image_size, lambda data: decode_image(data, 1, 8, 8)):
+        with pytest.raises(BadSample, match="undecodable_image: cannot identify image file"):
+            use(eps)
+
+
 @given(
     st.builds(
         Document,

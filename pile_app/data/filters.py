@@ -31,6 +31,7 @@ from pile_app.data.text import clean_text
 from pile_app.documents import (
     AUDIO,
     IMAGE,
+    IMAGE_FORMATS,
     TEXT,
     BadSample,
     Document,
@@ -139,7 +140,7 @@ def shrink_image(segment: Segment, size: int) -> bytes:
     from PIL import Image, ImageOps
 
     name, parameters = _ENCODERS[segment.extension.replace("jpeg", "jpg")]
-    with Image.open(io.BytesIO(segment.file)) as file:
+    with Image.open(io.BytesIO(segment.file), formats=IMAGE_FORMATS) as file:
         file.draft(None, (2 * size, 2 * size))  # a JPEG may decode to a half, a quarter ... of its size
         image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode not in ("RGB", "RGBA", "L", "LA"):

@@ -22,16 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ports import free_port
 
 from pile_app.data import remote
-from pile_app.data.datamodule import PileDataModule, Source, _ShardsAhead
 from pile_app.data.remote import Prefetcher, ShardCache, expand_remote, is_remote
 from pile_app.data.shards import ShardError, write_shards
-from pile_app.data.text import ByteTokenizer
 from pile_app.documents import Document, Segment
-from pile_app.model.fused import make_vocabulary
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"  # where it is on Debian, not on everybody's path
 needs_nginx = pytest.mark.skipif(
@@ -409,6 +405,12 @@ class TestHTTP:
 
 @needs_nginx
 def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Server, tmp_path: Path) -> None:
+    import torch  # here: processes of other tests import this module, and need none of it
+
+    from pile_app.data.datamodule import PileDataModule, Source, _ShardsAhead
+    from pile_app.data.text import ByteTokenizer
+    from pile_app.model.fused import make_vocabulary
+
     texts = (Document((Segment(f"text {n} " * 20),), str(n)) for n in range(600))
     indexes = write_shards(texts, nginx.files / "set", "a", shard_bytes=30_000)
     tokenizer, here, there = ByteTokenizer(), str(nginx.files / "set/a-*.tar"), nginx.url("set/a-*.tar")
