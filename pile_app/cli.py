@@ -124,7 +124,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_shards(options: argparse.Namespace) -> None:
-    from pile_app.data.prepare import prepare
+    from pile_app.prepare.pipeline import prepare
 
     values = dict(vars(options))
     del values["command"]
@@ -218,8 +218,8 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def make_tokenizer(options: argparse.Namespace) -> None:
-    from pile_app.data.readers import read_texts
     from pile_app.data.text import load_tokenizer, train_tokenizer
+    from pile_app.prepare.readers import read_texts
 
     texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else read_texts(Path(options.input))
     first = next(texts, None)

@@ -30,7 +30,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from pile_app.data.files import whole_file
 from pile_app.data.shards import (
     INDEX_SUFFIX,
     UNORDERED,
@@ -57,6 +56,7 @@ from pile_app.documents import (
     sample_from_document,
     sentence_ends,
 )
+from pile_app.prepare.files import whole_file
 
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel

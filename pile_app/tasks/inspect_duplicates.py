@@ -14,8 +14,8 @@ from contextlib import closing
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from pile_app.data.engines import tracked
 from pile_app.documents import MODALITIES, TEXT, BadSample, Segment
+from pile_app.prepare.engines import tracked
 
 if TYPE_CHECKING:
     from pile_app.tasks.inspect_data import Part

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.ngrams import NearDuplicates
-from pile_app.data.spill import KEPT, Table, Workplace, document_of_block
+from pile_app.prepare.ngrams import NearDuplicates
+from pile_app.prepare.spill import KEPT, Table, Workplace, document_of_block
 
 SPLITS = ("train", "validation")
 DIGESTS_AT_ONCE = 1 << 24  # that are sorted in memory

@@ -29,7 +29,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pile_app.data.files import (
+from pile_app.data.shards import MAX_SAMPLE_BYTES, ShardError, files_of_block, sample_ranges
+from pile_app.data.text import clean_text
+from pile_app.documents import BadSample, Document, Segment, document_from_sample
+from pile_app.prepare.files import (
     DECOMPRESSORS,
     MAX_LINE_BYTES,
     decode,
@@ -42,11 +45,8 @@ from pile_app.data.files import (
     read_file,
     table_lines,
 )
-from pile_app.data.listing import ITEM_BYTES, TABLE_DIALECTS, TEXT_COLUMNS, Item, list_items
-from pile_app.data.options import JSON_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
-from pile_app.data.shards import MAX_SAMPLE_BYTES, ShardError, files_of_block, sample_ranges
-from pile_app.data.text import clean_text
-from pile_app.documents import BadSample, Document, Segment, document_from_sample
+from pile_app.prepare.listing import ITEM_BYTES, TABLE_DIALECTS, TEXT_COLUMNS, Item, list_items
+from pile_app.prepare.options import JSON_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
 
 
 class Found(NamedTuple):

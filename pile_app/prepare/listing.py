@@ -21,7 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pile_app.data.files import (
+from pile_app.documents import AUDIO_EXTENSIONS, BadSample
+from pile_app.prepare.files import (
     DECOMPRESSORS,
     MAX_LINE_BYTES,
     extension,
@@ -31,8 +32,7 @@ from pile_app.data.files import (
     read_file,
     table_lines,
 )
-from pile_app.data.options import JSON_EXTENSIONS, MEDIA_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
-from pile_app.documents import AUDIO_EXTENSIONS, BadSample
+from pile_app.prepare.options import JSON_EXTENSIONS, MEDIA_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
 
 
 class TabSeparated(csv.excel_tab):

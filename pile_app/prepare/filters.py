@@ -24,9 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.data.ngrams import EvaluationTexts
-from pile_app.data.options import require
-from pile_app.data.quality import QUALITY
 from pile_app.data.text import clean_text
 from pile_app.documents import (
     AUDIO,
@@ -41,9 +38,12 @@ from pile_app.documents import (
     decode_image,
     image_size,
 )
+from pile_app.prepare.ngrams import EvaluationTexts
+from pile_app.prepare.options import require
+from pile_app.prepare.quality import QUALITY
 
 if TYPE_CHECKING:
-    from pile_app.data.options import Options
+    from pile_app.prepare.options import Options
 
 
 def apply_steps(document: Document, options: Options, evaluation: EvaluationTexts | None = None) -> Document:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.options import require
 from pile_app.data.order import mix64
 from pile_app.data.shards import map_arrays, save_arrays
 from pile_app.documents import BadSample
+from pile_app.prepare.options import require
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]")

@@ -14,10 +14,10 @@ import soundfile
 import yaml
 import zstandard
 
-from pile_app.data.files import pieces_of
-from pile_app.data.prepare import Summary, prepare
 from pile_app.data.shards import Shards, expand_shards, load_index, write_shards
 from pile_app.documents import Codes, Document, Segment
+from pile_app.prepare.files import pieces_of
+from pile_app.prepare.pipeline import Summary, prepare
 
 RATE = 8000
 
@@ -395,7 +395,7 @@ def test_a_failure_leaves_the_earlier_result_and_what_is_done(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.data.spill.build_index", full)
+        patch.setattr("pile_app.prepare.spill.build_index", full)
         with pytest.raises(OSError, match="no space left"):
             run(folder, tmp_path / "out", overwrite=True)
     assert texts(tmp_path / "out") == ["one", "two"]

@@ -36,13 +36,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pile_app.data.assign import SPLITS, Summary, assign
-from pile_app.data.engines import ENGINES, import_ray, tracked
-from pile_app.data.listing import list_items
-from pile_app.data.ngrams import EvaluationTexts
-from pile_app.data.options import Options, require
-from pile_app.data.readers import evaluation_texts
-from pile_app.data.spill import Workplace, is_spilled, make_spill, slug, write_shard
+from pile_app.prepare.assign import SPLITS, Summary, assign
+from pile_app.prepare.engines import ENGINES, import_ray, tracked
+from pile_app.prepare.listing import list_items
+from pile_app.prepare.ngrams import EvaluationTexts
+from pile_app.prepare.options import Options, require
+from pile_app.prepare.readers import evaluation_texts
+from pile_app.prepare.spill import Workplace, is_spilled, make_spill, slug, write_shard
 
 PREPARE_VERSION = 2  # changes with what the same options give
 UNIT_BYTES = 1 << 24

@@ -27,12 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.files import whole_file
-from pile_app.data.filters import apply_steps
-from pile_app.data.listing import Item
-from pile_app.data.ngrams import PERMUTATIONS, EvaluationTexts, minhash
-from pile_app.data.options import Options
-from pile_app.data.readers import Found, read_item
 from pile_app.data.shards import (
     BLOCK,
     MAX_SAMPLE_BYTES,
@@ -44,6 +38,12 @@ from pile_app.data.shards import (
     save_arrays,
 )
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, audio_size, document_from_sample, sample_from_document
+from pile_app.prepare.files import whole_file
+from pile_app.prepare.filters import apply_steps
+from pile_app.prepare.listing import Item
+from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
+from pile_app.prepare.options import Options
+from pile_app.prepare.readers import Found, read_item
 
 KEPT = 20  # rejected samples of each reason that are kept for review
 KEPT_BYTES = 1 << 20  # of a file

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
-from pile_app.data.options import require
+from pile_app.prepare.options import require
 
 Run = Callable[[Callable[[str, Any], None], str, Sequence[Any]], Iterator[Any]]  # task(folder, thing) for each of things
 
@@ -32,7 +32,7 @@ def _run_here(processes: int, task: Callable[[str, Any], None], folder: str, thi
         yield from map(partial(task, folder), things)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pile_app.data.spill"])
+    context.set_forkserver_preload(["pile_app.prepare.spill"])
     with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
         yield from pool.map(partial(task, folder), things, chunksize=1 + len(things) // 10_000)
 

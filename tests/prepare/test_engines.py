@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pile_app.data import listing
-from pile_app.data import prepare as engine
 from tests.data.test_prepare import content, image, rejected, sound, write
+
+from pile_app.prepare import listing
+from pile_app.prepare import pipeline as engine
 
 STEPS: dict[str, Any] = {"validation_share": 0.2, "shard_megabytes": 0.3, "near_duplicates": 0.8, "repair": True}
 UNIT_BYTES = 20_000
@@ -53,10 +53,10 @@ def test_processes_and_ray_give_the_same_bytes(
 
 KILLED = """
 import sys, pathlib
-from pile_app.data import prepare, listing
+from pile_app.prepare import listing, pipeline
 if __name__ == "__main__":
-    prepare.UNIT_BYTES = listing.ITEM_BYTES = {unit_bytes}
-    prepare.prepare(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), processes={processes}, **{steps})
+    pipeline.UNIT_BYTES = listing.ITEM_BYTES = {unit_bytes}
+    pipeline.prepare(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), processes={processes}, **{steps})
 """
 
 
@@ -90,7 +90,7 @@ def test_changed_input_is_noticed_and_can_be_started_anew(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.data.spill.build_index", full)
+        patch.setattr("pile_app.prepare.spill.build_index", full)
         with pytest.raises(OSError, match="no space"):
             engine.prepare(folder, tmp_path / "out", processes=1, **STEPS)
     write(folder, {"new.txt": "one more"})

@@ -15,11 +15,11 @@ import pytest
 import webdataset
 import zstandard
 
-from pile_app.data import files, listing
-from pile_app.data.listing import Item, list_items
-from pile_app.data.options import Options
-from pile_app.data.readers import Found, evaluation_texts, read_item, read_texts
 from pile_app.documents import BadSample, Document, Segment
+from pile_app.prepare import files, listing
+from pile_app.prepare.listing import Item, list_items
+from pile_app.prepare.options import Options
+from pile_app.prepare.readers import Found, evaluation_texts, read_item, read_texts
 
 RATE = 8000
 
