@@ -75,12 +75,12 @@ def test_help_is_complete_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("[]")
-    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect"):
+    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect", "plan"):
         assert re.search(rf"^    {command}\s", shown, re.MULTILINE), shown
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect"):
+    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect", "plan"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
