@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.test_prepare import content, image, rejected, sound, write
+from tests.prepare.test_pipeline import content, image, rejected, sound, write
 
 from pile_app.prepare import listing
 from pile_app.prepare import pipeline as engine
