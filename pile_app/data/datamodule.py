@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -197,9 +198,11 @@ def _leave_signals(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
         os._exit(0)
 
