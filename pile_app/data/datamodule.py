@@ -13,11 +13,11 @@ import heapq
 import logging
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,21 +192,16 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """SLURM signals the workers too; one that went would take the run with it before its last step is saved. So a worker goes
-    when its parent says so, and at no one else's word."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    """SLURM signals the workers too; one that went would take the run with it before its last step is saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-            pass
-        os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+def _end_workers() -> None:
+    """When the process ends: Python would ask them by SIGTERM, and wait for them for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class PileDataModule(LightningDataModule):
@@ -429,6 +424,7 @@ class PileDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
         import torch
 
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         return DataLoader(
             dataset,
             batch_sampler=batches,
