@@ -75,12 +75,11 @@ class Watch(Callback):
         first, last, rank = map(int, os.environ.get("POISON", "-1 -1 0").split())
         if first <= batch_idx <= last and rank == trainer.global_rank:
             pl_module.model.logits = lambda *args: FusedLanguageModel.logits(pl_module.model, *args) * math.nan
-        else:
-            vars(pl_module.model).pop("logits", None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        vars(pl_module.model).pop("logits", None)
         if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
             next(pl_module.model.backbone.parameters()).data.fill_(math.nan)
         for name, action in (("FILE_LIMIT", signal.SIG_IGN), ("KILL_IN_WRITE", signal.SIG_DFL)):
