@@ -183,7 +183,8 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
+            # Not the best one: a validation that was broken off comes at once, and may be the best.
+            if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
                 callback._last_global_step_saved = trainer.global_step
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.prepare.test_pipeline import content, image, rejected, sound, write
 
 from pile_app.prepare import listing
 from pile_app.prepare import pipeline as engine
+from tests.prepare.test_pipeline import content, image, rejected, sound, write
 
 STEPS: dict[str, Any] = {"validation_share": 0.2, "shard_megabytes": 0.3, "near_duplicates": 0.8, "repair": True}
 UNIT_BYTES = 20_000
