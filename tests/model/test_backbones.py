@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pile_app.model.backbones import LSTM, RNN, Backbone, Transformer
+from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer, linear_recurrence
 
 WIDTH = 32
 MAKE: dict[str, Callable[[], Backbone]] = {
@@ -19,6 +19,7 @@ MAKE: dict[str, Callable[[], Backbone]] = {
     "lstm": lambda: LSTM(WIDTH, 2),
     "narrow-embedding": lambda: LSTM(48, 2, embedding_width=WIDTH),
     "rnn": lambda: RNN(WIDTH, 2),
+    "mingru": lambda: MinGRU(WIDTH, 2),
 }
 
 
@@ -148,7 +149,7 @@ def test_one_layer_with_its_own_embedding_width_is_the_textbook_lstm_between_nor
 
 
 def test_only_training_drops() -> None:
-    for make in (Transformer, LSTM, RNN):
+    for make in (Transformer, LSTM, RNN, MinGRU):
         backbone = make(width=32, layers=1, dropout=0.5)
         with torch.no_grad():
             for parameter in backbone.parameters():
@@ -189,7 +190,7 @@ def test_grouped_queries_take_fewer_parameters_and_context_costs_flops() -> None
     assert full.flops_per_token(100) - full.flops_per_token(0) == 4 * 3 * WIDTH * 100
 
 
-@pytest.mark.parametrize("backbone", [Transformer(16, 1, 2), LSTM(16, 1), RNN(16, 1)], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("backbone", [Transformer(16, 1, 2), LSTM(16, 1), RNN(16, 1), MinGRU(16, 1)], ids=lambda b: type(b).__name__)
 def test_half_precision_gives_nearly_the_same_hidden_states(backbone: Backbone) -> None:
     document = torch.tensor([[0, 0, 0, 1, 1, -1]])
     position = torch.tensor([[0, 1, 2, 0, 1, 0]])
