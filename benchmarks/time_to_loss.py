@@ -1,4 +1,4 @@
-"""Seconds until the loss on the validation split of tiny Shakespeare is at most 1.886 nats a character, against nanoGPT's CPU recipe.
+"""Seconds to a loss of 1.886 nats a character on the validation split of tiny Shakespeare, against nanoGPT's CPU recipe.
 
     python benchmarks/time_to_loss.py ../shared/data/tinyshakespeare/input.txt [--rounds 3] [--only pile nanogpt loop]
 
@@ -6,8 +6,8 @@ Runs take turns, with another seed in every round, each a process of its own, ti
 
     pile      `python train.py --config conf/shakespeare_fast.yaml`
     nanogpt   nanoGPT's recipe through the same `train.py` (`peers/nanogpt.yaml`)
-    loop      nanoGPT's recipe as the plain loop that it is at home (`peers/nanogpt_peer.py`), without Lightning; until it prints
-              that it is there
+    loop      nanoGPT's recipe as the plain loop that it is at home (`peers/nanogpt_peer.py`), without Lightning, up to the line
+              that says it is there
 
 `pile` and `nanogpt` validate on the whole split, stop where the loss is reached, and then validate again and write checkpoint,
 summary and report. Loss is nats a character over exactly the characters of the split: bits a byte · ln 2. Nothing else should
@@ -42,8 +42,8 @@ def train(config: str, seed: int, runs: Path, text: Path) -> dict[str, float]:
     whole = time.perf_counter() - began
     summary = json.loads((runs / f"{seed}" / "summary.json").read_text())
     loss = summary["text_bits_per_byte"] * math.log(2)
-    parameters = summary["parameters"]["language_model"]
-    return {"seconds": whole, "training": summary["train_seconds"], "steps": summary["steps"], "M": parameters / 1e6, "loss": loss}
+    size = summary["parameters"]["language_model"] / 1e6
+    return {"seconds": whole, "training": summary["train_seconds"], "steps": summary["steps"], "size": size, "loss": loss}
 
 
 def train_loop(seed: int, text: Path) -> dict[str, float]:
@@ -57,7 +57,7 @@ def train_loop(seed: int, text: Path) -> dict[str, float]:
     for line in process.stdout:
         words = line.split()
         figures = {"seconds": time.perf_counter() - began, "training": float(words[2]), "steps": int(words[1].rstrip(":"))}
-        figures |= {"M": float(words[-2]), "loss": float(words[-1])}
+        figures |= {"size": float(words[4]), "loss": float(words[-1])}
         if figures["loss"] <= TARGET:
             break
     process.terminate()
@@ -76,7 +76,8 @@ def main() -> None:
     subprocess.run([sys.executable, "data/shakespeare/prepare.py", "--text", str(text)], check=True, cwd=PROJECT)
     runs = Path(tempfile.mkdtemp(prefix="pile-time-to-loss-"))
     seconds: dict[str, list[float]] = {name: [] for name in options.only}
-    print("| what | seed | whole seconds | of them training | steps | M parameters | nats a character |\n|---|---|---|---|---|---|---|")
+    print("| what | seed | whole seconds | of them training | steps | M parameters | nats a character |")
+    print("|---|---|---|---|---|---|---|")
     for seed in range(options.first_seed, options.first_seed + options.rounds):
         for name in options.only:
             figures = train_loop(seed, text) if name == "loop" else train(CONFIGS[name], seed, runs / name, text)
@@ -84,7 +85,7 @@ def main() -> None:
             seconds[name].append(figures["seconds"] if figures["loss"] <= TARGET else math.inf)
             print(
                 f"| {name} | {seed} | {figures['seconds']:.1f} | {figures['training']:.1f} | {figures['steps']:.0f} "
-                f"| {figures['M']:.3f} | {figures['loss']:.4f} |",
+                f"| {figures['size']:.3f} | {figures['loss']:.4f} |",
                 flush=True,
             )
     median = {name: statistics.median(values) for name, values in seconds.items()}

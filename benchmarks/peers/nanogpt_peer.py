@@ -2,10 +2,10 @@
 
     python benchmarks/peers/nanogpt_peer.py TEXT [--seed 0]
 
-The loop: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 iterations, AdamW (0.9, 0.99), rate 1e-3 -> 1e-4 along a cosine
-after 100 steps of warm-up, weight decay 0.1 on matrices, clipping at 1, no dropout, no biases, LayerNorm, GELU, learned positions, head tied
-to the embedding, float32: what nanoGPT's README gives for a CPU. It prints seconds since the process began, and the loss over the whole
-validation split, in windows of a block. Written anew from https://github.com/karpathy/nanoGPT (MIT).
+The loop: 4 layers, 4 heads, 128 wide, block 64, batch 12, 2,000 iterations, AdamW (0.9, 0.99), rate 1e-3 -> 1e-4 along a
+cosine after 100 steps of warm-up, weight decay 0.1 on matrices, clipping at 1, no dropout, no biases, LayerNorm, GELU, learned
+positions, head tied to the embedding, float32: what nanoGPT's README gives for a CPU. It prints seconds, and the loss over the
+whole validation split in windows of a block. Written anew after https://github.com/karpathy/nanoGPT (MIT).
 """
 
 from __future__ import annotations
@@ -97,11 +97,12 @@ def main() -> None:
     def validate() -> float:
         """Over every character but the first, each once; the last window is shorter."""
         total = 0.0
-        for first in range(0, len(validation) - 1, 64 * block):
-            part = validation[first : first + 64 * block + 1]
-            whole = (len(part) - 1) // block * block
-            for x, y in ((part[:whole].view(-1, block), part[1 : whole + 1].view(-1, block)), (part[None, whole:-1], part[None, whole + 1 :])):
-                total += float(losses(x, y)) * x.numel() if x.numel() else 0.0
+        for x, y in zip(validation[:-1].split(64 * block), validation[1:].split(64 * block), strict=True):
+            whole = len(x) // block * block
+            for part in (slice(whole), slice(whole, None)):
+                if len(x[part]):
+                    rows = x[part].view(-1, min(block, len(x[part])))
+                    total += float(losses(rows, y[part].view_as(rows))) * rows.numel()
         return total / (len(validation) - 1)
 
     span = torch.arange(block + 1)
@@ -118,8 +119,8 @@ def main() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % 250 == 0:
-            seconds, size = time.perf_counter() - began, sum(p.numel() for p in parameters) / 1e6
-            print(f"step {step + 1}: {seconds:.1f} s, million parameters and validation loss {size:.3f} {validate():.4f}", flush=True)
+            loss, size = validate(), sum(p.numel() for p in parameters) / 1e6
+            print(f"step {step + 1}: {time.perf_counter() - began:.1f} s, {size:.3f} M parameters, loss {loss:.4f}", flush=True)
 
 
 if __name__ == "__main__":

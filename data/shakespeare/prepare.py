@@ -3,12 +3,12 @@
     python data/shakespeare/prepare.py [--text FILE] [--folder data/shakespeare/shards]
 
 The text is not part of the project. `--text`, else the environment's `PILE_SHAKESPEARE`, names it; without either it is
-`../shared/data/tinyshakespeare/input.txt`. Any UTF-8 text will do: every character is kept as it is, in its order, in documents of
-some 16 kB that end with a blank line where there is one. (To read a piece of a document takes time in proportion to its length.)
+`../shared/data/tinyshakespeare/input.txt`. Any UTF-8 text will do: every character is kept as it is, in its order, in
+documents of some 16 kB that end with a blank line where there is one. (Reading a piece takes longer from a longer document.)
 
 Tokens are bytes. Tiny Shakespeare is ASCII, so a byte is a character, and `validation/text_bits_per_byte` · ln 2 is nats a
-character over exactly the characters of the validation split. nanoGPT's softmax has 65 ids, one a character that occurs; ours has
-262, 256 bytes and six special tokens, most of which it learns in some steps never to expect.
+character over exactly the characters of the validation split. nanoGPT's softmax has 65 ids, one a character that occurs; ours
+has 262, 256 bytes and six special tokens, most of which it learns within some steps never to expect.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class _MinGRUBlock(nn.Module):
         self.recurrence_out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
-        # Half-lives of one to a hundred tokens, spread over the channels.
+        # Half-lives of half a token to a hundred, spread over the channels.
         self.forget_bias = nn.Parameter(torch.linspace(-1.0, 5.0, width))
         self.taps = nn.Parameter(F.pad(torch.ones(1, width), (0, 0, 0, self.CONVOLUTION - 1)))  # of this token, the last, ...
         self.dropout = nn.Dropout(dropout)
@@ -339,13 +339,14 @@ class _MinGRUBlock(nn.Module):
             new = torch.cat([torch.addcmul(new[:, :1], forget[:, :1], state[0][:, None]), new[:, 1:]], dim=1)
         hidden = linear_recurrence(forget, new)
         if cache is not None:
-            cache.layers[number : number + 1] = [(hidden[None, :, -1], extended[:, extended.size(1) - before :].transpose(0, 1))]
+            past = extended[:, extended.size(1) - before :].transpose(0, 1)  # (CONVOLUTION - 1, B, D)
+            cache.layers[number : number + 1] = [(hidden[None, :, -1], past)]
         return self.recurrence_out(norm(hidden).to(y.dtype) * torch.sigmoid(self.gate(y)))
 
 
 def linear_recurrence(factor: Tensor, new: Tensor) -> Tensor:
     """h_t = factor_t h_{t-1} + new_t, h before the first is zero (`factor_0` is not read). All (B, T, D), float32."""
-    hidden: Tensor = _LinearRecurrence.apply(factor, new)  # type: ignore[no-untyped-call]
+    hidden: Tensor = _LinearRecurrence.apply(factor, new)
     return hidden
 
 
@@ -359,7 +360,7 @@ class _LinearRecurrence(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         factor, hidden = ctx.saved_tensors
         later = F.pad(factor[:, 1:], (0, 0, 0, 1)).flip(1)
@@ -368,19 +369,26 @@ class _LinearRecurrence(torch.autograd.Function):
 
 
 def _recur(factor: Tensor, new: Tensor) -> Tensor:
-    """Step by step on a CPU (0.2 ms for 32 x 64 x 128, eight times as fast as doubling); elsewhere by doubling: log T steps."""
-    if new.device.type == "cpu":
-        hidden = torch.empty_like(new)
-        hidden[:, 0] = new[:, 0]
-        factors, news, states = factor.unbind(1), new.unbind(1), hidden.unbind(1)
-        for t in range(1, len(states)):
-            torch.addcmul(news[t], factors[t], states[t - 1], out=states[t])
-        return hidden
-    reach = 1  # every h holds its last `reach` tokens, every factor is the product of as many
+    """Step by step on a CPU: 0.2 ms for (32, 64, 128), an eighth of what doubling takes, which needs fewer kernels on a GPU."""
+    return _recur_by_steps(factor, new) if new.device.type == "cpu" else _recur_by_doubling(factor, new)
+
+
+def _recur_by_steps(factor: Tensor, new: Tensor) -> Tensor:
+    hidden = torch.empty_like(new)
+    hidden[:, 0] = new[:, 0]
+    factors, news, states = factor.unbind(1), new.unbind(1), hidden.unbind(1)
+    for t in range(1, len(states)):
+        torch.addcmul(news[t], factors[t], states[t - 1], out=states[t])
+    return hidden
+
+
+def _recur_by_doubling(factor: Tensor, new: Tensor) -> Tensor:
+    """In log2 T rounds (Hillis and Steele 1986): `new` then sums up `reach` tokens, `factor` is their product."""
+    reach = 1
     while reach < new.size(1):
-        head, tail = new[:, :reach], torch.addcmul(new[:, reach:], factor[:, reach:], new[:, :-reach])
+        summed = torch.addcmul(new[:, reach:], factor[:, reach:], new[:, :-reach])
+        new = torch.cat([new[:, :reach], summed], dim=1)
         factor = torch.cat([factor[:, :reach], factor[:, reach:] * factor[:, :-reach]], dim=1)
-        new = torch.cat([head, tail], dim=1)
         reach *= 2
     return new
 
