@@ -5,7 +5,7 @@
 Runs take turns, with another seed in every round, each a process of its own, timed from its start to its end:
 
     pile      `python train.py --config conf/shakespeare_fast.yaml`
-    nanogpt   nanoGPT's recipe through the same `train.py` (`peers/nanogpt.yaml`)
+    nanogpt   nanoGPT's recipe through the same `train.py` (`peers/nanogpt_train.py`, `peers/nanogpt.yaml`)
     loop      nanoGPT's recipe as the plain loop that it is at home (`peers/nanogpt_peer.py`), without Lightning, up to the line
               that says it is there
 
@@ -29,12 +29,15 @@ from pathlib import Path
 
 TARGET = 1.886
 PROJECT = Path(__file__).resolve().parent.parent
-CONFIGS = {"pile": "conf/shakespeare_fast.yaml", "nanogpt": "benchmarks/peers/nanogpt.yaml"}
+COMMANDS = {
+    "pile": ["train.py", "--config", "conf/shakespeare_fast.yaml"],
+    "nanogpt": ["benchmarks/peers/nanogpt_train.py", "--config", "benchmarks/peers/nanogpt.yaml"],
+}
 
 
-def train(config: str, seed: int, runs: Path, text: Path) -> dict[str, float]:
+def train(command: list[str], seed: int, runs: Path, text: Path) -> dict[str, float]:
     """Whole seconds, seconds of training, steps, parameters and loss of a run of `train.py`."""
-    command = [sys.executable, "train.py", "--config", config, "--wandb", "null", "--runs", str(runs), "--name", f"{seed}"]
+    command = [sys.executable, *command, "--wandb", "null", "--runs", str(runs), "--name", f"{seed}"]
     command += ["--seed_everything", str(seed), "--data.seed", str(seed)]
     environment = os.environ | {"PILE_SHAKESPEARE": str(text)}
     began = time.perf_counter()
@@ -80,7 +83,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for seed in range(options.first_seed, options.first_seed + options.rounds):
         for name in options.only:
-            figures = train_loop(seed, text) if name == "loop" else train(CONFIGS[name], seed, runs / name, text)
+            figures = train_loop(seed, text) if name == "loop" else train(COMMANDS[name], seed, runs / name, text)
             # A run that ended above the target did not get there.
             seconds[name].append(figures["seconds"] if figures["loss"] <= TARGET else math.inf)
             print(

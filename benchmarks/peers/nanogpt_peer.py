@@ -118,7 +118,7 @@ def main() -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 500 == 0:
             loss, size = validate(), sum(p.numel() for p in parameters) / 1e6
             print(f"step {step + 1}: {time.perf_counter() - began:.1f} s, {size:.3f} M parameters, loss {loss:.4f}", flush=True)
 
