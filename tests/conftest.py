@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from pile_app.data.shards import write_shards
 from pile_app.data.text import ByteTokenizer
 from pile_app.documents import Document, Segment
-from pile_app.model.backbones import LSTM, RNN, Backbone, Transformer
+from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 
@@ -37,6 +37,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "transformer": lambda: Transformer(width=32, layers=2, heads=4, key_value_heads=2),
     "lstm": lambda: LSTM(width=32, layers=2),
     "rnn": lambda: RNN(width=32, layers=2),
+    "mingru": lambda: MinGRU(width=32, layers=2),
 }
 
 

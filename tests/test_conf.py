@@ -60,6 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("digits", "labelled", "prose", "images", "clips"):
         for split in ("train", "heldout" if kind == "labelled" else "validation"):
             write_shards(documents(kind, 24), shards, f"{kind}-{split}")
+    for split in ("train", "validation"):
+        write_shards(documents("prose", 24), base / "data" / "shakespeare" / "shards", split)
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
     command = [sys.executable, "-c", SCRIPT, *CONFIGS]
     done = subprocess.run(command, cwd=base, capture_output=True, text=True)
@@ -100,6 +102,8 @@ def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
         ("images_only", {"images"}, {"image"}),
         ("audio_only", {"clips"}, {"audio"}),
         ("lstm_words", {"prose"}, set()),
+        ("shakespeare", {"plays"}, set()),
+        ("shakespeare_fast", {"plays"}, set()),
     ],
 )
 def test_nothing_of_the_demo_leaks_into_a_config(trained: Path, name: str, sources: set[str], codecs: set[str]) -> None:

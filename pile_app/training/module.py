@@ -56,7 +56,7 @@ class PileModule(LightningModule):
     """One model over text, images and sound.
 
     Args:
-        backbone: Transformer, LSTM or RNN, with its sizes.
+        backbone: Transformer, LSTM, RNN or MinGRU, with its sizes.
         tokenizer: "bytes", or the path of a `tokenizer.json`.
         image: shape of the image codec; null: no images.
         audio: shape of the audio codec; null: no sound.

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
 
 
@@ -135,16 +134,17 @@ def make_optimizer(
     """
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
+    layers = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]
+    hidden = {id(p) for layer in layers for p in layer.parameters() if p.dim() == 2}
     matrices: list[nn.Parameter] = []
     heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if id(parameter) in in_codecs:
             continue
-        is_hidden = name.startswith("backbone.") and parameter.dim() == 2
-        (matrices if is_hidden else heads if name.startswith("heads.") else others).append(parameter)
-    # Muon is for hidden matrices; recurrent ones stack four gates into one and do better with AdamW.
-    muon = config.name == "muon" and isinstance(model.backbone, Transformer)
+        (matrices if id(parameter) in hidden else heads if name.startswith("heads.") else others).append(parameter)
+    # Muon is for hidden matrices; torch's recurrent cells stack their gates into one and do better with AdamW.
+    muon = config.name == "muon" and not any(isinstance(layer, nn.RNNBase) for layer in layers)
     decayed = [p for p in others if p.dim() >= 2]
     plain = [p for p in others if p.dim() < 2]
     rate = config.learning_rate

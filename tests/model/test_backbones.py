@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pile_app.model.backbones import LSTM, RNN, Backbone, Transformer
+from pile_app.model.backbones import (
+    LSTM,
+    RNN,
+    Backbone,
+    MinGRU,
+    Transformer,
+    _recur_by_doubling,
+    linear_recurrence,
+)
 
 WIDTH = 32
 MAKE: dict[str, Callable[[], Backbone]] = {
@@ -19,6 +27,7 @@ MAKE: dict[str, Callable[[], Backbone]] = {
     "lstm": lambda: LSTM(WIDTH, 2),
     "narrow-embedding": lambda: LSTM(48, 2, embedding_width=WIDTH),
     "rnn": lambda: RNN(WIDTH, 2),
+    "mingru": lambda: MinGRU(WIDTH, 2),
 }
 
 
@@ -147,8 +156,21 @@ def test_one_layer_with_its_own_embedding_width_is_the_textbook_lstm_between_nor
         LSTM(width=48, layers=1, embedding_width=0)
 
 
+def test_a_linear_recurrence_is_its_formula_with_its_gradient_by_steps_and_by_doubling() -> None:
+    torch.manual_seed(0)
+    factor = torch.rand(2, 13, 3, dtype=torch.float64, requires_grad=True)
+    new = torch.randn(2, 13, 3, dtype=torch.float64, requires_grad=True)
+    state, states = torch.zeros(2, 3, dtype=torch.float64), []
+    for t in range(13):
+        state = factor[:, t] * state + new[:, t]
+        states.append(state)
+    torch.testing.assert_close(linear_recurrence(factor, new), torch.stack(states, dim=1))
+    torch.testing.assert_close(_recur_by_doubling(factor, new), torch.stack(states, dim=1))
+    assert torch.autograd.gradcheck(linear_recurrence, (factor, new))
+
+
 def test_only_training_drops() -> None:
-    for make in (Transformer, LSTM, RNN):
+    for make in (Transformer, LSTM, RNN, MinGRU):
         backbone = make(width=32, layers=1, dropout=0.5)
         with torch.no_grad():
             for parameter in backbone.parameters():
@@ -189,7 +211,9 @@ def test_grouped_queries_take_fewer_parameters_and_context_costs_flops() -> None
     assert full.flops_per_token(100) - full.flops_per_token(0) == 4 * 3 * WIDTH * 100
 
 
-@pytest.mark.parametrize("backbone", [Transformer(16, 1, 2), LSTM(16, 1), RNN(16, 1)], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize(
+    "backbone", (Transformer(16, 1, 2), LSTM(16, 1), RNN(16, 1), MinGRU(16, 1)), ids=lambda one: type(one).__name__
+)
 def test_half_precision_gives_nearly_the_same_hidden_states(backbone: Backbone) -> None:
     document = torch.tensor([[0, 0, 0, 1, 1, -1]])
     position = torch.tensor([[0, 1, 2, 0, 1, 0]])

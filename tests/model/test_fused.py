@@ -16,7 +16,7 @@ from pile_app.model.fused import LOGIT_CAP, FactoredTable, FusedLanguageModel
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]
-BACKBONES = ("transformer", "lstm", "rnn")
+BACKBONES = ("transformer", "lstm", "rnn", "mingru")
 
 
 @pytest.fixture

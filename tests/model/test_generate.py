@@ -31,7 +31,7 @@ from pile_app.model.generate import Sampling, _prompt_tokens, _sample, generate
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]
-BACKBONES = ("transformer", "lstm", "rnn")
+BACKBONES = ("transformer", "lstm", "rnn", "mingru")
 GREEDY = Sampling(temperature=0, max_text=12, max_seconds=0.5)
 
 
