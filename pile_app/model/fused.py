@@ -30,6 +30,7 @@ from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, Vocabulary
 from pile_app.model.backbones import Backbone, Cache, norm
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
+from pile_app.model.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer
@@ -69,12 +70,12 @@ class FactoredTable(nn.Module):
 
 @dataclass
 class ModalityLoss:
-    """Of one modality in one batch: summed nats, nats of each target (K,), most likely codes (K,), targets (K,)."""
+    """Of one modality in one batch: summed nats, nats of each target (K,), targets (K,), most likely codes (K,) if asked for."""
 
     total: Tensor
     each: Tensor
-    predictions: Tensor
     targets: Tensor
+    predictions: Tensor | None
 
 
 class FusedLanguageModel(nn.Module):
@@ -208,8 +209,9 @@ class FusedLanguageModel(nn.Module):
         logits = F.linear(hidden, self.heads[modality]().to(hidden.dtype)).float()
         return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
 
-    def forward(self, batch: Batch) -> dict[int, ModalityLoss]:
-        """Cross-entropy of every target, by modality; modalities without a target are left out."""
+    def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
+        """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: what is most likely,
+        too."""
         tokens = self.fill(batch)
         hidden = self.hidden(tokens, self.image_places(batch), batch.document, batch.position).flatten(0, 1)
         following = tokens.flatten()
@@ -218,9 +220,10 @@ class FusedLanguageModel(nn.Module):
             if not len(places):
                 continue
             targets = following[places + 1] - self.vocabulary.slices[modality].start
-            logits = self.logits(hidden[places], modality)
-            each = F.cross_entropy(logits, targets, reduction="none")
-            losses[modality] = ModalityLoss(each.sum(), each.detach(), logits.detach().argmax(-1), targets)
+            total, each, predictions = linear_cross_entropy(
+                hidden[places], self.heads[modality](), targets, LOGIT_CAP, predict
+            )
+            losses[modality] = ModalityLoss(total, each, targets, predictions)
         return losses
 
     def flops_per_token(self, context: float, shares: Sequence[float] | None = None) -> float:

@@ -273,7 +273,7 @@ class PileModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for modality, codec_loss in self.model.codec_loss(batch).items():
             self.codec_losses[MODALITIES[modality]].update(codec_loss)  # type: ignore[operator]
-        for modality, loss in self.model(batch).items():
+        for modality, loss in self.model(batch, predict=True).items():
             self._update_metrics(batch, modality, loss)
 
     def _update_metrics(self, batch: Batch, modality: int, loss: ModalityLoss) -> None:
