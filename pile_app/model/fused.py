@@ -194,15 +194,21 @@ class FusedLanguageModel(nn.Module):
         return places
 
     def hidden(
-        self, tokens: Tensor, image_places: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        image_places: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) what the backbone makes of the tokens; all arguments (B, T)."""
+        """(B, T, D) what the backbone makes of the tokens; arguments (B, T), or see `backbones.py`."""
         table = torch.cat([embedding() for embedding in self.embeddings])  # (V, embedding width)
         x = F.embedding(tokens, table)
         if self.image_codec is not None:
             grid = (self.image_rows[:, None] + self.image_columns).flatten(0, 1)
             x = x + F.embedding(image_places, F.pad(grid, (0, 0, 1, 0)))
-        return self.backbone(self.dropout(norm(x)), document, position, cache)
+        return self.backbone(self.dropout(norm(x)), document, position, cache, piece_starts)
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
@@ -213,7 +219,8 @@ class FusedLanguageModel(nn.Module):
         """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: what is most likely,
         too."""
         tokens = self.fill(batch)
-        hidden = self.hidden(tokens, self.image_places(batch), batch.document, batch.position).flatten(0, 1)
+        starts = getattr(batch, "piece_starts", None)
+        hidden = self.hidden(tokens, self.image_places(batch), batch.document, batch.position, None, starts).flatten(0, 1)
         following = tokens.flatten()
         losses: dict[int, ModalityLoss] = {}
         for modality, places in enumerate(batch.targets):
