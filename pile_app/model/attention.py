@@ -61,9 +61,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sight: Sight, scale: float
     from torch.nn.attention.varlen import varlen_attn
 
     tokens = query.size(2)
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (B * T, H, d)
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, d)
+    starts, causal = sight.starts, (-1, 0)
     # No piece is longer than a pack: the true maximum would have to be waited for.
-    y = varlen_attn(*flat, sight.starts, sight.starts, tokens, tokens, scale=scale, window_size=(-1, 0))
+    y = varlen_attn(query, key, value, starts, starts, tokens, tokens, scale=scale, window_size=causal)
     assert isinstance(y, Tensor)
     return y.unflatten(0, (-1, tokens)).transpose(1, 2)  # (B, H, T, d)
 
@@ -87,9 +88,7 @@ def _find_blocks(document: Tensor, position: Tensor, dtype: torch.dtype) -> list
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: list[tuple[int, Tensor]]
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: list[tuple[int, Tensor]]) -> Tensor:
         # Products of views that are not contiguous are copied by the library in every one of them.
         query, key, value = query.mul(scale).contiguous(), key.contiguous(), value.contiguous()
         out = torch.empty_like(query)
@@ -107,7 +106,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         gradient = gradient.contiguous()
         of_query = torch.empty_like(query)

@@ -47,7 +47,7 @@ class Backbone(nn.Module, ABC):
         dropout: share of each block's output that is dropped in training, 0 to 1.
     """
 
-    recompute = False  # blocks in backward instead of keeping what is in them: less memory, a third more time
+    recompute = False  # what is within a block in backward, instead of keeping it
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -72,6 +72,14 @@ class Backbone(nn.Module, ABC):
         cache: Cache | None = None,
         piece_starts: Tensor | None = None,
     ) -> Tensor: ...
+
+    def compile_blocks(self) -> None:
+        """Compiles each block by itself: they are alike, so what is compiled for one serves all.
+
+        Raises:
+            ValueError: there is nothing to compile.
+        """
+        raise ValueError(f"model.compile: torch.compile gains nothing with {type(self).__name__}, leave it false")
 
     def run(self, block: nn.Module, *arguments: Any) -> Any:
         """What `block` makes of the arguments; with `recompute`, all that is kept for backward is them."""
@@ -106,7 +114,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         along = torch.linalg.vecdot(gradient, y).unsqueeze(-1).div_(y.size(-1))
         return torch.addcmul(gradient, y, along, value=-1).mul_(scale.to(y.dtype))
@@ -162,6 +170,10 @@ class Transformer(Backbone):
         if key_value_heads is not None and (key_value_heads < 1 or heads % key_value_heads):
             raise ValueError(f"backbone key_value_heads={key_value_heads} must divide heads={heads}")
 
+    def compile_blocks(self) -> None:
+        for block in self.blocks:
+            block.compile()
+
     def flops_per_token(self, context: float) -> float:
         return super().flops_per_token(context) + 4.0 * self.layers * self.width * context
 
@@ -182,7 +194,8 @@ class Transformer(Backbone):
             sight = _cache_sight(cache, x.size(1), x.device)
         embedding = x
         for number, block in enumerate(self.blocks):
-            x = self.run(block, x, embedding, cos, sin, sight, number, cache)
+            # A compiled block would be compiled anew for each number.
+            x = self.run(block, x, embedding, cos, sin, sight, number if cache is not None else 0, cache)
         return norm(x)
 
 

@@ -70,7 +70,7 @@ class FactoredTable(nn.Module):
 
 @dataclass
 class ModalityLoss:
-    """Of one modality in one batch: summed nats, nats of each target (K,), targets (K,), most likely codes (K,) if asked for."""
+    """Of one modality in one batch: summed nats, nats of each target (K,), targets (K,), most likely codes (K,) if asked."""
 
     total: Tensor
     each: Tensor
@@ -183,7 +183,9 @@ class FusedLanguageModel(nn.Module):
             with full_precision(batch):
                 codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
             inside = torch.arange(codes.size(1), device=codes.device) < batch.audio_tokens[:, None]
-            flat[batch.audio_slots] = codes[inside] + self.vocabulary.starts[AUDIO]
+            # Their number is known: `codes[inside]` would wait for the device to find it.
+            filled = torch.nonzero_static(inside.flatten(), size=batch.audio_total).squeeze(1)
+            flat[batch.audio_slots] = codes.flatten()[filled] + self.vocabulary.starts[AUDIO]
         return tokens
 
     def image_places(self, batch: Batch) -> Tensor:
@@ -219,17 +221,15 @@ class FusedLanguageModel(nn.Module):
         """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: what is most likely,
         too."""
         tokens = self.fill(batch)
-        starts = getattr(batch, "piece_starts", None)
-        hidden = self.hidden(tokens, self.image_places(batch), batch.document, batch.position, None, starts).flatten(0, 1)
+        places_of_codes = self.image_places(batch)
+        hidden = self.hidden(tokens, places_of_codes, batch.document, batch.position, None, batch.piece_starts).flatten(0, 1)
         following = tokens.flatten()
         losses: dict[int, ModalityLoss] = {}
         for modality, places in enumerate(batch.targets):
             if not len(places):
                 continue
             targets = following[places + 1] - self.vocabulary.slices[modality].start
-            total, each, predictions = linear_cross_entropy(
-                hidden[places], self.heads[modality](), targets, LOGIT_CAP, predict
-            )
+            total, each, predictions = linear_cross_entropy(hidden[places], self.heads[modality](), targets, LOGIT_CAP, predict)
             losses[modality] = ModalityLoss(total, each, targets, predictions)
         return losses
 

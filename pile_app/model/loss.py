@@ -3,11 +3,11 @@
     hidden (K, D), weight (V, D), targets (K,) -> sum of -log softmax(cap · tanh(hidden @ weightᵀ / cap))[target], nats of each
 
 The K x V logits are made for some rows at a time, and with them, still in the forward pass, the gradients of hidden and weight
-(as in Liger, arXiv:2410.10989): the sum has one number as its gradient, which backward only multiplies in. So K x V values of the
-head cost the memory of CHUNK, and no logit is computed twice.
+(as in Liger, arXiv:2410.10989): the sum has one number as its gradient, which backward only multiplies in. So the K x V values
+cost the memory of CHUNK, and no logit is computed twice.
 
 Written for a soft cap (arXiv:2408.00118), which `torch.nn.functional.linear_cross_entropy` does not know. It pays twice: capped
-logits cannot overflow `exp`, so the softmax needs no maximum; and as tanh(x) = 2 σ(2x) - 1, the sigmoid gives both logit
+logits cannot overflow `exp`, so the softmax needs no maximum; and as tanh(x) = 2 sigmoid(2x) - 1, the sigmoid gives both logit
 and slope (it is ten times as fast as tanh on CPUs).
 """
 
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return each.sum(), each, predictions
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("backward through linear_cross_entropy twice: its gradients are given away once")
         of_hidden, of_weight = ctx.gradients
@@ -95,7 +95,7 @@ def _by_chunks(
 
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
-    """(rows, V) logits before the cap -> nats (rows,) float32, and their derivatives by the logits, (rows, V) in the logits' type."""
+    """(rows, V) logits before the cap -> nats (rows,) float32, and derivatives by the logits, (rows, V) in the logits' type."""
     # In place: this is the one large thing in memory.
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()
     capped = (sigmoid * (2 * cap)).sub_(cap)
@@ -106,7 +106,7 @@ def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradi
     nats = (total.log() - at_target).squeeze(1)
     if not with_gradients:
         return nats, None
-    # (softmax - one-hot) · d capped / d logit, the latter being 1 - tanh² = 4 σ (1 - σ)
+    # (softmax - one-hot) · d capped / d logit, the latter being 1 - tanh² = 4 sigmoid (1 - sigmoid)
     slopes = exponential.mul_(4 / total)
     slopes.scatter_add_(1, target, torch.full_like(at_target, -4.0))
     slopes.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))
