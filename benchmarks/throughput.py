@@ -25,8 +25,8 @@ from data_peers import Contestant, describe_machine, make_environment, run
 SCRIPT = Path(__file__).parent / "peers" / "train_step.py"
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"width": 128, "layers": 4, "heads": 2, "vocabulary": 262, "context": 256, "packs": 16},
-    "10M": {"width": 256, "layers": 8, "heads": 4, "vocabulary": 8192, "context": 1024, "packs": 4, "micro_batches": 4},
-    "50M": {"width": 512, "layers": 8, "heads": 4, "vocabulary": 24576, "context": 1024, "packs": 4, "micro_batches": 4},
+    "10M": {"width": 256, "layers": 8, "heads": 4, "vocabulary": 8192, "context": 1024, "packs": 4, "micro_batches": 2},
+    "50M": {"width": 512, "layers": 8, "heads": 4, "vocabulary": 24576, "context": 1024, "packs": 4, "micro_batches": 2},
 }
 PEERS = Contestant("train_step", "litgpt==0.5.9", further=("transformers==5.24.0",))
 

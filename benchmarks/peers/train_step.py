@@ -138,12 +138,12 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def parallelize(model: torch.nn.Module, blocks: list[torch.nn.Module], shape: Shape) -> Any:
     if shape.parallel == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(model)
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # it knows no media
     if shape.parallel == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
         for part in [*blocks, model]:
-            fully_shard(part)
+            fully_shard(part, ignored_params={p for p in part.parameters() if not p.numel()})  # of media it does not know
     return model
 
 
@@ -181,7 +181,7 @@ def main() -> None:
             with torch.autocast(shape.device, torch.bfloat16):
                 value = loss()
             value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.numel()], 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
