@@ -1,11 +1,10 @@
-"""What Lightning and all callbacks cost: `train.py`'s own run against a hand-written loop with the same model, data and optimizer.
+"""What Lightning and all callbacks cost: a run of `train.py` against a hand-written loop with the same model, data, optimizer.
 
     python benchmarks/overhead.py [--steps 60] [--rounds 2]
 
-The shape is the tiny one: 4 layers, 128 wide (0.8 M parameters), bytes, 16 packs of 256 tokens. Both read the same batches from the same
-loader. Turns alternate; a turn's figure is the median time of a step, from the end of one to the end of the next, with what is
-logged every 10 steps and without what a turn begins with. Checkpoints and validations come after the last step that counts. Bar: at
-least 0.97 of the hand-written loop's tokens a second.
+The shape is the tiny one: 4 layers, 128 wide (0.8 M parameters), bytes, 16 packs of 256 tokens. Both read the same batches from
+the same loader. Turns alternate; a turn's figure is the median time of a step, from the end of one to the end of the next,
+without those that a turn begins with. Checkpoints and validations come after the last step that counts. Bar: at least 0.97 of the hand-written loop's tokens a second.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def by_lightning(folder: Path, steps: int, turn: int) -> list[float]:
         cli.main(words)
     finally:
         cli.PileCLI.instantiate_trainer = make  # type: ignore[method-assign]
-    return [end - begin for begin, end in zip(watch.ends, watch.ends[1:], strict=False)]
+    return [end - begin for begin, end in pairwise(watch.ends)]
 
 
 def by_hand(folder: Path, steps: int) -> list[float]:
@@ -95,7 +95,7 @@ def by_hand(folder: Path, steps: int) -> list[float]:
         optimizer.zero_grad()
         schedule.step()
         ends.append(time.perf_counter())
-    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def main() -> None:

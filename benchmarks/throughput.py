@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py [--sizes 10M 50M] [--rounds 3] [--steps 1] [--documents 1]
 
-All three stand in memory and take turns of --steps optimizer steps (A B C A B C), each with all cores to itself, so that what else
-the machine does hits all alike; medians and ranges are printed. `peers/train_step.py` says what is timed. The share of the matmul rate
-is FLOPs of the model (6 a parameter of a matrix product, and attention within the causal half) over those of large bf16 products,
-measured by the same process right after each turn. litgpt and transformers are installed with uv into an environment of their own.
+All three stand in memory and take turns of --steps optimizer steps (A B C A B C), each with all cores to itself, so that what
+else the machine does hits all alike; medians and ranges are printed. `peers/train_step.py` says what is timed. The share of the
+matmul rate is FLOPs of the model (6 a parameter of a matrix product, and attention within the causal half) over those of large
+bf16 products, measured right after each turn. litgpt and transformers are installed with uv into an environment of their own.
 
 Bars: 1.2x the better peer; 50 % of the matmul rate at 50M.
 """
@@ -73,10 +73,8 @@ def peers_python(folder: Path) -> Path:
 
     python = make_environment(folder / "environments", PEERS)
     wanted = torch.__version__.split("+")[0]
-    found = subprocess.run(
-        [python, "-c", "import torch; print(torch.__version__.split('+')[0])"], capture_output=True, text=True
-    )
-    if found.stdout.strip() != wanted:
+    found = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+    if found.stdout.strip().split("+")[0] != wanted:
         run(["uv", "pip", "install", "--no-config", "--quiet", "--python", python, f"torch=={wanted}"])
     return python
 

@@ -1,14 +1,14 @@
-"""One contestant of `throughput.py` and `gpu.py`: a plain training loop on random tokens, as many steps at a time as it is told.
+"""One contestant of `throughput.py` and `gpu.py`: a plain training loop on random tokens, as many steps as it is told.
 
     python train_step.py pile|transformers|litgpt '{"width": 512, ...}'     (see `Shape`)
 
 Prints {"ready": parameters}; then for each line on stdin, a number of optimizer steps, a line {"seconds", "tokens", "matmul",
-"memory"}: the time they took, their tokens, FLOP/s of large products of matrices measured right after, peak bytes on the device.
+"memory"}: the time they took, their tokens, FLOP/s of large products measured right after, peak bytes on the device.
 
-Every contestant is a decoder with the same width, layers, heads and vocabulary, untied, and, but for rounding, the same number of
-parameters: Llama's three matrices of a feed-forward net are 8/3 wide where ours, with two, are 4. Weights are float32, products bf16 by
-autocast, gradients are clipped at 1. The peers take fused AdamW; ours takes its default, Muon with AdamW, which costs more.
-Ours computes the loss, boundaries of documents and metrics of each target as it does in training; `documents` a pack.
+Every contestant is a decoder with the same width, layers, heads and vocabulary, untied, and, but for rounding, the same number
+of parameters: Llama's three matrices of a feed-forward net are 8/3 wide where ours, with two, are 4. Weights are float32,
+products bf16 by autocast, gradients are clipped at 1. The peers take fused AdamW; ours takes its default, Muon with AdamW,
+which costs more, and keeps documents apart and nats of each target as it does in training; `documents` a pack.
 """
 
 from __future__ import annotations
