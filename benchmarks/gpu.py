@@ -2,14 +2,14 @@
 
     python benchmarks/gpu.py [--small] [--peers-python PATH] [--output gpu.json]
 
-- 500 M parameters, bf16, packs of 4,096 tokens: tokens/s, share of the measured rate of large products, peak memory; ours with one
-  and with eight documents a pack, eager and compiled; transformers and litgpt, eager and compiled; one after the other.
+- 500 M parameters, bf16, packs of 4,096 tokens: tokens/s, share of the measured rate of large products, peak memory; ours with
+  one and with eight documents a pack, eager and compiled; transformers and litgpt, eager and compiled; one after the other.
 - Memory and time of the loss with 64 k words.
 - Several GPUs: the same step by DDP and FSDP2 (`torchrun`).
 
 The peers take part where their packages are at hand: in this Python, or in that of --peers-python. --small: a tiny model on
-whatever there is, to see that everything runs; no figures. Bars: 50 % of the rate; 1.2x the better peer, eager against eager and
-compiled against compiled; memory 0.5x.
+whatever there is, to see that everything runs; no figures. Bars: 50 % of the rate; 1.2x the better peer, eager against
+eager and compiled against compiled; memory 0.5x.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Each in a process of its own. On a CPU, memory is what is resident at most minus what is resident before the first step; on
 CUDA, what is allocated at most. Plain is what the field writes: logits in bf16 by autocast, the cap, float32 for
-`F.cross_entropy`; once with the soft cap and once without. Bar: at most 0.5x of the plain one, whatever has the smaller peak of the two.
+`F.cross_entropy`; once with the soft cap and once without. Bar: at most 0.5x of the smaller of the two.
 """
 
 from __future__ import annotations

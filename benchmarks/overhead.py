@@ -4,7 +4,8 @@
 
 The shape is the tiny one: 4 layers, 128 wide (0.8 M parameters), bytes, 16 packs of 256 tokens. Both read the same batches from
 the same loader. Turns alternate; a turn's figure is the median time of a step, from the end of one to the end of the next,
-without those that a turn begins with. Checkpoints and validations come after the last step that counts. Bar: at least 0.97 of the hand-written loop's tokens a second.
+without those that a turn begins with. Checkpoints and validations come after the last step that counts. Bar: at least 0.97 of
+the hand-written loop's tokens a second.
 """
 
 from __future__ import annotations
