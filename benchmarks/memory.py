@@ -66,7 +66,7 @@ def measure(kind: str, vocabulary: int, tokens: int, width: int, device: str) ->
         with torch.autocast(device, torch.bfloat16):
             value = loss_of(kind, hidden, weight, targets)
         value.backward()
-        loss = float(value)
+        loss = float(value.detach())
         seconds = time.perf_counter() - began
     stop.set()
     if device == "cuda":
