@@ -60,7 +60,14 @@ class NanoGPT(Backbone):
         self.blocks = nn.ModuleList(Block(width, heads, layers) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
 
-    def forward(self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+    ) -> Tensor:
         x = x + self.positions[: x.size(1)]
         for block in self.blocks:
             x = block(x)

@@ -1,10 +1,11 @@
 """Backbones: token vectors in, vectors out, causal, aware of where documents begin, with a cache for generation.
 
-    forward(x, document, position, cache) -> (B, T, D)
+    forward(x, document, position, cache, piece_starts) -> (B, T, D)
 
 x: (B, T, `embedding_width`) token vectors, of width D but for recurrent backbones that say otherwise; document: (B, T) number
 of the document of each place, equal places see each other, -1 is padding; position: (B, T) place within the document; cache:
-what `new_cache` made, for generation, where every row holds one document and each call brings its next T tokens.
+what `new_cache` made, for generation, where every row holds one document and each call brings its next T tokens; piece_starts:
+(P + 1,) int32 flat places where pieces begin, then B * T, for attention on CUDA.
 
 Notable choices: no biases and no learned norm gains; RoPE (arXiv:2104.09864) with QK-norm (arXiv:2010.04245); ReLU²
 (arXiv:2109.08668); output projections start at zero, so every block starts as the identity; each block may mix the embedding
@@ -22,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from pile_app.model.attention import Sight, attend, find_sight
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Backbone(nn.Module, ABC):
         dropout: share of each block's output that is dropped in training, 0 to 1.
     """
 
+    recompute = False  # what is within a block in backward, instead of keeping it
+
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
         if width < 1 or layers < 1:
@@ -59,7 +65,28 @@ class Backbone(nn.Module, ABC):
         return Cache()
 
     @abstractmethod
-    def forward(self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def compile_blocks(self) -> None:
+        """Compiles each block by itself: they are alike, so what is compiled for one serves all.
+
+        Raises:
+            ValueError: there is nothing to compile.
+        """
+        raise ValueError(f"model.compile: torch.compile gains nothing with {type(self).__name__}, leave it false")
+
+    def run(self, block: nn.Module, *arguments: Any) -> Any:
+        """What `block` makes of the arguments; with `recompute`, all that is kept for backward is them."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def flops_per_token(self, context: float) -> float:
         """Multiply-adds count two; forward only. `context`: tokens that an average token attends to."""
@@ -68,7 +95,30 @@ class Backbone(nn.Module, ABC):
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without gain (arXiv:1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Norm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=EPSILON)
+
+
+EPSILON = torch.finfo(torch.float32).eps
+
+
+class _Norm(torch.autograd.Function):
+    """torch has no fused kernel of it for CPUs; this takes a third to half of the time of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.size(-1))
+        scale = mean.add_(EPSILON).rsqrt_()
+        y = torch.mul(x, scale.to(x.dtype))
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(gradient, y).unsqueeze(-1).div_(y.size(-1))
+        return torch.addcmul(gradient, y, along, value=-1).mul_(scale.to(y.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,29 +171,45 @@ class Transformer(Backbone):
         if key_value_heads is not None and (key_value_heads < 1 or heads % key_value_heads):
             raise ValueError(f"backbone key_value_heads={key_value_heads} must divide heads={heads}")
 
+    def compile_blocks(self) -> None:
+        for block in self.blocks:
+            block.compile()
+
     def flops_per_token(self, context: float) -> float:
         return super().flops_per_token(context) + 4.0 * self.layers * self.width * context
 
-    def forward(self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+    ) -> Tensor:
+        dtype = matmul_dtype(x)
         angles = position[:, None, :, None] * self.frequencies  # (B, 1, T, d / 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = _document_mask(document) if cache is None else _cache_mask(cache, x.size(1), x.device)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        if cache is None:
+            sight = find_sight(document, position, piece_starts, dtype)
+        else:
+            sight = _cache_sight(cache, x.size(1), x.device)
         embedding = x
         for number, block in enumerate(self.blocks):
-            x = block(x, embedding, cos, sin, mask, number, cache)
+            # A compiled block would be compiled anew for each number.
+            x = self.run(block, x, embedding, cos, sin, sight, number if cache is not None else 0, cache)
         return norm(x)
 
 
-def _document_mask(document: Tensor) -> Tensor:
-    """(B, 1, T, T), True where a place (row) may look: earlier places of the same document, and itself."""
-    same = document[:, :, None] == document[:, None, :]
-    return same.tril()[:, None]
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products of `x` are computed in: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _cache_mask(cache: Cache, tokens: int, device: torch.device) -> Tensor:
-    """(1, 1, T, past + T): everything in the cache, and the new tokens up to oneself."""
+def _cache_sight(cache: Cache, tokens: int, device: torch.device) -> Sight:
+    """Everything in the cache, and the new tokens up to oneself."""
     past = cache.layers[0][0].size(2) if cache.layers else 0
-    return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None]
+    return Sight(mask=torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None])
 
 
 class _TransformerBlock(nn.Module):
@@ -165,14 +231,15 @@ class _TransformerBlock(nn.Module):
         nn.init.zeros_(self.contract.weight)
 
     def forward(
-        self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, number: int, cache: Cache | None
+        self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None
     ) -> Tensor:
         x = self.skips[0] * x + self.skips[1] * embedding
-        x = x + self.dropout(self.attend(norm(x), cos, sin, mask, number, cache))
+        x = x + self.dropout(self.attend(norm(x), cos, sin, sight, number, cache))
         return x + self.dropout(self.contract(F.relu(self.expand(norm(x))).square()))
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, number: int, cache: Cache | None) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None) -> Tensor:
         batch, tokens, _ = x.shape
+        x = x.to(matmul_dtype(x))  # once, instead of in each of the three products
 
         def heads(y: Tensor) -> Tensor:
             return y.view(batch, tokens, -1, self.head_width).transpose(1, 2)  # (B, H, T, d)
@@ -187,9 +254,8 @@ class _TransformerBlock(nn.Module):
                 cache.layers[number] = (key, value)
             else:
                 cache.layers.append((key, value))
-        grouped = key.size(1) != query.size(1)
         # Unit-norm queries and keys (up to sqrt(d)): 1.2 / sqrt(d) lets attention be sharper, as in modded-nanogpt.
-        y = F.scaled_dot_product_attention(query, key, value, mask, scale=1.2 / self.head_width**0.5, enable_gqa=grouped)
+        y = attend(query, key, value, sight, scale=1.2 / self.head_width**0.5)
         return self.attention_out(y.transpose(1, 2).reshape(batch, tokens, -1))  # (B, T, D)
 
 
@@ -218,7 +284,14 @@ class _Recurrent(Backbone):
             if isinstance(module, nn.LSTM):  # remember by default (Jozefowicz et al. 2015)
                 nn.init.ones_(module.get_parameter("bias_ih_l0")[width : 2 * width])
 
-    def forward(self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+    ) -> Tensor:
         if cache is not None:
             return self._stack(x, cache)
         flat = x.flatten(0, 1)  # (B * T, D)
@@ -234,7 +307,7 @@ class _Recurrent(Backbone):
             if cache is not None and number < len(cache.layers):
                 stored = cache.layers[number]
                 state = stored if len(stored) == 2 else stored[0]
-            y, state = cell(norm(x), state)
+            y, state = self.run(cell, norm(x), state)
             if cache is not None:
                 stored = state if isinstance(state, tuple) else (state,)
                 cache.layers[number : number + 1] = [stored]
@@ -292,7 +365,14 @@ class MinGRU(Backbone):
             raise ValueError(f"backbone feed_forward={feed_forward} must be above 0")
         self.blocks = nn.ModuleList(_MinGRUBlock(width, int(feed_forward * width), dropout) for _ in range(layers))
 
-    def forward(self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+    ) -> Tensor:
         places = position[..., None]  # (B, T, 1)
         for number, block in enumerate(self.blocks):
             x = block(x, places, number, cache)

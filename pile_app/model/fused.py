@@ -30,6 +30,7 @@ from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, Vocabulary
 from pile_app.model.backbones import Backbone, Cache, norm
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
+from pile_app.model.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer
@@ -69,12 +70,12 @@ class FactoredTable(nn.Module):
 
 @dataclass
 class ModalityLoss:
-    """Of one modality in one batch: summed nats, nats of each target (K,), most likely codes (K,), targets (K,)."""
+    """Of one modality in one batch: summed nats, nats of each target (K,), targets (K,), most likely codes (K,) if asked."""
 
     total: Tensor
     each: Tensor
-    predictions: Tensor
     targets: Tensor
+    predictions: Tensor | None
 
 
 class FusedLanguageModel(nn.Module):
@@ -182,7 +183,9 @@ class FusedLanguageModel(nn.Module):
             with full_precision(batch):
                 codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
             inside = torch.arange(codes.size(1), device=codes.device) < batch.audio_tokens[:, None]
-            flat[batch.audio_slots] = codes[inside] + self.vocabulary.starts[AUDIO]
+            # Their number is known: `codes[inside]` would wait for the device to find it.
+            filled = torch.nonzero_static(inside.flatten(), size=batch.audio_total).squeeze(1)
+            flat[batch.audio_slots] = codes.flatten()[filled] + self.vocabulary.starts[AUDIO]
         return tokens
 
     def image_places(self, batch: Batch) -> Tensor:
@@ -193,34 +196,41 @@ class FusedLanguageModel(nn.Module):
         return places
 
     def hidden(
-        self, tokens: Tensor, image_places: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        image_places: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) what the backbone makes of the tokens; all arguments (B, T)."""
+        """(B, T, D) what the backbone makes of the tokens; arguments (B, T), or see `backbones.py`."""
         table = torch.cat([embedding() for embedding in self.embeddings])  # (V, embedding width)
         x = F.embedding(tokens, table)
         if self.image_codec is not None:
             grid = (self.image_rows[:, None] + self.image_columns).flatten(0, 1)
             x = x + F.embedding(image_places, F.pad(grid, (0, 0, 1, 0)))
-        return self.backbone(self.dropout(norm(x)), document, position, cache)
+        return self.backbone(self.dropout(norm(x)), document, position, cache, piece_starts)
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
         logits = F.linear(hidden, self.heads[modality]().to(hidden.dtype)).float()
         return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
 
-    def forward(self, batch: Batch) -> dict[int, ModalityLoss]:
-        """Cross-entropy of every target, by modality; modalities without a target are left out."""
+    def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
+        """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: what is most likely,
+        too."""
         tokens = self.fill(batch)
-        hidden = self.hidden(tokens, self.image_places(batch), batch.document, batch.position).flatten(0, 1)
+        places_of_codes = self.image_places(batch)
+        hidden = self.hidden(tokens, places_of_codes, batch.document, batch.position, None, batch.piece_starts).flatten(0, 1)
         following = tokens.flatten()
         losses: dict[int, ModalityLoss] = {}
         for modality, places in enumerate(batch.targets):
             if not len(places):
                 continue
             targets = following[places + 1] - self.vocabulary.slices[modality].start
-            logits = self.logits(hidden[places], modality)
-            each = F.cross_entropy(logits, targets, reduction="none")
-            losses[modality] = ModalityLoss(each.sum(), each.detach(), logits.detach().argmax(-1), targets)
+            total, each, predictions = linear_cross_entropy(hidden[places], self.heads[modality](), targets, LOGIT_CAP, predict)
+            losses[modality] = ModalityLoss(total, each, targets, predictions)
         return losses
 
     def flops_per_token(self, context: float, shares: Sequence[float] | None = None) -> float:

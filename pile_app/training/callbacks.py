@@ -43,7 +43,8 @@ class DataReport(Callback):
         self.documents = 0
         self.rejected: Counter[str] = Counter()
         self.source_tokens: Counter[str] = Counter()
-        self.places = torch.zeros(2, dtype=torch.int64)  # of padding, of everything
+        self.padding: torch.Tensor | None = None  # places of it; on the device, where to read it is to wait for it
+        self.places = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -67,19 +68,20 @@ class DataReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.documents += sum(map(len, batch.documents))
-        padding = (batch.document == PADDING).sum().cpu()
-        self.places += torch.stack([padding, torch.tensor(batch.document.numel())])
+        padding = (batch.document == PADDING).sum()
+        self.padding = padding if self.padding is None else self.padding + padding
+        self.places += batch.document.numel()
         self._record(trainer, "train", batch, batch_idx // trainer.accumulate_grad_batches + 1)
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if is_step:
             self.source_tokens.update(dict(zip(trainer.datamodule.source_names, batch.source_tokens, strict=True)))  # type: ignore[attr-defined]
         if not is_step or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        pl_module.log("data/padding_share", float(self.places[0]) / float(self.places[1]), rank_zero_only=True, batch_size=1)
+        pl_module.log("data/padding_share", float(self.padding) / self.places, rank_zero_only=True, batch_size=1)
         values = {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
         values |= {f"data/rejected/{name}": float(count) for name, count in self.rejected.items()}
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        self.places.zero_()
+        self.padding, self.places = None, 0
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
         if trainer.strategy.reduce_boolean_decision(too_many, all=False):
@@ -186,7 +188,8 @@ class Throughput(Callback):
     def _reset(self) -> None:
         self.tokens = [0, 0, 0]
         self.media = [0, 0]
-        self.flops = self.waited = 0.0
+        self.attended: list[torch.Tensor] = []  # (2,) of each batch: places that hold something, tokens that they look at
+        self.waited = 0.0
         self.began = self.ended = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,9 +214,8 @@ class Throughput(Callback):
         for modality, targets in enumerate(batch.targets):
             self.tokens[modality] += len(targets)
         if not pl_module.in_codec_phase:
-            places = int((batch.document != PADDING).sum())
-            attended = float(batch.position.float().mean()) + 1
-            self.flops += places * pl_module.model.flops_per_token(attended)
+            is_token = batch.document != PADDING
+            self.attended.append(torch.stack([is_token.sum(), (batch.position + 1).mul(is_token).sum()]))
         self.ended = time.perf_counter()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every or (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -225,8 +227,10 @@ class Throughput(Callback):
         }
         values["throughput/tokens_per_second"] = sum(values.values())
         values["throughput/data_wait_share"] = self.waited / seconds
-        if self.flops:
-            values["throughput/model_flop_utilization"] = self.flops / seconds / self.peak_flops
+        if self.attended:
+            places, attended = torch.stack(self.attended).sum(0).tolist()
+            flops = places * pl_module.model.flops_per_token(attended / max(1, places))
+            values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
         speed = values["throughput/tokens_per_second"]
         pl_module.log("tokens/s", speed, prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
@@ -257,8 +261,16 @@ class PileProgressBar(TQDMProgressBar):
         import sys
 
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+        self.shown: tuple[int, dict[str, Any]] = (-1, {})
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        step = trainer.global_step // trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self.shown[0]:
+            return dict(self.shown[1])  # nothing new was logged, and to read what was waits for the device
+        self.shown = (step, self._read_metrics(trainer, pl_module))
+        return dict(self.shown[1])
+
+    def _read_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if not pl_module.in_codec_phase:

@@ -261,7 +261,7 @@ def _documents_as_packs(model: FusedLanguageModel) -> Iterator[None]:
         yield
         return
     hidden: Callable[..., Tensor] = model.hidden
-    model.hidden = lambda *args: hidden(*args, model.backbone.new_cache())  # type: ignore[method-assign]
+    model.hidden = lambda *args: hidden(*args[:4], model.backbone.new_cache())  # type: ignore[method-assign]
     try:
         yield
     finally:

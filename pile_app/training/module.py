@@ -67,6 +67,9 @@ class PileModule(LightningModule):
         weights: of the modalities in the loss.
         dropout: share of the embeddings that is dropped in training (blocks: `backbone.dropout`).
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
+        recompute: compute what is within the backbone's blocks again in backward instead of keeping it (activation
+            checkpointing): memory of one block instead of all, for a third more time.
+        compile: compile each block of the backbone by `torch.compile`; pays on GPUs, on CPUs it takes a minute to start.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class PileModule(LightningModule):
         weights: ModalityWeights = ModalityWeights(),
         dropout: float = 0.0,
         l1: float = 0.0,
+        recompute: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if codec_steps < 0 or codec_crop < 1 or l1 < 0:
@@ -92,6 +97,9 @@ class PileModule(LightningModule):
         self.optimizer = optimizer
         self.weights = (weights.text, weights.image, weights.audio)
         self.l1 = l1
+        backbone.recompute = recompute
+        if compile:
+            backbone.compile_blocks()
         self.sums: dict[str, Tensor] = {}
         self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the optimizer step under way
         self.guard: StepGuard | None = None  # says which steps are not taken; it enters itself here
@@ -169,13 +177,8 @@ class PileModule(LightningModule):
 
     def _language_step(self, batch: Batch) -> Tensor:
         losses = self.model(batch)
-        for modality, loss in losses.items():
-            self._add(f"{MODALITIES[modality]}_loss", loss.each.sum(), len(loss.each))
-            self._add("loss", loss.each.sum(), len(loss.each))
-            source = batch.source.flatten()[batch.targets[modality]]
-            for number, name in enumerate(self.trainer.datamodule.source_names):  # type: ignore[attr-defined]
-                of_source = source == number
-                self._add(f"source/{name}_loss", (loss.each * of_source).sum(), of_source.sum())
+        if self._is_logged(self.global_step + 1):
+            self._add_losses(batch, losses)
         shares = self.trainer.world_size * self.trainer.accumulate_grad_batches  # both will divide by
         total = sum(self.weights[modality] * loss.total for modality, loss in losses.items())
         loss = total * (shares / batch.normalizer)
@@ -183,6 +186,21 @@ class PileModule(LightningModule):
             language = (self.model.backbone, self.model.embeddings, self.model.heads)
             loss = loss + self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
         return loss
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether the losses of optimizer step `step`, from 1, go to the loggers; of others nothing is summed up."""
+        return step % self.trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+
+    def _add_losses(self, batch: Batch, losses: dict[int, ModalityLoss]) -> None:
+        sources: list[str] = self.trainer.datamodule.source_names  # type: ignore[attr-defined]
+        for modality, loss in losses.items():
+            self._add(f"{MODALITIES[modality]}_loss", loss.total.detach(), len(loss.each))
+            self._add("loss", loss.total.detach(), len(loss.each))
+            source = batch.source.flatten()[batch.targets[modality]].long()
+            totals = loss.each.new_zeros(2, len(sources))
+            totals.index_add_(1, source, torch.stack([loss.each, torch.ones_like(loss.each)]))
+            for name, total, count in zip(sources, *totals, strict=True):
+                self._add(f"source/{name}_loss", total, count)
 
     def _touch_unused(self, batch: Batch) -> Tensor:
         """Zero, through every parameter that this batch may not reach.
@@ -250,7 +268,7 @@ class PileModule(LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         step = self.global_step
-        if step % self.trainer.log_every_n_steps == 0 or step == 1:  # type: ignore[attr-defined]
+        if self._is_logged(step):
             names = self._all_names()
             nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
             table = torch.stack([self.sums.get(name, nothing) for name in names])
@@ -273,7 +291,7 @@ class PileModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for modality, codec_loss in self.model.codec_loss(batch).items():
             self.codec_losses[MODALITIES[modality]].update(codec_loss)  # type: ignore[operator]
-        for modality, loss in self.model(batch).items():
+        for modality, loss in self.model(batch, predict=True).items():
             self._update_metrics(batch, modality, loss)
 
     def _update_metrics(self, batch: Batch, modality: int, loss: ModalityLoss) -> None:

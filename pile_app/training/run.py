@@ -120,10 +120,16 @@ class RunFolder(Callback):
         self.config = config
         self.train_seconds = 0.0
         self.tokens = 0
+        self._uncounted: torch.Tensor | None = None  # on the device: to read it is to wait for it
         self._began: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train_seconds": self._elapsed(), "tokens": self.tokens}
+        return {"train_seconds": self._elapsed(), "tokens": self._count()}
+
+    def _count(self) -> int:
+        if self._uncounted is not None:
+            self.tokens, self._uncounted = self.tokens + int(self._uncounted), None
+        return self.tokens
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_seconds = state_dict["train_seconds"]
@@ -149,7 +155,8 @@ class RunFolder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.tokens += int(batch.normalizer)
+            targets = batch.normalizer.double()
+            self._uncounted = targets if self._uncounted is None else self._uncounted + targets
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
@@ -167,9 +174,9 @@ class RunFolder(Callback):
         summary = {
             "name": self.run.name,
             "steps": trainer.global_step,
-            "tokens": self.tokens,
+            "tokens": self._count(),
             "train_seconds": round(self.train_seconds, 2),
-            "tokens_per_second": round(self.tokens / max(self.train_seconds, 1e-9), 1),
+            "tokens_per_second": round(self._count() / max(self.train_seconds, 1e-9), 1),
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else usage,
             "parameters": {"language_model": everything - codecs, "codecs": codecs},
             **figures,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pile_app.model.attention import Sight, attend, find_sight
 from pile_app.model.backbones import (
     LSTM,
     RNN,
@@ -87,7 +88,7 @@ def test_packed_documents_give_what_each_gives_alone(backbone: Backbone) -> None
 def test_gradients_of_a_document_do_not_hang_on_its_neighbours(backbone: Backbone) -> None:
     document, position = rows_of(LAYOUT, 96)
     x = torch.randn(len(LAYOUT), 96, WIDTH, requires_grad=True)
-    backbone(x, document, position)[0, 41:58].square().sum().backward()
+    backbone(x, document, position)[0, 41:58].square().mul(torch.rand(backbone.width)).sum().backward()
     assert x.grad is not None
     touched = x.grad.abs().sum(-1) > 0
     assert touched[0, 41:58].all()
@@ -222,3 +223,55 @@ def test_half_precision_gives_nearly_the_same_hidden_states(backbone: Backbone) 
     with torch.autocast("cpu", torch.bfloat16):
         half = backbone(x, document, position)
     torch.testing.assert_close(half[:, :5].float(), exact[:, :5], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("change", ["recompute", "compile"])
+def test_recomputing_and_compiling_blocks_change_no_gradient(change: str) -> None:
+    document, position = rows_of([[(0, 100), (1, 60)], [(0, 130), (-1, 30)]], 160)
+    x = torch.randn(2, 160, WIDTH)
+    gradients = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        backbone = Transformer(WIDTH, 2, heads=2, dropout=0.1)
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter += torch.randn_like(parameter) * 0.1
+        if changed and change == "recompute":
+            backbone.recompute = True
+        elif changed:
+            for block in backbone.blocks:  # without the C++ compiler, which takes a minute: what is traced is the same
+                block.compile(backend="aot_eager")
+        torch.manual_seed(1)
+        backbone(x, document, position).square().mul(torch.rand(WIDTH)).sum().backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    for plain, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_compiled_where_it_gains_nothing() -> None:
+    with pytest.raises(ValueError, match=r"model\.compile.*LSTM"):
+        LSTM(WIDTH, 1).compile_blocks()
+
+
+@pytest.mark.parametrize("tokens", [96, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_blocks_is_attention_with_a_mask(tokens: int, dtype: torch.dtype) -> None:
+    pieces = [[(0, tokens)], [(0, tokens // 3), (-1, 40), (1, tokens - 40 - tokens // 3)], [(0, 130), (1, 20)]]
+    document, position = rows_of([row if sum(n for _, n in row) <= tokens else [] for row in pieces], tokens)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, tokens, 16, requires_grad=True) for heads in (4, 2, 2))
+    weight = torch.randn(3, 4, tokens, 16)
+    seen = document >= 0
+    results = []
+    for sight in (
+        Sight(mask=(document[:, :, None] == document[:, None, :]).tril()[:, None]),
+        find_sight(document, position, None, dtype),
+    ):
+        kind = torch.float32 if sight.mask is not None else dtype
+        y = attend(query.to(kind), key.to(kind), value.to(kind), sight, scale=0.3).float()
+        y = y * seen[:, None, :, None]
+        results.append([y, *torch.autograd.grad((y * weight).sum(), (query, key, value))])
+    for own, expected in zip(results[1], results[0], strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
+        assert (own - expected).norm() < 0.01 * expected.norm()

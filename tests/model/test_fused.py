@@ -148,7 +148,7 @@ def test_predictions_and_targets_are_numbers_within_the_slice(tiny_model: MakeMo
     model = tiny_model()
     batch = batch_of(model, [documents], 160)
     tokens = model.fill(batch).flatten()
-    for modality, loss in model(batch).items():
+    for modality, loss in model(batch, predict=True).items():
         start = model.vocabulary.slices[modality].start
         assert torch.equal(loss.targets + start, tokens[batch.targets[modality] + 1])
         assert loss.predictions.shape == loss.targets.shape

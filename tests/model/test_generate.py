@@ -115,7 +115,7 @@ def test_the_greedy_answer_is_what_the_model_finds_most_likely(tiny_model: MakeM
     answer = generate(model, [Document((image(0),))], TEXT, GREEDY)[0]
     assert len(answer.text) == 12 and answer.text.isascii() and len(set(answer.text)) > 2
     document = Document((image(0), answer), "k")
-    loss = model(assemble([[whole(document, 20)]], model.vocabulary, model.tokenizer, 20))[TEXT]
+    loss = model(assemble([[whole(document, 20)]], model.vocabulary, model.tokenizer, 20), predict=True)[TEXT]
     letters = slice(2, 14)  # after the openers of image and text, before `<end>`
     assert torch.equal(loss.predictions[letters], loss.targets[letters])
 

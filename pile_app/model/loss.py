@@ -1,0 +1,113 @@
+"""Cross-entropy of a linear head whose logits are never whole in memory.
+
+    hidden (K, D), weight (V, D), targets (K,) -> sum of -log softmax(cap · tanh(hidden @ weightᵀ / cap))[target], nats of each
+
+The K x V logits are made for some rows at a time, and with them, still in the forward pass, the gradients of hidden and weight
+(as in Liger, arXiv:2410.10989): the sum has one number as its gradient, which backward only multiplies in. So the K x V values
+cost the memory of CHUNK, and no logit is computed twice.
+
+Written for a soft cap (arXiv:2408.00118), which `torch.nn.functional.linear_cross_entropy` does not know. It pays twice: capped
+logits cannot overflow `exp`, so the softmax needs no maximum; and as tanh(x) = 2 sigmoid(2x) - 1, the sigmoid gives both logit
+and slope (it is ten times as fast as tanh on CPUs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 25  # logits in memory at a time: 128 MiB in float32
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, predict: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sum of nats (), nats of each (K,) without gradient, most likely of each (K,) where `predict`), float32 and int64.
+
+    Computes in autocast's type, or in that of `hidden`; sums, exponentials and the gradient of `weight` are float32.
+
+    Args:
+        hidden: (K, D).
+        weight: (V, D) of the head.
+        targets: (K,) int64, below V.
+        cap: bound of the logits, above 0 and at most 80.
+        predict: find the most likely ones as well.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if torch.is_grad_enabled():
+        total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, cap, dtype, predict)
+    else:
+        each, predictions, _, _ = _by_chunks(hidden, weight, targets, cap, dtype, predict, with_gradients=False)
+        total = each.sum()
+    return total, each, predictions if predict else None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, dtype: torch.dtype, predict: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        each, predictions, *gradients = _by_chunks(hidden, weight, targets, cap, dtype, predict, with_gradients=True)
+        ctx.mark_non_differentiable(each, predictions)
+        ctx.set_materialize_grads(False)
+        ctx.gradients = gradients
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return each.sum(), each, predictions
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward through linear_cross_entropy twice: its gradients are given away once")
+        of_hidden, of_weight = ctx.gradients
+        ctx.gradients = None
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (of_hidden * gradient).to(hidden_dtype), of_weight.mul_(gradient).to(weight_dtype), None, None, None, None
+
+
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, dtype: torch.dtype, predict: bool, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Nats (K,), predictions (K,) or (0,), gradients of their sum by hidden (K, D) and weight (V, D), float32."""
+    hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
+    rows = max(1, CHUNK // len(weight))
+    each, predictions, of_hidden = [], [], []
+    of_weight: Tensor | None = None
+    for x, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = x @ weight.t()  # (rows, V)
+        if predict:
+            predictions.append(logits.argmax(-1))
+        nats, slopes = capped_cross_entropy(logits, target, cap, with_gradients)
+        each.append(nats)
+        if slopes is not None:
+            of_hidden.append(slopes @ weight)
+            part = slopes.t() @ x
+            of_weight = part.float() if of_weight is None else of_weight.add_(part)
+    nothing = targets.new_empty(0)
+    return (
+        torch.cat(each),
+        torch.cat(predictions) if predictions else nothing,
+        torch.cat(of_hidden).float() if of_hidden else None,
+        of_weight,
+    )
+
+
+def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
+    """(rows, V) logits before the cap -> nats (rows,) float32, and derivatives by the logits, (rows, V) in the logits' type."""
+    # In place: this is the one large thing in memory.
+    sigmoid = logits.float().mul_(2 / cap).sigmoid_()
+    capped = (sigmoid * (2 * cap)).sub_(cap)
+    target = targets[:, None]
+    at_target = capped.gather(1, target)
+    exponential = capped.exp_()
+    total = exponential.sum(1, keepdim=True)
+    nats = (total.log() - at_target).squeeze(1)
+    if not with_gradients:
+        return nats, None
+    # (softmax - one-hot) · d capped / d logit, the latter being 1 - tanh² = 4 sigmoid (1 - sigmoid)
+    slopes = exponential.mul_(4 / total)
+    slopes.scatter_add_(1, target, torch.full_like(at_target, -4.0))
+    slopes.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))
+    return nats, slopes.to(logits.dtype)
