@@ -1,4 +1,4 @@
-"""`train.py` with nanoGPT's embedding and head: one table of deviation 0.02 for both, no norm, logits capped at 80 (as good as not).
+"""`train.py` with nanoGPT's embedding and head: one table of deviation 0.02 for both, no norm, logits capped only at 80.
 
     python benchmarks/peers/nanogpt_train.py --config benchmarks/peers/nanogpt.yaml
 
