@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_folder(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Any]:
     """Reads a checkpoint in parts into the tensors given; `group`: of the devices that do so together, None for one alone."""
-    dcp.load(tensors, storage_reader=SafeReader(folder), process_group=group, no_dist=group is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be, on one device
+        dcp.load(tensors, storage_reader=SafeReader(folder), process_group=group, no_dist=group is None)
     return put_tensors(torch.load(folder / META, map_location="cpu", weights_only=True), tensors)
 
 
