@@ -281,7 +281,7 @@ def test_generate_refuses_in_one_line(tiny_run: TinyRun, tmp_path: Path, fails: 
     assert "holds no config.yaml" in fails("generate", tmp_path, "--to", "text")
     assert "checkpoints of run" in fails("generate", run, "--to", "text", "--checkpoint", tmp_path / "nix.ckpt")
     assert "cannot be read" in fails("generate", run, "--to", "text", "--checkpoint", tmp_path / "bad.png")
-    assert "is a folder" in fails("generate", run, "--to", "text", "--checkpoint", tmp_path)
+    assert "cannot be read" in fails("generate", run, "--to", "text", "--checkpoint", tmp_path)
     assert "'nix.png'" in fails("generate", run, "--image", "nix.png", "--to", "text")
     assert "undecodable_image" in fails("generate", run, "--image", tmp_path / "bad.png", "--to", "text")
     assert "silent_audio" in fails("generate", run, "--audio", tmp_path / "silent.wav", "--to", "text")

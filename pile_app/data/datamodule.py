@@ -165,6 +165,13 @@ class PackDataset(Dataset[Batch]):
         return chain.from_iterable(self._threads.map(lambda half: list(map(function, half)), halves))
 
 
+def data_parallel(trainer: Trainer) -> tuple[int, int]:
+    """Number of parts that each step is shared out in, and the one of this device: devices that cut the layers of the model
+    among themselves (tensor parallel) train on the same part."""
+    share = trainer.distributed_sampler_kwargs  # None on a single device
+    return (share["num_replicas"], share["rank"]) if share else (1, 0)
+
+
 class StepBatches(Sampler[list[int]]):
     """Positions of each micro-batch of one rank, from optimizer step `start` up to `steps`.
 
@@ -440,7 +447,7 @@ class PileDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
-        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        world_size, rank = data_parallel(self.trainer)
         micro, _ = self.micro_batches(world_size)
         dataset = self.train_dataset()
         start, steps = self.trainer.global_step, self.steps(self.trainer)
@@ -472,7 +479,7 @@ class PileDataModule(LightningDataModule):
         if not len(self.validation_order):
             return []
         assert self.trainer is not None
-        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        world_size, rank = data_parallel(self.trainer)
         micro, _ = self.micro_batches(world_size)
         batches = -(-len(self.validation_order) // (micro * world_size))
         mine = [

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from pile_app.data.batch import Batch
-from pile_app.documents import AUDIO, IMAGE, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, TEXT, Vocabulary
 from pile_app.model.backbones import Backbone, Cache, norm
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
 from pile_app.model.loss import linear_cross_entropy
@@ -76,6 +77,9 @@ class ModalityLoss:
     each: Tensor
     targets: Tensor
     predictions: Tensor | None
+
+
+register_dataclass(ModalityLoss)  # FSDP2 looks into it for what gradients will come back through
 
 
 class FusedLanguageModel(nn.Module):
@@ -231,6 +235,8 @@ class FusedLanguageModel(nn.Module):
             targets = following[places + 1] - self.vocabulary.slices[modality].start
             total, each, predictions = linear_cross_entropy(hidden[places], self.heads[modality](), targets, LOGIT_CAP, predict)
             losses[modality] = ModalityLoss(total, each, targets, predictions)
+        if not losses and torch.is_grad_enabled():  # padding alone: the other devices wait for gradients all the same
+            losses[TEXT] = ModalityLoss(hidden.sum() * 0.0, hidden.new_zeros(0), following[:0], None)
         return losses
 
     def flops_per_token(self, context: float, shares: Sequence[float] | None = None) -> float:

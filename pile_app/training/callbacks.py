@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pile_app.data.batch import PADDING, Batch
+from pile_app.data.datamodule import data_parallel
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain
@@ -144,6 +145,9 @@ class Ledger(Callback):
     ) -> None:
         step = batch_idx // trainer.accumulate_grad_batches + 1
         sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
+        mesh = pl_module.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].get_local_rank():
+            return  # trained on what the first of its group writes down
         with open(self.folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
             for position, documents in zip(batch.numbers, batch.documents, strict=True):
                 named = [[sources[source], *rest] for source, *rest in documents]
@@ -221,15 +225,16 @@ class Throughput(Callback):
         if trainer.global_step % every or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         seconds = max(self.ended - self.began, 1e-9)
+        shares, _ = data_parallel(trainer)
         values = {
-            f"throughput/{MODALITIES[m]}_tokens_per_second": self.tokens[m] * trainer.world_size / seconds
+            f"throughput/{MODALITIES[m]}_tokens_per_second": self.tokens[m] * shares / seconds
             for m in pl_module.vocabulary.modalities
         }
         values["throughput/tokens_per_second"] = sum(values.values())
         values["throughput/data_wait_share"] = self.waited / seconds
         if self.attended:
             places, attended = torch.stack(self.attended).sum(0).tolist()
-            flops = places * pl_module.model.flops_per_token(attended / max(1, places))
+            flops = places * shares / trainer.world_size * pl_module.model.flops_per_token(attended / max(1, places))
             values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
         speed = values["throughput/tokens_per_second"]
@@ -304,16 +309,17 @@ class SampleGeneration(Callback):
             self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, PileModule)
+        model = pl_module.whole_model()
+        if model is None:
+            return
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
         entries = []
-        for title, prompts, to, references in self._prompts(trainer, pl_module.model):
-            answers = generate(pl_module.model, prompts, to, self.sampling)
+        for title, prompts, to, references in self._prompts(trainer, model):
+            answers = generate(model, prompts, to, self.sampling)
             for prompt, answer, reference in zip(prompts, answers, references, strict=True):
                 entries.append((title, prompt, answer, reference))
-        write_samples(folder, [plain_example(pl_module.model, *entry) for entry in entries])
+        write_samples(folder, [plain_example(model, *entry) for entry in entries])
         log_samples_to_wandb(trainer, folder)
 
     def _prompts(

@@ -32,6 +32,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from pile_app.data.datamodule import data_parallel
+from pile_app.training.sharded import read_checkpoint, remove_leftovers
+from pile_app.training.strategy import ShardedStrategy
+
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -73,7 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """A checkpoint, file or folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -87,6 +91,7 @@ def promote(staged: Path, last: Path) -> None:
         os.rename(last, previous)
     os.rename(staged, last)
     sync_folder(last.parent)
+    remove_leftovers(last.parent)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -94,6 +99,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
         write_durably(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Also one in parts, whole. Never runs what is pickled."""
+        return read_checkpoint(path)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -117,13 +126,13 @@ class LastCheckpoint(ModelCheckpoint):
         """On all ranks."""
         self._last_global_step_saved = trainer.global_step
         staged = self.path.with_name(f"{LAST}.next")
-        if trainer.is_global_zero:
-            remove(staged)  # shards that a killed attempt left would be taken for new ones
-        trainer.strategy.barrier("staged")
-        trainer.save_checkpoint(staged, weights_only=False)  # returns when all ranks have written theirs
-        if trainer.is_global_zero:
-            promote(staged, self.path)
-        trainer.strategy.barrier("promoted")
+        trainer.save_checkpoint(staged, weights_only=False)
+        if isinstance(trainer.strategy, ShardedStrategy):  # which goes on to write it
+            trainer.strategy.after_saving(lambda: promote(staged, self.path))
+        else:
+            if trainer.is_global_zero:
+                promote(staged, self.path)
+            trainer.strategy.barrier("promoted")
 
     @property
     def path(self) -> Path:
@@ -168,7 +177,7 @@ class ExactResume(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.accumulate_grad_batches != 1:
             raise ValueError("set data.global_batch and data.micro_batch; trainer.accumulate_grad_batches follows from them")
-        _, trainer.accumulate_grad_batches = data.micro_batches(trainer.world_size)
+        _, trainer.accumulate_grad_batches = data.micro_batches(data_parallel(trainer)[0])
         trainer.fit_loop.epoch_loop.max_steps = data.steps(trainer)
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches

@@ -28,6 +28,7 @@ from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E4
 from pile_app.model.fused import make_vocabulary  # noqa: E402
 from pile_app.training.guards import DivergedError, GuardConfig  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
+from pile_app.training.strategy import ShardedStrategy  # noqa: E402, F401 (registers `fsdp2`)
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -294,8 +295,10 @@ def finish(cli: PileCLI) -> None:
     metrics = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
     for name, value in (metrics[0] if metrics else {}).items():
         figures[name.removeprefix("validation/").replace("source/", "")] = value
-    if not trainer.is_global_zero:
+    whole = module.whole_model()
+    if whole is None:
         return
+    module.model = whole
     module.to(trainer.strategy.root_device)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EvaluateCrossModal):

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError
 
@@ -17,6 +16,7 @@ from pile_app.data.datamodule import PileDataModule
 from pile_app.training.cli import make_model_parser
 from pile_app.training.module import PileModule, check_shapes
 from pile_app.training.resume import find_damage
+from pile_app.training.sharded import read_checkpoint
 
 
 def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
@@ -24,7 +24,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
 
     Args:
         run: folder of the run.
-        checkpoint: "last", "best", "previous" (the one before the last), or the path of a checkpoint file.
+        checkpoint: "last", "best", "previous" (the one before the last), or the path of a checkpoint.
 
     Raises:
         ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
@@ -34,7 +34,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     module, data = _build(run, config)
     if damage := find_damage(path):
         raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {damage}")
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(path)
     state = saved["state_dict"]
     try:
         check_shapes(module, state)
@@ -62,15 +62,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
-    """The file that "last", "best", "previous" or a path means."""
+    """The file or folder that "last", "best", "previous" or a path means."""
     named = checkpoint in ("last", "best", "previous")
     path = run / "checkpoints" / f"{checkpoint}.ckpt" if named else Path(checkpoint)
-    if path.is_dir():
-        raise ValueError(
-            f"checkpoint {str(path)!r} is a folder, saved in parts by several devices: make one file of it with "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` and give that with --checkpoint"
-        )
-    if not path.is_file():
+    if not path.exists():
         found = ", ".join(sorted(one.stem for one in (run / "checkpoints").glob("*.ckpt"))) or "none"
         raise ValueError(f"there is no checkpoint {str(path)!r}; checkpoints of run {str(run)!r}: {found}")
     return path

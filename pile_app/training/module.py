@@ -17,9 +17,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pile_app.data.assembly import check_encoder
 from pile_app.data.batch import Batch
+from pile_app.data.datamodule import data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.text import Tokenizer, load_tokenizer
@@ -28,6 +30,8 @@ from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
+from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
+from pile_app.training.sharded import read_checkpoint
 
 if TYPE_CHECKING:
     from pile_app.training.guards import StepGuard
@@ -103,6 +107,7 @@ class PileModule(LightningModule):
         self.sums: dict[str, Tensor] = {}
         self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the optimizer step under way
         self.guard: StepGuard | None = None  # says which steps are not taken; it enters itself here
+        self.whole: WholeModel | None = None  # of a model that is cut over the devices
         if codecs_from is not None:
             load_codecs(self.model, codecs_from)
             if not self.codec_steps:
@@ -147,6 +152,21 @@ class PileModule(LightningModule):
         self.nats_per_byte = mean()
         self.source_nats_per_byte = torch.nn.ModuleList(mean() for _ in range(sources))
 
+    def configure_model(self) -> None:
+        """Cuts the language model over the devices, where the strategy says so. Lightning calls it before every stage."""
+        if self.device_mesh is None or self.whole is not None:
+            return
+        if self.l1:
+            raise ValueError(f"model.l1={self.l1} needs whole matrices: set it to 0, or trainer.strategy to ddp")
+        self.whole = WholeModel(self.model)
+        shard(self.model, self.device_mesh, torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None)
+
+    def whole_model(self) -> FusedLanguageModel | None:
+        """The model in one piece on the first device, None on the others. All have to ask."""
+        if self.whole is not None:
+            return self.whole.gather(self.model)
+        return self.model if self.trainer.is_global_zero else None
+
     def on_train_start(self) -> None:
         if not self.in_codec_phase:
             for codec in self.model.codecs.values():
@@ -156,13 +176,14 @@ class PileModule(LightningModule):
         # Dropout and crops depend on the place in the global batch alone: a resumed run draws what the uninterrupted one would
         # have, and two devices what one draws in two micro-batches.
         step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
-        number += self.global_rank * self.trainer.accumulate_grad_batches
+        number += data_parallel(self.trainer)[1] * self.trainer.accumulate_grad_batches
         key = hash64(self.trainer.datamodule.seed, step, number)  # type: ignore[attr-defined]
         torch.manual_seed(int(key) >> 1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.guard is not None and self.guard.passes_over(self.global_step + 1):
-            loss = self._touch([p for p in self.model.parameters() if p.requires_grad])
+            reached = [p for p in self.model.parameters() if p.requires_grad] if self.whole is None else []
+            loss = self._touch(reached).requires_grad_()  # what is cut waits for nobody outside of a forward pass
         else:
             loss = self._codec_step(batch) if self.in_codec_phase else self._language_step(batch)
             loss = loss + self._touch_unused(batch)
@@ -179,7 +200,7 @@ class PileModule(LightningModule):
         losses = self.model(batch)
         if self._is_logged(self.global_step + 1):
             self._add_losses(batch, losses)
-        shares = self.trainer.world_size * self.trainer.accumulate_grad_batches  # both will divide by
+        shares = data_parallel(self.trainer)[0] * self.trainer.accumulate_grad_batches  # both will divide by
         total = sum(self.weights[modality] * loss.total for modality, loss in losses.items())
         loss = total * (shares / batch.normalizer)
         if self.l1:
@@ -207,12 +228,14 @@ class PileModule(LightningModule):
 
         DDP waits for the gradient of each parameter, and a batch without images does not reach the image head. One element each
         is enough, and cheaper than letting DDP search the graph; parameters without elements (of a modality that the model does
-        not have) are waited for as well.
+        not have) are waited for as well. FSDP2 waits for those of whatever was gathered in the forward pass: embeddings and
+        heads still are, blocks are not any more, and every batch reaches them.
         """
         unused: list[torch.nn.Parameter] = []
         if self.in_codec_phase:
             codecs = {id(p) for codec in self.model.codecs.values() for p in codec.parameters()}
-            unused += [p for p in self.model.parameters() if id(p) not in codecs]
+            if self.whole is None:
+                unused += [p for p in self.model.parameters() if id(p) not in codecs]
             for modality, media in ((IMAGE, batch.images), (AUDIO, batch.audio)):
                 if modality in self.model.codecs and not len(media):
                     unused += self.model.codecs[modality].parameters()
@@ -221,7 +244,9 @@ class PileModule(LightningModule):
             for modality in range(3):
                 if not len(batch.targets[modality]):
                     unused += self.model.parameters_of_modality(modality)
-        return self._touch(unused)
+            if not any(map(len, batch.targets)):  # padding alone
+                unused += self.model.backbone.parameters()
+        return self._touch([p for p in unused if not isinstance(p, DTensor)])
 
     def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
         """() zero that hangs on an element of each."""
@@ -236,6 +261,8 @@ class PileModule(LightningModule):
         idle = [p for p in self.model.parameters() if id(p) not in ids] if self.in_codec_phase else codecs
         for parameter in idle:
             parameter.grad = None
+        if self.whole is not None and self.in_codec_phase:
+            average_gradients(codecs)
 
     def configure_gradient_clipping(
         self,
@@ -245,9 +272,10 @@ class PileModule(LightningModule):
     ) -> None:
         """Clips, and asks the guard, to whom the norm is of use, whether the step is to be taken."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if hasattr(norm, "full_tensor"):  # sharded parameters
-            norm = norm.full_tensor()
+        if self.whole is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norm = gradient_norm(parameters)
         loss, self.step_loss = self.step_loss, None
         assert loss is not None
         if self.guard is not None and self.guard.rejects(self, loss / self.trainer.accumulate_grad_batches, norm):
@@ -256,7 +284,8 @@ class PileModule(LightningModule):
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            clip = torch.nn.utils.clip_grads_with_norm_ if self.whole is None else clip_gradients
+            clip(parameters, gradient_clip_val, norm)
 
     def _add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Adds to the sums of the optimizer step under way."""
@@ -408,7 +437,7 @@ def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
 
 def load_codecs(model: FusedLanguageModel, path: str) -> None:
     """Takes the codecs' weights from a checkpoint of another run."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = read_checkpoint(path)["state_dict"]
     for modality in model.codecs:
         weights = codec_weights(state, modality)
         check_shapes(model.codecs[modality], weights)

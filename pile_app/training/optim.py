@@ -4,6 +4,7 @@ One optimizer object, whatever it is made of, so that Lightning's automatic opti
 Codecs and language model have groups of their own: each phase of a run moves only its groups.
 
     muon   Muon (https://kellerjordan.github.io/posts/muon/) for the backbone's matrices, AdamW for the rest; both are torch's
+           (see muon.py for matrices that are cut over devices)
     adamw  AdamW (arXiv:1711.05101) for everything
     sgd    SGD with Nesterov momentum
 """
@@ -17,8 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.training.muon import ShardedMuon
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class MuonAdamW(torch.optim.Optimizer):
         others = [group for group in self.param_groups if not group.get("muon")]
         parts: list[torch.optim.Optimizer] = []
         if matrices:
-            parts.append(torch.optim.Muon(matrices, momentum=momentum, weight_decay=0.0))
+            is_cut = isinstance(matrices[0]["params"][0], DTensor)
+            muon = ShardedMuon if is_cut else torch.optim.Muon
+            parts.append(muon(matrices, momentum=momentum, weight_decay=0.0))
         if others:
             parts.append(torch.optim.AdamW(others, betas=betas, weight_decay=0.0))
         self.parts = parts

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 from pile_app.training.checkpoints import LAST, PREVIOUS, write_durably
+from pile_app.training.sharded import META, find_missing
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,13 @@ Steps = tuple[tuple[int, int], ...]
 def find_damage(path: Path) -> str:
     """What is wrong with a checkpoint, "" where it can be read.
 
-    Of a folder (a sharded checkpoint) only what rank 0 wrote is checked: its metadata.
+    Of a checkpoint in parts the checksums of what rank 0 wrote are checked, and that the parts are there.
     """
-    if path.is_dir():
-        if not (path / ".metadata").is_file():
-            return "its .metadata is missing"
-        path = path / "meta.pt"
     try:
+        if path.is_dir():
+            if missing := find_missing(path):
+                return missing
+            path = path / META
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
@@ -49,7 +50,7 @@ def find_damage(path: Path) -> str:
 
 def read_state(path: Path) -> tuple[int, Steps]:
     """(optimizer steps of a checkpoint, steps that it was told to pass over). Reads no tensor."""
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / META if path.is_dir() else path
     saved: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     skipped = saved.get("callbacks", {}).get("StepGuard", {}).get("skip_steps", [])
     return int(saved["global_step"]), tuple((first, last) for first, last in skipped)

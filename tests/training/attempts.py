@@ -139,8 +139,8 @@ class Workbench:
         self.shards = shards
         self.config = folder / "config.yaml"
         self.config.write_text(CONFIG.format(shards=shards))
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["attempts"])
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["attempts", "mesh"])
         with patch.dict(os.environ, surroundings()):
             forkserver.ensure_running()
         self._count = 0
@@ -153,7 +153,7 @@ class Workbench:
         self._count += 1
         output = self.folder / f"output-{self._count}.txt"
         words = ["--config", str(self.config), "--name", name, *arguments]
-        process = self._context.Process(target=_train, args=(words, self.folder, environment, output))
+        process = self.context.Process(target=_train, args=(words, self.folder, environment, output))
         process.start()
         return Attempt(process, output)
 

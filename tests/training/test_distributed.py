@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from attempts import (
     Attempt,
     Workbench,
@@ -21,7 +25,18 @@ from attempts import (
     surroundings,
 )
 from conftest import REPOSITORY
+from mesh import clip_whole, clipped, make_blocks, moved_by_muon, on_mesh, save_from_mesh
 from ports import free_port
+
+from pile_app.training.callbacks import read_ledger
+from pile_app.training.resume import find_damage
+from pile_app.training.sharded import META, publish, put_tensors, read_checkpoint, remove_leftovers, take_tensors
+
+FSDP2 = ("--trainer.strategy", "fsdp2")
+TENSOR_PARALLEL = (
+    *("--trainer.strategy", "pile_app.training.strategy.ShardedStrategy"),
+    *("--trainer.strategy.tensor_parallel_size", "2"),
+)
 
 
 def start_ranks(bench: Workbench, name: str, *arguments: str, **environment: str) -> list[Attempt]:
@@ -100,3 +115,104 @@ def test_train_py_starts_its_processes_and_torchrun_resumes_the_run(bench: Workb
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(losses(bench.run("launched"))) >= 14
     assert_same_run(bench.run("launched"), bench.run("two"))
+
+
+def test_fsdp2_loses_what_one_process_loses(bench: Workbench) -> None:
+    """Codecs' phase, batches without a medium, validation, Muon and clipping on parts of matrices."""
+    train_on_two(bench, "fsdp2", *FSDP2)
+    assert documents(bench.run("fsdp2")) == documents(bench.run("one"))
+    assert_close_runs(bench.run("fsdp2"), bench.run("one"), 1e-4)
+
+
+def test_tensor_parallel_loses_what_one_process_loses(bench: Workbench) -> None:
+    """Both processes train on the same packs, each with one of the two heads."""
+    train_on_two(bench, "tensor", *TENSOR_PARALLEL, "--data.micro_batch", "2")
+    assert documents(bench.run("tensor")) == documents(bench.run("one"))
+    assert_close_runs(bench.run("tensor"), bench.run("one"), 1e-4)
+
+
+def test_run_moves_from_ddp_to_fsdp2_to_one_process(bench: Workbench) -> None:
+    for strategy, step in (((), 4), (FSDP2, 9)):
+        ranks = start_ranks(bench, "moved", *strategy, STOP_AT=str(step - 2))
+        assert [rank.wait() for rank in ranks] == [143, 0], ranks[0].text[-4000:]
+        saved = read_checkpoint(bench.run("moved") / "checkpoints" / "last.ckpt")
+        assert saved["global_step"] == step
+    bench.train("moved", "--data.micro_batch", "2")
+    folder = bench.run("moved") / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"], "files, no parts"
+    assert documents(bench.run("moved")) == documents(bench.run("one"))
+    assert_close_runs(bench.run("moved"), bench.run("one"), 1e-4)
+
+
+def test_kill_between_checkpoints_in_parts_leaves_a_whole_one(bench: Workbench) -> None:
+    every_step = (*FSDP2, "--checkpoint_every", "1")
+    ranks = start_ranks(bench, "torn", *every_step, KILL_AT="8")
+    assert ranks[0].wait() == -9
+    ranks[1].process.kill()
+    step = read_checkpoint(bench.run("torn") / "checkpoints" / "last.ckpt")["global_step"]
+    assert step in (7, 8, 9), "that of step 9 was being written, by a thread"
+    train_on_two(bench, "torn", *every_step)
+    assert documents(bench.run("torn")) == documents(bench.run("one"))
+    assert_close_runs(bench.run("torn"), bench.run("one"), 1e-4)
+
+
+@pytest.mark.parametrize("strategy", [(), FSDP2])
+def test_device_that_has_nothing_left_to_read_does_not_stop_the_others(bench: Workbench, strategy: tuple[str, ...]) -> None:
+    """The last step holds one pack, and three empty ones: two for the second process."""
+    shards = {name: f"{{train: '{bench.shards}/{name}-train-*.tar', weight: null}}" for name in ("media", "prose")}
+    sources = f"{{media: {shards['media']}, prose: {shards['prose']}}}"
+    words = ("--data.sources", sources, "--data.epochs", "0.1", "--trainer.max_steps", "-1", "--model.codec_steps", "0")
+    name = "emptied-" + (strategy or ("", "ddp"))[1]
+    train_on_two(bench, name, *strategy, *words)
+    held = [bool(entry["documents"]) for entry in read_ledger(bench.run(name))]
+    assert held == [True] * 9 + [False] * 3
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_muon_and_clipping_treat_parts_of_matrices_as_whole(bench: Workbench, tmp_path: Path, shape: tuple[int, int]) -> None:
+    on_mesh(bench.context, shape, save_from_mesh, tmp_path)
+    moved, gradients = torch.load(tmp_path / "saved.pt")
+    assert is_same(moved, moved_by_muon(make_blocks(), torch.optim.Muon)), "to the last bit"
+    torch.testing.assert_close(gradients, clipped(make_blocks(), clip_whole), rtol=1e-6, atol=1e-6)
+
+
+def save_parts(folder: Path, value: float) -> None:
+    tensors, rest = take_tensors({"state_dict": {"w": torch.full((3,), value)}, "global_step": int(value)})
+    folder.mkdir()
+    torch.save(rest, folder / META)
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+
+
+def test_checkpoint_in_parts_is_the_old_one_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "global_step": 0}, last)
+    for value in (1, 2):
+        save_parts(tmp_path / f".{value}.parts", value)
+        assert read_checkpoint(last)["global_step"] == value - 1
+        publish(tmp_path / f".{value}.parts", last)
+        found = read_checkpoint(last)
+        assert found["global_step"] == value and found["state_dict"]["w"].tolist() == [value] * 3
+    save_parts(tmp_path / ".3.parts", 3)  # a kill before it is published
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".2.parts", "last.ckpt"]
+    assert not find_damage(last)
+    [part] = (tmp_path / ".2.parts").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert "cut off" in find_damage(last)
+
+
+def test_checkpoint_in_parts_runs_nothing_that_is_pickled(tmp_path: Path) -> None:
+    save_parts(tmp_path / "parts", 1)
+    (tmp_path / "parts" / ".metadata").write_bytes(pickle.dumps(print))
+    with pytest.raises(pickle.UnpicklingError, match=r"names builtins\.print, which describes no tensor"):
+        read_checkpoint(tmp_path / "parts")
+
+
+def test_optimizer_state_survives_being_taken_apart() -> None:
+    state = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2)}, 3: {}}, "param_groups": [{"params": [0, 3]}]}
+    tensors, rest = take_tensors({"state_dict": {"a/b.c": torch.ones(1)}, "optimizer_states": [state], "global_step": 4})
+    assert sorted(tensors) == ["optimizer/0/exp_avg", "optimizer/0/step", "state_dict/a/b.c"]
+    whole = put_tensors(rest, tensors)
+    assert whole["global_step"] == 4 and whole["state_dict"].keys() == {"a/b.c"}
+    assert whole["optimizer_states"][0]["state"][0].keys() == {"step", "exp_avg"}
+    assert whole["optimizer_states"][0]["param_groups"] == [{"params": [0, 3]}]
