@@ -78,7 +78,7 @@ def open_loader(figure: str, folder: Path, fraction: float = 0, state: None = No
     step = int(fraction * module.order.packs_per_epoch / module.global_batch)
     # What the module asks of a trainer.
     module.trainer = SimpleNamespace(
-        world_size=1, global_rank=0, local_rank=0, global_step=step, max_steps=1 << 40, training=True
+        distributed_sampler_kwargs=None, local_rank=0, global_step=step, max_steps=1 << 40, training=True
     )
     return module.train_dataloader()
 
