@@ -343,7 +343,8 @@ def batch_of_step(run: Path, step: int) -> tuple[Any, Any]:
     """(data module, the batch that the training loader gives for a step)."""
     _, data, _ = load_run(run)
     data.setup()
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, local_rank=0, global_step=step - 1, max_steps=6)  # type: ignore[assignment]
+    trainer = SimpleNamespace(distributed_sampler_kwargs=None, local_rank=0, global_step=step - 1, max_steps=6)
+    data.trainer = trainer  # type: ignore[assignment]
     return data, next(iter(data.train_dataloader()))
 
 

@@ -7,7 +7,7 @@ last token of the piece before it, so that every text token and every code is pr
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -17,29 +17,27 @@ from pile_app.documents import TEXT
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Bins of indices with `sum(lengths) <= capacity`: longest first, each into the fullest bin that takes it.
-
-    O(n) with a bit set of the free room that occurs: bit r is set while some bin has r left.
-    """
+    """Bins of indices with `sum(lengths) <= capacity`: longest first, each into the fullest bin that takes it."""
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"a piece of {int(lengths.max())} tokens cannot stand in a pack of {capacity}")
     bins: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    occurring = 0
+    rooms: list[int] = []  # that some bin has left, increasing
     order = np.argsort(-lengths, kind="stable")
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = occurring >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
             number = by_room[room].pop()
             if not by_room[room]:
-                occurring &= ~(1 << room)
+                del rooms[place]
         else:
             room, number = capacity, len(bins)
             bins.append([])
         bins[number].append(index)
+        if not by_room[room - length]:
+            insort(rooms, room - length)
         by_room[room - length].append(number)
-        occurring |= 1 << (room - length)
     return [np.array(one) for one in bins]
 
 
@@ -63,24 +61,24 @@ def cut_document(
     longest = max((tokens for modality, tokens in segments if modality != TEXT), default=0)
     if longest > context:
         raise ValueError(f"a medium of {longest} tokens cannot stand in a context of {context}")
-    borders = set(openers)
-    good = sorted(borders.union(map(int, breaks))) if len(breaks) else openers
     length = openers[-1] + 1
     pieces: list[tuple[int, int]] = []
     start = 0
     while length > start + context:
         limit = start + context
         segment = bisect_right(openers, limit) - 1
-        cut = good[bisect_right(good, limit) - 1]
-        if segments[min(segment, len(segments) - 1)][0] != TEXT and openers[segment] != limit:
-            cut = openers[segment]  # never inside an image or a sound
-        elif limit - cut > context / 32:
-            cut = limit
+        cut = openers[segment]
+        if segments[min(segment, len(segments) - 1)][0] == TEXT or cut == limit:  # else never inside an image or a sound
+            inside = bisect_right(breaks, limit)
+            if inside and breaks[inside - 1] > cut:
+                cut = int(breaks[inside - 1])
+            if limit - cut > context / 32:
+                cut = limit
         if cut > 1:  # not `<begin>` alone
             pieces.append((start, cut))
         if cut == openers[-1] and segments[-1][0] != TEXT:
             return pieces  # nothing but `<end>` is left, and nothing in sight to predict it from
         # A piece that goes on inside a text, or with its `<end>`, repeats the token before, to predict from.
-        start = cut if cut in borders and cut != openers[-1] else cut - 1
+        start = cut if cut == openers[segment] and cut != openers[-1] else cut - 1
     pieces.append((start, length))
     return pieces

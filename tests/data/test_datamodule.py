@@ -63,7 +63,10 @@ def whole_documents(packs: list[list[Step]]) -> Counter[tuple[int, str]]:
 def batches(made: PileDataModule, step: int = 0, max_steps: int = -1, world_size: int = 1, rank: int = 0) -> list[Batch]:
     """What the loader gives a rank that resumes at `step`."""
     made.trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=world_size, global_rank=rank, local_rank=rank, global_step=step, max_steps=max_steps
+        distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank},
+        local_rank=rank,
+        global_step=step,
+        max_steps=max_steps,
     )
     return list(made.train_dataloader())
 
