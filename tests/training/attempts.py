@@ -34,7 +34,6 @@ import pile_app.training.callbacks
 import pile_app.training.checkpoints
 import pile_app.training.report
 import pile_app.training.run  # noqa: F401
-from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import read_ledger
 from pile_app.training.cli import main
 
@@ -74,12 +73,12 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         first, last, rank = map(int, os.environ.get("POISON", "-1 -1 0").split())
         if first <= batch_idx <= last and rank == trainer.global_rank:
-            pl_module.model.logits = lambda *args: FusedLanguageModel.logits(pl_module.model, *args) * math.nan
+            pl_module._language_step = lambda batch: type(pl_module)._language_step(pl_module, batch) * math.nan
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        vars(pl_module.model).pop("logits", None)
+        vars(pl_module).pop("_language_step", None)
         if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
             next(pl_module.model.backbone.parameters()).data.fill_(math.nan)
         for name, action in (("FILE_LIMIT", signal.SIG_IGN), ("KILL_IN_WRITE", signal.SIG_DFL)):
