@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="in each pack of ours; the peers know no boundaries")
     options = parser.parse_args()
     python = peers_python(options.folder)
-    pythons = {"pile": Path(sys.executable), "transformers": python, "litgpt": python}
+    pythons = {"pile": Path(sys.executable), "pile-adamw": Path(sys.executable), "transformers": python, "litgpt": python}
     for size in options.sizes:
         shape = SIZES[size] | {"documents": options.documents}
         print(table(size, shape, *measure(shape, pythons, options.rounds, options.steps)), flush=True)

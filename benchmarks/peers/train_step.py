@@ -1,6 +1,6 @@
 """One contestant of `throughput.py` and `gpu.py`: a plain training loop on random tokens, as many steps as it is told.
 
-    python train_step.py pile|transformers|litgpt '{"width": 512, ...}'     (see `Shape`)
+    python train_step.py pile|pile-adamw|transformers|litgpt '{"width": 512, ...}'     (see `Shape`)
 
 Prints {"ready": parameters}; then for each line on stdin, a number of optimizer steps, a line {"seconds", "tokens", "matmul",
 "memory"}: the time they took, their tokens, FLOP/s of large products measured right after, peak bytes on the device.
@@ -8,7 +8,8 @@ Prints {"ready": parameters}; then for each line on stdin, a number of optimizer
 Every contestant is a decoder with the same width, layers, heads and vocabulary, untied, and, but for rounding, the same number
 of parameters: Llama's three matrices of a feed-forward net are 8/3 wide where ours, with two, are 4. Weights are float32,
 products bf16 by autocast, gradients are clipped at 1. The peers take fused AdamW; ours takes its default, Muon with AdamW,
-which costs more, and keeps documents apart and nats of each target as it does in training; `documents` a pack.
+which costs more (`pile-adamw`: AdamW), and keeps documents apart and nats of each target as it does in training; `documents` a
+pack.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Shape:
 Loss = Callable[[], torch.Tensor]  # of a micro-batch
 
 
-def make_pile(shape: Shape) -> tuple[torch.nn.Module, Loss, torch.optim.Optimizer]:
+def make_pile(shape: Shape, name: str = "muon") -> tuple[torch.nn.Module, Loss, torch.optim.Optimizer]:
     import numpy as np
 
     from pile_app.data.batch import Batch, allocate
@@ -83,7 +85,7 @@ def make_pile(shape: Shape) -> tuple[torch.nn.Module, Loss, torch.optim.Optimize
     model = FusedLanguageModel(Transformer(shape.width, shape.layers, shape.heads), tokenizer).to(shape.device)
     if shape.compile:
         model.backbone.compile_blocks()
-    name = "adamw" if shape.parallel == "fsdp" else "muon"
+    name = "adamw" if shape.parallel == "fsdp" else name
     run = parallelize(model, list(model.backbone.blocks), shape)
     optimizer, _ = make_optimizer(model, OptimizerConfig(name=name), 0, 1_000_000)  # type: ignore[arg-type]
 
@@ -173,7 +175,12 @@ def main() -> None:
         torch.distributed.init_process_group("nccl" if shape.device == "cuda" else "gloo")
         if shape.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    make = {"pile": make_pile, "transformers": make_transformers, "litgpt": make_litgpt}[name]
+    make = {
+        "pile": make_pile,
+        "pile-adamw": partial(make_pile, name="adamw"),
+        "transformers": make_transformers,
+        "litgpt": make_litgpt,
+    }[name]
     model, loss, optimizer = make(shape)
 
     def step() -> None:
