@@ -32,13 +32,13 @@ def main() -> None:
 
 def count(folder: Path, path: str, processes: int) -> int:
     from pile_app.data.sources import SourceData
-    from pile_app.data.text import load_tokenizer, text_token_counts
+    from pile_app.data.text import load_tokenizer, text_tokens
     from pile_app.documents import Vocabulary
 
     tokenizer = load_tokenizer(path)
     vocabulary = Vocabulary(text_tokens=tokenizer.size, tokenizer=tokenizer.fingerprint)
     source = SourceData("text", str(folder / "*.tar"), vocabulary, tokenizer, 4096, processes=processes)
-    return sum(int(text_token_counts(source.shards, shard, tokenizer).sum()) for shard in range(len(source.shards)))
+    return sum(int(text_tokens(source.shards, shard, tokenizer).counts.sum()) for shard in range(len(source.shards)))
 
 
 if __name__ == "__main__":
