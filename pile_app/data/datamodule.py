@@ -206,6 +206,7 @@ def _leave_signals(worker: int) -> None:
 
 def _end_workers() -> None:
     """When the process ends: Python would ask them by SIGTERM, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a worker that was killed for an accident
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -57,7 +57,7 @@ def test_too_many_rejected_steps_stop_the_run_and_their_data_can_be_passed_over(
     assert "Traceback" not in attempt.text
     saved = checkpoint(bench.run("by-hand"))
     assert saved["global_step"] == 6
-    assert find_not_finite(saved) == ""
+    assert find_not_finite({name: saved[name] for name in ("state_dict", "optimizer_states")}) == ""
     bench.train("by-hand", *words, "--guard.skip_steps", "[[7, 9]]", POISON="7 8 0")
     said = bench.train("by-itself", *words, "--guard.rewinds", "1", POISON="7 8 0")
     assert "Going back to pass over steps 7 to 9" in said
