@@ -39,8 +39,7 @@ class Stand:
 
     max_steps: int = 10**9
     global_step: int = 0
-    world_size: int = 1
-    global_rank: int = 0
+    distributed_sampler_kwargs: None = None
     local_rank: int = 0
     training: bool = True
 
