@@ -345,14 +345,15 @@ def _plain_jpeg_shape(data: bytes) -> tuple[int, int, int] | None:
 
 def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
     """Straight to its place, in half of Pillow's time and the same to the bit; False where libjpeg-turbo cannot (CMYK, damage:
-    Pillow says)."""
+    Pillow says), or where a made-up file holds another image than its markers say, which would fill a part of `out`."""
     import simplejpeg
 
     try:
-        simplejpeg.decode_jpeg(data, "GRAY" if out.shape[2] == 1 else "RGB", fastdct=False, fastupsample=False, buffer=out)
+        color = "GRAY" if out.shape[2] == 1 else "RGB"
+        decoded = simplejpeg.decode_jpeg(data, color, fastdct=False, fastupsample=False, buffer=out)
     except ValueError:
         return False
-    return True
+    return bool(decoded.shape == out.shape)
 
 
 def audio_size(data: bytes) -> tuple[int, int]:

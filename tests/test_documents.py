@@ -31,6 +31,7 @@ from pile_app.documents import (
     Document,
     Segment,
     Vocabulary,
+    _plain_jpeg_shape,
     audio_size,
     decode_audio,
     decode_image,
@@ -85,6 +86,19 @@ def test_a_file_is_decoded_as_the_format_of_an_image_and_nothing_else() -> None:
     for use in (image_size, lambda data: decode_image(data, 1, 8, 8)):
         with pytest.raises(BadSample, match="undecodable_image: cannot identify image file"):
             use(eps)
+
+
+def test_a_jpeg_that_is_smaller_than_its_markers_say_is_refused() -> None:
+    """Or what stood in its place before, of another document, would be taken for a part of its pixels."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), 90, np.uint8)).save(file, "jpeg")
+    plain = file.getvalue()
+    data = plain[:2] + b"\xff\x01" + plain[2:]  # a marker without a length: who reads one jumps behind the image
+    data = data.ljust(4 + int.from_bytes(data[4:6], "big"), b"\0")
+    data += b"\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 8, 8) + b"\x03" + bytes(3) + b"\xff\xda" + bytes(20)
+    assert _plain_jpeg_shape(data) == (3, 8, 8)
+    with pytest.raises(BadSample, match="undecodable_image"):
+        decode_image(data, 3, 8, 8, out=np.full((8, 8, 3), 200, np.uint8))
 
 
 @given(
