@@ -19,6 +19,7 @@ import hashlib
 import json
 import mmap
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -665,6 +666,7 @@ class Shards:
         self._process = os.getpid()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.RLock()  # the thread that fetches ahead asks for indexes too
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {"paths": self.paths, "cache": self.cache, "remote": self.remote}
@@ -695,14 +697,15 @@ class Shards:
 
     def index(self, shard: int) -> ShardIndex:
         """Raises `ShardError` where there is none, or where the shard is another one than was indexed."""
-        index = self._indexes.get(shard)
-        if index is None:
-            index = load_index(self.local(shard), self.paths[shard] if self.remote[shard] else None)
-            self._indexes[shard] = index
-            if len(self._indexes) > OPEN_SHARDS:
-                self._indexes.popitem(last=False)
-        self._indexes.move_to_end(shard)
-        return index
+        with self._lock:
+            index = self._indexes.get(shard)
+            if index is None:
+                index = load_index(self.local(shard), self.paths[shard] if self.remote[shard] else None)
+                self._indexes[shard] = index
+                if len(self._indexes) > OPEN_SHARDS:
+                    self._indexes.popitem(last=False)
+            self._indexes.move_to_end(shard)
+            return index
 
     def document(self, shard: int, sample: int) -> Document:
         """The document of a sample.
@@ -744,7 +747,8 @@ class Shards:
     def _block(self, shard: int, index: ShardIndex, sample: int) -> bytes:
         """The checked bytes of a sample."""
         size = index.numbers.size[sample]
-        block = os.pread(self._descriptor(shard), size, index.numbers.offset[sample])
+        with self._lock:
+            block = os.pread(self._descriptor(shard), size, index.numbers.offset[sample])
         if len(block) != size or zlib.crc32(block) != index.numbers.crc[sample]:
             raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
         return block
