@@ -21,7 +21,8 @@ import torch
 from conftest import TinyRun, media_documents
 from PIL import Image
 
-from pile_app.cli import main, read_prompt
+from pile_app.cli import COMMANDS, main
+from pile_app.commands.generate import read_prompt
 from pile_app.data.shards import build_index, expand_shards, write_shards
 from pile_app.data.text import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, Vocabulary
@@ -75,12 +76,12 @@ def test_help_is_complete_and_loads_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("[]")
-    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect", "plan"):
+    for command in COMMANDS:
         assert re.search(rf"^    {command}\s", shown, re.MULTILINE), shown
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("prepare", "index", "encode", "tokenizer", "generate", "inspect", "plan"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0

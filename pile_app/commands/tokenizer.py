@@ -1,0 +1,43 @@
+"""`pile tokenizer`: text to a tokenizer.json."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from pile_app.commands.index import open_shards
+
+SUMMARY = "train a tokenizer on the texts of shards, or of a folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", help="shards (a quoted pattern *.tar), or a text file, or a folder of text files")
+    parser.add_argument("output", type=Path, help="the tokenizer.json to write")
+    parser.add_argument("--kind", choices=("bpe", "words"), required=True, help="byte-level BPE, or whole words")
+    parser.add_argument("--size", type=int, required=True, help="most tokens")
+
+
+def run(options: argparse.Namespace) -> None:
+    from pile_app.data.text import load_tokenizer, train_tokenizer
+    from pile_app.prepare.readers import read_texts
+
+    texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else read_texts(Path(options.input))
+    first = next(texts, None)
+    if first is None:
+        raise ValueError(f"{options.input!r} holds no text: give shards ('shards/*.tar'), or a folder of text files")
+    train_tokenizer(chain([first], texts), options.kind, options.size, options.output)
+    tokenizer = load_tokenizer(str(options.output))
+    print(f"{options.output}: {tokenizer.size:,} tokens; train with --model.tokenizer {options.output}")
+
+
+def _texts_of_shards(pattern: str) -> Iterator[str]:
+    from pile_app.documents import TEXT
+
+    shards = open_shards(pattern)
+    for shard in range(len(shards)):
+        shards.make_index(shard)
+        for sample in range(len(shards.index(shard))):
+            document = shards.document(shard, sample)
+            yield from (segment.text for segment in document.segments if segment.modality == TEXT)
