@@ -197,8 +197,8 @@ def document_and_files(key: str, files: Mapping[str, bytes]) -> tuple[Document, 
     else:
         named = [
             (name, _segment_from_file(key, name, data))
-            for name, data in sorted(files.items())
-            if name.rsplit(".", 1)[-1].lower() in MODALITY_OF_EXTENSION
+            for name, data in sorted(files.items(), key=lambda file: (file[0].rsplit(".", 1)[-1] == "cls", file[0]))
+            if name.rsplit(".", 1)[-1].lower() in MODALITY_OF_EXTENSION  # what something is comes after it
         ]
         if isinstance(description.get("text"), str):
             named.append(("", Segment(description["text"])))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import NOT_LEARNED, PADDING, Batch, allocate
 from pile_app.data.order import Piece
 from pile_app.data.shards import segment_size
@@ -59,6 +60,7 @@ def assemble(
     normalizer: float = 0.0,
     source_tokens: Sequence[int] = (),
     decode: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+    annotator: Annotator | None = None,
 ) -> Batch:
     """The batch of some packs, each a row.
 
@@ -71,11 +73,12 @@ def assemble(
         normalizer: see `Batch`; 0: the targets of these packs.
         source_tokens: see `Batch`.
         decode: `map`, or what does the same in several threads.
+        annotator: of an objective.
 
     Raises:
         ValueError: a segment was encoded by another encoder than the model's.
     """
-    rows = _Rows(len(packs), context, vocabulary, tokenizer)
+    rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator)
     for row, pack in enumerate(packs):
         rows.lay_out(row, pack)
     waveforms = list(decode(rows.decode_sound, rows.sounds)) if rows.sounds else []
@@ -92,6 +95,7 @@ def assemble(
             "piece_starts": ("int32", (len(rows.starts) + 1,)),
             "piece_sources": ("int32", (len(rows.starts),)),
             "normalizer": ("float32", ()),
+            "labels": ("int32", (len(rows.labels) // context, context)),
         }
     )
     pixels = list(zip(rows.images, arrays["images"], strict=True))  # decoded in place
@@ -118,6 +122,7 @@ def assemble(
 
     arrays["tokens"][:] = rows.tokens.reshape(-1, context)
     arrays["learned"][:] = rows.learned.reshape(-1, context)
+    arrays["labels"][:] = rows.labels.reshape(-1, context)
     arrays["piece_starts"][:] = [*rows.starts, len(rows.tokens)]
     arrays["piece_sources"][:] = rows.sources
     text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))
@@ -149,7 +154,11 @@ class _Medium(NamedTuple):
 class _Rows:
     """The packs of a batch as they are laid out, in flat arrays of rows x context places."""
 
-    def __init__(self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer, annotator: Annotator | None
+    ) -> None:
+        self.annotator = annotator
+        self.labels = np.full(rows * context if annotator else 0, NO_LABEL, np.int32)
         self.context = context
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
@@ -173,13 +182,28 @@ class _Rows:
             try:
                 if isinstance(one.document, BadSample):
                     raise one.document
-                self._lay_out(number, place, one.document, one)
+                spans, length = self._lay_out(number, place, one.document, one)
+                if self.annotator is not None:
+                    self._annotate(number, place, one.document, one, spans, length)
             except BadSample as error:
                 self._reject(number, error)
             place += one.piece.stop - one.piece.start
         if place < stop:
             self.starts.append(place)
             self.sources.append(PADDING)
+
+    def _annotate(
+        self, number: int, place: int, document: Document, one: PackedDocument, spans: list[tuple[int, int]], length: int
+    ) -> None:
+        assert self.annotator is not None
+        labels = self.annotator.labels(document, spans, length, number, self.tokenizer)
+        start, stop = one.piece.start, one.piece.stop
+        self.labels[place : place + stop - start] = labels[start:stop]
+        if self.annotator.splits_segments:
+            cuts = [first - 1 for first, _ in spans] + [length - 1]
+            inside = [place + cut - start for cut in cuts if start < cut < stop]
+            self.starts += inside
+            self.sources += [one.piece.source] * len(inside)
 
     def usable(self, media: list[_Medium]) -> list[int]:
         """Numbers of those whose piece was not rejected."""
@@ -211,14 +235,16 @@ class _Rows:
         span = slice(self.starts[number], self.starts[number] + piece.stop - piece.start)
         self.tokens[span] = 0
         self.learned[span] = NOT_LEARNED
+        if self.annotator is not None:
+            self.labels[span] = NO_LABEL
         self.sources[number] = PADDING
 
-    def _lay_out(self, number: int, place: int, document: Document, one: PackedDocument) -> None:
-        """The tokens [start, stop) of a document, from `place` on."""
+    def _lay_out(self, number: int, place: int, document: Document, one: PackedDocument) -> tuple[list[tuple[int, int]], int]:
+        """The tokens [start, stop) of a document, from `place` on. Returns [first, stop) of its segments, and its length."""
         start, stop, vocabulary = one.piece.start, one.piece.stop, self.vocabulary
         shift = place - start  # from places of the document to flat ones
         tokens, learned = self.tokens, self.learned
-        if len(document.segments) == 1 and not one.dropped:
+        if len(document.segments) == 1 and not one.dropped and self.annotator is None:
             segment = document.segments[0]
             if segment.ids is not None and segment.loss and (start, stop) == (0, len(segment.ids) + 3):
                 # A whole text, as most documents are: what follows does the same, in twice the time.
@@ -226,7 +252,7 @@ class _Rows:
                 tokens[place], tokens[place + 1], tokens[end] = Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END
                 np.add(segment.ids, Vocabulary.SPECIALS, out=tokens[place + 2 : end], casting="unsafe")
                 learned[place:end] = TEXT
-                return
+                return [], stop
 
         def put(first: int, ids: np.ndarray | Sequence[int], base: int) -> None:
             low, high = max(first, start), min(first + len(ids), stop)
@@ -243,6 +269,7 @@ class _Rows:
         if start == 0:
             tokens[place] = Vocabulary.BEGIN
         length = 1
+        spans = []
         for segment_number, segment in enumerate(document.segments):
             modality, opener, first = segment.modality, length, length + 1
             hidden = segment_number < one.dropped
@@ -265,6 +292,7 @@ class _Rows:
                     if not hidden and start <= length < stop:
                         tokens[length + shift] = vocabulary.audio_end
                     length += 1
+            spans.append((first, length))
             if hidden:
                 tokens[max(first, start) + shift : max(min(length, stop), start) + shift] = Vocabulary.NULL
             elif segment.loss:
@@ -277,6 +305,7 @@ class _Rows:
             learn(length, length + 1, TEXT)
         if length + 1 < stop:
             raise BadSample("length", f"{one.key!r} has {length + 1} tokens, the index promises at least {stop}")
+        return spans, length + 1
 
     def _text_ids(self, segment: Segment) -> np.ndarray:
         if segment.ids is not None:

@@ -35,7 +35,7 @@ class Batch:
     piece_sources (P,) int32, `PADDING` of padding; images (N, C, height, width) uint8; image_starts (N + E,) int32, flat
     places of first codes, last those of images that came encoded; audio (M, S) float32; audio_starts, audio_tokens (M,) int32,
     flat place of the first code and number of codes of each sound; normalizer () float32, targets of the whole optimizer step
-    over all ranks.
+    over all ranks; labels (B, T) int32, those of an objective (see `annotation.py`), (0, T) without one.
 
     Args:
         target_counts: targets of each modality in this batch.
@@ -73,11 +73,12 @@ class Batch:
         self.audio_starts: Tensor = views["audio_starts"]
         self.audio_tokens: Tensor = views["audio_tokens"]
         self.normalizer: Tensor = views["normalizer"]
+        self.labels: Tensor = views["labels"]
 
     # -- What follows from them.
 
     @cached_property
-    def _piece(self) -> Tensor:
+    def piece_numbers(self) -> Tensor:
         """(B, T) int64 number of the piece of each place."""
         lengths = self.piece_starts.diff()
         numbers = torch.arange(len(lengths), device=lengths.device)
@@ -85,23 +86,23 @@ class Batch:
 
     @cached_property
     def _is_padding(self) -> Tensor:
-        return self.piece_sources[self._piece] == PADDING
+        return self.piece_sources[self.piece_numbers] == PADDING
 
     @cached_property
     def document(self) -> Tensor:
         """(B, T) int64 number of the piece, different for all pieces of the batch; `PADDING` where there is none."""
-        return self._piece.masked_fill(self._is_padding, PADDING)
+        return self.piece_numbers.masked_fill(self._is_padding, PADDING)
 
     @cached_property
     def position(self) -> Tensor:
         """(B, T) int64 place within the piece, 0 in padding."""
         places = torch.arange(self.tokens.numel(), device=self.tokens.device).view(self.tokens.shape)
-        return (places - self.piece_starts[self._piece]).masked_fill(self._is_padding, 0)
+        return (places - self.piece_starts[self.piece_numbers]).masked_fill(self._is_padding, 0)
 
     @cached_property
     def source(self) -> Tensor:
         """(B, T) int32 number of the source, 0 in padding."""
-        return self.piece_sources[self._piece].clamp_min(0)
+        return self.piece_sources[self.piece_numbers].clamp_min(0)
 
     @cached_property
     def targets(self) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pile_app.data import shards
+from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
 from pile_app.data.order import (
@@ -87,6 +88,7 @@ class PackDataset(Dataset[Batch]):
         global_batch: int,
         seed: int,
         condition_dropout: float,
+        annotator: Annotator | None = None,
     ) -> None:
         self.sources = sources
         self.order = order
@@ -96,6 +98,7 @@ class PackDataset(Dataset[Batch]):
         self.global_batch = global_batch
         self.seed = seed
         self.condition_dropout = condition_dropout
+        self.annotator = annotator
         self._threads: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ class PackDataset(Dataset[Batch]):
             normalizer=targets,
             source_tokens=tokens,
             decode=self._decode,
+            annotator=self.annotator,
         )
 
     def documents(self, position: int) -> list[PackedDocument]:
@@ -129,6 +133,11 @@ class PackDataset(Dataset[Batch]):
     ) -> PackedDocument:
         """The `number`-th piece at a position: with its segments in the order they are seen in, and how many are hidden."""
         data = self.sources[piece.source]
+        if self.annotator is not None:  # labels may stand in the text, and in the meta
+            key, document = data.document_or_reason(piece.document)
+            if not isinstance(document, BadSample):
+                document = self.annotator.arrange(document)
+            return PackedDocument(piece, key, document)
         key, document = read or data.document_to_train(piece.document)
         if isinstance(document, BadSample) or len(document.segments) < 2:
             return PackedDocument(piece, key, document)
@@ -219,6 +228,7 @@ class PileDataModule(LightningDataModule):
         sources: name -> shards. One of text, one of images, one of sounds, or any mixture.
         vocabulary: of the model (set by `train.py`).
         tokenizer: of the model (set by `train.py`).
+        annotator: of the model's objective (set by `train.py`).
         context: tokens of a pack.
         global_batch: packs of one optimizer step, over all devices.
         micro_batch: packs that one device computes at once; None: as many as its share. Gradients of the micro-batches are
@@ -243,6 +253,7 @@ class PileDataModule(LightningDataModule):
         sources: dict[str, Source],
         vocabulary: Vocabulary | None = None,
         tokenizer: Tokenizer | None = None,
+        annotator: Annotator | None = None,
         context: int = 512,
         global_batch: int = 16,
         micro_batch: int | None = None,
@@ -263,6 +274,7 @@ class PileDataModule(LightningDataModule):
         self.sources = sources
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
+        self.annotator = annotator
         self.context = context
         self.global_batch = global_batch
         self.micro_batch = micro_batch
@@ -427,7 +439,17 @@ class PileDataModule(LightningDataModule):
         return self._dataset(self.train_data, self.order, self.condition_dropout)
 
     def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, dropout: float) -> PackDataset:
-        return PackDataset(data, order, self.vocabulary, self.tokenizer, self.context, self.global_batch, self.seed, dropout)
+        return PackDataset(
+            data,
+            order,
+            self.vocabulary,
+            self.tokenizer,
+            self.context,
+            self.global_batch,
+            self.seed,
+            dropout,
+            self.annotator,
+        )
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
         import torch

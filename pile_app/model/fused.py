@@ -224,10 +224,17 @@ class FusedLanguageModel(nn.Module):
     def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
         """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: what is most likely,
         too."""
+        return self.losses(*self.read(batch), batch, predict)
+
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens with the codes of the media, (B, T, D) what the backbone makes of them."""
         tokens = self.fill(batch)
         places_of_codes = self.image_places(batch)
-        hidden = self.hidden(tokens, places_of_codes, batch.document, batch.position, None, batch.piece_starts).flatten(0, 1)
-        following = tokens.flatten()
+        return tokens, self.hidden(tokens, places_of_codes, batch.document, batch.position, None, batch.piece_starts)
+
+    def losses(self, tokens: Tensor, hidden: Tensor, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
+        """See `forward`; of what `read` returned."""
+        hidden, following = hidden.flatten(0, 1), tokens.flatten()
         losses: dict[int, ModalityLoss] = {}
         for modality, places in enumerate(batch.targets):
             if not len(places):

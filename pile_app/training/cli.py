@@ -10,7 +10,7 @@ import gc
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Lightning's own advice on its internals, of no use to whoever trains a model.
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory).*")
@@ -28,6 +28,7 @@ from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E4
 from pile_app.model.fused import make_vocabulary  # noqa: E402
 from pile_app.training.guards import DivergedError, GuardConfig  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
+from pile_app.training.sharded import read_checkpoint  # noqa: E402
 from pile_app.training.strategy import ShardedStrategy  # noqa: E402, F401 (registers `fsdp2`)
 
 TRAINER_DEFAULTS = {
@@ -54,6 +55,10 @@ class PileCLI(LightningCLI):
             default=500,
             help="optimizer steps between checkpoints (last.ckpt and previous.ckpt)",
         )
+        parser.add_argument(
+            "--monitor", type=str, default="validation/loss", help="metric that best.ckpt is the best by, see metrics.csv"
+        )
+        parser.add_argument("--monitor_mode", type=Literal["min", "max"], default="min", help="which values of it are better")
         parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
         parser.add_argument(
             "--ledger", type=bool, default=False, help="write down the documents of every optimizer step, in runs/<name>/ledger"
@@ -111,7 +116,12 @@ class PileCLI(LightningCLI):
             PileProgressBar(),
             LearningRateMonitor("step"),
             ModelCheckpoint(
-                run / "checkpoints", filename="best", monitor="validation/loss", save_top_k=1, enable_version_counter=False
+                run / "checkpoints",
+                filename="best",
+                monitor=self.config.monitor,
+                mode=self.config.monitor_mode,
+                save_top_k=1,
+                enable_version_counter=False,
             ),
             LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),  # after the best one, whose score it keeps
         ]
@@ -142,6 +152,7 @@ def fast_precision(accelerator: Any) -> str:
 def link_model_to_data(parser: LightningArgumentParser) -> None:
     parser.link_arguments("model.vocabulary", "data.vocabulary", apply_on="instantiate")
     parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
+    parser.link_arguments("model.annotator", "data.annotator", apply_on="instantiate")
 
 
 def make_model_parser() -> LightningArgumentParser:
@@ -292,6 +303,10 @@ def finish(cli: PileCLI) -> None:
 
     trainer, module = cli.trainer, cli.model
     figures: dict[str, Any] = {}
+    best = cli.run_folder / "checkpoints" / "best.ckpt"
+    if module.objective is not None and best.exists():  # with little data, the last weights are seldom those to use
+        module.load_state_dict(read_checkpoint(best)["state_dict"])
+        print(f"{cli.run_folder}: the figures are those of best.ckpt, by {cli.config.monitor}")
     metrics = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
     for name, value in (metrics[0] if metrics else {}).items():
         figures[name.removeprefix("validation/").replace("source/", "")] = value
@@ -300,6 +315,8 @@ def finish(cli: PileCLI) -> None:
         return
     module.model = whole
     module.to(trainer.strategy.root_device)
+    if module.objective is not None:
+        figures |= module.objective.report(cli.run_folder)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EvaluateCrossModal):
             figures |= callback.evaluate(trainer, module)

@@ -72,7 +72,7 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
 
 
 def _build(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
-    model = config["model"] | {"codecs_from": None}  # the checkpoint holds the codecs; where they came from may be gone
+    model = config["model"] | {"codecs_from": None, "start_from": None}  # the checkpoint holds all; these may be gone
     parser = make_model_parser()
     try:
         built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import check_encoder
 from pile_app.data.batch import Batch
 from pile_app.data.datamodule import data_parallel
@@ -29,6 +31,7 @@ from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Vocabu
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
+from pile_app.training.objective import Objective
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.training.sharded import read_checkpoint
@@ -67,6 +70,9 @@ class PileModule(LightningModule):
         codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
         codec_crop: audio tokens of each sound that the codec trains on at a time.
         codecs_from: checkpoint of another run to take the codecs from; they have to have this shape.
+        start_from: run folder (its last checkpoint) or checkpoint to take the whole model from, codecs included; it has to have
+            this shape. Training begins anew: only the weights are taken.
+        objective: what is learned instead of the next token, or besides it; null: the next token.
         optimizer: how parameters move.
         weights: of the modalities in the loss.
         dropout: share of the embeddings that is dropped in training (blocks: `backbone.dropout`).
@@ -85,6 +91,8 @@ class PileModule(LightningModule):
         codec_steps: int = 0,
         codec_crop: int = 50,
         codecs_from: str | None = None,
+        start_from: str | None = None,
+        objective: Objective | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         weights: ModalityWeights = ModalityWeights(),
         dropout: float = 0.0,
@@ -112,6 +120,19 @@ class PileModule(LightningModule):
             load_codecs(self.model, codecs_from)
             if not self.codec_steps:
                 self.model.fingerprint_codecs()
+        if start_from is not None:
+            load_model(self.model, start_from)
+            if self.model.codecs and not self.codec_steps:
+                self.model.fingerprint_codecs()
+        self.objective = objective
+        if objective is not None:
+            objective.build(self.model)
+            if objective.freeze:
+                self.model.requires_grad_(False)
+
+    @property
+    def annotator(self) -> Annotator | None:
+        return self.objective.annotator if self.objective is not None else None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -156,6 +177,8 @@ class PileModule(LightningModule):
         """Cuts the language model over the devices, where the strategy says so. Lightning calls it before every stage."""
         if self.device_mesh is None or self.whole is not None:
             return
+        if self.objective is not None:
+            raise ValueError("model.objective hangs on a model in one piece: set trainer.strategy to ddp or auto")
         if self.l1:
             raise ValueError(f"model.l1={self.l1} needs whole matrices: set it to 0, or trainer.strategy to ddp")
         self.whole = WholeModel(self.model)
@@ -197,16 +220,39 @@ class PileModule(LightningModule):
         return sum(losses.values(), torch.zeros((), device=self.device))
 
     def _language_step(self, batch: Batch) -> Tensor:
+        if self.objective is not None:
+            return self._objective_step(batch, self.objective)
         losses = self.model(batch)
         if self._is_logged(self.global_step + 1):
             self._add_losses(batch, losses)
+        return self._mean_loss(batch, losses) + self._penalty()
+
+    def _mean_loss(self, batch: Batch, losses: dict[int, ModalityLoss]) -> Tensor:
+        """() nats a target, weighted, so that all micro-batches on all devices add up to those of the optimizer step."""
         shares = data_parallel(self.trainer)[0] * self.trainer.accumulate_grad_batches  # both will divide by
         total = sum(self.weights[modality] * loss.total for modality, loss in losses.items())
-        loss = total * (shares / batch.normalizer)
-        if self.l1:
-            language = (self.model.backbone, self.model.embeddings, self.model.heads)
-            loss = loss + self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
-        return loss
+        return total * (shares / batch.normalizer)
+
+    def _penalty(self) -> Tensor | float:
+        if not self.l1:
+            return 0.0
+        language = (self.model.backbone, self.model.embeddings, self.model.heads)
+        return self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
+
+    def _objective_step(self, batch: Batch, objective: Objective) -> Tensor:
+        if objective.freeze:
+            self.model.eval()  # and no dropout either
+        with torch.set_grad_enabled(not objective.freeze):
+            tokens, hidden = self.model.read(batch)
+        loss = objective(self.model, hidden, batch)
+        if self._is_logged(self.global_step + 1):
+            self._add("objective_loss", loss.detach(), 1.0)
+        if objective.language_weight:
+            losses = self.model.losses(tokens, hidden, batch)
+            if self._is_logged(self.global_step + 1):
+                self._add_losses(batch, losses)
+            loss = loss + objective.language_weight * self._mean_loss(batch, losses)
+        return loss + self._penalty()
 
     def _is_logged(self, step: int) -> bool:
         """Whether the losses of optimizer step `step`, from 1, go to the loggers; of others nothing is summed up."""
@@ -232,7 +278,9 @@ class PileModule(LightningModule):
         heads still are, blocks are not any more, and every batch reaches them.
         """
         unused: list[torch.nn.Parameter] = []
-        if self.in_codec_phase:
+        if self.objective is not None:  # which may reach any of them, or none
+            unused += [p for p in self.parameters() if p.requires_grad]
+        elif self.in_codec_phase:
             codecs = {id(p) for codec in self.model.codecs.values() for p in codec.parameters()}
             if self.whole is None:
                 unused += [p for p in self.model.parameters() if id(p) not in codecs]
@@ -315,12 +363,19 @@ class PileModule(LightningModule):
     def _all_names(self) -> list[str]:
         names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
         names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs]
+        names += ["objective_loss"] * (self.objective is not None)
         return names + [f"source/{name}_loss" for name in self.trainer.datamodule.source_names]  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for modality, codec_loss in self.model.codec_loss(batch).items():
             self.codec_losses[MODALITIES[modality]].update(codec_loss)  # type: ignore[operator]
-        for modality, loss in self.model(batch, predict=True).items():
+        if self.objective is None:
+            losses = self.model(batch, predict=True)
+        else:
+            tokens, hidden = self.model.read(batch)
+            self.objective.update(self.model, hidden, batch)
+            losses = self.model.losses(tokens, hidden, batch, predict=True)
+        for modality, loss in losses.items():
             self._update_metrics(batch, modality, loss)
 
     def _update_metrics(self, batch: Batch, modality: int, loss: ModalityLoss) -> None:
@@ -357,6 +412,8 @@ class PileModule(LightningModule):
             values["image_code_bits_per_pixel_channel"] = values["image_loss"] * vocabulary.image_tokens / pixels / math.log(2)
         if AUDIO in vocabulary.modalities:
             values["audio_code_bits_per_second"] = values["audio_loss"] * vocabulary.audio_tokens_per_second / math.log(2)
+        if self.objective is not None:
+            values |= self.objective.compute()
         self.log_dict({f"validation/{name}": value for name, value in values.items() if bool(value.isfinite())})
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -366,7 +423,7 @@ class PileModule(LightningModule):
                 f"model.codec_steps={self.codec_steps} leaves nothing of the run's {steps} optimizer steps for the language "
                 "model"
             )
-        optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps)
+        optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps, self.objective)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -433,6 +490,37 @@ def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
     """The weights of one codec, by its own names, from those of a `PileModule`."""
     prefix = f"model.{MODALITIES[modality]}_codec."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def load_model(model: FusedLanguageModel, path: str) -> None:
+    """Takes the weights of a run's model.
+
+    Raises:
+        ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
+    """
+    from pile_app.training.load import find_checkpoint
+
+    found = (
+        find_checkpoint(Path(path), "last") if Path(path).is_dir() and (Path(path) / "config.yaml").is_file() else Path(path)
+    )
+    if not found.exists():
+        raise ValueError(f"model.start_from={path!r} is neither the folder of a run nor a checkpoint")
+    checkpoint = read_checkpoint(found)
+    tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
+    if tokenizer != model.tokenizer.fingerprint:
+        raise ValueError(
+            f"model.start_from={path!r} was trained with tokenizer {tokenizer}, this one is {model.tokenizer.fingerprint}: set "
+            "model.tokenizer to that of the run"
+        )
+    prefix = "model."
+    state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    try:
+        check_shapes(model, state)
+    except ValueError as error:
+        raise ValueError(
+            f"model.start_from={path!r}: {error}. (`--config {path}/config.yaml` before your own takes the model as it was)"
+        ) from error
+    model.load_state_dict(state)
 
 
 def load_codecs(model: FusedLanguageModel, path: str) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.muon import ShardedMuon
+from pile_app.training.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    model: FusedLanguageModel, config: OptimizerConfig, codec_steps: int, steps: int
+    model: FusedLanguageModel, config: OptimizerConfig, codec_steps: int, steps: int, objective: Objective | None = None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and its schedule, to be stepped once an optimizer step.
 
@@ -136,6 +137,7 @@ def make_optimizer(
         config: how.
         codec_steps: first steps, which train the codecs; the language model's schedule begins after them.
         steps: of the whole run.
+        objective: whose head moves too.
     """
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
@@ -145,7 +147,7 @@ def make_optimizer(
     heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if id(parameter) in in_codecs:
+        if id(parameter) in in_codecs or not parameter.requires_grad:
             continue
         (matrices if id(parameter) in hidden else heads if name.startswith("heads.") else others).append(parameter)
     # Muon is for hidden matrices; torch's recurrent cells stack their gates into one and do better with AdamW.
@@ -166,6 +168,9 @@ def make_optimizer(
     if codec_steps:
         groups.append({"params": codecs, "lr": config.codec_learning_rate, "weight_decay": 0.0})
         names.append("codecs")
+    if objective is not None:
+        groups.append({"params": list(objective.parameters()), "lr": objective.learning_rate, "weight_decay": 0.0})
+        names.append("objective")
     groups = [group | {"name": name} for group, name in zip(groups, names, strict=True) if group["params"]]
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
