@@ -26,7 +26,7 @@ CONTEXT = 4096
 
 
 def write_indexes(folder: Path, documents: int) -> None:
-    from pile_app.data.shards import ShardIndex
+    from pile_app.data.index import ShardIndex
 
     folder.mkdir(parents=True)
     for number in range(documents // SHARD):

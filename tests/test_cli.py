@@ -23,7 +23,8 @@ from PIL import Image
 
 from pile_app.cli import COMMANDS, main
 from pile_app.commands.generate import read_prompt
-from pile_app.data.shards import build_index, expand_shards, write_shards
+from pile_app.data.index import build_index
+from pile_app.data.shards import expand_shards, write_shards
 from pile_app.data.text import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, Vocabulary
 from pile_app.training.load import load_run

@@ -19,7 +19,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from pile_app.data.shards import Shards, expand_shards, load_index
+from pile_app.data.index import load_index
+from pile_app.data.shards import Shards, expand_shards
 from pile_app.documents import Document, Segment
 
 RECIPE = Path(__file__).parents[1] / "data" / "digits" / "prepare.py"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pile_app.data.shards import Shards, build_index
+from pile_app.data.index import build_index
+from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE, TEXT
 
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))

@@ -57,7 +57,8 @@ def encode_text(folder: Path) -> None:
 
 def prepare(folder: Path) -> None:
     """Indexes and token counts, as at the start of a run; anew where an earlier version of Pile left them."""
-    from pile_app.data.shards import INDEX_SUFFIX, ShardError, load_index
+    from pile_app.data.index import INDEX_SUFFIX, load_index
+    from pile_app.data.tar import ShardError
 
     encode_text(folder)
     for path in (folder / "tars").glob("*/*.tar"):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pile_app.data.shards import ShardIndex, Shards
+    from pile_app.data.index import ShardIndex
+    from pile_app.data.shards import Shards
 
 SUMMARY = "index shards that came from elsewhere, or check them against their index"
 
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from functools import partial
 
-    from pile_app.data.shards import ShardError
     from pile_app.data.sources import for_each
+    from pile_app.data.tar import ShardError
 
     shards = open_shards(options.shards)
     task = partial(_verify_shard if options.verify else _index_shard, shards)
@@ -52,7 +53,7 @@ def open_shards(patterns: str | Sequence[str]) -> Shards:
 
 def _index_shard(shards: Shards, number: int) -> tuple[str, int]:
     """(what to say of the shard, 0)."""
-    from pile_app.data.shards import build_index
+    from pile_app.data.index import build_index
 
     if shards.remote[number] and shards.cache is not None:
         Path(shards.local(number)).unlink(missing_ok=True)  # it may be of an earlier version

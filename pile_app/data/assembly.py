@@ -15,8 +15,8 @@ import numpy as np
 
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import NOT_LEARNED, PADDING, Batch, allocate
+from pile_app.data.index import segment_size
 from pile_app.data.order import Piece
-from pile_app.data.shards import segment_size
 from pile_app.documents import (
     AUDIO,
     IMAGE,

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pile_app.data import shards
+from pile_app.data.index import INDEX_SUFFIX, ShardIndex, map_arrays, save_arrays, tokens_path
 from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
-from pile_app.data.shards import ShardError, ShardIndex, Shards, map_arrays, save_arrays
+from pile_app.data.shards import Shards
+from pile_app.data.tar import ShardError
 from pile_app.data.text import TextTokens, Tokenizer, text_tokens
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document, Vocabulary
 
@@ -125,10 +127,8 @@ class SourceData:
     def _without_sidecars(self) -> list[int]:
         def lacks(shard: int) -> bool:
             local = self.shards.local(shard)
-            counted = self.tokenizer.fingerprint == "bytes" or os.path.exists(
-                shards.tokens_path(local, self.tokenizer.fingerprint)
-            )
-            return not (counted and os.path.exists(local + shards.INDEX_SUFFIX))
+            counted = self.tokenizer.fingerprint == "bytes" or os.path.exists(tokens_path(local, self.tokenizer.fingerprint))
+            return not (counted and os.path.exists(local + INDEX_SUFFIX))
 
         return [shard for shard in range(len(self.shards)) if lacks(shard)]
 

@@ -25,16 +25,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pile_app.data.shards import (
-    EXTENSIONS,
-    ShardError,
-    ShardIndex,
-    Shards,
-    breaks_in_bytes,
-    map_arrays,
-    save_arrays,
-    tokens_path,
-)
+from pile_app.data.index import EXTENSIONS, ShardIndex, breaks_in_bytes, map_arrays, save_arrays, tokens_path
+from pile_app.data.shards import Shards
+from pile_app.data.tar import ShardError
 from pile_app.documents import TEXT, BadSample, Codes, Segment, sentence_ends
 
 NO_TOKENS = np.zeros(0, np.int64)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pile_app.data.index import map_arrays, save_arrays
 from pile_app.data.order import mix64
-from pile_app.data.shards import map_arrays, save_arrays
 from pile_app.documents import BadSample
 from pile_app.prepare.options import require
 

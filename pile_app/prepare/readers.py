@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pile_app.data.shards import MAX_SAMPLE_BYTES, ShardError, files_of_block, sample_ranges
+from pile_app.data.index import MAX_SAMPLE_BYTES
+from pile_app.data.tar import ShardError, files_of_block, sample_ranges
 from pile_app.data.text import clean_text
 from pile_app.documents import BadSample, Document, Segment, document_from_sample
 from pile_app.prepare.files import (

@@ -30,17 +30,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from pile_app.data.shards import (
-    INDEX_SUFFIX,
-    UNORDERED,
-    ShardError,
-    ShardIndex,
-    Shards,
-    build_index,
-    load_index,
-    segment_breaks,
-    segment_size,
-)
+from pile_app.data.index import INDEX_SUFFIX, UNORDERED, ShardIndex, build_index, load_index, segment_breaks, segment_size
+from pile_app.data.shards import Shards
+from pile_app.data.tar import ShardError
 from pile_app.data.text import Tokenizer, text_tokens
 from pile_app.documents import (
     ENCODED_EXTENSIONS,

@@ -34,8 +34,9 @@ import numpy as np
 
 from pile_app.data.order import hash64
 from pile_app.data.remote import ShardCache
-from pile_app.data.shards import ShardError, Shards, expand_shards
+from pile_app.data.shards import Shards, expand_shards
 from pile_app.data.sources import SourceData, cache_folder, segment_tokens
+from pile_app.data.tar import ShardError
 from pile_app.data.text import Tokenizer, load_tokenizer, text_tokens
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment, Vocabulary
 from pile_app.prepare.engines import tracked

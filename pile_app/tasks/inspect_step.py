@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pile_app.data.assembly import PackedDocument
 from pile_app.data.datamodule import PackDataset, PileDataModule
-from pile_app.data.shards import segment_size
+from pile_app.data.index import segment_size
 from pile_app.data.text import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Segment, Vocabulary
 from pile_app.tasks.inspect_page import Decode, describe_segment, state_of, write_page

@@ -26,7 +26,8 @@ from ports import free_port
 
 from pile_app.data import remote
 from pile_app.data.remote import Prefetcher, ShardCache, expand_remote, is_remote
-from pile_app.data.shards import ShardError, write_shards
+from pile_app.data.shards import write_shards
+from pile_app.data.tar import ShardError
 from pile_app.documents import Document, Segment
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"  # where it is on Debian, not on everybody's path

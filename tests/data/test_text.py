@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pile_app.data.shards import ShardError, Shards, load_index, save_arrays, write_shards
+from pile_app.data.index import load_index, save_arrays
+from pile_app.data.shards import Shards, write_shards
+from pile_app.data.tar import ShardError
 from pile_app.data.text import (
     ByteTokenizer,
     JsonTokenizer,

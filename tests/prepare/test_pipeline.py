@@ -14,7 +14,8 @@ import soundfile
 import yaml
 import zstandard
 
-from pile_app.data.shards import Shards, expand_shards, load_index, write_shards
+from pile_app.data.index import load_index
+from pile_app.data.shards import Shards, expand_shards, write_shards
 from pile_app.documents import Codes, Document, Segment
 from pile_app.prepare.files import pieces_of
 from pile_app.prepare.pipeline import Summary, prepare

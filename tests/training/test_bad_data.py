@@ -14,7 +14,8 @@ import numpy as np
 from attempts import Workbench
 from conftest import media_documents, prose_documents
 
-from pile_app.data.shards import build_index, load_index, write_shards
+from pile_app.data.index import build_index, load_index
+from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment, sample_from_document
 from pile_app.training.callbacks import count_quarantined, read_ledger
 
