@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from pile_app.model.attention import Sight, attend, find_sight
-from pile_app.model.backbones import (
-    LSTM,
-    RNN,
-    Backbone,
-    MinGRU,
-    Transformer,
-    _recur_by_doubling,
-    linear_recurrence,
-)
+from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
+from pile_app.model.recurrent import _recur_by_doubling, linear_recurrence
 
 WIDTH = 32
 MAKE: dict[str, Callable[[], Backbone]] = {

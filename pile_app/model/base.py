@@ -1,0 +1,111 @@
+"""What every backbone is, and what they share: the interface of `backbones.py`, the cache, the norm."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Cache:
+    """What a backbone remembers of the tokens so far: one entry a layer, keys and values or recurrent state."""
+
+    layers: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def select(self, rows: Tensor) -> Cache:
+        """The cache of some rows only. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
+        return Cache([tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers])
+
+
+class Backbone(nn.Module, ABC):
+    """See `backbones.py`.
+
+    Args:
+        width: D, size of the token vectors.
+        layers: number of blocks.
+        dropout: share of each block's output that is dropped in training, 0 to 1.
+    """
+
+    recompute = False  # what is within a block in backward, instead of keeping it
+
+    def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width < 1 or layers < 1:
+            raise ValueError(f"a backbone needs width >= 1 and layers >= 1, not width={width}, layers={layers}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is the share that is dropped, 0 <= dropout < 1, not {dropout}")
+        self.width = width
+        self.embedding_width = width
+        self.layers = layers
+        self.dropout = dropout
+
+    def new_cache(self) -> Cache:
+        return Cache()
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def compile_blocks(self) -> None:
+        """Compiles each block by itself: they are alike, so what is compiled for one serves all.
+
+        Raises:
+            ValueError: there is nothing to compile.
+        """
+        raise ValueError(f"model.compile: torch.compile gains nothing with {type(self).__name__}, leave it false")
+
+    def run(self, block: nn.Module, *arguments: Any) -> Any:
+        """What `block` makes of the arguments; with `recompute`, all that is kept for backward is them."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def flops_per_token(self, context: float) -> float:
+        """Multiply-adds count two; forward only. `context`: tokens that an average token attends to."""
+        return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without gain (arXiv:1910.07467)."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Norm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=EPSILON)
+
+
+EPSILON = torch.finfo(torch.float32).eps
+
+
+class _Norm(torch.autograd.Function):
+    """torch has no fused kernel of it for CPUs; this takes a third to half of the time of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.size(-1))
+        scale = mean.add_(EPSILON).rsqrt_()
+        y = torch.mul(x, scale.to(x.dtype))
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(gradient, y).unsqueeze(-1).div_(y.size(-1))
+        return torch.addcmul(gradient, y, along, value=-1).mul_(scale.to(y.dtype))
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products of `x` are computed in: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
