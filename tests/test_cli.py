@@ -21,7 +21,7 @@ import torch
 from conftest import TinyRun, media_documents
 from PIL import Image
 
-from pile_app.cli import COMMANDS, main
+from pile_app.cli import COMMANDS, main, make_parser
 from pile_app.commands.generate import read_prompt
 from pile_app.data.index import build_index
 from pile_app.data.shards import expand_shards, write_shards
@@ -237,33 +237,37 @@ def test_same_seed_same_answer_with_and_without_cache(tiny_run: TinyRun, tmp_pat
     assert answers[0] == answers[1] == answers[2] != answers[3]
 
 
-def test_prompt_keeps_the_order_of_the_command_line(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pile_app.model.generate
-
+def test_prompt_keeps_the_order_of_the_command_line(tmp_path: Path) -> None:
     files = media_files(tmp_path)
-    seen: list[Document] = []
+    parts = ["--text", "one", "--audio", files["flac"], "--text", "two", "--image", files["png"], "--audio", files["mp3"]]
+    options = make_parser().parse_args(["generate", "run", *map(str, parts), "--to", "text"])
+    segments = read_prompt(options.prompt).segments
+    assert [segment.modality for segment in segments] == [TEXT, AUDIO, TEXT, IMAGE, AUDIO]
+    assert [segment.text for segment in segments if segment.modality == TEXT] == ["one", "two"]
+    assert segments[1].file == files["flac"].read_bytes()
 
-    def record(model: Any, prompts: list[Document], to: int, sampling: Any) -> list[Segment]:
-        seen.append(prompts[0])
-        return [Segment("answer")]
 
-    monkeypatch.setattr(pile_app.model.generate, "generate", record)
-    parts: list[str | Path] = [
-        "--text",
-        "one",
-        "--audio",
-        files["flac"],
-        "--text",
-        "two",
-        "--image",
-        files["png"],
-        "--audio",
-        files["mp3"],
-    ]
-    pile("generate", tiny_run.folder, *parts, "--to", "text", "--output", tmp_path / "out")
-    assert [segment.modality for segment in seen[0].segments] == [TEXT, AUDIO, TEXT, IMAGE, AUDIO]
-    assert [segment.text for segment in seen[0].segments if segment.modality == TEXT] == ["one", "two"]
-    assert seen[0].segments[1].file == files["flac"].read_bytes()
+def test_a_choice_is_one_of_the_choices_and_comes_with_log_probabilities(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--text", "number", "--to", "text", "--logprobs", "--output", tmp_path)
+    pile("generate", tiny_run.folder, *common, "--choices", " 1", " 22", " 333", "--temperature", "0")
+    told = json.loads((tmp_path / "000.json").read_text())
+    assert (
+        told["text"] == (tmp_path / "000.txt").read_text() == max(told["log_probabilities"], key=told["log_probabilities"].get)
+    )
+    pile("generate", tiny_run.folder, *common, "--max-text", "5")
+    told = json.loads((tmp_path / "000.json").read_text())
+    assert told["ended_by"] == "limit" and len(told["tokens"]) == 5
+    assert told["log_probability"] == pytest.approx(sum(one["log_probability"] for one in told["tokens"]))
+    assert (tmp_path / "000.txt").read_text() in capsys.readouterr().out
+
+
+def test_generate_any_lets_the_model_choose_what_comes(tiny_run: TinyRun, tmp_path: Path) -> None:
+    for seed in range(8):
+        pile("generate", tiny_run.folder, "--to", "any", "--seed", str(seed), "--max-seconds", "0.3", "--output", tmp_path)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written and all(name.startswith("000-") and name.endswith((".txt", ".png", ".wav")) for name in written)
 
 
 def test_prompt_takes_every_kind_of_media(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def decoder(model: FusedLanguageModel) -> Decode:
     """Decodes what tokenizer and codecs of a model encoded."""
     import torch
 
-    from pile_app.model.generate import _decode
+    from pile_app.model.segments import decode_codes
 
     sizes = {TEXT: model.tokenizer.size, IMAGE: model.vocabulary.image_codes, AUDIO: model.vocabulary.audio_codes}
 
@@ -175,7 +175,7 @@ def decoder(model: FusedLanguageModel) -> Decode:
         if segment.modality == TEXT:
             return Segment(model.tokenizer.decode(values), "txt", segment.loss)
         with torch.no_grad():
-            return _decode(model, [torch.from_numpy(values.astype("int64"))], segment.modality)[0]
+            return decode_codes(model, [torch.from_numpy(values.astype("int64"))], segment.modality)[0]
 
     return decode
 

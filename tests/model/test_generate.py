@@ -18,6 +18,7 @@ from pile_app.documents import (
     IMAGE,
     TEXT,
     BadSample,
+    Codes,
     Document,
     Segment,
     Vocabulary,
@@ -26,8 +27,10 @@ from pile_app.documents import (
     image_size,
 )
 from pile_app.model.backbones import LSTM
+from pile_app.model.choose import choose
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import Sampling, _prompt_tokens, _sample, generate
+from pile_app.model.generate import Answer, Sampling, answer_prompts, generate, generate_document, stream
+from pile_app.model.segments import prompt_tokens
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]
@@ -125,7 +128,7 @@ def test_the_greedy_codes_of_an_image_are_the_most_likely_ones(tiny_model: MakeM
     """The same, without the codec: the codes are found by taking the most likely one, one place after another."""
     model = tiny_model(backbone)
     vocabulary = model.vocabulary
-    tokens, places, _ = _prompt_tokens(model, Document((Segment("seven"),)), IMAGE)
+    tokens, places, _ = prompt_tokens(model, Document((Segment("seven"),)), IMAGE)
     assert tokens.tolist() == [0, 2, *(vocabulary.SPECIALS + byte for byte in b"seven"), 3]
     codes = []
     for number in range(4):
@@ -198,7 +201,7 @@ def test_a_text_is_continued(tiny_model: MakeModel) -> None:
     """The continuation of a text and of its own beginning are one, so nothing is put between prompt and answer."""
     model = tiny_model()
     write_letters_only(model)
-    tokens, _, _ = _prompt_tokens(model, Document((Segment("once"),)), TEXT)
+    tokens, _, _ = prompt_tokens(model, Document((Segment("once"),)), TEXT)
     assert tokens.tolist() == [Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], *(Vocabulary.SPECIALS + b for b in b"once")]
 
     def continued(text: str, by: int) -> str:
@@ -210,7 +213,7 @@ def test_a_text_is_continued(tiny_model: MakeModel) -> None:
 
 
 def test_after_a_medium_a_text_is_opened(tiny_model: MakeModel, image: MakeSegment) -> None:
-    tokens, places, hidden = _prompt_tokens(tiny_model(), Document((Segment("a"), image(0))), TEXT)
+    tokens, places, hidden = prompt_tokens(tiny_model(), Document((Segment("a"), image(0))), TEXT)
     assert tokens[-1] == Vocabulary.OPENERS[TEXT]
     assert places.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 0]
     null = Vocabulary.NULL
@@ -242,19 +245,170 @@ def test_a_model_in_training_stays_in_training(tiny_model: MakeModel) -> None:
     assert not model.training
 
 
-def test_top_p_draws_among_the_most_likely_only() -> None:
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    for top_p, kept in ((1.0, 4), (0.95, 4), (0.85, 3), (0.69, 2), (0.4, 1), (1e-6, 1)):
-        drawn = _sample(logits, Sampling(top_p=top_p), generator).bincount(minlength=4)
-        assert (drawn > 0).tolist() == [number < kept for number in range(4)]
-    shares = _sample(logits, Sampling(temperature=0.5), generator).bincount() / 4000
-    torch.testing.assert_close(shares, torch.tensor([16, 9, 4, 1]) / 30, atol=0.03, rtol=0)
+@pytest.mark.parametrize("to", [TEXT, IMAGE, AUDIO])
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(tiny_model: MakeModel, prompts: list[Document], to: int) -> None:
+    """Prompt number n is answered alike whoever stands at the other numbers."""
+    model = tiny_model()
+    sampling = Sampling(max_text=12, max_seconds=0.5, seed=1, temperature=0.8, top_p=0.9)
+    together = generate(model, prompts, to, sampling)
+    others = [prompts[0], *[Document((Segment("x" * n),)) for n in range(1, 6)], prompts[6]]
+    again = generate(model, others, to, sampling)
+    assert same_media(together[0], again[0]) and same_media(together[6], again[6])
+    assert generate(model, prompts[:1] * 2, to, sampling)[0] != generate(model, prompts[:1] * 2, to, sampling)[1]
 
 
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_text": 0}, {"max_seconds": 0.0}]
-)
-def test_values_that_cannot_be_are_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(values))):
-        Sampling(**values)  # type: ignore[arg-type]
+def test_a_stream_is_the_text_that_generate_gives(tiny_model: MakeModel, prompts: list[Document]) -> None:
+    model = tiny_model()
+    write_letters_only(model)
+    for sampling in (GREEDY, Sampling(max_text=40, seed=3), Sampling(max_text=40, guidance=2.0, stop=("e", "qu"))):
+        *pieces, answer = stream(model, prompts[2], sampling)
+        assert isinstance(answer, Answer) and "".join(pieces) == answer.segment.text  # type: ignore[arg-type]
+        assert [answer.segment] == generate(model, [prompts[2]], TEXT, sampling)
+        (whole_answer,) = answer_prompts(model, [prompts[2]], TEXT, sampling)
+        assert torch.equal(answer.codes, whole_answer.codes) and answer.ended_by == whole_answer.ended_by
+        torch.testing.assert_close(answer.log_probabilities, whole_answer.log_probabilities)
+
+
+def test_a_text_ends_before_a_stop_string_whatever_the_batch(tiny_model: MakeModel, prompts: list[Document]) -> None:
+    model = tiny_model()
+    write_letters_only(model)
+    free = generate(model, prompts, TEXT, Sampling(max_text=30, seed=2))
+    stop = (free[0].text[3:5], free[3].text[7])
+    stopped = answer_prompts(model, prompts, TEXT, Sampling(max_text=30, seed=2, stop=stop))
+    for whole_text, answer in zip(free, stopped, strict=True):
+        places = [whole_text.text.find(one) for one in stop if one in whole_text.text]
+        assert answer.segment.text == whole_text.text[: min(places, default=None)]
+        assert (answer.ended_by == "stop") == bool(places)
+    assert sum(answer.ended_by == "stop" for answer in stopped) >= 2
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def next_scores(model: FusedLanguageModel, prompt: Document, text: str) -> torch.Tensor:
+    """(1 + tokens, V) log-probabilities after a prompt and after every token of a text, without what is never drawn."""
+    tokens, places, _ = prompt_tokens(model, prompt, TEXT)
+    following = torch.tensor([Vocabulary.SPECIALS + byte for byte in text.encode()], dtype=torch.int64)
+    places = torch.cat([places, torch.zeros_like(following)])
+    tokens = torch.cat([tokens, following])[None]
+    position = torch.arange(tokens.size(1))[None]
+    logits = model.logits(model.hidden(tokens, places[None], 0 * position, position)[0, -1 - len(following) :], TEXT)
+    logits[:, [Vocabulary.BEGIN, Vocabulary.NULL]] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_log_probabilities_are_those_of_the_finished_text(tiny_model: MakeModel, image: MakeSegment, backbone: str) -> None:
+    """Token by token, what ended the text included."""
+    model = prefer(tiny_model(backbone), {Vocabulary.SPECIALS + byte: 4.0 for byte in b"abcdef"} | {Vocabulary.END: 4.0})
+    prompt = Document((image(0),))
+    seeds = (answer_prompts(model, [prompt], TEXT, Sampling(seed=seed))[0] for seed in range(200))
+    answer = next(
+        one for one in seeds if one.codes[-1] == Vocabulary.END and len(one.segment.text) > 2 and one.segment.text.isascii()
+    )
+    scores = next_scores(model, prompt, answer.segment.text)
+    torch.testing.assert_close(answer.log_probabilities, scores.gather(1, answer.codes[:, None]).squeeze(1), atol=1e-4, rtol=0)
+    assert answer.ended_by == "model" and len(answer.codes) == len(answer.segment.text) + 1
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_choice_has_the_probability_of_its_tokens_and_of_ending_there(
+    tiny_model: MakeModel, prompts: list[Document], backbone: str
+) -> None:
+    model = tiny_model(backbone)
+    texts = ["e", "eel", "q", "\u20ac"]
+    stops = [Vocabulary.END, *Vocabulary.OPENERS]
+    for prompt, choice in zip(prompts, choose(model, prompts, texts, Sampling(temperature=0)), strict=True):
+        for text, score in zip(texts, choice.log_probabilities.tolist(), strict=True):
+            scores = next_scores(model, prompt, text)
+            tokens = torch.tensor([Vocabulary.SPECIALS + byte for byte in text.encode()])
+            expected = scores[:-1].gather(1, tokens[:, None]).sum() + scores[-1, stops].logsumexp(0)
+            assert score == pytest.approx(float(expected), abs=2e-4)
+        assert choice.number == int(choice.log_probabilities.argmax())
+    with pytest.raises(ValueError, match="different"):
+        choose(model, prompts, ["one", "one"])
+
+
+def test_a_choice_is_drawn_as_often_as_its_probability_says(tiny_model: MakeModel, image: MakeSegment) -> None:
+    drawn = choose(tiny_model(), [Document((image(0),))] * 400, ["e", "ee", "q"], Sampling(seed=1))
+    shares = torch.tensor([one.number for one in drawn]).bincount(minlength=3) / 400
+    torch.testing.assert_close(shares, drawn[0].log_probabilities.softmax(-1), atol=0.08, rtol=0)
+
+
+def test_guidance_of_zero_chooses_without_the_prompt(tiny_model: MakeModel) -> None:
+    model, texts = tiny_model(), ["seven", "s", "sevenths"]
+    prompts = [Document((Segment(text),)) for text in ("eight", "three")]
+    for guidance, alike in ((0.0, True), (1.0, False)):
+        one, other = choose(model, prompts, texts, Sampling(guidance=guidance))
+        assert torch.allclose(one.log_probabilities, other.log_probabilities, atol=1e-5) == alike
+
+
+def prefer(model: FusedLanguageModel, biases: dict[int, float]) -> FusedLanguageModel:
+    """The model with these added to its text logits, by token."""
+    logits = model.logits
+    bias = torch.zeros(Vocabulary.SPECIALS + 256)
+    bias[list(biases)] = torch.tensor(list(biases.values()))
+    model.logits = lambda hidden, modality: logits(hidden, modality) + (bias if modality == TEXT else 0)  # type: ignore
+    return model
+
+
+def test_a_document_goes_on_with_segments_of_any_modality_until_its_end(tiny_model: MakeModel) -> None:
+    model = prefer(tiny_model(), dict.fromkeys((Vocabulary.END, *Vocabulary.OPENERS), 4.0))
+    seen, lengths = set(), set()
+    for seed in range(12):
+        sampling = Sampling(max_text=6, max_seconds=0.2, seed=seed)
+        events = list(generate_document(model, Document((Segment("a"),)), sampling, most_segments=3))
+        answers = [event for event in events if isinstance(event, Answer)]
+        texts = [answer.segment.text for answer in answers if answer.segment.modality == TEXT]
+        assert "".join(event for event in events if isinstance(event, str)) == "".join(texts) and all(texts)
+        seen |= {answer.segment.modality for answer in answers}
+        lengths.add(len(answers))
+        for answer in answers:
+            if answer.segment.modality == IMAGE:
+                assert image_size(answer.segment.file) == (8, 8)
+    assert seen == {TEXT, IMAGE, AUDIO} and max(lengths) <= 3 and len(lengths) > 1
+
+
+def test_a_document_is_continued_as_if_its_segments_had_been_given(tiny_model: MakeModel) -> None:
+    """Greedy: what is written after two segments is what is written after them as a prompt; an image of 4 codes for a check."""
+    model = prefer(tiny_model(), {Vocabulary.OPENERS[IMAGE]: 20.0})
+    greedy = Sampling(temperature=0, max_text=6, max_seconds=0.2)
+    for use_cache in (True, False):
+        sampling = replace(greedy, use_cache=use_cache)
+        first, second = generate_document(model, Document((Segment("a"),)), sampling, most_segments=2, continue_text=False)
+        assert isinstance(first, Answer) and isinstance(second, Answer)
+        assert [first.segment] == generate(model, [Document((Segment("a"),))], IMAGE, greedy)
+        # The codes themselves are the prompt: a picture that is encoded again may get others.
+        codes = Codes("00" * 16, 64, 0, first.codes.numpy())
+        model.vocabulary = replace(model.vocabulary, image_codec="00" * 16)
+        prompt = Document((Segment("a"), Segment(codes.to_bytes(), "imagecodes")))
+        assert [second.segment] == generate(model, [prompt], IMAGE, greedy)
+
+
+def test_a_complete_text_is_not_continued(tiny_model: MakeModel) -> None:
+    """Only an opener or `<end>` can come, however much the model would rather go on with the text."""
+    model = prefer(tiny_model(), {Vocabulary.SPECIALS + ord("a"): 20.0, Vocabulary.OPENERS[TEXT]: 10.0})
+    prompt = Document((Segment("once"),))
+    for continue_text, written in ((True, "aaa"), (False, "aaa")):
+        *_, answer = generate_document(model, prompt, replace(GREEDY, max_text=3), continue_text=continue_text)
+        assert isinstance(answer, Answer) and answer.segment.text == written
+    prefer(model, {Vocabulary.END: 15.0})
+    assert list(generate_document(model, prompt, replace(GREEDY, max_text=3), continue_text=False)) == []
+    assert list(generate_document(model, prompt, replace(GREEDY, max_text=3), continue_text=True)) != []
+
+
+def test_a_stop_string_ends_the_document(tiny_model: MakeModel) -> None:
+    model = prefer(tiny_model(), {Vocabulary.SPECIALS + ord(letter): 8.0 for letter in "abcdefgh"})
+    prompt = Document((Segment("once"),))
+    text = generate(model, [prompt], TEXT, GREEDY)[0].text
+    assert len(text) == 12
+    cut = next(place for place in range(2, 10) if text[place : place + 2] not in text[: place + 1])
+    *_, answer = generate_document(model, prompt, replace(GREEDY, stop=(text[cut : cut + 2],)))
+    assert isinstance(answer, Answer) and answer.segment.text == text[:cut] and answer.ended_by == "stop"
+
+
+def test_a_text_only_model_opens_no_image() -> None:
+    torch.manual_seed(0)
+    model = FusedLanguageModel(LSTM(width=16, layers=1), ByteTokenizer())
+    for seed in range(5):
+        for event in generate_document(model, Document((Segment("a"),)), Sampling(seed=seed), most_segments=20):
+            assert isinstance(event, str) or event.segment.modality == TEXT

@@ -1,0 +1,110 @@
+"""The promises of `model/sampling.py`: what is drawn, and what of a text may be shown while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pile_app.data.text import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from pile_app.model.sampling import Sampling, TextPieces, Uniforms, draw
+
+
+def test_top_p_draws_among_the_most_likely_only() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
+    uniforms = Uniforms(0, range(4000), logits.device)
+    for top_p, kept in ((1.0, 4), (0.95, 4), (0.85, 3), (0.69, 2), (0.4, 1), (1e-6, 1)):
+        drawn = draw(logits, Sampling(top_p=top_p), uniforms).bincount(minlength=4)
+        assert (drawn > 0).tolist() == [number < kept for number in range(4)]
+    shares = draw(logits, Sampling(temperature=0.5), uniforms).bincount() / 4000
+    torch.testing.assert_close(shares, torch.tensor([16, 9, 4, 1]) / 30, atol=0.03, rtol=0)
+
+
+def test_what_is_impossible_is_never_drawn() -> None:
+    logits = torch.full((2000, 5), -torch.inf)
+    logits[:, [1, 3]] = 0.0
+    for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(temperature=3.0)):
+        assert set(draw(logits, sampling, Uniforms(1, range(2000), logits.device)).tolist()) == {1, 3}
+
+
+def test_the_numbers_of_a_row_are_its_own() -> None:
+    device = torch.device("cpu")
+    together, alone = Uniforms(3, [0, 1, 2], device), Uniforms(3, [2], device)
+    other = Uniforms(4, [2], device)
+    for _ in range(2 * Uniforms.BLOCK + 3):
+        row = together.next()[2:]
+        assert torch.equal(row, alone.next()) and not torch.equal(row, other.next())
+        assert 0 <= float(row) < 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_text": 0},
+        {"max_seconds": 0.0},
+        {"stop": ("",)},
+        {"stop": "a"},
+    ],
+)
+def test_values_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Sampling(**values)
+
+
+def pieces_of(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    """What comes out token by token, at last by `finish`, and whether a stop string was found."""
+    pieces = TextPieces(tokenizer, stop)
+    shown = []
+    for token in tokens:
+        shown.append(pieces.push(token))
+        if pieces.stopped:
+            break
+    shown.append(pieces.finish())
+    assert "".join(shown) == pieces.text
+    return shown, pieces.stopped
+
+
+@given(st.binary(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_pieces_are_the_text_up_to_the_first_stop_string(data: bytes, stop: list[str]) -> None:
+    """Any bytes: so no piece was ever half a character or a part of a stop string, or the pieces would not add up."""
+    stop = [one for one in stop if "\ufffd" not in one]
+    text = ByteTokenizer().decode(list(data))
+    shown, stopped = pieces_of(ByteTokenizer(), list(data), tuple(stop))
+    places = [text.find(one) for one in stop if one in text]
+    assert stopped == bool(places)
+    assert "".join(shown) == text[: min(places, default=len(text))]
+
+
+@given(st.text("aab\u20ac", max_size=20), st.lists(st.text("ab\u20ac", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_stop_strings_that_overlap_the_text_in_every_way(text: str, stop: list[str]) -> None:
+    shown, _ = pieces_of(ByteTokenizer(), list(text.encode()), tuple(stop))
+    assert "".join(shown) == text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+
+
+def test_a_character_comes_out_whole_and_at_once() -> None:
+    shown, _ = pieces_of(ByteTokenizer(), list("a\u20acb\U0001f600".encode()))
+    assert shown == ["a", "", "", "\u20ac", "b", "", "", "", "\U0001f600", ""]
+    assert pieces_of(ByteTokenizer(), list("\u20ac".encode())[:2])[0] == ["", "", "\ufffd"]
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    shown, stopped = pieces_of(ByteTokenizer(), list(b"ab.\n.\n\nno"), ("\n\n",))
+    assert shown == ["a", "b", ".", "", "\n.", "", "", ""] and stopped
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words"])
+def test_pieces_of_other_tokenizers_add_up(tmp_path: Path, kind: str) -> None:
+    texts = ["the cat sat on the m\u00e4t, na\u00efve \u20ac\u20ac \U0001f600 end"] * 3
+    train_tokenizer(texts, kind, 300, tmp_path / "t.json")  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    tokens = tokenizer.encode(texts[0] + " \U0001f601 cat").tolist()
+    text = tokenizer.decode(tokens)
+    assert "".join(pieces_of(tokenizer, tokens)[0]) == text
+    assert "".join(pieces_of(tokenizer, tokens, ("sat",))[0]) == text[: text.index("sat")]
