@@ -43,7 +43,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     description = RECIPE.parent / "shards" / "dataset.json"
     if description.exists():
         found = json.loads(description.read_text())
-        if (found["version"], found["seed"], found["packages"]) == (recipe.VERSION, 0, recipe._package_versions()):
+        packages = recipe.package_versions(*recipe.PACKAGES)
+        if (found["version"], found["seed"], found["packages"]) == (recipe.VERSION, 0, packages):
             return description.parent
     folder = tmp_path_factory.mktemp("digits") / "shards"
     recipe.prepare(folder)

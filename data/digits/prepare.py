@@ -25,18 +25,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import ctypes
 import hashlib
-import importlib.metadata
 import inspect
-import json
-import os
-import platform
-import shutil
 import sys
 import sysconfig
-import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -48,11 +40,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
+from pile_app.prepare.recipe import finished, package_versions, write_whole
+from pile_app.prepare.speech import INSTALL, Espeak, level, trim
 
 VERSION = 5  # of this recipe: raise it when the bytes of the shards change
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+PACKAGES = ("scikit-learn", "espeakng-loader", "numpy", "pillow", "torch", "torchaudio", "soundfile", "webdataset")
 
 # What a document shows, in its order, and how often.
 SHARES: dict[tuple[str, ...], float] = {
@@ -82,10 +77,6 @@ AUGMENTED_SHARE = 0.95  # of the uses of an image or a clip in training document
 
 SAMPLE_RATE = 8_000
 SECONDS = (0.15, 1.0)  # a clip outside of this is rejected
-LEVEL = 0.1  # root mean square of a clip, -20 dB of full scale
-PEAK = 0.99
-SILENCE = 0.01  # of the peak: what is below at either end is cut
-MARGIN = 0.01  # seconds that are kept of it
 ACCENTS = ("en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc")
 # A voice is a variant of espeak-ng: a throat that speaks any accent. These three women and three men are heard in no training
 # clip. They were chosen for being intelligible and unlike every other variant (klatt6 and adam, say, are nearly one voice).
@@ -104,8 +95,6 @@ STDLIB_LEFT_OUT = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data"),
     *("ensurepip", "encodings", "__pycache__"),
 }
-
-INSTALL = "install it with `uv sync --extra demo` or `pip install scikit-learn espeakng-loader`"
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
         FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.
         RuntimeError: scikit-learn or espeak-ng is missing or fails.
     """
-    if (done := _finished(folder, seed)) is not None:
+    if (done := finished(folder, VERSION, seed)) is not None:
         report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
         return done
     start = time.perf_counter()
@@ -181,36 +170,11 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
         "voices": {"train": sorted({clip.voice for clip in clips}), "heldout": sorted({clip.voice for clip in held_out_clips})},
         "prose_bytes": {"train": _text_bytes(prose), "heldout": _text_bytes(held_out_prose)},
         "rejected": dict(sorted(rejected.items())),
-        "packages": _package_versions(),
+        "packages": package_versions(*PACKAGES),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary, "shards")
-        for prefix, documents in sources.items():
-            for index in write_shards(documents, whole, prefix):
-                if index.rejected:
-                    raise RuntimeError(f"the recipe wrote samples that cannot be read back: {index.rejected[:3]}")
-            progress(f"{prefix}: {len(documents):,} documents written")
-        (whole / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
-        os.replace(whole, folder)
+    write_whole(folder, sources, summary, progress)
     progress(f"{folder} is complete")
     return summary
-
-
-def _finished(folder: Path, seed: int) -> dict[str, Any] | None:
-    """The `dataset.json` of a folder that holds just what would be made, None where there is nothing yet."""
-    description = folder / "dataset.json"
-    if not description.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} is in use by something else: it has no dataset.json. Name another --folder")
-        return None
-    found = json.loads(description.read_text())
-    if (found["version"], found["seed"]) != (VERSION, seed):
-        raise FileExistsError(
-            f"{folder} holds recipe {found['version']}, seed {found['seed']}; asked for recipe {VERSION}, seed {seed}. "
-            "Remove it or name another --folder"
-        )
-    return found
 
 
 # Images
@@ -253,80 +217,6 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # Sound
 
 
-class Espeak:
-    """The espeak-ng library of the package `espeakng-loader`, as a context.
-
-    espeak-ng keeps its state in global variables, and a clip depends on the clips before it. Each context therefore loads its
-    own copy of the library, so that the same calls give the same samples whatever the process has said before.
-    """
-
-    RETRIEVE_SYNCHRONOUSLY, DO_NOT_EXIT = 2, 0x8000
-    RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4  # espeak_PARAMETER
-    UTF8 = 1
-
-    def __enter__(self) -> Espeak:
-        self._cleanup = contextlib.ExitStack()
-        with contextlib.ExitStack() as stack:
-            try:
-                self._load(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espeak-"))))
-            except ImportError as error:
-                raise RuntimeError(f"the spoken digits need espeak-ng, which is missing ({error}): {INSTALL}") from error
-            except (OSError, AttributeError, RuntimeError) as error:
-                raise RuntimeError(f"espeak-ng is there but fails: {error}. If it is damaged or old, {INSTALL}") from error
-            self._cleanup = stack.pop_all()
-        return self
-
-    def _load(self, folder: Path) -> None:
-        import espeakng_loader
-
-        library = Path(espeakng_loader.get_library_path())
-        # espeak-ng cuts paths at 160 bytes, which a virtual environment in a deep folder exceeds: hence the link.
-        data = folder / "espeak-ng-data"
-        data.symlink_to(espeakng_loader.get_data_path(), target_is_directory=True)
-        self._library = ctypes.CDLL(str(shutil.copy(library, folder)))
-        self._library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-        self._library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-        self._library.espeak_Synth.argtypes = [
-            *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
-            *(ctypes.c_void_p, ctypes.c_void_p),
-        ]
-        # Without DO_NOT_EXIT the library ends the process when it does not find its data.
-        self.sample_rate = self._library.espeak_Initialize(self.RETRIEVE_SYNCHRONOUSLY, 0, os.fsencode(data), self.DO_NOT_EXIT)
-        if self.sample_rate <= 0:
-            raise RuntimeError(f"{library} does not start with the data in {data.resolve()}")
-        self._blocks: list[bytes] = []
-        callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self._callback = callback_type(self._receive)  # kept here: the library does not keep it alive
-        self._library.espeak_SetSynthCallback(self._callback)
-        self.voices = sorted(path.name for path in (data / "voices" / "!v").iterdir())
-
-    def __exit__(self, *error: object) -> None:
-        self._library.espeak_Terminate()
-        self._cleanup.close()
-
-    def _receive(self, samples: Any, count: int, events: int | None) -> int:
-        if samples and count:
-            self._blocks.append(ctypes.string_at(samples, 2 * count))
-        return 0  # go on
-
-    def say(self, text: str, accent: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Samples (T,) in [-1, 1] at `sample_rate`. `rate` in words a minute, pitch and range from 0 to 100."""
-        if voice not in self.voices:  # the library would speak in the plain voice, without a word
-            raise ValueError(f"espeak-ng has no voice {voice!r}, only {self.voices}")
-        if self._library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()):
-            raise ValueError(f"espeak-ng does not speak {accent!r}")
-        # Louder, a third of the voices clip.
-        for parameter, value in ((self.RATE, rate), (self.VOLUME, 30), (self.PITCH, pitch), (self.RANGE, pitch_range)):
-            self._library.espeak_SetParameter(parameter, value, 0)
-        self._library.espeak_ng_SetRandSeed(1)  # of the breath noise; seeded with the time of day otherwise
-        self._blocks.clear()
-        data = text.encode()
-        if self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, self.UTF8, None, None):
-            raise RuntimeError(f"espeak-ng fails to say {text!r} as {accent}+{voice}")
-        self._library.espeak_Synchronize()
-        return np.frombuffer(b"".join(self._blocks), np.int16).astype(np.float32) / 32768
-
-
 def spoken_digits(
     seed: int, train_clips: int = TRAIN_CLIPS_A_VOICE, held_out_clips: int = HELD_OUT_CLIPS_A_VOICE
 ) -> tuple[list[Clip], list[Clip], Counter[str]]:
@@ -350,7 +240,7 @@ def spoken_digits(
                     for _ in range(ATTEMPTS):
                         rate, pitch, pitch_range = rng.integers((130, 30, 30), (201, 71, 71)).tolist()
                         samples = espeak.say(name, accent, voice, rate, pitch, pitch_range)
-                        waveform = level(trim(resample(from_numpy(samples)).numpy()))
+                        waveform = level(trim(resample(from_numpy(samples)).numpy(), SAMPLE_RATE))
                         seconds = len(waveform) / SAMPLE_RATE
                         if SECONDS[0] <= seconds <= SECONDS[1]:
                             segment = Segment.from_audio(waveform, SAMPLE_RATE)
@@ -358,23 +248,6 @@ def spoken_digits(
                             break
                         rejected["clip_too_short" if seconds < SECONDS[0] else "clip_too_long"] += 1
     return clips[False], clips[True], rejected
-
-
-def trim(waveform: np.ndarray) -> np.ndarray:
-    """Without the silence at both ends, but for `MARGIN` seconds."""
-    magnitude = np.abs(waveform)
-    loud = np.flatnonzero(magnitude > SILENCE * magnitude.max(initial=0))
-    if not len(loud):
-        return waveform[:0]
-    margin = round(MARGIN * SAMPLE_RATE)
-    return waveform[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
-
-
-def level(waveform: np.ndarray) -> np.ndarray:
-    """At the loudness `LEVEL`, or below it where the peak would be above `PEAK`."""
-    if not len(waveform):
-        return waveform
-    return waveform * min(LEVEL / np.sqrt(np.mean(waveform**2)), PEAK / np.abs(waveform).max())
 
 
 # Documents
@@ -542,11 +415,6 @@ def _hours(clips: Sequence[Clip]) -> float:
 
 def _text_bytes(documents: Sequence[Document]) -> int:
     return sum(len(segment.text.encode()) for document in documents for segment in document.segments)
-
-
-def _package_versions() -> dict[str, str]:
-    packages = ("scikit-learn", "espeakng-loader", "numpy", "pillow", "torch", "torchaudio", "soundfile", "webdataset")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

