@@ -110,12 +110,10 @@ class Classification(Objective):
         if isinstance(class_weights, list) and (len(class_weights) != len(labels) or min(class_weights) <= 0):
             raise ValueError(f"objective.class_weights needs a number above 0 for each of {labels}, not {class_weights}")
         if head == "language" and freeze:
-            raise ValueError(
-                "objective.head language has no weights of its own: with objective.freeze set head to linear"
-            )
+            raise ValueError("objective.head language has no weights of its own: with objective.freeze set head to linear")
         self.labels = labels
         self.kind = head
-        self.pooling = ["last"] if head == "language" else pooling
+        self.pooling: list[Pooling] = ["last"] if head == "language" else pooling
         self.class_weights = class_weights
         self.dropout = nn.Dropout(dropout)
         self.confusion: Tensor | None = None  # (true, predicted) counts of the last validation
