@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-COMMANDS = ("prepare", "index", "tokenizer", "encode", "generate", "export", "inspect", "plan")
+COMMANDS = ("prepare", "index", "tokenizer", "encode", "generate", "classify", "export", "inspect", "plan")
 
 
 def make_parser() -> argparse.ArgumentParser:

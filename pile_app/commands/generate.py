@@ -30,17 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on its own. A text at the end of the prompt is continued by --to text. A single text is shown while it is written."
     )
     parser.add_argument("run", type=Path, help="folder of the run: runs/<name>")
-    kinds = {"text": "text", "image": "image file (png, jpg, webp)", "audio": "sound file (wav, flac, ogg, mp3)"}
-    for name, what in kinds.items():
-        parser.add_argument(
-            f"--{name}",
-            dest="prompt",
-            action=_AppendSegment,
-            const=name,
-            default=[],
-            metavar=name.upper() if name == "text" else "FILE",
-            help=f"{what} of the prompt; may stand several times",
-        )
+    add_prompt(parser)
     parser.add_argument(
         "--to",
         choices=("text", "image", "audio", "any"),
@@ -60,6 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-cache", dest="use_cache", action="store_false", help="compute all anew for every token")
     parser.add_argument("--checkpoint", default="last", help="last, best, previous, or a file")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/generated)")
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """`--text`, `--image` and `--audio`, for `read_prompt`."""
+    kinds = {"text": "text", "image": "image file (png, jpg, webp)", "audio": "sound file (wav, flac, ogg, mp3)"}
+    for name, what in kinds.items():
+        parser.add_argument(
+            f"--{name}",
+            dest="prompt",
+            action=_AppendSegment,
+            const=name,
+            default=[],
+            metavar=name.upper() if name == "text" else "FILE",
+            help=f"{what} of the prompt; may stand several times",
+        )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -32,6 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality", type=lambda names: names.split(","), default=[], metavar="RULES", help="gopher, c4, or gopher,c4"
     )
 
+    labels = parser.add_argument_group("labels (of classes; a column `label` is one without being asked for)")
+    labels.add_argument("--label-column", metavar="NAME", help="column that holds the label; '': none does")
+    labels.add_argument("--label-names", nargs="+", default=[], metavar="NAME", help="what classes 0, 1 ... are called")
+    labels.add_argument("--text-column", nargs="+", default=[], metavar="NAME", help="columns that hold the texts, in order")
+    labels.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of tables without a line of names: theirs")
+    labels.add_argument("--label-from-folder", action="store_true", help="the folder of a file is its label")
+    labels.add_argument("--label-loss-only", action="store_true", help="what is labelled is given, the label alone is learned")
+    labels.add_argument(
+        "--mix-splits",
+        dest="given_splits",
+        action="store_false",
+        help="files named train or test are nothing special",
+    )
+
     again = parser.add_argument_group("duplicates and evaluation sets")
     again.add_argument("--keep-duplicates", dest="exact_duplicates", action="store_false", help="keep exact duplicates")
     again.add_argument(

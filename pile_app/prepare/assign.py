@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from pile_app.prepare.labels import MOST_LABELS, SPLITS, in_order
 from pile_app.prepare.ngrams import NearDuplicates
 from pile_app.prepare.spill import KEPT, Table, Workplace, document_of_block
 
-SPLITS = ("train", "validation")
 DIGESTS_AT_ONCE = 1 << 24  # that are sorted in memory
 
 
@@ -45,12 +45,13 @@ class Tally:
 @dataclass
 class Summary:
     """What `prepare` wrote: `sources[source][split]`, a split without documents is absent; `rejected[reason]`; `read[layout]`,
-    documents, and what was rejected, by what they were read as."""
+    documents, and what was rejected, by what they were read as; `labels`: their numbers, -1 where not known."""
 
     output: Path
     sources: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(dict))
     rejected: Counter[str] = field(default_factory=Counter)
     read: Counter[str] = field(default_factory=Counter)
+    labels: dict[str, int] = field(default_factory=dict)
 
     @property
     def documents(self) -> int:
@@ -70,18 +71,23 @@ class Summary:
             for source in sorted(self.sources)
         }
         counts = {"read": dict(sorted(self.read.items())), "rejected": dict(sorted(self.rejected.items()))}
-        return {"pile_dataset": 1, "sources": sources, **counts}
+        labels = {"labels": in_order(self.labels)} if self.labels else {}
+        return {"pile_dataset": 1, "sources": sources, **labels, **counts}
 
     def yaml(self) -> str:
-        """The `data.sources` of a configuration: every source that has documents to train on."""
+        """The `data.sources` of a configuration: every source that has documents to train on. And the labels, in order."""
         import yaml
 
         sources = {
-            source: {split: os.path.join(self.output, pattern) for split, pattern in self.shards(source).items()}
+            source: {
+                split: os.path.join(self.output, pattern) for split, pattern in self.shards(source).items() if split != "test"
+            }
             for source in sorted(self.sources)
             if "train" in self.sources[source]
         }
-        description = {"data": {"sources": sources}}
+        description: dict[str, Any] = {"data": {"sources": sources}}
+        if 1 < len(self.labels) <= MOST_LABELS:
+            description["model"] = {"objective": {"init_args": {"labels": in_order(self.labels)}}}
         return yaml.safe_dump(description, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
 
 
@@ -96,6 +102,7 @@ def assign(work: Workplace, units: int, summary: Summary) -> list[str]:
         for unit, repeated in zip(range(units), duplicates, strict=False):
             table = Table.load(work.table(unit))
             summary.read.update({layout: count for layout, count in table.layouts.items() if layout})
+            summary.labels.update(table.labels)
             dropped = _dropped(table, repeated, similar)
             for _, source, file, reason, detail, place, size in merge(table.rejected, dropped, key=lambda entry: entry[0]):
                 summary.rejected[reason] += 1
@@ -105,8 +112,8 @@ def assign(work: Workplace, units: int, summary: Summary) -> list[str]:
                     reviews[reason].append((line, unit, place, size))
             kept = np.delete(table.rows, [entry[0] for entry in dropped])
             for number, source in enumerate(table.sources):
-                for split in SPLITS:
-                    rows = kept[(kept["source"] == number) & (kept["validation"] == (split == "validation"))]
+                for place, split in enumerate(SPLITS):
+                    rows = kept[(kept["source"] == number) & (kept["split"] == place)]
                     if len(rows):
                         plan = plans.setdefault((source, split), _ShardPlans(work, f"{source}-{split}"))
                         plan.add(unit, rows["offset"], rows["size"])

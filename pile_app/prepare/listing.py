@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import stat
 import zlib
 from collections import defaultdict
@@ -32,6 +33,7 @@ from pile_app.prepare.files import (
     read_file,
     table_lines,
 )
+from pile_app.prepare.labels import TEXT_COLUMNS, label_column, split_in_path
 from pile_app.prepare.options import JSON_EXTENSIONS, MEDIA_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
 
 
@@ -40,8 +42,7 @@ class TabSeparated(csv.excel_tab):
 
 
 TABLE_DIALECTS = {"csv": csv.excel, "tsv": TabSeparated}
-FILE_COLUMNS = ("image", "audio", "file", "path")
-TEXT_COLUMNS = ("caption", "transcript", "transcription", "text", "sentence")
+FILE_COLUMNS = ("image", "audio", "file", "file_name", "path")
 ITEM_BYTES = 1 << 24  # longer plain files are cut
 
 
@@ -51,6 +52,14 @@ class Item(NamedTuple):
     reader: str
     arguments: list[Any]
     weight: int = 0
+
+
+def split_of(item: Item) -> str | None:
+    """The split that its path names, of what is read."""
+    if item.reader == "rejected":
+        return None
+    path: str = item.arguments[2][0] if item.reader == "media" else item.arguments[0]
+    return split_in_path(re.sub(r":\d+$", "", path) if item.reader == "labelled" else path)
 
 
 def list_items(input: Path, options: Options, stamp: Callable[[bytes], Any] = len) -> Iterator[Item]:
@@ -178,14 +187,19 @@ def _list_table(root: str, path: str, layout: str, options: Options, named: set[
     """An item a row; the files that rows name are noted in `named`."""
     with open_plain(path) as file:
         rows = csv.reader(table_lines(file), TABLE_DIALECTS[extension(path)])
-        header = [name.strip().lower() for name in next(rows, [])]
+        header = list(options.columns) or [name.strip().lower() for name in next(rows, [])]
         file_columns = [name for name in FILE_COLUMNS if name in header]
         text_column = next((name for name in TEXT_COLUMNS if name in header), None)
-        if not file_columns:
-            detail = f"the table has columns {header}; one of {', '.join(FILE_COLUMNS)} has to name the file"
+        label = label_column(header, options) if layout == "table" else None
+        if not file_columns and not label:
+            detail = f"the table has columns {header}; one of {', '.join(FILE_COLUMNS)} has to name the file, or one the label"
             raise BadSample("no_file_column", detail)
         for row in rows:
             cells = dict(zip(header, row, strict=False))
+            if label and not file_columns:
+                arguments = [_relative(root, f"{path}:{rows.line_num}"), "labelled table", [], cells]
+                yield Item("labelled", arguments, sum(map(len, row)))
+                continue
             names = [cells[column] for column in file_columns if cells.get(column)]
             text = cells.get(text_column, "") if text_column is not None else None
             line = f"{path}:{rows.line_num}"
@@ -196,7 +210,11 @@ def _list_table(root: str, path: str, layout: str, options: Options, named: set[
                 continue
             named.update(media)
             files = [_relative(root, one) for one in media]
-            yield Item("media", [_relative(root, line), layout, files, text, []], sum(map(os.path.getsize, media)))
+            size = sum(map(os.path.getsize, media))
+            if label:
+                yield Item("labelled", [_relative(root, line), "labelled table", files, cells], size)
+            else:
+                yield Item("media", [_relative(root, line), layout, files, text, []], size)
 
 
 def _files_of_row(root: str, table: str, names: list[str], options: Options) -> list[str]:

@@ -17,7 +17,7 @@ JSON_EXTENSIONS = ("jsonl", "jsonl.gz", "jsonl.zst")
 TABLE_EXTENSIONS = ("csv", "tsv")
 EXTENSIONS: dict[str, tuple[str, ...]] = {
     "auto": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet", *MEDIA_EXTENSIONS, *TABLE_EXTENSIONS, "tar"),
-    "text": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet"),
+    "text": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "images": (*IMAGE_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "audio": (*AUDIO_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "interleaved": (*JSON_EXTENSIONS, "parquet"),
@@ -44,6 +44,13 @@ class Options:
     clean: bool = True
     shard_megabytes: float = 64
     caption_from_folder: bool = False
+    label_from_folder: bool = False
+    label_column: str | None = None
+    label_names: tuple[str, ...] = ()
+    text_column: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    label_loss_only: bool = False
+    given_splits: bool = True
     document_bytes: int = 1 << 20
     repair: bool = False
     quality: tuple[str, ...] = ()

@@ -13,8 +13,9 @@ Steps 2 and 4 run in processes here, or on a cluster through Ray Data. All is ke
 whole, so that the same command continues where it was interrupted. The same input gives the same bytes, whatever the engine,
 the number of processes and the interruptions.
 
-A document goes to training or validation by the hash of its content (of its media, where it has any), so it stays on its side
-whatever is added later. What cannot be used is counted by reason, listed in `rejected.jsonl`, and kept in part in `rejected/`.
+A document goes to training or validation by the hash of its content (of its media, where it has any; without its label), so it
+stays on its side whatever is added later; where files or folders are named train, validation and test they stay as they are.
+What cannot be used is counted by reason, listed in `rejected.jsonl`, and kept in part in `rejected/`.
 Memory does not grow with the data but for near-duplicates (4 kB a document), the names of the files of a folder and of all
 tables, and 16 bytes a unit.
 """
@@ -36,15 +37,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from pile_app.prepare.assign import SPLITS, Summary, assign
+from pile_app.prepare.assign import Summary, assign
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
-from pile_app.prepare.listing import list_items
+from pile_app.prepare.labels import SPLITS, given_splits
+from pile_app.prepare.listing import Item, list_items, split_of
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import evaluation_texts
 from pile_app.prepare.spill import Workplace, is_spilled, make_spill, slug, write_shard
 
-PREPARE_VERSION = 2  # changes with what the same options give
+PREPARE_VERSION = 3  # changes with what the same options give
 UNIT_BYTES = 1 << 24
 
 
@@ -118,7 +120,8 @@ def _list_input(work: Workplace, input: Path, output: Path, overwrite: bool) -> 
     """Lists the input anew, and makes the workplace ready for it; the number of units."""
     folder, options = work.folder, work.options
     digest = hashlib.blake2b(digest_size=16)
-    units = work.write_units(list_items(input, options, digest.update), UNIT_BYTES)
+    splits: set[str] = set()
+    units = work.write_units(_noting_splits(list_items(input, options, digest.update), splits), UNIT_BYTES)
     digest.update(_file_digest(folder / "units.jsonl"))
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
@@ -129,6 +132,7 @@ def _list_input(work: Workplace, input: Path, output: Path, overwrite: bool) -> 
         "output": str(output.resolve()),
         "root": work.root,
         "source": work.source,
+        "splits": given_splits(splits) if options.given_splits else [],
         "files of the input": digest.hexdigest(),
         "evaluation sets": _file_digest(Path(work.evaluation)).hex() if options.decontaminate else "",
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
@@ -147,6 +151,13 @@ def _list_input(work: Workplace, input: Path, output: Path, overwrite: bool) -> 
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "state.json").write_text(json.dumps(state))
     return units
+
+
+def _noting_splits(items: Iterator[Item], splits: set[str]) -> Iterator[Item]:
+    for item in items:
+        if split := split_of(item):
+            splits.add(split)
+        yield item
 
 
 def _file_digest(path: Path) -> bytes:
@@ -241,7 +252,7 @@ def _print_summary(summary: Summary) -> None:
             if one := splits.get(split):
                 hours = f"{one.audio_seconds / 3600:,.3f}"
                 table.add_row(source, split, f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", hours)
-            else:
+            elif split != "test":
                 missing.append(f"{source} has no {split} documents")
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(table)

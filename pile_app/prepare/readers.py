@@ -11,6 +11,8 @@ What is read (the kind `auto` reads all of it):
 * media: files that share a name (`frog.png`, `frog.ogg` and the caption or transcript `frog.txt`); the rows of a CSV or TSV
   table with a column that names the file and one that holds the text, and then no other media; Common Voice (`validated.tsv`
   beside `clips/`, that table alone); LibriSpeech (`*.trans.txt` with a line a recording, beside the recordings);
+* what has a label, which then is the last segment: a column `label` (or the one that is named) of a table, of JSON lines or of
+  Parquet, where the names of Hugging Face's classes are known; the folder that a file lies in, if that is asked for;
 * WebDataset shards (`.tar`): their documents as they are.
 
 Input is not trusted: see `files.py`. No name in a table or record reaches a file outside the input folder; nothing is unpickled
@@ -25,7 +27,8 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,20 +49,24 @@ from pile_app.prepare.files import (
     read_file,
     table_lines,
 )
-from pile_app.prepare.listing import ITEM_BYTES, TABLE_DIALECTS, TEXT_COLUMNS, Item, list_items
+from pile_app.prepare.labels import TEXT_COLUMNS, class_names, label_column, label_of_folder, label_text, labelled, texts_of
+from pile_app.prepare.listing import ITEM_BYTES, TABLE_DIALECTS, Item, list_items
 from pile_app.prepare.options import JSON_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
 
 
 class Found(NamedTuple):
     """What a reader made of a file (or a line of one, `file:line`): a document, or why there is none.
 
-    layout: what it was read as; raw: what there was in place of a document.
+    layout: what it was read as; raw: what there was in place of a document; label: of a labelled document; class_number: of
+    that label, -1 where it is not known.
     """
 
     file: str
     content: Document | BadSample
     layout: str = ""
     raw: bytes = b""
+    label: str = ""
+    class_number: int = -1
 
 
 def read_item(root: str, item: Item, options: Options) -> Iterator[Found]:
@@ -86,7 +93,10 @@ def _read_text(root: str, file: str, options: Options, path: str, start: int, st
         start, stop = (next_cut(opened, place, options.document_bytes) for place in (start, stop))
         opened.seek(start)
         for piece in pieces_of(opened, stop - start, options.document_bytes):
-            yield _found(file, "text file", piece, _document_of_text, piece)
+            if options.label_from_folder:
+                yield _found_labelled(file, "labelled text file", piece, partial(_segments_of_text, piece), path, options)
+            else:
+                yield _found(file, "text file", piece, _document_of_text, piece)
 
 
 def _read_json_lines(
@@ -124,23 +134,26 @@ def _read_parquet(root: str, file: str, options: Options, path: str, group: int)
             if size > rows * MAX_SAMPLE_BYTES:
                 raise BadSample("damaged_file", f"{size:,} bytes in {rows:,} rows")
             at_once = max(1, min(1024, rows * ITEM_BYTES // max(1, size)))
-            columns = _parquet_columns(table.schema_arrow)
+            columns = _parquet_columns(table.schema_arrow, options)
+            label = label_column(table.schema_arrow.names, options)
+            names = class_names(table.schema_arrow.metadata, label) if label else []
             for batch in table.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
                 for record in batch.to_pylist():
                     number += 1
                     record = {name: value for name, value in record.items() if value is not None}
-                    yield _found_in_record(root, path, f"{file}:{number}", "Parquet", record, options)
+                    yield _found_in_record(root, path, f"{file}:{number}", "Parquet", record, options, names=names)
     except BadSample:
         raise
     except Exception as error:  # of pyarrow, and what a hostile file makes of it
         raise BadSample("damaged_file", f"row group {group}: {error}") from error
 
 
-def _parquet_columns(schema: Any) -> list[str]:
-    """Columns that may make a document: those that readers know by name, and media."""
+def _parquet_columns(schema: Any, options: Options) -> list[str]:
+    """Columns that may make a document: those that readers know by name or are told, and media."""
     import pyarrow.types as types
 
-    known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS}
+    known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS, *options.text_column}
+    known.add(label_column(schema.names, options) or "text")
 
     def is_medium(kind: Any) -> bool:
         is_file = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -153,7 +166,24 @@ def _read_media(
     root: str, file: str, options: Options, _: str, layout: str, media: list[str], text: str | None, captions: list[str]
 ) -> Iterator[Found]:
     """Files, and what is said of them."""
-    yield _found(file, layout, b"", _document_of_files, root, media, text, captions, options)
+    if options.label_from_folder:
+        files = [*media, *captions[:1]]
+        yield _found_labelled(file, f"labelled {layout}", b"", partial(_segments_of_files, root, files), media[0], options)
+    else:
+        yield _found(file, layout, b"", _document_of_files, root, media, text, captions, options)
+
+
+def _read_labelled(
+    root: str, file: str, options: Options, _: str, layout: str, media: list[str], cells: dict[str, str]
+) -> Iterator[Found]:
+    """A row of a table that has a label: its files, its text unless there are files and nobody asked for it, and the label."""
+    column = label_column(cells, options)
+    texts = options.text_column or not media
+
+    def inputs() -> list[Segment]:
+        return _segments_of_files(root, media) + (texts_of(cells, options) if texts else [])
+
+    yield _found_with_label(file, layout, b"", inputs, cells.get(column or ""), options)
 
 
 def _read_tar(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
@@ -176,6 +206,7 @@ READERS: dict[str, Callable[..., Iterator[Found]]] = {
     "json_lines": _read_json_lines,
     "parquet": _read_parquet,
     "media": _read_media,
+    "labelled": _read_labelled,
     "tar": _read_tar,
 }
 
@@ -194,6 +225,45 @@ def _found(file: str, layout: str, raw: bytes, make: Callable[..., Document], *a
         return Found(file, BadSample("unreadable_file", str(error)), layout, raw)
 
 
+def _found_labelled(
+    file: str, layout: str, raw: bytes, inputs: Callable[[], list[Segment]], path: str, options: Options
+) -> Found:
+    """With the name of its folder as the label."""
+    try:
+        label = label_of_folder(path)
+    except BadSample as error:
+        return Found(file, error, layout, raw)
+    return _found_with_label(file, layout, raw, inputs, label, options)
+
+
+def _found_with_label(
+    file: str,
+    layout: str,
+    raw: bytes,
+    inputs: Callable[[], list[Segment]],
+    label: Any,
+    options: Options,
+    names: Sequence[str] = (),
+) -> Found:
+    """With the label as it stands in the data: a text, or the number of a class with one of the names."""
+    if options.label_names:
+        names, label = options.label_names, int(label) if isinstance(label, str) and label.strip().isdecimal() else label
+    found = _found(file, layout, raw, lambda: labelled(inputs(), label_text(label, names), options))
+    if isinstance(found.content, BadSample):
+        return found
+    number = label if names and isinstance(label, int) else -1
+    return found._replace(label=found.content.segments[-1].text, class_number=number)
+
+
+def _segments_of_text(data: bytes) -> list[Segment]:
+    return [Segment(decode(data))]
+
+
+def _segments_of_files(root: str, files: Sequence[str]) -> list[Segment]:
+    read = ((extension(file), read_file(os.path.join(root, file))) for file in files)
+    return [Segment(decode(data)) if kind in TEXT_EXTENSIONS else Segment(data, kind) for kind, data in read]
+
+
 def _document_of_text(data: bytes) -> Document:
     return Document((Segment(decode(data)),))
 
@@ -203,7 +273,7 @@ def _document_of_block(key: str, block: bytes) -> Document:
 
 
 def _document_of_files(root: str, media: list[str], text: str | None, captions: list[str], options: Options) -> Document:
-    segments = [Segment(read_file(os.path.join(root, file)), extension(file)) for file in media]
+    segments = _segments_of_files(root, media)
     if captions:
         text = decode(read_file(os.path.join(root, captions[0]), MAX_LINE_BYTES))
     if options.caption_from_folder and not text:
@@ -226,13 +296,34 @@ def _found_in_line(root: str, path: str, name: str, line: bytes, options: Option
     return _found_in_record(root, path, name, "JSON lines", record, options, line)
 
 
-def _found_in_record(root: str, path: str, name: str, layout: str, record: Any, options: Options, raw: bytes = b"") -> Found:
-    """Of a record that is interleaved, has media and a caption, or is a text."""
+def _found_in_record(
+    root: str,
+    path: str,
+    name: str,
+    layout: str,
+    record: Any,
+    options: Options,
+    raw: bytes = b"",
+    names: Sequence[str] = (),
+) -> Found:
+    """Of a record that is interleaved, has a label, media and a caption, or is a text. names: of the classes of its label."""
     record = record if isinstance(record, dict) else {}
     for key, (interleaved, make) in _INTERLEAVED.items():
         if isinstance(record.get(key), list) and options.kind in ("auto", "interleaved"):
             return _found(name, f"{interleaved} ({layout})", raw, make, root, path, record)
-    if options.kind in ("auto", "images", "audio") and (media := [value for value in record.values() if _is_medium(value)]):
+    media = [value for value in record.values() if _is_medium(value)] if options.kind in ("auto", "images", "audio") else []
+    try:
+        column = label_column(record, options)
+    except BadSample as error:
+        return Found(name, error, layout, raw)
+    if column and (media or options.kind in ("auto", "text")):
+        texts = options.text_column or not media
+
+        def inputs() -> list[Segment]:
+            return [_medium(root, path, medium) for medium in media] + (texts_of(record, options) if texts else [])
+
+        return _found_with_label(name, f"labelled {layout}", raw, inputs, record[column], options, names)
+    if media:
         return _found(name, layout, raw, _document_of_media, root, path, record, media, options)
     if options.kind in ("auto", "text") and isinstance(record.get("text"), str):
         meta = record.get("meta")

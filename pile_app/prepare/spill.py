@@ -32,7 +32,8 @@ from pile_app.data.tar import BLOCK, ShardError, files_of_block
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, audio_size, document_from_sample, sample_from_document
 from pile_app.prepare.files import whole_file
 from pile_app.prepare.filters import apply_steps
-from pile_app.prepare.listing import Item
+from pile_app.prepare.labels import choose_split
+from pile_app.prepare.listing import Item, split_of
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
 from pile_app.prepare.options import Options
 from pile_app.prepare.readers import Found, read_item
@@ -42,7 +43,7 @@ KEPT_BYTES = 1 << 20  # of a file
 KEPT_CHARACTERS = 1 << 16
 ROW = np.dtype(  # of a document: byte range in the blocks, number of its source in `Table.sources`, split, sizes, content
     [
-        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("validation", "|b1"),
+        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"),
         ("text_bytes", "<u8"), ("images", "<u4"), ("audio_seconds", "<f8"), ("digest", "<u8", 2),
     ]
 )  # fmt: skip
@@ -52,18 +53,20 @@ ROW = np.dtype(  # of a document: byte range in the blocks, number of its source
 class Workplace:
     """The folder of a preparation that is under way.
 
-    root: of the input; source: name of documents that name none; options: what the shards will hold.
+    root: of the input; source: name of documents that name none; options: what the shards will hold; splits: that the names of
+    the files give.
     """
 
     folder: Path
     root: str
     source: str
     options: Options
+    splits: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: str) -> Workplace:
         state = json.loads((Path(folder) / "state.json").read_bytes())
-        return cls(Path(folder), state["root"], state["source"], Options.of(state["options"]))
+        return cls(Path(folder), state["root"], state["source"], Options.of(state["options"]), tuple(state["splits"]))
 
     @property
     def result(self) -> Path:
@@ -119,7 +122,7 @@ class Table:
 
     rows: (N,) `ROW`; signatures: (N, 128) uint32, or (0, 128) where none were asked for, zeros where there is none; files:
     names; rejected: [row it came before, source, file, reason, detail, offset, size]; layouts: documents, and what was
-    rejected, by what they were read as; blocks: bytes of the blocks.
+    rejected, by what they were read as; labels: number of the class of each; blocks: bytes of the blocks.
     """
 
     rows: np.ndarray
@@ -128,12 +131,13 @@ class Table:
     files: list[str]
     rejected: list[list[Any]]
     layouts: dict[str, int]
+    labels: dict[str, int]
     blocks: int
 
     TYPES = {"rows": "|u1", "signatures": "<u4"}  # noqa: RUF012 (a table, never changed)
 
     def save(self, path: str) -> None:
-        texts = {name: getattr(self, name) for name in ("sources", "files", "rejected", "layouts", "blocks")}
+        texts = {name: getattr(self, name) for name in ("sources", "files", "rejected", "layouts", "labels", "blocks")}
         arrays = {"rows": self.rows.view(np.uint8), "signatures": self.signatures.reshape(-1)}
         save_arrays(path, arrays, {name: json.dumps(value) for name, value in texts.items()})
 
@@ -170,10 +174,11 @@ def make_spill(folder: str, unit: int) -> None:
     rejected: list[list[Any]] = []
     reasons: Counter[str] = Counter()
     layouts: Counter[str] = Counter()
+    labels: dict[str, int] = {}
     place = 0
     os.makedirs(os.path.dirname(work.blocks(unit)), exist_ok=True)
     with whole_file(work.blocks(unit)) as blocks:
-        for found in (found for item in work.items(unit) for found in read_item(work.root, item, options)):
+        for item, found in ((one, found) for one in work.items(unit) for found in read_item(work.root, one, options)):
             layouts[found.layout] += 1
             source = work.source
             try:
@@ -191,13 +196,16 @@ def make_spill(folder: str, unit: int) -> None:
                 rejected.append([len(files), source, found.file, error.reason, detail, place, blocks.write(block)])
             else:
                 number = sources.setdefault(source, len(sources))
-                rows.append((place, blocks.write(block), number, *_describe(document, options)))
+                split, *about = _describe(document, work, split_of(item), bool(found.label))
+                rows.append((place, blocks.write(block), number, split, *about))
                 files.append(found.file)
+                if found.label:
+                    labels[document.segments[-1].text] = found.class_number
                 if options.near_duplicates is not None:
                     signatures.append(_signature(document))
             place += len(block)
     hashes = np.array(signatures, "<u4").reshape(-1, PERMUTATIONS)
-    Table(np.array(rows, ROW), hashes, list(sources), files, rejected, dict(layouts), place).save(work.table(unit))
+    Table(np.array(rows, ROW), hashes, list(sources), files, rejected, dict(layouts), labels, place).save(work.table(unit))
 
 
 def write_shard(folder: str, shard: str) -> None:
@@ -263,17 +271,19 @@ def document_of_block(block: bytes) -> Document:
     return document_from_sample("", files_of_block(block))
 
 
-def _describe(document: Document, options: Options) -> tuple[Any, ...]:
+def _describe(document: Document, work: Workplace, given: str | None, is_labelled: bool) -> tuple[Any, ...]:
     """The columns of `ROW` after `source`."""
+    options = work.options
     media = [segment for segment in document.segments if segment.modality != TEXT]
     digest = _digest(document.segments, options.seed)
-    # By the media where there are any: five captions of one image are five documents on one side.
-    draw = int.from_bytes((_digest(media, options.seed) if media else digest)[:8], "big") / 2**64
+    # By the media where there are any: five captions of one image are five documents on one side. And so are two labels.
+    drawn = _digest(media or document.segments[:-1], options.seed) if media or is_labelled else digest
+    draw = int.from_bytes(drawn[:8], "big") / 2**64
     text_bytes = sum(len(segment.text.encode()) for segment in document.segments if segment.modality == TEXT)
     sounds = [audio_size(segment.file) for segment in media if segment.modality != IMAGE]
     seconds = sum(samples / rate for samples, rate in sounds)
-    is_validation = draw < options.validation_share
-    return is_validation, text_bytes, len(media) - len(sounds), seconds, tuple(np.frombuffer(digest, "<u8").tolist())
+    split = choose_split(given, work.splits, draw, options.validation_share)
+    return split, text_bytes, len(media) - len(sounds), seconds, tuple(np.frombuffer(digest, "<u8").tolist())
 
 
 def _signature(document: Document) -> np.ndarray:

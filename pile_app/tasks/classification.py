@@ -1,13 +1,18 @@
 """Classification of documents: texts, images, sounds, or any mixture of them.
 
 A labelled document ends with its label, a text: `cls` beside `txt`, `jpg` or `wav` in a shard. What stands before it is read by
-the model, and the mean of its hidden vectors goes through a linear head. The label itself is not seen: the model is causal.
+the model, and its hidden vectors, pooled, go through a linear head; or the model says itself which label comes next, of those
+there are. The label is not seen: the model is causal.
+
+    hidden (B, T, D) -> mean, maximum, last of each document (L, F) -> head -> logits (L, classes)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,17 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pile_app.data.annotation import NO_LABEL, Annotator, label_last
+from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
-from pile_app.documents import Document
+from pile_app.documents import TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.objective import Objective, mean_by_piece
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer
 
+Pooling = Literal["mean", "max", "last"]
+ROWS = 64  # documents that are read at once for predictions
+
 
 class LabelAnnotator(Annotator):
-    """Every token before the label has the number of the label. `labels`: the labels in order."""
+    """Every token before the label, its opener included, has the number of the label. `labels`: the labels in order."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.numbers = {label: number for number, label in enumerate(labels)}
@@ -36,31 +45,58 @@ class LabelAnnotator(Annotator):
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
-        label = document.segments[-1].text.strip()
-        if label not in self.numbers:
-            raise ValueError(
-                f"document {document.key!r} has the label {label!r}, model.objective.labels names {list(self.numbers)}"
-            )
+        label = number_of_label(document, self.numbers)
         labels = np.full(length, NO_LABEL, np.int32)
         for first, stop in spans[:-1]:
-            labels[first:stop] = self.numbers[label]
+            labels[first:stop] = label
+        labels[spans[-1][0] - 1] = label
         return labels
+
+
+def number_of_label(document: Document, numbers: Mapping[str, int]) -> int:
+    """Raises ValueError where the last segment is not one of the labels, or the only one."""
+    last = document.segments[-1]
+    label = last.text.strip() if last.modality == TEXT else last.extension
+    if label not in numbers:
+        raise ValueError(f"document {document.key!r} has the label {label!r}, model.objective.labels names {list(numbers)}")
+    if len(document.segments) < 2:
+        raise ValueError(f"document {document.key!r} is nothing but the label {label!r}")
+    return numbers[label]
+
+
+def split_label(document: Document, labels: Sequence[str]) -> tuple[Document, int]:
+    """What stands before the label, and the number of the label. Raises ValueError, see `number_of_label`."""
+    document = label_last(document)
+    number = number_of_label(document, {label: number for number, label in enumerate(labels)})
+    return replace(document, segments=document.segments[:-1]), number
 
 
 class Classification(Objective):
     """Which of several labels a document has.
 
     Args:
-        labels: all labels, in the order of the classes.
+        labels: all labels, in the order of the classes, as `pile prepare` prints them.
+        head: linear, on the pooled vectors; or language: the model's own softmax where the label begins, over the first tokens
+            of the labels, which have to differ. That needs no new weights (arXiv:2001.07676 calls the labels a verbalizer).
+        pooling: what is taken of the hidden vectors of a document, one after the other: their mean, the maximum of each
+            component, the last one, which has seen them all. (The head `language` reads the last one.)
+        class_weights: of the labels in the loss, in their order; balanced: total / (classes * count), by the labels that the
+            run has seen so far; null: all 1.
         dropout: share of the features that is dropped in training.
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
     """
 
+    seen: Tensor
+    first_tokens: Tensor
+
     def __init__(
         self,
         labels: list[str],
+        head: Literal["linear", "language"] = "linear",
+        pooling: list[Pooling] = ["mean"],  # noqa: B006 (jsonargparse shows it; never changed)
+        class_weights: Literal["balanced"] | list[float] | None = None,
         dropout: float = 0.1,
         language_weight: float = 0.0,
         freeze: bool = False,
@@ -69,8 +105,18 @@ class Classification(Objective):
         super().__init__(language_weight, freeze, learning_rate)
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"objective.labels needs two different labels or more, not {labels}")
+        if not pooling or len(set(pooling)) < len(pooling):
+            raise ValueError(f"objective.pooling needs one of mean, max and last, or several, once each, not {pooling}")
+        if isinstance(class_weights, list) and (len(class_weights) != len(labels) or min(class_weights) <= 0):
+            raise ValueError(f"objective.class_weights needs a number above 0 for each of {labels}, not {class_weights}")
+        if head == "language" and freeze:
+            raise ValueError("objective.head language has no weights of its own: with objective.freeze set head to linear")
         self.labels = labels
+        self.kind = head
+        self.pooling: list[Pooling] = ["last"] if head == "language" else pooling
+        self.class_weights = class_weights
         self.dropout = nn.Dropout(dropout)
+        self.confusion: Tensor | None = None  # (true, predicted) counts of the last validation
 
     @property
     def annotator(self) -> Annotator:
@@ -78,39 +124,159 @@ class Classification(Objective):
 
     def build(self, model: FusedLanguageModel) -> None:
         from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision, MulticlassRecall
+        from torchmetrics.classification import (
+            MulticlassAccuracy,
+            MulticlassConfusionMatrix,
+            MulticlassF1Score,
+            MulticlassPrecision,
+            MulticlassRecall,
+        )
 
         classes = len(self.labels)
-        self.head = nn.Linear(model.backbone.width, classes)
-        nn.init.zeros_(self.head.weight)
+        if self.kind == "language":
+            self.register_buffer("first_tokens", torch.tensor(self._first_tokens(model.tokenizer)), persistent=False)
+        else:
+            self.head = nn.Linear(model.backbone.width * len(self.pooling), classes)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        if self.class_weights == "balanced":
+            self.register_buffer("seen", torch.ones(classes))
         self.metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(classes, average="micro"),
                 "precision": MulticlassPrecision(classes, average="macro"),
                 "recall": MulticlassRecall(classes, average="macro"),
                 "f1": MulticlassF1Score(classes, average="macro"),
+                "confusion": MulticlassConfusionMatrix(classes),
             }
         )
 
-    def logits(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _first_tokens(self, tokenizer: Tokenizer) -> list[int]:
+        firsts = {label: int(tokenizer.encode(label)[0]) for label in self.labels}
+        by_token: dict[int, list[str]] = {}
+        for label, token in firsts.items():
+            by_token.setdefault(token, []).append(label)
+        if alike := [labels for labels in by_token.values() if len(labels) > 1]:
+            raise ValueError(
+                f"objective.head language tells labels by their first token, and {alike} begin alike with this tokenizer: "
+                "name them otherwise, or set objective.head to linear"
+            )
+        return list(firsts.values())
+
+    def logits(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(L, classes) float32 of the labelled pieces, (L,) their labels."""
-        features, labels = mean_by_piece(hidden, batch)
-        kept = labels >= 0
-        return self.head(self.dropout(features[kept])).float(), labels[kept]
+        features, labels = pool(hidden, batch, self.pooling)
+        if self.kind == "language":
+            return model.logits(features, TEXT)[:, self.first_tokens + model.vocabulary.SPECIALS], labels
+        return self.head(self.dropout(features)).float(), labels
 
     def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
-        logits, labels = self.logits(hidden, batch)
+        logits, labels = self.logits(model, hidden, batch)
         if not len(labels):
             return logits.sum()
-        return F.cross_entropy(logits, labels)
+        weights: Tensor | None = None
+        if self.class_weights == "balanced":
+            self.seen += labels.bincount(minlength=len(self.labels))
+            weights = self.seen.sum() / (len(self.labels) * self.seen)
+        elif self.class_weights is not None:
+            weights = logits.new_tensor(self.class_weights)
+        return F.cross_entropy(logits, labels, weights)
 
     @torch.no_grad()
     def update(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> None:
-        logits, labels = self.logits(hidden, batch)
+        logits, labels = self.logits(model, hidden, batch)
         if len(labels):
             self.metrics.update(logits, labels)
 
     def compute(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = self.metrics.compute()
+        self.confusion = values.pop("confusion").cpu()
         self.metrics.reset()
         return values
+
+    def report(self, folder: Path) -> dict[str, Any]:
+        """`confusion.png`, also into the W&B run that is open."""
+        if self.confusion is None:
+            return {}
+        picture = folder / "confusion.png"
+        draw_confusion(self.confusion, self.labels, picture)
+        import wandb
+
+        if wandb.run is not None:
+            wandb.log({"confusion": wandb.Image(str(picture))})
+        return {"confusion": self.confusion.tolist()}
+
+    @torch.no_grad()
+    def predict(self, model: FusedLanguageModel, documents: Sequence[Document]) -> Tensor:
+        """(N, classes) float32 probabilities for documents without a label, read whole, however long; on the CPU.
+
+        Raises:
+            BadSample: a medium cannot be decoded, or the model has no codec for it.
+        """
+        from pile_app.model.generate import segment_length
+
+        was_training = self.training, model.training
+        self.eval()
+        model.eval()
+        blank = Segment(self.labels[0])  # stands where a label would; nothing reads it
+        asked = [Document((*document.segments, blank), document.key) for document in documents]
+        lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in asked]
+        order = sorted(range(len(asked)), key=lengths.__getitem__)  # rows of about one length: little padding
+        result = torch.zeros(len(asked), len(self.labels))
+        for first in range(0, len(order), ROWS):
+            rows = order[first : first + ROWS]
+            packs = [[whole(asked[number], lengths[number])] for number in rows]
+            batch = assemble(packs, model.vocabulary, model.tokenizer, lengths[rows[-1]], annotator=self.annotator)
+            if batch.rejected:
+                raise BadSample(*batch.rejected[0][2:])
+            batch = batch.to(model.token_bytes.device)
+            logits, _ = self.logits(model, model.read(batch)[1], batch)
+            result[rows] = logits.softmax(-1).cpu()
+        self.train(was_training[0])
+        model.train(was_training[1])
+        return result
+
+
+def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> tuple[Tensor, Tensor]:
+    """(L, D * kinds) float32 of the labelled places of each piece that has some, in the order of the pieces; (L,) labels."""
+    means, labels = mean_by_piece(hidden, batch)
+    kept = labels >= 0
+    labelled = batch.labels.flatten() >= 0
+    piece = batch.piece_numbers.flatten()
+    flat = hidden.flatten(0, 1)
+    parts = []
+    for kind in kinds:
+        if kind == "mean":
+            parts.append(means[kept])
+        elif kind == "max":
+            lowest = flat.new_full(means.shape, -torch.inf, dtype=torch.float32)
+            inside = flat.float().masked_fill(~labelled[:, None], -torch.inf)
+            parts.append(lowest.scatter_reduce(0, piece[:, None].expand_as(inside), inside, "amax")[kept])
+        else:
+            places = torch.arange(len(flat), device=flat.device).masked_fill(~labelled, 0)
+            last = torch.zeros_like(labels).scatter_reduce(0, piece, places, "amax")
+            parts.append(flat[last[kept]].float())
+    return torch.cat(parts, dim=-1), labels[kept]
+
+
+def draw_confusion(counts: Tensor, labels: Sequence[str], path: Path) -> None:
+    """A picture of (true, predicted) counts: shares of each true label as colors, counts as numbers where they can be read."""
+    from matplotlib.figure import Figure
+
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    side = 2.5 + 0.55 * min(len(labels), 40)
+    figure = Figure((side + 1, side), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axes, label="share of the true label")
+    ticks = range(len(labels))
+    axes.set_xticks(ticks, labels, rotation=90)
+    axes.set_yticks(ticks, labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(labels) <= 40:
+        for (row, column), count in np.ndenumerate(counts.numpy()):
+            if count:
+                dark = bool(shares[row, column] > 0.5)
+                axes.text(column, row, f"{count}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    figure.savefig(path)

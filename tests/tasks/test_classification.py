@@ -58,11 +58,11 @@ def test_the_label_of_any_layout_stands_last_and_is_not_read(
     lengths = [2 + 1 + 4 + 1 + 3, 2 + 1 + 4 + 1 + 2]
     pack = [whole(document, length) for document, length in zip(documents, lengths, strict=True)]
     batch = assemble([pack], model.vocabulary, model.tokenizer, 24, annotator=annotator)
-    assert batch.labels[0].tolist() == [-1] * 2 + [1] * 4 + [-1] * 7 + [0] * 4 + [-1] * 7
+    assert batch.labels[0].tolist() == [-1] * 2 + [1] * 5 + [-1] * 6 + [0] * 5 + [-1] * 6
     _, hidden = model.read(batch)
     features, labels = mean_by_piece(hidden, batch)
     assert labels.tolist() == [1, 0, NO_LABEL]
-    torch.testing.assert_close(features[0], hidden[0, 2:6].mean(0))
+    torch.testing.assert_close(features[0], hidden[0, 2:7].mean(0))
 
     other = Document((*documents[0].segments[:-1], Segment("no ")), "a")
     again = assemble([[whole(other, 11), pack[1]]], model.vocabulary, model.tokenizer, 24, annotator=annotator)
