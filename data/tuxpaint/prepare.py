@@ -110,17 +110,17 @@ def split(of_concept: Sequence[int], seed: int) -> list[str]:
     for number, concept in enumerate(of_concept):
         members[concept].append(number)
     order = [members[concept] for concept in sorted(members)]
-    np.random.default_rng(seed).shuffle(order)  # type: ignore[arg-type]
+    order = [order[place] for place in np.random.default_rng(seed).permutation(len(order))]
     splits = ["train"] * len(of_concept)
     shares = iter(SPLITS.items())
     name, share = next(shares)
     count = 0
-    for concept in order:
-        if len(concept) > 0.01 * len(of_concept):
-            continue  # a large one (coins that look alike) would be most of a held-out split
-        for number in concept:
+    for alike in order:
+        if len(alike) > 0.01 * len(of_concept):
+            continue  # a large one (tombstones, say) would be too much of a held-out split
+        for number in alike:
             splits[number] = name
-        count += len(concept)
+        count += len(alike)
         if count >= share * len(of_concept):
             try:
                 name, share = next(shares)
@@ -193,8 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.stamps / "index.jsonl").is_file():
         print(
-            f"error: there is no {str(options.stamps / 'index.jsonl')!r} (from {os.getcwd()}). Give the folder of the stamps with "
-            "--stamps, or in the environment's PILE_TUXPAINT",
+            f"error: there is no {str(options.stamps / 'index.jsonl')!r} (from {os.getcwd()}). Give the folder of the stamps "
+            "with --stamps, or in the environment's PILE_TUXPAINT",
             file=sys.stderr,
         )
         return 1

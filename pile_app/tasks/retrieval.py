@@ -2,8 +2,8 @@
 
     segment -> mean of its hidden vectors -> projection of its modality -> unit vector; similarity = cosine
 
-The loss is that of CLIP (arXiv:2103.00020), symmetric InfoNCE with a learned temperature, over every pair of modalities that the
-batch holds. Each segment is read alone: it sees nothing of the document around it, in training as in search.
+The loss is that of CLIP (arXiv:2103.00020), symmetric InfoNCE with a learned temperature, over every pair of modalities that
+the batch holds. Each segment is read alone: it sees nothing of the document around it, in training as in search.
 
 **Negatives** are the segments of the other documents in the micro-batch, over all devices (gathered with their gradients). So
 their number is set by packing: about `data.context * data.global_batch` tokens / tokens of a document, where a global batch is
@@ -180,8 +180,8 @@ def contrastive_loss(segments: Embeddings, scale: Tensor) -> Tensor:
 
 
 def retrieval_metrics(queries: Embeddings, among: Embeddings) -> dict[str, float]:
-    """Of the queries that have a right answer: recall at `CUTOFFS` (is one among the first k?), median rank of the best one, mean
-    of 1 / rank (MRR), their number, and `chance_5`, what recall at 5 would be in any order; nothing where there are none.
+    """Of the queries that have a right answer: recall at `CUTOFFS` (is one among the first k?), median rank of the best one,
+    mean of 1 / rank (MRR), their number, and `chance_5`, the recall at 5 of a random order; nothing where there are none.
 
     A wrong answer as near as the right one stands before it.
     """
@@ -249,9 +249,3 @@ class _Gather(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         torch.distributed.all_reduce(gradient)
         return gradient[ctx.own], None
-
-
-def pool(vectors: np.ndarray) -> np.ndarray:
-    """(E,) of several segments (S, E) of one document: their mean, of length 1."""
-    mean = vectors.mean(0)
-    return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), np.float32)

@@ -1,17 +1,21 @@
-"""Contrastive learning and ranking: what the loss is, that a segment's place in a batch does not matter, and what recall counts."""
+"""Contrastive learning: what the loss is, that the place of a segment in a batch does not matter, and what recall counts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
+import gathered
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TinyRun, train
+from ports import free_port
 
+from pile_app.cli import main as pile
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.shards import write_shards
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
@@ -90,6 +94,19 @@ def test_an_embedding_does_not_depend_on_what_a_segment_is_packed_with(
     torch.testing.assert_close(embed([Document((image(1),), "1")], context=16), together[1:2])
 
 
+def test_two_processes_that_gather_learn_what_one_process_learns(tmp_path: Path) -> None:
+    port = free_port()
+    processes = [get_context("spawn").Process(target=gathered.member, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    expected = gathered.loss_and_gradients(slice(0, 9))
+    for shares in gathered.SHARES:
+        torch.testing.assert_close(torch.load(tmp_path / f"{shares}.pt"), expected)
+
+
 def test_ranks_count_ties_against_us_and_any_right_answer_for_us() -> None:
     vectors = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]]), dim=1)
     among = Embeddings(vectors, torch.tensor([5, 6, 7, 6]), torch.zeros(4, dtype=torch.int64))
@@ -110,7 +127,9 @@ def pairs(count: int) -> Iterator[Document]:
         yield Document((Segment.from_image(noise + np.uint8(30 * (n % 8))), Segment("abcdefgh"[n % 8] * 3)), f"{n}", False)
 
 
-def test_a_trained_model_learns_to_find_pictures_by_their_names(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_trained_model_finds_pictures_by_their_names_in_an_index_of_shards_and_folders(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(pairs(200), tmp_path / "shards", "train")
     write_shards(pairs(16), tmp_path / "shards", "validation")
     config = tmp_path / "task.yaml"
@@ -120,3 +139,21 @@ def test_a_trained_model_learns_to_find_pictures_by_their_names(tiny_run: TinyRu
     summary = json.loads((tmp_path / "task" / "summary.json").read_text())
     assert summary["text_to_image_queries"] == summary["image_to_text_queries"] == 16
     assert summary["recall_5"] > 0.85 > 0.7 > summary["text_to_image_chance_5"]
+
+    pytest.importorskip("lancedb", reason="extra `search`")
+    files, index = tmp_path / "files", str(tmp_path / "index")
+    files.mkdir()
+    (files / "dog.png").write_bytes(next(pairs(1)).segments[0].file)
+    (files / "dog.txt").write_text("a dog")
+    (files / "bad.png").write_bytes(b"no image")
+    pile(["index-media", str(tmp_path / "task"), f"{tmp_path}/shards/validation-*.tar", str(files), "--output", index])
+    told = capsys.readouterr().out
+    assert "34 segments" in told and "left out: 1 undecodable_image" in told and "searched exactly" in told
+    page = tmp_path / "page.html"
+    pile(["search", index, str(files / "dog.png"), "--to", "image", "--count", "3", "--page", str(page)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "1.000" in lines[0] and page.read_text().count("<img") == 4
+    assert "a dog" in "".join(lines)
+    with pytest.raises(SystemExit):
+        pile(["search", index, "aaa", "--run", str(tiny_run.folder), "--checkpoint", "last"])
+    assert "was not trained to embed" in capsys.readouterr().err
