@@ -32,7 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-COMMANDS = ("prepare", "index", "tokenizer", "encode", "generate", "classify", "export", "inspect", "plan")
+COMMANDS = (  # as `pile --help` lists them
+    "prepare",
+    "index",
+    "tokenizer",
+    "encode",
+    "inspect",
+    "plan",
+    "generate",
+    "classify",
+    "index-media",
+    "search",
+    "export",
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pile", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        command = import_module(f"pile_app.commands.{name}")
+        command = import_module("pile_app.commands." + name.replace("-", "_"))
         summary: str = command.SUMMARY
         added = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=_DefaultsFormatter

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pile_app.documents import TEXT, Document, Vocabulary
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import _next_logits, _prompt_tokens
+from pile_app.model.segments import prompt_tokens
 
 AT_ONCE = 32  # prompts, `width` rows of the cache each
 END = -1  # in a node: a name ends here
@@ -49,7 +49,7 @@ def rank_names(
     model.eval()
     tree = name_tree(model, names)
     groups: dict[int, list[int]] = defaultdict(list)  # of one length run together
-    rows = [_prompt_tokens(model, prompt, TEXT)[:2] for prompt in prompts]
+    rows = [prompt_tokens(model, prompt, TEXT)[:2] for prompt in prompts]
     for number, (tokens, _) in enumerate(rows):
         groups[len(tokens)].append(number)
     found: dict[int, list[int]] = {}
@@ -70,7 +70,9 @@ def _search(
     beams = [(row, 0.0, tree) for row in range(len(tokens))]  # (prompt, log-probability, node), one a row of the cache
     cache, length = model.backbone.new_cache(), tokens.size(1)
     while beams:
-        log_p = _next_logits(model, tokens, places, cache, length, TEXT).log_softmax(-1)
+        position = torch.arange(length - tokens.size(1), length, device=tokens.device).expand_as(tokens)
+        hidden = model.hidden(tokens, places, torch.zeros_like(tokens), position, cache)
+        log_p = model.logits(hidden[:, -1], TEXT).log_softmax(-1)
         ends = log_p[:, stops].logsumexp(-1).tolist()
         grown: list[list[tuple[float, int, int, dict[int, Any]]]] = [[] for _ in done]
         table = log_p.tolist()

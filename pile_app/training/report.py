@@ -72,7 +72,10 @@ CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; t
     (r"data/(.+)", "Data", r"\1", "", r"\1"),
     (r"((?:train|validation)?)/?(.+)", "Other measurements", r"\2", r"\1", r"\2"),
 )
-MIME = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".wav": "audio/wav", ".flac": "audio/flac"}
+MIME = {
+    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
+    ".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".mp3": "audio/mpeg",
+}  # fmt: skip
 STYLE = """
 :root{color-scheme:light dark;--page:#fafaf8;--card:#fff;--ink:#20242a;--soft:#666e79;--line:#e2e4e1;--c0:#2f6fb5;--c1:#d9702b;
 --c2:#2e9268;--c3:#a2508f;--c4:#8a7422;--c5:#5a6b7c}@media(prefers-color-scheme:dark){:root{--page:#15181c;--card:#1d2126;
