@@ -7,7 +7,7 @@ The nats are those of the training loss, token by token. Documents of one call a
 
 - `score_answers`: a segment of any modality after a prompt, with its opener and what ends it.
 - `score_continuations`: text that goes on where the last text of a prompt stops.
-- `choose`: the most likely of a closed set of answers.
+- `compare_answers`: probabilities of a closed set of answers, of any modality, by length if asked (`choose.py` chooses a text).
 - `rolling_scores`: all of a long text, in windows that overlap.
 """
 
@@ -106,7 +106,7 @@ def score_continuations(
     return score_spans(model, spans)
 
 
-def choose(
+def compare_answers(
     model: FusedLanguageModel,
     prompts: Sequence[Document],
     answers: Sequence[Segment],

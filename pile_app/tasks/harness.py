@@ -62,12 +62,12 @@ class PileLM(HARNESS.LM):  # type: ignore[name-defined]
             groups[json.dumps(request.args[1], sort_keys=True)].append(number)
         answers: dict[int, str] = {}
         for settings, numbers in groups.items():
-            sampling, until = _sampling(json.loads(settings))
+            sampling = _sampling(json.loads(settings))
             for first in range(0, len(numbers), self.batch):
                 some = numbers[first : first + self.batch]
                 prompts = [self._prompt(requests[number].args[0], sampling.max_text) for number in some]
                 for number, answer in zip(some, generate(self.model, prompts, TEXT, sampling), strict=True):
-                    answers[number] = cut_at(answer.text, until)
+                    answers[number] = answer.text
         return [answers[number] for number in range(len(requests))]
 
     def _prompt(self, text: str, answer: int) -> Document:
@@ -77,18 +77,15 @@ class PileLM(HARNESS.LM):  # type: ignore[name-defined]
         return Document((Segment(text if len(ids) <= room else self.model.tokenizer.decode(ids[-room:])),))
 
 
-def _sampling(settings: dict[str, Any]) -> tuple[Sampling, list[str]]:
-    """How to draw, and the stop strings, of the harness's generation settings."""
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    """The harness's generation settings as ours."""
     until = settings.get("until") or []
-    temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
-    most = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_TOKENS))
-    sampling = Sampling(temperature=temperature, top_p=float(settings.get("top_p", 1.0)), max_text=int(most))
-    return sampling, [until] if isinstance(until, str) else list(until)
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`."""
-    return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
+    return Sampling(
+        temperature=float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0,
+        top_p=float(settings.get("top_p", 1.0)),
+        max_text=int(settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_TOKENS))),
+        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+    )
 
 
 def evaluate_tasks(

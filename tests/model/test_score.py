@@ -16,7 +16,7 @@ from pile_app.model import score
 from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import segment_length
-from pile_app.model.score import choose, rolling_scores, score_answers, score_continuations
+from pile_app.model.score import compare_answers, rolling_scores, score_answers, score_continuations
 
 Model = Callable[..., FusedLanguageModel]
 Make = Callable[..., Segment]
@@ -116,12 +116,12 @@ def test_closed_set_is_normalized_as_asked(tiny_model: Model, image: Make) -> No
     answers = [Segment("one"), Segment("twenty-seven")]
     scores = score_answers(model, [prompts[0]] * 2, answers)
     for normalize, sizes in (("none", (1, 1)), ("tokens", (5, 14)), ("bytes", (3, 12))):
-        found = choose(model, prompts, answers, normalize)  # type: ignore[arg-type]
+        found = compare_answers(model, prompts, answers, normalize)  # type: ignore[arg-type]
         assert found.shape == (3, 2) and torch.allclose(found.exp().sum(1), torch.ones(3))
         each = torch.tensor([-one.nats / size for one, size in zip(scores, sizes, strict=True)])
         assert torch.allclose(found[0], each.log_softmax(0), atol=1e-5)
     with pytest.raises(ValueError, match="bytes"):
-        choose(model, prompts, [image(5)], "bytes")
+        compare_answers(model, prompts, [image(5)], "bytes")
 
 
 def test_long_prompts_lose_their_beginning(tiny_model: Model, image: Make) -> None:

@@ -15,7 +15,7 @@ from pile_app.cli import main
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
 from pile_app.model.score import score_continuations
-from pile_app.tasks.harness import PileLM, cut_at
+from pile_app.tasks.harness import PileLM
 from pile_app.training.load import load_run
 
 QUESTIONS = [{"question": f"What follows {n}?", "answers": ["one", f"{n + 1}"], "right": 1} for n in range(6)]
@@ -88,7 +88,6 @@ def test_tasks_from_local_files_measure_the_run(
 
 
 def test_answers_end_at_a_stop_string(tiny_run: TinyRun) -> None:
-    assert cut_at("a\nb\n\nc", ["\n\n", "b"]) == "a\n" and cut_at("abc", []) == cut_at("abc", ["x", ""]) == "abc"
     model = load_run(tiny_run.folder)[0].model
     prompts = ["What follows 1?", "Who?", "x" * 300]
     settings = {"until": ["q"], "max_gen_toks": 9, "do_sample": False}
