@@ -264,6 +264,7 @@ def meta_model(config: Namespace, tokenizer: Tokenizer) -> FusedLanguageModel:
     image, audio = codec_configs(config)
     with torch.device("meta"):
         backbone = parser.instantiate_classes(Namespace(backbone=config.model.backbone)).backbone
+        backbone.recompute = config.model.recompute
         return FusedLanguageModel(backbone, tokenizer, image, audio, config.model.dropout)
 
 
