@@ -72,7 +72,7 @@ class Transformer(Backbone):
             raise ValueError(f"backbone sharpness={sharpness} must be above 0")
         key_value_heads = key_value_heads or heads
         head_width = width // heads
-        self.rope_base, self.sharpness = rope_base, sharpness
+        self.heads, self.rope_base, self.sharpness = heads, rope_base, sharpness
         self.blocks = nn.ModuleList(
             _TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)

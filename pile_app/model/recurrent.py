@@ -100,7 +100,8 @@ class RNN(_Recurrent):
 
 class MinGRU(Backbone):
     """Gated linear recurrence: minGRU (arXiv:2410.01201) with the short convolution of Griffin (arXiv:2402.19427), residual and
-    pre-norm, each cell followed by a feed-forward net as in a Transformer. Griffin's output gate did not pay (docs/benchmarks.md).
+    pre-norm, each cell followed by a feed-forward net as in a Transformer. Griffin's output gate did not pay
+    (docs/benchmarks.md).
 
         y   = norm(x);  c = convolution(y), each channel over its last `CONVOLUTION` tokens
         f_t = sigmoid(F c_t + bias);  h_t = f_t h_{t-1} + (1 - f_t) Z c_t

@@ -187,6 +187,7 @@ def make_plan(
         precision=precision,
         layout=layout,
         codec_steps=config.model.codec_steps,
+        device="cpu" if device == "cpu" else "cuda",
     )
     return Plan(
         config, model.vocabulary, is_there, parts, data, device, find_device(device), layout, precision, utilization,
