@@ -96,7 +96,7 @@ def pretrain(task: Task, folder: Path, shards: Path) -> None:
     if task.pretrained == "sentences":
         tokenizer = folder / "sentences.json"
         texts = shards / "sentences" / "sentences-train-*.tar"
-        run("-m", "pile_app.cli", "tokenizer", texts, tokenizer, "--kind", "bpe", "--size", 4000)
+        run("-m", "pile_app.cli", "tokenizer", texts, tokenizer, "--kind", "bpe", "--size", 12000)
         more = ["--model.tokenizer", tokenizer]
     config = HERE / "classification" / f"{task.pretrained}.yaml"
     run(ROOT / "train.py", "--config", config, "--runs", folder, *sources(shards, task.sets), *more)
@@ -193,7 +193,7 @@ def sounds_baseline(documents: dict[str, list[Document]], frames: int) -> Scores
 
 
 TASKS = {
-    "sst2": Task("sentences", ("sentences",), 0.813, words_baseline),
+    "sst2": Task("sentences", ("sentences",), 0.813, words_baseline, {"language_weight": 0.0}, ("lexicon",)),
     "trec": Task("sentences", ("sentences",), 0.902, words_baseline),
     "fsdd": Task(
         "sounds",

@@ -10,6 +10,7 @@
 | fsdd      | spoken digits, 8 kHz                         | three speakers less every tenth take; that; the fourth speaker   |
 | esc10     | sounds of the environment, 5 s               | folds 1 and 2 less a tenth; that; fold 3                         |
 | voices    | spoken digits, synthetic                     | all for training                                                 |
+| lexicon   | words, positive or not (VADER)               | all for training                                                 |
 | sentences | texts without labels, to train a model first | those for training of sst2 and trec, and subj.all (films too)    |
 
 Texts are in small letters, as SST-2 comes. Sounds are mono, 8 kHz, and of one loudness (RMS); those for training come in
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -117,6 +119,21 @@ def make_voices(data: Path, files: Path) -> dict[str, object]:
     return {"label_from_folder": True, "validation_share": 0.0}
 
 
+def make_lexicon(data: Path, files: Path) -> dict[str, object]:
+    """Words of the VADER lexicon (Hutto and Gilbert 2014, MIT), by the sign of their mean rating by ten people."""
+    package = importlib.util.find_spec("vaderSentiment")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("error: the lexicon is in the package vaderSentiment: pip install --no-deps vaderSentiment")
+    lines = (Path(package.submodule_search_locations[0]) / "vader_lexicon.txt").read_text("utf-8").splitlines()
+    with open(files / "train.tsv", "w", encoding="utf-8") as table:
+        print("text\tlabel", file=table)
+        for line in lines:
+            word, rating = line.split("\t")[:2]
+            if word.isascii() and word.isalpha() and len(word) > 2 and abs(float(rating)) >= 0.5:
+                print(word, "positive" if float(rating) > 0 else "negative", sep="\t", file=table)
+    return {"validation_share": 0.0}
+
+
 def make_sentences(data: Path, files: Path) -> dict[str, object]:
     """What holds a part of an evaluation text is left out by `decontaminate`."""
     lines = [line.rpartition("\t")[0] for line in (data / "sst2" / "train.tsv").read_text().splitlines()]
@@ -160,6 +177,7 @@ SETS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
     "fsdd": make_fsdd,
     "esc10": make_esc10,
     "voices": make_voices,
+    "lexicon": make_lexicon,
     "sentences": make_sentences,
 }
 

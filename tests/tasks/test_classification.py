@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyRun, train
+from conftest import REPOSITORY, TinyRun, train
 
 from pile_app.cli import main
 from pile_app.data.annotation import NO_LABEL, Annotator
@@ -23,23 +23,20 @@ from pile_app.training.objective import mean_by_piece
 
 CONFIG = """
 model:
-  codec_steps: 0
   objective:
     class_path: pile_app.tasks.classification.Classification
     init_args:
       labels: [dark, light, low, high]
       pooling: [mean, max, last]
       class_weights: balanced
+      dropout: 0.1
       learning_rate: 0.02
-      language_weight: 0.1
+  optimizer: {{learning_rate: 0.01, matrix_learning_rate: 0.02}}
 data:
   sources: {{labelled: {{train: "{shards}/train-*.tar", validation: "{shards}/validation-*.tar"}}}}
-trainer:
-  max_steps: 90
-  val_check_interval: 15
-  callbacks: [{{class_path: EarlyStopping, init_args: {{monitor: validation/f1, mode: max, patience: 1}}}}]
-monitor: validation/f1
-monitor_mode: max
+  global_batch: 4
+  epochs: 30
+trainer: {{val_check_interval: 15}}
 """
 
 
@@ -122,7 +119,9 @@ def classifier(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> P
     write_shards(labelled(20), folder / "shards", "validation")
     config = folder / "task.yaml"
     config.write_text(CONFIG.format(shards=folder / "shards"))
-    command = ("--config", tiny_run.folder / "config.yaml", "--config", config, "--model.start_from", tiny_run.folder)
+    task = REPOSITORY / "conf" / "tasks" / "classification.yaml"
+    configs = [part for path in (tiny_run.folder / "config.yaml", task, config) for part in ("--config", path)]
+    command = (*configs, "--model.start_from", tiny_run.folder)
     ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
     train(*command, *ranks, "--name", "task", "--runs", folder, "--wandb", "null", cwd=folder)
     return folder / "task"
@@ -132,7 +131,7 @@ def test_two_processes_learn_labels_of_texts_and_images_and_stop_when_f1_does_no
     summary = json.loads((classifier / "summary.json").read_text())
     assert summary["f1"] == summary["accuracy"] == 1.0 and summary["devices"] == 2
     assert summary["text_loss"] > 0
-    assert summary["steps"] < 90
+    assert summary["steps"] <= 15 * 8  # of 30 epochs of 8 steps and more
     assert np.trace(summary["confusion"]) == np.sum(summary["confusion"]) == 20
     assert (classifier / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
