@@ -17,9 +17,12 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.data.shards import write_shards
 from pile_app.documents import TEXT, Document, Segment, document_from_sample
+from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
+from pile_app.training.module import PileModule
 from pile_app.training.objective import mean_by_piece
+from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 CONFIG = """
 model:
@@ -223,3 +226,16 @@ def test_a_rare_label_weighs_more_when_balanced(tiny_model: Callable[..., FusedL
     rare, common = 7 / (2 * 2), 7 / (2 * 5)  # each label was seen once more than it was
     expected = (4 * common * no + rare * yes) / (4 * common + rare)
     assert losses["balanced"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_frozen_model_is_probed_by_a_head_that_alone_learns() -> None:
+    objective = Classification(["no", "yes"], freeze=True)
+    module = PileModule(MinGRU(width=32, layers=1), objective=objective)
+    optimizer, _ = make_optimizer(module.model, OptimizerConfig(), 0, 10, objective)
+    assert [group["name"] for group in optimizer.param_groups] == ["objective"]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    batch = batch_of(module.model, objective, documents_of({"abc": "yes", "defg": "no", "hi": "no"}))
+    objective(module.model, module.model.read(batch)[1], batch).backward()
+    optimizer.step()
+    moved = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"objective.head.weight", "objective.head.bias"}
