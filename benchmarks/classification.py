@@ -206,6 +206,7 @@ OF_REVIEWS = {
     "trainer.val_check_interval": 100,
 }
 OF_MEDIA = {
+    "pooling": ["mean", "max"],
     "language_weight": 0.0,
     "learning_rate": 0.004,
     "model.optimizer.learning_rate": 0.004,
