@@ -51,11 +51,10 @@ SPOKEN = {"en": "en-us", "fr": "fr", "es": "es"}  # language: accent of espeak-n
 # What a document shows, in its order, and how often. A "prompt" is a language alone ("fr: "), which asks for it.
 SHARES: dict[tuple[str, ...], float] = {
     ("name", "drawing"): 0.31,
-    ("view", "name", "name"): 0.34,
+    ("view", "name", "name"): 0.36,
     ("name", "speech"): 0.14,
-    ("clip", "name"): 0.08,
+    ("clip", "name"): 0.10,
     ("view", "prompt", "speech"): 0.09,
-    ("clip", "drawing"): 0.04,
 }
 TRAIN_DOCUMENTS = 80_000
 VALIDATION_DOCUMENTS = 600
@@ -65,7 +64,7 @@ COMBINATION_VIEWS = 4  # of each combination that is held out
 
 SIZE = 32  # pixels
 FRAME = (4, 4, 64, 64)  # of OpenMoji's 72 x 72, which keep a margin: what is rendered
-TURN, SCALE, SHIFT = 10.0, (0.88, 1.1), 2.5  # degrees, factor and units of the 72 by which a view differs
+TURN, SCALE, SHIFT = 7.0, (0.92, 1.08), 1.5  # degrees, factor and units of the 72 by which a view differs
 SAME = 2.5  # levels out of 255, root mean square: drawings that differ by less are the same (France and Saint Martin)
 CLOSE = 8.0  # a combination is not held out where a drawing so much like it is trained on
 

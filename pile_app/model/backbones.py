@@ -47,6 +47,9 @@ class Transformer(Backbone):
         feed_forward: width of the feed-forward net as a multiple of D.
         rope_base: wavelength base of the rotary embedding, in tokens.
         dropout: see `Backbone`.
+        skips: each block may mix the embedding back in.
+        sharpness: scale of attention, times sqrt(d); queries and keys have the norm sqrt(d), which bounds how sharp it can be
+            (1.2 as in modded-nanogpt). 1, and no skips, are the architecture of nanochat (see `huggingface.py`).
     """
 
     frequencies: Tensor
@@ -60,13 +63,19 @@ class Transformer(Backbone):
         feed_forward: float = 4.0,
         rope_base: float = 10_000.0,
         dropout: float = 0.0,
+        skips: bool = True,
+        sharpness: float = 1.2,
     ) -> None:
         super().__init__(width, layers, dropout)
         self.check(width, heads, key_value_heads)
+        if not sharpness > 0:
+            raise ValueError(f"backbone sharpness={sharpness} must be above 0")
         key_value_heads = key_value_heads or heads
         head_width = width // heads
+        self.rope_base, self.sharpness = rope_base, sharpness
         self.blocks = nn.ModuleList(
-            _TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout) for _ in range(layers)
+            _TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
+            for _ in range(layers)
         )
         frequencies = rope_base ** (-torch.arange(0, head_width, 2).float() / head_width)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -115,9 +124,12 @@ def _cache_sight(cache: Cache, tokens: int, device: torch.device) -> Sight:
 
 
 class _TransformerBlock(nn.Module):
-    def __init__(self, width: int, heads: int, key_value_heads: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, key_value_heads: int, hidden: int, dropout: float, skips: bool, sharpness: float
+    ) -> None:
         super().__init__()
         self.head_width = width // heads
+        self.scale = sharpness / self.head_width**0.5
         key_value_width = key_value_heads * self.head_width
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, key_value_width, bias=False)
@@ -125,7 +137,7 @@ class _TransformerBlock(nn.Module):
         self.attention_out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
-        self.skips = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream, of the embedding
+        self.skips = nn.Parameter(torch.tensor([1.0, 0.0])) if skips else None  # of the stream, of the embedding
         self.dropout = nn.Dropout(dropout)
         for layer in (self.query, self.key, self.value, self.expand):
             nn.init.uniform_(layer.weight, -((3 / width) ** 0.5), (3 / width) ** 0.5)  # keeps the variance
@@ -135,7 +147,8 @@ class _TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None
     ) -> Tensor:
-        x = self.skips[0] * x + self.skips[1] * embedding
+        if self.skips is not None:
+            x = self.skips[0] * x + self.skips[1] * embedding
         x = x + self.dropout(self.attend(norm(x), cos, sin, sight, number, cache))
         return x + self.dropout(self.contract(F.relu(self.expand(norm(x))).square()))
 
@@ -156,6 +169,5 @@ class _TransformerBlock(nn.Module):
                 cache.layers[number] = (key, value)
             else:
                 cache.layers.append((key, value))
-        # Unit-norm queries and keys (up to sqrt(d)): 1.2 / sqrt(d) lets attention be sharper, as in modded-nanogpt.
-        y = attend(query, key, value, sight, scale=1.2 / self.head_width**0.5)
+        y = attend(query, key, value, sight, scale=self.scale)
         return self.attention_out(y.transpose(1, 2).reshape(batch, tokens, -1))  # (B, T, D)

@@ -339,6 +339,20 @@ class AudioCodec(nn.Module):
         magnitudes, _ = self._reconstruct(self.quantizer.from_codes(codes) * inside, inside)
         return magnitudes * inside.repeat_interleave(self.config.frames_per_token, 1)
 
+    @torch.no_grad()
+    def log_mel_distances(self, audio: Tensor, again: Tensor, tokens: Tensor) -> Tensor:
+        """(F,) mean absolute difference over the mel bands, in nats, of each frame within the sounds, sound after sound.
+
+        Args:
+            audio: (M, S) samples.
+            again: (M, max tokens * samples_per_token) what `decode` made of their codes.
+            tokens: (M,) of each sound.
+        """
+        longest = int(tokens.max())
+        bands, bands_again = (self.log_mel(self.spectrogram(self._fit(one, longest))) for one in (audio, again))
+        inside = self._inside(tokens, longest).squeeze(2).repeat_interleave(self.config.frames_per_token, 1) > 0
+        return (bands_again - bands).abs().mean(-1)[inside]
+
     def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """Log-mel error of the magnitudes, plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32."""
         longest = max(2, int(tokens.max()))  # the largest window below takes two frames

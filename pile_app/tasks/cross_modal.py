@@ -286,11 +286,8 @@ def reconstruct(
     codes = codec.encode(audio, tokens)
     inside = torch.arange(codes.size(1), device=codes.device) < tokens[:, None]
     again = codec.decode(codes, tokens)
-    padded = torch.nn.functional.pad(audio, (0, again.size(1) - audio.size(1)))
-    distance = (codec.log_mel(codec.spectrogram(again)) - codec.log_mel(codec.spectrogram(padded))).abs().mean(-1)
-    frames = inside.repeat_interleave(codec.config.frames_per_token, 1)
     waveforms = [w[: len(array)] for w, array in zip(again.cpu().numpy(), arrays, strict=True)]
-    return codes[inside], waveforms, {"audio_log_mel_distance": float(distance[frames].mean())}
+    return codes[inside], waveforms, {"audio_log_mel_distance": float(codec.log_mel_distances(audio, again, tokens).mean())}
 
 
 def griffin_lim(model: FusedLanguageModel, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

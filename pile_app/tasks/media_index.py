@@ -58,6 +58,7 @@ class MediaIndex:
         uri: of the database.
         embedder: the model that makes its vectors.
         is_new: make it where there is none.
+        run: folder of the model's run, which a new index remembers.
 
     Raises:
         ValueError: there is none, or another model made it; or LanceDB is not installed.
@@ -125,7 +126,8 @@ class MediaIndex:
 
     def recall_of_approximation(self, count: int = 10) -> float:
         """Share of the nearest `count` that the approximate search finds, too, over vectors of the table."""
-        some = self.table.search().select(["vector"]).limit(CHECKED).to_arrow()["vector"].to_pylist()
+        places = np.linspace(0, len(self) - 1, min(CHECKED, len(self)), dtype=int).tolist()
+        some = self.table.take_offsets(places).select(["vector"]).to_arrow()["vector"].to_pylist()
         shares = []
         for vector in some:
             exact, approximate = (

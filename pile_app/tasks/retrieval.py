@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 LARGEST_SCALE = 100.0  # 1 / temperature, as in CLIP
 CUTOFFS = (1, 5, 10)
 RANKED_AT_ONCE = 1024  # queries
+PLACE_WIDTH = 16  # numbers that each code of an image adds to it, by its place
 
 
 class GroupAnnotator(Annotator):
@@ -101,7 +102,11 @@ class Contrastive(Objective):
         return GroupAnnotator()
 
     def build(self, model: FusedLanguageModel) -> None:
-        self.projections = nn.ModuleList(nn.Linear(model.backbone.width, self.dimensions, bias=False) for _ in MODALITIES)
+        width = model.backbone.width
+        self.projections = nn.ModuleList(nn.Linear(width, self.dimensions, bias=False) for _ in MODALITIES)
+        if model.image_codec is not None:
+            self.of_place = nn.Linear(width, PLACE_WIDTH, bias=False)
+            self.of_grid = nn.Linear(PLACE_WIDTH * model.vocabulary.image_tokens, self.dimensions, bias=False)
 
     def embed(self, hidden: Tensor, batch: Batch) -> Embeddings:
         """Of every labelled segment that begins in the batch, in its order. Of a text that was cut that is the first part."""
@@ -114,6 +119,10 @@ class Contrastive(Objective):
         for modality, projection in enumerate(self.projections):
             own = modalities == modality
             vectors = vectors + projection(features * own[:, None]).float() * own[:, None]
+        if len(batch.image_starts):
+            number = (kept.cumsum(0) - 1)[batch.piece_numbers.flatten()[batch.image_starts.long()]]
+            places = self.of_place(hidden.flatten(0, 1)[batch.image_slots].float())  # (N, codes of an image, PLACE_WIDTH)
+            vectors = vectors.index_add(0, number, self.of_grid(self.dropout(places.flatten(1))).float())
         return Embeddings(F.normalize(vectors, dim=1), labels, modalities)
 
     def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:

@@ -341,6 +341,8 @@ class SampleGeneration(Callback):
                         continue
                 except ValueError:
                     continue  # bad samples are counted where they are read for training
+                if len(segments) > 1 and not segments[1].loss:
+                    continue  # given as well: no answer to set beside
                 if len(segments) > 1:
                     pair = (segments[0].modality, segments[1].modality)
                     prompt, reference = segments[0], segments[1]

@@ -27,10 +27,11 @@ from pile_app.data.datamodule import data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.text import Tokenizer, load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Vocabulary
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
+from pile_app.training.metrics import TokenMetrics, validation_values
 from pile_app.training.objective import Objective
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
@@ -152,26 +153,10 @@ class PileModule(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         for source in data.train_data + data.validation_data:
             check_encoded(source)
-        sources = len(self.trainer.datamodule.validation_names)  # type: ignore[attr-defined]
-        slices = self.vocabulary.slices
-
-        def mean() -> torchmetrics.Metric:
-            return torchmetrics.MeanMetric(nan_strategy="error")
-
-        self.losses = torch.nn.ModuleDict({MODALITIES[m]: mean() for m in self.vocabulary.modalities})
-        self.accuracies = torch.nn.ModuleDict(
-            {
-                MODALITIES[m]: torchmetrics.classification.MulticlassAccuracy(
-                    max(2, slices[m].stop - slices[m].start), average="micro", validate_args=False
-                )
-                for m in self.vocabulary.modalities
-            }
+        self.token_metrics = TokenMetrics(len(data.validation_names))
+        self.codec_losses = torch.nn.ModuleDict(
+            {MODALITIES[m]: torchmetrics.MeanMetric(nan_strategy="error") for m in self.model.codecs}
         )
-        self.source_losses = torch.nn.ModuleList(mean() for _ in range(sources))
-        self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: mean() for m in self.model.codecs})
-        self.total_loss = mean()
-        self.nats_per_byte = mean()
-        self.source_nats_per_byte = torch.nn.ModuleList(mean() for _ in range(sources))
 
     def configure_model(self) -> None:
         """Cuts the language model over the devices, where the strategy says so. Lightning calls it before every stage."""
@@ -375,46 +360,15 @@ class PileModule(LightningModule):
             tokens, hidden = self.model.read(batch)
             self.objective.update(self.model, hidden, batch)
             losses = self.model.losses(tokens, hidden, batch, predict=True)
-        for modality, loss in losses.items():
-            self._update_metrics(batch, modality, loss)
-
-    def _update_metrics(self, batch: Batch, modality: int, loss: ModalityLoss) -> None:
-        name = MODALITIES[modality]
-        self.losses[name].update(loss.each)  # type: ignore[operator]
-        self.total_loss.update(loss.each)
-        self.accuracies[name].update(loss.predictions, loss.targets)  # type: ignore[operator]
-        source = batch.source.flatten()[batch.targets[modality]]
-        # An empty update leaves a mean as it is. Openers and `<end>` are no text and have no bytes.
-        sizes = self.model.token_bytes[loss.targets] if modality == TEXT else torch.zeros_like(loss.targets)
-        per_byte = loss.each / sizes.clamp_min(1)
-        self.nats_per_byte.update(per_byte, sizes.float())
-        for number, (losses, nats_per_byte) in enumerate(zip(self.source_losses, self.source_nats_per_byte, strict=True)):
-            of_source = (source == number).float()
-            losses.update(loss.each, of_source)  # type: ignore[operator]
-            nats_per_byte.update(per_byte, sizes * of_source)  # type: ignore[operator]
+        self.token_metrics.update(batch, losses, self.model.token_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        values: dict[str, Tensor] = {}
-        vocabulary = self.vocabulary
-        for name, metric in self.losses.items():
-            values[f"{name}_loss"] = _compute(metric)
-            values[f"{name}_perplexity"] = values[f"{name}_loss"].exp()
-            values[f"{name}_accuracy"] = _compute(self.accuracies[name])
         sources: list[str] = self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
-        for name, source_loss, nats_per_byte in zip(sources, self.source_losses, self.source_nats_per_byte, strict=True):
-            values[f"source/{name}_loss"] = _compute(source_loss)
-            values[f"source/{name}_bits_per_byte"] = _compute(nats_per_byte) / math.log(2)
-        values |= {f"{name}_codec_loss": _compute(metric) for name, metric in self.codec_losses.items()}
-        values["loss"] = _compute(self.total_loss)
-        values["text_bits_per_byte"] = _compute(self.nats_per_byte) / math.log(2)
-        if IMAGE in vocabulary.modalities:
-            pixels = math.prod(vocabulary.image_shape)
-            values["image_code_bits_per_pixel_channel"] = values["image_loss"] * vocabulary.image_tokens / pixels / math.log(2)
-        if AUDIO in vocabulary.modalities:
-            values["audio_code_bits_per_second"] = values["audio_loss"] * vocabulary.audio_tokens_per_second / math.log(2)
+        values = validation_values(_compute(self.token_metrics), sources, self.vocabulary)
+        values |= {f"{name}_codec_loss": float(_compute(metric)) for name, metric in self.codec_losses.items()}
         if self.objective is not None:
-            values |= self.objective.compute()
-        self.log_dict({f"validation/{name}": value for name, value in values.items() if bool(value.isfinite())})
+            values |= {name: float(value) for name, value in self.objective.compute().items()}
+        self.log_dict({f"validation/{name}": value for name, value in values.items() if math.isfinite(value)})
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps: int = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
@@ -446,7 +400,7 @@ class PileModule(LightningModule):
 def _compute(metric: Any) -> Tensor:
     """The value over all ranks (each has to ask, whether it has seen anything or not), nan where there is none; then reset."""
     metric._update_count = max(1, metric._update_count)  # or a rank that has seen nothing would be warned of it
-    value: Tensor = metric.compute().float()
+    value: Tensor = metric.compute()
     metric.reset()
     return value
 

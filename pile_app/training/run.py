@@ -19,7 +19,7 @@ import time
 import uuid
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -31,6 +31,9 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from pile_app.prepare.files import whole_file
 from pile_app.training.callbacks import count_quarantined
 from pile_app.training.module import PileModule
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +82,12 @@ class ResumableCSVLogger(CSVLogger):
 
 
 def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
-    """The CSV logger, and W&B's: online with a key, offline without, never asking. The same run folder is the same W&B run."""
-    loggers: list[Logger] = [ResumableCSVLogger(run)]
-    if wandb_project is None:
-        return loggers
+    """The CSV logger and, where a project is named, W&B's."""
+    return [ResumableCSVLogger(run), *([make_wandb_logger(run, wandb_project)] if wandb_project is not None else [])]
+
+
+def make_wandb_logger(run: Path, project: str) -> WandbLogger:
+    """Online with a key, offline without, never asking. The same run folder is the same W&B run."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -93,18 +98,15 @@ def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
     if not identity.exists():
         identity.parent.mkdir(parents=True, exist_ok=True)
         identity.write_text(uuid.uuid4().hex[:8])
-    loggers.append(
-        WandbLogger(
-            name=run.name,
-            project=wandb_project,
-            id=identity.read_text(),
-            save_dir=str(run),
-            resume="allow" if mode == "online" else None,
-            mode=mode,
-            settings=wandb.Settings(silent=mode != "online", console="off"),
-        )
+    return WandbLogger(
+        name=run.name,
+        project=project,
+        id=identity.read_text(),
+        save_dir=str(run),
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        settings=wandb.Settings(silent=mode != "online", console="off"),
     )
-    return loggers
 
 
 class RunFolder(Callback):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import TinyRun, train
 
+from pile_app.cli import main
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.assembly import assemble, whole
+from pile_app.data.batch import Batch
 from pile_app.data.shards import write_shards
-from pile_app.documents import Document, Segment, document_from_sample
+from pile_app.documents import TEXT, Document, Segment, document_from_sample
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.tasks.classification import LabelAnnotator
+from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
 from pile_app.training.objective import mean_by_piece
 
 CONFIG = """
@@ -24,10 +26,18 @@ model:
   codec_steps: 0
   objective:
     class_path: pile_app.tasks.classification.Classification
-    init_args: {{labels: [dark, light, low, high], learning_rate: 0.02, language_weight: 0.1}}
+    init_args:
+      labels: [dark, light, low, high]
+      pooling: [mean, max, last]
+      class_weights: balanced
+      learning_rate: 0.02
+      language_weight: 0.1
 data:
   sources: {{labelled: {{train: "{shards}/train-*.tar", validation: "{shards}/validation-*.tar"}}}}
-trainer: {{max_steps: 30, val_check_interval: 15, callbacks: []}}
+trainer:
+  max_steps: 90
+  val_check_interval: 15
+  callbacks: [{{class_path: EarlyStopping, init_args: {{monitor: validation/f1, mode: max, patience: 1}}}}]
 monitor: validation/f1
 monitor_mode: max
 """
@@ -104,13 +114,113 @@ def test_segments_can_be_pieces_that_do_not_see_each_other(
     assert not torch.allclose(others[1], features[1])
 
 
-def test_a_trained_model_learns_labels_of_texts_and_images_by_one_config(tiny_run: TinyRun, tmp_path: Path) -> None:
-    write_shards(labelled(120), tmp_path / "shards", "train")
-    write_shards(labelled(20), tmp_path / "shards", "validation")
-    config = tmp_path / "task.yaml"
-    config.write_text(CONFIG.format(shards=tmp_path / "shards"))
+@pytest.fixture(scope="module")
+def classifier(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from `tiny_run` on, on two processes; its shards lie in `shards` beside it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    write_shards(labelled(120), folder / "shards", "train")
+    write_shards(labelled(20), folder / "shards", "validation")
+    config = folder / "task.yaml"
+    config.write_text(CONFIG.format(shards=folder / "shards"))
     command = ("--config", tiny_run.folder / "config.yaml", "--config", config, "--model.start_from", tiny_run.folder)
-    train(*command, "--name", "task", "--runs", tmp_path, "--wandb", "null", cwd=tmp_path)
-    summary = json.loads((tmp_path / "task" / "summary.json").read_text())
-    assert summary["f1"] == summary["accuracy"] == 1.0
+    ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    train(*command, *ranks, "--name", "task", "--runs", folder, "--wandb", "null", cwd=folder)
+    return folder / "task"
+
+
+def test_two_processes_learn_labels_of_texts_and_images_and_stop_when_f1_does_not_rise(classifier: Path) -> None:
+    summary = json.loads((classifier / "summary.json").read_text())
+    assert summary["f1"] == summary["accuracy"] == 1.0 and summary["devices"] == 2
     assert summary["text_loss"] > 0
+    assert summary["steps"] < 90
+    assert np.trace(summary["confusion"]) == np.sum(summary["confusion"]) == 20
+    assert (classifier / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_classifies_what_it_is_given(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["classify", str(classifier), "--on", str(classifier.parent / "shards" / "validation-*.tar")])
+    found = json.loads((classifier / "classified" / "classification.json").read_text())
+    assert found["documents"] == 20 and found["accuracy"] == 1.0
+    lines = (classifier / "classified" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["true"] for line in lines[:4]] == ["high", "light", "low", "dark"]
+    (tmp_path / "bright.png").write_bytes(Segment.from_image(np.full((8, 8), 240, np.uint8)).file)
+    (tmp_path / "texts.txt").write_text("abba dada\n\nzzyx wwxy\n")
+    capsys.readouterr()
+    main(["classify", str(classifier), "--image", str(tmp_path / "bright.png")])
+    main(["classify", str(classifier), "--file", str(tmp_path / "texts.txt")])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["label"] for answer in answers] == ["light", "low", "high"]
+    assert answers[1]["text"] == "abba dada" and sum(answers[1]["probabilities"].values()) == pytest.approx(1, abs=0.001)
+    with pytest.raises(SystemExit):
+        main(["classify", str(classifier)])
+    assert "what to classify?" in capsys.readouterr().err
+
+
+def documents_of(rows: dict[str, str]) -> list[Document]:
+    return [Document((Segment(text), Segment(label)), text) for text, label in rows.items()]
+
+
+def batch_of(model: FusedLanguageModel, objective: Classification, documents: list[Document]) -> Batch:
+    lengths = [2 + sum(1 + len(segment.text) for segment in document.segments) for document in documents]
+    pack = [whole(document, length) for document, length in zip(documents, lengths, strict=True)]
+    return assemble([pack], model.vocabulary, model.tokenizer, sum(lengths) + 3, annotator=objective.annotator)
+
+
+def test_features_are_mean_maximum_and_last_of_what_stands_before_the_label(
+    tiny_model: Callable[..., FusedLanguageModel],
+) -> None:
+    model, objective = tiny_model(), Classification(["no", "yes"])
+    batch = batch_of(model, objective, documents_of({"abc": "yes", "defg": "no"}))
+    _, hidden = model.read(batch)
+    features, labels = pool(hidden, batch, ["mean", "max", "last"])
+    assert labels.tolist() == [1, 0]
+    for row, places in zip(features, (slice(2, 6), slice(12, 17)), strict=True):
+        seen = hidden[0, places]
+        torch.testing.assert_close(row, torch.cat([seen.mean(0), seen.amax(0), seen[-1]]))
+
+
+def test_what_is_predicted_for_new_documents_is_what_is_measured_in_packs(
+    tiny_model: Callable[..., FusedLanguageModel],
+) -> None:
+    model, objective = tiny_model(), Classification(["no", "yes"], pooling=["mean", "max"])
+    objective.build(model)
+    torch.nn.init.normal_(objective.head.weight)
+    documents = documents_of({"abc": "yes", "defg": "no", "a": "no"})
+    batch = batch_of(model, objective, documents)
+    objective.eval()
+    logits, _ = objective.logits(model, model.read(batch)[1], batch)
+    asked, numbers = zip(*(split_label(document, objective.labels) for document in documents), strict=True)
+    assert numbers == (1, 0, 0)
+    torch.testing.assert_close(objective.predict(model, asked), logits.softmax(-1))
+
+
+def test_the_models_own_softmax_chooses_among_the_labels(tiny_model: Callable[..., FusedLanguageModel]) -> None:
+    model, objective = tiny_model(), Classification(["no", "yes"], head="language")
+    objective.build(model)
+    assert not list(objective.parameters())
+    batch = batch_of(model, objective, documents_of({"abc": "yes"}))
+    _, hidden = model.read(batch)
+    logits, _ = objective.logits(model, hidden, batch)
+    torch.testing.assert_close(logits[0], model.logits(hidden, TEXT)[0, 5, [6 + ord("n"), 6 + ord("y")]])
+    objective(model, hidden, batch).backward()
+    assert model.heads[TEXT].weight.grad[6 + ord("y")].abs().sum() > 0
+    with pytest.raises(ValueError, match=r"\['two', 'three'\].* begin alike"):
+        Classification(["one", "two", "three"], head="language").build(model)
+
+
+def test_a_rare_label_weighs_more_when_balanced(tiny_model: Callable[..., FusedLanguageModel]) -> None:
+    model = tiny_model()
+    losses = {}
+    for weights in (None, "balanced", [1.0, 3.0]):
+        objective = Classification(["no", "yes"], class_weights=weights, dropout=0.0)  # type: ignore[arg-type]
+        objective.build(model)
+        with torch.no_grad():
+            objective.head.bias.copy_(torch.tensor([1.0, 0.0]))
+        batch = batch_of(model, objective, documents_of({"a": "no", "b": "no", "c": "no", "d": "no", "e": "yes"}))
+        losses[str(weights)] = objective(model, model.read(batch)[1], batch).item()
+    no, yes = np.log1p(np.exp(-1)), np.log1p(np.exp(1))
+    assert losses["None"] == pytest.approx((4 * no + yes) / 5, rel=1e-5)
+    assert losses["[1.0, 3.0]"] == pytest.approx((4 * no + 3 * yes) / 7, rel=1e-5)
+    rare, common = 7 / (2 * 2), 7 / (2 * 5)  # each label was seen once more than it was
+    expected = (4 * common * no + rare * yes) / (4 * common + rare)
+    assert losses["balanced"] == pytest.approx(expected, rel=1e-5)

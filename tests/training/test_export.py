@@ -29,6 +29,9 @@ def test_exported_model_is_the_model_of_the_run(tiny_run: TinyRun, tmp_path: Pat
     with pytest.raises(SystemExit):
         main(["export", str(tiny_run.folder), str(tmp_path / "out")])
     assert "not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(tiny_run.folder), str(tmp_path / "theirs"), "--format", "huggingface"])
+    assert "model.image: null" in capsys.readouterr().err and not (tmp_path / "theirs").exists()
 
 
 class Strange(Transformer):

@@ -1,0 +1,163 @@
+"""Shards of labelled data sets that lie on this machine: the files as `pile prepare` reads them, then `pile prepare` itself.
+
+    python data/labelled/prepare.py SET [--data ../shared/data] [--folder data/labelled/shards]
+
+| set       | what                                         | train / validation / test                                        |
+|-----------|----------------------------------------------|------------------------------------------------------------------|
+| sst2      | sentences of film reviews, positive or not   | as given: train.tsv, dev.tsv, test.tsv                           |
+| trec      | questions, by what they ask for (TREC-6)     | TREC.train less a tenth drawn by hash; that tenth; TREC.test     |
+| mnist     | handwritten digits, 28x28                    | 60,000 less a twentieth drawn by hash; that; the 10,000          |
+| fsdd      | spoken digits, 8 kHz                         | three speakers less every tenth take; that; the fourth speaker   |
+| esc10     | sounds of the environment, 5 s               | folds 1 and 2 less a tenth; that; fold 3                         |
+| sentences | texts without labels, to train a model first | those for training of sst2 and trec, and subj.all (films too)    |
+
+Texts are in small letters, as SST-2 comes. Sounds are mono, 8 kHz, and of one loudness (RMS); those for training come in several
+speeds, by resampling as in Kaldi (Ko et al. 2015): it moves the pitch, and so the apparent length of the vocal tract, as another
+speaker does. None of the data is part of the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pile_app.documents import Segment, decode_audio
+from pile_app.prepare.pipeline import prepare
+
+DEFAULT = Path("../shared/data")
+RATE = 8000  # Hz
+LOUDNESS = 0.1  # RMS of the loudest half second, of full scale
+UNSEEN_SPEAKER = "yweweler"  # of fsdd: heard in the test alone
+SPEEDS = {"fsdd": (0.8, 0.87, 0.93, 1.07, 1.15, 1.25), "esc10": (0.85, 0.92, 1.08, 1.17)}  # besides 1
+QUESTIONS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "human",
+    "LOC": "location",
+    "NUM": "number",
+}
+
+
+def make_sst2(data: Path, files: Path) -> dict[str, object]:
+    for split in ("train", "dev", "test"):
+        shutil.copy(data / "sst2" / f"{split}.tsv", files)
+    return {"columns": ["text", "label"], "label_names": ["negative", "positive"]}
+
+
+def make_trec(data: Path, files: Path) -> dict[str, object]:
+    """`DESC:manner How did ...`: the coarse label is what stands before the colon."""
+    for split in ("train", "test"):
+        with open(files / f"{split}.tsv", "w", encoding="utf-8", newline="") as table:
+            print("label\ttext", file=table)
+            for line in trec_lines(data, split):
+                label, _, question = line.partition(" ")
+                print(QUESTIONS[label.partition(":")[0]], question.strip().lower(), sep="\t", file=table)
+    return {"validation_share": 0.1}
+
+
+def make_mnist(data: Path, files: Path) -> dict[str, object]:
+    for split, name in (("train", "train"), ("test", "t10k")):
+        with gzip.open(data / "mnist" / f"{name}-images-idx3-ubyte.gz") as file:
+            images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+        with gzip.open(data / "mnist" / f"{name}-labels-idx1-ubyte.gz") as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)
+        folders = [files / split / str(digit) for digit in range(10)]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            (folders[label] / f"{number:05d}.png").write_bytes(Segment.from_image(image).file)
+    return {"label_from_folder": True, "validation_share": 0.05}
+
+
+def make_fsdd(data: Path, files: Path) -> dict[str, object]:
+    for path in sorted((data / "fsdd" / "recordings").glob("*.wav")):
+        digit, speaker, take = path.stem.split("_")
+        split = "test" if speaker == UNSEEN_SPEAKER else "validation" if int(take) % 10 == 0 else "train"
+        write_sound(path, files / split / digit, SPEEDS["fsdd"] if split == "train" else ())
+    return {"label_from_folder": True}
+
+
+def make_esc10(data: Path, files: Path) -> dict[str, object]:
+    for path in sorted((data / "esc10").glob("*/*.ogg")):
+        fold, recording, _ = path.stem.split("-")  # takes of one recording stay together
+        split = "test" if fold == "3" else "validation" if zlib.crc32(recording.encode()) % 10 == 0 else "train"
+        label = path.parent.name.partition(" - ")[2].lower()
+        write_sound(path, files / split / label, SPEEDS["esc10"] if split == "train" else ())
+    return {"label_from_folder": True}
+
+
+def make_sentences(data: Path, files: Path) -> dict[str, object]:
+    """What holds a part of an evaluation text is left out by `decontaminate`."""
+    lines = [line.rpartition("\t")[0] for line in (data / "sst2" / "train.tsv").read_text().splitlines()]
+    for name in ("TREC.train", "subj.all"):
+        lines += [line.partition(" ")[2].lower() for line in (data / "sent-conv" / name).read_text("latin-1").splitlines()]
+    (files / "sentences.jsonl").write_text("".join(json.dumps({"text": line.strip()}) + "\n" for line in lines))
+    questions = files.parent / "questions.tsv"
+    questions.write_text("\n".join(line.partition(" ")[2].lower() for line in trec_lines(data, "test")))
+    evaluation = [str(data / "sst2" / "dev.tsv"), str(data / "sst2" / "test.tsv"), str(questions)]
+    return {"decontaminate": evaluation, "validation_share": 0.02, "exact_duplicates": True}
+
+
+def trec_lines(data: Path, split: str) -> list[str]:
+    return (data / "sent-conv" / f"TREC.{split}").read_text("latin-1").splitlines()
+
+
+def write_sound(path: Path, folder: Path, speeds: Sequence[float]) -> None:
+    """As it is and at other speeds (2: twice as fast, an octave higher), all of one loudness."""
+    waveform = decode_audio(path.read_bytes(), RATE)
+    folder.mkdir(parents=True, exist_ok=True)
+    for speed in (1.0, *speeds):
+        other = waveform if speed == 1 else resample(waveform, round(RATE * speed / 10) * 10)
+        power = np.convolve(np.square(other, dtype=np.float64), np.ones(RATE // 2) / (RATE // 2), "same").max()
+        loud = other * (LOUDNESS / max(power, 1e-12) ** 0.5)
+        name = f"{path.stem}{'' if speed == 1 else f'-{speed}'}.flac"
+        (folder / name).write_bytes(Segment.from_audio(loud, RATE).file)
+
+
+def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """As if it had been recorded at `rate`: shorter and higher where that is above 8 kHz."""
+    import torch
+    from torchaudio.functional import resample
+
+    return resample(torch.from_numpy(waveform), rate, RATE).numpy()
+
+
+SETS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
+    "sst2": make_sst2,
+    "trec": make_trec,
+    "mnist": make_mnist,
+    "fsdd": make_fsdd,
+    "esc10": make_esc10,
+    "sentences": make_sentences,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("set", choices=SETS, help="what to prepare")
+    parser.add_argument("--data", type=Path, default=DEFAULT, help="folder of the data sets (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if not options.data.is_dir():
+        print(f"error: there is no folder {str(options.data)!r}: give that of the data sets with --data", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / options.set
+        files.mkdir()
+        steps = {"exact_duplicates": False} | SETS[options.set](options.data, files)
+        prepare(files, options.folder / options.set, overwrite=True, **steps)  # type: ignore[arg-type]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

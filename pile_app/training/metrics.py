@@ -1,0 +1,101 @@
+"""What validation counts: nats, targets, hits and bytes of each source and modality, in one table that is summed over devices.
+
+Everything that is told of likelihoods follows from it: loss, perplexity, accuracy, bits a UTF-8 byte of text, bits of codes a
+pixel and channel or a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from pile_app.data.batch import Batch
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Vocabulary
+from pile_app.model.fused import ModalityLoss
+
+NATS, TARGETS, HITS, WRITTEN_NATS, BYTES = range(5)
+
+
+class TokenMetrics(Metric):
+    """Sums over the targets of validation batches.
+
+    table: (sources, modalities, 5) float64: nats; targets; targets that were most likely; nats and UTF-8 bytes of targets that
+    write text (openers and `<end>` have no bytes and do not count among those).
+
+    Args:
+        sources: number of sources.
+    """
+
+    full_state_update = False
+    table: Tensor
+
+    def __init__(self, sources: int) -> None:
+        super().__init__()
+        self.add_state("table", torch.zeros(sources, len(MODALITIES), 5, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, batch: Batch, losses: dict[int, ModalityLoss], token_bytes: Tensor) -> None:
+        """Adds a batch. `token_bytes`: of each text token, see `FusedLanguageModel`; losses have their predictions."""
+        for modality, loss in losses.items():
+            source = batch.source.flatten()[batch.targets[modality]].long()
+            sizes = token_bytes[loss.targets] if modality == TEXT else torch.zeros_like(loss.targets)
+            assert loss.predictions is not None
+            hits = loss.predictions.eq(loss.targets)
+            columns = (loss.each, torch.ones_like(loss.each), hits, loss.each * (sizes > 0), sizes)
+            self.table[:, modality].index_add_(0, source, torch.stack([c.double() for c in columns], 1))
+
+    def compute(self) -> Tensor:
+        """The table over all devices.
+
+        Raises:
+            RuntimeError: a loss was not a number.
+        """
+        if bool(self.table.isnan().any()):
+            raise RuntimeError("a loss of the validation is not a number: the weights of the model are damaged, or diverged")
+        return self.table
+
+
+def likelihoods(rows: Tensor, vocabulary: Vocabulary) -> dict[str, dict[str, float]]:
+    """Modality -> its figures, of the modalities that have targets in `rows` (modalities, 5) of a table."""
+    figures: dict[str, dict[str, float]] = {}
+    for modality, (nats, targets, hits, written_nats, size) in enumerate(rows.tolist()):
+        if not targets:
+            continue
+        loss = nats / targets
+        values = {
+            "targets": targets,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "accuracy": hits / targets,
+        }
+        bits = loss / math.log(2)
+        if modality == TEXT and size:
+            values |= {"bytes": size, "bits_per_byte": written_nats / size / math.log(2)}
+        elif modality == IMAGE:
+            values["code_bits_per_pixel_channel"] = bits * vocabulary.image_tokens / math.prod(vocabulary.image_shape)
+        elif modality == AUDIO:
+            values["code_bits_per_second"] = bits * vocabulary.audio_tokens_per_second
+        figures[MODALITIES[modality]] = values
+    return figures
+
+
+def validation_values(table: Tensor, sources: Sequence[str], vocabulary: Vocabulary) -> dict[str, float]:
+    """The values of a validation by their names, see docs/architecture.md."""
+    counted = ("targets", "bytes")
+    values = {
+        f"{modality}_{name}": value
+        for modality, figures in likelihoods(table.sum(0), vocabulary).items()
+        for name, value in figures.items()
+        if name not in counted
+    }
+    for name, rows in zip(sources, table, strict=True):
+        if rows[:, TARGETS].any():
+            values[f"source/{name}_loss"] = float(rows[:, NATS].sum() / rows[:, TARGETS].sum())
+        if rows[:, BYTES].any():
+            values[f"source/{name}_bits_per_byte"] = likelihoods(rows, vocabulary)["text"]["bits_per_byte"]
+    if table[..., TARGETS].any():
+        values["loss"] = float(table[..., NATS].sum() / table[..., TARGETS].sum())
+    return values

@@ -1,0 +1,135 @@
+"""Scores are the nats of the training loss, whatever documents are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKBONES
+
+from pile_app.data.assembly import assemble, whole
+from pile_app.data.text import load_tokenizer, train_tokenizer
+from pile_app.documents import AUDIO, TEXT, Document, Segment
+from pile_app.model import score
+from pile_app.model.backbones import MinGRU
+from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.generate import segment_length
+from pile_app.model.score import compare_answers, rolling_scores, score_answers, score_continuations
+
+Model = Callable[..., FusedLanguageModel]
+Make = Callable[..., Segment]
+
+
+def training_nats(model: FusedLanguageModel, document: Document) -> tuple[float, int]:
+    """Nats and targets of a document by the loss of training, alone in a pack."""
+    length = 2 + sum(segment_length(model, segment) for segment in document.segments)
+    with torch.no_grad():
+        losses = model(assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length))
+    return sum(float(loss.each.double().sum()) for loss in losses.values()), sum(len(loss.each) for loss in losses.values())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_scores_are_the_nats_of_training(backbone: str, tiny_model: Model, image: Make, sound: Make) -> None:
+    model = tiny_model(backbone)
+    answers = [Segment("seven"), Segment("a much longer answer than that"), image(1), sound(2), Segment("é")]
+    prompts = [Document((image(n), Segment("what is it?"))) for n in range(3)] + [Document(()), Document((sound(0),))]
+    scores = score_answers(model, prompts, answers)
+    for prompt, answer, found in zip(prompts, answers, scores, strict=True):
+        given = tuple(Segment(s.data, s.extension, loss=False) for s in prompt.segments)
+        nats, targets = training_nats(model, Document((*given, answer)))
+        assert found.nats == pytest.approx(nats, rel=1e-5) and found.tokens == targets
+        assert found.bytes == (len(answer.text.encode()) if answer.modality == TEXT else 0)
+    assert scores[3].tokens == 1 + model.vocabulary.segment_tokens(AUDIO, 1500, 8000)  # opener, codes, <audio_end>, <end>
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mingru"])
+def test_packed_scores_are_those_of_each_alone(backbone: str, tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(backbone)
+    prompts = [Document((Segment("ab" * n),)) for n in range(1, 20)]
+    answers = [Segment("x" * (1 + n % 3)) for n in range(19)]
+    monkeypatch.setattr(score, "BATCH_TOKENS", 128)  # several batches
+    together = score_answers(model, prompts, answers)
+    for one, prompt, answer in zip(together, prompts, answers, strict=True):
+        alone = score_answers(model, [prompt], [answer])[0]
+        assert one.nats == pytest.approx(alone.nats, rel=1e-5) and one.tokens == alone.tokens
+
+
+def test_parts_of_a_text_add_up_to_the_whole(tiny_model: Model) -> None:
+    model = tiny_model()
+    text = "one two three"
+    whole_text, first, rest, nothing = score_continuations(model, ["", "", "one", "one"], [text, "one", " two three", ""])
+    assert whole_text.nats == pytest.approx(first.nats + rest.nats, rel=1e-5)
+    assert (whole_text.tokens, nothing.tokens, nothing.nats) == (13, 0, 0.0)
+    nats, targets = training_nats(model, Document((Segment(text),)))
+    ends = score_answers(model, [Document(())], [Segment(text)])[0]
+    assert (ends.nats, ends.tokens) == (pytest.approx(nats, rel=1e-5), targets) and targets == whole_text.tokens + 2
+
+
+def test_a_continuation_that_changes_the_last_token_of_the_prompt_counts_it(tmp_path: Path) -> None:
+    train_tokenizer(["then then then th th"] * 9, "bpe", 262, tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    model = FusedLanguageModel(MinGRU(width=16, layers=1), tokenizer)
+    joint, alone = tokenizer.encode("th then"), tokenizer.encode("th th")
+    assert len(joint) == len(alone) == 2  # `th then` and `th th` differ in the last token, which has to count
+    assert score_continuations(model, ["th th"], ["en"])[0].tokens == 1
+    spaced = score_continuations(model, ["th "], ["then"])[0]
+    assert spaced.tokens == 1 and spaced.bytes == 5  # the space belongs to the token
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "mingru"])
+def test_rolling_windows_count_every_token_once(backbone: str, tiny_model: Model) -> None:
+    model = tiny_model(backbone)
+    text = "the quick brown fox jumps over the lazy dog " * 3
+    exact = score_continuations(model, [""], [text])[0]
+    for context, stride in ((32, 8), (32, None), (64, 1), (200, 50)):
+        scores = rolling_scores(model, text, context, stride)
+        assert sum(one.tokens for one in scores) == sum(one.bytes for one in scores) == len(text)
+        if context == 200:
+            assert scores[0].nats == pytest.approx(exact.nats, rel=1e-5)
+    window = text[32 - 2 - 24 - 1 : 32 - 2 + 8 - 1]  # what the second window of (32, 8) sees: tokens [8, 40)
+    assert len(window) == 32
+    with pytest.raises(ValueError, match="stride=32"):
+        rolling_scores(model, text, 32, 32)
+    assert rolling_scores(model, "", 32) == []
+
+
+def test_windows_see_what_stands_before_them(tiny_model: Model) -> None:
+    model = tiny_model()
+    text = "abcdefghij" * 5
+    scores = rolling_scores(model, text, 24, 6)
+    ids = model.tokenizer.encode(text)
+    # Token t of the document is t - 2 of the text. The second window scores tokens [24, 30), and sees [6, 30).
+    tokens = torch.as_tensor(ids[4:28].astype("int64")) + model.vocabulary.SPECIALS
+    with torch.no_grad():
+        row = tokens[None]
+        hidden = model.hidden(row, torch.zeros_like(row), torch.zeros_like(row), torch.arange(24)[None])
+        logs = model.logits(hidden, TEXT)[0].log_softmax(-1)
+    expected = -float(logs[17:23].gather(1, tokens[18:24, None]).sum())
+    assert scores[1].nats == pytest.approx(expected, rel=1e-4) and scores[1].tokens == 6
+
+
+def test_closed_set_is_normalized_as_asked(tiny_model: Model, image: Make) -> None:
+    model = tiny_model()
+    prompts = [Document((image(n),)) for n in range(3)]
+    answers = [Segment("one"), Segment("twenty-seven")]
+    scores = score_answers(model, [prompts[0]] * 2, answers)
+    for normalize, sizes in (("none", (1, 1)), ("tokens", (5, 14)), ("bytes", (3, 12))):
+        found = compare_answers(model, prompts, answers, normalize)  # type: ignore[arg-type]
+        assert found.shape == (3, 2) and torch.allclose(found.exp().sum(1), torch.ones(3))
+        each = torch.tensor([-one.nats / size for one, size in zip(scores, sizes, strict=True)])
+        assert torch.allclose(found[0], each.log_softmax(0), atol=1e-5)
+    with pytest.raises(ValueError, match="bytes"):
+        compare_answers(model, prompts, [image(5)], "bytes")
+
+
+def test_long_prompts_lose_their_beginning(tiny_model: Model, image: Make) -> None:
+    model = tiny_model()
+    long = score_continuations(model, ["ab" * 100], ["cd"], context=20)[0]
+    kept = score_continuations(model, ["ab" * 100], ["cd"], context=None)[0]
+    assert long.tokens == kept.tokens == 2 and long.nats != kept.nats
+    with pytest.raises(ValueError, match="does not fit a context of 20"):
+        score_continuations(model, ["a"], ["b" * 40], context=20)
+    with pytest.raises(ValueError, match="only texts can be cut"):
+        score_answers(model, [Document((image(0), Segment("a" * 30)))], [Segment("b")], context=20)

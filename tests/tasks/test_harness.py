@@ -1,0 +1,99 @@
+"""EleutherAI's harness over a run: its own metrics, on tasks made from local files."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import TinyRun
+
+from pile_app.cli import main
+from pile_app.documents import TEXT, Document, Segment
+from pile_app.model.generate import Sampling, generate
+from pile_app.model.score import score_continuations
+from pile_app.tasks.harness import PileLM
+from pile_app.training.load import load_run
+
+QUESTIONS = [{"question": f"What follows {n}?", "answers": ["one", f"{n + 1}"], "right": 1} for n in range(6)]
+COMMON = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+"""
+TASKS = {
+    "choices": """
+task: choices
+output_type: multiple_choice
+doc_to_text: "{{question}}\\nAnswer:"
+doc_to_choice: answers
+doc_to_target: right
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "texts": """
+task: texts
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
+""",
+    "answers": """
+task: answers
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answers[right]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+
+
+def test_tasks_from_local_files_measure_the_run(
+    tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run, tasks = tmp_path / "run", tmp_path / "tasks"
+    shutil.copytree(tiny_run.folder, run)
+    tasks.mkdir()
+    (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    for name, text in TASKS.items():
+        (tasks / f"{name}.yaml").write_text(text + COMMON.format(file=tasks / "questions.jsonl"))
+    main(["evaluate", str(run), "--tasks", "choices,texts", "--include", str(tasks)])
+    found = json.loads((run / "evaluation-tasks.json").read_text())["tasks"]
+    assert "choices" in capsys.readouterr().out
+
+    model = load_run(run)[0].model
+    right = 0
+    for question in QUESTIONS:
+        prompts = [f"{question['question']}\nAnswer:"] * 2
+        one, other = score_continuations(model, prompts, [f" {answer}" for answer in question["answers"]])  # type: ignore[attr-defined]
+        right += other.nats < one.nats
+    assert found["choices"]["acc"] == pytest.approx(right / 6)
+    texts = [str(question["question"]) for question in QUESTIONS]
+    nats = sum(score.nats for score in score_continuations(model, [""] * 6, texts))
+    assert found["texts"]["bits_per_byte"] == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5)
+
+    for arguments, told in (
+        (["--tasks", "other", "--include", str(tasks)], "choices"),
+        (["--tasks", "choices", "--on", "a=b.tar"], "not both"),
+        (["--limit", "3"], "belong to --tasks"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(run), *arguments])
+        assert told in capsys.readouterr().err
+
+
+def test_answers_end_at_a_stop_string(tiny_run: TinyRun) -> None:
+    model = load_run(tiny_run.folder)[0].model
+    prompts = ["What follows 1?", "Who?", "x" * 300]
+    settings = {"until": ["q"], "max_gen_toks": 9, "do_sample": False}
+    language_model = PileLM(model, 128)
+    found = language_model.generate_until([SimpleNamespace(args=(prompt, settings)) for prompt in prompts])
+    shown = [*prompts[:2], "x" * (128 - 2 - 9)]
+    for prompt, answer in zip(shown, found, strict=True):
+        free = generate(model, [Document((Segment(prompt),))], TEXT, Sampling(temperature=0, max_text=9))[0]
+        assert answer == free.text.partition("q")[0]
