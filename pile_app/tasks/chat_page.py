@@ -36,8 +36,10 @@ PATHS = ("/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json
 FOLDERS = ("/assets/", "/static/", "/svelte/")
 API = ("app_id", "heartbeat", "info", "queue", "startup-events", "upload", "upload_progress", "cancel", "reset", "theme.css")
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
+#chat button[aria-label="Share"], #chat button[aria-label="Clear"] { display: none; }  /* they know nothing of our session */
 #notice { min-height: 1.6em; color: var(--body-text-color-subdued); font-size: 0.9em; }
+#chat .minimal-audio-player { height: 56px !important; }
 #chat img { border-radius: 8px; }
 """
 
@@ -282,7 +284,7 @@ class Display:
                     if not text:
                         history = [*history, {"role": "assistant", "content": ""}]
                     text += event
-                    history[-1] = {"role": "assistant", "content": text}
+                    history[-1] = self._message("assistant", Segment(text))
                 elif event.extension == "txt":
                     text = ""
                 else:
@@ -308,7 +310,7 @@ class Display:
 
     def _message(self, role: str, segment: Segment) -> dict[str, Any]:
         if isinstance(segment.data, str):
-            return {"role": role, "content": segment.data}
+            return {"role": role, "content": html.escape(segment.data, quote=False)}
         is_image = segment.modality == IMAGE
         path = self.folder / secrets.token_hex(16) / f"{'picture.png' if is_image else 'sound.' + segment.extension}"
         path.parent.mkdir()
