@@ -18,6 +18,7 @@ from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "conf").glob("*.yaml"))
+LOCAL_TEXT = {"encyclopedia", "brown", "factbook", "essays", "definitions", "stories", "news"}
 STEPS = 3
 WORDS = ("three", "seven")
 
@@ -63,6 +64,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "validation"):
         write_shards(documents("prose", 24), base / "data" / "shakespeare" / "shards", split)
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
+    local = base / "data" / "local_text" / "shards"
+    for name in LOCAL_TEXT:
+        for split in ("train", "validation"):
+            write_shards(documents("prose", 24), local / name, f"{name}-{split}")
+    pile(["tokenizer", f"{shards}/prose-train-*.tar", str(local / "tokenizer.json"), "--kind", "bpe", "--size", "300"])
     command = [sys.executable, "-c", SCRIPT, *CONFIGS]
     done = subprocess.run(command, cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -104,6 +110,7 @@ def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
         ("lstm_words", {"prose"}, set()),
         ("shakespeare", {"plays"}, set()),
         ("shakespeare_fast", {"plays"}, set()),
+        ("local_text", LOCAL_TEXT, set()),
     ],
 )
 def test_nothing_of_the_demo_leaks_into_a_config(trained: Path, name: str, sources: set[str], codecs: set[str]) -> None:

@@ -17,6 +17,7 @@ Documents are packed as in validation: one longer than the context is cut into p
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,8 +130,8 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "last", output:
     }
     for number, name in enumerate(names):
         by_modality = likelihoods(table[number], vocabulary)
-        for modality, values in figures.codec_figures(number).items():
-            by_modality.setdefault(modality, {}).update(values)
+        for modality, of_codec in figures.codec_figures(number).items():
+            by_modality.setdefault(modality, {}).update(of_codec)
         rejected = {reason: count for (source, reason), count in sorted(figures.rejected.items()) if source == number}
         rejected_before = data.validation_data[number].rejected()
         result["sources"][name] = {
@@ -143,10 +144,17 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "last", output:
         result["weighted"] = weighted
     if module.objective is not None:
         result["objective"] = {n.removeprefix("validation/"): float(v) for n, v in logged.items() if n not in known}
-    with whole_file(str(output or run / "evaluation.json")) as file:
-        file.write(json.dumps(result, indent=1).encode())
-    if config.get("wandb") is not None:
-        log_to_wandb(run, config["wandb"], result)
+    values = {
+        f"{name}/{modality}_{figure}": value
+        for name, source in [*result["sources"].items(), ("all", result["all"])]
+        for modality, found in source.items()
+        if modality in MODALITIES
+        for figure, value in found.items()
+    }
+    values |= {f"objective/{name}": value for name, value in result.get("objective", {}).items()}
+    if weighted:
+        values["weighted/text_bits_per_byte"] = weighted["bits_per_byte"]
+    keep(result, values, output or run / "evaluation.json", run, config.get("wandb"))
     return result
 
 
@@ -178,21 +186,15 @@ def weighted_bits_per_byte(sources: Mapping[str, Any], weights: Mapping[str, flo
     }
 
 
-def log_to_wandb(run: Path, project: str, result: Mapping[str, Any]) -> None:
-    """Into the summary of the run's W&B run, under `evaluation/`; offline that is one more folder for `wandb sync`."""
-    values = {
-        f"evaluation/{name}/{modality}_{figure}": value
-        for name, source in [*result["sources"].items(), ("all", result["all"])]
-        for modality, figures in source.items()
-        if modality in MODALITIES
-        for figure, value in figures.items()
-    }
-    values |= {f"evaluation/objective/{name}": value for name, value in result.get("objective", {}).items()}
-    if "weighted" in result:
-        values["evaluation/weighted/bits_per_byte"] = result["weighted"]["bits_per_byte"]
-    experiment = make_wandb_logger(run, project).experiment
-    experiment.summary.update(values)
-    experiment.finish()
+def keep(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:
+    """Writes the result as JSON, and its values into the summary of the run's W&B run, under `evaluation/`, where it has a
+    project; offline that is one more folder for `wandb sync`."""
+    with whole_file(str(file)) as written:
+        written.write(json.dumps(result, indent=1).encode())
+    if project is not None:
+        experiment = make_wandb_logger(run, project).experiment
+        experiment.summary.update({f"evaluation/{name}": value for name, value in values.items()})
+        experiment.finish()
 
 
 # -- The table on the screen.
@@ -218,7 +220,7 @@ def print_tables(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room
     sources: dict[str, Any] = {**result["sources"], **({"all": result["all"]} if len(result["sources"]) > 1 else {})}
     for modality, columns in COLUMNS.items():
         if not any(modality in source for source in sources.values()):

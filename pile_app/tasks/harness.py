@@ -20,10 +20,9 @@ import torch
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
 from pile_app.model.score import rolling_scores, score_continuations
-from pile_app.prepare.files import whole_file
 from pile_app.prepare.options import require
+from pile_app.tasks.evaluate import keep
 from pile_app.training.load import find_checkpoint, load_run, read_config
-from pile_app.training.run import make_wandb_logger
 
 HARNESS = require("lm_eval.api.model", "lm-eval", "evaluating on tasks of the harness")
 
@@ -132,14 +131,8 @@ def evaluate_tasks(
         "run": str(run), "checkpoint": str(find_checkpoint(run, checkpoint)), "step": saved["global_step"],
         "context": data.context, "tasks": values,
     }  # fmt: skip
-    with whole_file(str(output or run / "evaluation-tasks.json")) as file:
-        file.write(json.dumps(result, indent=1).encode())
-    if config.get("wandb") is not None:
-        experiment = make_wandb_logger(run, config["wandb"]).experiment
-        experiment.summary.update(
-            {f"evaluation/{task}/{name}": value for task, metrics in values.items() for name, value in metrics.items()}
-        )
-        experiment.finish()
+    flat = {f"{task}/{name}": value for task, metrics in values.items() for name, value in metrics.items()}
+    keep(result, flat, output or run / "evaluation-tasks.json", run, config.get("wandb"))
     return result
 
 

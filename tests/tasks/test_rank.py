@@ -10,7 +10,7 @@ import torch
 
 from pile_app.documents import TEXT, Document, Segment, Vocabulary
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import _prompt_tokens
+from pile_app.model.segments import prompt_tokens
 from pile_app.tasks.judges import MANY, Judge, Labelled
 from pile_app.tasks.rank import rank_names
 
@@ -19,7 +19,7 @@ NAMES = ("cat", "cart", "car", "dog", "dogs", "do", "ünïcode", "a longer name 
 
 def log_likelihood(model: FusedLanguageModel, prompt: Document, name: str) -> float:
     """Of the name and its end, token by token, nothing cached."""
-    tokens, places, _ = _prompt_tokens(model, prompt, TEXT)
+    tokens, places, _ = prompt_tokens(model, prompt, TEXT)
     answer = torch.tensor([Vocabulary.SPECIALS + int(token) for token in model.tokenizer.encode(name)])
     whole = torch.cat([tokens, answer])[None]
     everywhere = torch.cat([places, torch.zeros_like(answer)])[None]
