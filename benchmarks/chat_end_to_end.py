@@ -1,11 +1,11 @@
 """Picture of a digit in, word and spoken answer out: `pile chat --browser` in a real, headless browser.
 
-    python benchmarks/chat_end_to_end.py runs/digits-chat [--pictures 50] [--output chat-pictures] [--chromium /usr/bin/chromium]
+    python benchmarks/chat_end_to_end.py runs/digits-chat [--pictures 50] [--output chat-pictures]
 
 For each held-out picture a new conversation is begun on the page, the picture is sent through the field for messages, and the
-answer is read off the page: the word from its text, and the sound from the player that the browser shows, which the judge of the
-demo's evaluation (an SVM on log-mel, trained on real clips) calls a digit. Screenshots of some conversations are kept. Counted,
-too: requests of the page to any other host, and errors in the browser's console.
+answer is read off the page: the word from its text, and the sound from what the player of the page has fetched, which the judge
+of the demo's evaluation (an SVM on log-mel, trained on real clips) calls a digit. Screenshots of some conversations are kept.
+Counted, too: requests of the page to any other host, and errors in the browser's console.
 
 Needs Playwright and a Chromium: `pip install playwright`, and `apt-get install chromium` or `playwright install chromium`.
 """
