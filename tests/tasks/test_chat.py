@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY, TinyRun, train
 
+from pile_app.cli import main
 from pile_app.commands.chat import Terminal
 from pile_app.data.conversations import MARKERS, Turn, conversation_prompt
 from pile_app.data.text import ByteTokenizer
@@ -171,3 +175,25 @@ def test_the_terminal_talks_attaches_retries_and_changes_settings(
 def test_small_pictures_are_shown_large_and_sharp(image: MakeSegment) -> None:
     assert image_size(shown_image(image(0))) == (224, 224)
     assert image_size(shown_image(Segment.from_image(np.zeros((300, 200, 3), np.uint8)))) == (300, 200)
+
+
+def test_a_run_learns_from_conversations_and_talks_in_the_terminal(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From files as they are found to an answer, by the commands of `conf/tasks/chat.yaml`."""
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    records = ({"instruction": f"Say {number}", "output": f"{number} it is"} for number in range(40))
+    (chats / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    main(["prepare", str(chats), str(tmp_path / "shards"), "--kind", "chat", "--validation-share", "0.2", "--processes", "1"])
+    sources = {"chats": {split: f"{tmp_path}/shards/chats-{split}-*.tar" for split in ("train", "validation")} | {"weight": 1}}
+    train(
+        "--config", tiny_run.folder / "config.yaml", "--config", REPOSITORY / "conf" / "tasks" / "chat.yaml", "--name", "chat",
+        "--model.start_from", tiny_run.folder, "--runs", tmp_path / "runs", "--wandb", "null", "--trainer.max_steps", "4",
+        "--trainer.val_check_interval", "4", "--data.sources", json.dumps(sources), cwd=tmp_path,
+    )  # fmt: skip
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say 3\n/retry\n/nix\n/settings seed 5\n/quit\nnever read\n"))
+    main(["chat", str(tmp_path / "runs" / "chat"), "--max-text", "6", "--max-seconds", "0.2"])
+    told = capsys.readouterr().out
+    assert "(there is no /nix; /help lists what there is)" in told and "seed 5" in told and told.count("\n") >= 4
