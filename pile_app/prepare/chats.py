@@ -65,9 +65,8 @@ def records_of_file(name: str, data: bytes) -> Iterator[Any]:
     except Exception as error:  # of yaml
         raise BadSample("invalid_yaml", str(error)) from error
     if isinstance(content, dict) and isinstance(content.get("conversations"), list) and "messages" not in content:
-        lists = [one for one in content["conversations"] if isinstance(one, list)]
-        if len(lists) == len(content["conversations"]):
-            yield from ({"exchange": one} for one in lists)
+        if any(isinstance(one, list) for one in content["conversations"]):
+            yield from ({"exchange": one if isinstance(one, list) else [one]} for one in content["conversations"])
             return
     yield from content if isinstance(content, list) else [content]
 
