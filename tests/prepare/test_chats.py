@@ -116,10 +116,10 @@ def test_llava_puts_the_image_where_it_stands(folder: Path, image: MakeSegment) 
 
 def test_chatterbot_dialogues_take_turns(folder: Path) -> None:
     (folder / "ai.yml").write_text(
-        "categories:\n- AI\nconversations:\n- - What is AI?\n  - Yes\n- - 3\n  - 4\n  - five\n  - 6\n"
+        "categories:\n- AI\nconversations:\n- - What is AI?\n  - Yes\n- - 3\n  - 4\n  - five\n  - 6\n- odd: one\n"
     )
     documents, rejected = prepared(folder)
-    assert not rejected
+    assert [one["reason"] for one in rejected] == ["unknown_content"], "an odd one costs the others nothing"
     assert sorted(map(told, documents)) == [
         [("user", ["3"]), ("assistant", ["4"]), ("user", ["five"]), ("assistant", ["6"])],
         [("user", ["What is AI?"]), ("assistant", ["Yes"])],
