@@ -40,6 +40,7 @@ COMMANDS = (  # as `pile --help` lists them
     "inspect",
     "plan",
     "generate",
+    "chat",
     "evaluate",
     "classify",
     "index-media",

@@ -19,6 +19,7 @@ from pile_app.data.index import MAX_SAMPLE_BYTES
 from pile_app.documents import BadSample
 
 MAX_LINE_BYTES = 1 << 26  # of JSON lines, tables and captions
+MAX_JSON_BYTES = 1 << 30  # of a JSON file that is one list
 MAX_ZSTD_WINDOW = 1 << 27  # what `zstd --long` needs; `--long=31` would take 2 GiB a process
 CUTS = (b"\n\n", b"\n", b" ")  # where a text had best be cut: after a paragraph, a line, a word
 MEDIA_FOLDERS = ("", "clips", "images", "audio")  # where files that are named may lie, beside what names them

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pile_app.data.conversations import is_marker
 from pile_app.data.text import clean_text
 from pile_app.documents import (
     AUDIO,
@@ -69,6 +70,8 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
 
 def _text_step(segment: Segment, options: Options) -> Segment:
     text = segment.text
+    if is_marker(segment):  # of a conversation; cleaning would take it out, as it does wherever users write it
+        return segment
     if options.repair:
         text = repair_text(text)
     if options.clean:

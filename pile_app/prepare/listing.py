@@ -86,6 +86,8 @@ def list_items(input: Path, options: Options, stamp: Callable[[bytes], Any] = le
                     yield from _guarded(root, path, _list_table(root, path, layout, options, named))
             elif extension(name) in JSON_EXTENSIONS and options.kind in ("auto", "interleaved") and _is_interleaved(path):
                 records.append(os.path.join(folder, ""))
+        if options.kind == "chat":  # media are those that conversations name
+            records.append(os.path.join(folder, ""))
     for folder, names, skipped in _walk(input):
         for name in skipped:
             yield _rejected(root, os.path.join(folder, name), "ignored_folder", "hidden folders and links are not followed")
@@ -179,6 +181,7 @@ LISTERS: dict[str, Callable[[str, str, int], Iterator[Item]]] = {
     "jsonl.gz": partial(_list_file, "json_lines"),
     "jsonl.zst": partial(_list_file, "json_lines"),
     "parquet": _list_parquet,
+    **dict.fromkeys(("json", "yml", "yaml"), partial(_list_file, "conversations")),
     "tar": partial(_list_file, "tar"),
 }
 

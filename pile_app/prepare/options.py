@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
 
-Kind = Literal["auto", "text", "images", "audio", "interleaved", "webdataset"]
+Kind = Literal["auto", "text", "images", "audio", "interleaved", "chat", "webdataset"]
 
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst")
@@ -21,6 +21,7 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
     "images": (*IMAGE_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "audio": (*AUDIO_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "interleaved": (*JSON_EXTENSIONS, "parquet"),
+    "chat": (*JSON_EXTENSIONS, "json", "yml", "yaml", "parquet"),
     "webdataset": ("tar",),
 }
 RULES = ("gopher", "c4")  # of quality

@@ -13,6 +13,7 @@ What is read (the kind `auto` reads all of it):
   beside `clips/`, that table alone); LibriSpeech (`*.trans.txt` with a line a recording, beside the recordings);
 * what has a label, which then is the last segment: a column `label` (or the one that is named) of a table, of JSON lines or of
   Parquet, where the names of Hugging Face's classes are known; the folder that a file lies in, if that is asked for;
+* conversations (the kind `chat` alone): records of JSON lines, JSON, YAML and Parquet, see `chats.py`;
 * WebDataset shards (`.tar`): their documents as they are.
 
 Input is not trusted: see `files.py`. No name in a table or record reaches a file outside the input folder; nothing is unpickled
@@ -36,8 +37,10 @@ from pile_app.data.index import MAX_SAMPLE_BYTES
 from pile_app.data.tar import ShardError, files_of_block, sample_ranges
 from pile_app.data.text import clean_text
 from pile_app.documents import BadSample, Document, Segment, document_from_sample
+from pile_app.prepare.chats import chat_layout, document_of_chat, records_of_file
 from pile_app.prepare.files import (
     DECOMPRESSORS,
+    MAX_JSON_BYTES,
     MAX_LINE_BYTES,
     decode,
     extension,
@@ -154,6 +157,8 @@ def _parquet_columns(schema: Any, options: Options) -> list[str]:
 
     known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS, *options.text_column}
     known.add(label_column(schema.names, options) or "text")
+    if options.kind == "chat":
+        return [name for name in schema.names if name not in ("id", "source")]
 
     def is_medium(kind: Any) -> bool:
         is_file = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -186,6 +191,13 @@ def _read_labelled(
     yield _found_with_label(file, layout, b"", inputs, cells.get(column or ""), options)
 
 
+def _read_conversations(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
+    """A document a record of a JSON or YAML file, which is read whole."""
+    path = os.path.join(root, path)
+    for number, record in enumerate(records_of_file(path.lower(), read_file(path, MAX_JSON_BYTES)), start=1):
+        yield _found_in_record(root, path, f"{file}:{number}", "file", record, options)
+
+
 def _read_tar(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
     """The samples of a WebDataset shard."""
     with open_plain(os.path.join(root, path)) as opened:
@@ -207,6 +219,7 @@ READERS: dict[str, Callable[..., Iterator[Found]]] = {
     "parquet": _read_parquet,
     "media": _read_media,
     "labelled": _read_labelled,
+    "conversations": _read_conversations,
     "tar": _read_tar,
 }
 
@@ -308,6 +321,9 @@ def _found_in_record(
 ) -> Found:
     """Of a record that is interleaved, has a label, media and a caption, or is a text. names: of the classes of its label."""
     record = record if isinstance(record, dict) else {}
+    if options.kind == "chat":
+        made = partial(document_of_chat, record, partial(_medium, root, path))
+        return _found(name, f"{chat_layout(record) or 'no conversation'} ({layout})", raw, made)
     for key, (interleaved, make) in _INTERLEAVED.items():
         if isinstance(record.get(key), list) and options.kind in ("auto", "interleaved"):
             return _found(name, f"{interleaved} ({layout})", raw, make, root, path, record)

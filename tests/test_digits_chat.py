@@ -1,0 +1,53 @@
+"""The promises of `data/digits_chat/prepare.py`: what is answered is what was shown, said or asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import numpy as np
+from conftest import REPOSITORY
+
+from pile_app.data.conversations import ROLES
+from pile_app.documents import IMAGE, TEXT, Segment
+
+spec = importlib.util.spec_from_file_location("digits_chat", REPOSITORY / "data" / "digits_chat" / "prepare.py")
+assert spec is not None and spec.loader is not None
+recipe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(recipe)
+NAMES = recipe.digits.DIGITS
+
+
+def test_answers_are_of_the_digit_that_was_shown_said_or_asked_for() -> None:
+    shown: dict[bytes, int] = {}
+
+    def media(modality: int, digit: int) -> Segment:
+        """A file that says which digit it is."""
+        data = b"%d-%d" % (len(shown), digit)
+        shown[data] = digit
+        return Segment(data, "png" if modality == IMAGE else "flac")
+
+    speaker = recipe.Speaker(np.random.default_rng(0), media)
+    follow_ups = kinds = 0
+    for number in range(400):
+        document = speaker.conversation(number % 10, f"k{number}")
+        spoken_of, role = None, ""
+        for segment in document.segments:
+            if segment.modality == TEXT and segment.text in ROLES.values():
+                role = segment.text
+                continue
+            if segment.modality != TEXT:
+                digit = shown[segment.file]
+                assert role == ROLES["user"] or digit == spoken_of
+                spoken_of = digit
+                kinds |= 1 << (2 * (role == ROLES["user"]) + (segment.modality == IMAGE))
+            elif role == ROLES["user"]:
+                known = (*recipe.SHOWN, *recipe.PLAYED, *recipe.AGAIN, *recipe.NEXT)  # "Another one, please."
+                named = [name for name in NAMES if name in segment.text and segment.text not in known]
+                spoken_of = NAMES.index(named[0]) if named else spoken_of
+                if segment.text in recipe.NEXT:
+                    spoken_of, follow_ups = (spoken_of + 1) % 10, follow_ups + 1
+            elif named := re.findall("(?:is|hear) (\\w+)\\.", segment.text):
+                assert NAMES[spoken_of] == named[0]
+        assert document.key == f"k{number}" and document.meta["label"] in NAMES
+    assert follow_ups > 10 and kinds == 0b1111
