@@ -42,6 +42,7 @@ COMMANDS = (  # as `pile --help` lists them
     "generate",
     "evaluate",
     "classify",
+    "tag",
     "index-media",
     "search",
     "export",
