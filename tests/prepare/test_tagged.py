@@ -66,7 +66,7 @@ def test_spans_of_records_are_checked_and_mended(tmp_path: Path) -> None:
         {"text": text, "entities": [[0, 99, "PER"]]},
         {"text": text, "entities": [[3, 3, "PER"]]},
         {"text": text, "entities": [[0, 7, "PER"], [4, 7, "ACT"]]},
-        {"text": "e\u0301te\u0301 in Li\u0301on  \r\nx", "entities": [[8, 13, "LOC"]]},  # cleaning composes and cuts
+        {"text": "e\u0301te\u0301 in Li\u0301on  \r\nx", "entities": [[9, 14, "LOC"]]},  # cleaning composes and cuts
         {"text": text, "entities": []},
     ]
     given = found(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records), kind="entities")

@@ -69,14 +69,14 @@ def test_the_chain_sums_and_decodes_over_all_sequences() -> None:
     chain = random_chain(0, 1.0)
     emissions, lengths = torch.randn(2, 3, 5), torch.tensor([3, 2])
     tags = torch.tensor([[0, 1, 2], [3, 4, 0]])
-    first, step = chain._scores()
+    first, step = (scores.detach() for scores in chain._scores())
     found = chain.decode(emissions, lengths)
     for row, length in enumerate(lengths.tolist()):
 
         def score(path: tuple[int, ...], row: int = row) -> float:
             steps = sum(float(step[a, b]) for a, b in itertools.pairwise(path))
             own = sum(float(emissions[row, word, tag]) for word, tag in enumerate(path))
-            return float(first[path[0]]) + own + steps + float(chain.last[path[-1]])
+            return float(first[path[0]]) + own + steps + float(chain.last.detach()[path[-1]])
 
         paths = list(itertools.product(range(5), repeat=length))
         total = torch.logsumexp(torch.tensor([score(path) for path in paths]), 0)
