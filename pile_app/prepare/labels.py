@@ -114,8 +114,8 @@ def class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         about = features[column]
-        names = (about["feature"] if "feature" in about else about)["names"]  # of lists: those of what is in them
-    except (KeyError, TypeError, ValueError):
+        names = about.get("feature", about)["names"]  # of lists: those of what is in them
+    except (KeyError, TypeError, ValueError, AttributeError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
 

@@ -336,7 +336,7 @@ def _found_in_record(
 ) -> Found:
     """Of a record that is interleaved, has a label, media and a caption, or is a text. names: of the classes of its label."""
     record = record if isinstance(record, dict) else {}
-    if options.kind in ("auto", "entities"):
+    if options.kind == "entities" or (options.kind == "auto" and options.label_column is None):
         tagged = _found_tagged(name, f"entities ({layout})", raw, document_of_record, record, options=options)
         if tagged is not None:
             return tagged
