@@ -72,7 +72,6 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
 
 
 def _text_step(segment: Segment, options: Options) -> Segment:
-    text = segment.text
     if is_marker(segment):  # of a conversation; cleaning would take it out, as it does wherever users write it
         return segment
     text = mend_text(segment.text, options)

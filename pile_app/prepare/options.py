@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
 
-Kind = Literal["auto", "text", "images", "audio", "interleaved", "chat", "webdataset"]
-Kind = Literal["auto", "text", "images", "audio", "interleaved", "entities", "webdataset"]
+Kind = Literal["auto", "text", "images", "audio", "interleaved", "entities", "chat", "webdataset"]
 
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst")

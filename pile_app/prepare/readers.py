@@ -169,7 +169,6 @@ def _parquet_columns(schema: Any, options: Options) -> list[str]:
     import pyarrow.types as types
 
     known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS, *options.text_column}
-    known.add(label_column(schema.names, options) or "text")
     if options.kind == "chat":
         return [name for name in schema.names if name not in ("id", "source")]
     known |= {label_column(schema.names, options) or "text", "tokens", *SPAN_FIELDS, *TAG_FIELDS}
