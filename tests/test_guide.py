@@ -26,8 +26,9 @@ SMALL = [
 PRESET = [
     "--model.tokenizer=bytes --model.image=null --model.audio=null --model.codec_steps=0",
     "--model.backbone.init_args.heads=2 --trainer.devices=2 --trainer.num_nodes=1 --trainer.precision=32-true",
-    "--data.sources={mine:{train:shards/mine/my-texts-train-*.tar,validation:shards/mine/my-texts-validation-*.tar}}",
+    "'--data.sources={mine: {train: shards/mine/my-texts-train-*.tar}}'",
 ]
+WORDS = ["once", "upon", "a", "time", "there", "was", "one", "who", "had", "three", "wishes"]
 CODECS = {"image": vars(IMAGE), "audio": vars(AUDIO)}
 
 
@@ -41,9 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("my-texts", "my-reviews", "my-entities", "my-chats"):
         (folder / name).mkdir()
     for number in range(60):
-        words = rng.choice(
-            ["once", "upon", "a", "time", "there", "was", "one", "who", "had", "three", "wishes", "and", "no", "time"], 30
-        )
+        words = rng.choice(WORDS, 30)
         (folder / "my-texts" / f"{number}.txt").write_text(" ".join(words))
     reviews = [f"{'good' if n % 2 else 'bad'} film number {n},{'positive' if n % 2 else 'negative'}" for n in range(200)]
     (folder / "my-reviews" / "reviews.csv").write_text("\n".join(["text,label", *reviews]))
