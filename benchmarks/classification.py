@@ -97,7 +97,7 @@ def pretrain(task: Task, folder: Path, shards: Path) -> None:
     if task.pretrained == "sentences":
         tokenizer = folder / "sentences.json"
         texts = shards / "sentences" / "sentences-train-*.tar"
-        run("-m", "pile_app.cli", "tokenizer", texts, tokenizer, "--kind", "bpe", "--size", 12000)
+        run("-m", "pile_app.cli", "tokenizer", texts, tokenizer, "--kind", "bpe", "--size", 4000)
         more = ["--model.tokenizer", tokenizer]
     config = HERE / "classification" / f"{task.pretrained}.yaml"
     run(ROOT / "train.py", "--config", config, "--runs", folder, *sources(shards, task.sets), *more)
@@ -232,8 +232,12 @@ TASKS = {
     ),
     "fsdd": Task(
         *("sounds", ("fsdd", "esc10"), 0.90, partial(sounds_baseline, frames=10)),
-        OF_MEDIA | {"data.epochs": 3, "trainer.val_check_interval": 100},
-        ("voices",),
+        {
+            "pooling": ["mean", "max"],
+            "learning_rate": 0.002,
+            "model.optimizer.learning_rate": 0.001,
+            "model.optimizer.matrix_learning_rate": 0.005,
+        },
     ),
     "esc10": Task(
         *("sounds", ("fsdd", "esc10"), 0.74, partial(sounds_baseline, frames=1)),
@@ -241,7 +245,7 @@ TASKS = {
     ),
     "mnist": Task(
         *("digits", ("mnist",), 0.985, pixels_baseline),
-        OF_MEDIA | {"pooling": ["mean", "max", "last"], "dropout": 0.1, "data.epochs": 3, "trainer.val_check_interval": 700},
+        OF_MEDIA | {"pooling": ["mean", "max", "last"], "dropout": 0.1, "data.epochs": 2, "trainer.val_check_interval": 950},
     ),
 }
 
