@@ -97,7 +97,7 @@ def pretrain(task: Task, folder: Path, shards: Path) -> None:
     if task.pretrained == "sentences":
         tokenizer = folder / "sentences.json"
         texts = shards / "sentences" / "sentences-train-*.tar"
-        run("-m", "pile_app.cli", "tokenizer", texts, tokenizer, "--kind", "bpe", "--size", 4000)
+        run("-m", "pile_app.cli", "tokenizer", texts, tokenizer, "--kind", "bpe", "--size", 12000)
         more = ["--model.tokenizer", tokenizer]
     config = HERE / "classification" / f"{task.pretrained}.yaml"
     run(ROOT / "train.py", "--config", config, "--runs", folder, *sources(shards, task.sets), *more)
@@ -245,7 +245,7 @@ TASKS = {
     ),
     "mnist": Task(
         *("digits", ("mnist",), 0.985, pixels_baseline),
-        OF_MEDIA | {"pooling": ["mean", "max", "last"], "dropout": 0.1, "data.epochs": 2, "trainer.val_check_interval": 950},
+        OF_MEDIA | {"pooling": ["mean", "max", "last"], "dropout": 0.1, "data.epochs": 1, "trainer.val_check_interval": 700},
     ),
 }
 
