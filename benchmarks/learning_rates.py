@@ -21,7 +21,7 @@ from pile_app.data.text import ByteTokenizer
 from pile_app.documents import TEXT, Vocabulary
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.optim import MuonAdamW, OptimizerConfig, make_optimizer
+from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 HEAD_WIDTH = 32
 
@@ -44,10 +44,12 @@ def train(options: argparse.Namespace, width: int, layers: int, config: Optimize
     """Held-out nats a byte after `options.steps` steps."""
     torch.manual_seed(options.seed)
     backbone = LSTM(width, layers) if options.lstm else Transformer(width, layers, max(1, width // HEAD_WIDTH))
-    model = FusedLanguageModel(backbone, ByteTokenizer())
+    return fit(FusedLanguageModel(backbone, ByteTokenizer()), config, options)
+
+
+def fit(model: FusedLanguageModel, config: OptimizerConfig, options: argparse.Namespace) -> float:
+    """Held-out nats a byte after `options.steps` steps on `options.batch` windows each, of `options.context` bytes."""
     optimizer, schedule = make_optimizer(model, config, 0, options.steps)
-    if options.adjust and isinstance(optimizer, MuonAdamW):
-        optimizer.parts[0].param_groups[0]["adjust_lr_fn"] = options.adjust
     text = np.fromfile(options.file, np.uint8).astype(np.int64) + Vocabulary.SPECIALS
     tokens = torch.from_numpy(text)
     border = len(tokens) * 9 // 10
@@ -75,7 +77,6 @@ def main() -> None:
     parser.add_argument("--of", choices=("matrices", "rest"), default="matrices", help="whose rates: Muon's or AdamW's")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--base-width", type=int, help="as model.optimizer.base_width")
-    parser.add_argument("--adjust", help="torch.optim.Muon's adjust_lr_fn (default: its own)")
     parser.add_argument("--lstm", action="store_true", help="instead of the Transformer")
     parser.add_argument("--layers", type=int, default=2, help="where the width varies")
     parser.add_argument("--width", type=int, default=64, help="where the depth varies")

@@ -123,10 +123,10 @@ def measure_baselines(train: Sequence[Document], test: Sequence[Document]) -> di
 
     captions = baselines.images_of_captions([first(document, TEXT).text for document in test])
     images = features(test, IMAGE)
-    sounds = baselines.sounds_of_images(features(spoken, IMAGE))
+    sounds = baselines.sounds_of_images(images)
     return {
         "text_to_image": retrieval_metrics(embeddings(captions, test), embeddings(images, test)),
-        "image_to_audio": retrieval_metrics(embeddings(sounds, spoken), embeddings(features(spoken, AUDIO), spoken)),
+        "image_to_audio": retrieval_metrics(embeddings(sounds, test), embeddings(features(spoken, AUDIO), spoken)),
     }
 
 

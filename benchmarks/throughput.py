@@ -5,7 +5,8 @@
 All three stand in memory and take turns of --steps optimizer steps (A B C A B C), each with all cores to itself, so that what
 else the machine does hits all alike; medians and ranges are printed. `peers/train_step.py` says what is timed. The share of the
 matmul rate is FLOPs of the model (6 a parameter of a matrix product, and attention within the causal half) over those of large
-bf16 products, measured right after each turn. litgpt and transformers are installed with uv into an environment of their own.
+bf16 products, measured right after each turn. On a machine that others use, too: OMP_NUM_THREADS=1 and --cpu-time. litgpt and
+transformers are installed with uv into an environment of their own.
 
 Bars: 1.2x the better peer; 50 % of the matmul rate at 50M.
 """
@@ -122,11 +123,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a turn")
     parser.add_argument("--documents", type=int, default=1, help="in each pack of ours; the peers know no boundaries")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, for a machine that is shared")
     options = parser.parse_args()
     python = peers_python(options.folder)
     pythons = {"pile": Path(sys.executable), "pile-adamw": Path(sys.executable), "transformers": python, "litgpt": python}
     for size in options.sizes:
-        shape = SIZES[size] | {"documents": options.documents}
+        shape = SIZES[size] | {"documents": options.documents, "cpu_time": options.cpu_time}
         print(table(size, shape, *measure(shape, pythons, options.rounds, options.steps)), flush=True)
     print(f"\n{describe_machine()}")
 

@@ -43,6 +43,7 @@ COMMANDS = (  # as `pile --help` lists them
     "chat",
     "evaluate",
     "classify",
+    "tag",
     "index-media",
     "search",
     "export",

@@ -30,8 +30,8 @@ from pile_app.training.cli import main
 for name in sys.argv[1:]:
     config = [] if name == "default" else ["--config", f"conf/{name}.yaml"]
     small = "--trainer.max_steps=3 --model.codec_steps=1 --data.global_batch=2 --trainer.val_check_interval=2"
-    # The demo's evaluation needs more than tiny shards; every other config has callbacks of its own.
-    callbacks = ["--trainer.callbacks=[]"] if name in ("default", "lstm") else []
+    # The demos' evaluation needs more than tiny shards; every other config has callbacks of its own.
+    callbacks = ["--trainer.callbacks=[]"] if name in ("default", "lstm", "emoji") else []
     main([*config, *small.split(), "--trainer.accelerator=cpu", "--name", name, "--wandb=null", *callbacks])
 """
 
@@ -62,6 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("train", "heldout" if kind == "labelled" else "validation"):
             write_shards(documents(kind, 24), shards, f"{kind}-{split}")
     for split in ("train", "validation"):
+        write_shards(documents("digits", 24), base / "data" / "emoji" / "shards", f"emoji-{split}")
         write_shards(documents("prose", 24), base / "data" / "shakespeare" / "shards", split)
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
     local = base / "data" / "local_text" / "shards"
@@ -104,6 +105,7 @@ def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
     [
         ("default", {"digits", "prose"}, {"image", "audio"}),
         ("lstm", {"digits", "prose"}, {"image", "audio"}),
+        ("emoji", {"emoji"}, {"image", "audio"}),
         ("text_only", {"prose"}, set()),
         ("images_only", {"images"}, {"image"}),
         ("audio_only", {"clips"}, {"audio"}),

@@ -28,7 +28,8 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """packs: of a micro-batch; micro_batches: of an optimizer step; documents: in each pack, of equal length (ours only)."""
+    """packs: of a micro-batch; micro_batches: of an optimizer step; documents: in each pack, of equal length (ours only);
+    cpu_time: seconds are those of the processor."""
 
     width: int
     layers: int
@@ -41,6 +42,10 @@ class Shape:
     device: str = "cpu"
     compile: bool = False
     parallel: str = ""
+    cpu_time: bool = False
+
+    def clock(self) -> float:
+        return time.process_time() if self.cpu_time else time.perf_counter()
 
 
 Loss = Callable[[], torch.Tensor]  # of a micro-batch
@@ -55,7 +60,10 @@ def make_pile(shape: Shape, name: str = "muon") -> tuple[torch.nn.Module, Loss, 
     from pile_app.model.backbones import Transformer
     from pile_app.model.fused import FusedLanguageModel
     from pile_app.training.optim import OptimizerConfig, make_optimizer
+    from pile_app.training.run import keep_freed_memory
 
+    if shape.device == "cpu":
+        keep_freed_memory()  # as every run of Pile's on a CPU does
     tokenizer = ByteTokenizer()
     tokenizer.size = shape.vocabulary - Vocabulary.SPECIALS
     tokenizer.token_bytes = np.ones(tokenizer.size, np.int64)
@@ -149,17 +157,18 @@ def parallelize(model: torch.nn.Module, blocks: list[torch.nn.Module], shape: Sh
     return model
 
 
-def measure_matmul(device: str) -> float:
+def measure_matmul(shape: Shape) -> float:
     """FLOP/s of a large bf16 product, best of a few."""
+    device = shape.device
     size = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).bfloat16()
     best = float("inf")
     for _ in range(6):
         wait(device)
-        began = time.perf_counter()
+        began = shape.clock()
         a @ b
         wait(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, shape.clock() - began)
     return 2.0 * size**3 / best
 
 
@@ -199,14 +208,14 @@ def main() -> None:
     print(json.dumps({"ready": parameters}), flush=True)
     for line in sys.stdin if not shape.parallel else ["10"]:
         wait(shape.device)
-        began = time.perf_counter()
+        began = shape.clock()
         for _ in range(int(line)):
             step()
         wait(shape.device)
-        seconds = time.perf_counter() - began
+        seconds = shape.clock() - began
         tokens = int(line) * shape.micro_batches * shape.packs * shape.context * ranks
         memory = torch.cuda.max_memory_allocated() if shape.device == "cuda" else 0
-        answer = {"seconds": seconds, "tokens": tokens, "matmul": measure_matmul(shape.device), "memory": memory}
+        answer = {"seconds": seconds, "tokens": tokens, "matmul": measure_matmul(shape), "memory": memory}
         if not shape.parallel or torch.distributed.get_rank() == 0:
             print(json.dumps(answer), flush=True)
     if shape.parallel:

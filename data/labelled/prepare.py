@@ -9,19 +9,23 @@
 | mnist     | handwritten digits, 28x28                    | 60,000 less a twentieth drawn by hash; that; the 10,000          |
 | fsdd      | spoken digits, 8 kHz                         | three speakers less every tenth take; that; the fourth speaker   |
 | esc10     | sounds of the environment, 5 s               | folds 1 and 2 less a tenth; that; fold 3                         |
+| voices    | spoken digits, synthetic                     | all for training                                                 |
+| lexicon   | words, positive or not (VADER)               | all for training                                                 |
 | sentences | texts without labels, to train a model first | those for training of sst2 and trec, and subj.all (films too)    |
 
-Texts are in small letters, as SST-2 comes. Sounds are mono, 8 kHz, and of one loudness (RMS); those for training come in several
-speeds, by resampling as in Kaldi (Ko et al. 2015): it moves the pitch, and so the apparent length of the vocal tract, as another
-speaker does. None of the data is part of the project.
+Texts are in small letters, as SST-2 comes. Sounds are mono, 8 kHz, and of one loudness (RMS); those for training come in
+several speeds, by resampling as in Kaldi (Ko et al. 2015), which moves the pitch and with it the apparent length of the vocal
+tract, as another speaker does. None of the data is part of the project.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -30,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_app.documents import Segment, decode_audio
+from pile_app.documents import AUDIO, Segment, decode_audio
 from pile_app.prepare.pipeline import prepare
 
 DEFAULT = Path("../shared/data")
@@ -38,6 +42,7 @@ RATE = 8000  # Hz
 LOUDNESS = 0.1  # RMS of the loudest half second, of full scale
 UNSEEN_SPEAKER = "yweweler"  # of fsdd: heard in the test alone
 SPEEDS = {"fsdd": (0.8, 0.87, 0.93, 1.07, 1.15, 1.25), "esc10": (0.85, 0.92, 1.08, 1.17)}  # besides 1
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTIONS = {
     "ABBR": "abbreviation",
     "DESC": "description",
@@ -83,7 +88,7 @@ def make_fsdd(data: Path, files: Path) -> dict[str, object]:
     for path in sorted((data / "fsdd" / "recordings").glob("*.wav")):
         digit, speaker, take = path.stem.split("_")
         split = "test" if speaker == UNSEEN_SPEAKER else "validation" if int(take) % 10 == 0 else "train"
-        write_sound(path, files / split / digit, SPEEDS["fsdd"] if split == "train" else ())
+        write_sound(path.read_bytes(), files / split / digit, path.stem, SPEEDS["fsdd"] if split == "train" else ())
     return {"label_from_folder": True}
 
 
@@ -92,8 +97,41 @@ def make_esc10(data: Path, files: Path) -> dict[str, object]:
         fold, recording, _ = path.stem.split("-")  # takes of one recording stay together
         split = "test" if fold == "3" else "validation" if zlib.crc32(recording.encode()) % 10 == 0 else "train"
         label = path.parent.name.partition(" - ")[2].lower()
-        write_sound(path, files / split / label, SPEEDS["esc10"] if split == "train" else ())
+        write_sound(path.read_bytes(), files / split / label, path.stem, SPEEDS["esc10"] if split == "train" else ())
     return {"label_from_folder": True}
+
+
+def make_voices(data: Path, files: Path) -> dict[str, object]:
+    """The digits that espeak-ng says in the demo's training voices (`data/digits/prepare.py`), plain."""
+    from pile_app.data.shards import Shards, expand_shards
+
+    demo = Path(__file__).parents[1] / "digits"
+    if not (demo / "shards" / "dataset.json").exists():
+        subprocess.run([sys.executable, demo / "prepare.py"], check=True)
+    shards = Shards(expand_shards(str(demo / "shards" / "labelled-train-*.tar")))
+    for shard in range(len(shards)):
+        for sample in range(len(shards.index(shard).keys)):
+            document = shards.document(shard, sample)
+            medium, name = document.segments
+            if medium.modality == AUDIO:
+                folder = files / "train" / str(DIGITS.index(name.text))
+                write_sound(medium.file, folder, document.key, (0.87, 1.15))
+    return {"label_from_folder": True, "validation_share": 0.0}
+
+
+def make_lexicon(data: Path, files: Path) -> dict[str, object]:
+    """Words of the VADER lexicon (Hutto and Gilbert 2014, MIT), by the sign of their mean rating by ten people."""
+    package = importlib.util.find_spec("vaderSentiment")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("error: the lexicon is in the package vaderSentiment: pip install --no-deps vaderSentiment")
+    lines = (Path(package.submodule_search_locations[0]) / "vader_lexicon.txt").read_text("utf-8").splitlines()
+    with open(files / "train.tsv", "w", encoding="utf-8") as table:
+        print("text\tlabel", file=table)
+        for line in lines:
+            word, rating = line.split("\t")[:2]
+            if word.isascii() and word.isalpha() and len(word) > 2 and abs(float(rating)) >= 0.5:
+                print(word, "positive" if float(rating) > 0 else "negative", sep="\t", file=table)
+    return {"validation_share": 0.0}
 
 
 def make_sentences(data: Path, files: Path) -> dict[str, object]:
@@ -112,15 +150,15 @@ def trec_lines(data: Path, split: str) -> list[str]:
     return (data / "sent-conv" / f"TREC.{split}").read_text("latin-1").splitlines()
 
 
-def write_sound(path: Path, folder: Path, speeds: Sequence[float]) -> None:
+def write_sound(sound: bytes, folder: Path, key: str, speeds: Sequence[float]) -> None:
     """As it is and at other speeds (2: twice as fast, an octave higher), all of one loudness."""
-    waveform = decode_audio(path.read_bytes(), RATE)
+    waveform = decode_audio(sound, RATE)
     folder.mkdir(parents=True, exist_ok=True)
     for speed in (1.0, *speeds):
         other = waveform if speed == 1 else resample(waveform, round(RATE * speed / 10) * 10)
         power = np.convolve(np.square(other, dtype=np.float64), np.ones(RATE // 2) / (RATE // 2), "same").max()
         loud = other * (LOUDNESS / max(power, 1e-12) ** 0.5)
-        name = f"{path.stem}{'' if speed == 1 else f'-{speed}'}.flac"
+        name = f"{key}{'' if speed == 1 else f'-{speed}'}.flac"
         (folder / name).write_bytes(Segment.from_audio(loud, RATE).file)
 
 
@@ -138,6 +176,8 @@ SETS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
     "mnist": make_mnist,
     "fsdd": make_fsdd,
     "esc10": make_esc10,
+    "voices": make_voices,
+    "lexicon": make_lexicon,
     "sentences": make_sentences,
 }
 

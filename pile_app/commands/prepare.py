@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Work is kept in OUTPUT.partial: the same command continues where it was interrupted. Every step is described in "
         "docs/prepare.md."
     )
-    kinds = ("auto", "text", "images", "audio", "interleaved", "chat", "webdataset")
+    kinds = ("auto", "text", "images", "audio", "interleaved", "entities", "chat", "webdataset")
     parser.add_argument("input", type=Path, help="file or folder to read")
     parser.add_argument("output", type=Path, help="folder for the shards")
     parser.add_argument("--kind", choices=kinds, default="auto", help="what to read")

@@ -72,9 +72,9 @@ class Transformer(Backbone):
             raise ValueError(f"backbone sharpness={sharpness} must be above 0")
         key_value_heads = key_value_heads or heads
         head_width = width // heads
-        self.rope_base, self.sharpness = rope_base, sharpness
+        self.heads, self.rope_base, self.sharpness = heads, rope_base, sharpness
         self.blocks = nn.ModuleList(
-            _TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
+            TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)
         )
         frequencies = rope_base ** (-torch.arange(0, head_width, 2).float() / head_width)
@@ -123,7 +123,7 @@ def _cache_sight(cache: Cache, tokens: int, device: torch.device) -> Sight:
     return Sight(mask=torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None])
 
 
-class _TransformerBlock(nn.Module):
+class TransformerBlock(nn.Module):
     def __init__(
         self, width: int, heads: int, key_value_heads: int, hidden: int, dropout: float, skips: bool, sharpness: float
     ) -> None:

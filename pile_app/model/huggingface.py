@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pile_app.documents import AUDIO, IMAGE, TEXT, Vocabulary
-from pile_app.model.backbones import Transformer
+from pile_app.model.backbones import Transformer, TransformerBlock
 from pile_app.model.base import EPSILON
 from pile_app.model.fused import LOGIT_CAP, FusedLanguageModel
 
@@ -52,7 +52,7 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty: choose another folder to export to")
     backbone = check_exportable(model)
-    first = backbone.blocks[0]
+    first = blocks_of(backbone)[0]
     size = len(model.heads[TEXT]())
     config = {
         "architectures": ["NanoChatForCausalLM"],
@@ -112,7 +112,7 @@ def check_exportable(model: FusedLanguageModel) -> Transformer:
         reason = "it has media; only models with model.image: null and model.audio: null are text alone"
     elif not isinstance(backbone, Transformer):
         reason = f"its backbone is {type(backbone).__name__}, not Transformer"
-    elif backbone.blocks[0].skips is not None:
+    elif blocks_of(backbone)[0].skips is not None:
         reason = "its blocks mix the embedding back in; train with model.backbone.init_args.skips: false"
     elif backbone.sharpness != 1:
         reason = f"its attention is scaled by {backbone.sharpness}; train with model.backbone.init_args.sharpness: 1"
@@ -122,11 +122,15 @@ def check_exportable(model: FusedLanguageModel) -> Transformer:
     return backbone
 
 
+def blocks_of(backbone: Transformer) -> list[TransformerBlock]:
+    return cast("list[TransformerBlock]", list(backbone.blocks))
+
+
 def hf_weights(model: FusedLanguageModel) -> dict[str, Tensor]:
     """Name in `NanoChatForCausalLM` -> weight."""
     weights = {"model.embed_tokens.weight": model.embeddings[TEXT](), "lm_head.weight": model.heads[TEXT]()}
     assert isinstance(model.backbone, Transformer)
-    for number, block in enumerate(model.backbone.blocks):
+    for number, block in enumerate(blocks_of(model.backbone)):
         layer = f"model.layers.{number}"
         for theirs, ours in (("q_proj", block.query), ("k_proj", block.key)):
             halves = ours.weight.unflatten(0, (-1, 2, block.head_width // 2))  # (heads, halves, d / 2, D)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 25  # logits in memory at a time: 128 MiB in float32
+CHUNK = 1 << 25  # logits in memory at a time: 64 MiB in bfloat16
+BLOCK = 1 << 19  # of them, what is worked on in float32 at a time on a CPU: it stays in the cache
 
 
 def linear_cross_entropy(
@@ -73,15 +74,19 @@ def _by_chunks(
     """Nats (K,), predictions (K,) or (0,), gradients of their sum by hidden (K, D) and weight (V, D), float32."""
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
     rows = max(1, CHUNK // len(weight))
+    block = max(1, BLOCK // len(weight)) if weight.device.type == "cpu" else rows
     each, predictions, of_hidden = [], [], []
     of_weight: Tensor | None = None
     for x, target in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = x @ weight.t()  # (rows, V)
         if predict:
             predictions.append(logits.argmax(-1))
-        nats, slopes = capped_cross_entropy(logits, target, cap, with_gradients)
-        each.append(nats)
-        if slopes is not None:
+        each += [
+            capped_cross_entropy(some, targets_of_some, cap, with_gradients)
+            for some, targets_of_some in zip(logits.split(block), target.split(block), strict=True)
+        ]
+        if with_gradients:
+            slopes = logits
             of_hidden.append(slopes @ weight)
             part = slopes.t() @ x
             of_weight = part.float() if of_weight is None else of_weight.add_(part)
@@ -94,8 +99,8 @@ def _by_chunks(
     )
 
 
-def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
-    """(rows, V) logits before the cap -> nats (rows,) float32, and derivatives by the logits, (rows, V) in the logits' type."""
+def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> Tensor:
+    """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, derivatives by the logits take their place."""
     # In place: this is the one large thing in memory.
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()
     capped = (sigmoid * (2 * cap)).sub_(cap)
@@ -104,10 +109,9 @@ def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradi
     exponential = capped.exp_()
     total = exponential.sum(1, keepdim=True)
     nats = (total.log() - at_target).squeeze(1)
-    if not with_gradients:
-        return nats, None
-    # (softmax - one-hot) · d capped / d logit, the latter being 1 - tanh² = 4 sigmoid (1 - sigmoid)
-    slopes = exponential.mul_(4 / total)
-    slopes.scatter_add_(1, target, torch.full_like(at_target, -4.0))
-    slopes.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1))
-    return nats, slopes.to(logits.dtype)
+    if with_gradients:
+        # (softmax - one-hot) · d capped / d logit, the latter being 1 - tanh² = 4 sigmoid (1 - sigmoid)
+        slopes = exponential.mul_(4 / total)
+        slopes.scatter_add_(1, target, torch.full_like(at_target, -4.0))
+        logits.copy_(slopes.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1)))
+    return nats

@@ -99,12 +99,13 @@ class RNN(_Recurrent):
 
 
 class MinGRU(Backbone):
-    """Gated linear recurrence: minGRU (arXiv:2410.01201) with the short convolution and the gated output of Griffin
-    (arXiv:2402.19427), residual and pre-norm, each cell followed by a feed-forward net as in a Transformer.
+    """Gated linear recurrence: minGRU (arXiv:2410.01201) with the short convolution of Griffin (arXiv:2402.19427), residual and
+    pre-norm, each cell followed by a feed-forward net as in a Transformer. Griffin's output gate did not pay
+    (docs/benchmarks.md).
 
         y   = norm(x);  c = convolution(y), each channel over its last `CONVOLUTION` tokens
         f_t = sigmoid(F c_t + bias);  h_t = f_t h_{t-1} + (1 - f_t) Z c_t
-        x   = x + O (sigmoid(G y) norm(h))
+        x   = x + O norm(h)
 
     Gates do not depend on the state before, so every matrix product is over all tokens at once, and what has to be done one
     token after another is a multiplication and an addition. A document begins with f = 0.
@@ -132,7 +133,7 @@ class MinGRU(Backbone):
     ) -> Tensor:
         places = position[..., None]  # (B, T, 1)
         for number, block in enumerate(self.blocks):
-            x = block(x, places, number, cache)
+            x = self.run(block, x, places, number, cache)
         return norm(x)
 
 
@@ -143,7 +144,6 @@ class _MinGRUBlock(nn.Module):
         super().__init__()
         self.forget = nn.Linear(width, width, bias=False)
         self.candidate = nn.Linear(width, width, bias=False)
-        self.gate = nn.Linear(width, width, bias=False)
         self.recurrence_out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
@@ -151,7 +151,7 @@ class _MinGRUBlock(nn.Module):
         self.forget_bias = nn.Parameter(torch.linspace(-1.0, 5.0, width))
         self.taps = nn.Parameter(F.pad(torch.ones(1, width), (0, 0, 0, self.CONVOLUTION - 1)))  # of this token, the last, ...
         self.dropout = nn.Dropout(dropout)
-        for layer in (self.forget, self.candidate, self.gate, self.expand):
+        for layer in (self.forget, self.candidate, self.expand):
             nn.init.uniform_(layer.weight, -((3 / width) ** 0.5), (3 / width) ** 0.5)  # keeps the variance
         nn.init.zeros_(self.recurrence_out.weight)
         nn.init.zeros_(self.contract.weight)
@@ -178,7 +178,7 @@ class _MinGRUBlock(nn.Module):
         if cache is not None:
             past = extended[:, extended.size(1) - before :].transpose(0, 1)  # (CONVOLUTION - 1, B, D)
             cache.layers[number : number + 1] = [(hidden[None, :, -1], past)]
-        return self.recurrence_out(norm(hidden).to(y.dtype) * torch.sigmoid(self.gate(y)))
+        return self.recurrence_out(norm(hidden).to(y.dtype))
 
 
 def linear_recurrence(factor: Tensor, new: Tensor) -> Tensor:

@@ -64,10 +64,10 @@ def records_of_file(name: str, data: bytes) -> Iterator[Any]:
         raise BadSample("invalid_json", str(error)) from error
     except Exception as error:  # of yaml
         raise BadSample("invalid_yaml", str(error)) from error
-    if isinstance(content, dict) and isinstance(content.get("conversations"), list) and "messages" not in content:
-        if any(isinstance(one, list) for one in content["conversations"]):
-            yield from ({"exchange": one if isinstance(one, list) else [one]} for one in content["conversations"])
-            return
+    exchanges = content.get("conversations") if isinstance(content, dict) and "messages" not in content else None
+    if isinstance(exchanges, list) and any(isinstance(one, list) for one in exchanges):
+        yield from ({"exchange": one if isinstance(one, list) else [one]} for one in exchanges)
+        return
     yield from content if isinstance(content, list) else [content]
 
 

@@ -51,7 +51,8 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
     """The document as it will be stored.
 
     Raises:
-        BadSample: `encoded_segment`, `empty_text`, a rule's own reason, or what `decode_image` and `decode_audio` raise.
+        BadSample: `encoded_segment`, `empty_text`, `moved_spans`, a rule's own reason, or what `decode_image` and
+            `decode_audio` raise.
     """
     if any(segment.is_encoded for segment in document.segments):
         raise BadSample("encoded_segment", "it holds token ids: prepare the shards that they were made from")
@@ -65,18 +66,25 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
                 raise BadSample("empty_text", "the text is empty or only whitespace")
             if evaluation is not None:
                 evaluation.check(segment.text)
+    if "spans" in document.meta and segments != document.segments:
+        raise BadSample("moved_spans", "a step changes the text after its entities were found: --quality c4 does")
     return replace(document, segments=segments)
 
 
 def _text_step(segment: Segment, options: Options) -> Segment:
-    text = segment.text
     if is_marker(segment):  # of a conversation; cleaning would take it out, as it does wherever users write it
         return segment
+    text = mend_text(segment.text, options)
+    return segment if text is segment.data else replace(segment, data=text)
+
+
+def mend_text(text: str, options: Options) -> str:
+    """Repaired and cleaned, as far as the options ask for it."""
     if options.repair:
         text = repair_text(text)
     if options.clean:
         text = clean_text(text)
-    return segment if text is segment.data else replace(segment, data=text)
+    return text
 
 
 # -- repair

@@ -113,8 +113,9 @@ def class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str
     """Of a column, as Hugging Face's datasets write them into a Parquet file; none where they do not."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[column]["names"]
-    except (KeyError, TypeError, ValueError):
+        about = features[column]
+        names = about.get("feature", about)["names"]  # of lists: those of what is in them
+    except (KeyError, TypeError, ValueError, AttributeError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
 

@@ -34,7 +34,15 @@ from pile_app.prepare.files import (
     table_lines,
 )
 from pile_app.prepare.labels import TEXT_COLUMNS, label_column, split_in_path
-from pile_app.prepare.options import JSON_EXTENSIONS, MEDIA_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
+from pile_app.prepare.options import (
+    JSON_EXTENSIONS,
+    MEDIA_EXTENSIONS,
+    TABLE_EXTENSIONS,
+    TAGGED_EXTENSIONS,
+    TEXT_EXTENSIONS,
+    Options,
+    require,
+)
 
 
 class TabSeparated(csv.excel_tab):
@@ -182,6 +190,7 @@ LISTERS: dict[str, Callable[[str, str, int], Iterator[Item]]] = {
     "jsonl.zst": partial(_list_file, "json_lines"),
     "parquet": _list_parquet,
     **dict.fromkeys(("json", "yml", "yaml"), partial(_list_file, "conversations")),
+    **dict.fromkeys(TAGGED_EXTENSIONS, partial(_list_file, "conll")),
     "tar": partial(_list_file, "tar"),
 }
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from pile_app.data.entities import UNSPACED
 from pile_app.data.index import map_arrays, save_arrays
 from pile_app.data.order import mix64
 from pile_app.documents import BadSample
 from pile_app.prepare.options import require
 
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]")
+_WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 SHINGLE = 5  # words
 PERMUTATIONS = 128

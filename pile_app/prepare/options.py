@@ -9,19 +9,21 @@ from typing import Any, Literal
 
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
 
-Kind = Literal["auto", "text", "images", "audio", "interleaved", "chat", "webdataset"]
+Kind = Literal["auto", "text", "images", "audio", "interleaved", "entities", "chat", "webdataset"]
 
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst")
 JSON_EXTENSIONS = ("jsonl", "jsonl.gz", "jsonl.zst")
 TABLE_EXTENSIONS = ("csv", "tsv")
+TAGGED_EXTENSIONS = ("conll", "bio", "iob")
 EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "auto": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet", *MEDIA_EXTENSIONS, *TABLE_EXTENSIONS, "tar"),
+    "auto": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet", *MEDIA_EXTENSIONS, *TABLE_EXTENSIONS, *TAGGED_EXTENSIONS, "tar"),
     "text": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "images": (*IMAGE_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "audio": (*AUDIO_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
     "interleaved": (*JSON_EXTENSIONS, "parquet"),
     "chat": (*JSON_EXTENSIONS, "json", "yml", "yaml", "parquet"),
+    "entities": (*TAGGED_EXTENSIONS, *JSON_EXTENSIONS, "parquet"),
     "webdataset": ("tar",),
 }
 RULES = ("gopher", "c4")  # of quality

@@ -8,6 +8,7 @@ What is read (the kind `auto` reads all of it):
 * JSON lines, plain or compressed (`.gz`, `.zst`): `{"text": ..., "meta": {...}}` a line, where `meta.pile_set_name` names the
   source, as in the Pile; or interleaved records: `text_list` and `image_info` (MMC4), `texts` and `images` (OBELICS);
 * Parquet: a column of texts, of media as Hugging Face writes them (structs with `bytes`), or the records above;
+* named entities: CoNLL files and tagged records, see `tagged.py`;
 * media: files that share a name (`frog.png`, `frog.ogg` and the caption or transcript `frog.txt`); the rows of a CSV or TSV
   table with a column that names the file and one that holds the text, and then no other media; Common Voice (`validated.tsv`
   beside `clips/`, that table alone); LibriSpeech (`*.trans.txt` with a line a recording, beside the recordings);
@@ -52,9 +53,18 @@ from pile_app.prepare.files import (
     read_file,
     table_lines,
 )
+from pile_app.prepare.filters import mend_text
 from pile_app.prepare.labels import TEXT_COLUMNS, class_names, label_column, label_of_folder, label_text, labelled, texts_of
 from pile_app.prepare.listing import ITEM_BYTES, TABLE_DIALECTS, Item, list_items
 from pile_app.prepare.options import JSON_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
+from pile_app.prepare.tagged import (
+    SPAN_FIELDS,
+    TAG_FIELDS,
+    document_of_record,
+    document_of_words,
+    scheme_of_conll,
+    sentences_of_conll,
+)
 
 
 class Found(NamedTuple):
@@ -140,10 +150,13 @@ def _read_parquet(root: str, file: str, options: Options, path: str, group: int)
             columns = _parquet_columns(table.schema_arrow, options)
             label = label_column(table.schema_arrow.names, options)
             names = class_names(table.schema_arrow.metadata, label) if label else []
+            tag_names = {field: dict(enumerate(class_names(table.schema_arrow.metadata, field))) for field in TAG_FIELDS}
             for batch in table.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
                 for record in batch.to_pylist():
                     number += 1
                     record = {name: value for name, value in record.items() if value is not None}
+                    for field, meaning in tag_names.items():
+                        record |= {field: [meaning.get(tag, tag) for tag in record[field]]} if field in record else {}
                     yield _found_in_record(root, path, f"{file}:{number}", "Parquet", record, options, names=names)
     except BadSample:
         raise
@@ -156,15 +169,29 @@ def _parquet_columns(schema: Any, options: Options) -> list[str]:
     import pyarrow.types as types
 
     known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS, *options.text_column}
-    known.add(label_column(schema.names, options) or "text")
     if options.kind == "chat":
         return [name for name in schema.names if name not in ("id", "source")]
+    known |= {label_column(schema.names, options) or "text", "tokens", *SPAN_FIELDS, *TAG_FIELDS}
 
     def is_medium(kind: Any) -> bool:
         is_file = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         return types.is_binary(kind) or types.is_large_binary(kind) or is_file
 
     return [field.name for field in schema if field.name in known or is_medium(field.type)]
+
+
+def _read_conll(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
+    """A document a sentence."""
+    with open_plain(os.path.join(root, path)) as opened:
+        scheme = scheme_of_conll(opened)
+        opened.seek(0)
+        for first, *sentence in sentences_of_conll(opened):
+            if isinstance(sentence[0], BadSample):
+                yield Found(f"{file}:{first}", sentence[0], "CoNLL")
+                continue
+            words, tags = sentence
+            raw = " ".join(words).encode()
+            yield _found_tagged(f"{file}:{first}", "CoNLL", raw, document_of_words, words, tags, scheme, options=options)
 
 
 def _read_media(
@@ -217,6 +244,7 @@ READERS: dict[str, Callable[..., Iterator[Found]]] = {
     "text": _read_text,
     "json_lines": _read_json_lines,
     "parquet": _read_parquet,
+    "conll": _read_conll,
     "media": _read_media,
     "labelled": _read_labelled,
     "conversations": _read_conversations,
@@ -324,6 +352,12 @@ def _found_in_record(
     if options.kind == "chat":
         made = partial(document_of_chat, record, partial(_medium, root, path))
         return _found(name, f"{chat_layout(record) or 'no conversation'} ({layout})", raw, made)
+    if options.kind == "entities" or (options.kind == "auto" and options.label_column is None):
+        tagged = _found_tagged(name, f"entities ({layout})", raw, document_of_record, record, options=options)
+        if tagged is not None:
+            return tagged
+        if options.kind == "entities":
+            return Found(name, BadSample("no_spans", "it has neither text and spans nor tokens and tags"), layout, raw)
     for key, (interleaved, make) in _INTERLEAVED.items():
         if isinstance(record.get(key), list) and options.kind in ("auto", "interleaved"):
             return _found(name, f"{interleaved} ({layout})", raw, make, root, path, record)
@@ -345,6 +379,15 @@ def _found_in_record(
         meta = record.get("meta")
         return Found(name, Document((Segment(record["text"]),), meta=meta if isinstance(meta, dict) else {}), layout)
     return Found(name, BadSample("no_text", 'the record is not an object with a string "text"'), layout, raw)
+
+
+def _found_tagged(name: str, layout: str, raw: bytes, make: Callable[..., Any], *arguments: Any, options: Options) -> Any:
+    """Found, with a layout that says whether something was mended; None where `make` makes none."""
+    try:
+        made = make(*arguments, partial(mend_text, options=options))
+    except BadSample as error:
+        return Found(name, error, layout, raw)
+    return made and Found(name, made[0], layout + (", mended" if made[1] else ""))
 
 
 def _document_of_mmc4(root: str, path: str, record: dict[str, Any]) -> Document:

@@ -263,7 +263,7 @@ def draw_confusion(counts: Tensor, labels: Sequence[str], path: Path) -> None:
     """A picture of (true, predicted) counts: shares of each true label as colors, counts as numbers where they can be read."""
     from matplotlib.figure import Figure
 
-    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
     side = 2.5 + 0.55 * min(len(labels), 40)
     figure = Figure((side + 1, side), dpi=110, layout="constrained")
     axes = figure.add_subplot()

@@ -81,7 +81,8 @@ def memory(plan: Plan) -> Iterator[str]:
         if plan.layout.strategy != "fsdp" and plan.layout.devices > 1:
             mends.append("trainer.strategy fsdp2")
         if plan.memory.activations > 0.4 * needed:
-            mends.append("activation checkpointing")
+            if not plan.config.model.recompute:
+                mends.append("model.recompute true")
             if plan.layout.tensor_parallel == 1 and plan.layout.devices > 1:
                 mends.append("tensor parallelism within a node")
         if plan.precision == "32-true" and plan.device_name != "cpu":

@@ -238,8 +238,11 @@ def main(arguments: list[str] | None = None) -> None:
 def train(arguments: list[str] | None) -> bool:
     """One attempt: False where the run goes back to a checkpoint, and has to begin once more."""
     from pile_app.training.checkpoints import StoppedInValidation
+    from pile_app.training.run import keep_freed_memory
 
     cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
+    if cli.trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     try:
         cli.trainer.fit(
             cli.model, datamodule=cli.datamodule, ckpt_path=str(cli.checkpoint) if cli.checkpoint else None, weights_only=True

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pile_app.data.batch import NOT_LEARNED, Batch, allocate
+from pile_app.model import attention
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
@@ -134,6 +135,7 @@ def plan_memory(
     precision: str = "32-true",
     layout: Layout = Layout(),
     codec_steps: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Memory:
     """Memory of one device in a language-model step.
 
@@ -147,6 +149,7 @@ def plan_memory(
         precision: Lightning's: 32-true, bf16-mixed or bf16-true.
         layout: how the run is shared out.
         codec_steps: of the run; the codecs' optimizer state stays after their phase.
+        device: attention on a CPU keeps its probabilities.
     """
     if layout.tensor_parallel > 1:
         cut_matrices(model, layout.tensor_parallel)
@@ -178,9 +181,23 @@ def plan_memory(
     held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
     units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM)) * micro_batch * context
     workspace = units * LSTM_WORKSPACE["32" if precision == "32-true" else "bf16"]
+    if device == "cpu":
+        workspace += (
+            probabilities_bytes(model, micro_batch, context, 4 if precision == "32-true" else 2) // layout.tensor_parallel
+        )
     held, peak = held + workspace, peak + workspace
     weights, state = gradients // layout.shards + whole, state // layout.shards + state_of_codecs
     return Memory(weights, gradients // layout.shards, state, held, parallel, weights + state + parallel + peak)
+
+
+def probabilities_bytes(model: FusedLanguageModel, micro_batch: int, context: int, itemsize: int) -> int:
+    """What attention in blocks keeps for backward (`attention.py`); fake tensors take another way, which keeps nothing."""
+    backbone = model.backbone
+    if not isinstance(backbone, Transformer) or context > attention.LONGEST:
+        return 0
+    ends = [min(begin + attention.BLOCK, context) for begin in range(0, context, attention.BLOCK)]
+    seen = sum((end - begin) * end for begin, end in zip([0, *ends], ends, strict=False))
+    return micro_batch * backbone.heads * seen * itemsize * (1 if backbone.recompute else backbone.layers)
 
 
 def cut_matrices(model: FusedLanguageModel, parts: int) -> None:

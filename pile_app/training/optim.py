@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
             muon = ShardedMuon if is_cut else torch.optim.Muon
             parts.append(muon(matrices, momentum=momentum, weight_decay=0.0))
         if others:
-            parts.append(torch.optim.AdamW(others, betas=betas, weight_decay=0.0))
+            parts.append(torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True))
         self.parts = parts
         self._share()
 

@@ -187,6 +187,7 @@ def make_plan(
         precision=precision,
         layout=layout,
         codec_steps=config.model.codec_steps,
+        device="cpu" if device == "cpu" else "cuda",
     )
     return Plan(
         config, model.vocabulary, is_there, parts, data, device, find_device(device), layout, precision, utilization,
@@ -264,6 +265,7 @@ def meta_model(config: Namespace, tokenizer: Tokenizer) -> FusedLanguageModel:
     image, audio = codec_configs(config)
     with torch.device("meta"):
         backbone = parser.instantiate_classes(Namespace(backbone=config.model.backbone)).backbone
+        backbone.recompute = config.model.recompute
         return FusedLanguageModel(backbone, tokenizer, image, audio, config.model.dropout)
 
 

@@ -35,6 +35,18 @@ FIGURES = {  # key in summary.json: label, unit, meaning
     "audio_to_text_accuracy": ("Sound → text", "%", "of unseen sounds are named right"),
     "text_to_image_accuracy": ("Text → image", "%", JUDGED),
     "text_to_audio_accuracy": ("Text → sound", "%", JUDGED),
+    "unseen_image_to_text_top5": (
+        "Unseen combinations → text",
+        "%",
+        "of never seen drawings: right name among the five likeliest",
+    ),
+    "unseen_image_to_text_accuracy": ("Unseen combinations → text, exactly", "%", "are named right, letter by letter"),
+    "unseen_text_to_image_accuracy": ("Unseen combinations → image", "%", JUDGED),
+    "unseen_text_to_image_top5": ("Unseen combinations → image, five guesses", "%", JUDGED),
+    "unseen_image_codec_accuracy": ("Unseen combinations through the codec", "%", "are recognised by the judge"),
+    "image_to_text_top5": ("Image → text, five guesses", "%", "of unseen images: the right name is among the five likeliest"),
+    "text_to_image_top5": ("Text → image, five guesses", "%", JUDGED),
+    "text_to_audio_top5": ("Text → sound, five guesses", "%", JUDGED),
     "image_codec_accuracy": ("Images through the codec", "%", "are recognised by the judge: as far as generation can get"),
     "audio_codec_accuracy": ("Sounds through the codec", "%", "are recognised by the judge: as far as generation can get"),
     "image_judge_accuracy": ("Real images", "%", "are recognised by the judge"),
@@ -59,6 +71,8 @@ HEADLINE = {  # the figures on top: key, and what it is held against
     "image_to_text_accuracy": "image_judge_accuracy", "audio_to_text_accuracy": "audio_judge_accuracy",
     "text_to_image_accuracy": "image_codec_accuracy", "text_to_audio_accuracy": "audio_codec_accuracy",
     "image_to_audio_accuracy": "audio_codec_accuracy",
+    "unseen_image_to_text_top5": "unseen_image_to_text_accuracy",
+    "unseen_text_to_image_accuracy": "unseen_image_codec_accuracy",
     "text_bits_per_byte": "text_bits_per_byte_xz", "image_psnr": "", "text_conditioning_gain": "",
 }  # fmt: skip
 CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; the first that matches counts

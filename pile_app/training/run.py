@@ -6,6 +6,7 @@ config.yaml  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quaran
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchaudio", "torchmetrics", "webdataset", "wandb", "tokenizers")
+
+
+def keep_freed_memory() -> None:
+    """Lets malloc keep what it was given back, for training on a CPU: as glibc comes, large tensors go back to the system and
+    are got anew, page by page and zeroed, 700,000 pages in a step of 50 M parameters (docs/benchmarks.md)."""
+    if sys.platform != "linux":
+        return
+    with suppress(AttributeError):  # musl has no such option
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any tensor
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before they are given back
 
 
 class _MetricsFile(ExperimentWriter):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyRun, train
+from conftest import REPOSITORY, TinyRun, train
 
 from pile_app.cli import main
 from pile_app.data.annotation import NO_LABEL, Annotator
@@ -17,29 +17,29 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.data.shards import write_shards
 from pile_app.documents import TEXT, Document, Segment, document_from_sample
+from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
+from pile_app.training.module import PileModule
 from pile_app.training.objective import mean_by_piece
+from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 CONFIG = """
 model:
-  codec_steps: 0
   objective:
     class_path: pile_app.tasks.classification.Classification
     init_args:
       labels: [dark, light, low, high]
       pooling: [mean, max, last]
       class_weights: balanced
+      dropout: 0.1
       learning_rate: 0.02
-      language_weight: 0.1
+  optimizer: {{learning_rate: 0.01, matrix_learning_rate: 0.02}}
 data:
   sources: {{labelled: {{train: "{shards}/train-*.tar", validation: "{shards}/validation-*.tar"}}}}
-trainer:
-  max_steps: 90
-  val_check_interval: 15
-  callbacks: [{{class_path: EarlyStopping, init_args: {{monitor: validation/f1, mode: max, patience: 1}}}}]
-monitor: validation/f1
-monitor_mode: max
+  global_batch: 4
+  epochs: 30
+trainer: {{val_check_interval: 15}}
 """
 
 
@@ -122,7 +122,9 @@ def classifier(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> P
     write_shards(labelled(20), folder / "shards", "validation")
     config = folder / "task.yaml"
     config.write_text(CONFIG.format(shards=folder / "shards"))
-    command = ("--config", tiny_run.folder / "config.yaml", "--config", config, "--model.start_from", tiny_run.folder)
+    task = REPOSITORY / "conf" / "tasks" / "classification.yaml"
+    configs = [part for path in (tiny_run.folder / "config.yaml", task, config) for part in ("--config", path)]
+    command = (*configs, "--model.start_from", tiny_run.folder)
     ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
     train(*command, *ranks, "--name", "task", "--runs", folder, "--wandb", "null", cwd=folder)
     return folder / "task"
@@ -132,7 +134,7 @@ def test_two_processes_learn_labels_of_texts_and_images_and_stop_when_f1_does_no
     summary = json.loads((classifier / "summary.json").read_text())
     assert summary["f1"] == summary["accuracy"] == 1.0 and summary["devices"] == 2
     assert summary["text_loss"] > 0
-    assert summary["steps"] < 90
+    assert summary["steps"] <= 15 * 8  # of 30 epochs of 8 steps and more
     assert np.trace(summary["confusion"]) == np.sum(summary["confusion"]) == 20
     assert (classifier / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
@@ -224,3 +226,16 @@ def test_a_rare_label_weighs_more_when_balanced(tiny_model: Callable[..., FusedL
     rare, common = 7 / (2 * 2), 7 / (2 * 5)  # each label was seen once more than it was
     expected = (4 * common * no + rare * yes) / (4 * common + rare)
     assert losses["balanced"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_frozen_model_is_probed_by_a_head_that_alone_learns() -> None:
+    objective = Classification(["no", "yes"], freeze=True)
+    module = PileModule(MinGRU(width=32, layers=1), objective=objective)
+    optimizer, _ = make_optimizer(module.model, OptimizerConfig(), 0, 10, objective)
+    assert [group["name"] for group in optimizer.param_groups] == ["objective"]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    batch = batch_of(module.model, objective, documents_of({"abc": "yes", "defg": "no", "hi": "no"}))
+    objective(module.model, module.model.read(batch)[1], batch).backward()
+    optimizer.step()
+    moved = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"objective.head.weight", "objective.head.bias"}

@@ -173,6 +173,11 @@ def test_what_is_unwise_is_said(planned: Any, settings: tuple[str, ...], values:
     assert said in " ".join(advise(planned(*settings, **values)))
 
 
+def test_recomputing_blocks_is_planned_as_it_is_trained(planned: Any) -> None:
+    kept, recomputed = (planned(f"model.recompute={value}").memory.activations for value in ("false", "true"))
+    assert recomputed < 0.8 * kept
+
+
 @pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
 def test_every_preset_parses_and_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -190,7 +195,7 @@ def test_every_preset_parses_and_plans(path: Path, monkeypatch: pytest.MonkeyPat
     assert 0.8 < plan.tokens / (20 * plan.language_parameters) < 2  # type: ignore[operator]
     assert plan.peak_bytes < plan.device.memory
     said = " ".join(advise(plan))
-    for one in ("tokens a step", "no multiple of", "base_width", "warm-up"):
+    for one in ("tokens a step", "no multiple of", "base_width", "warm-up", "micro_batch", "buckets"):
         assert one not in said
     assert yaml.safe_load(text)["name"] == path.stem
 

@@ -1,0 +1,164 @@
+"""Texts -> their named entities, by a run with the objective `Tagging`; and how they are shown.
+
+text ──► pieces of at most the context, cut between words ──► tags of their words ──► spans of the text
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pile_app.data.assembly import assemble, whole
+from pile_app.data.entities import Place, Span, document_words, last_tokens, merge_words, spans_of_words
+from pile_app.documents import Document, Segment
+from pile_app.tasks.tagging import Tagging, gather_words
+from pile_app.training.module import PileModule
+
+BATCH_TOKENS = 16_384
+AROUND = 4  # `<begin>`, `<text>`, `<end>`, and a token more or less where a text is cut
+
+
+class Tagged(NamedTuple):
+    text: str
+    spans: list[Span]
+
+
+class _Piece(NamedTuple):
+    """Of text number `text`, from `start` on: words [first, stop) of it, `tokens` long."""
+
+    text: int
+    start: int
+    words: list[Place]
+    document: Document
+    tokens: int
+
+
+@torch.no_grad()
+def tag_documents(module: PileModule, documents: Sequence[Document], context: int) -> list[Tagged]:
+    """Each text with its entities, in order and apart from each other.
+
+    Args:
+        module: in evaluation mode, of a run with the objective `Tagging`.
+        documents: of one text each, with `words` in their meta or without.
+        context: most tokens that are read at once: longer texts are cut, at the end of a sentence where there is one.
+
+    Raises:
+        ValueError: the run has another objective.
+    """
+    objective = module.objective
+    if not isinstance(objective, Tagging):
+        raise ValueError("the run was not trained to tag: its model.objective is not pile_app.tasks.tagging.Tagging")
+    tagged = [Tagged(document.segments[0].text, []) for document in documents]
+    pieces = [piece for number, document in enumerate(documents) for piece in _pieces(number, document, context, module)]
+    for batch in _batches(sorted(pieces, key=lambda piece: piece.tokens)):
+        longest = batch[-1].tokens + AROUND
+        packs = [[whole(piece.document, piece.tokens + AROUND - 1)] for piece in batch]
+        inputs = assemble(packs, module.vocabulary, module.tokenizer, longest, annotator=objective.annotator)
+        inputs = inputs.to(module.device)
+        _, hidden = module.model.read(inputs)
+        words = gather_words(hidden, inputs)
+        for piece, tags, count in zip(batch, objective.decode(words).tolist(), words.lengths.tolist(), strict=True):
+            text = piece.document.segments[0].text
+            last = last_tokens(text, piece.words, module.tokenizer)
+            _, units, _ = merge_words(last, piece.words, np.zeros(len(last), np.int32))
+            for start, stop, name in spans_of_words(units, tags[:count], objective.types):
+                tagged[piece.text].spans.append(Span(piece.start + start, piece.start + stop, name))
+    for one in tagged:
+        one.spans.sort()
+    return tagged
+
+
+def _pieces(number: int, document: Document, context: int, module: PileModule) -> Iterator[_Piece]:
+    text = document.segments[0].text
+    words, limit = document_words(text, document.meta), context - AROUND
+    ends = last_tokens(text, words, module.tokenizer) + 1 if words else np.zeros(0, np.int64)
+    first = 0
+    while first < len(words):
+        start = words[first][0]
+        before = int(ends[first - 1]) if first else 0
+        stop = max(first + 1, int(np.searchsorted(ends, before + limit, side="right")))
+        if stop < len(words):
+            sentences = (n for n in range(stop, first + (stop - first) // 2, -1) if text[words[n - 1][1] - 1] in ".!?\n\u3002")
+            stop = next(sentences, stop)
+        part = text[start : words[stop - 1][1]]
+        places = [(a - start, b - start) for a, b in words[first:stop]]
+        meta = {"words": places, "spans": []}
+        yield _Piece(number, start, places, Document((Segment(part),), str(number), meta=meta), module.tokenizer.count(part))
+        first = stop
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Of pieces in order of their length, about `BATCH_TOKENS` with the padding."""
+    batch: list[_Piece] = []
+    for piece in pieces:
+        if batch and (len(batch) + 1) * (piece.tokens + AROUND) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+# -- how they are shown
+
+
+def as_inline(tagged: Tagged) -> str:
+    """`I was in [Paris|location] .`"""
+    return "".join(part if name is None else f"[{part}|{name}]" for part, name in _parts(tagged))
+
+
+def as_record(tagged: Tagged) -> dict[str, Any]:
+    """As `pile prepare` reads it, with the words of each span for people."""
+    spans = [{"start": a, "end": b, "label": name, "text": tagged.text[a:b]} for a, b, name in tagged.spans]
+    return {"text": tagged.text, "spans": spans}
+
+
+def as_page(tagged: Sequence[Tagged], types: Sequence[str], title: str) -> str:
+    """An HTML page, which needs nothing else: entities on a colour a type, the name of the type behind them."""
+    hues = {name: round(360 * number / len(types)) for number, name in enumerate(types)}
+    style = {name: f"background:hsl({hue} 80% 85%)" for name, hue in hues.items()}
+    texts = []
+    for one in tagged:
+        parts = (
+            html.escape(part)
+            if name is None
+            else f'<mark style="{style[name]}">{html.escape(part)}<small>{html.escape(name)}</small></mark>'
+            for part, name in _parts(one)
+        )
+        texts.append(f"<p>{''.join(parts)}</p>")
+    legend = " ".join(
+        f'<mark style="{style[name]}">{html.escape(name)} '
+        f"{sum(span.type == name for one in tagged for span in one.spans):,}</mark>"
+        for name in types
+    )
+    return PAGE.format(title=html.escape(title), legend=legend, texts="\n".join(texts))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 48em; margin: 2em auto; padding: 0 1em }}
+body {{ color: #222; background: #fff }}
+p {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+mark {{ padding: .15em .3em; border-radius: .3em; color: inherit }}
+small {{ font-size: .65em; margin-left: .4em; opacity: .75; text-transform: uppercase }}
+</style></head>
+<body><h1>{title}</h1><div>{legend}</div>
+{texts}
+</body></html>
+"""
+
+
+def _parts(tagged: Tagged) -> Iterator[tuple[str, str | None]]:
+    """The text in parts, each with its type or None."""
+    place = 0
+    for start, stop, name in tagged.spans:
+        yield tagged.text[place:start], None
+        yield tagged.text[start:stop], name
+        place = stop
+    yield tagged.text[place:], None

@@ -1,0 +1,79 @@
+"""The promises of `tasks/cross_modal.py` on names in two languages: what is asked, what is counted, what is kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Trainer
+
+from pile_app.data.shards import write_shards
+from pile_app.documents import AUDIO, IMAGE, Document, Segment
+from pile_app.model.backbones import Transformer
+from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.generate import Sampling
+from pile_app.tasks.cross_modal import EvaluateCrossModal, spread
+from pile_app.training.module import PileModule
+
+LABELS = ("cat", "dog", "owl")
+NAMES = {"cat": ("en: cat", "fr: chat"), "dog": ("en: dog", "fr: chien"), "owl": ("en: owl", "fr: hibou")}
+
+
+def labelled(each: int, labels: tuple[str, ...] = LABELS, sounds: bool = True) -> Iterator[Document]:
+    for n, label in enumerate(labels * each):
+        rng = np.random.default_rng(n)
+        names = tuple(map(Segment, NAMES[label]))
+        pixels = np.full((8, 8, 3), 80 * LABELS.index(label), np.uint8) + rng.integers(0, 9, (8, 8, 3), np.uint8)
+        yield Document((Segment.from_image(pixels), *names), f"view-{n}", True, {"label": label})
+        if sounds:
+            tone = 0.3 * np.sin(np.arange(1500) * 0.2 * (1 + LABELS.index(label))) + 0.01 * rng.standard_normal(1500)
+            yield Document((Segment.from_audio(tone, 8000), names[n % 2]), f"clip-{n}", True, {"label": names[n % 2].text})
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> EvaluateCrossModal:
+    write_shards(labelled(8), tmp_path, "judge")
+    write_shards(labelled(2), tmp_path, "views")
+    write_shards(labelled(2, ("owl",), sounds=False), tmp_path, "unseen")
+    patterns = [f"{tmp_path}/{prefix}-*.tar" for prefix in ("judge", "views", "unseen")]
+    sampling = Sampling(max_seconds=0.2)
+    return EvaluateCrossModal(*patterns, draws=4, reads=7, separator=": ", sampling=sampling)
+
+
+@pytest.fixture
+def module() -> PileModule:
+    image = ImageCodecConfig(size=8, channels=3, patch=4, levels=(5, 5), width=8, blocks=1)
+    audio = AudioCodecConfig(sample_rate=8000, hop=80, window=160, mels=16, levels=(5, 5), width=8, blocks=1)
+    return PileModule(Transformer(16, 1, 1), image=image, audio=audio).eval()
+
+
+def test_every_figure_of_unseen_labels_stands_apart(
+    evaluation: EvaluateCrossModal, module: PileModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pile_app.tasks.cross_modal as cross_modal
+
+    monkeypatch.setattr(cross_modal, "MANY", 2)  # three names are many: the five likeliest are all of them
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False)
+    figures = evaluation.evaluate(trainer, module)
+    assert figures["image_judge_accuracy"] == figures["audio_judge_accuracy"] == figures["unseen_image_judge_accuracy"] == 1
+    assert figures["image_to_text_top5"] == figures["unseen_image_to_text_top5_fr"] == 1
+    assert {"text_to_image_accuracy", "unseen_text_to_image_accuracy", "image_to_audio_accuracy"} <= figures.keys()
+    assert not any(key.startswith("unseen_audio") for key in figures), "there are no sounds of what is unseen"
+    assert (tmp_path / "samples" / "evaluation" / "samples.json").exists()
+
+
+def test_what_is_given_of_a_name_is_asked_and_not_counted(evaluation: EvaluateCrossModal, module: PileModule) -> None:
+    loaded = evaluation._load(module.model, evaluation.heldout)
+    assert evaluation._asked("fr: chat: noir") == ("fr: ", "chat: noir")
+    choices = evaluation._names_there_are(loaded.values())
+    assert choices == {"en: ": ["cat", "dog", "owl"], "fr: ": ["chat", "chien", "hibou"]}
+    assert loaded[IMAGE].names[0] == NAMES["cat"] and len(loaded[AUDIO].names[0]) == 1
+
+
+@pytest.mark.parametrize(("length", "count"), [(10, 10), (10, 3), (3, 10), (1, 5)])
+def test_examples_are_spread_evenly(length: int, count: int) -> None:
+    places = spread(length, count)
+    assert len(places) == count and set(places) <= set(range(length))
+    assert len(set(places)) == min(length, count)
