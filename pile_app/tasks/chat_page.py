@@ -34,7 +34,19 @@ POLICY = (
 # What the page needs of what Gradio serves; its proxies, monitoring, galleries and editors are not for our users.
 PATHS = ("/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/login_check")
 FOLDERS = ("/assets/", "/static/", "/svelte/")
-API = ("app_id", "heartbeat", "info", "queue", "startup-events", "upload", "upload_progress", "cancel", "reset", "theme.css")
+API = (
+    "app_id",
+    "heartbeat",
+    "info",
+    "queue",
+    "run",
+    "startup-events",
+    "upload",
+    "upload_progress",
+    "cancel",
+    "reset",
+    "theme.css",
+)
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
 #chat button[aria-label="Share"], #chat button[aria-label="Clear"] { display: none; }  /* they know nothing of our session */

@@ -159,6 +159,20 @@ def test_a_picture_is_sent_and_answered(page: Page, image: Any) -> None:
     assert page.get(f"/gradio_api/file={served[0]}")[0] == 200
 
 
+def test_a_new_conversation_is_begun_at_once_and_messages_wait_in_the_queue(page: Page) -> None:
+    """Buttons that are not queued go another way, which messages cannot take past the limit of users."""
+
+    def run(event: str, data: list[Any]) -> tuple[int, Any]:
+        found = [one for one in page.config["dependencies"] if any(target[1] == event for target in one["targets"])]
+        body = json.dumps({"fn_index": found[-1]["id"], "data": data, "session_hash": "run"}).encode()
+        status, answer, _ = page.get("/gradio_api/run/predict", body, **{"Content-Type": "application/json"})
+        return status, json.loads(answer)
+
+    status, answer = run("click", [None])  # the last button
+    assert status == 200 and answer["data"][0] == []
+    assert run("submit", [{"text": "a", "files": []}, [], None, 1.0, 1.0, 1.0, 0.5, 0])[0] >= 400
+
+
 def test_messages_that_name_files_of_the_server_are_refused(page: Page, tmp_path: Path, image: Any) -> None:
     outside = tmp_path / "outside.png"
     outside.write_bytes(image(0).file)
