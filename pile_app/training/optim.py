@@ -147,7 +147,8 @@ def make_optimizer(
     heads: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if id(parameter) in in_codecs or not parameter.requires_grad:
+        # Tables of modalities that the model does not have are empty: nothing cuts them, and a fused step takes no mixture.
+        if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
             continue
         (matrices if id(parameter) in hidden else heads if name.startswith("heads.") else others).append(parameter)
     # Muon is for hidden matrices; torch's recurrent cells stack their gates into one and do better with AdamW.
