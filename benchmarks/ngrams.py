@@ -93,8 +93,8 @@ def _discount(keys: np.ndarray, counts: np.ndarray, contexts: int, size: int) ->
 
 def word_bits(training: str, text: str, order: int = 5, spelled_share: float = 0.01) -> float:
     """Bits of all of `text` by words, a line break being one. The rarest words of the training text, which make `spelled_share`
-    of it, are one symbol there, and so is every word of `text` that is not known; a Kneser-Ney model of characters, of all words
-    of the training text once each, then spells it."""
+    of it, are one symbol there, and so is every word of `text` that is not known; a Kneser-Ney model of characters, of all
+    words of the training text once each, spells it."""
     words, asked = _words(training), _words(text)
     counts = Counter(words)
     types = sorted(counts, key=counts.__getitem__)
