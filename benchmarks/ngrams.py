@@ -91,19 +91,21 @@ def _discount(keys: np.ndarray, counts: np.ndarray, contexts: int, size: int) ->
     return _Order(keys, counts - discount, total, weight)
 
 
-def word_bits(training: str, text: str, order: int = 5) -> float:
-    """Bits of all of `text` by words, a line break being one. Words that occur once in training, and all that do not, are one
-    symbol there, followed by their spelling by a Kneser-Ney model of characters, of the words that occur once."""
+def word_bits(training: str, text: str, order: int = 5, spelled_share: float = 0.01) -> float:
+    """Bits of all of `text` by words, a line break being one. The rarest words of the training text, which make `spelled_share`
+    of it, are one symbol there, and so is every word of `text` that is not known; a Kneser-Ney model of characters, of all
+    words of the training text once each, spells it."""
     words, asked = _words(training), _words(text)
     counts = Counter(words)
-    known = {word: number for number, word in enumerate((w for w, count in counts.items() if count > 1), 1)}
+    types = sorted(counts, key=counts.__getitem__)
+    spelled = int(np.searchsorted(np.cumsum([counts[word] for word in types]), spelled_share * len(words)))
+    known = {word: number for number, word in enumerate(types[spelled:], 1)}
 
     def symbols(of: Sequence[str]) -> np.ndarray:
         return np.array([known.get(word, 0) for word in of], np.int64)
 
     bits = KneserNey(symbols(words), len(known) + 1, order).bits(symbols(asked)).sum()
-    once = [word for word, count in counts.items() if count == 1]
-    return float(bits + _spelling_bits(once, [word for word in asked if word not in known], order))
+    return float(bits + _spelling_bits(types, [word for word in asked if word not in known], order))
 
 
 def _words(text: str) -> list[str]:
