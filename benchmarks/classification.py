@@ -232,8 +232,12 @@ TASKS = {
     ),
     "fsdd": Task(
         *("sounds", ("fsdd", "esc10"), 0.90, partial(sounds_baseline, frames=10)),
-        OF_MEDIA | {"data.epochs": 3, "trainer.val_check_interval": 100},
-        ("voices",),
+        {
+            "pooling": ["mean", "max"],
+            "learning_rate": 0.002,
+            "model.optimizer.learning_rate": 0.001,
+            "model.optimizer.matrix_learning_rate": 0.005,
+        },
     ),
     "esc10": Task(
         *("sounds", ("fsdd", "esc10"), 0.74, partial(sounds_baseline, frames=1)),
@@ -241,7 +245,7 @@ TASKS = {
     ),
     "mnist": Task(
         *("digits", ("mnist",), 0.985, pixels_baseline),
-        OF_MEDIA | {"pooling": ["mean", "max", "last"], "dropout": 0.1, "data.epochs": 3, "trainer.val_check_interval": 700},
+        OF_MEDIA | {"pooling": ["mean", "max", "last"], "dropout": 0.1, "data.epochs": 1, "trainer.val_check_interval": 700},
     ),
 }
 

@@ -82,8 +82,9 @@ def _discount(keys: np.ndarray, counts: np.ndarray, contexts: int, size: int) ->
     context = keys // size
     n1, n2, n3, n4 = (max(1, int((counts == c).sum())) for c in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2)
-    discounts = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]).clip(0, None)
-    discounts = np.minimum(discounts, [0.0, 1.0, 2.0, 3.0])
+    discounts = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    if not ((discounts[1:] > 0) & (discounts[1:] < [1, 2, 3])).all():  # few different n-grams, as single bytes are
+        discounts = np.array([0.0, 0.5, 1.0, 1.5])  # as KenLM's --discount_fallback
     discount = np.minimum(discounts[np.minimum(counts, 3)], counts)
     total = np.bincount(context, counts, contexts)
     weight = np.bincount(context, discount, contexts) / np.maximum(total, 1)

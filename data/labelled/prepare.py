@@ -9,7 +9,6 @@
 | mnist     | handwritten digits, 28x28                    | 60,000 less a twentieth drawn by hash; that; the 10,000          |
 | fsdd      | spoken digits, 8 kHz                         | three speakers less every tenth take; that; the fourth speaker   |
 | esc10     | sounds of the environment, 5 s               | folds 1 and 2 less a tenth; that; fold 3                         |
-| voices    | spoken digits, synthetic                     | all for training                                                 |
 | lexicon   | words, positive or not (VADER)               | all for training                                                 |
 | sentences | texts without labels, to train a model first | those for training of sst2 and trec, and subj.all (films too)    |
 
@@ -25,7 +24,6 @@ import gzip
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -34,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_app.documents import AUDIO, Segment, decode_audio
+from pile_app.documents import Segment, decode_audio
 from pile_app.prepare.pipeline import prepare
 
 DEFAULT = Path("../shared/data")
@@ -42,7 +40,6 @@ RATE = 8000  # Hz
 LOUDNESS = 0.1  # RMS of the loudest half second, of full scale
 UNSEEN_SPEAKER = "yweweler"  # of fsdd: heard in the test alone
 SPEEDS = {"fsdd": (0.8, 0.87, 0.93, 1.07, 1.15, 1.25), "esc10": (0.85, 0.92, 1.08, 1.17)}  # besides 1
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTIONS = {
     "ABBR": "abbreviation",
     "DESC": "description",
@@ -99,24 +96,6 @@ def make_esc10(data: Path, files: Path) -> dict[str, object]:
         label = path.parent.name.partition(" - ")[2].lower()
         write_sound(path.read_bytes(), files / split / label, path.stem, SPEEDS["esc10"] if split == "train" else ())
     return {"label_from_folder": True}
-
-
-def make_voices(data: Path, files: Path) -> dict[str, object]:
-    """The digits that espeak-ng says in the demo's training voices (`data/digits/prepare.py`), plain."""
-    from pile_app.data.shards import Shards, expand_shards
-
-    demo = Path(__file__).parents[1] / "digits"
-    if not (demo / "shards" / "dataset.json").exists():
-        subprocess.run([sys.executable, demo / "prepare.py"], check=True)
-    shards = Shards(expand_shards(str(demo / "shards" / "labelled-train-*.tar")))
-    for shard in range(len(shards)):
-        for sample in range(len(shards.index(shard).keys)):
-            document = shards.document(shard, sample)
-            medium, name = document.segments
-            if medium.modality == AUDIO:
-                folder = files / "train" / str(DIGITS.index(name.text))
-                write_sound(medium.file, folder, document.key, (0.87, 1.15))
-    return {"label_from_folder": True, "validation_share": 0.0}
 
 
 def make_lexicon(data: Path, files: Path) -> dict[str, object]:
@@ -176,7 +155,6 @@ SETS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
     "mnist": make_mnist,
     "fsdd": make_fsdd,
     "esc10": make_esc10,
-    "voices": make_voices,
     "lexicon": make_lexicon,
     "sentences": make_sentences,
 }

@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--evaluation", type=Path, default=Path("../shared/data/wikitext2/valid.txt"), help="default: %(default)s"
     )
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens of the BPE tokenizer (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens of the BPE tokenizer (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not options.evaluation.is_file():
         parser.error(f"there is no evaluation text at {str(options.evaluation)!r}: name it with --evaluation")

@@ -95,8 +95,8 @@ def assemble(
             "piece_starts": ("int32", (len(rows.starts) + 1,)),
             "piece_sources": ("int32", (len(rows.starts),)),
             "normalizer": ("float32", ()),
-            "labels": ("int32", (len(rows.labels) // context, context)),
         }
+        | ({"labels": ("int32", (len(packs), context))} if annotator else {})
     )
     pixels = list(zip(rows.images, arrays["images"], strict=True))  # decoded in place
     for _ in decode(rows.decode_image, pixels) if pixels else ():
@@ -122,7 +122,8 @@ def assemble(
 
     arrays["tokens"][:] = rows.tokens.reshape(-1, context)
     arrays["learned"][:] = rows.learned.reshape(-1, context)
-    arrays["labels"][:] = rows.labels.reshape(-1, context)
+    if annotator is not None:
+        arrays["labels"][:] = rows.labels.reshape(-1, context)
     arrays["piece_starts"][:] = [*rows.starts, len(rows.tokens)]
     arrays["piece_sources"][:] = rows.sources
     text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))

@@ -73,7 +73,7 @@ class Batch:
         self.audio_starts: Tensor = views["audio_starts"]
         self.audio_tokens: Tensor = views["audio_tokens"]
         self.normalizer: Tensor = views["normalizer"]
-        self.labels: Tensor = views["labels"]
+        self.labels: Tensor = views.get("labels", self.tokens[:0])
 
     # -- What follows from them.
 
