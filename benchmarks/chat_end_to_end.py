@@ -58,6 +58,7 @@ class Browser:
     def reset(self) -> None:
         self.page.click("#reset")
         self.page.wait_for_function("document.querySelectorAll('#chat .message-row').length === 0")
+        self.page.wait_for_timeout(400)  # the field is emptied, too
 
     def send(self, text: str = "", file: Path | None = None) -> None:
         if file is not None:
@@ -146,10 +147,10 @@ def use(browser: Browser, pictures: list[tuple[bytes, str]], judge: Judge, folde
     words = sounds = both = 0
     waited: list[float] = []
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    picture = folder / "picture.png"
     for number, (file, name) in enumerate(pictures):
         if number:
             browser.reset()
+        picture = folder / f"shown-{number:03d}.png"
         picture.write_bytes(file)
         start = time.monotonic()
         browser.send("What is this?" if number % 2 else "", picture)
@@ -163,12 +164,11 @@ def use(browser: Browser, pictures: list[tuple[bytes, str]], judge: Judge, folde
             heard = judge.best([waveform], 1)[0] == [name]
         words, sounds, both = words + said, sounds + heard, both + (said and heard)
         if number < 4 or not (said and heard):
+            print(f"{number}: {name}, {text!r}, {players}, {heard}", file=sys.stderr, flush=True)
             browser.page.screenshot(path=folder / f"{number:03d}-{name}-{'right' if said and heard else 'wrong'}.png")
     browser.reset()
     for text, file in (("Hi!", None), ("", pictures[0][0]), ("Draw another one.", None), ("What comes next?", None)):
-        if file is not None:
-            picture.write_bytes(file)
-        browser.send(text, picture if file is not None else None)
+        browser.send(text, folder / "shown-000.png" if file is not None else None)
         browser.wait()
         browser.page.wait_for_timeout(500)
     browser.page.screenshot(path=folder / "conversation.png")
@@ -177,7 +177,6 @@ def use(browser: Browser, pictures: list[tuple[bytes, str]], judge: Judge, folde
     browser.page.click("#settings button")
     browser.page.wait_for_timeout(700)
     browser.page.screenshot(path=folder / "settings.png", full_page=True)
-    picture.unlink()
     total = len(pictures)
     return {
         "pictures": total,
