@@ -35,7 +35,11 @@ NEVER_SEEN = (
     *(("en", "👩‍✈️"), ("de", "👩‍⚖️"), ("fr", "👩‍🍳"), ("es", "😻"), ("it", "🧛‍♂️"), ("tr", "👨‍🌾")),
 )
 NAMED = ("🦊", "🎂", "🇯🇵", "👩‍🚒", "🧡", "👩‍✈️")
-SPOKEN = (("en", "🍕"), ("fr", "🌹"), ("es", "🐄"), ("en", "🐍"), ("fr", "🌙"), ("es", "🌞"))
+# The first six that are short enough to be spoken at all.
+SPOKEN = (
+    *(("en", "🍕"), ("fr", "🌹"), ("es", "🐄"), ("en", "🐍"), ("fr", "🌙"), ("es", "🌞")),
+    *(("en", "🚗"), ("fr", "🍓"), ("es", "🍕"), ("en", "🦊"), ("fr", "🌊"), ("es", "🌵")),
+)
 
 WIDTH, MARGIN, GAP, CELL, LINE = 1560, 36, 16, 104, 25
 INK, SOFT, PAGE, CARD, LINES = "#20242a", "#666e79", "#f6f6f3", "#ffffff", "#dfe2de"
@@ -136,11 +140,12 @@ def names(poster: Poster, model: Any, recipe: ModuleType, wanted: list[Any]) -> 
             label(poster, left + 172, top + 14 + row * LINE + LINE // 2, language, answer, width - 184, color)
 
 
-def speech(poster: Poster, model: Any, recipe: ModuleType, wanted: list[tuple[str, Any]]) -> None:
+def speech(poster: Poster, model: Any, recipe: ModuleType, listed: list[tuple[str, Any]]) -> None:
+    with recipe.Speaker(0) as speaker:
+        spoken = [(pair, clip) for pair in listed if (clip := speaker.answer(pair[1], pair[0])) is not None][:6]
+    wanted, real = zip(*spoken, strict=True)
     prompts = [Document((Segment(one.name(language).text),)) for language, one in wanted]
     answers = generate(model, prompts, AUDIO, SAMPLING)
-    with recipe.Speaker(0) as speaker:
-        real = [speaker.answer(one, language) for language, one in wanted]
     places = poster.cards(len(wanted), 6, CELL + 60)
     for (language, one), answer, truth, (left, top, width) in zip(wanted, answers, real, places, strict=True):
         space = (width - 2 * CELL) // 3

@@ -26,7 +26,8 @@ def labelled(each: int, labels: tuple[str, ...] = LABELS, sounds: bool = True) -
         rng = np.random.default_rng(n)
         names = tuple(map(Segment, NAMES[label]))
         pixels = np.full((8, 8, 3), 80 * LABELS.index(label), np.uint8) + rng.integers(0, 9, (8, 8, 3), np.uint8)
-        yield Document((Segment.from_image(pixels), *names), f"view-{n}", True, {"label": label})
+        # What is given in training has no loss there; what is asked for here has.
+        yield Document((Segment.from_image(pixels, loss=False), *names), f"view-{n}", True, {"label": label})
         if sounds:
             tone = 0.3 * np.sin(np.arange(1500) * 0.2 * (1 + LABELS.index(label))) + 0.01 * rng.standard_normal(1500)
             yield Document((Segment.from_audio(tone, 8000), names[n % 2]), f"clip-{n}", True, {"label": names[n % 2].text})
@@ -59,6 +60,7 @@ def test_every_figure_of_unseen_labels_stands_apart(
     figures = evaluation.evaluate(trainer, module)
     assert figures["image_judge_accuracy"] == figures["audio_judge_accuracy"] == figures["unseen_image_judge_accuracy"] == 1
     assert figures["image_to_text_top5"] == figures["unseen_image_to_text_top5_fr"] == 1
+    assert {"image_conditioning_gain", "audio_conditioning_gain", "text_conditioning_gain"} <= figures.keys()
     assert {"text_to_image_accuracy", "unseen_text_to_image_accuracy", "image_to_audio_accuracy"} <= figures.keys()
     assert not any(key.startswith("unseen_audio") for key in figures), "there are no sounds of what is unseen"
     assert (tmp_path / "samples" / "evaluation" / "samples.json").exists()
