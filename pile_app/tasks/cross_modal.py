@@ -200,7 +200,8 @@ class EvaluateCrossModal(Callback):
         if not pairs:
             return {}
         names = [several[turn % len(several)] for turn, (_, several) in enumerate(pairs)]
-        prompts = [self._question(images.segments[n], self._asked(name)[0]) for (n, _), name in zip(pairs, names, strict=True)]
+        asked = [self._asked(name)[0].rstrip() for name in names]  # "fr:", where a name would go on with a space
+        prompts = [self._question(images.segments[n], one) for (n, _), one in zip(pairs, asked, strict=True)]
         answers = generate(model, prompts, AUDIO, self.sampling)
         for prompt, answer, name in first_of_each(prompts, answers, names):
             self._examples.append(("image → audio", prompt, answer, sounds.segments[said[name]]))
