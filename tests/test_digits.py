@@ -22,6 +22,8 @@ import pytest
 from pile_app.data.index import load_index
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.documents import Document, Segment
+from pile_app.prepare import recipe as recipe_module
+from pile_app.prepare.speech import LEVEL
 
 RECIPE = Path(__file__).parents[1] / "data" / "digits" / "prepare.py"
 
@@ -179,8 +181,8 @@ def test_clips_are_mono_8_khz_equally_loud_and_at_most_a_second_long(documents: 
         peak = np.abs(waveform).max()
         assert peak < 1
         if peak < 0.989:  # else the peak decides
-            assert loudness == pytest.approx(recipe.LEVEL, rel=0.01)
-        below += loudness < 0.99 * recipe.LEVEL
+            assert loudness == pytest.approx(LEVEL, rel=0.01)
+        below += loudness < 0.99 * LEVEL
         # the ends are trimmed: something is heard within MARGIN of either
         margin = int(recipe.MARGIN * sample_rate) + 2
         assert min(np.abs(waveform[:margin]).max(), np.abs(waveform[-margin:]).max()) > 0.9 * recipe.SILENCE * peak
@@ -270,7 +272,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(recipe, "spoken_digits", lambda seed: ([], [], Counter()))
     monkeypatch.setattr(recipe, "prose_documents", lambda: ([], [], Counter()))
     monkeypatch.setattr(recipe, "digit_documents", lambda *arguments: [])
-    monkeypatch.setattr(recipe, "write_shards", disk_full)
+    monkeypatch.setattr(recipe_module, "write_shards", disk_full)
     with pytest.raises(OSError, match="disk full"):
         recipe.prepare(tmp_path / "shards")
     assert not list(tmp_path.iterdir())

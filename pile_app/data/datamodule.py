@@ -228,7 +228,6 @@ class PileDataModule(LightningDataModule):
         sources: name -> shards. One of text, one of images, one of sounds, or any mixture.
         vocabulary: of the model (set by `train.py`).
         tokenizer: of the model (set by `train.py`).
-        annotator: of the model's objective (set by `train.py`).
         context: tokens of a pack.
         global_batch: packs of one optimizer step, over all devices.
         micro_batch: packs that one device computes at once; None: as many as its share. Gradients of the micro-batches are
@@ -246,6 +245,7 @@ class PileDataModule(LightningDataModule):
         cache: folder for remote shards, which several runs and nodes may share; None: `~/.cache/pile/shards`.
         cache_gigabytes: what it may hold.
         allow_pipe: run the commands of `pipe:` URLs. Whoever writes the configuration then runs programs.
+        annotator: of the model's objective (set by `train.py`).
     """
 
     def __init__(
@@ -253,7 +253,6 @@ class PileDataModule(LightningDataModule):
         sources: dict[str, Source],
         vocabulary: Vocabulary | None = None,
         tokenizer: Tokenizer | None = None,
-        annotator: Annotator | None = None,
         context: int = 512,
         global_batch: int = 16,
         micro_batch: int | None = None,
@@ -267,6 +266,7 @@ class PileDataModule(LightningDataModule):
         cache: str | None = None,
         cache_gigabytes: float = 100.0,
         allow_pipe: bool = False,
+        annotator: Annotator | None = None,
     ) -> None:
         super().__init__()
         check_data(sources, context, global_batch, micro_batch, condition_dropout, epochs, weights_from)
