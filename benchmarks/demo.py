@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py [--clone FOLDER]
 
-Clones the project to an empty folder, without a virtual environment, runs `pip install uv && uv run train.py` there, and prints
+Clones the project to an empty folder, without a virtual environment, runs `pip install uv && uv run --no-dev train.py` there, and prints
 a Markdown table. Nothing else should run on the machine meanwhile.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
     subprocess.run(["git", "clone", "--quiet", project, clone], check=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     began = time.perf_counter()
-    subprocess.run("pip install -q uv && uv run train.py", shell=True, check=True, cwd=clone, env=environment)
+    subprocess.run("pip install -q uv && uv run --no-dev train.py", shell=True, check=True, cwd=clone, env=environment)
     total = time.perf_counter() - began
     summary = json.loads((clone / "runs" / "digits" / "summary.json").read_text()) | {"total_seconds": round(total, 1)}
     print(f"\n{clone}\n\n| figure | measured | bar |\n|---|---|---|")
