@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py [--clone FOLDER]
 
-Clones the project to an empty folder, without a virtual environment, runs `pip install uv && uv run --no-dev train.py` there, and prints
-a Markdown table. Nothing else should run on the machine meanwhile.
+Clones the project to an empty folder, without a virtual environment, runs `pip install uv && uv run --no-dev train.py` there,
+and prints a Markdown table. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
