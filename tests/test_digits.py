@@ -23,7 +23,7 @@ from pile_app.data.index import load_index
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.documents import Document, Segment
 from pile_app.prepare import recipe as recipe_module
-from pile_app.prepare.speech import LEVEL
+from pile_app.prepare.speech import LEVEL, MARGIN, SILENCE
 
 RECIPE = Path(__file__).parents[1] / "data" / "digits" / "prepare.py"
 
@@ -184,8 +184,8 @@ def test_clips_are_mono_8_khz_equally_loud_and_at_most_a_second_long(documents: 
             assert loudness == pytest.approx(LEVEL, rel=0.01)
         below += loudness < 0.99 * LEVEL
         # the ends are trimmed: something is heard within MARGIN of either
-        margin = int(recipe.MARGIN * sample_rate) + 2
-        assert min(np.abs(waveform[:margin]).max(), np.abs(waveform[-margin:]).max()) > 0.9 * recipe.SILENCE * peak
+        margin = int(MARGIN * sample_rate) + 2
+        assert min(np.abs(waveform[:margin]).max(), np.abs(waveform[-margin:]).max()) > 0.9 * SILENCE * peak
     assert below < 0.02 * len(clips)
 
 
