@@ -23,13 +23,11 @@ of the packages (`dataset.json` lists them), every byte of every shard is the sa
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import inspect
 import sys
 import sysconfig
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +39,7 @@ import numpy as np
 from PIL import Image
 
 from pile_app.documents import Document, Segment
-from pile_app.prepare.recipe import finished, package_versions, write_whole
+from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
 from pile_app.prepare.speech import INSTALL, Espeak, level, trim
 
 VERSION = 5  # of this recipe: raise it when the bytes of the shards change
@@ -130,10 +128,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
     if (done := finished(folder, VERSION, seed)) is not None:
         report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
         return done
-    start = time.perf_counter()
-
-    def progress(line: str) -> None:
-        report(f"[{time.perf_counter() - start:5.1f} s] {line}")
+    progress = timed(report)
 
     pictures, held_out_pictures = handwritten_digits(seed)
     progress(f"{len(pictures):,} training images, {len(held_out_pictures):,} held out")
@@ -418,18 +413,8 @@ def _text_bytes(documents: Sequence[Document]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice; default: %(default)s")
-    options = parser.parse_args(arguments)
-    try:
-        summary = prepare(options.folder, options.seed)
-    except (RuntimeError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for name in ("documents", "images", "clips", "sound_hours", "prose_bytes", "rejected"):
-        print(f"{name:>12}  " + ", ".join(f"{key} {value:,}" for key, value in summary[name].items()))
-    return 0
+    shown = ("documents", "images", "clips", "sound_hours", "prose_bytes", "rejected")
+    return recipe_command(prepare, __doc__, Path(__file__).parent / "shards", shown, arguments)
 
 
 if __name__ == "__main__":

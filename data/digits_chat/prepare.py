@@ -9,10 +9,8 @@ of `chat-validation` appear in no training conversation. The layout is that of `
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 
 from pile_app.data.conversations import Turn, conversation
 from pile_app.documents import AUDIO, IMAGE, Document, Segment
-from pile_app.prepare.recipe import finished, package_versions, write_whole
+from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
 
 VERSION = 1  # of this recipe: raise it when the bytes of the shards change
 TRAIN_CONVERSATIONS = 12_000
@@ -141,10 +139,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
     if (done := finished(folder, VERSION, seed)) is not None:
         report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
         return done
-    start = time.perf_counter()
-
-    def progress(line: str) -> None:
-        report(f"[{time.perf_counter() - start:5.1f} s] {line}")
+    progress = timed(report)
 
     pictures, held_out_pictures = digits.handwritten_digits(seed)
     clips, held_out_clips, _ = digits.spoken_digits(seed)
@@ -169,16 +164,8 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice; default: %(default)s")
-    options = parser.parse_args(arguments)
-    try:
-        prepare(options.folder, options.seed)
-    except (RuntimeError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    shown = ()
+    return recipe_command(prepare, __doc__, Path(__file__).parent / "shards", shown, arguments)
 
 
 if __name__ == "__main__":

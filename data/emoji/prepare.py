@@ -24,10 +24,8 @@ and packages, every byte of every shard is the same.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +36,7 @@ import numpy as np
 from PIL import Image
 
 from pile_app.documents import Document, Segment
-from pile_app.prepare.recipe import finished, package_versions, write_whole
+from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
 from pile_app.prepare.speech import Espeak, level, trim
 
 VERSION = 2  # of this recipe: raise it when the bytes of the shards change
@@ -122,10 +120,7 @@ def prepare(
     if (done := finished(folder, VERSION, seed)) is not None:
         report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
         return done
-    start = time.perf_counter()
-
-    def progress(line: str) -> None:
-        report(f"[{time.perf_counter() - start:5.1f} s] {line}")
+    progress = timed(report)
 
     emoji, rejected = distinct_emoji(wanted)
     hold_out(emoji, seed)
@@ -386,18 +381,8 @@ def labelled(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "shards", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice; default: %(default)s")
-    options = parser.parse_args(arguments)
-    try:
-        summary = prepare(options.folder, options.seed)
-    except (RuntimeError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for name in ("documents", "emoji", "spoken_names", "rejected"):
-        print(f"{name:>12}  " + ", ".join(f"{key} {value:,}" for key, value in summary[name].items()))
-    return 0
+    shown = ("documents", "emoji", "spoken_names", "rejected")
+    return recipe_command(prepare, __doc__, Path(__file__).parent / "shards", shown, arguments)
 
 
 if __name__ == "__main__":

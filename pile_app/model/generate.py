@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, Vocabulary
 from pile_app.model.backbones import Cache
@@ -304,11 +304,11 @@ def check_modalities(model: FusedLanguageModel, to: int, prompts: Sequence[Docum
 
 
 @contextmanager
-def evaluating(model: FusedLanguageModel) -> Iterator[None]:
-    """The model without dropout."""
-    was_training = model.training
-    model.eval()
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A model, or what hangs on it, without dropout."""
+    was_training = module.training
+    module.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        module.train(was_training)

@@ -27,7 +27,7 @@ from pile_app.data.order import Piece
 from pile_app.data.packing import best_fit_decreasing
 from pile_app.documents import TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import segment_length
+from pile_app.model.generate import evaluating, segment_length
 
 BATCH_TOKENS = 8192  # of the packs that are computed at once
 
@@ -174,19 +174,17 @@ def score_spans(model: FusedLanguageModel, spans: Sequence[Span]) -> list[Score]
     """
     if not spans:
         return []
-    was_training = model.training
-    model.eval()
     lengths = np.array([span.stop - span.start for span in spans])
     context = int(lengths.max())
     packs = best_fit_decreasing(lengths, context)
     rows = max(1, BATCH_TOKENS // context)
     scores: list[Score | None] = [None] * len(spans)
-    for first in range(0, len(packs), rows):
-        numbers = [int(number) for pack in packs[first : first + rows] for number in pack]
-        batch = _batch(model, spans, packs[first : first + rows], context)
-        for number, score in zip(numbers, _score_batch(model, batch), strict=True):
-            scores[number] = score
-    model.train(was_training)
+    with evaluating(model):
+        for first in range(0, len(packs), rows):
+            numbers = [int(number) for pack in packs[first : first + rows] for number in pack]
+            batch = _batch(model, spans, packs[first : first + rows], context)
+            for number, score in zip(numbers, _score_batch(model, batch), strict=True):
+                scores[number] = score
     return [score for score in scores if score is not None]
 
 

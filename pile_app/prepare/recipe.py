@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,3 +61,39 @@ def write_whole(
 def package_versions(*packages: str) -> dict[str, str]:
     """Of Python and the packages that the bytes depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def timed(report: Callable[[str], None]) -> Callable[[str], None]:
+    """Reports lines with the seconds since this was called before them."""
+    start = time.perf_counter()
+    return lambda line: report(f"[{time.perf_counter() - start:5.1f} s] {line}")
+
+
+def recipe_command(
+    prepare: Callable[[Path, int], dict[str, Any]],
+    description: str | None,
+    folder: Path,
+    shown: Sequence[str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The command line of a recipe; its exit code.
+
+    Args:
+        prepare: makes the shards in a folder, from a seed, and returns the content of their `dataset.json`.
+        description: the recipe's docstring.
+        folder: where shards go unless `--folder` says otherwise.
+        shown: keys of `dataset.json` whose figures are printed at the end.
+        arguments: None takes the command line's.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=folder, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice; default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        summary = prepare(options.folder, options.seed)
+    except (RuntimeError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name in shown:
+        print(f"{name:>12}  " + ", ".join(f"{key} {value:,}" for key, value in summary[name].items()))
+    return 0

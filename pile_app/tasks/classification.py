@@ -213,27 +213,23 @@ class Classification(Objective):
         Raises:
             BadSample: a medium cannot be decoded, or the model has no codec for it.
         """
-        from pile_app.model.generate import segment_length
+        from pile_app.model.generate import evaluating, segment_length
 
-        was_training = self.training, model.training
-        self.eval()
-        model.eval()
         blank = Segment(self.labels[0])  # stands where a label would; nothing reads it
         asked = [Document((*document.segments, blank), document.key) for document in documents]
         lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in asked]
         order = sorted(range(len(asked)), key=lengths.__getitem__)  # rows of about one length: little padding
         result = torch.zeros(len(asked), len(self.labels))
-        for first in range(0, len(order), ROWS):
-            rows = order[first : first + ROWS]
-            packs = [[whole(asked[number], lengths[number])] for number in rows]
-            batch = assemble(packs, model.vocabulary, model.tokenizer, lengths[rows[-1]], annotator=self.annotator)
-            if batch.rejected:
-                raise BadSample(*batch.rejected[0][2:])
-            batch = batch.to(model.token_bytes.device)
-            logits, _ = self.logits(model, model.read(batch)[1], batch)
-            result[rows] = logits.softmax(-1).cpu()
-        self.train(was_training[0])
-        model.train(was_training[1])
+        with evaluating(self), evaluating(model):
+            for first in range(0, len(order), ROWS):
+                rows = order[first : first + ROWS]
+                packs = [[whole(asked[number], lengths[number])] for number in rows]
+                batch = assemble(packs, model.vocabulary, model.tokenizer, lengths[rows[-1]], annotator=self.annotator)
+                if batch.rejected:
+                    raise BadSample(*batch.rejected[0][2:])
+                batch = batch.to(model.token_bytes.device)
+                logits, _ = self.logits(model, model.read(batch)[1], batch)
+                result[rows] = logits.softmax(-1).cpu()
         return result
 
 

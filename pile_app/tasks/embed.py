@@ -16,27 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.index import segment_size
-from pile_app.data.text import Tokenizer
 from pile_app.documents import MODALITIES, TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.tasks.retrieval import Contrastive
+from pile_app.tasks.retrieval import Contrastive, GroupAnnotator
 
 
-class _Numbers(Annotator):
+class _Numbers(GroupAnnotator):
     """The label of a segment is its number, which is the key of its document."""
 
-    splits_segments = True
-
-    def labels(
-        self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
-    ) -> np.ndarray:
-        labels = np.full(length, NO_LABEL, np.int32)
-        for first, stop in spans:
-            labels[first:stop] = int(document.key)
-        return labels
+    def label(self, document: Document) -> int:
+        return int(document.key)
 
 
 class Embedder:

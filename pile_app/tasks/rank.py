@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pile_app.documents import TEXT, Document, Vocabulary
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.generate import evaluating
 from pile_app.model.segments import prompt_tokens
 
 AT_ONCE = 32  # prompts, `width` rows of the cache each
@@ -45,19 +46,17 @@ def rank_names(
         count: names that are wanted.
         width: beginnings of each prompt that are followed, at least `count`.
     """
-    was_training = model.training
-    model.eval()
     tree = name_tree(model, names)
     groups: dict[int, list[int]] = defaultdict(list)  # of one length run together
-    rows = [prompt_tokens(model, prompt, TEXT)[:2] for prompt in prompts]
-    for number, (tokens, _) in enumerate(rows):
-        groups[len(tokens)].append(number)
     found: dict[int, list[int]] = {}
-    for numbers in groups.values():
-        for some in (numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)):
-            tokens, places = (torch.stack([rows[number][part] for number in some]) for part in range(2))
-            found.update(zip(some, _search(model, tokens, places, tree, count, max(width, count)), strict=True))
-    model.train(was_training)
+    with evaluating(model):
+        rows = [prompt_tokens(model, prompt, TEXT)[:2] for prompt in prompts]
+        for number, (tokens, _) in enumerate(rows):
+            groups[len(tokens)].append(number)
+        for numbers in groups.values():
+            for some in (numbers[start : start + AT_ONCE] for start in range(0, len(numbers), AT_ONCE)):
+                tokens, places = (torch.stack([rows[number][part] for number in some]) for part in range(2))
+                found.update(zip(some, _search(model, tokens, places, tree, count, max(width, count)), strict=True))
     return [found[number] for number in range(len(prompts))]
 
 

@@ -48,11 +48,15 @@ class GroupAnnotator(Annotator):
 
     splits_segments = True
 
+    def label(self, document: Document) -> int:
+        """Of all segments of a document."""
+        return group_of(document)
+
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
         labels = np.full(length, NO_LABEL, np.int32)
-        label = group_of(document)
+        label = self.label(document)
         for first, stop in spans:
             labels[first:stop] = label
         return labels

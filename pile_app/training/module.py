@@ -119,12 +119,10 @@ class PileModule(LightningModule):
         self.whole: WholeModel | None = None  # of a model that is cut over the devices
         if codecs_from is not None:
             load_codecs(self.model, codecs_from)
-            if not self.codec_steps:
-                self.model.fingerprint_codecs()
         if start_from is not None:
             load_model(self.model, start_from)
-            if self.model.codecs and not self.codec_steps:
-                self.model.fingerprint_codecs()
+        if (codecs_from or start_from) and not self.codec_steps:
+            self.model.fingerprint_codecs()
         self.objective = objective
         if objective is not None:
             objective.build(self.model)
