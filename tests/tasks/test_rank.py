@@ -17,9 +17,12 @@ from pile_app.tasks.rank import rank_names
 NAMES = ("cat", "cart", "car", "dog", "dogs", "do", "ünïcode", "a longer name than the others")
 
 
-def log_likelihood(model: FusedLanguageModel, prompt: Document, name: str) -> float:
+def log_likelihood(model: FusedLanguageModel, prompt: Document, name: str, hidden_media: bool = False) -> float:
     """Of the name and its end, token by token, nothing cached."""
     tokens, places, _ = prompt_tokens(model, prompt, TEXT)
+    if hidden_media:
+        is_code = tokens >= model.vocabulary.slices[TEXT].stop
+        tokens, places = torch.where(is_code, Vocabulary.NULL, tokens), torch.zeros_like(places)
     answer = torch.tensor([Vocabulary.SPECIALS + int(token) for token in model.tokenizer.encode(name)])
     whole = torch.cat([tokens, answer])[None]
     everywhere = torch.cat([places, torch.zeros_like(answer)])[None]
@@ -42,6 +45,21 @@ def test_names_are_ranked_by_their_likelihood(
         scores = [log_likelihood(model, prompt, name) for name in NAMES]
         assert order == sorted(range(len(NAMES)), key=lambda n: -scores[n])
     assert rank_names(model, prompts, NAMES, count=2, width=len(NAMES)) == [order[:2] for order in ranked]
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "lstm", "mingru"])
+def test_a_prior_is_taken_off_the_likelihood(
+    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment], backbone: str
+) -> None:
+    model = tiny_model(backbone).eval()
+    for prompts in ([Document((image(n), Segment("en: "))) for n in range(3)], [Document((image(4),))]):
+        ranked = rank_names(model, prompts, NAMES, count=len(NAMES), width=len(NAMES), prior=0.5)
+        for prompt, order in zip(prompts, ranked, strict=True):
+            scores = [
+                log_likelihood(model, prompt, name) - 0.5 * log_likelihood(model, prompt, name, hidden_media=True)
+                for name in NAMES
+            ]
+            assert order == sorted(range(len(NAMES)), key=lambda n: -scores[n])
 
 
 def test_many_labels_are_judged_too_and_the_right_one_is_among_the_five_best() -> None:
