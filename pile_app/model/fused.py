@@ -91,6 +91,9 @@ class FusedLanguageModel(nn.Module):
         image: shape of the image codec; None: the model knows no images.
         audio: shape of the audio codec; None: the model knows no sound.
         dropout: share of the embedding that is dropped in training.
+        word_dropout: share of the learned text's tokens that are hidden in training from what follows them (arXiv:1511.06349),
+            which then has to be read off something else, such as an image before the text.
+        code_dropout: the same of the codes of images and sounds that are given, not learned.
     """
 
     token_bytes: Tensor
@@ -102,6 +105,8 @@ class FusedLanguageModel(nn.Module):
         image: ImageCodecConfig | None = None,
         audio: AudioCodecConfig | None = None,
         dropout: float = 0.0,
+        word_dropout: float = 0.0,
+        code_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -110,6 +115,7 @@ class FusedLanguageModel(nn.Module):
         self.audio_codec = AudioCodec(audio) if audio else None
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
+        self.word_dropout, self.code_dropout = word_dropout, code_dropout
         image_quantizer = self.image_codec.quantizer if self.image_codec else None
         audio_quantizer = self.audio_codec.quantizer if self.audio_codec else None
         shapes = (
@@ -230,7 +236,18 @@ class FusedLanguageModel(nn.Module):
         """(B, T) tokens with the codes of the media, (B, T, D) what the backbone makes of them."""
         tokens = self.fill(batch)
         places_of_codes = self.image_places(batch)
-        return tokens, self.hidden(tokens, places_of_codes, batch.document, batch.position, None, batch.piece_starts)
+        seen = self._hide(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
+        return tokens, self.hidden(seen, places_of_codes, batch.document, batch.position, None, batch.piece_starts)
+
+    def _hide(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """(B, T) tokens, shares of the learned words and of the given codes behind `<null>`."""
+        is_learned = torch.zeros_like(tokens, dtype=torch.bool)
+        for places in batch.targets:
+            is_learned.view(-1)[places + 1] = True
+        is_code = tokens >= self.vocabulary.slices[TEXT].stop
+        is_word = (tokens >= Vocabulary.SPECIALS) & ~is_code
+        share = self.word_dropout * (is_word & is_learned) + self.code_dropout * (is_code & ~is_learned)
+        return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, Vocabulary.NULL, tokens)
 
     def losses(self, tokens: Tensor, hidden: Tensor, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
         """See `forward`; of what `read` returned."""

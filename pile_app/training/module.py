@@ -77,6 +77,8 @@ class PileModule(LightningModule):
         optimizer: how parameters move.
         weights: of the modalities in the loss.
         dropout: share of the embeddings that is dropped in training (blocks: `backbone.dropout`).
+        word_dropout: share of the learned text tokens that are hidden in training from what follows them.
+        code_dropout: the same of the codes of images and sounds that are given, not learned.
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
         recompute: compute what is within the backbone's blocks again in backward instead of keeping it (activation
             checkpointing): memory of one block instead of all, for a third more time.
@@ -97,6 +99,8 @@ class PileModule(LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         weights: ModalityWeights = ModalityWeights(),
         dropout: float = 0.0,
+        word_dropout: float = 0.0,
+        code_dropout: float = 0.0,
         l1: float = 0.0,
         recompute: bool = False,
         compile: bool = False,
@@ -104,7 +108,7 @@ class PileModule(LightningModule):
         super().__init__()
         if codec_steps < 0 or codec_crop < 1 or l1 < 0:
             raise ValueError(f"codec_steps >= 0, codec_crop >= 1 and l1 >= 0, not {codec_steps}, {codec_crop} and {l1}")
-        self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout)
+        self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
         self.codec_steps = codec_steps if self.model.codecs else 0
         self.codec_crop = codec_crop
         self.optimizer = optimizer

@@ -189,3 +189,26 @@ def test_a_model_of_text_alone_has_no_codecs(documents: list[Document]) -> None:
     assert model.codecs == {} and model.vocabulary.modalities == (TEXT,)
     losses = model(batch_of(model, [[documents[1]]], 16))
     assert losses.keys() == {TEXT} and losses[TEXT].each.mean() == pytest.approx(math.log(262))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_learned_words_and_given_codes_are_hidden_from_what_follows_them_and_still_answered(
+    tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, backbone: str
+) -> None:
+    model = tiny_model(backbone)
+    given = Document((Segment("given", loss=False), image(0)), "given")
+    learned = Document((Segment(image(1).file, "png", loss=False), Segment("cat")), "learned")
+    batch = batch_of(model, [[given], [learned]], 32)
+    exact = losses_by_place(model, batch)
+    words = sorted(place for modality, place in exact if modality == TEXT and place >= 32)
+
+    def changed_by(word_dropout: float, code_dropout: float) -> list[tuple[int, int]]:
+        model.train().word_dropout, model.code_dropout = word_dropout, code_dropout
+        found = losses_by_place(model, batch)
+        assert found.keys() == exact.keys()
+        return sorted(key for key in exact if not math.isclose(exact[key], found[key], rel_tol=1e-5))
+
+    assert changed_by(1.0, 0.0) == [(TEXT, place) for place in words[-3:]]  # "a", "t" and the end, for "c" follows no word
+    assert changed_by(0.0, 1.0) == [(TEXT, place) for place in words[-4:]]
+    model.eval()
+    assert losses_by_place(model, batch) == exact
