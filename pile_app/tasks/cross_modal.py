@@ -46,8 +46,10 @@ class EvaluateCrossModal(Callback):
         text_source: source whose held-out text is also given to `xz -9e` and `zstd -19`; null: none.
         draws: media generated for each kind of request.
         reads: media that are named, more than once where there are fewer; null: each once.
-        separator: what stands in a name between what is given when it is asked for and what is to be answered: ": " of
-            "fr: chat"; empty: all of it is to be answered.
+        separator: what stands in a name between its language, which is given when it is asked for, and what is to be answered:
+            ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: all of a name is to be
+            answered.
+        prior: where names are ranked by how much likelier a medium makes them (`rank_names`): figures `..._raised_...`.
         sampling: how they are drawn (names are always read greedily).
     """
 
@@ -60,6 +62,7 @@ class EvaluateCrossModal(Callback):
         draws: int = 200,
         reads: int | None = None,
         separator: str = "",
+        prior: float = 1.0,
         sampling: Sampling = Sampling(guidance=3.0, max_seconds=1.5),  # noqa: B008 (frozen)
     ) -> None:
         self.train = train
@@ -69,9 +72,10 @@ class EvaluateCrossModal(Callback):
         self.draws = draws
         self.reads = reads
         self.separator = separator
+        self.prior = prior
         self.sampling = sampling
         self._examples: list[tuple[str, Document, Segment, Segment | None]] = []
-        self._choices: dict[str, list[str]] = {}  # what is asked ("fr: ") -> the names there are to choose from
+        self._choices: dict[str, list[str]] = {}  # what is asked ("fr:") -> the names there are to choose from
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """All figures, by their names in `summary.json`."""
@@ -120,7 +124,7 @@ class EvaluateCrossModal(Callback):
         return media
 
     def _asked(self, name: str) -> tuple[str, str]:
-        """A name -> what of it is given when it is asked for, and what has to be answered: "fr: chat" -> "fr: ", "chat"."""
+        """A name -> what of it is given when it is asked for, and what has to be answered: "fr: chat" -> "fr:", " chat"."""
         head, separator, answer = name.partition(self.separator) if self.separator else ("", "", name)
         return head + separator, answer
 
@@ -161,21 +165,32 @@ class EvaluateCrossModal(Callback):
         for prompt, answer, name in first_of_each(prompts, answers, wanted):
             self._examples.append((title, prompt, answer, Segment(name)))
         is_right = np.array([answer.text == name for answer, name in zip(answers, wanted, strict=True)])
-        figures = {f"{MODALITIES[modality]}_to_text_accuracy": float(is_right.mean())}
-        if max(map(len, self._choices.values())) <= MANY:
-            return figures
-        is_close = np.zeros(len(wanted))
+        figures: dict[str, float] = {}
+        found = {"accuracy": is_right}
+        if max(map(len, self._choices.values())) > MANY:
+            places = self._places(model, prompts, asked, wanted, 0.0)
+            raised = self._places(model, prompts, asked, wanted, self.prior)
+            found |= {"top5": places < 5, "raised_accuracy": raised == 0, "raised_top5": raised < 5}
+        questions = sorted(set(asked)) if self.separator and len(found) > 1 else []
+        for name, hits in found.items():
+            figures[f"{MODALITIES[modality]}_to_text_{name}"] = float(hits.mean())
+            for question in questions:
+                key = f"{MODALITIES[modality]}_to_text_{name}_{question.removesuffix(self.separator)}"
+                figures[key] = float(hits[np.array(asked) == question].mean())
+        return figures
+
+    def _places(
+        self, model: FusedLanguageModel, prompts: Sequence[Document], asked: Sequence[str], wanted: Sequence[str], prior: float
+    ) -> np.ndarray:
+        """(N,) of the right name among all of its language, from 0; 5 where it is not among the first five."""
+        places = np.zeros(len(wanted), np.int64)
         for question, choices in self._choices.items():
             rows = [row for row, one in enumerate(asked) if one == question]
-            ranked = rank_names(model, [prompts[row] for row in rows], choices)
-            is_close[rows] = [wanted[row] in {choices[k] for k in best} for row, best in zip(rows, ranked, strict=True)]
-        figures[f"{MODALITIES[modality]}_to_text_top5"] = float(is_close.mean())
-        for question in sorted(set(asked)) if self.separator else ():
-            rows = [row for row, one in enumerate(asked) if one == question]
-            key = question.removesuffix(self.separator)
-            figures[f"{MODALITIES[modality]}_to_text_accuracy_{key}"] = float(is_right[rows].mean())
-            figures[f"{MODALITIES[modality]}_to_text_top5_{key}"] = float(is_close[rows].mean())
-        return figures
+            ranked = rank_names(model, [prompts[row] for row in rows], choices, prior=prior)
+            for row, best in zip(rows, ranked, strict=True):
+                names = [choices[number] for number in best]
+                places[row] = names.index(wanted[row]) if wanted[row] in names else 5
+        return places
 
     def _make(
         self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str
@@ -200,7 +215,7 @@ class EvaluateCrossModal(Callback):
         if not pairs:
             return {}
         names = [several[turn % len(several)] for turn, (_, several) in enumerate(pairs)]
-        asked = [self._asked(name)[0].rstrip() for name in names]  # "fr:", where a name would go on with a space
+        asked = [name.partition(self.separator)[0] if self.separator else "" for name in names]
         prompts = [self._question(images.segments[n], one) for (n, _), one in zip(pairs, asked, strict=True)]
         answers = generate(model, prompts, AUDIO, self.sampling)
         for prompt, answer, name in first_of_each(prompts, answers, names):

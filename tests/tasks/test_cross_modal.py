@@ -40,7 +40,7 @@ def evaluation(tmp_path: Path) -> EvaluateCrossModal:
     write_shards(labelled(2, ("owl",), sounds=False), tmp_path, "unseen")
     patterns = [f"{tmp_path}/{prefix}-*.tar" for prefix in ("judge", "views", "unseen")]
     sampling = Sampling(max_seconds=0.2)
-    return EvaluateCrossModal(*patterns, draws=4, reads=7, separator=": ", sampling=sampling)
+    return EvaluateCrossModal(*patterns, draws=4, reads=7, separator=":", sampling=sampling)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_every_figure_of_unseen_labels_stands_apart(
     trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False)
     figures = evaluation.evaluate(trainer, module)
     assert figures["image_judge_accuracy"] == figures["audio_judge_accuracy"] == figures["unseen_image_judge_accuracy"] == 1
-    assert figures["image_to_text_top5"] == figures["unseen_image_to_text_top5_fr"] == 1
+    assert figures["image_to_text_top5"] == figures["unseen_image_to_text_raised_top5_fr"] == 1
     assert {"image_conditioning_gain", "audio_conditioning_gain", "text_conditioning_gain"} <= figures.keys()
     assert {"text_to_image_accuracy", "unseen_text_to_image_accuracy", "image_to_audio_accuracy"} <= figures.keys()
     assert not any(key.startswith("unseen_audio") for key in figures), "there are no sounds of what is unseen"
@@ -68,9 +68,9 @@ def test_every_figure_of_unseen_labels_stands_apart(
 
 def test_what_is_given_of_a_name_is_asked_and_not_counted(evaluation: EvaluateCrossModal, module: PileModule) -> None:
     loaded = evaluation._load(module.model, evaluation.heldout)
-    assert evaluation._asked("fr: chat: noir") == ("fr: ", "chat: noir")
+    assert evaluation._asked("fr: chat: noir") == ("fr:", " chat: noir")
     choices = evaluation._names_there_are(loaded.values())
-    assert choices == {"en: ": ["cat", "dog", "owl"], "fr: ": ["chat", "chien", "hibou"]}
+    assert choices == {"en:": [" cat", " dog", " owl"], "fr:": [" chat", " chien", " hibou"]}
     assert loaded[IMAGE].names[0] == NAMES["cat"] and len(loaded[AUDIO].names[0]) == 1
 
 
