@@ -65,6 +65,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_shards(documents("digits", 24), base / "data" / "emoji" / "shards", f"emoji-{split}")
         write_shards(documents("prose", 24), base / "data" / "shakespeare" / "shards", split)
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
+    emoji_tokenizer = str(base / "data" / "emoji" / "shards" / "tokenizer.json")
+    pile(["tokenizer", f"{shards}/prose-train-*.tar", emoji_tokenizer, "--kind", "bpe", "--size", "300"])
     local = base / "data" / "local_text" / "shards"
     for name in LOCAL_TEXT:
         for split in ("train", "validation"):

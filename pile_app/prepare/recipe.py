@@ -39,9 +39,14 @@ def finished(folder: Path, version: int, seed: int) -> dict[str, Any] | None:
 
 
 def write_whole(
-    folder: Path, sources: Mapping[str, Sequence[Document]], summary: Mapping[str, Any], progress: Callable[[str], None]
+    folder: Path,
+    sources: Mapping[str, Sequence[Document]],
+    summary: Mapping[str, Any],
+    progress: Callable[[str], None],
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes the shards of every source and `dataset.json`, the summary, into a folder that is then renamed to `folder`.
+    """Writes the shards of every source, what `add` adds, and `dataset.json`, the summary, into a folder that is then renamed
+    to `folder`.
 
     Raises:
         RuntimeError: a sample cannot be read back.
@@ -54,6 +59,7 @@ def write_whole(
                 if index.rejected:
                     raise RuntimeError(f"the recipe wrote samples that cannot be read back: {index.rejected[:3]}")
             progress(f"{prefix}: {len(documents):,} documents written")
+        add(whole)
         (whole / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")
         os.replace(whole, folder)
 
