@@ -21,29 +21,27 @@ import soundfile
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment, decode_image
+from pile_app.documents import AUDIO, IMAGE, Document, Segment, decode_image
 from pile_app.model.generate import Sampling, generate
+from pile_app.tasks.rank import rank_names
 from pile_app.training.load import load_run
 from pile_app.training.report import spectrogram
 
 DRAWN = (
-    *(("en", "🐙"), ("de", "🌲"), ("fr", "🍓"), ("es", "🐧"), ("it", "🚗"), ("tr", "🌙")),
-    *(("en", "👩‍🚀"), ("de", "🏠"), ("fr", "🇫🇷"), ("es", "🎸"), ("it", "🍕"), ("tr", "😂")),
+    *(("en", "🐙"), ("es", "🌲"), ("tr", "🍓"), ("en", "🐧"), ("es", "🚗"), ("tr", "🌙")),
+    *(("en", "👩‍🚀"), ("es", "🏠"), ("tr", "👩‍🚒"), ("en", "🎸"), ("es", "🍕"), ("tr", "😂")),
 )
 NEVER_SEEN = (
-    *(("en", "👩‍🚒"), ("de", "🧡"), ("fr", "🟢"), ("es", "🟪"), ("it", "📗"), ("tr", "👩‍🎨")),
-    *(("en", "👩‍✈️"), ("de", "👩‍⚖️"), ("fr", "👩‍🍳"), ("es", "😻"), ("it", "🧛‍♂️"), ("tr", "👨‍🌾")),
+    *(("en", "👩‍⚖️"), ("es", "🧡"), ("tr", "🟢"), ("en", "🟪"), ("es", "📗"), ("tr", "👩‍🎨")),
+    *(("en", "👩‍✈️"), ("es", "👨‍🚀"), ("tr", "👩‍🍳"), ("en", "😻"), ("es", "🧛‍♂️"), ("tr", "👨‍🎤")),
 )
-NAMED = ("🦊", "🎂", "🇯🇵", "👩‍🚒", "🧡", "👩‍✈️")
-# The first six that are short enough to be spoken at all.
-SPOKEN = (
-    *(("en", "🍕"), ("fr", "🌹"), ("es", "🐄"), ("en", "🐍"), ("fr", "🌙"), ("es", "🌞")),
-    *(("en", "🚗"), ("fr", "🍓"), ("es", "🍕"), ("en", "🦊"), ("fr", "🌊"), ("es", "🌵")),
-)
+NAMED = ("🦊", "🎂", "👩‍🚒", "👩‍⚖️", "🧡", "👩‍✈️", "👨‍🚀", "🟪", "👩‍🎨")
+# All short enough to be spoken at all.
+SPOKEN = (("en", "🍕"), ("es", "🌹"), ("tr", "🐄"), ("en", "🐍"), ("es", "🍓"), ("tr", "🦊"))
 
 WIDTH, MARGIN, GAP, CELL, LINE = 1560, 36, 16, 104, 25
 INK, SOFT, PAGE, CARD, LINES = "#20242a", "#666e79", "#f6f6f3", "#ffffff", "#dfe2de"
-NEW, NEW_CARD, RIGHT, WRONG = "#c2560c", "#fff3e8", "#1d7a4d", "#b0343c"
+NEW, NEW_CARD, RIGHT, CLOSE, WRONG = "#c2560c", "#fff3e8", "#1d7a4d", "#8a6d00", "#b0343c"
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 SAMPLING = Sampling(temperature=0.8, top_p=0.75, guidance=2.0, max_text=64, max_seconds=0.8)
 
@@ -123,31 +121,36 @@ def label(poster: Poster, x: int, y: int, language: str, name: str, width: int, 
     poster.text(x + 28, y, name, 17, color, width=width - 28)
 
 
-def names(poster: Poster, model: Any, recipe: ModuleType, wanted: list[Any]) -> None:
+def names(poster: Poster, model: Any, recipe: ModuleType, wanted: list[Any], emoji: list[Any]) -> None:
     rng = np.random.default_rng(7)
     views = [recipe.view(one, rng) for one in wanted]
-    asked = [(n, language) for n in range(len(wanted)) for language in recipe.LANGUAGES]
-    prompts = [Document((views[n], Segment(f"{language}: "))) for n, language in asked]
-    answers = iter(generate(model, prompts, TEXT, Sampling(temperature=0, max_text=64)))
-    for one, view, place in zip(wanted, views, poster.cards(len(wanted), 3, 6 * LINE + 28), strict=True):
-        left, top, width = place
-        if one.combination:
-            poster.draw.rounded_rectangle((left, top, left + width, top + 6 * LINE + 28), 10, NEW_CARD, NEW, 2)
-        poster.picture(decode_image(view.file, *model.vocabulary.image_shape), left + 20, top + (6 * LINE + 28 - 128) // 2, 128)
-        for row, language in enumerate(recipe.LANGUAGES):
-            answer = next(answers).text
-            color = RIGHT if answer == one.names[language] else WRONG
-            label(poster, left + 172, top + 14 + row * LINE + LINE // 2, language, answer, width - 184, color)
+    first: dict[str, list[tuple[str, bool, bool]]] = {}  # language -> for each view: the name, right, right among five
+    for language in recipe.LANGUAGES:
+        choices = sorted({f" {one.names[language]}" for one in emoji})
+        ranked = rank_names(model, [Document((view, Segment(f"{language}:"))) for view in views], choices, prior=1.0)
+        found = [[choices[number].strip() for number in best] for best in ranked]
+        rights = [one.names[language] for one in wanted]
+        first[language] = [(best[0], best[0] == right, right in best) for best, right in zip(found, rights, strict=True)]
+    height = len(first) * LINE + 24
+    for number, (left, top, width) in enumerate(poster.cards(len(wanted), 3, height)):
+        if wanted[number].combination:
+            poster.draw.rounded_rectangle((left, top, left + width, top + height), 10, NEW_CARD, NEW, 2)
+        side = height - 20
+        poster.picture(decode_image(views[number].file, *model.vocabulary.image_shape), left + 16, top + 10, side)
+        for row, (language, answers) in enumerate(first.items()):
+            name, is_right, is_close = answers[number]
+            color = RIGHT if is_right else CLOSE if is_close else WRONG
+            y = top + 12 + row * LINE + LINE // 2
+            label(poster, left + side + 32, y, language, name, width - side - 44, color)
 
 
 def speech(poster: Poster, model: Any, recipe: ModuleType, listed: list[tuple[str, Any]]) -> None:
     with recipe.Speaker(0) as speaker:
-        spoken = [(pair, clip) for pair in listed if (clip := speaker.answer(pair[1], pair[0])) is not None][:6]
-    wanted, real = zip(*spoken, strict=True)
-    prompts = [Document((Segment(one.name(language).text),)) for language, one in wanted]
+        real = [speaker.answer(one, language) for language, one in listed]
+    prompts = [Document((Segment(one.name(language).text),)) for language, one in listed]
     answers = generate(model, prompts, AUDIO, SAMPLING)
-    places = poster.cards(len(wanted), 6, CELL + 60)
-    for (language, one), answer, truth, (left, top, width) in zip(wanted, answers, real, places, strict=True):
+    places = poster.cards(len(listed), 6, CELL + 60)
+    for (language, one), answer, truth, (left, top, width) in zip(listed, answers, real, places, strict=True):
         space = (width - 2 * CELL) // 3
         for place, segment in enumerate((truth, answer)):
             waveform = soundfile.read(io.BytesIO(segment.file), dtype="float32")[0]
@@ -178,18 +181,20 @@ def main() -> None:
     minutes = f"{summary['train_seconds'] / 60:.0f} minutes on one CPU core"
     poster.text(
         MARGIN, poster.top + 62, f"One model of {size / 1e6:.1f} million parameters, trained from nothing in {minutes} on "
-        f"{trained:,} emoji: drawn, named in six languages, spoken in three.", 19, SOFT, width=WIDTH - 2 * MARGIN,
+        f"{trained:,} emoji: drawn, named and spoken in English, Spanish and Turkish.", 19, SOFT, width=WIDTH - 2 * MARGIN,
     )  # fmt: skip
     poster.top += 76
     poster.heading("Told a name, it draws", "left: OpenMoji's drawing, 32 x 32 pixels; right: what the model drew")
     drawings(poster, model, [(language, emoji[one]) for language, one in DRAWN], CARD, LINES)
-    explanation = (
-        "a man firefighter and a woman mechanic were in training, a woman firefighter never: not drawn, not named, not spoken"
-    )
+    explanation = "a man judge and a woman mechanic were in training, a woman judge never: not drawn, not named, not spoken"
     poster.heading("Combinations it has never seen", explanation, NEW)
     drawings(poster, model, [(language, emoji[one]) for language, one in NEVER_SEEN], NEW_CARD, NEW)
-    poster.heading("Shown a drawing, it names", "a new view of each; green: letter by letter right; orange cards: never seen")
-    names(poster, model, recipe, [emoji[one] for one in NAMED])
+    explanation = (
+        f"the name of {len(found)} that it makes likelier most; green: right; brown: right among its first five; "
+        "orange cards: never seen"
+    )
+    poster.heading("Shown a drawing, it names", explanation)
+    names(poster, model, recipe, [emoji[one] for one in NAMED], found)
     poster.heading("Told a name, it says it", "spectrograms, 0 to 4 kHz; left: espeak-ng, right: the model's voice")
     speech(poster, model, recipe, [(language, emoji[one]) for language, one in SPOKEN])
     credit = (
