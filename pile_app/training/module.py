@@ -226,7 +226,7 @@ class PileModule(LightningModule):
         if objective.freeze:
             self.model.eval()  # and no dropout either
         with torch.set_grad_enabled(not objective.freeze):
-            tokens, hidden = self.model.read(batch)
+            tokens, hidden = objective.read(self.model, batch)
         loss = objective(self.model, hidden, batch)
         if self._is_logged(self.global_step + 1):
             self._add("objective_loss", loss.detach(), 1.0)
@@ -355,7 +355,7 @@ class PileModule(LightningModule):
         if self.objective is None:
             losses = self.model(batch, predict=True)
         else:
-            tokens, hidden = self.model.read(batch)
+            tokens, hidden = self.objective.read(self.model, batch)
             self.objective.update(self.model, hidden, batch)
             losses = self.model.losses(tokens, hidden, batch, predict=True)
         self.token_metrics.update(batch, losses, self.model.token_bytes)
