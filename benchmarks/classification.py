@@ -4,7 +4,8 @@
 
 Prepares the data (`data/labelled/prepare.py`), trains a small model on them (`classification/*.yaml`, once for all that begin
 with it), adapts it with `conf/tasks/classification.yaml`, and measures the checkpoint that is best on the validation split (of
-sounds the last one: known speakers and 17 clips cannot tell) on the test split, once, by `pile classify --on`. Prints a JSON line; seconds are of this call alone.
+sounds the last one: known speakers and 17 clips cannot tell) on the test split, once, by `pile classify --on`. Prints a JSON
+line; seconds are of this call alone.
 
 Baselines are scikit-learn's logistic regression: on TF-IDF of words, or words and pairs (which, and C, chosen on the
 validation split); on pixels; on log-mel frames, of ESC-10 their mean and deviation over time. They see the same training
