@@ -127,6 +127,14 @@ class Batch:
         before = self.audio_tokens.cumsum(0) - self.audio_tokens  # codes of the sounds before
         return torch.arange(total, device=device) + (self.audio_starts - before)[sound]
 
+    @cached_property
+    def audio_places(self) -> Tensor:
+        """(codes of all sounds,) int64, places of the codes in (M, most codes of a sound) rows, one row a sound, flat."""
+        longest = torch.arange(int(self.audio_tokens.max()), device=self.audio_tokens.device)
+        inside = longest < self.audio_tokens[:, None]
+        # Their number is known: a mask would wait for the device to find it.
+        return torch.nonzero_static(inside.flatten(), size=self.audio_total).squeeze(1)
+
     @property
     def padding_share(self) -> float:
         return float(self._is_padding.float().mean())

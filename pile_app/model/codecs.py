@@ -184,6 +184,10 @@ class ImageCodec(nn.Module):
         side = self.config.size // self.config.patch
         return side, side
 
+    def patches(self, images: Tensor) -> Tensor:
+        """(N, C, height, width) uint8 -> (N, rows * columns, C * patch^2) pixels that each code stands for, in [-1, 1]."""
+        return F.pixel_unshuffle(images.float() / 127.5 - 1, self.config.patch).flatten(2).transpose(1, 2)
+
     def _quantize(self, images: Tensor) -> Tensor:
         pixels = images.float() / 127.5 - 1
         return self.quantizer(self.encoder(pixels).permute(0, 2, 3, 1))  # (N, rows, columns, d)
@@ -275,9 +279,17 @@ class AudioCodec(nn.Module):
         """Samples cut or padded with silence to a whole number of tokens."""
         return F.pad(audio, (0, tokens * self.config.samples_per_token - audio.size(1)))
 
+    def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
+        """(M, S) samples, (M,) tokens of each sound -> (M, max tokens, frames_per_token * mels) the log-mel frames that each
+        code stands for, in about [-1, 1]."""
+        return self._group(self.log_mel(self.spectrogram(self._fit(audio, int(tokens.max())))))
+
+    def _group(self, log_mel: Tensor) -> Tensor:
+        frames = log_mel / -math.log(self.FLOOR) * 2 + 1
+        return frames.unflatten(1, (-1, self.config.frames_per_token)).flatten(2)
+
     def _quantize(self, log_mel: Tensor, inside: Tensor) -> Tensor:
-        frames = log_mel / -math.log(self.FLOOR) * 2 + 1  # about [-1, 1]
-        x = self.embed(frames.unflatten(1, (-1, self.config.frames_per_token)).flatten(2))  # (M, T, D)
+        x = self.embed(self._group(log_mel))  # (M, T, D)
         for block in self.encoder:
             x = block(x, inside)
         return self.quantizer(self.to_quantizer(x)) * inside  # (M, T, d)

@@ -192,10 +192,7 @@ class FusedLanguageModel(nn.Module):
         if self.audio_codec and len(batch.audio):
             with full_precision(batch):
                 codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
-            inside = torch.arange(codes.size(1), device=codes.device) < batch.audio_tokens[:, None]
-            # Their number is known: `codes[inside]` would wait for the device to find it.
-            filled = torch.nonzero_static(inside.flatten(), size=batch.audio_total).squeeze(1)
-            flat[batch.audio_slots] = codes.flatten()[filled] + self.vocabulary.starts[AUDIO]
+            flat[batch.audio_slots] = codes.flatten()[batch.audio_places] + self.vocabulary.starts[AUDIO]
         return tokens
 
     def image_places(self, batch: Batch) -> Tensor:
@@ -213,13 +210,17 @@ class FusedLanguageModel(nn.Module):
         position: Tensor,
         cache: Cache | None = None,
         piece_starts: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) what the backbone makes of the tokens; arguments (B, T), or see `backbones.py`."""
+        """(B, T, D) what the backbone makes of the tokens; arguments (B, T), or see `backbones.py`; `beside`: (B, T, embedding
+        width) that is added to the embeddings."""
         table = torch.cat([embedding() for embedding in self.embeddings])  # (V, embedding width)
         x = F.embedding(tokens, table)
         if self.image_codec is not None:
             grid = (self.image_rows[:, None] + self.image_columns).flatten(0, 1)
             x = x + F.embedding(image_places, F.pad(grid, (0, 0, 1, 0)))
+        if beside is not None:
+            x = x + beside
         return self.backbone(self.dropout(norm(x)), document, position, cache, piece_starts)
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
@@ -232,12 +233,12 @@ class FusedLanguageModel(nn.Module):
         too."""
         return self.losses(*self.read(batch), batch, predict)
 
-    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, T) tokens with the codes of the media, (B, T, D) what the backbone makes of them."""
+    def read(self, batch: Batch, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens with the codes of the media, (B, T, D) what the backbone makes of them; `beside`: see `hidden`."""
         tokens = self.fill(batch)
         places_of_codes = self.image_places(batch)
         seen = self._hide(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
-        return tokens, self.hidden(seen, places_of_codes, batch.document, batch.position, None, batch.piece_starts)
+        return tokens, self.hidden(seen, places_of_codes, batch.document, batch.position, None, batch.piece_starts, beside)
 
     def _hide(self, tokens: Tensor, batch: Batch) -> Tensor:
         """(B, T) tokens, shares of the learned words and of the given codes behind `<null>`."""

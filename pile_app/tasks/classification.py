@@ -4,7 +4,7 @@ A labelled document ends with its label, a text: `cls` beside `txt`, `jpg` or `w
 the model, and its hidden vectors, pooled, go through a linear head; or the model says itself which label comes next, of those
 there are. The label is not seen: the model is causal.
 
-    hidden (B, T, D) -> mean, maximum, last of each document (L, F) -> head -> logits (L, classes)
+    hidden (B, T, D) -> mean, maximum, deviation, last of each document (L, F) -> head -> logits (L, classes)
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from pile_app.data.annotation import NO_LABEL, Annotator, label_last
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
-from pile_app.documents import TEXT, BadSample, Document, Segment
+from pile_app.documents import TEXT, BadSample, Document, Segment, Vocabulary
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.objective import Objective, mean_by_piece
+from pile_app.training.objective import Objective, labels_by_piece, mean_by_piece
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer
 
-Pooling = Literal["mean", "max", "last"]
+Pooling = Literal["mean", "max", "deviation", "last"]
 ROWS = 64  # documents that are read at once for predictions
+BUCKETS = 1 << 18  # that n-grams are hashed into
 
 
 class LabelAnnotator(Annotator):
@@ -78,14 +79,17 @@ class Classification(Objective):
         labels: all labels, in the order of the classes, as `pile prepare` prints them.
         head: linear, on the pooled vectors; or language: the model's own softmax where the label begins, over the first tokens
             of the labels, which have to differ. That needs no new weights (arXiv:2001.07676 calls the labels a verbalizer).
-        pooling: what is taken of the hidden vectors of a document, one after the other: their mean, the maximum of each
-            component, the last one, which has seen them all. (The head `language` reads the last one.)
+        pooling: what is taken of the hidden vectors of a document, one after the other: their mean, the maximum or the standard
+            deviation of each component, the last one, which has seen them all. (The head `language` reads the last one.)
         class_weights: of the labels in the loss, in their order; balanced: total / (classes * count), by the labels that the
             run has seen so far; null: all 1.
+        ngrams: 1 or more: beside the head stands a linear model of the text's runs of up to so many tokens, which learns
+            at once what speaks for which label (wide and deep, arXiv:1606.07792, with fastText's features, arXiv:1607.01759).
         dropout: share of the features that is dropped in training.
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
+        unrounded: see `Objective`.
     """
 
     seen: Tensor
@@ -97,24 +101,29 @@ class Classification(Objective):
         head: Literal["linear", "language"] = "linear",
         pooling: list[Pooling] = ["mean"],  # noqa: B006 (jsonargparse shows it; never changed)
         class_weights: Literal["balanced"] | list[float] | None = None,
+        ngrams: int = 0,
         dropout: float = 0.1,
         language_weight: float = 0.0,
         freeze: bool = False,
         learning_rate: float = 0.001,
+        unrounded: bool = False,
     ) -> None:
-        super().__init__(language_weight, freeze, learning_rate)
+        super().__init__(language_weight, freeze, learning_rate, unrounded)
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"objective.labels needs two different labels or more, not {labels}")
         if not pooling or len(set(pooling)) < len(pooling):
-            raise ValueError(f"objective.pooling needs one of mean, max and last, or several, once each, not {pooling}")
+            raise ValueError(f"objective.pooling needs some of mean, max, deviation and last, once each, not {pooling}")
         if isinstance(class_weights, list) and (len(class_weights) != len(labels) or min(class_weights) <= 0):
             raise ValueError(f"objective.class_weights needs a number above 0 for each of {labels}, not {class_weights}")
+        if ngrams < 0:
+            raise ValueError(f"objective.ngrams is 0 or more, not {ngrams}")
         if head == "language" and freeze:
             raise ValueError("objective.head language has no weights of its own: with objective.freeze set head to linear")
         self.labels = labels
         self.kind = head
         self.pooling: list[Pooling] = ["last"] if head == "language" else pooling
         self.class_weights = class_weights
+        self.ngrams = ngrams
         self.dropout = nn.Dropout(dropout)
         self.confusion: Tensor | None = None  # (true, predicted) counts of the last validation
 
@@ -132,7 +141,9 @@ class Classification(Objective):
             MulticlassRecall,
         )
 
+        super().build(model)
         classes = len(self.labels)
+        self.wide = Ngrams(self.ngrams, classes, model.vocabulary.slices[TEXT].stop) if self.ngrams else None
         if self.kind == "language":
             self.register_buffer("first_tokens", torch.tensor(self._first_tokens(model.tokenizer)), persistent=False)
         else:
@@ -167,8 +178,10 @@ class Classification(Objective):
         """(L, classes) float32 of the labelled pieces, (L,) their labels."""
         features, labels = pool(hidden, batch, self.pooling)
         if self.kind == "language":
-            return model.logits(features, TEXT)[:, self.first_tokens + model.vocabulary.SPECIALS], labels
-        return self.head(self.dropout(features)).float(), labels
+            logits = model.logits(features, TEXT)[:, self.first_tokens + model.vocabulary.SPECIALS]
+        else:
+            logits = self.head(self.dropout(features)).float()
+        return (logits if self.wide is None else logits + self.wide(batch, self.dropout)), labels
 
     def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
         logits, labels = self.logits(model, hidden, batch)
@@ -228,9 +241,40 @@ class Classification(Objective):
                 if batch.rejected:
                     raise BadSample(*batch.rejected[0][2:])
                 batch = batch.to(model.token_bytes.device)
-                logits, _ = self.logits(model, model.read(batch)[1], batch)
+                logits, _ = self.logits(model, self.read(model, batch)[1], batch)
                 result[rows] = logits.softmax(-1).cpu()
         return result
+
+
+class Ngrams(nn.Module):
+    """Logits of a document as the sum over its runs of 1 to `longest` tokens, divided by the square root of their number.
+
+    Runs are hashed; those that fall into one of the `BUCKETS` share their weights.
+
+    Args:
+        longest: tokens of a run.
+        classes: C.
+        text_stop: token from which on it is not text.
+    """
+
+    def __init__(self, longest: int, classes: int, text_stop: int) -> None:
+        super().__init__()
+        self.longest = longest
+        self.text_stop = text_stop
+        self.weight = nn.Parameter(torch.zeros(BUCKETS, classes))
+
+    def forward(self, batch: Batch, dropout: nn.Module) -> Tensor:
+        """(L, C) float32 of the labelled pieces, in the order of the pieces."""
+        tokens, piece = batch.tokens.flatten().long(), batch.piece_numbers.flatten()
+        is_text = (batch.labels.flatten() >= 0) & (tokens >= Vocabulary.SPECIALS) & (tokens < self.text_stop)
+        inside, run = is_text, torch.zeros_like(tokens)
+        sums = self.weight.new_zeros(len(batch.piece_sources), 1 + self.weight.size(1))  # of runs, and their logits
+        for back in range(self.longest):
+            inside = inside & is_text.roll(back) & (piece.roll(back) == piece)
+            run = (run * 1_000_003 + tokens.roll(back)) % ((1 << 31) - 1)
+            logits = dropout(F.embedding(run % BUCKETS, self.weight))
+            sums = sums.index_add(0, piece, F.pad(logits, (1, 0), value=1.0) * inside[:, None])
+        return (sums[:, 1:] / sums[:, :1].clamp_min(1).sqrt())[labels_by_piece(batch) >= 0]
 
 
 def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> tuple[Tensor, Tensor]:
@@ -248,6 +292,9 @@ def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> tuple[Tensor
             lowest = flat.new_full(means.shape, -torch.inf, dtype=torch.float32)
             inside = flat.float().masked_fill(~labelled[:, None], -torch.inf)
             parts.append(lowest.scatter_reduce(0, piece[:, None].expand_as(inside), inside, "amax")[kept])
+        elif kind == "deviation":
+            squares, _ = mean_by_piece((flat.float() - means[piece]).square().unflatten(0, batch.labels.shape), batch)
+            parts.append((squares[kept] + 1e-6).sqrt())
         else:
             places = torch.arange(len(flat), device=flat.device).masked_fill(~labelled, 0)
             last = torch.zeros_like(labels).scatter_reduce(0, piece, places, "amax")

@@ -80,6 +80,7 @@ class Contrastive(Objective):
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
+        unrounded: see `Objective`.
     """
 
     def __init__(
@@ -90,8 +91,9 @@ class Contrastive(Objective):
         language_weight: float = 0.0,
         freeze: bool = False,
         learning_rate: float = 0.001,
+        unrounded: bool = False,
     ) -> None:
-        super().__init__(language_weight, freeze, learning_rate)
+        super().__init__(language_weight, freeze, learning_rate, unrounded)
         if dimensions < 1 or not temperature >= 1 / LARGEST_SCALE:
             raise ValueError(
                 f"objective.dimensions >= 1 and temperature >= {1 / LARGEST_SCALE}, not {dimensions} and {temperature}"
@@ -106,6 +108,7 @@ class Contrastive(Objective):
         return GroupAnnotator()
 
     def build(self, model: FusedLanguageModel) -> None:
+        super().build(model)
         width = model.backbone.width
         self.projections = nn.ModuleList(nn.Linear(width, self.dimensions, bias=False) for _ in MODALITIES)
         if model.image_codec is not None:

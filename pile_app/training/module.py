@@ -108,6 +108,8 @@ class PileModule(LightningModule):
         super().__init__()
         if codec_steps < 0 or codec_crop < 1 or l1 < 0:
             raise ValueError(f"codec_steps >= 0, codec_crop >= 1 and l1 >= 0, not {codec_steps}, {codec_crop} and {l1}")
+        if not (0 <= word_dropout < 1 and 0 <= code_dropout < 1):
+            raise ValueError(f"word_dropout and code_dropout are shares, 0 to below 1, not {word_dropout} and {code_dropout}")
         self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
         self.codec_steps = codec_steps if self.model.codecs else 0
         self.codec_crop = codec_crop
@@ -230,7 +232,7 @@ class PileModule(LightningModule):
         if objective.freeze:
             self.model.eval()  # and no dropout either
         with torch.set_grad_enabled(not objective.freeze):
-            tokens, hidden = self.model.read(batch)
+            tokens, hidden = objective.read(self.model, batch)
         loss = objective(self.model, hidden, batch)
         if self._is_logged(self.global_step + 1):
             self._add("objective_loss", loss.detach(), 1.0)
@@ -359,7 +361,7 @@ class PileModule(LightningModule):
         if self.objective is None:
             losses = self.model(batch, predict=True)
         else:
-            tokens, hidden = self.model.read(batch)
+            tokens, hidden = self.objective.read(self.model, batch)
             self.objective.update(self.model, hidden, batch)
             losses = self.model.losses(tokens, hidden, batch, predict=True)
         self.token_metrics.update(batch, losses, self.model.token_bytes)

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TinyRun, train
+from torch import Tensor
 
 from pile_app.cli import main
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.data.shards import write_shards
-from pile_app.documents import TEXT, Document, Segment, document_from_sample
+from pile_app.documents import AUDIO, TEXT, Document, Segment, document_from_sample
 from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.generate import segment_length
 from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
 from pile_app.training.module import PileModule
 from pile_app.training.objective import mean_by_piece
@@ -30,7 +32,9 @@ model:
     class_path: pile_app.tasks.classification.Classification
     init_args:
       labels: [dark, light, low, high]
-      pooling: [mean, max, last]
+      pooling: [mean, max, deviation, last]
+      ngrams: 2
+      unrounded: true
       class_weights: balanced
       dropout: 0.1
       learning_rate: 0.02
@@ -168,17 +172,74 @@ def batch_of(model: FusedLanguageModel, objective: Classification, documents: li
     return assemble([pack], model.vocabulary, model.tokenizer, sum(lengths) + 3, annotator=objective.annotator)
 
 
-def test_features_are_mean_maximum_and_last_of_what_stands_before_the_label(
+def test_features_are_mean_maximum_deviation_and_last_of_what_stands_before_the_label(
     tiny_model: Callable[..., FusedLanguageModel],
 ) -> None:
     model, objective = tiny_model(), Classification(["no", "yes"])
     batch = batch_of(model, objective, documents_of({"abc": "yes", "defg": "no"}))
     _, hidden = model.read(batch)
-    features, labels = pool(hidden, batch, ["mean", "max", "last"])
+    features, labels = pool(hidden, batch, ["mean", "max", "deviation", "last"])
     assert labels.tolist() == [1, 0]
     for row, places in zip(features, (slice(2, 6), slice(12, 17)), strict=True):
         seen = hidden[0, places]
-        torch.testing.assert_close(row, torch.cat([seen.mean(0), seen.amax(0), seen[-1]]))
+        torch.testing.assert_close(row, torch.cat([seen.mean(0), seen.amax(0), seen.std(0, correction=0), seen[-1]]))
+
+
+def test_runs_of_tokens_add_up_to_logits_of_their_document_alone(
+    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment]
+) -> None:
+    model, objective = tiny_model(), Classification(["no", "yes"], ngrams=2, dropout=0.0)
+    objective.build(model)
+    assert objective.wide is not None
+    torch.nn.init.normal_(objective.wide.weight)
+
+    def logits(document: Document, length: int) -> Tensor:
+        batch = assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length, annotator=objective.annotator)
+        return objective.wide(batch, objective.dropout)  # type: ignore[misc]
+
+    together = objective.wide(batch_of(model, objective, documents_of({"ab": "yes", "b": "no", "": "no"})), objective.dropout)
+    ab, b, nothing = together
+    both = logits(Document((Segment("ab"), image(0), Segment("yes"))), 14)
+    torch.testing.assert_close(both, together[:1])  # neither the label nor an image has runs
+    a = logits(Document((Segment("a"), Segment("yes"))), 8)[0]
+    weight_of_run = ab * 3**0.5 - a - b  # of "ab": runs "a", "b", "ab"
+    assert not nothing.any() and weight_of_run.abs().min() > 1e-3
+    known = {tuple(row) for row in objective.wide.weight.round(decimals=3).tolist()}
+    assert all(tuple(row.round(decimals=3).tolist()) in known for row in (a, b, weight_of_run))
+
+
+def test_what_codes_leave_out_is_added_where_they_stand(
+    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment], sound: Callable[..., Segment]
+) -> None:
+    model, objective = tiny_model(), Classification(["no", "yes"], unrounded=True)
+    objective.build(model)
+    assert objective.unrounded is not None
+    documents = [
+        Document((Segment("a"), sound(1, 600), image(1), Segment("yes")), "one"),
+        Document((sound(2, 1500), Segment("no")), "two"),
+    ]
+    lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in documents]
+    pack = [whole(document, length) for document, length in zip(documents, lengths, strict=True)]
+    batch = assemble([pack], model.vocabulary, model.tokenizer, sum(lengths) + 3, annotator=objective.annotator)
+    torch.testing.assert_close(objective.read(model, batch)[1], model.read(batch)[1])  # the maps begin at 0
+
+    for one in objective.unrounded.maps.values():
+        torch.nn.init.ones_(one.weight)  # type: ignore[arg-type]
+    beside = objective.unrounded(model, batch)[0, :, 0]  # of each place the sum of its pixels, or of its frames
+    codes = model.fill(batch)[0] != batch.tokens[0]
+    assert not beside[~codes].any() and int((beside != 0).sum()) == int(codes.sum()) == 2 + 4 + 5
+    pixels = batch.images[0, 0].float() / 127.5 - 1
+    first = int(batch.image_starts[0])
+    corners = [pixels[top : top + 4, left : left + 4].sum() for top in (0, 4) for left in (0, 4)]
+    torch.testing.assert_close(beside[first : first + 4], torch.stack(corners))
+    alone = model.audio_codec.patches(batch.audio[:1, :600], torch.tensor([2]))  # type: ignore[union-attr]
+    start = int(batch.audio_starts[0])
+    torch.testing.assert_close(beside[start : start + 2], alone[0].sum(-1))
+    assert not torch.allclose(objective.read(model, batch)[1], model.read(batch)[1])
+
+    batch.tokens[0, start] = model.vocabulary.starts[AUDIO]  # as of a sound that came encoded
+    with pytest.raises(ValueError, match=r"objective\.unrounded reads images and sounds themselves"):
+        objective.read(model, batch)
 
 
 def test_what_is_predicted_for_new_documents_is_what_is_measured_in_packs(
