@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from processes import forks, start, start_ranks
 
 from pile_app.data.shards import write_shards
 from pile_app.data.text import ByteTokenizer
@@ -44,6 +43,8 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that make whole runs or the demo's data take longest: begun first, they leave no core alone at the end."""
     items.sort(key=lambda item: item.path.parent.name in ("data", "model"))
+    if any(item.path.parent.name in ("tasks", "training") for item in items):
+        forks()  # before `pile prepare`, in a test, starts the same server with less
 
 
 @pytest.fixture
@@ -138,12 +139,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return TinyRun(base / "runs" / "x", config, shards)
 
 
-def train(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`python train.py ...` in a process of its own, from `cwd`, where no `conf/default.yaml` adds to the config."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+def train(*arguments: str | Path, cwd: Path, ranks: int = 1) -> None:
+    """`python train.py ...` from `cwd`, where no `conf/default.yaml` adds to the config."""
+    words = ["train.py", *map(str, arguments)]
+    if ranks > 1:
+        words += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+    for rank in start_ranks(words, cwd, ranks) if ranks > 1 else [start(words, cwd)]:
+        rank.succeed()
 
 
 def media_documents(count: int, split: str) -> Iterator[Document]:

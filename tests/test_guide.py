@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import AUDIO, IMAGE, REPOSITORY, media_documents
+from processes import start, start_ranks
 
 from pile_app.data.shards import write_shards
 
@@ -64,24 +64,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(words: list[str], folder: Path) -> str:
     """Runs a command of the guide with the sizes of a test behind it; what it printed."""
-    program, *arguments = words
-    if program == "torchrun":
-        arguments = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            *arguments[arguments.index("train.py") :],
-        ]
-    elif program == "pile":
-        arguments = ["-m", "pile_app.cli", *arguments]
-    if "train.py" in arguments:
-        of_preset = any(word.startswith("conf/sizes/") for word in arguments)
-        arguments += shlex.split(" ".join(SMALL + (PRESET if of_preset else [])))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    if "train.py" not in words:
+        return start(words, folder).succeed()
+    of_preset = any(word.startswith("conf/sizes/") for word in words)
+    small = shlex.split(" ".join(SMALL + (PRESET if of_preset else [])))
+    words = [*words[words.index("train.py") :], *small]
+    printed = [rank.succeed() for rank in (start_ranks(words, folder) if of_preset else [start(words, folder)])]
+    return printed[0]
 
 
 def test_every_command_of_the_guide_runs(folder: Path) -> None:

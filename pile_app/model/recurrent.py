@@ -83,6 +83,15 @@ class LSTM(_Recurrent):
     """
 
     cell = nn.LSTM
+    # On x86 CPUs without AVX-512 torch's own fails under autocast ("could not create a primitive descriptor"): float32 there.
+    autocast_on_cpu: bool = torch.cpu.get_capabilities().get("avx512_bw", True)
+
+    def run(self, block: nn.Module, *arguments: Any) -> Any:
+        x, state = arguments
+        if self.autocast_on_cpu or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().run(block, x, state)
+        with torch.autocast("cpu", enabled=False):
+            return super().run(block, x.float(), state and tuple(part.float() for part in state))
 
 
 class RNN(_Recurrent):

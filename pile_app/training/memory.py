@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pile_app.data.batch import NOT_LEARNED, Batch, allocate
 from pile_app.model import attention
-from pile_app.model.backbones import Transformer
+from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
 
@@ -178,9 +178,13 @@ def plan_memory(
             block.to(torch.bfloat16)  # as they are gathered
         parallel = 2 * root + 2 * max((count_bytes(block.parameters()) for block in blocks), default=0) + largest
     batch = make_batch(model, micro_batch, context, shares)
+    half_cells = precision != "32-true"
+    if isinstance(model.backbone, LSTM):
+        model.backbone.autocast_on_cpu |= device == "cuda"  # the trace is on fake tensors of a CPU
+        half_cells &= model.backbone.autocast_on_cpu
     held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
     units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM)) * micro_batch * context
-    workspace = units * LSTM_WORKSPACE["32" if precision == "32-true" else "bf16"]
+    workspace = units * LSTM_WORKSPACE["bf16" if half_cells else "32"]
     if device == "cpu":
         workspace += (
             probabilities_bytes(model, micro_batch, context, 4 if precision == "32-true" else 2) // layout.tensor_parallel

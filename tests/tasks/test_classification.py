@@ -129,8 +129,7 @@ def classifier(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> P
     task = REPOSITORY / "conf" / "tasks" / "classification.yaml"
     configs = [part for path in (tiny_run.folder / "config.yaml", task, config) for part in ("--config", path)]
     command = (*configs, "--model.start_from", tiny_run.folder)
-    ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    train(*command, *ranks, "--name", "task", "--runs", folder, "--wandb", "null", cwd=folder)
+    train(*command, "--name", "task", "--runs", folder, "--wandb", "null", cwd=folder, ranks=2)
     return folder / "task"
 
 

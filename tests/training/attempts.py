@@ -1,8 +1,4 @@
-"""Attempts at a run: `train.py` in real processes that can be killed.
-
-They are forked from one process that has done the imports, so that an attempt costs a second and not twelve. With those that
-Lightning and we leave for later: `ModelCheckpoint` imports s3fs to see whether a local folder is on S3, for half a second.
-"""
+"""Attempts at a run: `train.py` in real processes that can be killed."""
 
 from __future__ import annotations
 
@@ -12,30 +8,16 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 from collections import defaultdict
-from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import omegaconf  # noqa: F401
-import s3fs  # noqa: F401
 import torch
-import torchaudio  # noqa: F401
 from conftest import TINY_CODECS, TINY_DATA, write_tiny_shards
 from lightning.pytorch import Callback, LightningModule, Trainer
+from processes import Command, start, start_ranks
 
-import pile_app.model.generate
-import pile_app.tasks.cross_modal
-import pile_app.training.callbacks
-import pile_app.training.checkpoints
-import pile_app.training.report
-import pile_app.training.run  # noqa: F401
 from pile_app.training.callbacks import read_ledger
-from pile_app.training.cli import main
 
 CONFIG = f"""
 model:
@@ -97,33 +79,6 @@ class Watch(Callback):
                 os.kill(os.getpid(), number)
 
 
-@dataclass
-class Attempt:
-    """One that runs, or has ended."""
-
-    process: ForkServerProcess
-    output: Path
-
-    def wait(self, seconds: float = 120) -> int:
-        """The exit code; -9 after SIGKILL."""
-        self.process.join(seconds)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise TimeoutError(f"the attempt did not end within {seconds} s:\n{self.text[-3000:]}")
-        return self.process.exitcode
-
-    @property
-    def text(self) -> str:
-        """What it has printed."""
-        return self.output.read_text()
-
-
-def surroundings() -> dict[str, str]:
-    """Environment in which a process finds `attempts`."""
-    here = Path(__file__).parent
-    return {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1]))), "OMP_NUM_THREADS": "1"}
-
-
 def make_bench(folder: Path) -> Workbench:
     """Captioned images, transcribed sounds and texts, and a config that trains 14 steps on them."""
     write_tiny_shards(folder / "shards")
@@ -138,47 +93,25 @@ class Workbench:
         self.shards = shards
         self.config = folder / "config.yaml"
         self.config.write_text(CONFIG.format(shards=shards))
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["attempts", "mesh"])
-        with patch.dict(os.environ, surroundings()):
-            forkserver.ensure_running()
-        self._count = 0
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def start(self, name: str, *arguments: str, **environment: str) -> Attempt:
-        """Begins or resumes the run `name`."""
-        self._count += 1
-        output = self.folder / f"output-{self._count}.txt"
-        words = ["--config", str(self.config), "--name", name, *arguments]
-        process = self.context.Process(target=_train, args=(words, self.folder, environment, output))
-        process.start()
-        return Attempt(process, output)
+    def words(self, name: str, *arguments: str) -> list[str]:
+        return ["train.py", "--config", str(self.config), "--name", name, *arguments]
 
-    def start_ranks(self, name: str, *arguments: str, port: int, ranks: int = 2, **environment: str) -> list[Attempt]:
-        """The same on several processes, as a launcher starts them."""
+    def start(self, name: str, *arguments: str, **environment: str) -> Command:
+        """Begins or resumes the run `name`."""
+        return start(self.words(name, *arguments), self.folder, **environment)
+
+    def start_ranks(self, name: str, *arguments: str, ranks: int = 2, **environment: str) -> list[Command]:
+        """The same on several processes."""
         words = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp", *arguments]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-        return [self.start(name, *words, **group, LOCAL_RANK=str(rank), **environment) for rank in range(ranks)]
+        return start_ranks(self.words(name, *words), self.folder, ranks, **environment)
 
     def train(self, name: str, *arguments: str, **environment: str) -> str:
         """A run that has to succeed; what it printed."""
-        attempt = self.start(name, *arguments, **environment)
-        assert attempt.wait() == 0, attempt.text[-4000:]
-        return attempt.text
-
-
-def _train(arguments: list[str], folder: Path, environment: dict[str, str], output: Path) -> None:
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(folder)
-    os.environ.update(environment)
-    sys.argv = ["train.py", *arguments]
-    multiprocessing.set_start_method("fork", force=True)  # of loading workers, as in a process that nothing was forked from
-    torch.set_num_threads(1)
-    main()
+        return self.start(name, *arguments, **environment).succeed()
 
 
 def losses(run: Path) -> dict[int, dict[str, str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from ports import free_port
+from processes import forks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -20,11 +20,11 @@ from pile_app.training.parallel import clip_gradients, gradient_norm, place_like
 MeshFunction = Callable[[DeviceMesh, Path], None]
 
 
-def on_mesh(context: ForkServerContext, shape: tuple[int, int], function: MeshFunction, folder: Path) -> None:
+def on_mesh(shape: tuple[int, int], function: MeshFunction, folder: Path) -> None:
     """Runs `function(mesh, folder)` in as many processes as the mesh has devices; each has to end well."""
     port = free_port()
     world = shape[0] * shape[1]
-    processes = [context.Process(target=_member, args=(rank, port, shape, function, folder)) for rank in range(world)]
+    processes = [forks().Process(target=_member, args=(rank, port, shape, function, folder)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from attempts import (
-    Attempt,
     Workbench,
     assert_close_runs,
     assert_same_run,
@@ -22,11 +21,11 @@ from attempts import (
     is_same,
     losses,
     make_bench,
-    surroundings,
 )
 from conftest import REPOSITORY
 from mesh import clip_whole, clipped, make_blocks, moved_by_muon, on_mesh, save_from_mesh
 from ports import free_port
+from processes import surroundings
 
 from pile_app.training.callbacks import read_ledger
 from pile_app.training.resume import find_damage
@@ -39,13 +38,9 @@ TENSOR_PARALLEL = (
 )
 
 
-def start_ranks(bench: Workbench, name: str, *arguments: str, **environment: str) -> list[Attempt]:
-    return bench.start_ranks(name, *arguments, port=free_port(), **environment)
-
-
 def train_on_two(bench: Workbench, name: str, *arguments: str) -> None:
-    for rank in start_ranks(bench, name, *arguments):
-        assert rank.wait() == 0, rank.text[-4000:]
+    for rank in bench.start_ranks(name, *arguments):
+        rank.succeed()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +60,7 @@ def test_two_processes_read_what_one_reads_and_lose_what_one_loses(bench: Workbe
 
 
 def test_run_killed_on_two_processes_goes_on_with_one(bench: Workbench) -> None:
-    ranks = start_ranks(bench, "shrunk", KILL_AT="8")
+    ranks = bench.start_ranks("shrunk", KILL_AT="8")
     assert ranks[0].wait() == -9
     ranks[1].process.kill()  # it may wait for the other one for half an hour
     assert checkpoint(bench.run("shrunk"))["global_step"] == 6
@@ -75,7 +70,7 @@ def test_run_killed_on_two_processes_goes_on_with_one(bench: Workbench) -> None:
 
 
 def test_sigterm_to_one_process_stops_both_and_the_run_resumes_exactly(bench: Workbench) -> None:
-    ranks = start_ranks(bench, "stopped", STOP_AT="6")
+    ranks = bench.start_ranks("stopped", STOP_AT="6")
     assert [rank.wait(30) for rank in ranks] == [143, 0]
     assert checkpoint(bench.run("stopped"))["global_step"] == 8
     train_on_two(bench, "stopped")
@@ -84,7 +79,7 @@ def test_sigterm_to_one_process_stops_both_and_the_run_resumes_exactly(bench: Wo
 
 def test_loss_that_is_no_number_on_one_process_is_rejected_by_both(bench: Workbench) -> None:
     words = ("--checkpoint_every", "1", "--trainer.max_steps", "9", "--trainer.val_check_interval", "100")
-    ranks = start_ranks(bench, "poisoned", *words, POISON="8 8 1")
+    ranks = bench.start_ranks("poisoned", *words, POISON="8 8 1")
     assert [rank.wait(30) for rank in ranks] == [0, 0]
     before, after = checkpoint(bench.run("poisoned"), "previous"), checkpoint(bench.run("poisoned"))
     assert is_same(before["state_dict"], after["state_dict"])
@@ -133,7 +128,7 @@ def test_tensor_parallel_loses_what_one_process_loses(bench: Workbench) -> None:
 
 def test_run_moves_from_ddp_to_fsdp2_to_one_process(bench: Workbench) -> None:
     for strategy, step in (((), 4), (FSDP2, 9)):
-        ranks = start_ranks(bench, "moved", *strategy, STOP_AT=str(step - 2))
+        ranks = bench.start_ranks("moved", *strategy, STOP_AT=str(step - 2))
         assert [rank.wait() for rank in ranks] == [143, 0], ranks[0].text[-4000:]
         saved = read_checkpoint(bench.run("moved") / "checkpoints" / "last.ckpt")
         assert saved["global_step"] == step
@@ -146,7 +141,7 @@ def test_run_moves_from_ddp_to_fsdp2_to_one_process(bench: Workbench) -> None:
 
 def test_kill_between_checkpoints_in_parts_leaves_a_whole_one(bench: Workbench) -> None:
     every_step = (*FSDP2, "--checkpoint_every", "1")
-    ranks = start_ranks(bench, "torn", *every_step, KILL_AT="8")
+    ranks = bench.start_ranks("torn", *every_step, KILL_AT="8")
     assert ranks[0].wait() == -9
     ranks[1].process.kill()
     step = read_checkpoint(bench.run("torn") / "checkpoints" / "last.ckpt")["global_step"]
@@ -170,7 +165,7 @@ def test_device_that_has_nothing_left_to_read_does_not_stop_the_others(bench: Wo
 
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
 def test_muon_and_clipping_treat_parts_of_matrices_as_whole(bench: Workbench, tmp_path: Path, shape: tuple[int, int]) -> None:
-    on_mesh(bench.context, shape, save_from_mesh, tmp_path)
+    on_mesh(shape, save_from_mesh, tmp_path)
     moved, gradients = torch.load(tmp_path / "saved.pt")
     assert is_same(moved, moved_by_muon(make_blocks(), torch.optim.Muon)), "to the last bit"
     torch.testing.assert_close(gradients, clipped(make_blocks(), clip_whole), rtol=1e-6, atol=1e-6)
