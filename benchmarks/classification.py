@@ -245,6 +245,7 @@ TASKS = {
         OF_SOUNDS
         | {
             "pooling": ["max"],
+            "sound_statistics": True,
             "learning_rate": 0.008,
             "dropout": 0.5,
             "model.optimizer.learning_rate": 0.0003,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pile_app.data.annotation import Annotator
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT
+from pile_app.model.codecs import AudioCodec
 from pile_app.model.fused import FusedLanguageModel, full_precision
 
 
@@ -107,21 +108,31 @@ class Unrounded(nn.Module):
 
     def forward(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
         """(B, T, embedding width), 0 where no code is. Raises ValueError where media came encoded."""
-        vocabulary = model.vocabulary
-        if bool(((batch.tokens >= vocabulary.slices[TEXT].stop) & (batch.tokens != vocabulary.audio_end)).any()):
-            raise ValueError(
-                "objective.unrounded reads images and sounds themselves, and those of these shards were encoded: take the "
-                "shards that `pile encode` read, or set it to false"
-            )
+        refuse_encoded(model, batch, "unrounded")
         flat = torch.zeros(batch.tokens.numel(), model.backbone.embedding_width, device=batch.tokens.device)
         if model.image_codec is not None and len(batch.images):
             pixels = model.image_codec.patches(batch.images).flatten(0, 1)
             flat = flat.index_copy(0, batch.image_slots.flatten(), self.maps["image"](pixels).float())
         if model.audio_codec is not None and len(batch.audio):
-            with full_precision(batch), torch.no_grad():
-                frames = model.audio_codec.patches(batch.audio, batch.audio_tokens).flatten(0, 1)[batch.audio_places]
-            flat = flat.index_copy(0, batch.audio_slots, self.maps["audio"](frames).float())
+            flat = flat.index_copy(0, batch.audio_slots, self.maps["audio"](frames_of_codes(model.audio_codec, batch)).float())
         return flat.unflatten(0, batch.tokens.shape)
+
+
+def refuse_encoded(model: FusedLanguageModel, batch: Batch, option: str) -> None:
+    """Raises ValueError where images or sounds of the batch are codes from the start."""
+    vocabulary = model.vocabulary
+    if bool(((batch.tokens >= vocabulary.slices[TEXT].stop) & (batch.tokens != vocabulary.audio_end)).any()):
+        raise ValueError(
+            f"objective.{option} reads images and sounds themselves, and those of these shards were encoded: take the "
+            "shards that `pile encode` read, or set it to false"
+        )
+
+
+@torch.no_grad()
+def frames_of_codes(codec: AudioCodec, batch: Batch) -> Tensor:
+    """(codes of all sounds, frames_per_token * mels) float32 log-mel frames, sound after sound; see `AudioCodec.patches`."""
+    with full_precision(batch):
+        return codec.patches(batch.audio, batch.audio_tokens).flatten(0, 1)[batch.audio_places]
 
 
 def mean_by_piece(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,6 +172,14 @@ def batch_of(model: FusedLanguageModel, objective: Classification, documents: li
     return assemble([pack], model.vocabulary, model.tokenizer, sum(lengths) + 3, annotator=objective.annotator)
 
 
+def media_batch(model: FusedLanguageModel, objective: Classification, rows: list[tuple[Any, ...]]) -> Batch:
+    """Rows of segments and a label."""
+    documents = [Document((*segments, Segment(label)), label) for *segments, label in rows]
+    lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in documents]
+    pack = [whole(document, length) for document, length in zip(documents, lengths, strict=True)]
+    return assemble([pack], model.vocabulary, model.tokenizer, sum(lengths) + 3, annotator=objective.annotator)
+
+
 def test_features_are_mean_maximum_deviation_and_last_of_what_stands_before_the_label(
     tiny_model: Callable[..., FusedLanguageModel],
 ) -> None:
@@ -189,22 +198,58 @@ def test_runs_of_tokens_add_up_to_logits_of_their_document_alone(
 ) -> None:
     model, objective = tiny_model(), Classification(["no", "yes"], ngrams=2, dropout=0.0)
     objective.build(model)
-    assert objective.wide is not None
-    torch.nn.init.normal_(objective.wide.weight)
+    (wide,) = objective.wide
+    torch.nn.init.normal_(wide.weight)
 
     def logits(document: Document, length: int) -> Tensor:
         batch = assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length, annotator=objective.annotator)
-        return objective.wide(batch, objective.dropout)  # type: ignore[misc]
+        return wide(model, batch, objective.dropout)[:1]  # what follows is padding
 
-    together = objective.wide(batch_of(model, objective, documents_of({"ab": "yes", "b": "no", "": "no"})), objective.dropout)
-    ab, b, nothing = together
+    together = wide(model, batch_of(model, objective, documents_of({"ab": "yes", "b": "no", "": "no"})), objective.dropout)
+    ab, b, nothing = together[:3]
     both = logits(Document((Segment("ab"), image(0), Segment("yes"))), 14)
     torch.testing.assert_close(both, together[:1])  # neither the label nor an image has runs
     a = logits(Document((Segment("a"), Segment("yes"))), 8)[0]
     weight_of_run = ab * 3**0.5 - a - b  # of "ab": runs "a", "b", "ab"
     assert not nothing.any() and weight_of_run.abs().min() > 1e-3
-    known = {tuple(row) for row in objective.wide.weight.round(decimals=3).tolist()}
+    known = {tuple(row) for row in wide.weight.round(decimals=3).tolist()}
     assert all(tuple(row.round(decimals=3).tolist()) in known for row in (a, b, weight_of_run))
+
+
+def test_statistics_of_sounds_are_those_of_their_frames(
+    tiny_model: Callable[..., FusedLanguageModel], sound: Callable[..., Segment]
+) -> None:
+    model, objective = tiny_model(), Classification(["no", "yes"], sound_statistics=True, dropout=0.0)
+    objective.build(model)
+    (statistics,) = objective.wide
+    batch = media_batch(model, objective, [(sound(1, 900), "yes"), (Segment("a"), "no"), (sound(2, 1500), "no")])
+    assert not statistics(model, batch, objective.dropout).any()
+    number, total, squares = statistics.seen
+    assert (number == 2).all()
+
+    def features(n: int, samples: int) -> Tensor:
+        patches = model.audio_codec.patches(batch.audio[n : n + 1, :samples], batch.audio_tokens[n : n + 1])  # type: ignore[union-attr]
+        frames = patches.unflatten(2, (-1, 20)).flatten(0, 2)
+        deviation = frames.std(0, correction=0)
+        return torch.cat([frames.mean(0), frames.amax(0), deviation, frames.diff(dim=0).abs().mean(0)])
+
+    first, second = features(0, 900), features(1, 1500)
+    torch.testing.assert_close(total, first + second, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(squares, first.square() + second.square(), atol=1e-3, rtol=1e-3)
+    torch.nn.init.normal_(statistics.linear.weight)
+    objective.eval()
+    apart = (first - second) / 2  # of two numbers, each is one deviation from their mean
+    certain = apart.abs() > 0.02
+    weight = statistics.linear.weight.detach()
+    weight[:, ~certain] = 0
+    logits = statistics(model, batch, objective.dropout)
+    torch.testing.assert_close(logits[0], weight @ apart.sign(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(logits[2], -logits[0])
+    assert not logits[1].any() and torch.equal(statistics.seen[0], number)
+
+    batch.tokens[0, int(batch.audio_starts[0])] = model.vocabulary.starts[AUDIO]  # as of a sound that came encoded
+    with pytest.raises(ValueError, match=r"objective\.sound_statistics reads images and sounds themselves"):
+        statistics(model, batch, objective.dropout)
 
 
 def test_what_codes_leave_out_is_added_where_they_stand(
@@ -213,13 +258,7 @@ def test_what_codes_leave_out_is_added_where_they_stand(
     model, objective = tiny_model(), Classification(["no", "yes"], unrounded=True)
     objective.build(model)
     assert objective.unrounded is not None
-    documents = [
-        Document((Segment("a"), sound(1, 600), image(1), Segment("yes")), "one"),
-        Document((sound(2, 1500), Segment("no")), "two"),
-    ]
-    lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in documents]
-    pack = [whole(document, length) for document, length in zip(documents, lengths, strict=True)]
-    batch = assemble([pack], model.vocabulary, model.tokenizer, sum(lengths) + 3, annotator=objective.annotator)
+    batch = media_batch(model, objective, [(Segment("a"), sound(1, 600), image(1), "yes"), (sound(2, 1500), "no")])
     torch.testing.assert_close(objective.read(model, batch)[1], model.read(batch)[1])  # the maps begin at 0
 
     for one in objective.unrounded.maps.values():
