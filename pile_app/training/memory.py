@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pile_app.data.batch import NOT_LEARNED, Batch, allocate
-from pile_app.model import attention
+from pile_app.model import attention, loss
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
@@ -178,11 +178,9 @@ def plan_memory(
             block.to(torch.bfloat16)  # as they are gathered
         parallel = 2 * root + 2 * max((count_bytes(block.parameters()) for block in blocks), default=0) + largest
     batch = make_batch(model, micro_batch, context, shares)
-    half_cells = precision != "32-true"
-    if isinstance(model.backbone, LSTM):
-        model.backbone.autocast_on_cpu |= device == "cuda"  # the trace is on fake tensors of a CPU
-        half_cells &= model.backbone.autocast_on_cpu
-    held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
+    with _as_on_cuda(model) if device == "cuda" else nullcontext():
+        held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
+    half_cells = precision != "32-true" and not (isinstance(model.backbone, LSTM) and not model.backbone.autocast_on_cpu)
     units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM)) * micro_batch * context
     workspace = units * LSTM_WORKSPACE["bf16" if half_cells else "32"]
     if device == "cpu":
@@ -240,10 +238,10 @@ def trace_step(
                     keep(parameter)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
                 losses = model(batch)
-                loss = torch.stack([one.total for one in losses.values()]).sum()
+                total = torch.stack([one.total for one in losses.values()]).sum()
             del losses
             held = live.now - sum(live.gradients.values())
-            loss.backward()
+            total.backward()
     return int(held), int(live.peak)
 
 
@@ -273,6 +271,18 @@ def make_batch(model: FusedLanguageModel, micro_batch: int, context: int, shares
         arrays["tokens"][:, first + 1 : stop + 1] = model.vocabulary.slices[modality].start
     text, image, audio = (micro_batch * (stop - first) for first, stop in pairwise(borders))
     return Batch(buffer, layout, (text, image, audio), memory=memory)
+
+
+@contextmanager
+def _as_on_cuda(model: FusedLanguageModel) -> Iterator[None]:
+    """The trace is on fake tensors of a CPU, on which some things are done otherwise."""
+    block, loss.BLOCK = loss.BLOCK, loss.CHUNK
+    if isinstance(model.backbone, LSTM):
+        model.backbone.autocast_on_cpu = True
+    try:
+        yield
+    finally:
+        loss.BLOCK = block
 
 
 @contextmanager

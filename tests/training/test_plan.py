@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pile_app.cli import main as pile
 from pile_app.data.text import ByteTokenizer
-from pile_app.model import attention
+from pile_app.model import attention, loss
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.advice import advise
@@ -113,13 +113,21 @@ def test_traced_memory_is_that_of_a_real_step(backbone: str, precision: str, mon
     with LiveBytes([*model.parameters(), *model.buffers(), batch.buffer]) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             losses = model(batch)
-            loss = torch.stack([one.total for one in losses.values()]).sum()
+            total = torch.stack([one.total for one in losses.values()]).sum()
         del losses
         held = live.now
-        loss.backward()
+        total.backward()
     memory = plan_memory(meta(backbone), OptimizerConfig(), 2, 64, shares=SHARES, precision=precision)
     assert memory.activations == pytest.approx(held, rel=0.1)
     assert memory.peak - memory.weights - memory.optimizer == pytest.approx(live.peak, rel=0.1)
+
+
+def test_cross_entropy_is_planned_as_the_device_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU works on a few rows of logits in float32 at a time, a GPU on all of a chunk."""
+    monkeypatch.setattr(loss, "BLOCK", 1024)
+    peaks = {device: plan_memory(meta("rnn"), OptimizerConfig(), 8, 64, device=device).peak for device in ("cpu", "cuda")}
+    assert peaks["cuda"] > peaks["cpu"]
+    assert loss.BLOCK == 1024
 
 
 def test_what_is_shared_out_is_counted_once_over_the_devices() -> None:
