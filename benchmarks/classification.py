@@ -248,8 +248,6 @@ TASKS = {
             "sound_statistics": True,
             "learning_rate": 0.008,
             "dropout": 0.5,
-            "model.optimizer.learning_rate": 0.0003,
-            "model.optimizer.matrix_learning_rate": 0.0015,
             "trainer.val_check_interval": 100,
         },
         checkpoint="last",
