@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.muon import ShardedMuon
+from pile_app.training.muon import Muon, ShardedMuon
 from pile_app.training.objective import Objective
 
 
@@ -94,7 +94,7 @@ class MuonAdamW(torch.optim.Optimizer):
         parts: list[torch.optim.Optimizer] = []
         if matrices:
             is_cut = isinstance(matrices[0]["params"][0], DTensor)
-            muon = ShardedMuon if is_cut else torch.optim.Muon
+            muon = ShardedMuon if is_cut else Muon
             parts.append(muon(matrices, momentum=momentum, weight_decay=0.0))
         if others:
             parts.append(torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True))

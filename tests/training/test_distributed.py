@@ -27,7 +27,9 @@ from mesh import clip_whole, clipped, make_blocks, moved_by_muon, on_mesh, save_
 from ports import free_port
 from processes import surroundings
 
+from pile_app.training import muon
 from pile_app.training.callbacks import read_ledger
+from pile_app.training.muon import Muon
 from pile_app.training.resume import find_damage
 from pile_app.training.sharded import META, publish, put_tensors, read_checkpoint, remove_leftovers, take_tensors
 
@@ -167,8 +169,19 @@ def test_device_that_has_nothing_left_to_read_does_not_stop_the_others(bench: Wo
 def test_muon_and_clipping_treat_parts_of_matrices_as_whole(bench: Workbench, tmp_path: Path, shape: tuple[int, int]) -> None:
     on_mesh(shape, save_from_mesh, tmp_path)
     moved, gradients = torch.load(tmp_path / "saved.pt")
-    assert is_same(moved, moved_by_muon(make_blocks(), torch.optim.Muon)), "to the last bit"
+    assert is_same(moved, moved_by_muon(make_blocks(), Muon)), "to the last bit"
     torch.testing.assert_close(gradients, clipped(make_blocks(), clip_whole), rtol=1e-6, atol=1e-6)
+
+
+def test_muon_in_float32_is_torchs_but_for_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CPUs that do not multiply bfloat16."""
+    monkeypatch.setattr(muon, "compute_dtype", lambda device: torch.float32)
+    exact, rounded = moved_by_muon(make_blocks(), Muon), moved_by_muon(make_blocks(), torch.optim.Muon)
+    begin = dict(make_blocks().named_parameters())
+    for name in exact:
+        error = (exact[name] - rounded[name]).norm() / (exact[name] - begin[name]).norm().clamp_min(1e-9)
+        assert error < 0.03, name
+    assert not is_same(exact, rounded)
 
 
 def save_parts(folder: Path, value: float) -> None:
