@@ -28,6 +28,7 @@ from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E4
 from pile_app.model.fused import make_vocabulary  # noqa: E402
 from pile_app.training.guards import DivergedError, GuardConfig  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
+from pile_app.training.muon import cpu_multiplies_bfloat16  # noqa: E402
 from pile_app.training.sharded import read_checkpoint  # noqa: E402
 from pile_app.training.strategy import ShardedStrategy  # noqa: E402, F401 (registers `fsdp2`)
 
@@ -145,8 +146,7 @@ def fast_precision(accelerator: Any) -> str:
 
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+    return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
 
 
 def link_model_to_data(parser: LightningArgumentParser) -> None:

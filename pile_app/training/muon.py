@@ -1,8 +1,8 @@
 """Muon (https://kellerjordan.github.io/posts/muon/): torch's, also for CPUs that do not multiply bfloat16 and for matrices that
 are cut over devices.
 
-torch's orthogonalizes in bfloat16. On a CPU without AVX-512, or the like of another architecture, 0.3 GFLOPS were
-measured where float32 has 77, nine tenths of the demo's training; so there it is done in float32.
+torch's orthogonalizes in bfloat16. On a CPU with AVX2 alone 0.3 GFLOPS were measured, and 77 in float32: it took nine tenths
+of the demo's training (docs/benchmarks.md). So on CPUs it is done in float32 but where bfloat16 has instructions.
 
 Of cut matrices, momentum is elementwise and stays cut. Newton-Schulz needs whole matrices: of every W matrices each of W
 devices receives one (all-to-all), orthogonalizes it, and sends the parts back. So a device does 1 / W of the work, and what is
@@ -24,11 +24,14 @@ from torch.distributed.tensor import DTensor
 Rectangle = tuple[slice, slice]  # rows and columns of a matrix that a device holds
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """In which matrices are orthogonalized."""
-    if device.type != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bfloat16() else torch.float32
 
 
 class Muon(torch.optim.Muon):
