@@ -2,7 +2,7 @@
 
     python benchmarks/muon.py [--width 128] [--layers 4] [--turns 9]
 
-On a CPU with bfloat16 instructions `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` before it shows what one without them takes.
+Where the CPU has bfloat16 instructions, `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` shows what one without them takes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     muon.compute_dtype = lambda device: torch.float32
     taken: dict[str, list[float]] = {"torch's, bfloat16": [], "ours, float32": []}
     for turn in range(options.turns + 1):
-        for (name, times), of in zip(taken.items(), (torch.optim.Muon, muon.Muon), strict=True):
+        for times, of in zip(taken.values(), (torch.optim.Muon, muon.Muon), strict=True):
             passed = seconds(of([nn.Parameter(matrix.clone()) for matrix in matrices], lr=0.02), gradients)
             if turn:
                 times.append(passed)
