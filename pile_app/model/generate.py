@@ -3,7 +3,7 @@
 The prompt is laid out and encoded exactly as in training; then one token at a time is drawn from the softmax of the modality
 that is to be written: an image takes its fixed number of codes, a sound runs until `<audio_end>`, a text until an opener or
 `<end>`. With `guidance` w other than 1 a second pass sees the prompt's segments as `<null>` and the logits become
-`u + w (c - u)` (classifier-free guidance, arXiv:2207.12598).
+`u + w (c - u)` (classifier-free guidance, arXiv:2207.12598; see `guide`).
 
     generate             a segment for each prompt          answer_prompts   the same, with log-probabilities
     stream               a text, piece by piece             choose           one of some given texts (`choose.py`)
@@ -12,6 +12,7 @@ that is to be written: an image takes its fixed number of codes, a sound runs un
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ class Rows:
 
     def _guided(self, each: list[Tensor], to: int) -> Tensor:
         """(..., V) of the logits with the prompt, and perhaps without it."""
-        mixed = each[-1] + self.sampling.guidance * (each[0] - each[-1]) if len(each) > 1 else each[0]
+        mixed = each[0] if len(each) == 1 else guide(*each, self.sampling.guidance)
         if to == TEXT:
             mixed[..., self.never] = -torch.inf
         return mixed
@@ -209,6 +210,23 @@ class Rows:
 
 
 NO_SCORES = torch.zeros(0)
+PLAUSIBLE = 0.1  # of the likeliest token's probability
+
+
+def guide(prompted: Tensor, unprompted: Tensor, guidance: float) -> Tensor:
+    """(..., V) logits -> (..., V) logits, `u + w (c - u)`.
+
+    What is implausible with the prompt does not become likelier by guidance above 1 (after the plausibility constraint of
+    arXiv:2210.15097): a token of probability 1e-4 with the prompt and 1e-10 without would beat the right one else. What is
+    plausible shares the probability that it has with the prompt.
+    """
+    mixed = unprompted.lerp(prompted, guidance)
+    if guidance <= 1:
+        return mixed
+    implausible = prompted < prompted.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
+    before, after = (one.masked_fill(implausible, -torch.inf).logsumexp(-1, keepdim=True) for one in (prompted, mixed))
+    mixed += before - after
+    return torch.where(implausible, torch.minimum(mixed, prompted), mixed)
 
 
 @torch.no_grad()

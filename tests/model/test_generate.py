@@ -29,7 +29,7 @@ from pile_app.documents import (
 from pile_app.model.backbones import LSTM
 from pile_app.model.choose import choose
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import Answer, Sampling, answer_prompts, generate, generate_document, stream
+from pile_app.model.generate import Answer, Sampling, answer_prompts, generate, generate_document, guide, stream
 from pile_app.model.segments import prompt_tokens
 
 MakeModel = Callable[..., FusedLanguageModel]
@@ -195,6 +195,18 @@ def test_guidance_of_zero_does_not_see_the_prompt(tiny_model: MakeModel) -> None
     answers = generate(model, prompts, IMAGE, replace(GREEDY, guidance=0.0))
     assert answers[0] == answers[1] == answers[2]
     assert len(set(generate(model, prompts, IMAGE, GREEDY))) > 1
+
+
+def test_guidance_does_not_raise_what_is_implausible() -> None:
+    """Probabilities of the digits' demo before a word: `<end>` is 2e-4 with the picture, 5e-11 without."""
+    prompted, unprompted = torch.tensor([0.9, 0.0998, 2e-4, 1e-7]).log(), torch.tensor([0.1, 0.2, 5e-11, 0.7]).log()
+    free = (2 * prompted - unprompted).softmax(-1)
+    assert free[2] > 0.9, "without the constraint it would all but always be drawn"
+    guided = guide(prompted, unprompted, 2.0).softmax(-1)
+    assert guided[2] < 3e-4 and guided[3] < 1e-8, "what is implausible is not raised, and may be lowered"
+    assert guided[0] / guided[1] == pytest.approx(float(free[0] / free[1])), "what is plausible is weighed as ever"
+    half = guide(prompted, unprompted, 0.5)
+    torch.testing.assert_close(half, (prompted + unprompted) / 2, msg="below 1 nothing is held back")
 
 
 def test_a_text_is_continued(tiny_model: MakeModel) -> None:
