@@ -174,7 +174,7 @@ class Rows:
 
     def _guided(self, each: list[Tensor], to: int) -> Tensor:
         """(..., V) of the logits with the prompt, and perhaps without it."""
-        mixed = each[0] if len(each) == 1 else guide(*each, self.sampling.guidance)
+        mixed = each[0] if len(each) == 1 else guide(each[0], each[1], self.sampling.guidance)
         if to == TEXT:
             mixed[..., self.never] = -torch.inf
         return mixed
