@@ -1,6 +1,6 @@
 """Picture of a digit in, word and spoken answer out: `pile chat --browser` in a real, headless browser.
 
-    python benchmarks/chat_end_to_end.py runs/digits-chat [--pictures 50] [--output chat-pictures]
+    python benchmarks/chat_end_to_end.py runs/digits-chat [--pictures 50] [--output chat-pictures] [options of `pile chat`]
 
 For each held-out picture a new conversation is begun on the page, the picture is sent through the field for messages, and the
 answer is read off the page: the word from its text, and the sound from what the player of the page has fetched, which the judge
@@ -105,14 +105,14 @@ def main() -> None:
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--port", type=int, default=17860)
     parser.add_argument("--temperature", type=float, default=0.5)
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     options.output.mkdir(parents=True, exist_ok=True)
     judge = make_judge(options.labelled.format("train"))
     pictures = labelled(options.labelled.format("heldout"), IMAGE)
     pictures = pictures[:: max(1, len(pictures) // options.pictures)][: options.pictures]
     address = f"http://127.0.0.1:{options.port}"
     command = [sys.executable, "-m", "pile_app.cli", "chat", str(options.run), "--browser", "--port", str(options.port)]
-    server = subprocess.Popen([*command, "--temperature", str(options.temperature), "--max-seconds", "1.5"])
+    server = subprocess.Popen([*command, "--temperature", str(options.temperature), "--max-seconds", "1.5", *more])
     try:
         wait_for(address, server)
         with sync_playwright() as playwright:
