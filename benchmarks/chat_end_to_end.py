@@ -26,7 +26,8 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Page, sync_playwright  # type: ignore[import-not-found]
 
 from pile_app.data.shards import Shards, expand_shards
-from pile_app.documents import AUDIO, IMAGE, decode_audio
+from pile_app.documents import AUDIO, IMAGE
+from pile_app.media import decode_audio
 from pile_app.tasks.judges import Judge, Labelled, audio_features
 
 RATE = 8000

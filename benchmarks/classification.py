@@ -30,7 +30,8 @@ import numpy as np
 import yaml
 
 from pile_app.commands.index import open_shards
-from pile_app.documents import Document, decode_audio
+from pile_app.documents import Document
+from pile_app.media import decode_audio
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

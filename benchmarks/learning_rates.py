@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from pile_app.data.text import ByteTokenizer
-from pile_app.documents import TEXT, Vocabulary
+from pile_app.documents import TEXT
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
+from pile_app.vocabulary import Vocabulary
 
 HEAD_WIDTH = 32
 

@@ -21,7 +21,8 @@ import soundfile
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pile_app.documents import AUDIO, IMAGE, Document, Segment, decode_image
+from pile_app.documents import AUDIO, IMAGE, Document, Segment
+from pile_app.media import decode_image
 from pile_app.model.generate import Sampling, generate
 from pile_app.tasks.rank import rank_names
 from pile_app.training.load import load_run

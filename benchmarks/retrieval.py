@@ -32,7 +32,8 @@ import torchaudio
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from pile_app.data.shards import Shards, expand_shards
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, decode_audio, decode_image
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
+from pile_app.media import decode_audio, decode_image
 from pile_app.tasks.embed import Embedder
 from pile_app.tasks.retrieval import Embeddings, group_of, retrieval_metrics
 

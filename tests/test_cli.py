@@ -26,8 +26,9 @@ from pile_app.commands.generate import read_prompt
 from pile_app.data.index import build_index
 from pile_app.data.shards import expand_shards, write_shards
 from pile_app.data.text import load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.training.load import load_run
+from pile_app.vocabulary import Vocabulary
 from tests.data.test_remote import serving
 
 Fails = Callable[..., str]

@@ -23,22 +23,17 @@ from pile_app.documents import (
     AUDIO,
     ENCODED_EXTENSIONS,
     IMAGE,
-    MAX_AUDIO_SECONDS,
     SAMPLE_RATES,
     TEXT,
     BadSample,
     Codes,
     Document,
     Segment,
-    Vocabulary,
-    _plain_jpeg_shape,
-    audio_size,
-    decode_audio,
-    decode_image,
     document_from_sample,
-    image_size,
     sample_from_document,
 )
+from pile_app.media import MAX_AUDIO_SECONDS, _plain_jpeg_shape, audio_size, decode_audio, decode_image, image_size
+from pile_app.vocabulary import Vocabulary
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 TONE = 0.5 * np.sin(np.arange(800) / 5)

@@ -12,7 +12,8 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from pile_app.data.shards import Shards, expand_shards
-from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment, image_size
+from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
+from pile_app.media import image_size
 
 spec = importlib.util.spec_from_file_location("prepare_tuxpaint", REPOSITORY / "data" / "tuxpaint" / "prepare.py")
 assert spec is not None and spec.loader is not None

@@ -24,7 +24,7 @@ def open_module(figure: str, folder: Path) -> Any:
 
     from pile_app.data.datamodule import PileDataModule, Source
     from pile_app.data.text import load_tokenizer
-    from pile_app.documents import Vocabulary
+    from pile_app.vocabulary import Vocabulary
 
     data = "encoded" if figure == "text_tokens" else DATA_OF[figure]
     tokenizer = load_tokenizer(str(folder / "tokenizer.json") if figure in ("text_bpe", "text_tokens") else "bytes")

@@ -33,7 +33,7 @@ def main() -> None:
 def count(folder: Path, path: str, processes: int) -> int:
     from pile_app.data.sources import SourceData
     from pile_app.data.text import load_tokenizer, text_tokens
-    from pile_app.documents import Vocabulary
+    from pile_app.vocabulary import Vocabulary
 
     tokenizer = load_tokenizer(path)
     vocabulary = Vocabulary(text_tokens=tokenizer.size, tokenizer=tokenizer.fingerprint)

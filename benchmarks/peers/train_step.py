@@ -56,11 +56,11 @@ def make_pile(shape: Shape, name: str = "muon") -> tuple[torch.nn.Module, Loss, 
 
     from pile_app.data.batch import Batch, allocate
     from pile_app.data.text import ByteTokenizer
-    from pile_app.documents import Vocabulary
     from pile_app.model.backbones import Transformer
     from pile_app.model.fused import FusedLanguageModel
     from pile_app.training.optim import OptimizerConfig, make_optimizer
     from pile_app.training.run import keep_freed_memory
+    from pile_app.vocabulary import Vocabulary
 
     if shape.device == "cpu":
         keep_freed_memory()  # as every run of Pile's on a CPU does

@@ -33,7 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_app.documents import Segment, decode_audio
+from pile_app.documents import Segment
+from pile_app.media import decode_audio
 from pile_app.prepare.pipeline import prepare
 
 DEFAULT = Path("../shared/data")

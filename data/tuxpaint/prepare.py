@@ -35,7 +35,8 @@ import numpy as np
 from PIL import Image
 
 from pile_app.data.shards import write_shards
-from pile_app.documents import BadSample, Document, Segment, decode_audio
+from pile_app.documents import BadSample, Document, Segment
+from pile_app.media import decode_audio
 
 DEFAULT = "../shared/data/tuxpaint-stamps"
 SPLITS = {"test": 0.2, "validation": 0.1}  # shares of the stamps; the rest is for training

@@ -144,7 +144,8 @@ def _shown(pieces: Iterable[str | Answer]) -> Iterator[Answer]:
 
 def _details(model: FusedLanguageModel, answer: Answer) -> dict[str, Any]:
     """Of a segment, for JSON: its tokens with their log-probabilities in nats; codes of a medium are numbers."""
-    from pile_app.documents import MODALITIES, TEXT, Vocabulary
+    from pile_app.documents import MODALITIES, TEXT
+    from pile_app.vocabulary import Vocabulary
 
     specials = {Vocabulary.END: "<end>"} | {
         opener: f"<{name}>" for opener, name in zip(Vocabulary.OPENERS, MODALITIES, strict=True)
@@ -170,7 +171,7 @@ def read_prompt(parts: Sequence[tuple[str, str]]) -> Document:
 
 
 def _read_medium(name: str, path: str) -> Segment:
-    from pile_app import documents
+    from pile_app import documents, media
 
     extension = Path(path).suffix[1:].lower()
     known = documents.IMAGE_EXTENSIONS if name == "image" else documents.AUDIO_EXTENSIONS
@@ -179,9 +180,9 @@ def _read_medium(name: str, path: str) -> Segment:
     data = Path(path).read_bytes()
     try:  # once here, where the name of the file is known
         if name == "image":
-            documents.decode_image(data, 3, *documents.image_size(data))
+            media.decode_image(data, 3, *media.image_size(data))
         else:
-            documents.decode_audio(data, documents.audio_size(data)[1])
+            media.decode_audio(data, media.audio_size(data)[1])
     except documents.BadSample as error:
         raise ValueError(f"--{name} {path!r} cannot be used, {error}") from error
     return documents.Segment(data, extension)

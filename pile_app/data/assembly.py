@@ -17,19 +17,9 @@ from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import NOT_LEARNED, PADDING, Batch, allocate
 from pile_app.data.index import segment_size
 from pile_app.data.order import Piece
-from pile_app.documents import (
-    AUDIO,
-    IMAGE,
-    MODALITIES,
-    TEXT,
-    BadSample,
-    Codes,
-    Document,
-    Segment,
-    Vocabulary,
-    decode_audio,
-    decode_image,
-)
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
+from pile_app.media import decode_audio, decode_image
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer

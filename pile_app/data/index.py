@@ -26,18 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.documents import (
-    AUDIO,
-    IMAGE,
-    MODALITY_OF_EXTENSION,
-    TEXT,
-    BadSample,
-    Segment,
-    audio_size,
-    document_and_files,
-    image_size,
-    sentence_ends,
-)
+from pile_app.data.packing import sentence_ends
+from pile_app.documents import AUDIO, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Segment, document_and_files
+from pile_app.media import audio_size, image_size
 
 if TYPE_CHECKING:
     from pile_app.data.text import TextTokens

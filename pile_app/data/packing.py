@@ -7,6 +7,7 @@ last token of the piece before it, so that every text token and every code is pr
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from itertools import accumulate
@@ -82,3 +83,21 @@ def cut_document(
         start = cut if cut == openers[segment] and cut != openers[-1] else cut - 1
     pieces.append((start, length))
     return pieces
+
+
+_SENTENCE_END = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u2019\u201d)\]]*(?=\s)|\n+(?=\S)|[\u3002\uff01\uff1f](?=\S)""")
+BREAK_SPACING = 128  # least characters between two of them: they are for cuts, not for grammar
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Places (in characters, increasing) where a long text had best be cut: after the end of a sentence or line."""
+    ends: list[int] = []
+    if len(text) <= 2 * BREAK_SPACING:
+        return ends
+    place = BREAK_SPACING
+    while found := _SENTENCE_END.search(text, place):
+        if found.end() >= len(text):
+            break
+        ends.append(found.end())
+        place = found.end() + BREAK_SPACING
+    return ends

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.documents import (
-    BadSample,
-    Document,
-    Segment,
-    document_from_sample,
-    sample_from_document,
-)
+from pile_app.documents import BadSample, Document, Segment, document_from_sample, sample_from_document
 
 if TYPE_CHECKING:
     import io

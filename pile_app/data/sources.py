@@ -29,7 +29,8 @@ from pile_app.data.packing import cut_document
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
 from pile_app.data.text import TextTokens, Tokenizer, text_tokens
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.remote import ShardCache

@@ -10,9 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from pile_app.documents import (
-    BadSample,
-)
+from pile_app.documents import BadSample
 
 if TYPE_CHECKING:
     pass

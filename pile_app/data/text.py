@@ -26,9 +26,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from pile_app.data.index import EXTENSIONS, ShardIndex, breaks_in_bytes, map_arrays, save_arrays, tokens_path
+from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
-from pile_app.documents import TEXT, BadSample, Codes, Segment, sentence_ends
+from pile_app.documents import TEXT, BadSample, Codes, Segment
 
 NO_TOKENS = np.zeros(0, np.int64)
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pile_app.documents import TEXT, Document, Vocabulary
+from pile_app.documents import TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Rows, check_modalities, evaluating
 from pile_app.model.sampling import Sampling, Uniforms, draw
 from pile_app.model.segments import prompt_tokens
+from pile_app.vocabulary import Vocabulary
 
 AT_ONCE = 64  # texts that are scored side by side
 

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from pile_app.data.batch import Batch
-from pile_app.documents import AUDIO, IMAGE, TEXT, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, TEXT
 from pile_app.model.backbones import Backbone, Cache, norm
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
 from pile_app.model.loss import linear_cross_entropy
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer

@@ -22,11 +22,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.model.backbones import Cache
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.sampling import Sampling, TextPieces, Uniforms, draw
 from pile_app.model.segments import decode_codes, plain, prompt_tokens, segment_length
+from pile_app.vocabulary import Vocabulary
 
 __all__ = ["Answer", "Sampling", "answer_prompts", "generate", "generate_document", "plain", "segment_length", "stream"]
 

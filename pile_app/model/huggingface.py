@@ -21,10 +21,11 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pile_app.documents import AUDIO, IMAGE, TEXT, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, TEXT
 from pile_app.model.backbones import Transformer, TransformerBlock
 from pile_app.model.base import EPSILON
 from pile_app.model.fused import LOGIT_CAP, FusedLanguageModel
+from pile_app.vocabulary import Vocabulary
 
 SPECIALS = {
     Vocabulary.BEGIN: "<begin>",

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment, Vocabulary, audio_size
+from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
+from pile_app.media import audio_size
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.vocabulary import Vocabulary
 
 
 def prompt_tokens(model: FusedLanguageModel, prompt: Document, to: int | None) -> tuple[Tensor, Tensor, Tensor]:

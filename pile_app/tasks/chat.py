@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
-from pile_app import documents
+from pile_app import documents, media
 from pile_app.data.conversations import MARKERS, Turn, check_tokenizer, clean_turn, conversation_prompt
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
@@ -62,17 +62,17 @@ def read_upload(name: str, data: bytes, limits: Limits) -> Segment:
         raise ValueError(f"{name} has {len(data) / 1e6:.1f} MB; at most {limits.upload_bytes / 1e6:.1f} MB can be sent")
     try:
         if extension in documents.IMAGE_EXTENSIONS:
-            height, width = documents.image_size(data)
+            height, width = media.image_size(data)
             if height * width > limits.image_pixels:
                 raise ValueError(
                     f"{name} has {width} x {height} pixels; at most {limits.image_pixels / 1e6:.0f} million can be sent"
                 )
-            documents.decode_image(data, 3, 16, 16)
+            media.decode_image(data, 3, 16, 16)
         elif extension in documents.AUDIO_EXTENSIONS:
-            samples, rate = documents.audio_size(data)
+            samples, rate = media.audio_size(data)
             if samples / rate > limits.audio_seconds:
                 raise ValueError(f"{name} has {samples / rate:.1f} s; at most {limits.audio_seconds:.0f} s can be sent")
-            documents.decode_audio(data, rate)
+            media.decode_audio(data, rate)
         else:
             known = ", ".join((*documents.IMAGE_EXTENSIONS, *documents.AUDIO_EXTENSIONS))
             raise ValueError(f"{name} is of no kind that is read: {known}")

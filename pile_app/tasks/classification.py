@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from pile_app.data.annotation import NO_LABEL, Annotator, label_last
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
-from pile_app.documents import TEXT, BadSample, Document, Segment, Vocabulary
+from pile_app.documents import TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.objective import Objective, frames_of_codes, labels_by_piece, mean_by_piece, refuse_encoded
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.sources import SourceData
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment, decode_audio, decode_image
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
+from pile_app.media import decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
 from pile_app.tasks.judges import MANY, Judge, Labelled, audio_features, image_features

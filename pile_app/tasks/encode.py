@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pile_app.data.index import INDEX_SUFFIX, UNORDERED, ShardIndex, build_index, load_index, segment_breaks, segment_size
+from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
 from pile_app.data.text import Tokenizer, text_tokens
@@ -43,11 +44,9 @@ from pile_app.documents import (
     Codes,
     Document,
     Segment,
-    decode_audio,
-    decode_image,
     sample_from_document,
-    sentence_ends,
 )
+from pile_app.media import decode_audio, decode_image
 from pile_app.prepare.files import whole_file
 
 if TYPE_CHECKING:

@@ -38,11 +38,12 @@ from pile_app.data.shards import Shards, expand_shards
 from pile_app.data.sources import SourceData, cache_folder, segment_tokens
 from pile_app.data.tar import ShardError
 from pile_app.data.text import Tokenizer, load_tokenizer, text_tokens
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
 from pile_app.prepare.engines import tracked
 from pile_app.tasks.inspect_duplicates import find_duplicates
 from pile_app.tasks.inspect_lengths import Histogram, draw_lengths
 from pile_app.tasks.inspect_page import describe_segment, write_page
+from pile_app.vocabulary import Vocabulary
 
 CONTEXT = 512  # as `data.context` is where nobody sets it
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.documents import AUDIO, IMAGE, IMAGE_FORMATS, MODALITIES, TEXT, BadSample, Document, Segment, image_size
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Document, Segment
+from pile_app.media import IMAGE_FORMATS, image_size
 from pile_app.prepare.options import require
 
 if TYPE_CHECKING:

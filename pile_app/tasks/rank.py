@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.documents import TEXT, Document, Vocabulary
+from pile_app.documents import TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import evaluating
 from pile_app.model.segments import prompt_tokens, segment_length
+from pile_app.vocabulary import Vocabulary
 
 AT_ONCE = 32  # prompts, `width` rows of the cache each
 END = -1  # in a node: a name ends here

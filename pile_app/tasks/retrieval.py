@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import Batch
-from pile_app.documents import AUDIO, MODALITIES, TEXT, Document, Vocabulary
+from pile_app.documents import AUDIO, MODALITIES, TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.objective import Objective, mean_by_piece
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.text import Tokenizer

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from pile_app.data.batch import Batch
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
 from pile_app.model.fused import ModalityLoss
+from pile_app.vocabulary import Vocabulary
 
 NATS, TARGETS, HITS, WRITTEN_NATS, BYTES = range(5)
 

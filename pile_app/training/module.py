@@ -27,7 +27,7 @@ from pile_app.data.datamodule import data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.text import Tokenizer, load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
@@ -36,6 +36,7 @@ from pile_app.training.objective import Objective
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.training.sharded import read_checkpoint
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.training.guards import StepGuard

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.text import ByteTokenizer, Tokenizer, load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, MODALITIES
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, ImageCodec, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
@@ -26,6 +26,7 @@ from pile_app.training.callbacks import measure_matmul_flops
 from pile_app.training.cli import fast_precision, parse_config
 from pile_app.training.memory import Layout, Memory, plan_memory
 from pile_app.training.optim import OptimizerConfig
+from pile_app.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from pile_app.documents import BadSample, audio_size, image_size
+from pile_app.documents import BadSample
+from pile_app.media import audio_size, image_size
 
 JUDGED = "of what was made is recognised as what was asked for, by a judge trained on real media only"
 FIGURES = {  # key in summary.json: label, unit, meaning

@@ -21,19 +21,9 @@ from pile_app.data.packing import cut_document
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import SourceData
 from pile_app.data.text import ByteTokenizer
-from pile_app.documents import (
-    AUDIO,
-    ENCODED_EXTENSIONS,
-    IMAGE,
-    TEXT,
-    BadSample,
-    Codes,
-    Document,
-    Segment,
-    Vocabulary,
-    decode_audio,
-    decode_image,
-)
+from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, TEXT, BadSample, Codes, Document, Segment
+from pile_app.media import decode_audio, decode_image
+from pile_app.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
     image_codes=12,

@@ -11,10 +11,11 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import NOT_LEARNED
 from pile_app.data.conversations import MARKERS, ROLES, Turn, check_tokenizer, conversation, conversation_prompt, is_marker
 from pile_app.data.text import ByteTokenizer, clean_text, load_tokenizer, train_tokenizer
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment, Vocabulary
+from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.segments import prompt_tokens
 from pile_app.tasks.chat import prompt_length
+from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]

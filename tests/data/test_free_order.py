@@ -12,7 +12,8 @@ from pile_app.data.order import Phase, TrainingOrder
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import SourceData
 from pile_app.data.text import ByteTokenizer
-from pile_app.documents import IMAGE, TEXT, Document, Segment, Vocabulary
+from pile_app.documents import IMAGE, TEXT, Document, Segment
+from pile_app.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(image_codes=12, image_shape=(1, 8, 8), image_grid=(2, 2))
 CONTEXT = 32

@@ -12,11 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pile_app.data.packing import best_fit_decreasing, cut_document
-from pile_app.documents import (
-    AUDIO,
-    IMAGE,
-    TEXT,
-)
+from pile_app.documents import AUDIO, IMAGE, TEXT
 
 # Packing
 

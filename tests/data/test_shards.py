@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from pile_app.data import index as index_module
 from pile_app.data import shards
 from pile_app.data.index import INDEX_SUFFIX, INDEX_VERSION, UNORDERED, ShardIndex, build_index, load_index, save_arrays
+from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards, ShardWriter, expand_shards, write_shards
 from pile_app.data.tar import ShardError, read_members
-from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, TEXT, BadSample, Codes, Document, Segment, sentence_ends
+from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, TEXT, BadSample, Codes, Document, Segment
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8)
 TONE = 0.5 * np.sin(np.arange(800) / 5)

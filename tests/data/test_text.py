@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pile_app.data.index import load_index, save_arrays
+from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards, write_shards
 from pile_app.data.tar import ShardError
 from pile_app.data.text import (
@@ -21,7 +22,7 @@ from pile_app.data.text import (
     text_tokens,
     train_tokenizer,
 )
-from pile_app.documents import ENCODED_EXTENSIONS, TEXT, BadSample, Codes, Document, Segment, sentence_ends
+from pile_app.documents import ENCODED_EXTENSIONS, TEXT, BadSample, Codes, Document, Segment
 
 CORPUS = ["The cat sat on the mat, the dog sat on the cat.", "Où est le chat ? 猫はどこ?  three\n\nthe the the"] * 4
 

@@ -11,7 +11,8 @@ import torch
 from pile_app.data.assembly import PackedDocument, assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.data.order import Piece
-from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment, audio_size
+from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
+from pile_app.media import audio_size
 from pile_app.model.fused import LOGIT_CAP, FactoredTable, FusedLanguageModel
 
 MakeModel = Callable[..., FusedLanguageModel]

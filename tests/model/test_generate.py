@@ -13,24 +13,14 @@ import torch
 
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.text import ByteTokenizer
-from pile_app.documents import (
-    AUDIO,
-    IMAGE,
-    TEXT,
-    BadSample,
-    Codes,
-    Document,
-    Segment,
-    Vocabulary,
-    audio_size,
-    decode_image,
-    image_size,
-)
+from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Codes, Document, Segment
+from pile_app.media import audio_size, decode_image, image_size
 from pile_app.model.backbones import LSTM
 from pile_app.model.choose import choose
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Answer, Sampling, answer_prompts, generate, generate_document, guide, stream
 from pile_app.model.segments import prompt_tokens
+from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pile_app.documents import BadSample, Document, Segment, audio_size, decode_audio, image_size
+from pile_app.documents import BadSample, Document, Segment
+from pile_app.media import audio_size, decode_audio, image_size
 from pile_app.prepare.filters import _ftfy_config, apply_steps, may_need_repair, repair_text
 from pile_app.prepare.ngrams import EvaluationTexts, NearDuplicates, minhash, ngram_hashes, words_of
 from pile_app.prepare.options import Options, require

@@ -16,11 +16,13 @@ from pile_app.cli import main
 from pile_app.commands.chat import Terminal
 from pile_app.data.conversations import MARKERS, Turn, conversation_prompt
 from pile_app.data.text import ByteTokenizer
-from pile_app.documents import AUDIO, IMAGE, TEXT, Segment, Vocabulary, image_size
+from pile_app.documents import AUDIO, IMAGE, TEXT, Segment
+from pile_app.media import image_size
 from pile_app.model.backbones import LSTM
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling
 from pile_app.tasks.chat import Conversation, Limits, Notice, prompt_length, read_upload, shown_image
+from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]

@@ -15,7 +15,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from pile_app.cli import main
 from pile_app.data.index import build_index
 from pile_app.data.shards import write_shards
-from pile_app.documents import TEXT, Document, Segment, decode_image
+from pile_app.documents import TEXT, Document, Segment
+from pile_app.media import decode_image
 from pile_app.model.score import score_answers
 from pile_app.training.load import load_run
 
