@@ -208,7 +208,7 @@ def shown_image(segment: Segment, pixels: int = 224) -> bytes:
     from PIL import Image
 
     assert segment.modality == IMAGE
-    with Image.open(io.BytesIO(segment.file), formats=documents.IMAGE_FORMATS) as opened:
+    with Image.open(io.BytesIO(segment.file), formats=media.IMAGE_FORMATS) as opened:
         image: Image.Image = opened.convert("RGB")
         scale = pixels // max(image.size)
         if scale > 1:
