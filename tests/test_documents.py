@@ -38,8 +38,9 @@ from pile_app.vocabulary import Vocabulary
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 TONE = 0.5 * np.sin(np.arange(800) / 5)
 
+TEXTS = st.characters(exclude_characters="\x01\x02\x03", exclude_categories=("Cs",))  # without markers of roles
 segments = st.one_of(
-    st.builds(Segment, st.text(min_size=1, alphabet=st.characters(exclude_characters="\x01\x02\x03", exclude_categories=("Cs",))), loss=st.booleans()),
+    st.builds(Segment, st.text(min_size=1, alphabet=TEXTS), loss=st.booleans()),
     st.builds(Segment, st.binary(min_size=1), st.sampled_from(["png", "webp", "wav", "flac"]), st.booleans()),
 )
 
