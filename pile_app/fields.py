@@ -226,7 +226,7 @@ class Fields:
         if any(_is_own(view.json) for view in views):
             return OWN
         for role, (test, _, _) in _RECORDS.items():
-            if any(test(record) for view in views for record in view.records()):
+            if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
                 return cls((Field((), role),))
         counts = Counter(name for view in views for name in view.leaves())
         media = [name for name in counts if any(view.is_medium(name) for view in views)]
@@ -440,9 +440,10 @@ def _media_entries(names: Sequence[str]) -> list[Field]:
 
 def _text_entries(counts: Counter[str], views: list[_View], with_media: bool) -> list[Field]:
     """Entries for the texts of the samples, by the names that are usual."""
-    media = {name for name in counts if any(view.is_medium(name) for view in views)}
-    texts = [name for name in counts if name not in media and any(_is_text(view.raw(name)) for view in views)]
-    by_name = {name.removeprefix("json."): name for name in reversed(texts)}
+    names = [*counts, *(f"{name}.text" for name in counts)]  # SQuAD has {"answers": {"text": [...]}}
+    media = {name for name in names if any(view.is_medium(name) for view in views)}
+    texts = [name for name in names if name not in media and any(_is_text(view.raw(name)) for view in views)]
+    by_name = {name.removeprefix("json.").removesuffix(".text"): name for name in reversed(texts)}
 
     def entry(names: Sequence[str], loss: bool = True) -> Field:
         lists = any(isinstance(view.raw(name), list) for view in views for name in names)
@@ -451,7 +452,8 @@ def _text_entries(counts: Counter[str], views: list[_View], with_media: bool) ->
     for first, seconds in PAIRS.items():
         found = [by_name[second] for second in seconds if second in by_name]
         if first in by_name and found and not (with_media and first == "title"):
-            return [entry([by_name[first]], loss=first != "question"), entry(found[:1])]
+            given = [name for name in ("context", first) if name in by_name] if first == "question" else [first]
+            return [*(entry([by_name[name]], loss=first != "question") for name in given), entry(found[:1])]
     order = [f"json.{name}" for name in TEXT_NAMES] + list(TEXT_NAMES) + ["txt"]
     if usual := sorted((name for name in texts if name in order), key=order.index):
         return [entry(usual)]
