@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pile_app.data import shards
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
+from pile_app.data.files import ShardError, cache_folder
 from pile_app.data.order import (
     GROUP_SHARDS,
     ORDER_VERSION,
@@ -42,13 +43,13 @@ from pile_app.data.order import (
     SourceOrder,
     TrainingOrder,
     ValidationOrder,
+    hash64,
     pack_weights,
     permutation,
     uniform,
 )
 from pile_app.data.remote import Prefetcher, ShardCache
-from pile_app.data.sources import SourceData, cache_folder
-from pile_app.data.tar import ShardError
+from pile_app.data.sources import SourceData
 from pile_app.data.text import Tokenizer
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
@@ -139,7 +140,9 @@ class PackDataset(Dataset[Batch]):
             if not isinstance(document, BadSample):
                 document = self.annotator.arrange(document)
             return PackedDocument(piece, key, document)
-        key, document = read or data.document_to_train(piece.document)
+        span = None if piece.whole else (piece.start, piece.stop)
+        draw = int(hash64(self.seed, data.name, piece.epoch, piece.document, "choice"))
+        key, document = read or data.document_to_train(piece.document, span, draw)
         if isinstance(document, BadSample) or len(document.segments) < 2:
             return PackedDocument(piece, key, document)
         segments = document.segments
@@ -484,13 +487,13 @@ class PileDataModule(LightningDataModule):
 
     @property
     def _is_remote(self) -> bool:
-        return any(any(data.shards.remote) for data in self.train_data + self.validation_data)
+        return any(any(data.remote) for data in self.train_data + self.validation_data)
 
     def _prefetch(self, step: int) -> None:
         """Fetches remote shards ahead of need, one process for all of a node."""
         self.teardown()
         assert self.trainer is not None
-        if self.trainer.local_rank == 0 and any(any(data.shards.remote) for data in self.train_data):
+        if self.trainer.local_rank == 0 and any(any(data.remote) for data in self.train_data):
             self._prefetcher = _ShardsAhead(self.train_data, self.order, self.cache, step * self.global_batch)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -523,7 +526,7 @@ class _ShardsAhead:
     def __init__(self, sources: Sequence[SourceData], order: TrainingOrder, cache: ShardCache, position: int) -> None:
         self._ends: deque[float] = deque()  # position after the last use, of each file in the order of their first use
         self._used = 0
-        remote = [number for number, data in enumerate(sources) if any(data.shards.remote)]
+        remote = [number for number, data in enumerate(sources) if any(data.remote)]
         streams = heapq.merge(*(self._of_source(number, sources[number], order, position) for number in remote))
         shards_ahead = 2 * GROUP_SHARDS * len(remote)
         self._prefetcher = Prefetcher(cache, self._files(streams, sources), shards_ahead, 2 * shards_ahead)
@@ -545,12 +548,11 @@ class _ShardsAhead:
         self, streams: Iterator[tuple[float, float, int, list[int]]], sources: Sequence[SourceData]
     ) -> Iterator[tuple[str, int, Callable[[str], None]]]:
         for _, end, number, of_group in streams:
-            data = sources[number].shards
+            data = sources[number]
             for shard in of_group:
                 if data.remote[shard]:
                     self._ends.append(end)
-                    index = data.index(shard)
-                    yield data.paths[shard], index.tar_size, partial(shards.check_content, index=index)
+                    yield data.paths[shard], data.sizes[shard], data.index(shard).check_tar
 
     def advance_to(self, position: int) -> None:
         while self._ends and self._ends[0] < position:

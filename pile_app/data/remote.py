@@ -31,9 +31,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pile_app.data.tar import ShardError
+from pile_app.data.files import ShardError, whole_file
 from pile_app.data.urls import MissingError, expand_remote, is_remote, opened, with_retries
-from pile_app.prepare.files import whole_file
 
 __all__ = ["Prefetcher", "ShardCache", "expand_remote", "is_remote"]
 

@@ -35,8 +35,8 @@ class TarSample:
     error: BadSample | None = None
 
 
-def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
-    """List the samples of a tar, and count members that are ignored.
+def read_samples(path: str, opened: BinaryIO | None = None) -> tuple[list[TarSample], Counter[str]]:
+    """List the samples of a tar, and count members that are ignored. opened: the file, where the caller has checked it.
 
     Raises:
         ShardError: the tar is missing, damaged, truncated or compressed.
@@ -45,7 +45,7 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
     ignored: Counter[str] = Counter()
     stop = 0
     try:
-        with open(path, "rb") as file:
+        with opened or open(path, "rb") as file:
             if program := COMPRESSED.get(file.read(2)):
                 raise ShardError(f"shard {path!r} is compressed: {program} it first, samples are read at random offsets")
             file.seek(0)
@@ -63,7 +63,9 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
     except OSError as error:
         raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
     except ValueError as error:
-        raise ShardError(f"shard {path!r} is damaged or truncated at byte {stop:,}: {error}. Fetch or write it again") from error
+        raise ShardError(
+            f"shard {path!r} is damaged or truncated at byte {stop:,}: {error}. Fetch or write it again"
+        ) from error
     return _check_keys(samples), +ignored
 
 
@@ -111,7 +113,9 @@ def _check_keys(samples: list[TarSample]) -> list[TarSample]:
         if earlier.files.keys() & sample.files.keys():
             sample.error = BadSample("duplicate_key", f"two samples are called {sample.key!r}")
         else:
-            earlier.error = BadSample("scattered_key", f"the files of {sample.key!r} are not adjacent: `pile prepare` joins them")
+            earlier.error = BadSample(
+                "scattered_key", f"the files of {sample.key!r} are not adjacent: `pile prepare` joins them"
+            )
             earlier.files |= sample.files
             sample.files.clear()
     return [sample for sample in samples if sample.files]
@@ -129,10 +133,10 @@ def is_ignored(member: tarfile.TarInfo) -> bool:
     return member.isdir() or "__MACOSX" in member.name or member.name.rpartition("/")[2].startswith("._")
 
 
-def files_of_block(block: bytes) -> dict[str, tuple[int, int]]:
-    """Name -> (offset, size) of the files of a sample, `block` being its bytes in the tar. Raises `BadSample`."""
+def files_of_block(block: bytes) -> dict[str, bytes]:
+    """Name -> content of the files of a sample, `block` being its bytes in the tar. Raises `BadSample`."""
     try:
         members = [member for member, *_ in _members(io.BytesIO(block)) if not is_ignored(member)]
-        return {split_name(member.name)[1]: (member.offset_data, member.size) for member in members}
+        return {split_name(m.name)[1]: block[m.offset_data : m.offset_data + m.size] for m in members}
     except ValueError as error:
         raise BadSample("damaged_sample", str(error)) from error

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pile_app.data.tar import ShardError
+from pile_app.data.files import ShardError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

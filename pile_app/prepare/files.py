@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pile_app.data.index import MAX_SAMPLE_BYTES
+from pile_app.data.tar import MAX_SAMPLE_BYTES
 from pile_app.documents import BadSample
 
 MAX_LINE_BYTES = 1 << 26  # of JSON lines, tables and captions

@@ -37,6 +37,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from pile_app.data.shards import Shards
+from pile_app.fields import OWN
 from pile_app.prepare.assign import Summary, assign
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
 from pile_app.prepare.labels import SPLITS, given_splits
@@ -105,6 +107,11 @@ def prepare(
             )
         for _ in tracked(run(write_shard, str(folder), shards), "write", len(shards)):
             pass
+        for prefix in sorted({shard.rpartition("-")[0] for shard in shards}):  # a manifest for each source and split
+            paths = [str(work.result / f"{shard}.tar") for shard in shards if shard.rpartition("-")[0] == prefix]
+            balance = Shards(paths, fields=OWN, processes=processes, again="changed").balance()
+            if balance["rejected"]:
+                raise RuntimeError(f"what was prepared cannot be read back: {balance['examples']}")
         description = summary.description() | {"input": given, "options": asdict(options)}
         (work.result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         _move_into_place(work.result, output)

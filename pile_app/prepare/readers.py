@@ -34,8 +34,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pile_app.data.index import MAX_SAMPLE_BYTES
-from pile_app.data.tar import ShardError, files_of_block, sample_ranges
+from pile_app.data.files import ShardError
+from pile_app.data.tar import MAX_SAMPLE_BYTES, files_of_block, read_samples
 from pile_app.data.text import clean_text
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.fields import document_from_sample
@@ -229,14 +229,14 @@ def _read_conversations(root: str, file: str, options: Options, path: str) -> It
 def _read_tar(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
     """The samples of a WebDataset shard."""
     with open_plain(os.path.join(root, path)) as opened:
-        descriptor = opened.fileno()
-        for sample in sample_ranges(file, descriptor, os.fstat(descriptor).st_size):
+        for sample in read_samples(file, open(os.dup(opened.fileno()), "rb"))[0]:  # noqa: SIM115 (closed there)
             name = f"{file}:{os.fsencode(sample.key).decode(errors='replace')}"
             size = sample.stop - sample.start
-            if sample.trouble or size > MAX_SAMPLE_BYTES:
-                yield Found(name, BadSample("unsafe_member", f"it holds {sample.trouble or f'{size:,} bytes'}"), "WebDataset")
+            if sample.error or size > MAX_SAMPLE_BYTES:
+                error = sample.error or BadSample("sample_too_large", f"{size:,} bytes")
+                yield Found(name, error, "WebDataset")
                 continue
-            block = os.pread(descriptor, size, sample.start)
+            block = os.pread(opened.fileno(), size, sample.start)
             yield _found(name, "WebDataset", b"", _document_of_block, sample.key, block)
 
 
