@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -62,9 +63,10 @@ def save_arrays(path: str, arrays: Mapping[str, np.ndarray | Sequence[np.ndarray
 
     Args:
         arrays: one-dimensional; a sequence of arrays is written as their concatenation, which is never in memory.
-        header: JSON values, kept as one string under the metadata key `pile`.
+        header: JSON values, kept as one string under the metadata key `pile`, with its CRC-32.
     """
-    described: dict[str, Any] = {"__metadata__": {"pile": json.dumps(dict(sorted(header.items())))}}
+    text = json.dumps(dict(sorted(header.items())))
+    described: dict[str, Any] = {"__metadata__": {"pile": text, "crc": str(zlib.crc32(text.encode()))}}
     parts = {name: [array] if isinstance(array, np.ndarray) else list(array) for name, array in arrays.items()}
     kinds = {name: some[0].dtype for name, some in parts.items()}
     names = sorted(parts, key=lambda name: (-kinds[name].itemsize, name))  # large items first, so that all are aligned
@@ -74,10 +76,10 @@ def save_arrays(path: str, arrays: Mapping[str, np.ndarray | Sequence[np.ndarray
         first, length = stop, sum(map(len, parts[name]))
         stop += length * kinds[name].itemsize
         described[name] = {"dtype": kind, "shape": [length], "data_offsets": [first, stop]}
-    text = json.dumps(described).encode()
-    text += b" " * (-len(text) % 8)
+    first_bytes = json.dumps(described).encode()
+    first_bytes += b" " * (-len(first_bytes) % 8)
     with whole_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(first_bytes).to_bytes(8, "little") + first_bytes)
         for name in names:
             for array in parts[name]:
                 file.write(np.ascontiguousarray(array, kinds[name]).data)
@@ -113,7 +115,10 @@ def map_arrays(path: str, types: Mapping[str, str] | None = None) -> tuple[dict[
             if not 0 <= first <= stop <= size - 8 - length or (stop - first) % item:
                 raise ValueError("the file is truncated")
             arrays[name] = np.frombuffer(mapped, kind, (stop - first) // item, 8 + length + first)
-        return arrays, dict(json.loads(described["__metadata__"]["pile"]))
+        text = described["__metadata__"]["pile"]
+        if zlib.crc32(text.encode()) != int(described["__metadata__"]["crc"]):
+            raise ValueError("the header is damaged")
+        return arrays, dict(json.loads(text))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"missing array or value: {error}") from error
 

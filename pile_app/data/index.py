@@ -55,6 +55,9 @@ class ShardIndex:
     about: dict[str, Any]
     columns: dict[str, np.ndarray]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardIndex, (self.path, self.about, self.columns)
+
     def __len__(self) -> int:
         return int(self.about["rows"][0])
 

@@ -35,6 +35,7 @@ Again = Literal["", "changed", "all"]
 log = logging.getLogger(__name__)
 MANIFEST_VERSION = 1
 SUFFIX = ".manifest.safetensors"
+MAX_STEMS = 8  # manifests of one folder that a source opens
 BYTES_FOR_A_PROCESS = 64 << 20  # of shards, below which no further process is started
 _GROUP = {name: group for group, columns in COLUMNS.items() for name in columns} | {"tokens": "segments", "breaks": "breaks"}
 
@@ -107,13 +108,14 @@ def save_manifest(path: str, fields: Fields, indexes: Sequence[ShardIndex]) -> N
 
 def open_manifest(
     paths: Sequence[str],
+    stem: str,
     cache: ShardCache | None = None,
     fields: Fields | None = None,
     tokenizer: Tokenizer | None = None,
     processes: int | None = None,
     again: Again = "",
 ) -> Manifest:
-    """The manifest of shards in one folder. Shards that it does not hold yet are indexed, and their tokens counted.
+    """The manifest of some shards of one group, see `group_shards`. Shards that it does not hold yet are indexed, and their tokens counted.
 
     Args:
         paths: paths or URLs of the tars.
@@ -128,7 +130,7 @@ def open_manifest(
     """
     tokenizer = tokenizer or ByteTokenizer()
     folder, names = split_path(paths[0])[0], [split_path(path)[1] for path in paths]
-    stem, look = stem_of(names), partial(_known, folder, names=names, cache=cache, tokenizer=tokenizer, repair=bool(again))
+    look = partial(_known, folder, names=names, cache=cache, tokenizer=tokenizer, repair=bool(again))
     url = "" if "?" in paths[0] else folder  # a signature is valid for its shard only
     known = look(stem, url)
     stale = _stale(paths, known, again)
@@ -144,6 +146,7 @@ def open_manifest(
     if manifest := found():
         return manifest
     path = _beside(folder, stem) if _is_writable(folder) else _copy(folder, stem, cache)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with locked(path + ".lock"):
         known = look(stem, "")  # another process may have written it meanwhile
         if manifest := found():
@@ -181,7 +184,8 @@ def _known(
             except ShardError:
                 if not repair:
                     raise
-    if is_remote(url) and cache is not None and not any(one.is_complete(names, tokenizer) for one in found):
+    if is_remote(url) and cache is not None and (repair or not any(one.is_complete(names, tokenizer) for one in found)):
+        os.makedirs(os.path.dirname(published), exist_ok=True)
         with locked(f"{published}.fetch"), suppress(FileNotFoundError):
             if os.path.exists(published):
                 os.unlink(published)
@@ -268,6 +272,28 @@ def _processes(todo: Sequence[tuple[str, ShardIndex | None]], processes: int | N
     return min(processes or os.cpu_count() or 1, 1 + size // BYTES_FOR_A_PROCESS)
 
 
+def group_shards(paths: Sequence[str]) -> dict[tuple[str, str], list[int]]:
+    """(folder, stem of the manifest) -> indices of the shards that share a manifest.
+
+    The stem is the name without the number at its end: `x-train-000.tar` -> `x-train`. If a folder has many of them, all its
+    shards share the stem that their names have in common.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    names = [split_path(path) for path in paths]
+    for folder in dict.fromkeys(folder for folder, _ in names):
+        stems = {number: _stem(name) for number, (place, name) in enumerate(names) if place == folder}
+        if len(set(stems.values())) > MAX_STEMS:
+            stems = dict.fromkeys(stems, _stem(*(names[number][1] for number in stems)))
+        for number, stem in stems.items():
+            groups.setdefault((folder, stem), []).append(number)
+    return groups
+
+
+def _stem(*names: str) -> str:
+    common = os.path.commonprefix([name.removesuffix(".tar") for name in names])  # noqa: RUF071 (of names, not of folders)
+    return re.sub(r"[^\w.,=+-]+", "_", re.sub(r"[-_.\d]+$", "", common))[-100:] or "shards"
+
+
 def split_path(path: str) -> tuple[str, str]:
     """(folder, name) of a path or URL. The name of a signed URL is without its query; a pipe has no folder."""
     if path.startswith("pipe:"):
@@ -278,21 +304,13 @@ def split_path(path: str) -> tuple[str, str]:
     return os.path.split(os.path.abspath(path))
 
 
-def stem_of(names: Sequence[str]) -> str:
-    """The beginning that names have in common, without the digits and marks at its end: `x-train-000.tar` -> `x-train`."""
-    common = os.path.commonprefix([name.removesuffix(".tar") for name in names])
-    return re.sub(r"[^\w.,=+-]+", "_", re.sub(r"[-_.\d]+$", "", common))[-100:] or "shards"
-
-
 def _beside(folder: str, stem: str) -> str:
     return f"{folder}/{stem}{SUFFIX}"
 
 
 def _copy(folder: str, stem: str, cache: ShardCache | None) -> str:
     root = Path(cache.folder) if cache is not None and (is_remote(folder) or not folder) else cache_folder()
-    path = root / "manifests" / hashlib.blake2b(folder.encode(), digest_size=16).hexdigest() / f"{stem}{SUFFIX}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return str(path)
+    return str(root / "manifests" / hashlib.blake2b(folder.encode(), digest_size=16).hexdigest() / f"{stem}{SUFFIX}")
 
 
 def _is_writable(folder: str) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 
 from pile_app.data.files import ShardError
 from pile_app.data.index import ShardIndex
-from pile_app.data.manifest import Again, Manifest, open_manifest, split_path
+from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
 from pile_app.data.tar import split_name
 from pile_app.data.text import ByteTokenizer, Tokenizer
 from pile_app.data.urls import expand_remote, is_remote
@@ -99,18 +99,13 @@ class Shards:
         self._forget()
         self._manifest_files: list[tuple[str, str]] = []  # path and folder of each
         self._where = [(0, "")] * len(self.paths)  # manifest and name of each shard
-        groups: dict[str, list[int]] = {}
-        for shard, path in enumerate(self.paths):
-            groups.setdefault(split_path(path)[0], []).append(shard)
-        for number, shards in enumerate(groups.values()):
+        wanted = Fields.parse(fields) if fields else None
+        for number, ((folder, stem), shards) in enumerate(group_shards(self.paths).items()):
             paths = [self.paths[shard] for shard in shards]
-            names = {shard: split_path(self.paths[shard])[1] for shard in shards}
-            wanted = Fields.parse(fields) if fields else None
-            found = open_manifest(paths, cache, wanted, tokenizer, processes, again)
-            self._manifests[number] = found
-            self._manifest_files.append((found.path, found.folder))
-            for shard, name in names.items():
-                self._where[shard] = number, name
+            found = self._manifests[number] = open_manifest(paths, stem, cache, wanted, tokenizer, processes, again)
+            self._manifest_files.append((found.path, folder))
+            for shard in shards:
+                self._where[shard] = number, split_path(self.paths[shard])[1]
         abouts = [self._about(shard) for shard in range(len(self.paths))]
         self.sizes = [int(about["size"]) for about in abouts]  # of the tars, in bytes
         self.first_document: list[int] = [0, *np.cumsum([about["rows"][0] for about in abouts]).tolist()]

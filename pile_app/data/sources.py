@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 LARGE_SOURCE = 1_000_000  # documents, from which on the tables of the order are kept
 LONG_TOKENS = 64 << 20  # of long documents that a process keeps
 SHARD_COLUMNS = ("pieces", "tokens", "too_long", "shortest", "longest")
+MIX = 0x9E3779B97F4A7C15
 TXT = EXTENSIONS.index("txt")
 STAND_IN = ("txt", "png", "wav")  # extension of a segment outside of a piece, by modality
 
@@ -347,7 +348,7 @@ def _choose(index: ShardIndex, sample: int, draw: int) -> list[int]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [group[draw * (2 * number + 1) % (1 << 64) % len(group)] for number, group in enumerate(groups)]
+    return [group[(draw ^ number * MIX) % len(group) if draw else 0] for number, group in enumerate(groups)]
 
 
 def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, counts: np.ndarray) -> np.ndarray:

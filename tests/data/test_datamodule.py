@@ -211,7 +211,7 @@ def test_a_batch_knows_its_positions_documents_and_the_tokens_of_its_step(folder
 
 def test_a_document_that_cannot_be_read_is_planned_rejected_and_counted(tmp_path: Path) -> None:
     documents = [Document((Segment(f"number {n}"),), f"d-{n}") for n in range(30)]
-    path = Path(write_shards(documents, tmp_path, "x")[0].path)
+    path = Path(write_shards(documents, tmp_path, "x").paths[0])
     data = bytearray(path.read_bytes())
     data[data.index(b"number 7") + 7] ^= 1
     path.write_bytes(data)
@@ -389,7 +389,7 @@ def test_the_table_of_a_large_source_is_kept_and_gives_the_same_order(
     plain = seen(module(folder), 0, 60)
     monkeypatch.setenv("PILE_CACHE", str(tmp_path))
     monkeypatch.setattr(sources, "LARGE_SOURCE", 10)
-    monkeypatch.setattr(sources.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     assert seen(module(folder), 0, 60) == plain
     kept = sorted(tmp_path.rglob("*.safetensors"))
     assert len(kept) == 2 * len(SIZES), "shards and packs of each source"

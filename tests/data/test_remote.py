@@ -26,8 +26,8 @@ from ports import free_port
 
 from pile_app.data import remote
 from pile_app.data.remote import Prefetcher, ShardCache, expand_remote, is_remote
+from pile_app.data.files import ShardError
 from pile_app.data.shards import write_shards
-from pile_app.data.tar import ShardError
 from pile_app.documents import Document, Segment
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"  # where it is on Debian, not on everybody's path
@@ -413,7 +413,7 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
     from pile_app.model.fused import make_vocabulary
 
     texts = (Document((Segment(f"text {n} " * 20),), str(n)) for n in range(600))
-    indexes = write_shards(texts, nginx.files / "set", "a", shard_bytes=30_000)
+    written = write_shards(texts, nginx.files / "set", "a", shard_bytes=30_000)
     tokenizer, here, there = ByteTokenizer(), str(nginx.files / "set/a-*.tar"), nginx.url("set/a-*.tar")
     vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, None, None)
     local, remote = (
@@ -423,17 +423,17 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
     for data in (local, remote):
         data.prepare_data()
         data.setup()
-    assert len(indexes) > 18 and whole_files(remote.cache) == []
+    assert len(written.paths) > 18 and whole_files(remote.cache) == []
     ahead = _ShardsAhead(remote.train_data, remote.order, remote.cache, 0)
     try:
         wait_until(lambda: len(whole_files(remote.cache)) == 16)  # two groups
         ahead.advance_to(10**6)
-        wait_until(lambda: len(whole_files(remote.cache)) == len(indexes))
+        wait_until(lambda: len(whole_files(remote.cache)) == len(written.paths))
         for position in range(0, remote.order.packs_per_epoch, 7):
             assert torch.equal(*(data.train_dataset()[position].tokens for data in (local, remote)))
     finally:
         ahead.close()
-    assert sum(line.endswith(".tar 200") for line in nginx.requests("set/")) == len(indexes)
+    assert sum(line.endswith(".tar 200") for line in nginx.requests("set/")) == len(written.paths)
 
 
 def fetch_whole(cache: ShardCache, url: str, expected: bytes) -> str:

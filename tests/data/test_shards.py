@@ -170,7 +170,13 @@ def test_shards_of_other_programs_are_read_and_their_bad_samples_listed(tmp_path
 
 def test_what_is_not_used_is_counted_by_name(tmp_path: Path) -> None:
     files = [file for n in range(3) for file in ((f"{n}.txt", b"a text"), (f"{n}.json", b'{"url": "x", "text": "a text"}'))]
-    files += [("3.txt", b"a text"), ("3.npy", b"numbers"), ("README", b"no extension"), ("._0.txt", b"macOS"), ("__MACOSX/0.txt", b"macOS")]
+    files += [
+        ("3.txt", b"a text"),
+        ("3.npy", b"numbers"),
+        ("README", b"no extension"),
+        ("._0.txt", b"macOS"),
+        ("__MACOSX/0.txt", b"macOS"),
+    ]
     reader = Shards(tar_of(tmp_path / "x.tar", files), fields="[txt]")
     assert reader.balance()["unused"] == {"json.url": 3, "json.text": 3, "npy": 1, "._* (macOS)": 2}
     assert told(reader) == {"missing_field": (1, ["README"])}

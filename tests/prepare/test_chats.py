@@ -23,8 +23,7 @@ def prepared(folder: Path, **options: Any) -> tuple[list[Document], list[dict[st
     """The documents that `pile prepare --kind chat` makes of a folder, and what it left out."""
     output = folder.parent / "out"
     prepare(folder, output, kind="chat", validation_share=0.0, processes=1, **options)
-    shards = Shards(expand_shards(str(output / "*.tar")))
-    documents = [shards.document(shard, n) for shard in range(len(shards)) for n in range(len(shards.index(shard)))]
+    documents = list(Shards(str(output / "*.tar")))
     return documents, [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
 
 

@@ -90,7 +90,7 @@ def test_changed_input_is_noticed_and_can_be_started_anew(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.prepare.spill.build_index", full)
+        patch.setattr("pile_app.prepare.pipeline.Shards", full)
         with pytest.raises(OSError, match="no space"):
             engine.prepare(folder, tmp_path / "out", processes=1, **STEPS)
     write(folder, {"new.txt": "one more"})

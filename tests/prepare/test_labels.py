@@ -16,8 +16,7 @@ from pile_app.prepare.pipeline import prepare
 
 
 def read(output: Path, split: str) -> list[Document]:
-    shards = Shards(expand_shards(str(output / f"*-{split}-*.tar")))
-    return [shards.document(n, m) for n in range(len(shards)) for m in range(len(shards.index(n).keys))]
+    return list(Shards(str(output / f"*-{split}-*.tar")))
 
 
 def texts(output: Path, split: str) -> list[tuple[str, ...]]:

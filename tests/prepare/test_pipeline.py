@@ -14,7 +14,6 @@ import soundfile
 import yaml
 import zstandard
 
-from pile_app.data.index import load_index
 from pile_app.data.shards import Shards, expand_shards, write_shards
 from pile_app.documents import Codes, Document, Segment
 from pile_app.prepare.files import pieces_of
@@ -47,8 +46,7 @@ def write(folder: Path, files: Mapping[str, Any]) -> Path:
 
 
 def read(output: Path, pattern: str = "*.tar") -> list[Document]:
-    shards = Shards(expand_shards(str(output / pattern)))
-    return [shards.document(shard, sample) for shard in range(len(shards)) for sample in range(len(shards.index(shard)))]
+    return list(Shards(str(output / pattern)))
 
 
 def texts(output: Path, pattern: str = "*.tar") -> list[str]:
@@ -170,7 +168,7 @@ def test_images_with_and_without_captions(tmp_path: Path) -> None:
     assert with_caption.segments == (Segment(image(1), "png"), Segment("a cat"))
     assert not with_caption.ordered  # training draws the order of image and caption anew in every epoch
     assert alone.segments == (Segment(image(2), "png"),)
-    assert load_index(str(tmp_path / "out" / "pets-train-000000.tar")).flags.tolist() == [1, 0]
+    assert Shards(str(tmp_path / "out" / "pets-train-000000.tar")).index(0).flags.tolist() == [1, 0]
     assert summary.sources["pets"]["train"].images == 2
     assert rejected(tmp_path / "out") == {"cats/read me.txt": "ignored_extension"}
 
@@ -352,7 +350,7 @@ def test_what_is_printed_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFix
     sources = yaml.safe_load(printed.out)["data"]["sources"]
     assert list(sources) == ["123"]
     found = {split: expand_shards(pattern) for split, pattern in sources["123"].items()}
-    assert {split: sum(len(load_index(path)) for path in paths) for split, paths in found.items()} == {
+    assert {split: len(Shards(paths)) for split, paths in found.items()} == {
         split: tally.documents for split, tally in summary.sources["123"].items()
     }
     assert "documents" in printed.err
@@ -396,7 +394,7 @@ def test_a_failure_leaves_the_earlier_result_and_what_is_done(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.prepare.spill.build_index", full)
+        patch.setattr("pile_app.prepare.pipeline.Shards", full)
         with pytest.raises(OSError, match="no space left"):
             run(folder, tmp_path / "out", overwrite=True)
     assert texts(tmp_path / "out") == ["one", "two"]
