@@ -119,10 +119,11 @@ class Shards:
         self._manifests: dict[int, Manifest] = {}
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._fetched_again: set[int] = set()
         self._lock = threading.RLock()  # the thread that prefetches asks for indexes too
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("_process", "_manifests", "_indexes", "_descriptors", "_lock", "_kept_ids", "_last_long", "_checked")
+        opened = ("_process", "_manifests", "_indexes", "_descriptors", "_lock", "_fetched_again", "_kept_ids", "_last_long", "_checked")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -179,10 +180,22 @@ class Shards:
     def block(self, shard: int, sample: int) -> bytes:
         """The bytes of a sample. Raises `BadSample` if they are not those that were indexed."""
         index = self.index(shard)
-        block = self.read(shard, index.numbers.offset[sample], index.numbers.size[sample])
-        if zlib.crc32(block) != index.numbers.crc[sample]:
-            raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
-        return block
+        while True:
+            block = self.read(shard, index.numbers.offset[sample], index.numbers.size[sample])
+            if zlib.crc32(block) == index.numbers.crc[sample]:
+                return block
+            if not self._forget_copy(shard):
+                raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
+
+    def _forget_copy(self, shard: int) -> bool:
+        """Remove the local copy of a remote shard, which may be of an earlier version; once."""
+        if self.cache is None or not self.remote[shard] or shard in self._fetched_again:
+            return False
+        with self._lock:
+            self._fetched_again.add(shard)
+            os.close(self._descriptors.pop(shard))
+            Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
+        return True
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a tar, which is fetched if it is remote."""

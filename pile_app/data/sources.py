@@ -320,7 +320,7 @@ class SourceData(Shards):
         for first in range(0, size, 1 << 24):
             crc = zlib.crc32(self.read(shard, offset + first, min(1 << 24, size - first)), crc)
         if crc != n.crc[sample]:
-            raise BadSample("checksum", f"{self.index(shard).key(sample)!r} of {self.paths[shard]!r} is not what was indexed")
+            self.block(shard, sample)
         self._checked.add((shard, sample))
 
     def _ids_of(self, shard: int) -> KeptIds | None:

@@ -86,7 +86,7 @@ def test_a_killed_preparation_continues_to_the_same_bytes(
 def test_changed_input_is_noticed_and_can_be_started_anew(
     tmp_path: Path, folder: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:

@@ -390,7 +390,7 @@ def test_a_failure_leaves_the_earlier_result_and_what_is_done(
     run(folder, tmp_path / "out")
     write(folder, {"c.txt": "three"})
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
