@@ -8,8 +8,8 @@ import re
 import numpy as np
 from conftest import REPOSITORY
 
-from pile_app.data.conversations import ROLES
 from pile_app.documents import IMAGE, TEXT, Segment
+from pile_app.records import ROLES
 
 spec = importlib.util.spec_from_file_location("digits_chat", REPOSITORY / "data" / "digits_chat" / "prepare.py")
 assert spec is not None and spec.loader is not None

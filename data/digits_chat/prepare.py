@@ -4,7 +4,7 @@
 
 The user shows a picture, plays a sound or asks; the assistant answers with words, a picture or a spoken word, or several of
 them. A conversation has one to three such turns, and later ones may refer to earlier ones ("Another one."). Pictures and voices
-of `chat-validation` appear in no training conversation. The layout is that of `pile_app/data/conversations.py`.
+of `chat-validation` appear in no training conversation. The layout is that of `pile_app/records.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.conversations import Turn, conversation
 from pile_app.documents import AUDIO, IMAGE, Document, Segment
 from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
+from pile_app.records import Turn, conversation
 
 VERSION = 1  # of this recipe: raise it when the bytes of the shards change
 TRAIN_CONVERSATIONS = 12_000
