@@ -12,7 +12,7 @@ import pytest
 
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import NOT_LEARNED
-from pile_app.data.text import clean_text
+from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.segments import prompt_tokens

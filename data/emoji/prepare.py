@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pile_app.data.text import train_tokenizer
+from pile_app.data.tokenizers import train_tokenizer
 from pile_app.documents import Document, Segment
 from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
 from pile_app.prepare.speech import Espeak, level, trim

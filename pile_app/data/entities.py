@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 
 OUTSIDE = 0
 # Scripts that do not write spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese.

@@ -31,7 +31,7 @@ from pile_app.documents import AUDIO, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSam
 from pile_app.media import audio_size, image_size
 
 if TYPE_CHECKING:
-    from pile_app.data.text import TextTokens
+    from pile_app.data.tokenizers import TextTokens
 
 from pile_app.data.tar import ShardError, ranges_of_files, sample_ranges
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.data.text import clean_text
+from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size
 from pile_app.prepare.ngrams import EvaluationTexts

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from pile_app import documents, media
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate_document

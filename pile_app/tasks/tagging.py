@@ -30,7 +30,7 @@ from pile_app.tasks.linear_chain import LinearChain
 from pile_app.training.objective import Objective
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 
 class TagAnnotator(Annotator):

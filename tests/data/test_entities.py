@@ -17,7 +17,7 @@ from pile_app.data.entities import (
     tags_of_words,
     word_places,
 )
-from pile_app.data.text import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
 
 TEXT = "José, the 李小龙 of Zürich… it's @paul's #nlp 👩‍🚀 talk at AT&T: http://x.y/z?a=1 नमस्ते 10.5%!!"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pile_app.data.text import load_tokenizer, train_tokenizer
+from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.backbones import LSTM, Backbone, Transformer
 from pile_app.model.fused import FusedLanguageModel

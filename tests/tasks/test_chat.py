@@ -14,7 +14,7 @@ from conftest import REPOSITORY, TinyRun, train
 
 from pile_app.cli import main
 from pile_app.commands.chat import Terminal
-from pile_app.data.text import ByteTokenizer, load_tokenizer, train_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Segment
 from pile_app.media import image_size
 from pile_app.model.backbones import LSTM

@@ -14,7 +14,7 @@ from pile_app.data.index import load_index, save_arrays
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards, write_shards
 from pile_app.data.tar import ShardError
-from pile_app.data.text import (
+from pile_app.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,
     clean_text,
@@ -195,7 +195,7 @@ def test_token_counts_are_read_back_until_the_shard_changes(
     path = _write(tmp_path, ["the cat"])
     before = text_tokens(Shards([path]), 0, bpe).counts
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.data.text._tokenize", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr("pile_app.data.tokenizers._tokenize", lambda *_: pytest.fail("tokenized again"))
         assert text_tokens(Shards([path]), 0, bpe).counts.tolist() == before.tolist()
     _write(tmp_path, ["xyz wq."])  # as many samples, segments and bytes
     after = text_tokens(Shards([path]), 0, bpe).counts
@@ -274,7 +274,7 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
     path = write_shards(documents, tmp_path, "a")[0].path
     texts = {0: LONG, 4: LONG[3:], 5: LONG[9:]}
     for at_once in (1, 1 << 20):
-        monkeypatch.setattr("pile_app.data.text.TOKENIZED_AT_ONCE", at_once)
+        monkeypatch.setattr("pile_app.data.tokenizers.TOKENIZED_AT_ONCE", at_once)
         for sidecar in sidecars(tmp_path):
             sidecar.unlink()
         found = text_tokens(Shards([path]), 0, bpe)
