@@ -231,7 +231,10 @@ class _ChatReader:
 
 
 def is_interleaved(record: Any) -> bool:
-    texts = record.get("text_list", record.get("texts")) if isinstance(record, Mapping) else None
+    """Whether the record has `text_list` (MMC4), or `texts` and `images` (OBELICS)."""
+    if not isinstance(record, Mapping) or not ("text_list" in record or isinstance(record.get("images"), list)):
+        return False
+    texts = record.get("text_list", record.get("texts"))
     return isinstance(texts, list) and all(text is None or isinstance(text, str) for text in texts)
 
 
@@ -253,7 +256,7 @@ def interleaved(record: Mapping[str, Any], medium: Medium, dropped: Counter[str]
         else:
             lost["unknown_content"] += 1
     segments: list[Segment] = []
-    for text, images in zip_longest(texts, aligned):
+    for text, images in zip_longest((strip_markers(text or "") for text in texts), aligned):
         for image in images or ():
             try:
                 segments.append(medium(image))

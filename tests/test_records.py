@@ -254,10 +254,9 @@ def test_interleaved_records_keep_their_order_and_count_lost_images() -> None:
         ["a", b"x", "c", b"y", "d", b"z"],
         {},
     )
-    assert parts({"texts": ["a", "b"]}) == (["a\n\nb"], {})
+    assert parts({"texts": ["a\x03", "b"], "images": []}) == (["a\n\nb"], {})
     for record in ({"texts": ["a"], "images": ["gone.png"]}, {"texts": [], "images": []}):
         with pytest.raises(BadSample, match=r"missing_file|empty_text"):
             parts(record)
-    assert not any(
-        is_interleaved(other) for other in ({"texts": [{}]}, {"text": "x"}, [], {"texts": "abc"}, {"text_list": [1]})
-    )
+    others: list[Any] = [{"texts": [{}], "images": []}, {"texts": ["a", "b"]}, {"text": "x"}, [], {"text_list": [1]}]
+    assert not any(map(is_interleaved, others))
