@@ -98,7 +98,7 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
     assert entities(one) == wanted and one.layout == "entities (Parquet)"
 
 
-def test_prepare_writes_entities_to_shards_and_says_what_it_repaired(
+def test_prepare_writes_entities_to_shards_and_counts_repairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
