@@ -35,7 +35,7 @@ TOOL_CALLS = ("function_call", "tool_call")
 SPEAKERS = {"system": "system", "developer": "system"} | dict.fromkeys(("user", "human", "prompter", *TOOL_RESULTS), "user")
 SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
 
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange", "chosen")
 QUESTION, CONTEXT, ANSWER = ("instruction", "prompt"), ("input", "context"), ("output", "completion", "response")
 MEDIA = {"image": ("image", "images"), "audio": ("audio", "audios", "sound")}
 CHAT_FIELDS = {*MESSAGES, *QUESTION, *CONTEXT, *ANSWER, *MEDIA["image"], *MEDIA["audio"], "system", "history"}
