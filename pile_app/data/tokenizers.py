@@ -23,13 +23,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pile_app.data.index import EXTENSIONS, ShardIndex, breaks_in_bytes, map_arrays, save_arrays, tokens_path
+from pile_app.data.index import EXTENSIONS, ShardIndex, map_arrays, save_arrays, tokens_path
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
 from pile_app.documents import TEXT, BadSample, Codes, Segment
 
-log = logging.getLogger(__name__)
+_warn = lru_cache(logging.getLogger(__name__).warning)  # each message once
 NO_TOKENS = np.zeros(0, np.int64)
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
@@ -88,10 +88,11 @@ class ByteTokenizer:
         return len(text.encode())
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [
-            (self.encode(text), np.array(breaks_in_bytes(text, offsets), np.int64))
-            for text, offsets in zip(texts, breaks, strict=True)
-        ]
+        found = []
+        for ids, offsets in zip(map(self.encode, texts), breaks, strict=True):
+            first = np.append(np.flatnonzero(ids & 0xC0 != 0x80), len(ids))  # byte of each character
+            found.append((ids, first[np.array(offsets, np.int64)]))
+        return found
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode UTF-8; invalid bytes, which an untrained model writes, become U+FFFD."""
@@ -124,24 +125,20 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            data = Path(path).read_bytes()
-            self._load(str(path), json.loads(data))
-        except OSError as error:
-            raise ValueError(f'tokenizer {str(path)!r} cannot be read: {error}. Give "bytes" or a tokenizer.json') from error
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise ValueError(
-                f"tokenizer {str(path)!r} is not a tokenizer.json that the tokenizers library can use: {error!r:.300}. "
-                'Give "bytes" or the file that train_tokenizer or Tokenizer.save wrote'
-            ) from error
-        self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
-
-    def _load(self, path: str, description: Any) -> None:
         from tokenizers import Tokenizer
 
-        description = plain_description(description)
-        self._tokenizer = Tokenizer.from_str(json.dumps(description))
+        try:
+            data = Path(path).read_bytes()
+            description = plain_description(json.loads(data))
+            self._tokenizer = Tokenizer.from_str(json.dumps(description))
+            self._tokenizer.encode("\U000f0000")  # fails if there is no token for unknown words
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise ValueError(
+                f"tokenizer {str(path)!r} cannot be used: {error!r:.300}. "
+                'Give "bytes", or the path of a tokenizer.json of the tokenizers library'
+            ) from error
         self._tokenizer.encode_special_tokens = True
+        self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
         vocabulary, model = self._tokenizer.get_vocab(with_added_tokens=True), description["model"]
         self.size = max(vocabulary.values()) + 1
         unknown = model.get("unk_token") if model.get("unk_id") is None else self._tokenizer.id_to_token(model["unk_id"])
@@ -167,7 +164,7 @@ class JsonTokenizer:
             lowers = lost[0] == "capitals" and back["capitals"] == PROBES["capitals"].lower()
             losses = ", ".join(["lower-cases"] * lowers + [f"loses {name}" for name in lost[lowers:]])
             example = f"{PROBES[lost[-1]]!r} comes back as {back[lost[-1]]!r}"
-            _warn(f"tokenizer {path!r} {losses}: text cannot come back as written, {example}")
+            _warn(f"tokenizer {str(path)!r} {losses}: text cannot come back as written, {example}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -227,11 +224,6 @@ def _plain_part(part: Any, splits: bool) -> Any:
     changes["WordPiece"] = {"cleanup": False}  # of the decoder: it moves punctuation
     lists = {name: [_plain_part(one, splits) for one in value] for name, value in part.items() if isinstance(value, list)}
     return part | changes.get(part["type"], {}) | {name: list(filter(None, value)) for name, value in lists.items()}
-
-
-@lru_cache
-def _warn(message: str) -> None:
-    log.warning(message)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -98,9 +98,7 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
     assert entities(one) == wanted and one.layout == "entities (Parquet)"
 
 
-def test_prepare_writes_entities_to_shards_and_counts_repairs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepare_writes_entities_to_shards_and_counts_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.conll").write_text(CONLL + "\nx Q-LOC\n\nI I-PER\n\nx\u0301 B-PER\n")
     prepare(tmp_path / "in", tmp_path / "out", kind="entities", validation_share=0.0, processes=1)
