@@ -35,7 +35,7 @@ TOOL_CALLS = ("function_call", "tool_call")
 SPEAKERS = {"system": "system", "developer": "system"} | dict.fromkeys(("user", "human", "prompter", *TOOL_RESULTS), "user")
 SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
 
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange", "chosen")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange", "chosen", "completion")
 QUESTION, CONTEXT, ANSWER = ("instruction", "prompt"), ("input", "context"), ("output", "completion", "response")
 MEDIA = {"image": ("image", "images"), "audio": ("audio", "audios", "sound")}
 CHAT_FIELDS = {*MESSAGES, *QUESTION, *CONTEXT, *ANSWER, *MEDIA["image"], *MEDIA["audio"], "system", "history"}
@@ -140,7 +140,10 @@ def chat(record: Any, medium: Medium, dropped: Counter[str]) -> list[Segment]:
 def _messages(record: Any) -> tuple[str | None, list[Mapping[str, Any]]]:
     """(layout, messages as OpenAI's or ShareGPT's)"""
     record = {"messages": record} if isinstance(record, list) else record if isinstance(record, Mapping) else {}
+    prompt = record.get("prompt")
     for found in (record[name] for name in MESSAGES if isinstance(record.get(name), list)):
+        if isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt):  # TRL
+            found = [*({**message, "weight": 0} for message in prompt), *found]
         if found and all(isinstance(message, str) for message in found):
             return "dialogue", [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(found)]
         for layout, keys in (("OpenAI messages", {"role", "content"}), ("ShareGPT", {"from", "value"})):

@@ -216,6 +216,9 @@ def test_layouts_of_chats() -> None:
         assert chat_layout(record) == layout and read(record) == (turns, {})
     for other in ({"text": "x"}, {"messages": [{"id": 1}]}, {"messages": 3}, {"prompt": "x"}, [1], None, {"texts": ["a"]}):
         assert chat_layout(other) is None
+    ask, answer = records["OpenAI messages"]["messages"]
+    preference = {"prompt": [ask, answer, ask], "chosen": [answer], "rejected": [{"role": "assistant", "content": "no"}]}
+    assert read(preference)[0] == [turns[0], ("assistant", ["a"], False), *turns]
     alpaca = {"instruction": "q2", "input": "i", "output": 3, "history": [["q", "a"]], "system": "s"}
     assert read(alpaca)[0] == [("system", ["s"], False), *turns, ("user", ["q2\n\ni"], False), ("assistant", ["3"], True)]
 
