@@ -60,15 +60,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 ids (tokens,)."""
-        ...
 
     def count(self, text: str) -> int:
         """Count the tokens of `text`."""
-        ...
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (ids, number of tokens before each break) of each text; breaks are character offsets."""
-        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
@@ -77,9 +74,7 @@ class ByteTokenizer:
     """UTF-8 bytes: an id is a byte."""
 
     def __init__(self) -> None:
-        self.size = 256
-        self.fingerprint = "bytes"
-        self.token_bytes = np.ones(256, np.int64)
+        self.size, self.fingerprint, self.token_bytes = 256, "bytes", np.ones(256, np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
