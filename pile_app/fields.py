@@ -330,7 +330,7 @@ class _View:
         for kind, extensions in (
             ("images", IMAGE_EXTENSIONS),
             ("audios", AUDIO_EXTENSIONS),
-        ):  # files that the JSON does not name
+        ):  # not named
             files = [name for name in self.sample if _extension(name) in extensions and is_json]
             if files and not {kind, kind[:-1]} & found.keys():
                 found = {**found, kind: files}
