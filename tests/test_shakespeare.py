@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 
 spec = importlib.util.spec_from_file_location("prepare_shakespeare", REPOSITORY / "data" / "shakespeare" / "prepare.py")
 assert spec is not None and spec.loader is not None

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.media import image_size
 

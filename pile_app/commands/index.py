@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
     from pile_app.data.files import ShardError, for_each
     from pile_app.data.shards import Shards, describe_balance
-    from pile_app.data.text import load_tokenizer
+    from pile_app.data.tokenizers import load_tokenizer
 
     again: Again = "all" if options.overwrite else "" if options.verify else "changed"
     cache = shard_cache(options.cache)

@@ -1,7 +1,7 @@
 """The index of a shard: byte range, checksum and key of each sample, modality and size of each segment.
 
-The rows of all shards of a source make its manifest (`manifest.py`). S is the number of samples, G of segments; the alternatives
-of a segment (several captions, of which training draws one) are rows of their own, marked by `choice`.
+The rows of all shards of a source make its manifest (`manifest.py`). S is the number of samples, G of segments. Alternatives of
+a segment (several captions: training draws one for each epoch) are rows of their own, marked by `choice`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,6 @@ import numpy as np
 from pile_app.data.files import ShardError
 from pile_app.data.packing import sentence_ends
 from pile_app.data.tar import MAX_SAMPLE_BYTES, TarSample, files_of_block, read_samples
-from pile_app.data.text import breaks_in_bytes
 from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
 from pile_app.fields import OWN, Fields
 from pile_app.media import audio_size, image_size
@@ -48,7 +48,7 @@ class ShardIndex:
     """The rows of one shard. path: for messages; about: its JSON entry in the manifest; columns: see `docs/data-format.md`.
 
     about: name, size of the tar, fingerprint (changes with any row), rows (S, G, breaks, key bytes), read (samples), rejected
-    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32 of its columns).
+    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32).
     """
 
     path: str
@@ -80,7 +80,7 @@ class ShardIndex:
     def numbers(self) -> SimpleNamespace:
         """The columns as memoryviews, which give single numbers in a third of the time."""
         firsts = {"first_segment": self.first_segment, "first_key": self.first_key}
-        return SimpleNamespace(**{name: memoryview(column) for name, column in (self.columns | firsts).items()})
+        return SimpleNamespace(**{name: column.data for name, column in (self.columns | firsts).items()})
 
     def key(self, sample: int) -> str:
         first, stop = self.numbers.first_key[sample], self.numbers.first_key[sample + 1]
@@ -284,6 +284,7 @@ def segment_breaks(segment: Segment) -> list[int]:
     """Ends of the sentences of a long text, in UTF-8 bytes."""
     if segment.modality != TEXT:
         return []
-    return (
-        segment.codes.breaks[0].tolist() if segment.is_encoded else breaks_in_bytes(segment.text, sentence_ends(segment.text))
-    )
+    if segment.is_encoded:
+        return segment.codes.breaks[0].tolist()
+    parts = pairwise([0, *sentence_ends(segment.text)])
+    return np.cumsum([len(segment.text[first:stop].encode()) for first, stop in parts]).tolist()

@@ -1,8 +1,8 @@
 """The manifest of a source: one file that holds the indexes of all its shards, so that training never parses a tar.
 
 `<stem>.manifest.safetensors` lies in the folder of the shards, or in the cache folder if they are remote or read-only. It also
-holds the token counts of each tokenizer; tokens of media follow from their sizes by arithmetic, so no manifest goes stale when a
-codec changes. Opening a source opens one file for each folder, whatever the number of shards.
+holds the token counts of each tokenizer. Tokens of media follow from their sizes by arithmetic, so a manifest stays right when
+a codec changes. Opening a source opens one file, whatever the number of shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, locked, map_arrays, save_arrays
 from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_fields, starts
-from pile_app.data.text import ByteTokenizer, Tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
 from pile_app.data.tokens import columns_of, count_tokens
 from pile_app.data.urls import is_remote
 from pile_app.fields import Fields
@@ -115,10 +115,11 @@ def open_manifest(
     processes: int | None = None,
     again: Again = "",
 ) -> Manifest:
-    """The manifest of some shards of one group, see `group_shards`. Shards that it does not hold yet are indexed, and their tokens counted.
+    """Open the manifest of shards that share one. Shards and token counts that are missing are added first.
 
     Args:
-        paths: paths or URLs of the tars.
+        paths: paths or URLs of the tars, one group of `group_shards`.
+        stem: of that group.
         cache: of remote shards.
         fields: the field map; None: that of the manifest, or inferred from the first shard, and printed.
         tokenizer: whose token counts are needed.

@@ -1,7 +1,7 @@
 """Shards: WebDataset tar files. `write_shards` writes documents, `Shards` reads them by number.
 
-A sample is read by its byte range (`pread`: no shared file position, safe after a fork) and checked against its CRC-32. Manifest
-and tars are opened when they are first needed, in each process on its own.
+A sample is read by its byte range (`pread`: no shared file position, safe after a fork) and checked against its CRC-32. Each
+process opens manifests and tars when it first needs them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pile_app.data.files import ShardError
 from pile_app.data.index import ShardIndex
 from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
 from pile_app.data.tar import split_name
-from pile_app.data.text import ByteTokenizer, Tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
 from pile_app.data.urls import expand_remote, is_remote
 from pile_app.documents import BadSample, Document, sample_from_document
 from pile_app.fields import OWN, Fields
@@ -123,7 +123,17 @@ class Shards:
         self._lock = threading.RLock()  # the thread that prefetches asks for indexes too
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("_process", "_manifests", "_indexes", "_descriptors", "_lock", "_fetched_again", "_kept_ids", "_last_long", "_checked")
+        opened = (
+            "_process",
+            "_manifests",
+            "_indexes",
+            "_descriptors",
+            "_lock",
+            "_fetched_again",
+            "_kept_ids",
+            "_last_long",
+            "_checked",
+        )
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

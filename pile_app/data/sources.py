@@ -23,7 +23,7 @@ from pile_app.data.index import EXTENSIONS, UNORDERED, ShardIndex, starts
 from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
 from pile_app.data.shards import OPEN_SHARDS, Shards, describe_balance
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.tokens import KeptIds, columns_of, text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
@@ -205,8 +205,8 @@ class SourceData(Shards):
 
         Args:
             number: of the document.
-            span: tokens [start, stop) that are needed of a document that was cut; texts outside are zeros, media outside have no
-                bytes. So all pieces of a long document together cost what its bytes cost. None: the whole document.
+            span: tokens [start, stop) that are needed of a document that was cut: texts outside are zeros, media outside have
+                no bytes, so that reading all pieces takes time linear in the document. None: the whole document.
             draw: a random number that chooses among alternative texts; 0: the first.
         """
         shard, sample = self.place(number)

@@ -25,8 +25,8 @@ COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\
 
 @dataclass
 class TarSample:
-    """Files that share a key. key: the name up to the first dot of its last part; start, stop: bytes of the tar; files: name after
-    that dot -> (offset from `start`, size); error: why the sample cannot be used."""
+    """Files that share a key. key: the name up to the first dot of its last part; start, stop: bytes of the tar; files: the rest of
+    the name -> (offset from `start`, size); error: why the sample cannot be used."""
 
     key: str
     start: int
@@ -75,7 +75,7 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined] (or memory grows with the archive)
+                archive.members = []  # type: ignore[attr-defined] # or memory grows with the archive
                 size = member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
                 if size < 0 or member.offset < stop or member.offset_data - member.offset > MAX_HEADER_BYTES:
                     raise ValueError(f"the header of {member.name!r} gives an impossible size")

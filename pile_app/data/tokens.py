@@ -15,7 +15,7 @@ import numpy as np
 from pile_app.data.files import ShardError, map_arrays, save_arrays
 from pile_app.data.index import EXTENSIONS, ShardIndex, starts
 from pile_app.data.packing import sentence_ends
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT, BadSample, Codes
 from pile_app.fields import Fields
 

@@ -34,7 +34,7 @@ from pile_app.data.index import TYPES, UNORDERED, ShardIndex, segment_breaks, se
 from pile_app.data.manifest import split_path
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.tokens import columns_of, text_counts
 from pile_app.documents import (
     ENCODED_EXTENSIONS,
@@ -168,8 +168,8 @@ def _check_same(new: ShardIndex, old: ShardIndex) -> None:
     different = [name for name in TYPES if name not in FILES and not np.array_equal(new.columns[name], old.columns[name])]
     if different:
         raise ShardError(
-            f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run `pile index --overwrite "
-            f"{old.path}`, and this command again with --overwrite"
+            f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run "
+            f"`pile index --overwrite {old.path}`, then this command with --overwrite"
         )
 
 

@@ -36,7 +36,7 @@ from pile_app.data.order import hash64
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.data.sources import SourceData, segment_tokens
-from pile_app.data.text import Tokenizer, load_tokenizer
+from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.data.tokens import text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
 from pile_app.prepare.engines import tracked

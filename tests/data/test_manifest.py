@@ -31,7 +31,7 @@ from pile_app.data.packing import sentence_ends
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import Shards, write_shards
 from pile_app.data.sources import SourceData
-from pile_app.data.text import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
 from pile_app.data.tokens import columns_of, text_counts
 from pile_app.documents import ENCODED_EXTENSIONS, TEXT, BadSample, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
@@ -113,7 +113,7 @@ import json, sys
 opened = set()
 sys.addaudithook(lambda event, arguments: opened.add(str(arguments[0])) if event == "open" else None)
 from pile_app.data.datamodule import PileDataModule, Source
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.vocabulary import Vocabulary
 folder = sys.argv[1]
 opened.clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.prepare.labels import given_splits, in_order, label_text, split_in_path
 from pile_app.prepare.pipeline import prepare
