@@ -667,3 +667,22 @@ class TestS3:
         with pytest.raises(ShardError, match=r"s3://shards/a\.tar.*tried 2 times"):
             cache.fetch("s3://shards/a.tar")
         type(s3).clear_instance_cache()
+
+    def test_pile_index_publishes_the_manifest(self, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from pile_app.cli import main
+        from pile_app.data.shards import Shards
+        from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
+
+        written = write_shards((Document((Segment(f"text {n} " * 20),), str(n)) for n in range(200)), tmp_path / "x", "x", 30_000)
+        for path in written.paths:
+            s3.put(path, f"shards/published/{os.path.basename(path)}")
+        train_tokenizer(["text 1 2 3 4"] * 9, "bpe", 270, tmp_path / "t.json")
+        arguments = ["s3://shards/published/x-*.tar", "--tokenizer", str(tmp_path / "t.json"), "--cache", str(tmp_path / "one")]
+        main(["index", *arguments])
+        shown = capsys.readouterr().out
+        assert shown.startswith("200 samples: 200 documents; rejected: none; fields [txt]\n")
+        assert shown.endswith("s3://shards/published/x.manifest.safetensors\n")
+        other = ShardCache(tmp_path / "two", 1000 * KB)
+        found = Shards("s3://shards/published/x-*.tar", other, tokenizer=load_tokenizer(str(tmp_path / "t.json")))
+        assert len(found) == 200 and not whole_files(other), "no shard is fetched to count it"
+        assert found.document(7) == written.document(7) and len(whole_files(other)) == 1
