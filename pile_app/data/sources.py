@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pile_app.data import shards
-from pile_app.data.index import INDEX_SUFFIX, ShardIndex, map_arrays, save_arrays, tokens_path
+from pile_app.data.index import INDEX_SUFFIX, UNORDERED, ShardIndex, map_arrays, save_arrays, tokens_path
 from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
 from pile_app.data.shards import Shards
@@ -60,6 +60,7 @@ class SourceData:
         context: int,
         cache: ShardCache | None = None,
         processes: int | None = None,
+        fields: Any = None,
     ) -> None:
         self.name = name
         self.vocabulary = vocabulary
@@ -76,7 +77,10 @@ class SourceData:
         self.counts = dict(zip(SHARD_COLUMNS, columns.T, strict=True))
         if not self.counts["pieces"].sum():
             raise ShardError(f"source {name!r} ({pattern!r}) holds no document that fits a context of {context} tokens")
-        self.tokens = SourceTokens(name, self.counts["pieces"], int(self.counts["tokens"].sum()), self.pieces)
+        sizes = np.array([self.shards.index(shard).tar_size for shard in range(len(self.shards))])
+        self.tokens = SourceTokens(
+            name, self.counts["pieces"], self.counts["tokens"], self.pieces, sizes, self.segments
+        )
         too_long = int(self.counts["too_long"].sum())
         if too_long or self.counts["rejected"].any():
             log.warning(
@@ -91,11 +95,11 @@ class SourceData:
         reasons = Counter(reason for shard in shards for _, reason in self.shards.index(shard).rejected)
         return dict(sorted(reasons.items()))
 
-    def order(self, seed: int) -> SourceOrder:
+    def order(self, seed: int, streams: int = 1, condition_dropout: float = 0.0) -> SourceOrder:
         """Its order. What that takes, the packs of every window, is computed once for a large source, and kept."""
-        make = partial(SourceOrder, self.tokens, self.context, seed)
+        make = partial(SourceOrder, self.tokens, self.context, seed, streams, condition_dropout=condition_dropout)
         count = partial(for_each, processes=self._processes)
-        return make(self._kept(f"packs-{seed}", lambda: make(for_each=count).window_packs))
+        return make(self._kept(f"packs-{seed}-{streams}", lambda: make(for_each=count).window_packs))
 
     def _kept(self, what: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """A table of this source: of a large one from the cache, where it is there."""
@@ -158,6 +162,8 @@ class SourceData:
         lengths = np.add.reduceat(tokens, first[:-1]) + 2 if some else np.zeros(0, np.int64)
         ends = index.loss[first[1:] - 1] if some else np.zeros(0, bool)  # is the `<end>` predicted?
         targets = np.add.reduceat(tokens * index.loss, first[:-1]) + ends if some else lengths
+        learned_segments = np.add.reduceat(index.loss.astype(np.int64), first[:-1]) if some else lengths
+        hides = (np.diff(first) > 1) & (learned_segments == np.diff(first))
         numbers = np.arange(len(index)) + self.first_document[shard]
         short = lengths <= context
         cut: list[tuple[int, int, int, int]] = []  # document, start, stop, targets
@@ -191,7 +197,19 @@ class SourceData:
             np.concatenate([lengths[short], rows[:, 2]]).astype(np.int32),
             np.concatenate([targets[short], rows[:, 3]]).astype(np.int32),
             np.concatenate([np.ones(count, bool), np.zeros(len(rows), bool)]),
+            np.zeros(count + len(rows), bool),
+            hides[np.concatenate([numbers[short], rows[:, 0]]) - self.first_document[shard]],
         ), too_long
+
+    def segments(self, number: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
+        """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
+        shard, sample = self._place(number)
+        index = self.shards.index(shard)
+        first, stop = index.first_segment[sample : sample + 2].tolist()
+        texts = text_tokens(self.shards, shard, self.tokenizer)
+        tokens = segment_tokens(index, self.vocabulary, texts)[first:stop].tolist()
+        sizes = list(zip(tokens, index.loss[first:stop].astype(bool).tolist(), strict=True))
+        return sizes, not index.flags[sample] & UNORDERED
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -205,14 +223,14 @@ class SourceData:
         """Raises `BadSample` where it cannot be used."""
         return self.shards.document(*self._place(number))
 
-    def document_or_reason(self, number: int) -> tuple[str, Document | BadSample]:
-        """(key, document) or why it cannot be used."""
+    def document_or_reason(self, number: int, draw: Callable[[], int] | None = None) -> tuple[str, Document | BadSample]:
+        """(key, document) or why it cannot be used. draw: says which of several texts a segment takes, `draw() % n`."""
         try:
             return self.key(number), self.document(number)
         except BadSample as error:
             return self.key(number), error
 
-    def document_to_train(self, number: int) -> tuple[str, Document | BadSample]:
+    def document_to_train(self, number: int, draw: Callable[[], int] | None = None) -> tuple[str, Document | BadSample]:
         """(key, document as training reads it: texts as token ids) or why it cannot be used."""
         shard, sample = self._place(number)
         key = self.shards.index(shard).key(sample)

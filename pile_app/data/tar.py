@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from pile_app.data.files import ShardError
 from pile_app.documents import BadSample
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 BLOCK = 512  # bytes of a tar block
 MAX_HEADER_BYTES = 1 << 20  # of one extended header: names, no data
-
-
-class ShardError(RuntimeError):
-    """A shard or its index is missing, damaged or stale; the message names the file and the mend."""
 
 
 class Member(NamedTuple):
