@@ -31,6 +31,7 @@ from pile_app.data.packing import best_fit_decreasing
 
 ORDER_VERSION = 3
 WINDOW_PIECES = 4096
+VALIDATION_PIECES = 512  # fewer, so that ranks read different shards of small sets too
 MAX_STREAMS = 64
 STREAM_SHARDS = 4  # at least, in the source with the most shards
 # Bounds on the groups that all streams of a source read at the same time, together:
@@ -190,11 +191,11 @@ class Draw:
     def apply(self, pieces: Pieces, epoch: int) -> Pieces:
         """The pieces with the lengths and targets that they have in an epoch."""
         drops = draws(pieces.document, *self._key, epoch, "condition") < self.condition_dropout * 2.0**32
-        rows = np.flatnonzero(pieces.varies | (pieces.hides & drops)).tolist()
-        if not rows or self.source.segments is None:
+        rows = np.flatnonzero(pieces.varies | (pieces.hides & drops))
+        if not len(rows) or self.source.segments is None:
             return pieces
         stops, targets = pieces.stop.copy(), pieces.targets.copy()
-        for row, piece in zip(rows, pieces[rows].of_source(0, epoch), strict=True):
+        for row, piece in zip(rows.tolist(), pieces[rows].of_source(0, epoch), strict=True):
             sizes, ordered = self.source.segments(piece.document, self.text(epoch, piece.document))
             if piece.whole and not ordered:
                 sizes = [sizes[i] for i in self.order(epoch, piece.document, len(sizes))]
@@ -266,6 +267,7 @@ class SourceOrder:
         self._starts = np.concatenate([[0], np.cumsum(window_packs)])  # of windows, in the line of packs
         self._group_starts = self._starts[self._first_window]
         self.packs_per_epoch = int(self._starts[-1])
+        self._shift = int(self._group_starts[1]) // 2 if streams > 1 else 0  # the line is a circle: see `_group_shards`
 
     def _cache(self) -> None:
         """Each instance has its own caches: one window, group and plan per stream, and some more for the moments of change."""
@@ -312,13 +314,13 @@ class SourceOrder:
         return order
 
     def part(self, epoch: int, stream: int) -> tuple[int, int]:
-        """[low, high): the range that a stream visits in the line of an epoch's packs."""
+        """[low, high): the range that a stream visits in the line of an epoch's packs, which begins again after E."""
         before = self.offset + epoch * self.packs_per_epoch
         low, high = (
             _below(before + self.packs_per_epoch, c, self.streams) - _below(before, c, self.streams)
             for c in (stream, stream + 1)
         )
-        return low, high
+        return low + self._shift, high + self._shift
 
     def packs_before(self, total: int, stream: int) -> int:
         """How many packs a stream has visited when all streams together have visited `total`."""
@@ -356,7 +358,10 @@ class SourceOrder:
         low, high = self.part(epoch, stream)
         group, within = _find(self._visits(epoch, low, high), within)
         window, within = _find(self._group_visits(epoch, group, low, high), within)
-        return epoch, self._packed(epoch, group, window), within + max(0, low - int(self._starts[window]))
+        start, stop = self._starts[window : window + 2].tolist()
+        first = min(stop, high) - max(start, low)  # packs before the line's end; the others are at its beginning
+        n = within + max(0, low - start) if within < first else within - max(0, first)
+        return epoch, self._packed(epoch, group, window), n
 
     def _make_visits(self, epoch: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """The groups in the order that the stream of [low, high) visits them, and their cumulated packs in that range."""
@@ -392,12 +397,14 @@ class SourceOrder:
 def _group_shards(tokens: np.ndarray, counts: np.ndarray, sizes: np.ndarray, streams: int) -> np.ndarray:
     """(groups + 1,) index of the first shard of each group of neighbouring shards, with these tokens, pieces and bytes.
 
-    The line is cut into `streams` parts of equally many tokens. A shard that lies in two parts is a group of its own, so that
-    two streams share little more than that shard. The shards between are split evenly, within the bounds of a group.
+    The line, a circle, is cut into `streams` parts of equally many tokens. A shard that lies in two parts is a group of its
+    own, so that two streams share little more than that shard. The first cut is in the middle of the first shard: if shards are
+    equal, so are the others, and some packs more or less touch no further shard. The shards between are split evenly, within
+    the bounds of a group.
     """
     ends = np.cumsum(tokens)
     starts = ends - tokens
-    borders = ends[-1] * np.arange(1, streams) // streams
+    borders = tokens[0] // 2 + ends[-1] * np.arange(streams) // streams if streams > 1 else ends[:0]
     part = np.searchsorted(borders, starts, side="right")
     alone = np.searchsorted(borders, ends, side="left") > part
     begins = (np.diff(part, prepend=0) > 0) | alone | np.concatenate([[False], alone[:-1]])
@@ -414,8 +421,8 @@ def _group_shards(tokens: np.ndarray, counts: np.ndarray, sizes: np.ndarray, str
 def _visits(starts: np.ndarray, some: range, low: int, high: int, *key: int | str) -> tuple[np.ndarray, np.ndarray]:
     """(some of the intervals of a line in a permuted order, their cumulated sizes as far as they lie in [low, high))."""
     order = some.start + permutation(len(some), *key, low)
-    sizes = np.minimum(starts[order + 1], high) - np.maximum(starts[order], low)
-    return order, np.cumsum(np.maximum(sizes, 0))
+    turns = (np.minimum(starts[order + 1] + n, high) - np.maximum(starts[order] + n, low) for n in (0, starts[-1]))
+    return order, np.cumsum(sum(np.maximum(sizes, 0) for sizes in turns))
 
 
 def _find(visits: tuple[np.ndarray, np.ndarray], within: int) -> tuple[int, int]:
@@ -545,8 +552,8 @@ class ValidationOrder:
         self._packs: list[tuple[Piece, ...]] = []
         for number, source in enumerate(sources):
             pieces = Pieces.concatenate([source.load(shard) for shard in range(len(source.counts))])
-            for start in range(0, len(pieces), WINDOW_PIECES):
-                window = self.draws[number].apply(pieces[start : start + WINDOW_PIECES], 0)
+            for start in range(0, len(pieces), VALIDATION_PIECES):
+                window = self.draws[number].apply(pieces[start : start + VALIDATION_PIECES], 0)
                 packs = best_fit_decreasing(window.stop - window.start, context)
                 self._packs += [window[pack].of_source(number, 0) for pack in packs]
 

@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,7 +200,7 @@ class ShardCache:
         if size is not None and written != size:
             raise OSError(f"{written:,} of {size:,} bytes came")
 
-    def _room(self) -> Iterator[bool]:
+    def _room(self) -> AbstractContextManager[bool]:
         os.makedirs(self.folder, exist_ok=True)
         return _locked(os.path.join(self.folder, "room.lock"))
 

@@ -20,7 +20,6 @@ from pile_app.data import order
 from pile_app.data.datamodule import StepBatches
 from pile_app.data.order import (
     ORDER_VERSION,
-    Draw,
     Phase,
     Pieces,
     SourceOrder,
@@ -116,8 +115,8 @@ def test_every_place_of_a_permutation_is_equally_likely() -> None:
 
 GOLDEN_HASH64 = 9026062096370171638
 GOLDEN_PERMUTATION = [7, 8, 5, 1, 6, 9, 0, 2, 3, 4]
-GOLDEN_WEIGHTS = (595_725, 303_054, 101_221)
-GOLDEN_PLAN = "59c5ea05566b2f35df687f5a777c3788"
+GOLDEN_WEIGHTS = (596_092, 302_585, 101_322)
+GOLDEN_PLAN = "a5a3ec7d6abb2dffef0bf889e3593cad"
 CHANGED = (
     "the order of the training data has changed: runs that resume would repeat and miss documents. Where that is meant, "
     "increase ORDER_VERSION and put the new values here"
@@ -348,9 +347,7 @@ def test_every_document_comes_once_an_epoch_over_all_streams(
     sources: list[list[list[int]]], seed: int, streams: int, run: int
 ) -> None:
     lengths = [[length for shard in shards for length in shard] for shards in sources]
-    orders = [
-        SourceOrder(source(f"s{n}", one, list(map(len, sources[n]))), 64, seed, streams) for n, one in enumerate(lengths)
-    ]
+    orders = [SourceOrder(source(f"s{n}", one, list(map(len, sources[n]))), 64, seed, streams) for n, one in enumerate(lengths)]
     sizes = tuple(one.packs_per_epoch for one in orders)
     plan = TrainingOrder(orders, [Phase(None if epoch else 0, sizes, exact=True) for epoch in range(3)], streams * run)
     borders = [plan.first(0), plan.first(1), plan.first(2), plan.length]
@@ -360,8 +357,10 @@ def test_every_document_comes_once_an_epoch_over_all_streams(
         assert len(counts) == sum(map(len, lengths)) and set(counts.values()) == {1}
         assert {piece.epoch for pack in packs for piece in pack} == {epoch}
         steps = -(-sum(sizes) // plan.global_batch)
-        assert stop - first == steps * plan.global_batch if not epoch else (stop - first) // plan.global_batch <= steps + 1 + (
-            len(sizes) // run
+        assert (
+            stop - first == steps * plan.global_batch
+            if not epoch
+            else (stop - first) // plan.global_batch <= steps + 1 + (len(sizes) // run)
         )
     endless = TrainingOrder(orders, [Phase(0, sizes)], streams * run)
     counts = Counter(piece for position in range(2 * sum(sizes)) for piece in endless.pack(position))
@@ -464,7 +463,7 @@ def test_without_weights_all_sources_end_an_epoch_together(streams: int) -> None
     assert in_epochs.pack(in_epochs.length) == in_epochs.pack(10**12) == ()
 
 
-@pytest.mark.parametrize(("context", "streams"), [(256, 1), (512, 1), (512, 16)])
+@pytest.mark.parametrize(("context", "streams"), [(256, 1), (512, 1), (512, 8)])
 def test_tokens_of_sources_with_different_fills_have_the_given_shares(context: int, streams: int) -> None:
     rng = np.random.default_rng(0)
     lengths = {
@@ -559,3 +558,41 @@ def test_resume_starts_at_its_step_with_another_world_size_and_loses_nothing() -
 def test_successive_steps_of_a_rank_follow_one_another() -> None:
     first = [batch[0] for batch in StepBatches(0, 20, 8, 4, 1, 2)]
     assert all(b - a == 8 for a, b in pairwise(first))
+
+
+# Random choices about documents
+
+
+def captions(document: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
+    """A picture of 20 tokens with one of three captions, in free order."""
+    return [(20, True), (10 + document % 7 + 5 * (draw % 3), True)], document % 2 == 0
+
+
+def test_the_texts_drawn_in_each_epoch_and_hidden_segments_are_planned_exactly() -> None:
+    numbers = np.arange(400)
+    longest = 2 + 20 + 10 + numbers % 7 + 10
+    yes = np.ones(400, bool)
+    pieces = Pieces(numbers, 0 * numbers, longest, longest - 1, yes, yes, yes)
+    tokens = SourceTokens("s", np.array([400]), np.array([longest.sum()]), lambda shard: pieces, None, captions)
+    plan = SourceOrder(tokens, CONTEXT, 0, condition_dropout=0.25)
+    drawn = [Counter[int]() for _ in range(400)]
+    hidden = 0
+    for epoch in range(30):
+        for k in range(epoch * plan.packs_per_epoch, (epoch + 1) * plan.packs_per_epoch):
+            pack, targets = plan.pack(k), 0
+            for piece in pack:
+                sizes, ordered = captions(piece.document, plan.draw.text(epoch, piece.document))
+                if not ordered:
+                    sizes = [sizes[i] for i in plan.draw.order(epoch, piece.document, 2)]
+                dropped = plan.draw.hidden(epoch, piece.document, 2)
+                assert piece.stop == 2 + sum(size for size, _ in sizes) <= longest[piece.document]
+                targets += piece.stop - 1 - sum(size for size, _ in sizes[:dropped])
+                drawn[piece.document][piece.stop] += 1
+                hidden += dropped
+            assert plan.sizes(k) == (sum(piece.stop for piece in pack), targets)
+    assert all(len(texts) == 3 and max(texts.values()) < 25 for texts in drawn)
+    assert 0.23 < hidden / (30 * 400) < 0.27
+    validation = ValidationOrder([tokens], CONTEXT)
+    stops = {piece.document: piece.stop for n in range(len(validation)) for piece in validation.pack(n)}
+    assert all(stops[n] == 2 + sum(size for size, _ in captions(n, validation.draws[0].text(0, n))[0]) for n in range(400))
+    assert not any(validation.draws[0].hidden(0, n, 2) for n in range(400))

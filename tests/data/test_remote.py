@@ -85,7 +85,12 @@ class Server:
                 location /signed/ {{ if ($request_method = HEAD) {{ return 403; }} }}
               }}
             }}""")
-        self.process = subprocess.Popen([NGINX, "-c", str(base / "nginx.conf"), "-p", str(base), "-g", "daemon off;"])
+        self.base = base
+        self.start()
+
+    def start(self) -> None:
+        command = [NGINX, "-c", str(self.base / "nginx.conf"), "-p", str(self.base), "-g", "daemon off;"]
+        self.process = subprocess.Popen(command)
         wait_until(lambda: answers(self.port))
 
     def url(self, name: str) -> str:
@@ -430,7 +435,7 @@ class TestHTTP:
 def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Server, tmp_path: Path) -> None:
     import torch  # here: processes of other tests import this module, and need none of it
 
-    from pile_app.data.datamodule import PileDataModule, Source, _ShardsAhead
+    from pile_app.data.datamodule import PileDataModule, Source, shards_ahead
     from pile_app.data.text import ByteTokenizer
     from pile_app.model.fused import make_vocabulary
 
@@ -446,16 +451,27 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
         data.prepare_data()
         data.setup()
     assert len(indexes) > 18 and whole_files(remote.cache) == []
-    ahead = _ShardsAhead(remote.train_data, remote.order, remote.cache, 0)
+    streams = range(remote.order.streams)
+    ahead = Prefetcher(remote.cache, shards_ahead(remote.train_data, remote.order, streams, 0, 10**6), ahead=16)
     try:
-        wait_until(lambda: len(whole_files(remote.cache)) == 16)  # two groups
-        ahead.advance_to(10**6)
+        wait_until(lambda: len(whole_files(remote.cache)) == 16)
+        ahead.advance(10**6)
         wait_until(lambda: len(whole_files(remote.cache)) == len(indexes))
         for position in range(0, remote.order.packs_per_epoch, 7):
             assert torch.equal(*(data.train_dataset()[position].tokens for data in (local, remote)))
     finally:
         ahead.close()
     assert sum(line.endswith(".tar 200") for line in nginx.requests("set/")) == len(indexes)
+
+
+@needs_nginx
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_each_node_fetches_its_part_of_an_epoch(tmp_path: Path, nodes: int) -> None:
+    from benchmarks.node_bytes import measure
+
+    fetched, total = measure(tmp_path, nodes, shards=40, workers=None)
+    assert max(fetched) <= 1.15 / nodes * total, [bytes_ / total for bytes_ in fetched]
+    assert sum(fetched) >= total, "every shard is read by some node"
 
 
 def fetch_whole(cache: ShardCache, url: str, expected: bytes) -> str:
