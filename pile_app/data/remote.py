@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 from pile_app.data.files import ShardError
@@ -33,21 +34,26 @@ __all__ = ["Prefetcher", "ShardCache", "Wanted", "expand_remote", "is_remote"]
 
 log = logging.getLogger(__name__)
 
+Check = Callable[[str], None]  # raises if the file at a path is not the one that was indexed
 CHUNK = 16 << 20  # bytes of a read, and of a ranged request to S3
 WAIT_SECONDS = 0.1  # between attempts to reserve space
 STUCK_SECONDS = 60  # after which a file that is needed now replaces files in use, rather than wait for ever
 
 
 class Wanted(NamedTuple):
-    """A remote file. size: in bytes, if known; check: raises if the file at a path is not the one that was indexed."""
+    """A remote file: see `ShardCache.fetch`."""
 
     url: str
     size: int | None = None
-    check: Callable[[str], None] | None = None
+    check: Check | None = None
 
 
 class _Later(ShardError):
-    """A file that is fetched ahead finds no room, or is being fetched by another process, or is not wanted any more."""
+    """A file that is fetched ahead is being fetched by another process, or is not wanted any more."""
+
+
+class _NoRoom(_Later):
+    """There is no room for a file that is fetched ahead."""
 
 
 class ShardCache:
@@ -79,19 +85,13 @@ class ShardCache:
         name = re.sub(r"[^\w.,=+-]+", "_", path.rpartition("/")[2], flags=re.ASCII)[-100:].strip(".")
         return os.path.join(self.folder, hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), name or "shard")
 
-    def fetch(
-        self,
-        url: str,
-        expected_size: int | None = None,
-        check: Callable[[str], None] | None = None,
-        ahead: threading.Event | None = None,
-    ) -> str:
+    def fetch(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> str:
         """Path of a whole local copy. If it is missing, one of the processes that ask for it downloads it.
 
         Another process may evict it before the caller opens it; `open` handles that.
 
         Args:
-            expected_size: in bytes; a copy of another size is replaced.
+            size: in bytes; a copy of another size is replaced.
             check: called with the path of a new copy before others see it. If it raises, the copy is fetched once more.
             ahead: for a file that is not needed yet: the call does not wait for room or for other processes, and ends when
                 this event is set.
@@ -103,26 +103,20 @@ class ShardCache:
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
-        if not _is_whole(path, expected_size):
+        if not _is_whole(path, size):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with _locked(path + ".lock", wait=ahead is None) as ours:
                 if not ours:
                     raise _Later(f"{url!r} is being fetched by another process")
-                if not _is_whole(path, expected_size):
-                    self._download(Wanted(url, expected_size, check), path, ahead)
+                if not _is_whole(path, size):
+                    self._download(Wanted(url, size, check), path, ahead)
         return path
 
-    def open(
-        self,
-        url: str,
-        expected_size: int | None = None,
-        check: Callable[[str], None] | None = None,
-        ahead: threading.Event | None = None,
-    ) -> int:
+    def open(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> int:
         """A file descriptor, for reading, of the copy that `fetch` returns. The copy is not evicted until it is closed."""
         while True:
             with suppress(FileNotFoundError):  # evicted in between
-                descriptor = os.open(self.fetch(url, expected_size, check, ahead), os.O_RDONLY)
+                descriptor = os.open(self.fetch(url, size, check, ahead), os.O_RDONLY)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 if os.fstat(descriptor).st_nlink:
                     return descriptor
@@ -143,7 +137,7 @@ class ShardCache:
             return to
         return None
 
-    def _download(self, wanted: Wanted, path: str, ahead: threading.Event | None) -> None:
+    def _download(self, wanted: Wanted, path: str, ahead: Event | None) -> None:
         """Fetch a file to `path`, whose lock is held."""
         for stale in (path, *glob.glob(glob.escape(path) + ".*.part")):
             _remove(stale)
@@ -178,23 +172,21 @@ class ShardCache:
 
     def _transfer(self, wanted: Wanted, part: str, pause: Callable[[float], None], now: bool) -> None:
         """Download to `part` once."""
-        url, size, written, reserved = wanted.url, wanted.size, 0, 0
-        with open(part, "wb") as file:
-            if size:
-                reserved = self._reserve(url, part, size, now)
-            with opened(url) as (read, said):
-                if size is not None and said is not None and size != said:
-                    raise ShardError(f"{url!r} has {said:,} bytes, {size:,} were indexed: run `pile index {url}` again")
-                size = said if size is None else size
-                while chunk := read(CHUNK):
-                    needed = max(size or 0, written + len(chunk))
-                    if needed > reserved:
-                        if size is None:  # of unknown size: reserve in steps, since each looks at the whole folder
-                            needed = max(needed, min(needed + min(CHUNK, self.max_bytes // 16), self.max_bytes))
-                        reserved = self._reserve(url, part, needed, now)
-                    pause(0)
-                    file.write(chunk)
-                    written += len(chunk)
+        url, size, written = wanted.url, wanted.size, 0
+        open(part, "wb").close()
+        reserved = self._reserve(url, part, size, now) if size else 0
+        with open(part, "r+b") as file, opened(url) as (read, said):
+            if None not in (size, said) and size != said:
+                raise ShardError(f"{url!r} has {said:,} bytes, {size:,} were indexed: run `pile index {url}` again")
+            size = said if size is None else size
+            while chunk := read(CHUNK):
+                needed = max(size or 0, written + len(chunk))
+                if needed > reserved:  # of unknown size: reserve in steps, since each looks at the whole folder
+                    step = 0 if size else min(CHUNK, self.max_bytes // 16)
+                    reserved = self._reserve(url, part, max(needed, min(needed + step, self.max_bytes)), now)
+                pause(0)
+                file.write(chunk)
+                written += len(chunk)
             file.truncate()  # to the bytes that arrived
             os.fsync(file.fileno())
         if size is not None and written != size:
@@ -217,7 +209,7 @@ class ShardCache:
                     os.truncate(part, size)
                     return size
             if not now:
-                raise _Later(f"no room for {url!r}")
+                raise _NoRoom(f"no room for {url!r}")
             if os.path.getsize(part):  # two downloads that hold space could wait for each other
                 raise OSError("other downloads left no room in the cache")
             time.sleep(WAIT_SECONDS)
@@ -252,15 +244,15 @@ class Prefetcher:
         threads: concurrent downloads.
     """
 
-    def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 4) -> None:
+    def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:
         self.cache, self.ahead = cache, ahead
         self._files = enumerate(files)
         self._again: list[tuple[int, tuple[float, Wanted]]] = []  # found no room
         self._is_full = False  # then the file that is needed soonest is tried alone
-        self._kept: list[tuple[float, int]] = []  # (position, open descriptor)
+        self._kept: list[tuple[int, tuple[float, Wanted], int]] = []  # (number, file, open descriptor)
         self._pending = 0
         self._changed = threading.Condition()
-        self._closed = threading.Event()
+        self._closed = Event()
         self._warned = False
         self._threads = [threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
@@ -269,11 +261,15 @@ class Prefetcher:
     def advance(self, position: float) -> None:
         """Release the files that are not needed from `position` on."""
         with self._changed:
-            for end, descriptor in self._kept:
-                if end <= position:
-                    os.close(descriptor)
-            self._kept = [kept for kept in self._kept if kept[0] > position]
+            self._release(lambda number, end: end <= position)
             self._changed.notify_all()
+
+    def _release(self, is_over: Callable[[int, float], bool]) -> list[tuple[int, tuple[float, Wanted]]]:
+        released = [kept for kept in self._kept if is_over(kept[0], kept[1][0])]
+        for *_, descriptor in released:
+            os.close(descriptor)
+        self._kept = [kept for kept in self._kept if kept not in released]
+        return [(number, file) for number, file, _ in released]
 
     def close(self) -> None:
         """End the threads. A download under way is given up at its next chunk; wait for it some seconds at most."""
@@ -296,22 +292,25 @@ class Prefetcher:
                 if self._closed.is_set() or file is None:
                     return
                 self._pending += 1
-            descriptor, is_later = None, False
+            descriptor, later = None, []
             try:
                 descriptor = self.cache.open(*file[1], ahead=self._closed)
-            except _Later:
-                is_later = True
+            except _Later as error:
+                later = [(number, file)]
+                if isinstance(error, _NoRoom):  # files that are needed later must not take the room
+                    with self._changed:
+                        later += self._release(lambda other, end, this=number: other > this)
             except Exception as error:
                 level = logging.DEBUG if self._warned else logging.WARNING
                 log.log(level, "a shard could not be fetched ahead; its reader will try again: %s", error)
                 self._warned = True
             with self._changed:
                 self._pending -= 1
-                self._is_full = is_later
+                self._is_full = bool(later)
                 if descriptor is not None:
-                    self._kept.append((file[0], descriptor))
-                if is_later:
-                    self._again = sorted([*self._again, (number, file)], key=lambda entry: entry[0])
+                    self._kept.append((number, file, descriptor))
+                if later:
+                    self._again = sorted([*self._again, *later], key=lambda entry: entry[0])
                     self._changed.wait(WAIT_SECONDS)
                 self._changed.notify_all()
 
