@@ -3,7 +3,7 @@
     python benchmarks/start_cost.py [--shards 1000] [--ranks 8]
 
 Each rank is a process that opens the source and makes its first batch. Local: files and listings that Python opens in the
-folder of the shards, by an audit hook. Remote: requests that a server on loopback answers; all ranks share a cache, as on one node.
+folder of the shards, by an audit hook. Remote: requests that a server on loopback answers; all ranks share a cache.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 LARGE_SOURCE = 1_000_000  # documents, from which on the tables of the order are kept
 LONG_TOKENS = 64 << 20  # of long documents that a process keeps
 SHARD_COLUMNS = ("pieces", "tokens", "too_long", "shortest", "longest")
-MIX = 0x9E3779B97F4A7C15
 TXT = EXTENSIONS.index("txt")
 STAND_IN = ("txt", "png", "wav")  # extension of a segment outside of a piece, by modality
 
@@ -73,7 +73,8 @@ class SourceData(Shards):
         self.counts = dict(zip(SHARD_COLUMNS, columns.T, strict=True))
         if not self.counts["pieces"].sum():
             raise ShardError(f"source {name!r} ({pattern!r}) holds {self._why_empty()}")
-        self.tokens = SourceTokens(name, self.counts["pieces"], int(self.counts["tokens"].sum()), self.pieces)
+        counts = self.counts["pieces"], self.counts["tokens"]
+        self.tokens = SourceTokens(name, *counts, self.pieces, np.array(self.sizes), self.segments)
 
     def _forget(self) -> None:
         super()._forget()
@@ -100,11 +101,11 @@ class SourceData(Shards):
 
     # -- Pieces
 
-    def order(self, seed: int) -> SourceOrder:
+    def order(self, seed: int, streams: int = 1, condition_dropout: float = 0.0) -> SourceOrder:
         """The order of the source. The packs of every window are counted once for a large source, and kept."""
-        make = partial(SourceOrder, self.tokens, self.context, seed)
+        make = partial(SourceOrder, self.tokens, self.context, seed, streams, condition_dropout=condition_dropout)
         count = partial(for_each, processes=self._processes)
-        return make(self._kept(f"packs-{seed}", lambda: make(for_each=count).window_packs))
+        return make(self._kept(f"packs-{seed}-{streams}", lambda: make(for_each=count).window_packs))
 
     def _kept(self, what: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """A table of this source; that of a large source is read from the cache folder if it is there."""
@@ -145,18 +146,20 @@ class SourceData(Shards):
         """(pieces, lengths of the documents, documents left out because a medium in them is longer than the context)."""
         index, context = self.index(shard), self.context
         counts, breaks = text_counts(index, self.tokenizer)
-        every = tokens = targets = segment_tokens(index, self.vocabulary, counts)
+        every = tokens = segment_tokens(index, self.vocabulary, counts)
         rows, loss, modality, first = np.arange(len(tokens)), index.loss, index.modality, index.first_segment
-        if index.choice.any():  # room for the longest alternative, as many targets as they have on average
+        if index.choice.any():  # room for the longest alternative
             rows = np.flatnonzero(~index.choice)
-            targets = np.add.reduceat(tokens, rows) // np.diff([*rows, len(tokens)])
             tokens, loss, modality = np.maximum.reduceat(tokens, rows), loss[rows], modality[rows]
             first = np.searchsorted(rows, first)
         if not len(index):
-            return Pieces(*(np.zeros(0, kind) for kind in (np.int64, np.int32, np.int32, np.int32, bool))), tokens, 0
+            return Pieces(*(np.zeros(0, kind) for kind in (np.int64, *(np.int32,) * 3, *(bool,) * 3))), tokens, 0
         lengths = np.add.reduceat(tokens, first[:-1]) + 2
         ends = loss[first[1:] - 1]  # whether `<end>` is predicted
-        targets = np.add.reduceat(targets * loss, first[:-1]) + ends
+        targets = np.add.reduceat(tokens * loss, first[:-1]) + ends
+        count, learned = np.diff(first), np.add.reduceat(loss.astype(np.int64), first[:-1])
+        varies = (count < index.segments) | ((index.flags & UNORDERED > 0) & (learned < count))
+        hides = (count > 1) & (learned == count)
         numbers = np.arange(len(index)) + self.first_document[shard]
         short = lengths <= context
         cut: list[tuple[int, int, int, int]] = []  # document, start, stop, targets
@@ -179,40 +182,61 @@ class SourceData(Shards):
             before = starts(predicted)
             cut += [(int(numbers[sample]), one, end, int(before[end] - before[one + 1])) for one, end in ranges]
         table = np.array(cut, np.int64).reshape(-1, 4)
-        count = int(short.sum())
+        document = np.concatenate([numbers[short], table[:, 0]])
+        whole = np.arange(len(document)) < short.sum()
         pieces = Pieces(
-            np.concatenate([numbers[short], table[:, 0]]),
-            np.concatenate([np.zeros(count, np.int32), table[:, 1].astype(np.int32)]),
+            document,
+            np.concatenate([np.zeros_like(lengths[short]), table[:, 1]]).astype(np.int32),
             np.concatenate([lengths[short], table[:, 2]]).astype(np.int32),
             np.concatenate([targets[short], table[:, 3]]).astype(np.int32),
-            np.concatenate([np.ones(count, bool), np.zeros(len(table), bool)]),
+            whole,
+            whole & varies[document - self.first_document[shard]],
+            hides[document - self.first_document[shard]],
         )
         return pieces, lengths, too_long
 
+    def segments(self, number: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
+        """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
+        shard, sample = self.place(number)
+        index = self.index(shard)
+        rows = self._choose(index, sample, draw)
+        sizes = [(self._row_tokens(index, row), bool(index.numbers.loss[row])) for row in rows]
+        return sizes, not index.numbers.flags[sample] & UNORDERED
+
     # -- Documents
 
-    def document_or_reason(self, number: int) -> tuple[str, Document | BadSample]:
-        """(key, document), or the reason why it cannot be used."""
+    def document_or_reason(
+        self, number: int, draw: Callable[[], int] | None = None, span: tuple[int, int] | None = None
+    ) -> tuple[str, Document | BadSample]:
+        """(key, document), or the reason why it cannot be used. See `document_to_train`."""
+        shard, sample = self.place(number)
+        index = self.index(shard)
         try:
-            return self.key(number), self.document(number)
+            document = self.document(number)
+            if draw is not None and any(segment.choices for segment in document.segments):
+                found = self._contents(shard, sample, self.block(shard, sample))
+                chosen = [found[row] for row in self._choose(index, sample, draw())]
+                parts = (replace(one, data=data, choices=()) for one, data in zip(document.segments, chosen, strict=True))
+                document = replace(document, segments=tuple(parts))
+            return index.key(sample), document
         except BadSample as error:
-            return self.key(number), error
+            return index.key(sample), error
 
     def document_to_train(
-        self, number: int, span: tuple[int, int] | None = None, draw: int = 0
+        self, number: int, draw: Callable[[], int] | None = None, span: tuple[int, int] | None = None
     ) -> tuple[str, Document | BadSample]:
         """(key, document as training reads it: texts as token ids, no `meta`), or the reason why it cannot be used.
 
         Args:
             number: of the document.
+            draw: of n alternative texts of a segment, number `draw() % n` is taken; None: the first.
             span: tokens [start, stop) that are needed of a document that was cut: texts outside are zeros, media outside have
                 no bytes, so that reading all pieces takes time linear in the document. None: the whole document.
-            draw: a random number that chooses among alternative texts; 0: the first.
         """
         shard, sample = self.place(number)
         index = self.index(shard)
         try:
-            segments = self._part(shard, sample, *span) if span else self._whole(shard, sample, draw)
+            segments = self._part(shard, sample, *span) if span else self._whole(shard, sample, draw() if draw else 0)
             return index.key(sample), Document(tuple(segments), "", not index.numbers.flags[sample] & UNORDERED)
         except BadSample as error:
             return index.key(sample), error
@@ -220,7 +244,7 @@ class SourceData(Shards):
     def _whole(self, shard: int, sample: int, draw: int) -> Iterator[Segment]:
         index, kept = self.index(shard), self._ids_of(shard)
         n, is_bytes = index.numbers, self.tokenizer.fingerprint == "bytes"
-        rows = _choose(index, sample, draw)
+        rows = self._choose(index, sample, draw)
         block = b"" if kept and all(n.file[row] == TXT for row in rows) else self.block(shard, sample)
         others = None if all(n.file_offset[row] for row in rows) or not block else self._contents(shard, sample, block)
         for row in rows:
@@ -240,7 +264,7 @@ class SourceData(Shards):
         index, n = self.index(shard), self.index(shard).numbers
         self._check_once(shard, sample)
         position = 1
-        for row in _choose(index, sample, 0):
+        for row in self._choose(index, sample, 0):
             modality, loss, size = n.modality[row], n.loss[row], (n.segment_size[row], n.sample_rate[row])
             if modality == TEXT:
                 count = self._text_count(index, row)
@@ -257,7 +281,7 @@ class SourceData(Shards):
                 yield Segment(data, EXTENSIONS[n.file[row]], loss, size=size)
             else:
                 yield Segment(b"", STAND_IN[modality], loss, size=size)
-            position += self.vocabulary.segment_tokens(modality, *size)
+            position += self._row_tokens(index, row)
 
     def _text_part(self, shard: int, sample: int, row: int, low: int, high: int) -> np.ndarray:
         """(tokens,) ids of a text, of which [low, high) are right."""
@@ -307,6 +331,26 @@ class SourceData(Shards):
             raise BadSample("length", f"a text has {len(ids)} tokens, {self._text_count(index, row)} were counted")
         return ids
 
+    def _choose(self, index: ShardIndex, sample: int, draw: int) -> list[int]:
+        """The rows of a document, one of each group of alternatives: the first, if it is cut or `draw` is 0."""
+        n = index.numbers
+        rows = range(n.first_segment[sample], n.first_segment[sample + 1])
+        if not any(n.choice[rows.start : rows.stop]):
+            return list(rows)
+        groups: list[list[int]] = []
+        for row in rows:
+            groups += [] if n.choice[row] else [[]]
+            groups[-1].append(row)
+        longest = sum(max(self._row_tokens(index, row) for row in group) for group in groups) + 2
+        return [group[draw % len(group) if longest <= self.context else 0] for group in groups]
+
+    def _row_tokens(self, index: ShardIndex, row: int) -> int:
+        """Tokens of a segment with opener and closing token."""
+        n = index.numbers
+        is_text = n.modality[row] == TEXT
+        size = self._text_count(index, row) if is_text else n.segment_size[row]
+        return self.vocabulary.segment_tokens(n.modality[row], size, n.sample_rate[row])
+
     def _text_count(self, index: ShardIndex, row: int) -> int:
         is_bytes = self.tokenizer.fingerprint == "bytes"
         return int((index.segment_size if is_bytes else index.columns[columns_of(self.tokenizer)[0]])[row])
@@ -334,21 +378,6 @@ class SourceData(Shards):
             if len(self._kept_ids) > OPEN_SHARDS:
                 self._kept_ids.popitem(last=False)
         return self._kept_ids[shard]
-
-
-def _choose(index: ShardIndex, sample: int, draw: int) -> list[int]:
-    """The rows of a sample, one of each group of alternatives."""
-    n = index.numbers
-    rows = range(n.first_segment[sample], n.first_segment[sample + 1])
-    if not any(n.choice[rows.start : rows.stop]):
-        return list(rows)
-    groups: list[list[int]] = []
-    for row in rows:
-        if n.choice[row]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [group[(draw ^ number * MIX) % len(group) if draw else 0] for number, group in enumerate(groups)]
 
 
 def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, counts: np.ndarray) -> np.ndarray:

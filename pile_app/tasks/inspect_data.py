@@ -269,7 +269,7 @@ def measure(part: Part, plan: Plan) -> None:
         return
     part.left_out = int(data.counts["too_long"].sum())
     part.packs = data.order(plan.seed).packs_per_epoch
-    part.fill = data.tokens.tokens / (part.packs * plan.context)
+    part.fill = float(data.tokens.tokens.sum()) / (part.packs * plan.context)
 
 
 def _measure_shard(part: Part, shard: int, plan: Plan) -> None:

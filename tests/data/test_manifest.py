@@ -602,7 +602,7 @@ def test_the_pieces_of_a_long_document_cost_what_it_is_long(
     monkeypatch.setattr(tokenizer, "encode", lambda one: encoded.append(one) or encode(one))
     found = {}
     for start, stop in np.random.default_rng(0).permutation(pieces).tolist():
-        _, document = data.document_to_train(0, (start, stop))
+        _, document = data.document_to_train(0, None, (start, stop))
         assert isinstance(document, Document)
         if len(document.segments) == 1:
             ids = document.segments[0].ids
@@ -622,7 +622,7 @@ def test_damage_in_a_long_document_rejects_every_piece(tmp_path: Path) -> None:
     data = source(pattern)
     Path(pattern).write_bytes(Path(pattern).read_bytes().replace(b"text a long", b"texT a long", 1))
     for span in pieces_of(data, 0):
-        _, read = data.document_to_train(0, span)
+        _, read = data.document_to_train(0, None, span)
         assert isinstance(read, BadSample) and read.reason == "checksum"
 
 
@@ -633,12 +633,14 @@ def test_one_of_several_captions_is_drawn_and_the_longest_fits(tmp_path: Path, b
         data = source(write_shards(documents, tmp_path, "x").paths[0], tokenizer)
         longest = max(len(tokenizer.encode(text)) for text in captions)
         assert pieces_of(data, 0) == [(0, 1 + 5 + 1 + longest + 1)]
-        drawn = set()
-        for draw in np.random.default_rng(0).integers(1, 1 << 62, 50).tolist():
-            _, document = data.document_to_train(0, None, draw)
+        assert data.pieces(0).varies.tolist() == [True, False]
+        for number, caption in enumerate(captions):
+            _, document = data.document_to_train(0, lambda number=number: 300 + number)  # type: ignore[misc]
             assert isinstance(document, Document) and len(document.segments) == 2
-            drawn.add(tokenizer.decode(document.segments[1].ids))  # type: ignore[arg-type]
-        assert drawn == set(captions)
+            assert tokenizer.decode(document.segments[1].ids) == caption  # type: ignore[arg-type]
+            assert data.segments(0, 300 + number)[0] == [(5, True), (1 + len(tokenizer.encode(caption)), True)]
+            _, document = data.document_or_reason(0, lambda number=number: 300 + number)  # type: ignore[misc]
+            assert isinstance(document, Document) and document.segments[1] == Segment(caption)
         _, first = data.document_to_train(0)
         assert tokenizer.decode(first.segments[1].ids) == captions[0]  # type: ignore[union-attr, arg-type]
     assert data.document(0) == documents[0]

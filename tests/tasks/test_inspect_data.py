@@ -120,7 +120,7 @@ def test_a_run_counts_media_as_its_training_does(tiny_run: TinyRun, tmp_path: Pa
         assert found["tokens"]["all"] == sum(map(np.sum, counted)) + 2 * found["documents"]
         assert found["documents"] == len(source) == 60 and found["left_out"] == 0
         assert found["packs"] == source.order(data.seed).packs_per_epoch
-        assert found["fill"] == pytest.approx(source.tokens.tokens / (found["packs"] * 128))
+        assert found["fill"] == pytest.approx(source.tokens.tokens.sum() / (found["packs"] * 128))
     assert of_source(statistics, "media", "train")["tokens"]["image"] == 30 * 4
     assert of_source(statistics, "media", "validation")["documents"] == 8
     assert of_source(statistics, "prose", "train")["cut"] > 0
