@@ -29,11 +29,12 @@ import numpy as np
 MODALITIES = ("text", "image", "audio")
 TEXT, IMAGE, AUDIO = range(3)
 
-IMAGE_EXTENSIONS = tuple("png jpg jpeg jpe jfif webp gif bmp tif tiff avif".split())
-AUDIO_EXTENSIONS = tuple("wav flac mp3 ogg oga opus aif aiff m4a aac webm weba wma".split())
-UNREADABLE_EXTENSIONS = tuple(  # media that nothing here decodes: a text that belongs to one is no document of its own
-    "mp4 m4v avi mov mkv mpg mpeg wmv flv 3gp ogv svg heic heif jxl jp2 psd eps ico raw cr2 nef dng exr hdr mid midi amr ape".split()
-)
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "m4a", "aac", "webm", "weba", "wma")
+UNREADABLE_EXTENSIONS = (  # media that nothing here decodes: text that belongs to one is no document of its own
+    "mp4", "m4v", "avi", "mov", "mkv", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "svg", "heic", "heif", "jxl", "jp2", "psd",
+    "eps", "ico", "raw", "cr2", "nef", "dng", "exr", "hdr", "mid", "midi", "amr", "ape",
+)  # fmt: skip
 ENCODED_EXTENSIONS = ("textids", "imagecodes", "audiocodes")  # by modality
 MODALITY_OF_EXTENSION = (
     {"txt": TEXT, "cls": TEXT}
