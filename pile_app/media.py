@@ -119,15 +119,15 @@ def _decode_any(data: bytes, channels: int, height: int, width: int, transform: 
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
-            if transform is not None:
-                if image.width > 2 * width and image.height > 2 * height:
-                    image = ImageOps.cover(image, (2 * width, 2 * height))
-                pixels = transform(np.array(image).reshape(image.height, image.width, channels))
-                image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels))
-            if image.size != (width, height):
-                image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
         except Exception as error:
             raise error if isinstance(error, BadSample) else BadSample("undecodable_image", str(error)) from error
+    if transform is not None:
+        if image.width > 2 * width and image.height > 2 * height:
+            image = ImageOps.cover(image, (2 * width, 2 * height))
+        pixels = transform(np.array(image).reshape(image.height, image.width, channels))
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels))
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(height, width, channels)
 
 
@@ -273,7 +273,7 @@ def resample(waveform: np.ndarray, own_rate: int, sample_rate: int) -> np.ndarra
     return _resampler(own_rate, sample_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy()
 
 
-@lru_cache(16)
+@lru_cache(64)
 def _resampler(own_rate: int, sample_rate: int) -> Any:
     """Make a resampler, which takes milliseconds. Rates without a common factor (44,101 Hz) would take gigabytes: they are
     rounded to 100 Hz, a hundredth of a semitone at most for usual rates."""
