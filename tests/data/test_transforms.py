@@ -154,7 +154,7 @@ def test_a_function_of_the_user_gets_images_and_sounds() -> None:
     ],
 )
 def test_wrong_transforms_are_named_at_start_up(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match="^transforms: ") as caught:
+    with pytest.raises(ValueError, match=r"^transforms: ") as caught:
         Transforms([spec], 0)
     assert "\n" not in str(caught.value) and repr(spec) in str(caught.value) and message in str(caught.value)
 
