@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pile_app.model.codecs import (
     AudioCodec,
@@ -166,6 +169,45 @@ def test_codes_of_a_sound_do_not_depend_on_its_batch(
     assert torch.equal(together, torch.cat(alone)) and len(together.unique()) >= 10
     torch.testing.assert_close(codec.decode(together, tokens), torch.cat(waveforms), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(codec.patches(audio, tokens), torch.cat(patches), atol=1e-5, rtol=1e-5)
+
+
+class Produced(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations produce, and of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.total += tensor.numel() * tensor.itemsize
+                self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
+        return result
+
+
+def test_memory_grows_with_the_seconds_in_a_batch_not_with_the_longest_sound() -> None:
+    """One sound of 200 units with 200 of 2, against the same seconds in equal sounds: all were padded to the longest."""
+    codec = audio_codec()
+    mixed, equal = torch.tensor([200] + [2] * 200), torch.full((200,), 3)
+    for use in (codec.encode, codec.loss, lambda audio, tokens: codec.decode(torch.zeros(600, dtype=torch.int64), tokens)):
+        counts = []
+        for tokens in (mixed, equal):
+            with Produced() as counted:
+                use(torch.rand(600, AUDIO.samples_per_token), tokens)
+            counts.append((counted.total, counted.largest))
+        assert all(one <= 1.1 * other for one, other in zip(*counts, strict=True))
+
+
+def test_long_sounds_are_computed_in_slices_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = audio_codec()
+    monkeypatch.setattr(codec, "SLICE", 64)
+    spectrum = 2 * (64 + 2 * codec.reach) * (AUDIO.window // 2 + 1) * 8  # complex
+    for use in (codec.encode, lambda audio, tokens: codec.decode(torch.zeros(2000, dtype=torch.int64), tokens)):
+        with Produced() as counted:
+            use(torch.rand(2000, AUDIO.samples_per_token), torch.tensor([2000]))
+        assert counted.largest <= max(2.5 * spectrum, 1.1 * 2000 * AUDIO.samples_per_token * 4)
 
 
 def test_a_decoded_sound_is_as_long_as_its_codes() -> None:
