@@ -185,7 +185,8 @@ def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:
             raise BadSample("nan_audio", "the sound holds samples that are not finite numbers")
         if np.abs(waveform).max(initial=0) < SILENCE:
             raise BadSample("silent_audio", "no sample is louder than -80 dB of full scale")
-    return fit_length(waveform, -(-sound.frames * sample_rate // sound.rate))
+    length = -(-sound.frames * sample_rate // sound.rate)
+    return waveform[:length] if len(waveform) >= length else np.pad(waveform, (0, length - len(waveform)))
 
 
 def _mix_down(samples: np.ndarray) -> np.ndarray:
@@ -283,11 +284,6 @@ def _resampler(own_rate: int, sample_rate: int) -> Any:
     if max(own_rate, sample_rate) // common > 2000:
         own_rate = max(100, round(own_rate, -2))
     return Resample(own_rate, sample_rate)
-
-
-def fit_length(waveform: np.ndarray, samples: int) -> np.ndarray:
-    """Cut a waveform (S,), or pad it with silence, to `samples`."""
-    return waveform[:samples] if len(waveform) >= samples else np.pad(waveform, (0, samples - len(waveform)))
 
 
 def split_at_silence(waveform: np.ndarray, rate: int, max_seconds: float) -> list[tuple[int, int]]:

@@ -55,20 +55,16 @@ def assemble(
     annotator: Annotator | None = None,
     transforms: Mapping[int, Transforms] | None = None,
 ) -> Batch:
-    """Assemble a batch, one row for each pack.
+    """Assemble a batch with a row of T = `context` tokens for each pack of consecutive pieces.
 
     Args:
-        packs: consecutive pieces of documents, at most `context` tokens in each pack.
-        context: T.
         numbers: positions of the packs in the order.
         normalizer: see `Batch`; 0: the targets of these packs.
-        source_tokens: see `Batch`.
         decode: `map`, or an equivalent with several threads.
-        annotator: of an objective.
         transforms: augmentation by source; needs `numbers`.
 
     Raises:
-        ValueError: a segment was encoded by another encoder than the model's, or was encoded and is to be augmented.
+        ValueError: an encoded segment is not of the model's encoder, or should be augmented.
     """
     rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator, transforms or {})
     for row, pack in enumerate(packs):
@@ -92,7 +88,7 @@ def assemble(
     )
     pixels, samples = list(arrays["images"]), np.split(arrays["audio"], starts[1:-1]) if rows.sounds else []
     media = [*zip(rows.images, pixels, strict=True), *zip(rows.sounds, samples, strict=True)]
-    for _ in decode(rows.decode, media) if media else ():  # in place
+    for _ in decode(rows.decode, media) if media else ():  # writes into the arrays
         pass
 
     # The media of rejected documents are removed, and the others move up.
@@ -173,9 +169,9 @@ class _Rows:
         self.rejected: dict[int, tuple[int, str, str, str]] = {}
 
     def lay_out(self, row: int, pack: Sequence[PackedDocument], position: int) -> None:
-        offset, stop = row * self.context, (row + 1) * self.context
+        offset, end = row * self.context, (row + 1) * self.context
         for index, packed in enumerate(pack):
-            number = len(self.starts)
+            number, start, stop = len(self.starts), packed.piece.start, packed.piece.stop
             self.starts.append(offset)
             self.sources.append(packed.piece.source)
             self.pieces[number] = packed
@@ -185,20 +181,17 @@ class _Rows:
                 spans, length = self._lay_out(number, offset, packed.document, packed, position, index)
                 if self.annotator is not None:
                     labels = self.annotator.labels(packed.document, spans, length, number, self.tokenizer)
-                    self._annotate(offset, packed.piece, labels, [*(first - 1 for first, _ in spans), length - 1])
+                    self.labels[offset : offset + stop - start] = labels[start:stop]
+                    if self.annotator.splits_segments:
+                        firsts = [first for first, _ in (*spans, (length, length)) if start < first - 1 < stop]
+                        self.starts += [offset + first - 1 - start for first in firsts]
+                        self.sources += [packed.piece.source] * len(firsts)
             except BadSample as error:
                 self._reject(number, error)
-            offset += packed.piece.stop - packed.piece.start
-        if offset < stop:
+            offset += stop - start
+        if offset < end:
             self.starts.append(offset)
             self.sources.append(PADDING)
-
-    def _annotate(self, offset: int, piece: Piece, labels: np.ndarray, openers: list[int]) -> None:
-        self.labels[offset : offset + piece.stop - piece.start] = labels[piece.start : piece.stop]
-        if self.annotator is not None and self.annotator.splits_segments:
-            inside = [offset + opener - piece.start for opener in openers if piece.start < opener < piece.stop]
-            self.starts += inside
-            self.sources += [piece.source] * len(inside)
 
     def usable(self, media: list[_Medium]) -> list[tuple[int, _Medium]]:
         """Number the media, and leave those of rejected pieces out."""
@@ -322,25 +315,19 @@ class _Rows:
         if modality not in vocabulary.modalities:
             name = MODALITIES[modality]
             raise BadSample(f"no_{name}_codec", f"the model has no {name} codec: set model.{name}, or remove the {name}s")
-        encoded = segment.codes if segment.is_encoded else None
-        if encoded and augmented:
-            raise ValueError(
-                f"transforms cannot augment {MODALITIES[modality]} that `pile encode` has encoded: train on the original "
-                "shards, or remove the transforms of this source"
-            )
-        codes = vocabulary.image_tokens
+        encoded, codes = segment.codes if segment.is_encoded else None, vocabulary.image_tokens
         if modality == AUDIO:
             size, rate = segment_size(segment) if encoded is None else (encoded.size, max(1, encoded.sample_rate))
             codes = int(vocabulary.audio_tokens(size, rate))
-        if encoded is not None:
-            return self.encoded_images if modality == IMAGE else None, self._checked(encoded, modality, codes)
-        return self.images if modality == IMAGE else self.sounds, codes
+        if encoded is None:
+            return self.images if modality == IMAGE else self.sounds, codes
+        return self.encoded_images if modality == IMAGE else None, self._checked(encoded, modality, codes, augmented)
 
-    def _checked(self, codes: Codes, modality: int, promised: int) -> np.ndarray:
+    def _checked(self, codes: Codes, modality: int, promised: int, augmented: bool = False) -> np.ndarray:
         """The ids of an encoded segment, if they are what the model's encoder would make."""
         if codes.is_lost:
             raise BadSample("checksum", "the sample was damaged before it was encoded")
-        check_encoder(codes, modality, self.vocabulary, self.tokenizer)
+        check_encoder(codes, modality, self.vocabulary, self.tokenizer, augmented)
         if len(codes.values) != promised:
             raise BadSample("damaged_codes", f"{len(codes.values)} codes, its size asks for {promised}")
         size = (self.vocabulary.text_tokens, self.vocabulary.image_codes, self.vocabulary.audio_codes)[modality]
@@ -349,12 +336,14 @@ class _Rows:
         return codes.values
 
 
-def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if an encoded segment was not made by the model's encoder."""
+def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer: Tokenizer, augmented: bool = False) -> None:
+    """Raise ValueError if an encoded segment was not made by the model's encoder, or its source has transforms."""
     encoder = (tokenizer.fingerprint, vocabulary.image_codec, vocabulary.audio_codec)[modality]
+    what = f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, "
+    if augmented and modality != TEXT:
+        raise ValueError(f"{what}and transforms cannot augment codes: train on the original shards, or remove the transforms")
     if codes.encoder == encoder:
         return
-    what = f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, "
     if modality == TEXT:
         raise ValueError(f"{what}the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again")
     if not encoder:

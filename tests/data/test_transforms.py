@@ -142,10 +142,10 @@ def test_a_function_of_the_user_gets_images_and_sounds() -> None:
         ("flp", "known are crop, flip, rotate, color, speed, noise, mask, shift, and import paths"),
         ("crop(0)", "scale must be from 0.01 to 1, not 0"),
         ("crop('a')", "scale must be from 0.01 to 1, not 'a'"),
-        ("speed(1.1, 0.9)", "high must be from 1.1 to 2, not 0.9"),
+        ("speed(1.1, 3)", "high must be from 0.5 to 2, not 3"),
         ("mask(colour=3)", "unexpected keyword argument 'colour'"),
         ("mask(time=2)", "time must be from 0 to 1, not 2"),
-        ("flip(__import__('os').getpid())", "getpid() is no plain value"),
+        ("flip(__import__('os').getpid())", "malformed node or string"),
         ("__import__('os').system('true')", "known are"),
         ("crop(0.8); flip", "invalid syntax"),
         ("no_such_package.function", "No module named 'no_such_package'"),
@@ -161,7 +161,7 @@ def test_wrong_transforms_are_named_at_start_up(spec: str, message: str) -> None
 
 def test_encoded_media_cannot_be_augmented(image: Callable[[int], Segment]) -> None:
     segment = Segment(Codes("1" * 32, 64, 0, np.arange(4)).to_bytes(), ENCODED_EXTENSIONS[IMAGE])
-    with pytest.raises(ValueError, match="train on the original shards, or remove the transforms of this source"):
+    with pytest.raises(ValueError, match="transforms cannot augment codes: train on the original shards"):
         assemble(
             [[whole(Document((segment,), "k"), 7)]], VOCABULARY, ByteTokenizer(), 8, transforms={0: Transforms(["flip"], 0)}
         )
