@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pile_app.data.assembly import PackedDocument, assemble, whole
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import Document, Segment
 from pile_app.media import decode_audio
 from pile_app.model.backbones import MinGRU

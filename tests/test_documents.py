@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import (
     AUDIO,
     ENCODED_EXTENSIONS,

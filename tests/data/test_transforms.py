@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from pile_app.data.assembly import PackedDocument, assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.data.order import Piece
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.data.transforms import AUDIO_TRANSFORMS, IMAGE_TRANSFORMS, Transforms
 from pile_app.documents import ENCODED_EXTENSIONS, IMAGE, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
