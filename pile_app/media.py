@@ -106,21 +106,33 @@ def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
     return True
 
 
+def load_image(data: bytes, side: int) -> Any:
+    """Decode the first frame to a Pillow image with 8 bits a channel, in any mode, rotated as its EXIF data says.
+
+    A JPEG of more than twice `side` pixels decodes to a half, a quarter ... of its size, in a fraction of the time.
+    """
+    from PIL import ImageOps
+
+    with _open_image(data) as file:
+        try:
+            file.draft(None, (2 * side, 2 * side))
+            return _to_8_bits(ImageOps.exif_transpose(file), getattr(file, "tag_v2", {}))
+        except Exception as error:
+            raise error if isinstance(error, BadSample) else BadSample("undecodable_image", str(error)) from error
+
+
 def _decode_any(data: bytes, channels: int, height: int, width: int, transform: Callable[..., Any] | None) -> np.ndarray:
     """Decode any format with Pillow to (height, width, channels) uint8."""
     from PIL import Image, ImageOps
 
-    with _open_image(data) as file:
-        try:
-            # A JPEG decodes to a half, a quarter ... of its size in a fraction of the time; twice the wanted size stays sharp.
-            file.draft(None, (2 * max(width, height), 2 * max(width, height)))
-            image = _to_8_bits(ImageOps.exif_transpose(file), getattr(file, "tag_v2", {}))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-        except Exception as error:
-            raise error if isinstance(error, BadSample) else BadSample("undecodable_image", str(error)) from error
+    image = load_image(data, max(width, height))
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    except ValueError as error:  # a color space that Pillow cannot convert, such as LAB
+        raise BadSample("undecodable_image", str(error)) from error
     if transform is not None:
         if image.width > 2 * width and image.height > 2 * height:
             image = ImageOps.cover(image, (2 * width, 2 * height))
