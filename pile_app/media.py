@@ -24,7 +24,7 @@ FFMPEG_FORMATS = (  # (offset, bytes there, FFmpeg demuxer): decoded by PyAV
     (0, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "asf"),  # wma
 )
 
-# A small file may claim any size: larger ones are refused before they are decoded.
+# A small file may claim any size: beyond these limits nothing is decoded.
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_AUDIO_SECONDS = 3600.0
 MAX_AUDIO_SAMPLES = 1 << 28  # over all channels: 1 GiB as float32
@@ -39,7 +39,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def is_animated(data: bytes) -> bool:
-    """Tell whether an image has several frames or pages, where only the first is decoded."""
+    """Tell whether an image has several frames or pages; only the first is decoded."""
     with _open_image(data) as image:
         try:
             return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # MPO: a photo and its preview
