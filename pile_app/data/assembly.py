@@ -91,26 +91,20 @@ def assemble(
     for _ in decode(rows.decode, media[::2] + media[1::2]) if media else ():  # into the arrays; half of each kind a thread
         pass
 
-    # The media of rejected documents are removed, and the others move up.
-    images, sounds = rows.usable(rows.images), rows.usable(rows.sounds)
-    image_starts = [medium.start for _, medium in images + rows.usable(rows.encoded_images)]
-    for target, (number, _) in enumerate(images):
-        if target != number:
-            arrays["images"][target] = arrays["images"][number]
-    codes = 0
-    for number, sound in sounds:
-        if codes != starts[number]:
-            arrays["audio"][codes : codes + sound.codes] = samples[number]
-        codes += sound.codes
-    sound_tokens = [sound.codes for _, sound in sounds]
-    arrays["image_starts"][: len(image_starts)] = image_starts
-    arrays["audio_starts"][: len(sounds)] = [sound.start for _, sound in sounds]
-    arrays["audio_tokens"][: len(sounds)] = sound_tokens
-    sizes = {"images": len(images), "image_starts": len(image_starts), "audio": codes}
-    for name, size in (sizes | dict.fromkeys(("audio_starts", "audio_tokens"), len(sounds))).items():
+    images, encoded, sounds = map(rows.usable, (rows.images, rows.encoded_images, rows.sounds))
+    if rows.rejected:  # their media are removed, and the others move up
+        for name, some in (("images", rows.images), ("audio", rows.sounds)):
+            lengths = np.array([medium.codes if name == "audio" else 1 for medium in some], int)
+            kept = np.repeat(np.array([medium.piece not in rows.rejected for medium in some], bool), lengths)
+            arrays[name][: kept.sum()] = arrays[name][kept]
+    lists = {"image_starts": [medium.start for medium in images + encoded], "audio_starts": [sound.start for sound in sounds]}
+    lists["audio_tokens"] = [sound.codes for sound in sounds]
+    for name, values in lists.items():
+        arrays[name][: len(values)] = values
+    sizes = {"images": len(images), "audio": sum(lists["audio_tokens"])} | {name: len(lists[name]) for name in lists}
+    for name, size in sizes.items():
         kind, shape, first = layout[name]
         layout[name] = (kind, (size, *shape[1:]), first)
-
     arrays["tokens"][:] = rows.tokens.reshape(-1, context)
     arrays["learned"][:] = rows.learned.reshape(-1, context)
     if annotator is not None:
@@ -124,7 +118,7 @@ def assemble(
         layout,
         (text, image, audio),
         vocabulary.image_tokens,
-        sound_tokens,
+        lists["audio_tokens"],
         memory,
         rejected=[rows.rejected[number] for number in sorted(rows.rejected)],
         numbers=list(numbers),
@@ -193,9 +187,8 @@ class _Rows:
             self.starts.append(offset)
             self.sources.append(PADDING)
 
-    def usable(self, media: list[_Medium]) -> list[tuple[int, _Medium]]:
-        """Number the media, and leave those of rejected pieces out."""
-        return [(number, medium) for number, medium in enumerate(media) if medium.piece not in self.rejected]
+    def usable(self, media: list[_Medium]) -> list[_Medium]:
+        return [medium for medium in media if medium.piece not in self.rejected]
 
     def decode(self, medium_and_target: tuple[_Medium, np.ndarray]) -> None:
         """Decode an image into (height, width, channels) uint8, or a sound into (codes, samples_per_token) float32."""
