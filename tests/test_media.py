@@ -17,6 +17,7 @@ from PIL import Image
 
 from pile_app.documents import BadSample, Segment
 from pile_app.media import MAX_AUDIO_SECONDS, audio_size, decode_audio, decode_image, image_size, is_animated, split_at_silence
+from pile_app.tasks.media_index import thumbnail
 from pile_app.vocabulary import Vocabulary
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -346,6 +347,12 @@ def test_a_ramp_of_16_bits_is_the_ramp_of_8_bits(data: bytes) -> None:
     """Fault 5: it was white."""
     for channels in (1, 3):
         assert (decode_image(data, channels, 16, 16) == RAMP).all()
+
+
+def test_pictures_of_16_bits_are_shown_as_they_are() -> None:
+    """Whoever writes an image again, such as the search page, takes the pixels that training takes."""
+    shown = Image.open(io.BytesIO(thumbnail(saved(Image.fromarray(WIDE), "png"))))
+    assert np.abs(np.asarray(shown.convert("L")).astype(int) - RAMP).mean() < 4
 
 
 def test_transparent_grey_of_16_bits_is_white_and_pixels_without_a_known_range_are_refused() -> None:
