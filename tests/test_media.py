@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pile_app.documents import BadSample, Segment
+from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, BadSample, Segment
+from pile_app.fields import document_from_sample
 from pile_app.media import MAX_AUDIO_SECONDS, audio_size, decode_audio, decode_image, image_size, is_animated, split_at_silence
 from pile_app.tasks.media_index import thumbnail
 from pile_app.vocabulary import Vocabulary
@@ -30,14 +31,15 @@ def wav(samples: np.ndarray, sample_rate: int = 8000, subtype: str = "PCM_16") -
     return file.getvalue()
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims any size."""
+def png(width: int, height: int, bits: int = 8, color: int = 0, rows: bytes = b"") -> bytes:
+    """A PNG by hand; its header may claim any size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    pixels = zlib.compress(rows) if rows else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def flac_that_claims(samples: int) -> bytes:
@@ -75,9 +77,9 @@ def test_a_jpeg_that_is_smaller_than_its_markers_say_is_refused() -> None:
         ("undecodable_image", b"no image"),
         ("undecodable_image", b""),
         ("undecodable_image", Segment.from_image(GREY).file[:45]),
-        ("image_too_large", png_that_claims(8001, 8000)),
-        ("image_too_large", png_that_claims(10_000, 10_000)),  # Pillow warns
-        ("image_too_large", png_that_claims(60_000, 60_000)),  # Pillow refuses
+        ("image_too_large", png(8001, 8000)),
+        ("image_too_large", png(10_000, 10_000)),  # Pillow warns
+        ("image_too_large", png(60_000, 60_000)),  # Pillow refuses
     ],
 )
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -353,6 +355,25 @@ def test_pictures_of_16_bits_are_shown_as_they_are() -> None:
     """Whoever writes an image again, such as the search page, takes the pixels that training takes."""
     shown = Image.open(io.BytesIO(thumbnail(saved(Image.fromarray(WIDE), "png"))))
     assert np.abs(np.asarray(shown.convert("L")).astype(int) - RAMP).mean() < 4
+
+
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"])
+def test_every_kind_of_16_bit_png_is_decoded(color: int, channels: int) -> None:
+    pixels = np.full((8, 8, channels), 65535, ">u2")
+    pixels[..., 0] = 30_000
+    data = png(8, 8, 16, color, b"".join(b"\0" + row.tobytes() for row in pixels))
+    expected = [117] * 3 if channels < 3 else [117, 255, 255]
+    assert decode_image(data, 3, 8, 8)[:, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("extension", [*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS])
+def test_a_caption_never_loses_its_medium_without_a_word(extension: str) -> None:
+    """Fault 3: gif+txt and m4a+txt became texts without a medium."""
+    try:
+        document = document_from_sample("k", {extension: b"medium", "txt": b"caption"})
+        assert {segment.extension for segment in document.segments} == {extension, "txt"}
+    except BadSample as error:
+        assert extension in UNREADABLE_EXTENSIONS and error.reason == "unreadable_medium"
 
 
 def test_transparent_grey_of_16_bits_is_white_and_pixels_without_a_known_range_are_refused() -> None:
