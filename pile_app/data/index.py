@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -165,7 +166,8 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
                 reading = fields.read(sample.key, files)
                 rows = [row for pair in zip(reading.document.segments, reading.files, strict=True) for row in _rows(*pair)]
             except BadSample as error:
-                count = rejected.setdefault(error.reason, [0, [], error.detail[:300]])
+                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address varies
+                count = rejected.setdefault(error.reason, [0, [], detail[:300]])
                 count[0] += 1
                 count[1] += [sample.key] * (len(count[1]) < LISTED)
                 continue
