@@ -25,6 +25,7 @@ from pile_app.data.packing import sentence_ends
 from pile_app.data.tar import MAX_SAMPLE_BYTES, TarSample, files_of_block, read_samples
 from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
 from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
 from pile_app.media import audio_size, image_size
 
 EXTENSIONS = tuple(MODALITY_OF_EXTENSION)  # the column `file` holds indices of it
@@ -202,7 +203,7 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
     return ShardIndex(shown, about, arrays)
 
 
-def infer_fields(path: str) -> tuple[Fields, int]:
+def infer_from_shard(path: str) -> tuple[Fields, int]:
     """(the field map that samples of a tar suggest, number of these samples). Raises `ShardError` if there are none."""
     samples, _ = read_samples(path)
     usable = [sample for sample in samples if sample.error is None]
@@ -219,7 +220,7 @@ def infer_fields(path: str) -> tuple[Fields, int]:
         blocks = [(sample.files, _read_block(file.fileno(), sample)) for sample in clear]
     views = [{name: block[first : first + size] for name, (first, size) in files.items()} for files, block in blocks]
     try:
-        return Fields.infer(views), len(views)
+        return infer_fields(views), len(views)
     except ValueError as error:
         raise ShardError(f"shard {path!r}: {error}") from error
 

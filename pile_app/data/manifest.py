@@ -22,7 +22,7 @@ import fsspec
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, locked, map_arrays, save_arrays
-from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_fields, starts
+from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_from_shard, starts
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
 from pile_app.data.tokens import columns_of, count_tokens
 from pile_app.data.urls import is_remote
@@ -265,7 +265,7 @@ def _infer(paths: Sequence[str], cache: ShardCache | None) -> Fields:
     for path in paths:
         try:
             with _opened(path, cache) as local:
-                fields, count = infer_fields(local)
+                fields, count = infer_from_shard(local)
         except ShardError as error:
             errors.append(error)
             continue
