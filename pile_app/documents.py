@@ -1,18 +1,11 @@
-"""Documents: the one thing every room of Pile talks about.
+"""Documents: ordered lists of segments, each text, an image or a sound.
 
-A document is an ordered list of segments; a segment is text, an image or a sound. Media are held as the files they came
-as (PNG, JPEG, FLAC, WAV ...), so that writing a document to a shard and reading it back changes nothing.
+Media are held as the files they came as (PNG, JPEG, FLAC ...), so writing a document to a shard and reading it back changes
+nothing. `sample_from_document` writes Pile's own form of a WebDataset sample, a `json` that names the segments in order:
 
-A WebDataset sample (the files of a tar that share a key) becomes a document in one of two ways:
+    {"segments": [{"text": "three"}, {"file": "0.png"}, {"file": "1.flac", "loss": false}], "meta": {...}}
 
-* its `json` names the segments in order:
-  `{"segments": [{"text": "three"}, {"file": "0.png"}, {"file": "1.flac", "loss": false}], "meta": {...}}`, and may say
-  `"ordered": false` where their order is free;
-* otherwise every `txt`, image and sound file is a segment. Their order is free: training draws it anew in every epoch, as a
-  function of the position (`Document.ordered` is False).
-
-A segment may also be *encoded*: the token ids themselves, as `pile encode` writes them, instead of the text or the medium they
-were made of (`Codes`).
+Samples of any other form are read through a field map (`fields.py`).
 """
 
 from __future__ import annotations
@@ -29,16 +22,21 @@ import numpy as np
 MODALITIES = ("text", "image", "audio")
 TEXT, IMAGE, AUDIO = range(3)
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "avif", "jfif", "jpe")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "aiff", "aif")
 ENCODED_EXTENSIONS = ("textids", "imagecodes", "audiocodes")  # by modality
+UNREADABLE_EXTENSIONS = ("mp4", "avi", "mov", "mkv", "webm", "svg", "heic", "heif", "wma", "psd", "pdf")  # media all the same
 MODALITY_OF_EXTENSION = (
-    {"txt": TEXT, "cls": TEXT}
+    {"txt": TEXT}
     | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE)
     | dict.fromkeys(AUDIO_EXTENSIONS, AUDIO)
     | {extension: modality for modality, extension in enumerate(ENCODED_EXTENSIONS)}
 )
-
+_MAGIC = (
+    (b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"),
+    (b"fLaC", "flac"), (b"OggS", "ogg"), (b"ID3", "mp3"), (b"\xff\xfb", "mp3"), (b"\xff\xf3", "mp3"), (b"\xff\xf2", "mp3"),
+    (b"\xff\xf1", "aac"), (b"\xff\xf9", "aac"), (b"FORM", "aiff"),
+)  # fmt: skip
 SAMPLE_RATES = (1_000, 768_000)  # Hz
 
 
@@ -55,9 +53,9 @@ class BadSample(ValueError):
 class Segment:
     """Text (`data` is a str) or one media file (`data` is its bytes, `extension` its kind without the dot).
 
-    `loss` is False where the segment is given and not to be learned (a question, say): it is context only. Where training reads
-    it from an indexed shard, `ids` (tokens,) are those of a text, by the model's tokenizer, in place of `data`, and `size` is
-    the `segment_size` of a medium.
+    loss: False where the segment is context only, such as a question. choices: all texts that may fill this segment, such as
+    the captions of a picture: training draws one for each epoch, `data` is the first. Where training reads a segment through
+    a manifest, `ids` (tokens,) replace the `data` of a text, and `size` is the `segment_size` of a medium.
     """
 
     data: str | bytes
@@ -65,6 +63,7 @@ class Segment:
     loss: bool = True
     ids: np.ndarray | None = field(default=None, compare=False)
     size: tuple[int, int] | None = field(default=None, compare=False)
+    choices: tuple[str, ...] = ()
 
     @property
     def modality(self) -> int:
@@ -87,12 +86,12 @@ class Segment:
 
     @property
     def codes(self) -> Codes:
-        """Of an encoded segment. Raises `BadSample` (`damaged_codes`) where its file is not what `Codes.to_bytes` writes."""
+        """The content of an encoded segment. Raises `BadSample` (`damaged_codes`)."""
         return Codes.from_bytes(self.file)
 
     @classmethod
     def from_image(cls, pixels: np.ndarray, loss: bool = True) -> Segment:
-        """A PNG segment from uint8 pixels (H, W) or (H, W, C) with 1 or 3 channels."""
+        """Encode uint8 pixels (H, W) or (H, W, C), with 1 or 3 channels, as PNG."""
         from PIL import Image
 
         file = io.BytesIO()
@@ -102,7 +101,7 @@ class Segment:
 
     @classmethod
     def from_audio(cls, waveform: np.ndarray, sample_rate: int, extension: str = "flac", loss: bool = True) -> Segment:
-        """A sound segment from mono samples in [-1, 1], stored with 16 bits a sample. `sample_rate` in Hz."""
+        """Encode mono samples in [-1, 1] at `sample_rate` Hz with 16 bits a sample."""
         import soundfile
 
         file = io.BytesIO()
@@ -112,12 +111,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Codes:
-    """What stands in the file of an encoded segment.
+    """The content of an encoded segment's file.
 
-    encoder: 32 hexadecimal digits, the fingerprint of the tokenizer or codec; size: UTF-8 bytes, pixels, or samples a channel
-    of what was encoded; sample_rate: Hz, 0 but for sounds; values: (T,) ids from 0, of the tokenizer or the code book; breaks:
-    (2, K), places where a sentence of a text ends, in UTF-8 bytes and in tokens; is_lost: the sample was damaged when it was to
-    be encoded, and only the number of the values counts, which keeps its place in the order.
+    encoder: 32 hexadecimal digits, the fingerprint of the tokenizer or codec; size: UTF-8 bytes, pixels, or samples per channel
+    of the original; sample_rate: Hz of a sound, else 0; values: (T,) ids from 0, of the tokenizer or the code book; breaks:
+    (2, K) ends of sentences of a text, in UTF-8 bytes and in tokens; is_lost: the original was damaged, and the values only
+    keep its length.
     """
 
     encoder: str
@@ -151,7 +150,8 @@ class Codes:
 
 @dataclass(frozen=True)
 class Document:
-    """Segments in order. `ordered` is False where the order of the segments is free, `meta` is kept but not learned."""
+    """Segments in order. `ordered` is False where training draws their order anew for each epoch. `meta` is kept, not learned:
+    `label`, `group` (a speaker, say, that must not be in two splits) and `split` have a meaning, any other key has none."""
 
     segments: tuple[Segment, ...]
     key: str = ""
@@ -159,53 +159,17 @@ class Document:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
-    """The document of a WebDataset sample, `files` by extension (what follows the first dot of the name).
-
-    Raises:
-        BadSample: `invalid_utf8`, `invalid_json`, `missing_file` or `no_segment`.
-    """
-    return document_and_files(key, files)[0]
-
-
-def document_and_files(key: str, files: Mapping[str, bytes]) -> tuple[Document, list[str]]:
-    """The same, and which of the files is each segment; "" for a text that stands in the `json`."""
-    description = _parse_json(key, files["json"]) if "json" in files else {}
-    meta = description.get("meta", {})
-    if not isinstance(meta, dict):
-        raise BadSample("invalid_json", f"the meta of sample {key!r} is a {type(meta).__name__}, not an object")
-    if "segments" in description:
-        if not isinstance(description["segments"], list):
-            raise BadSample("invalid_json", f"the segments of sample {key!r} are not a list")
-        named = [_named_segment(key, entry, files) for entry in description["segments"]]
-        ordered = bool(description.get("ordered", True))
-    else:
-        named = [
-            (name, _segment_from_file(key, name, data))
-            for name, data in sorted(files.items(), key=lambda file: (file[0].rsplit(".", 1)[-1] == "cls", file[0]))
-            if name.rsplit(".", 1)[-1].lower() in MODALITY_OF_EXTENSION  # what something is comes after it
-        ]
-        if isinstance(description.get("text"), str):
-            named.append(("", Segment(description["text"])))
-        ordered = len(named) < 2
-    named = [(name, segment) for name, segment in named if segment.data]
-    if not named:
-        raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {sorted(files)}")
-    return Document(tuple(segment for _, segment in named), key, ordered, meta), [name for name, _ in named]
-
-
 def sample_from_document(document: Document) -> dict[str, str | bytes]:
-    """The WebDataset sample of a document, `__key__` included: the inverse of `document_from_sample`. A text alone is a `txt`,
-    anything else has a `json`."""
+    """The WebDataset sample of a document, `__key__` included, in Pile's own form. A plain text is a `txt` without a `json`."""
     sample: dict[str, str | bytes] = {"__key__": document.key}
     first = document.segments[0]
-    if len(document.segments) == 1 and isinstance(first.data, str) and first.loss and document.ordered and not document.meta:
+    if document == Document((Segment(first.data),), document.key) and isinstance(first.data, str):
         return sample | {"txt": first.text.encode()}
     entries: list[dict[str, Any]] = []
     for number, segment in enumerate(document.segments):
         entry: dict[str, Any]
         if isinstance(segment.data, str):
-            entry = {"text": segment.text}
+            entry = {"text": list(segment.choices) or segment.text}
         else:
             entry = {"file": f"{number}.{segment.extension}"}
             sample[entry["file"]] = segment.file
@@ -217,43 +181,15 @@ def sample_from_document(document: Document) -> dict[str, str | bytes]:
     return sample
 
 
-def _parse_json(key: str, data: bytes) -> dict[str, Any]:
-    try:
-        description = json.loads(data)
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", f"json of sample {key!r}: {error}") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists ...
-        raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
-    if not isinstance(description, dict):
-        raise BadSample("invalid_json", f"json of sample {key!r} is a {type(description).__name__}, not an object")
-    return description
-
-
-def _named_segment(key: str, entry: Any, files: Mapping[str, bytes]) -> tuple[str, Segment]:
-    if not isinstance(entry, dict) or not any(isinstance(entry.get(name), str) for name in ("text", "file")):
-        raise BadSample(
-            "invalid_json", f"a segment of sample {key!r} has neither a text nor the name of a file: {entry!r:.100}"
-        )
-    loss = bool(entry.get("loss", True))
-    if isinstance(entry.get("text"), str):
-        return "", Segment(entry["text"], loss=loss)
-    name = entry["file"]
-    if name not in files:
-        raise BadSample("missing_file", f"sample {key!r} names {name!r} as a segment but holds only {sorted(files)}")
-    return name, _segment_from_file(key, name, files[name], loss)
-
-
-def _segment_from_file(key: str, name: str, data: bytes, loss: bool = True) -> Segment:
+def media_extension(data: bytes, name: str = "") -> str | None:
+    """The kind of a media file by its first bytes, else by its name; None if it is neither an image nor a sound."""
+    if data[:4] in (b"RIFF", b"RF64"):
+        return {b"WAVE": "wav", b"WEBP": "webp"}.get(data[8:12])
+    if data[4:8] == b"ftyp":
+        return "avif" if data[8:12] in (b"avif", b"avis") else "m4a" if data[8:11] == b"M4A" else None
+    found = next((kind for magic, kind in _MAGIC if data.startswith(magic)), None)
     extension = name.rsplit(".", 1)[-1].lower()
-    if extension not in MODALITY_OF_EXTENSION:
-        known = ", ".join(MODALITY_OF_EXTENSION)
-        raise BadSample("unknown_extension", f"sample {key!r} has a segment {name!r}; known extensions are {known}")
-    if MODALITY_OF_EXTENSION[extension] != TEXT or extension in ENCODED_EXTENSIONS:
-        return Segment(data, extension, loss)
-    try:
-        return Segment(data.decode(), "txt", loss)
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", f"{name!r} of sample {key!r}: {error}") from error
+    return found or (extension if extension in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS else None)
 
 
 def describe(document: Document, limit: int = 200) -> str:

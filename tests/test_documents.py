@@ -29,17 +29,18 @@ from pile_app.documents import (
     Codes,
     Document,
     Segment,
-    document_from_sample,
     sample_from_document,
 )
+from pile_app.fields import document_from_sample
 from pile_app.media import MAX_AUDIO_SECONDS, _plain_jpeg_shape, audio_size, decode_audio, decode_image, image_size
 from pile_app.vocabulary import Vocabulary
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 TONE = 0.5 * np.sin(np.arange(800) / 5)
 
+TEXTS = st.characters(exclude_characters="\x01\x02\x03", exclude_categories=("Cs",))  # without markers of roles
 segments = st.one_of(
-    st.builds(Segment, st.text(min_size=1, alphabet=st.characters(exclude_categories=("Cs",))), loss=st.booleans()),
+    st.builds(Segment, st.text(min_size=1, alphabet=TEXTS), loss=st.booleans()),
     st.builds(Segment, st.binary(min_size=1), st.sampled_from(["png", "webp", "wav", "flac"]), st.booleans()),
 )
 
@@ -109,29 +110,6 @@ def test_a_document_comes_back_from_its_sample_unchanged(document: Document) -> 
     assert read_back(document) == document
 
 
-def test_a_caption_dataset_is_documents_of_two_segments_in_free_order() -> None:
-    document = document_from_sample("k", {"jpg": b"pixels", "txt": "a café".encode()})
-    assert [segment.modality for segment in document.segments] == [IMAGE, TEXT]
-    assert document.segments[1].text == "a café"
-    assert not document.ordered
-
-
-@pytest.mark.parametrize(
-    ("files", "modalities"),
-    [
-        ({"txt": b"alone"}, [TEXT]),
-        ({"JPG": b"x", "cls": b"7"}, [TEXT, IMAGE]),
-        ({"flac": b"x", "json": b'{"text": "said"}'}, [AUDIO, TEXT]),
-        ({"0.png": b"x", "1.png": b"y", "meta.xml": b"z"}, [IMAGE, IMAGE]),
-        ({"txt": b"", "png": b"x"}, [IMAGE]),
-    ],
-)
-def test_public_layouts_are_read_as_they_are(files: dict[str, bytes], modalities: list[int]) -> None:
-    document = document_from_sample("k", files)
-    assert sorted(segment.modality for segment in document.segments) == sorted(modalities)
-    assert document.ordered == (len(files.keys() - {"json", "meta.xml"}) == 1 and len(modalities) == 1)
-
-
 def test_segments_named_in_the_json_keep_their_order_and_loss() -> None:
     description = {"segments": [{"text": "what?"}, {"file": "b.png", "loss": False}, {"file": "a.txt"}], "meta": {"n": 1}}
     files = {"json": json.dumps(description).encode(), "a.txt": b"that", "b.png": b"x", "unnamed.png": b"y"}
@@ -149,13 +127,11 @@ def test_segments_named_in_the_json_keep_their_order_and_loss() -> None:
         ("invalid_json", {"json": b'{"segments": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"}),
         ("invalid_json", {"json": b'{"meta": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001}),
         ("invalid_json", {"json": b'{"text": "a", "meta": {"n": ' + b"1" * 10_000 + b"}}"}),
-        ("invalid_json", {"json": b"[1, 2]"}),
         ("invalid_json", {"json": b'{"segments": 3}'}),
         ("invalid_json", {"json": b'{"segments": ["a"]}'}),
         ("invalid_json", {"json": b'{"segments": [{"file": ["a"]}]}'}),
-        ("invalid_json", {"json": b'{"text": "a", "meta": "b"}'}),
         ("missing_file", {"json": b'{"segments": [{"file": "0.png"}]}', "1.png": b"x"}),
-        ("unknown_extension", {"json": b'{"segments": [{"file": "0.tiff"}]}', "0.tiff": b"x"}),
+        ("unknown_medium", {"json": b'{"segments": [{"file": "0.mp4"}]}', "0.mp4": b"x"}),
         ("no_segment", {"json": b'{"label": 3}'}),
         ("no_segment", {"txt": b""}),
     ],

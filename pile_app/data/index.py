@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pile_app.data.packing import sentence_ends
-from pile_app.documents import AUDIO, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Segment, document_and_files
+from pile_app.documents import AUDIO, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Segment
+from pile_app.fields import OWN
 from pile_app.media import audio_size, image_size
 
 if TYPE_CHECKING:
@@ -217,7 +218,8 @@ def build_index(path: str) -> ShardIndex:
                 seen.add(sample.key)
                 block = os.pread(descriptor, sample.stop - sample.start, sample.start)
                 ranges = ranges_of_files(block)
-                document, names = document_and_files(sample.key, {n: block[at : at + size] for n, (at, size) in ranges.items()})
+                reading = OWN.read(sample.key, {n: block[at : at + size] for n, (at, size) in ranges.items()})
+                document, names = reading.document, reading.files
                 sizes = [segment_size(segment) for segment in document.segments]
             except BadSample as error:
                 rejected.append([sample.key, error.reason])

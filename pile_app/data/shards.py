@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.documents import BadSample, Document, Segment, document_from_sample, sample_from_document
+from pile_app.documents import BadSample, Document, Segment, sample_from_document
+from pile_app.fields import document_from_sample
 
 if TYPE_CHECKING:
     import io

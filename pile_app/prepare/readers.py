@@ -37,7 +37,8 @@ from typing import Any, NamedTuple
 from pile_app.data.index import MAX_SAMPLE_BYTES
 from pile_app.data.tar import ShardError, files_of_block, sample_ranges
 from pile_app.data.text import clean_text
-from pile_app.documents import BadSample, Document, Segment, document_from_sample
+from pile_app.documents import BadSample, Document, Segment
+from pile_app.fields import document_from_sample
 from pile_app.prepare.chats import chat_layout, document_of_chat, records_of_file
 from pile_app.prepare.files import (
     DECOMPRESSORS,

@@ -29,7 +29,8 @@ import numpy as np
 
 from pile_app.data.index import MAX_SAMPLE_BYTES, build_index, load_index, map_arrays, save_arrays
 from pile_app.data.tar import BLOCK, ShardError, files_of_block
-from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, document_from_sample, sample_from_document
+from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, sample_from_document
+from pile_app.fields import document_from_sample
 from pile_app.media import audio_size
 from pile_app.prepare.files import whole_file
 from pile_app.prepare.filters import apply_steps

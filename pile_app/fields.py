@@ -1,0 +1,517 @@
+"""Field maps: which files and JSON fields of a sample are the segments of its document, and which are only labels.
+
+    fields: [jpg|png|webp, json.caption|txt]               # a picture, then its caption: the first alternative that is present
+    fields: [flac|wav, {text: txt, loss: false}]           # a transcript that is given, not learned
+    fields: [image, {text: captions, choose: true}, {label: class}, {group: speaker}, shuffle]
+    fields: messages                                       # a chat
+
+A *sample* maps names to values: the files of a WebDataset sample by extension, the columns of a table, or the files of a folder
+that share a stem. A dotted name leads into JSON (`json.meta.title`). `Fields.infer` guesses the map from a few samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pile_app.documents import (
+    AUDIO_EXTENSIONS,
+    ENCODED_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MODALITY_OF_EXTENSION,
+    TEXT,
+    UNREADABLE_EXTENSIONS,
+    BadSample,
+    Document,
+    Segment,
+    media_extension,
+)
+from pile_app.records import (
+    CHAT_FIELDS,
+    INTERLEAVED_FIELDS,
+    MARKERS,
+    chat,
+    chat_layout,
+    interleaved,
+    is_interleaved,
+    strip_markers,
+)
+
+Sample = Mapping[str, Any]
+SEGMENT_ROLES = ("text", "image", "audio", "media")
+RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
+META_ROLES = ("label", "group", "split", "key")
+OPTIONS = ("loss", "optional", "choose", "learn")
+TEXT_NAMES = (
+    "caption", "captions", "text", "transcript", "transcription", "sentence", "sentences", "normalized_text", "content",
+    "description", "alt_text", "review", "body", "article", "abstract", "document",
+)  # fmt: skip
+LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
+GROUP_NAMES = ("speaker", "speaker_id", "client_id")
+PAIRS = {"question": ("answer", "answers"), "premise": ("hypothesis",), "title": ("text", "content", "description", "body")}
+MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
+OWN_KEYS = {"text", "file", "loss"}  # of an entry of Pile's own `segments`
+
+
+@dataclass(frozen=True)
+class Field:
+    """One entry of a field map.
+
+    names: alternatives; the first that is present counts. role: one of `SEGMENT_ROLES` (`media`: any kind, by its content),
+    `RECORD_ROLES` or `META_ROLES`. choose: one of a list of texts is drawn for each epoch. learn: a label becomes the last
+    segment, and is learned.
+    """
+
+    names: tuple[str, ...]
+    role: str = "media"
+    loss: bool = True
+    optional: bool = False
+    choose: bool = False
+    learn: bool = False
+
+    def spec(self) -> Any:
+        """The entry as it is written in YAML."""
+        options = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != (name == "loss")}
+        names = "|".join(self.names)
+        if self.role in RECORD_ROLES:
+            return self.role
+        if self.role == "media" and not options:
+            return names
+        return {self.role: names} | options
+
+    @classmethod
+    def parse(cls, entry: Any) -> Field:
+        if isinstance(entry, str) and entry in RECORD_ROLES:
+            return cls((), entry)
+        role, options = "media", {}
+        if isinstance(entry, Mapping):
+            options = {str(key): value for key, value in entry.items() if key in OPTIONS}
+            roles = [key for key in entry if key not in OPTIONS]
+            if len(roles) != 1 or roles[0] not in SEGMENT_ROLES + META_ROLES:
+                raise ValueError(
+                    f"fields: {dict(entry)} needs one of {', '.join(SEGMENT_ROLES + META_ROLES)}, and may have "
+                    f"{', '.join(OPTIONS)}, e.g. {{text: txt, loss: false}}"
+                )
+            role, entry = roles[0], entry[roles[0]]
+        if not isinstance(entry, str) or not all(name.strip() for name in entry.split("|")):
+            raise ValueError(f"fields: {entry!r} is not a name, or alternatives such as jpg|png or json.caption|txt")
+        if bad := [f"{name}: {value!r}" for name, value in options.items() if not isinstance(value, bool)]:
+            raise ValueError(f"fields: {', '.join(bad)} must be true or false")
+        return cls(tuple(name.strip() for name in entry.split("|")), role, **options)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sample that was read. files: for each segment the name of the file that it is, byte for byte, else ""; used, unused:
+    names of the sample's files and fields; dropped: parts of a chat that could not be kept, by reason."""
+
+    document: Document
+    files: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A field map. `str()` gives its YAML in one line, which `parse` reads back."""
+
+    entries: tuple[Field, ...]
+    shuffle: bool = False  # training draws the order of the segments anew for each epoch
+
+    @classmethod
+    def parse(cls, spec: Any) -> Fields:
+        """A field map from its YAML (a string, an entry, or a list of entries).
+
+        Raises:
+            ValueError: an entry has an unknown role or option, or no entry is a segment.
+        """
+        if isinstance(spec, Fields):
+            return spec
+        if isinstance(spec, str):
+            try:
+                spec = yaml.safe_load(spec)
+            except yaml.YAMLError as error:
+                raise ValueError(f"fields: {spec!r} is not YAML: {str(error).splitlines()[0]}") from error
+        items = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+        entries = tuple(Field.parse(item) for item in items if item != "shuffle")
+        if not any(entry.role in SEGMENT_ROLES + RECORD_ROLES or entry.learn for entry in entries):
+            raise ValueError(f"fields: {spec!r} names no segment, e.g. [jpg|png, json.caption|txt]")
+        roles = [entry.role for entry in entries if entry.role not in META_ROLES]
+        if len(roles) > 1 and set(roles) & set(RECORD_ROLES):
+            raise ValueError(f"fields: {', '.join(RECORD_ROLES)} describe a whole document; no other segment goes with them")
+        return cls(entries, "shuffle" in items)
+
+    def __str__(self) -> str:
+        spec = [entry.spec() for entry in self.entries] + ["shuffle"] * self.shuffle
+        only = spec[0] if len(spec) == 1 and spec[0] in RECORD_ROLES else spec
+        text = yaml.safe_dump(only, default_flow_style=True, width=10_000, sort_keys=False)
+        return text.removesuffix("\n...\n").strip()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether samples are in Pile's own form, where any text segment may be a role marker of a chat."""
+        return any(entry.role == "segments" for entry in self.entries)
+
+    def read(self, key: str, sample: Sample, medium: Callable[[Any], Segment] | None = None) -> Reading:
+        """The document of a sample.
+
+        Args:
+            key: of the sample.
+            sample: name -> value: bytes of a file (its name ends with the extension), `Path`, str, number, list, dict.
+            medium: reads a value that names or holds a medium (a path of a table, `{"bytes": ..., "path": ...}`); the default
+                takes bytes and the names of the sample's own files.
+
+        Raises:
+            BadSample: `missing_field`, `wrong_type`, `invalid_utf8`, `invalid_json`, `unreadable_medium`, or from `medium`.
+        """
+        view = _View(key, sample, medium)
+        dropped: Counter[str] = Counter()
+        segments: list[tuple[Segment, str]] = []
+        labels: list[Segment] = []
+        meta: dict[str, Any] = {}
+        ordered = not self.shuffle
+        for entry in self.entries:
+            if entry.role == "segments":
+                segments, ordered, meta = _own_segments(view)
+                continue
+            if entry.role in RECORD_ROLES:
+                test, parse, names = _RECORDS[entry.role]
+                segments += [(segment, "") for segment in parse(view.record(test, names), view.medium, dropped)]
+                continue
+            found = next(((name, value) for name in entry.names for value in view.values(name)), None)
+            if found is None:
+                view.used.update(name for name in entry.names if view.raw(name) is not None)
+                if entry.optional or entry.role in META_ROLES:
+                    continue
+                if view.damaged and any(name.startswith("json.") for name in entry.names):
+                    raise view.damaged
+                raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {_listed(view.names())}")
+            if entry.role in META_ROLES:
+                meta[entry.role] = _scalar(key, found[0], found[1])
+                if entry.learn:
+                    labels.append(Segment(meta[entry.role]))
+                continue
+            segments += view.segments(entry, *found)
+        segments = [(segment, name) for segment, name in segments if segment.data] + [(label, "") for label in labels]
+        if not segments:
+            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {_listed(view.names())}")
+        self._check_media(key, view, segments)
+        used, unused = view.balance(self)
+        parts, files = zip(*segments, strict=True)
+        document = Document(parts, str(meta.pop("key", key)), ordered or (len(parts) < 2 and not self.is_own), meta)
+        return Reading(document, files, used, unused, dropped)
+
+    @staticmethod
+    def _check_media(key: str, view: _View, segments: list[tuple[Segment, str]]) -> None:
+        """Refuse a text whose medium is of a kind that cannot be read: it is no text document."""
+        unreadable = [name for name in view.sample if _extension(name) in UNREADABLE_EXTENSIONS]
+        if unreadable and all(segment.modality == TEXT for segment, _ in segments):
+            raise BadSample("unreadable_medium", f"sample {key!r} holds {_listed(unreadable)}, which cannot be decoded")
+
+    @classmethod
+    def infer(cls, samples: Iterable[Sample]) -> Fields:
+        """The field map that a few samples (the first 200, say) suggest.
+
+        Raises:
+            ValueError: nothing in the samples can be learned; the message shows the names and the first sample.
+        """
+        views = [_View("", sample, None) for sample in samples]
+        if any(_is_own(view.json) for view in views):
+            return OWN
+        for role, (test, _, _) in _RECORDS.items():
+            if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
+                return cls((Field((), role),))
+        counts = Counter(name for view in views for name in view.leaves())
+        media = [name for name in counts if any(view.is_medium(name) for view in views)]
+        media = [name for name in media if "." not in name or name.startswith("json.")] or media
+        entries = [_required(entry, views) for entry in _media_entries(media)]
+        texts = _text_entries(counts, views, bool(media))
+        entries += [replace(entry, optional=True) for entry in texts] if entries else texts
+        entries = [_required(entry, views) if entry.role in SEGMENT_ROLES else entry for entry in entries]
+        if not entries:
+            first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
+            raise ValueError(
+                f"nothing to learn was recognized among {_listed(counts)}; the first sample is {first!r:.300}. "
+                "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
+            )
+        shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
+        for role, names in (("label", LABEL_NAMES), ("group", GROUP_NAMES), ("split", ("split",))):
+            found = tuple(name for name in counts if name.removeprefix("json.") in names)
+            entries += [Field(found[:1], role)] if found else []
+        return cls(tuple(entries), shuffle)
+
+
+OWN = Fields((Field((), "segments"),))
+_RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
+
+
+def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
+    """The document of a sample in Pile's own form."""
+    return OWN.read(key, files).document
+
+
+class _View:
+    """A sample while it is read: parsed JSON, and which names were used."""
+
+    def __init__(self, key: str, sample: Sample, medium: Callable[[Any], Segment] | None) -> None:
+        self.key, self.sample = key, sample
+        self.used: set[str] = set()
+        self._medium = medium
+        self.json: Any = None
+        self._lower = {name.lower(): name for name in sample}
+        self.damaged: BadSample | None = None  # the `json` cannot be parsed, which matters only where it is needed
+        try:
+            self.json = _parse_json(key, data) if isinstance(data := self.raw_file("json"), bytes) else data
+        except BadSample as error:
+            self.damaged = error
+
+    def raw_file(self, name: str) -> Any:
+        value = self.sample.get(self._lower.get(name.lower(), name))
+        return value.read_bytes() if isinstance(value, Path) and _extension(name) == "json" else value
+
+    def raw(self, name: str) -> Any:
+        """The value under a name; None where there is none."""
+        if name.lower() in self._lower:
+            return self.json if name == "json" else self.sample[self._lower[name.lower()]]
+        head, _, rest = name.partition(".")
+        value = self.json if head == "json" else self.sample.get(head)
+        for part in rest.split("."):
+            if isinstance(value, Mapping):
+                value = value.get(part)
+            elif isinstance(value, Sequence) and not isinstance(value, str | bytes) and part.isdecimal():
+                value = value[int(part)] if int(part) < len(value) else None
+            else:
+                return None
+        return value
+
+    def values(self, name: str) -> Iterator[Any]:
+        """The value under a name, if it is not empty."""
+        value = self.raw(name)
+        if value is not None and (not isinstance(value, str | bytes | list | tuple | dict) or len(value)):
+            yield value
+
+    def names(self) -> list[str]:
+        return sorted(self.sample)
+
+    def leaves(self) -> list[str]:
+        """Names of files and columns, and of the fields of the `json`."""
+        fields = [f"json.{name}" for name in self.json] if isinstance(self.json, Mapping) else []
+        return [name for name in self.sample if name.lower() != "json" or not isinstance(self.json, Mapping)] + fields
+
+    def records(self) -> list[Mapping[str, Any]]:
+        """What may be a chat or an interleaved record: the `json`, or the columns of a row."""
+        return [record for record in (self.json, self.sample) if isinstance(record, Mapping)]
+
+    def record(self, test: Callable[[Mapping[str, Any]], Any], names: set[str]) -> Mapping[str, Any]:
+        """The chat or the interleaved record of the sample. names: fields that such a record uses."""
+        found = next((record for record in self.records() if test(record)), None)
+        if found is None:
+            raise self.damaged or BadSample(
+                "no_conversation", f"sample {self.key!r} holds no conversation, only {_listed(self.leaves())}"
+            )
+        self.used.update(f"json.{name}" if found is self.json else name for name in names & found.keys())
+        return found
+
+    def is_medium(self, name: str) -> bool:
+        value = self.raw(name)
+        if isinstance(value, Path):
+            return _extension(value.name) in MEDIA_EXTENSIONS
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, Mapping):
+            return isinstance(value.get("bytes"), bytes) or (value.keys() <= {"bytes", "path"} and bool(value.get("path")))
+        return isinstance(value, bytes) and (_extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
+
+    def medium(self, value: Any) -> Segment:
+        """The segment of a value that holds or names a medium."""
+        if isinstance(value, str) and value in self.sample:
+            self.used.add(value)
+            value = self.sample[value]
+        if self._medium is not None:
+            return self._medium(value)
+        if isinstance(value, Mapping):
+            value = value.get("bytes")
+        kind = media_extension(value) if isinstance(value, bytes) else None
+        if kind is None and isinstance(value, bytes):
+            raise BadSample("unknown_medium", f"sample {self.key!r} holds {value[:8]!r}..., no kind of medium that is read")
+        if kind is None:
+            raise BadSample("missing_file", f"sample {self.key!r} names the medium {value!r:.100}, which it does not hold")
+        return Segment(value, kind)
+
+    def segments(self, entry: Field, name: str, value: Any) -> Iterator[tuple[Segment, str]]:
+        """The segments of a field's value, each with the name of the file that it is."""
+        if isinstance(value, list | tuple):
+            texts = [one for one in value if isinstance(one, str) and one.strip()]
+            if entry.choose and texts:
+                yield Segment(strip_markers(texts[0]), loss=entry.loss, choices=tuple(map(strip_markers, texts))), ""
+                return
+            for one in value:
+                yield from self.segments(entry, name, one)
+            return
+        extension = _extension(value.name if isinstance(value, Path) else name)
+        is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and extension == "txt")
+        if entry.role == "text" or (entry.role == "media" and is_text):
+            data = value.read_bytes() if isinstance(value, Path) else value
+            text = strip_markers(_decode(self.key, name, data) if isinstance(data, bytes) else str(data))
+            yield Segment(text, loss=entry.loss), name if isinstance(data, bytes) and text.encode() == data else ""
+            return
+        if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
+            raise BadSample("wrong_type", f"{name} of sample {self.key!r} is an object: name a field of it, e.g. {name}.text")
+        known = extension in MEDIA_EXTENSIONS or extension in ENCODED_EXTENSIONS
+        if isinstance(value, bytes) and known and name in self.sample:
+            segment, file = Segment(value, extension), name
+        else:
+            segment, file = self.medium(value), ""
+        if entry.role in ("image", "audio") and entry.role != ("text", "image", "audio")[segment.modality]:
+            raise BadSample("wrong_type", f"{name} of sample {self.key!r} is a {segment.extension}, not {entry.role}")
+        yield replace(segment, loss=entry.loss), file
+
+    def balance(self, fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(used, unused) names. A field that the map names is used, also where an earlier alternative was taken."""
+        mapped = {name.lower() for entry in fields.entries for name in entry.names} | {name.lower() for name in self.used}
+        used: list[str] = []
+        unused: list[str] = []
+        for leaf in self.leaves():
+            low = leaf.lower()
+            (used if low in mapped or any(name.startswith(f"{low}.") for name in mapped) else unused).append(leaf)
+        return tuple(used), tuple(unused)
+
+
+def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[str, Any]]:
+    """(segments with their files, whether they are ordered, meta) of a sample in Pile's own form.
+
+    Without a `json` that names them, every text, image and sound file is a segment.
+    """
+    key, description = view.key, view.json
+    if view.damaged:
+        raise view.damaged
+    if not _is_own(description):
+        if isinstance(description, Mapping) and "segments" in description:
+            raise BadSample("invalid_json", f"`segments` of sample {key!r} is not a list of texts and files")
+        files = sorted(name for name in view.sample if _extension(name) in MODALITY_OF_EXTENSION)
+        found = [one for name in files for one in view.segments(Field((name,)), name, view.sample[name])]
+        view.used.update(files)
+        label = {"label": _scalar(key, "cls", view.sample["cls"])} if "cls" in view.sample else {}
+        view.used.update(label and ("cls",))
+        return found, len(found) < 2, label
+    view.used.update(f"json.{name}" for name in ("segments", "meta", "ordered"))
+    segments: list[tuple[Segment, str]] = []
+    for entry in description["segments"]:
+        loss, text = bool(entry.get("loss", True)), entry.get("text")
+        if isinstance(text, list):
+            texts = tuple(map(strip_markers, text))
+            segments.append((Segment(texts[0], loss=loss, choices=texts), ""))
+        elif text is not None:
+            segments.append((Segment(text if text in MARKERS else strip_markers(text), loss=loss), ""))
+        elif entry["file"] not in view.sample:
+            raise BadSample("missing_file", f"sample {key!r} names {entry['file']!r}; it holds {_listed(view.names())}")
+        else:
+            view.used.add(entry["file"])
+            segments += view.segments(Field((entry["file"],), loss=loss), entry["file"], view.sample[entry["file"]])
+    meta = description.get("meta")
+    return segments, bool(description.get("ordered", True)), dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def _is_own(description: Any) -> bool:
+    """Whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, perhaps with `loss`."""
+
+    def is_entry(entry: Any) -> bool:
+        if not isinstance(entry, Mapping) or not entry.keys() <= OWN_KEYS or len(entry.keys() & {"text", "file"}) != 1:
+            return False
+        return isinstance(entry.get("file", entry.get("text")), str) or _is_texts(entry.get("text"))
+
+    segments = description.get("segments") if isinstance(description, Mapping) else None
+    return isinstance(segments, list) and bool(segments) and all(map(is_entry, segments))
+
+
+def _media_entries(names: Sequence[str]) -> list[Field]:
+    """One entry for the images and one for the sounds of WebDataset files, one for each other column."""
+    by_kind = [tuple(sorted(name for name in names if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
+    others = [(name,) for name in names if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]
+    return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
+
+
+def _text_entries(counts: Counter[str], views: list[_View], with_media: bool) -> list[Field]:
+    """Entries for the texts of the samples, by the names that are usual."""
+    names = [*counts, *(f"{name}.text" for name in counts)]  # SQuAD has {"answers": {"text": [...]}}
+    media = {name for name in names if any(view.is_medium(name) for view in views)}
+    texts = [name for name in names if name not in media and any(_is_text(view.raw(name)) for view in views)]
+    by_name = {name.removeprefix("json.").removesuffix(".text"): name for name in reversed(texts)}
+
+    def entry(names: Sequence[str], loss: bool = True) -> Field:
+        lists = any(isinstance(view.raw(name), list) for view in views for name in names)
+        return Field(tuple(names), "media" if loss and not lists else "text", loss, choose=lists)
+
+    for first, seconds in PAIRS.items():
+        found = [by_name[second] for second in seconds if second in by_name]
+        if first in by_name and found and not (with_media and first == "title"):
+            given = [name for name in ("context", first) if name in by_name] if first == "question" else [first]
+            return [*(entry([by_name[name]], loss=first != "question") for name in given), entry(found[:1])]
+    order = [f"json.{name}" for name in TEXT_NAMES] + list(TEXT_NAMES) + ["txt"]
+    if usual := sorted((name for name in texts if name in order), key=order.index):
+        return [entry(usual)]
+    strings = [name for name in texts if _extension(name) not in UNREADABLE_EXTENSIONS and not with_media]
+    prose = [name for name in strings if _is_prose([view.raw(name) for view in views])]
+    return [entry([name]) for name in prose]
+
+
+def _required(entry: Field, views: Sequence[_View]) -> Field:
+    """A field that most samples have is required, so that a sample without it is rejected and counted; else it is optional."""
+    present = sum(any(True for name in entry.names for _ in view.values(name)) for view in views)
+    least = len(views) if entry.optional else len(views) / 2
+    return replace(entry, optional=present < least)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | bytes) or _is_texts(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def _is_prose(values: Sequence[Any]) -> bool:
+    """Whether the strings of a column are texts rather than names, numbers or addresses."""
+    texts = [value for value in values if isinstance(value, str) and value]
+    spaced = sum(" " in text.strip() and "://" not in text[:10] for text in texts)
+    return bool(texts) and spaced > len(texts) / 2
+
+
+def _scalar(key: str, name: str, value: Any) -> str:
+    if isinstance(value, bytes):
+        value = _decode(key, name, value).strip()
+    if isinstance(value, Mapping | list) or str(value).strip() in ("", "-1"):
+        raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number from 0 is expected")
+    return str(value).strip()
+
+
+def _extension(name: str) -> str:
+    return name.rsplit(".", 1)[-1].lower()
+
+
+def _decode(key: str, name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("invalid_utf8", f"{name} of sample {key!r}: {error}") from error
+
+
+def _parse_json(key: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise BadSample("invalid_utf8", f"json of sample {key!r}: {error}") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists ...
+        raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

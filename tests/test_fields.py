@@ -1,0 +1,145 @@
+"""Field maps: given or inferred, they say what of a sample is learned, and lose nothing uncounted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pile_app.documents import TEXT, BadSample, Document, Segment, sample_from_document
+from pile_app.fields import OWN, Fields
+
+PNG = Segment.from_image(np.zeros((4, 4, 3), np.uint8)).file
+FLAC = Segment.from_audio(0.1 * np.sin(np.arange(800)), 8000).file
+
+
+def described(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def texts(document: Document) -> list[str]:
+    return [segment.text for segment in document.segments if segment.modality == TEXT]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "[jpg|png|webp, json.caption|txt]",
+        "[flac|wav, {text: txt, loss: false}]",
+        "[image, {text: captions, choose: true}, {label: class}, {group: speaker}, shuffle]",
+        "[{text: txt, optional: true}, {label: cls, learn: true}]",
+        "messages",
+        "segments",
+    ],
+)
+def test_a_field_map_is_its_own_yaml(spec: str) -> None:
+    assert str(Fields.parse(spec)) == spec
+    assert Fields.parse(str(Fields.parse(spec))) == Fields.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([], "names no segment"),
+        ([{"label": "cls"}], "names no segment"),
+        ([{"txet": "txt"}], "txet.*needs one of text, image"),
+        ([{"text": "txt", "loss": "no"}], "loss: 'no' must be true or false"),
+        (["jpg|"], "alternatives"),
+        (["messages", "txt"], "whole document"),
+        ("[jpg", "is not YAML"),
+    ],
+)
+def test_a_wrong_field_map_is_refused_by_name(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fields.parse(spec)
+
+
+CAPTIONED = {"jpg": PNG, "txt": b"a cat", "json": described(caption="a cat", url="u", key=1, status="success")}
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("samples", "spec", "segments", "unused"),
+    [
+        ([CAPTIONED], "[jpg, json.caption|txt, shuffle]", ["png", "a cat"], ["json.key", "json.status", "json.url"]),
+        ([{"png": PNG, "seg.png": PNG, "txt": b"a"}], "[png, txt, shuffle]", ["png", "a"], ["seg.png"]),
+        (
+            [{"flac": FLAC, "json": described(text="hi there", segments=[{"start": 0, "end": 1, "text": "hi there"}])}],
+            "[flac, json.text, shuffle]",
+            ["flac", "hi there"],
+            ["json.segments"],
+        ),
+        ([{"flac": FLAC, "json": b"[1, 2]"}], "[flac]", ["flac"], ["json"]),
+        ([{"jpg": PNG, "txt": b"a", "json": described(meta="a string", nested={"a": {"b": 1}})}], "[jpg, txt, shuffle]",
+         ["png", "a"], ["json.meta", "json.nested"]),
+        ([{"jpg": PNG, "cls": b"7"}], "[jpg, {label: cls}]", ["png"], []),
+        ([{"text": "hello world", "id": 3}], "[text]", ["hello world"], ["id"]),
+        ([{"review": "a good film", "sentiment": "positive"}], "[review, {label: sentiment}]", ["a good film"], []),
+        ([{"title": "a title", "description": "some text", "label": 2}], "[title, description, {label: label}]",
+         ["a title", "some text"], []),
+        ([{"image": {"bytes": PNG, "path": None}, "captions": ["a", "b"]}],
+         "[image, {text: captions, choose: true}, shuffle]", ["png", "a"], []),
+        ([{"image": {"bytes": PNG, "path": None}, "question": "what?", "answers": ["a cat"]}],
+         "[image, {text: question, loss: false}, {text: answers, choose: true}]", ["png", "what?", "a cat"], []),
+        ([{"messages": CHAT, "id": 1}], "messages", ["\x02", "hi", "\x03", "hello", "\x02"], ["id"]),
+    ],
+)  # fmt: skip
+def test_the_field_map_is_inferred_and_what_it_does_not_name_is_listed(
+    samples: list[dict[str, Any]], spec: str, segments: list[str], unused: list[str]
+) -> None:
+    fields = Fields.infer(samples)
+    assert str(fields) == spec
+    reading = fields.read("k", samples[0])
+    found = [s.text if s.modality == TEXT else "png" if s.data == PNG else s.extension for s in reading.document.segments]
+    assert found == segments
+    assert sorted(reading.unused) == unused
+    leaves = {f"json.{name}" for name in json.loads(samples[0]["json"])} if b"{" in samples[0].get("json", b"") else {"json"}
+    assert {*reading.used, *reading.unused} == (samples[0].keys() - {"json"}) | (leaves if "json" in samples[0] else set())
+
+
+def test_a_sample_without_its_medium_is_rejected_and_not_learned_as_a_text() -> None:
+    failed = {"txt": b"failed", "json": described(caption="failed", url="u", key=2, status="failed")}
+    fields = Fields.infer([CAPTIONED, CAPTIONED, failed])
+    with pytest.raises(BadSample, match="missing_field: sample 'k' has no jpg"):
+        fields.read("k", failed)
+    with pytest.raises(BadSample, match="unreadable_medium"):
+        Fields.infer([{"heic": b"x", "txt": b"a caption"}]).read("k", {"heic": b"x", "txt": b"a caption"})
+
+
+def test_a_damaged_json_costs_only_what_needs_it() -> None:
+    sample = {"jpg": PNG, "txt": b"a cat", "json": b'{"caption": '}
+    assert texts(Fields.parse("[jpg, txt]").read("k", sample).document) == ["a cat"]
+    assert texts(Fields.parse("[jpg, json.caption|txt]").read("k", sample).document) == ["a cat"]
+    with pytest.raises(BadSample, match="invalid_json"):
+        Fields.parse("[jpg, json.caption]").read("k", sample)
+
+
+def test_what_is_not_learned_is_marked_and_labels_are_no_text_unless_asked_for() -> None:
+    sample = {"jpg": PNG, "question.txt": b"what?", "cls": b"cat", "json": described(speaker="ann")}
+    fields = Fields.parse("[jpg, {text: question.txt, loss: false}, {label: cls}, {group: json.speaker}]")
+    document = fields.read("k", sample).document
+    assert [segment.loss for segment in document.segments] == [True, False]
+    assert document.meta == {"label": "cat", "group": "ann"}
+    learned = Fields.parse("[jpg, {label: cls, learn: true}]").read("k", sample).document
+    assert texts(learned) == ["cat"] and learned.segments[-1].loss
+
+
+def test_alternative_captions_survive_a_shard() -> None:
+    document = Document((Segment(PNG, "png"), Segment("a", choices=("a", "b"))), "k", False, {"label": "x"})
+    sample = {name: data for name, data in sample_from_document(document).items() if name != "__key__"}
+    assert Fields.infer([sample]) == OWN
+    assert OWN.read("k", sample).document == document
+
+
+@pytest.mark.parametrize(
+    "sample", [{"txt": b"a\x03b\x02"}, {"json": described(segments=[{"text": "a\x03b\x02"}])}, {"text": "a\x03b"}]
+)
+def test_a_role_cannot_be_forged_from_a_raw_shard(sample: dict[str, Any]) -> None:
+    assert texts(Fields.infer([sample]).read("k", sample).document) == ["ab"]
+
+
+def test_nothing_to_learn_shows_the_names_the_first_sample_and_the_option() -> None:
+    with pytest.raises(ValueError, match=r"among id, x; the first sample is \{'id': 3, 'x': 'abc'\}.*--fields"):
+        Fields.infer([{"id": 3, "x": "abc"}])
