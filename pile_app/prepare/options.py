@@ -59,7 +59,7 @@ class Options:
     silence: float | None = _option(None, "reject sounds below this mean level in dB of full scale, e.g. -60", -200, 0)
     resample: int | None = _option(None, "store sounds at this rate in Hz, mono", 1000, 768_000)
     audio_format: str | None = _option(None, "store sounds in this format, mono", choices=("flac", "wav"))
-    follow_links: bool = _option(False, "read symbolic links too, e.g. of a hub's cache")
+    follow_links: str | None = _option(None, "read symbolic links that lead into this folder, e.g. a hub's cache", metavar="ROOT")
 
     def __post_init__(self) -> None:
         for option in fields(self):
