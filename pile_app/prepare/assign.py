@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pile_app.prepare.ngrams import NearDuplicates
-from pile_app.prepare.spill import SPLITS, Table, Work
+from pile_app.prepare.spill import SPLITS, Table, Work, load_rows
 
 AT_ONCE = 1 << 24  # digests that are sorted in memory; documents of a source whose split is decided by their number
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
@@ -146,9 +146,9 @@ def assign(work: Work, jobs: int, summary: Summary) -> list[str]:
         chosen[source] = _validation_draws(rows["draw"], work.options.validation_fraction)
     plans: dict[tuple[str, str], _ShardPlans] = {}
     for job in range(jobs):
-        table = Table.load(work.blocks(job))
-        rows = table.rows[kept[job]]
-        for number, source in enumerate(table.sources):
+        rows, sources = load_rows(work.blocks(job))
+        rows = rows[kept[job]]
+        for number, source in enumerate(sources):
             own = rows[rows["source"] == number]
             splits = np.maximum(own["split"], 1) if has_splits else np.ones(len(own), np.uint8)
             splits[is_drawn & (splits == 1) & chosen[source](own["draw"])] = 2
@@ -205,14 +205,13 @@ def _dropped(table: Table, repeated: np.ndarray, similar: NearDuplicates | None)
 
 def _duplicates(work: Work, jobs: int) -> Iterator[np.ndarray]:
     """Yield for each job the rows whose document came before. Digests are sorted in parts that fit in memory."""
-    digests = lambda job: Table.load(work.blocks(job)).rows["digest"]  # noqa: E731
-    first = np.cumsum([0, *(len(digests(job)) for job in range(jobs))])
+    first = np.cumsum([0, *(len(load_rows(work.blocks(job))[0]) for job in range(jobs))])
     parts = 1 + int(first[-1]) // AT_ONCE if work.options.exact_duplicates else 0
     found = [np.zeros(0, np.int64)]
     for part in range(parts):
         hashes, rows = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)]
         for job in range(jobs):
-            digest = digests(job)
+            digest = load_rows(work.blocks(job))[0]["digest"]
             chosen = np.flatnonzero(digest[:, 1] % np.uint64(parts) == part)
             hashes.append(digest[chosen])
             rows.append(first[job] + chosen)

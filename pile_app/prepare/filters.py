@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,8 @@ def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
 def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
     """Find the timed parts of a transcript: Whisper's `segments`, `words` or `chunks`, among the columns or in the `json`."""
     record = sample.get("json")
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError, OSError):
+        record = record.read_bytes() if isinstance(record, Path) else record
         record = json.loads(record) if isinstance(record, bytes) else record
     for holder in (record, sample):
         for name in ("segments", "chunks", "words"):

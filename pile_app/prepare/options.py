@@ -40,7 +40,7 @@ class Options:
     learn_label: bool = _option(False, "the label becomes the last text of its document, which training learns")
     label_loss_only: bool = _option(False, "with --learn-label: compute the loss on the label only")
     document_bytes: int = _option(1 << 20, "cut longer text files into several documents", 16, 1 << 26)
-    encoding: str | None = _option(None, "of text files and tables that are not UTF-8 or UTF-16, e.g. latin-1", metavar="NAME")
+    encoding: str = _option("", "of text files and tables that are not UTF-8 or UTF-16, e.g. latin-1", metavar="NAME")
     clean: bool = _option(True, "keep texts unchanged", off="--no-clean")
     repair: bool = _option(False, "fix wrong decoding, HTML entities and the like (ftfy)")
     quality: tuple[str, ...] = _option((), "reject texts that break these rules", choices=("gopher", "c4"))
@@ -71,6 +71,8 @@ class Options:
                     raise ValueError(f"{option.name} is {one!r}; it has to be one of {', '.join(choices)}")
         if self.label and self.label_from_folder:
             raise ValueError("label and label_from_folder exclude each other")
+        if self.label_loss_only and not self.learn_label:
+            raise ValueError("label_loss_only needs learn_label: otherwise the label is no text that is learned")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Options:

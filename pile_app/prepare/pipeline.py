@@ -72,6 +72,8 @@ def prepare(
             preparation had other options or another input.
     """
     given, input, output = str(input), Path(input), Path(output)
+    if options.get("fields") is not None:
+        options["fields"] = str(Fields.parse(options["fields"]))
     chosen = Options.of(options)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; it has to be one of {', '.join(ENGINES)}")
@@ -296,14 +298,12 @@ def _refuse(work: Work, given: str, summary: Summary) -> None:
 
 
 def _check_extras(options: Options, engine: str) -> None:
-    """Name a missing library at once, not after hours; and a wrong field map."""
+    """Name a missing library at once, not after hours."""
     for needed, module, flag in ((options.repair, "ftfy", "--repair"), (options.near_duplicates, "datasketch", "--near-duplicates")):
         if needed:
             require(module, "prepare", flag)
     if engine == "ray":
         import_ray()
-    if options.fields is not None:
-        Fields.parse(options.fields)
 
 
 def _check_folders(input: Path, output: Path, overwrite: bool) -> None:

@@ -140,6 +140,12 @@ class Table:
             return cls(file.get_tensor("rows").view(ROW), file.get_tensor("signatures"), **header)
 
 
+def load_rows(blocks: Path) -> tuple[np.ndarray, list[str]]:
+    """The rows of a table and the names of its sources, without the rest."""
+    with safe_open(blocks.with_suffix(".safetensors"), "numpy") as file:
+        return file.get_tensor("rows").view(ROW), json.loads(file.metadata()["sources"])
+
+
 def is_read(work: Work, job: int) -> bool:
     """Whether a job is done: both of its files are there and complete."""
     try:
@@ -216,13 +222,14 @@ class _Reader:
             except BadSample:
                 self._count_fields(sample, 2)
                 raise
-            parts = transcript_parts(sample)
+            parts, meta = transcript_parts(sample), _meta(sample)
             self._count_fields(reading.used, 0)
-            self._count_fields(reading.unused, 1)
+            self._count_fields((name for name in reading.unused if name != "meta" or not meta), 1)
+            self._count_fields((name for name in reading.unused if name == "meta" and meta), 0)
             if lost := {name for name in sample if name != "json"} - {*reading.used, *reading.unused}:
                 raise AssertionError(f"{record.where}: {sorted(lost)} are neither used nor unused")
             self.counts["dropped"].update(reading.dropped)
-            document = replace(reading.document, meta={**_meta(sample), **reading.document.meta})
+            document = replace(reading.document, meta={**meta, **reading.document.meta})
         return self._labelled(document, record), parts
 
     def _count_fields(self, names: Iterable[str], column: int) -> None:
