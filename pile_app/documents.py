@@ -22,10 +22,13 @@ import numpy as np
 MODALITIES = ("text", "image", "audio")
 TEXT, IMAGE, AUDIO = range(3)
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "avif", "jfif", "jpe")
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "aiff", "aif")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "m4a", "aac", "webm", "weba", "wma")
+UNREADABLE_EXTENSIONS = (  # media that nothing here decodes: text that belongs to one is no document of its own
+    "mp4", "m4v", "avi", "mov", "mkv", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "svg", "heic", "heif", "jxl", "jp2", "psd",
+    "eps", "ico", "raw", "cr2", "nef", "dng", "exr", "hdr", "mid", "midi", "amr", "ape", "pdf",
+)  # fmt: skip
 ENCODED_EXTENSIONS = ("textids", "imagecodes", "audiocodes")  # by modality
-UNREADABLE_EXTENSIONS = ("mp4", "avi", "mov", "mkv", "webm", "svg", "heic", "heif", "wma", "psd", "pdf")  # media all the same
 MODALITY_OF_EXTENSION = (
     {"txt": TEXT}
     | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE)

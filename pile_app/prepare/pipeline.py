@@ -1,23 +1,16 @@
-"""Own data to shards: the engine of `pile prepare`.
+"""Data sets as they are to shards: the pipeline of `pile prepare`.
 
-    files ──► units ──► spill: clean, check ──► drop duplicates, assign ──► <source>-train-*.tar, <source>-validation-*.tar
-              listed    in parallel             one process                 in parallel
+    input ──► units ──► field map ──► filters ──► blocks ──► duplicates, splits ──► <source>-train-*.tar, <source>-validation-*.tar
+              listed    in parallel (`spill.py`)             one process (`assign.py`)    in parallel (`spill.py`)
 
-1. The input is listed as units of some megabytes (`listing.py`).
-2. Each unit is read, mended and judged on its own (`readers.py`, `filters.py`), to samples as they will stand in a shard.
-3. One process goes over the tables of all units in order: it drops duplicates and says which samples make which shard
-   (`assign.py`).
-4. Each shard is put together from them (`spill.py`).
+1. The input is listed as units (`readers.py`), which are grouped to jobs of some megabytes; field maps are inferred from the
+   first samples of each table and folder, so that all processes use the same.
+2. Each job is read, checked and changed independently, to documents as they are written to a shard.
+3. One process decides from the tables of all jobs which documents are duplicates, and which shard holds which.
+4. Each shard is copied from the blocks.
 
-Steps 2 and 4 run in processes here, or on a cluster through Ray Data. All is kept in `<output>.partial/` until the result is
-whole, so that the same command continues where it was interrupted. The same input gives the same bytes, whatever the engine,
-the number of processes and the interruptions.
-
-A document goes to training or validation by the hash of its content (of its media, where it has any; without its label), so it
-stays on its side whatever is added later; where files or folders are named train, validation and test they stay as they are.
-What cannot be used is counted by reason, listed in `rejected.jsonl`, and kept in part in `rejected/`.
-Memory does not grow with the data but for near-duplicates (4 kB a document), the names of the files of a folder and of all
-tables, and 16 bytes a unit.
+Everything is kept in `<output>.partial/` until the result is complete, so that the same command continues where it was
+interrupted. The same input gives the same bytes, whatever the engine, the number of processes and the interruptions.
 """
 
 from __future__ import annotations
@@ -28,84 +21,89 @@ import json
 import os
 import shutil
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from pile_app.documents import BadSample, media_extension
+from pile_app.fields import Fields
 from pile_app.prepare.assign import Summary, assign
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
-from pile_app.prepare.labels import SPLITS, given_splits
-from pile_app.prepare.listing import Item, list_items, split_of
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.readers import evaluation_texts
-from pile_app.prepare.spill import Workplace, is_spilled, make_spill, slug, write_shard
+from pile_app.prepare.readers import Unit, evaluation_texts, list_units, read_unit
+from pile_app.prepare.spill import SPLITS, Work, is_read, read_job, slug, table_of, with_label, write_manifest, write_shard
 
-PREPARE_VERSION = 3  # changes with what the same options give
-UNIT_BYTES = 1 << 24
+PREPARE_VERSION = 4  # changes with what the same options give
+JOB_BYTES, JOB_UNITS = 1 << 24, 1024
+SAMPLES = 200  # by which a field map is inferred
 
 
 def prepare(
-    input: Path,
-    output: Path,
+    input: Path | str,
+    output: Path | str,
     *,
     engine: Literal["local", "ray"] = "local",
     processes: int | None = None,
     overwrite: bool = False,
-    **steps: Any,
+    **options: Any,
 ) -> Summary:
-    """Reads the file or folder `input` and writes shards, `dataset.json`, `rejected.jsonl` and `rejected/` to `output`.
+    """Read the file or folder `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to `output`.
 
-    That folder appears when it is whole; until then `<output>.partial/` keeps what is done, and the same call continues it. A
-    summary goes to stderr, the sources ready to paste into a configuration to stdout.
+    The folder appears when it is complete; until then `<output>.partial/` keeps what is done, and the same call continues. The
+    field maps and the balance go to stderr, the sources to paste into a configuration to stdout.
 
     Args:
-        engine: where the work is done: in processes here, or by Ray Data, on the cluster that `RAY_ADDRESS` names or here.
-        processes: how many work at a time (default: one a core). 1: in this process.
+        engine: processes on this machine, or Ray Data, on the cluster that `RAY_ADDRESS` names or on this machine.
+        processes: default: one per core. 1: in this process.
         overwrite: replace an earlier result in `output`, and an interrupted preparation with other options.
-        steps: the fields of `Options`.
+        options: the fields of `Options`.
 
     Raises:
-        ValueError: an argument is out of its bounds, `output` is in use, `input` holds nothing usable, or an interrupted
+        ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
             preparation had other options or another input.
     """
     given, input, output = str(input), Path(input), Path(output)
-    options = Options.of(steps)
+    if options.get("fields") is not None:
+        options["fields"] = str(Fields.parse(options["fields"]))
+    chosen = Options.of(options)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; it has to be one of {', '.join(ENGINES)}")
-    _check_extras(options, engine)
+    _check_extras(chosen, engine)
     _check_folders(input, output, overwrite)
     input = input.resolve()
-    name = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
+    source = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
     folder = output.parent / f"{output.name}.partial"
-    work = Workplace(folder, str(input if input.is_dir() else input.parent), name, options)
+    work = Work(folder, str(input if input.is_dir() else input.parent), source, chosen)
     with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
-        units, summary = _list_input(work, input, output, overwrite), Summary(output)
-        waiting = [unit for unit in range(units) if not is_spilled(work, unit)]
-        if len(waiting) < units:
-            print(f"continues {folder}: {units - len(waiting):,} of {units:,} units are done", file=sys.stderr)
-        for _ in tracked(run(make_spill, str(folder), waiting), "read", len(waiting)):
+        (folder / "rejected.jsonl").unlink(missing_ok=True)
+        summary = Summary(output)
+        jobs = _list_input(work, input, output, overwrite, summary)
+        waiting = [job for job in range(jobs) if not is_read(work, job)]
+        if len(waiting) < jobs:
+            print(f"continues {folder}: {jobs - len(waiting):,} of {jobs:,} jobs are done", file=sys.stderr)
+        for _ in tracked(run(read_job, str(folder), waiting), "read", len(waiting)):
             pass
-        shutil.rmtree(work.result / "rejected", ignore_errors=True)
         for needed in (folder / "plans", work.result):
             needed.mkdir(exist_ok=True)
         for stale in work.result.glob("*.tmp"):  # of a process that was killed
             stale.unlink()
-        shards = assign(work, units, summary)
+        shards = assign(work, jobs, summary)
         if not shards:
-            shutil.rmtree(folder)
-            raise ValueError(
-                f"{given!r} holds nothing usable for kind {options.kind!r}: looked for files "
-                f"*.{', *.'.join(options.extensions)}; found {_counts(summary.rejected) or 'no file at all'}"
-            )
+            _refuse(work, given, summary)
         for _ in tracked(run(write_shard, str(folder), shards), "write", len(shards)):
             pass
-        description = summary.description() | {"input": given, "options": asdict(options)}
+        for _ in run(write_manifest, str(folder), sorted({shard.rpartition("-")[0] for shard in shards})):
+            pass
+        description = summary.description() | {"input": given, "options": asdict(chosen)}
         (work.result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         _move_into_place(work.result, output)
         shutil.rmtree(folder)
@@ -113,56 +111,141 @@ def prepare(
     return summary
 
 
-# -- the input, and what is there of an earlier attempt
+# -- the input, and what an earlier attempt left
 
 
-def _list_input(work: Workplace, input: Path, output: Path, overwrite: bool) -> int:
-    """Lists the input anew, and makes the workplace ready for it; the number of units."""
+def _list_input(work: Work, input: Path, output: Path, overwrite: bool, summary: Summary) -> int:
+    """List the input, infer the field maps and prepare the folder for both; return the number of jobs."""
     folder, options = work.folder, work.options
-    digest = hashlib.blake2b(digest_size=16)
-    splits: set[str] = set()
-    units = work.write_units(_noting_splits(list_items(input, options, digest.update), splits), UNIT_BYTES)
-    digest.update(_file_digest(folder / "units.jsonl"))
+    maps = _FieldMaps(work)
+    starts: list[int] = []
+    with open(folder / "jobs.jsonl", "wb") as file:
+        for job in _group(maps.sampled(list_units(input, options))):
+            starts.append(file.tell())
+            file.write(json.dumps(job).encode() + b"\n")
+    np.save(folder / "jobs.npy", np.array(starts, np.uint64))
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
-        count, short = EvaluationTexts.save(texts, options.ngram, work.evaluation)
-        print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be looked for", file=sys.stderr)
+        count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
+        print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
+    found = maps.infer()
+    summary.maps = maps.lines
     state: dict[str, Any] = {
         "prepare_version": PREPARE_VERSION,
         "output": str(output.resolve()),
         "root": work.root,
         "source": work.source,
-        "splits": given_splits(splits) if options.given_splits else [],
-        "files of the input": digest.hexdigest(),
-        "evaluation sets": _file_digest(Path(work.evaluation)).hex() if options.decontaminate else "",
+        "fields": found,
+        "files of the input": _digest(input),
+        "evaluation sets": [_digest(Path(path)) for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
         "options": json.loads(json.dumps(asdict(options))),
     }
     earlier = _read_json(folder / "state.json")
-    if earlier != state:
-        if earlier and not overwrite:
-            then, now = ({**one, **one["options"], "options": None} for one in (earlier, state))
-            names = ", ".join(name for name, value in now.items() if then.get(name) != value)
-            raise ValueError(
-                f"{str(folder)!r} holds an interrupted preparation that differs in {names}: give the command of then to "
-                "continue it, or --overwrite (overwrite=True) to start anew"
-            )
+
+    def compared(state: dict[str, Any]) -> dict[str, Any]:  # names of labels are given at the end
+        return state | {f"option {name}": value for name, value in state["options"].items() if name != "label_names"} | {"options": 0}
+
+    if earlier and compared(earlier) != compared(state) and not overwrite:
+        names = (name for name, value in compared(state).items() if compared(earlier).get(name) != value)
+        raise ValueError(
+            f"{str(folder)!r} holds an interrupted preparation that differs in {', '.join(names).replace('option ', '')}: give "
+            "the same command to continue it, or --overwrite (overwrite=True) to start again"
+        )
+    if not earlier or compared(earlier) != compared(state):
         for name in ("spill", "plans", "result"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "state.json").write_text(json.dumps(state))
-    return units
+    (folder / "state.json").write_text(json.dumps(state))
+    return len(starts)
 
 
-def _noting_splits(items: Iterator[Item], splits: set[str]) -> Iterator[Item]:
-    for item in items:
-        if split := split_of(item):
-            splits.add(split)
-        yield item
+class _FieldMaps:
+    """Infers the field maps of tables and folders from the first samples of each."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._samples: dict[str, list[Any]] = {}
+        self._seen: Counter[tuple[str, ...]] = Counter()
+        self.lines: list[str] = []
+
+    def sampled(self, units: Iterator[Unit]) -> Iterator[Unit]:
+        """Yield the units, and keep a few samples of them."""
+        for unit in units:
+            if self._work.options.fields is None and self._is_new(unit):
+                for record in islice(read_unit(self._work.root, unit, self._work.options), SAMPLES):
+                    if isinstance(record.content, dict):
+                        samples = self._samples.setdefault(table_of(record), [])
+                        if len(samples) < SAMPLES:
+                            samples.append({name: _shortened(name, value) for name, value in record.content.items()})
+            yield unit
+
+    def _is_new(self, unit: Unit) -> bool:
+        """Whether a unit may show something new: at most 200 units of a folder are sampled, and at most 2,000 in all."""
+        path = str(unit.arguments[0])
+        keys = (unit.reader,), (unit.reader, os.path.dirname(path))
+        if any(self._seen[key] >= limit for key, limit in zip(keys, (2000, SAMPLES), strict=True)):
+            return False
+        self._seen.update(keys)
+        return True
+
+    def infer(self) -> dict[str, str]:
+        """Return the field map of each table that was sampled, and print each in a line."""
+        maps: dict[str, str] = {}
+        tables: dict[str, list[str]] = {}
+        for table, samples in self._samples.items():
+            try:
+                fields = Fields.infer([sample for sample in samples if _is_readable(sample)])
+            except ValueError:  # each of its records is rejected with the reason
+                continue
+            maps[table] = str(fields)
+            tables.setdefault(str(with_label(fields, self._work.options)), []).append(table)
+        for fields, names in tables.items():
+            count = sum(len(self._samples[name]) for name in names)
+            layout, _, path = names[0].rpartition(" ")
+            where = f"{path or 'the input'}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            self.lines.append(f"{fields}  (inferred from {count:,} samples of {where}, {layout})")
+        if self._work.options.fields is not None:
+            self.lines.append(f"{with_label(Fields.parse(self._work.options.fields), self._work.options)}  (given)")
+        for line in self.lines:
+            print(f"fields: {line}", file=sys.stderr)
+        return maps
 
 
-def _file_digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()[:16]
+def _shortened(name: str, value: Any) -> Any:
+    """The beginning of a medium, by which its kind is known."""
+    return value[:64] if isinstance(value, bytes) and name.lower() not in ("json", "txt") and media_extension(value) else value
+
+
+def _is_readable(sample: Any) -> bool:
+    try:
+        Fields.infer([sample])
+    except BadSample:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
+def _group(units: Iterator[Unit]) -> Iterator[list[Unit]]:
+    job: list[Unit] = []
+    for unit in units:
+        job.append(unit)
+        if sum(one.weight for one in job) >= JOB_BYTES or len(job) == JOB_UNITS:
+            yield job
+            job = []
+    if job:
+        yield job
+
+
+def _digest(path: Path) -> str:
+    """Of names, sizes and times of change of a file, or of all files of a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for folder, folders, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+        folders.sort()
+        for name in sorted(names):
+            about = os.lstat(os.path.join(folder, name))
+            digest.update(os.fsencode(os.path.join(folder, name)) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,37 +257,51 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Makes the folder of a preparation and keeps others out of it; a new one goes again where nothing was done in it."""
+    """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / "lock").exists():
-        raise ValueError(
-            f"{str(folder)!r}, where work is kept, exists and is not of `pile prepare`; give another output folder"
-        )
+        raise ValueError(f"{str(folder)!r} exists and is not of `pile prepare`, which keeps its work there: give another output")
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another `pile prepare` works in {str(folder)!r}") from None
+            raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            interrupted = "interrupted: " * isinstance(error, KeyboardInterrupt)
             if (folder / "state.json").exists():
-                print(f"what is done is kept in {folder}: the same command continues", file=sys.stderr)
-            else:
+                print(f"{interrupted}what is done is kept in {folder}: the same command continues", file=sys.stderr)
+            elif not (folder / "rejected.jsonl").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-# -- folders and what is said
+def _refuse(work: Work, given: str, summary: Summary) -> None:
+    """Nothing is usable: keep the reasons, and show the first."""
+    for path in work.folder.iterdir():
+        if path.name not in ("result", "lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.replace(work.result / "rejected.jsonl", work.folder / "rejected.jsonl")
+    shutil.rmtree(work.result)
+    if not summary.first:
+        raise ValueError(f"{given!r} contains no files")
+    file, detail = summary.first["file"], summary.first["detail"]
+    raise ValueError(
+        f"{given!r} holds nothing usable: {_counts(summary.rejected + summary.unread)}. The first is {file}: {detail}. All are "
+        f"listed in {work.folder / 'rejected.jsonl'}"
+    )
+
+
+# -- checks and messages
 
 
 def _check_extras(options: Options, engine: str) -> None:
-    """Says at once what is missing, not after hours."""
-    if options.repair:
-        require("ftfy", "prepare", "repair")
-    if options.near_duplicates is not None:
-        require("datasketch", "prepare", "near_duplicates")
+    """Name a missing library at once, not after hours."""
+    for needed, module, flag in ((options.repair, "ftfy", "--repair"), (options.near_duplicates, "datasketch", "--near-duplicates")):
+        if needed:
+            require(module, "prepare", flag)
     if engine == "ray":
         import_ray()
 
@@ -212,16 +309,16 @@ def _check_extras(options: Options, engine: str) -> None:
 def _check_folders(input: Path, output: Path, overwrite: bool) -> None:
     if not input.exists():
         raise ValueError(f"input {str(input)!r} does not exist (working folder {os.getcwd()})")
+    if found := sorted(set(str(output)) & set("*?[]{}")):
+        raise ValueError(f"output {str(output)!r} contains {' '.join(found)}, which has a meaning in patterns of shards: give another")
     inside, outside = output.resolve(), input.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise ValueError(f"output {str(output)!r} and input {str(input)!r} lie in each other; give an output folder elsewhere")
+        raise ValueError(f"output {str(output)!r} and input {str(input)!r} contain each other: give an output folder elsewhere")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not _is_result(output):
-            raise ValueError(f"output {str(output)!r} exists and is not the result of an earlier `pile prepare`; give another")
+            raise ValueError(f"output {str(output)!r} exists and is not a result of `pile prepare`: give another")
         if not overwrite:
-            raise ValueError(
-                f"output {str(output)!r} holds an earlier result; give another folder, or --overwrite (overwrite=True)"
-            )
+            raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
 
 
 def _is_result(output: Path) -> bool:
@@ -229,7 +326,7 @@ def _is_result(output: Path) -> bool:
 
 
 def _move_into_place(result: Path, output: Path) -> None:
-    earlier = output.parent / f".{output.name}.{os.getpid()}.old"
+    earlier = output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
     if _is_result(output):
         os.replace(output, earlier)
     os.replace(result, output)
@@ -237,7 +334,7 @@ def _move_into_place(result: Path, output: Path) -> None:
 
 
 def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _print_summary(summary: Summary) -> None:
@@ -254,11 +351,25 @@ def _print_summary(summary: Summary) -> None:
                 table.add_row(source, split, f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", hours)
             elif split != "test":
                 missing.append(f"{source} has no {split} documents")
+    balance = summary.balance()
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(table)
-    console.print(f"read: {_counts(summary.read)}")
-    if summary.rejected:
-        console.print(f"left out: {_counts(summary.rejected)}; see {summary.output / 'rejected.jsonl'}")
+    pieces = f" + {summary.pieces:,} pieces of long sounds" if summary.pieces else ""
+    console.print(
+        f"samples: {balance['samples']:,} read ({_counts(summary.read)}){pieces} = {balance['documents']:,} documents + "
+        f"{balance['rejected']:,} rejected" + (f" ({_counts(summary.rejected)})" if summary.rejected else "")
+    )
+    if balance["fields"]:
+        unused = Counter(balance["unused_fields"])
+        lost = f" + {balance['of_rejected']:,} of rejected samples" if balance["of_rejected"] else ""
+        console.print(f"files and fields: {balance['fields']:,} read = {balance['used']:,} used + {balance['unused']:,} unused{lost}")
+        for name, count in unused.most_common(20):
+            console.print(f"  {name}: {count:,} unused")
+    for what, counts in (("parts of chats dropped", summary.dropped), ("files not read", summary.unread)):
+        if counts:
+            console.print(f"{what}: {_counts(counts)}")
+    if summary.rejected or summary.unread:
+        console.print(f"see {summary.output / 'rejected.jsonl'}")
     if missing:
-        console.print(f"{'; '.join(missing)}: change validation_share, or cut text finer with document_bytes")
+        console.print(f"{'; '.join(missing)}: set validation_fraction, or cut texts into more documents with document_bytes")
     print(summary.yaml())
