@@ -19,11 +19,12 @@ import re
 import shutil
 import stat
 import tarfile
+import uuid
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -62,8 +63,8 @@ class File(NamedTuple):
 
 
 class Tree:
-    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. Of one file that is a table, the
-    files around it are in the tree too, so that it can name them.
+    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the files
+    around it are in the tree too, so that it can name them.
 
     follow: whether links are followed that lead to files and folders within the input (or the same cache of the hub).
     """
@@ -244,8 +245,8 @@ class _Chunks(io.RawIOBase):
 
 
 def _decompressed(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress frame by frame, 2 KiB at a time, since they may hold 64 MiB. The libraries' own readers do not all notice a file
-    that is cut off."""
+    """Decompress frame by frame, 2 KiB at a time, since they may hold 64 MiB. Unlike the libraries' own readers, notice a file that
+    is cut off."""
     frame, data = None, file.read(2048)
     while data:
         if frame is None and not data.strip(b"\0"):  # padding
@@ -372,3 +373,16 @@ def _tar_members(file: File) -> Iterator[tuple[str, Any]]:
             archive.members.clear()  # type: ignore[attr-defined]
             if not member.isdir():
                 yield member.name, archive.extractfile(member) if member.isreg() and not member.issparse() else None
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:  # moves to data/files.py
+    """A file to write, which appears under its name when it is whole, and not at all where that fails."""
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb", 1 << 20) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)

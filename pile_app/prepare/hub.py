@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face hub: remote inputs are downloaded, data set cards say which files are which split.
 
-`datasets` resolves the files, splits and features of a card, for a folder as for the hub. Rows are read by `tables.py`, undecoded,
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows, undecoded,
 because `datasets` gives up on a whole file where one row is bad.
 """
 
@@ -24,8 +24,8 @@ class Card:
 
 
 def localize(input: str, work: str) -> str:
-    """The path of an input: `hf://datasets/owner/name[/path]`, the name of a hub data set (`owner/name`) and any address of fsspec
-    are downloaded below `work`, once; a path is returned as it is given.
+    """The path of an input: `hf://datasets/owner/name[/path]`, the name of a hub data set (`owner/name`) or any address of fsspec
+    is downloaded below `work`, once; a path is returned as it is given.
 
     Raises:
         ValueError: the data set cannot be fetched.

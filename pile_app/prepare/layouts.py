@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
-from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
-from pile_app.prepare.files import MEDIA, DAMAGE, decode, extension, read_text
+from pile_app.documents import AUDIO_EXTENSIONS
+from pile_app.prepare.files import DAMAGE, MEDIA, decode, extension, read_text
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {

@@ -79,7 +79,7 @@ def prepare(
         raise ValueError(f"engine is {engine!r}; it has to be one of {', '.join(ENGINES)}")
     _check_extras(chosen, engine)
     _check_folders(input, output, overwrite)
-    input = input.resolve()
+    input = Path(os.path.abspath(input))  # a link is known by its own name
     source = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
     folder = output.parent / f"{output.name}.partial"
     work = Work(folder, str(input if input.is_dir() else input.parent), source, chosen)
@@ -120,7 +120,7 @@ def _list_input(work: Work, input: Path, output: Path, overwrite: bool, summary:
     maps = _FieldMaps(work)
     starts: list[int] = []
     with open(folder / "jobs.jsonl", "wb") as file:
-        for job in _group(maps.sampled(list_units(input, options))):
+        for job in _group(maps.sampled(list_units(str(input), options, str(folder)))):
             starts.append(file.tell())
             file.write(json.dumps(job).encode() + b"\n")
     np.save(folder / "jobs.npy", np.array(starts, np.uint64))

@@ -48,7 +48,7 @@ from pile_app.prepare.files import (
     read_file,
     read_text,
 )
-from pile_app.prepare.filters import mend_text
+from pile_app.prepare.filters import normalize_text
 from pile_app.prepare.hub import Card, read_card
 from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
 from pile_app.prepare.options import Options
@@ -176,7 +176,7 @@ class _Listing:
         for name in list(self.rest):
             yield from self._single(name, self.rest[name], self.format(name))
         for found in (self.bad, [(*one, "") for one in sorted(self.unread)]):
-            yield from [Unit("rejected", [found])] if found else []
+            yield from [Unit("rejected", ["", found])] if found else []
 
     def _groups(self) -> dict[str, list[str]]:
         """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `b.0.txt` belong to
@@ -276,10 +276,8 @@ class _Listing:
                 self.take(name)
                 self.reject(name, bad.content.reason, bad.content.detail, format)  # type: ignore[union-attr]
             return None
-        if (
-            is_list
-            and not table.files
-            or (format == "yaml" and self.options.kind == "auto" and "exchange" not in (preview or [{}])[0])
+        if (is_list and not table.files) or (
+            format == "yaml" and self.options.kind == "auto" and "exchange" not in (preview or [{}])[0]
         ):
             return None
         self.take(name)
@@ -327,7 +325,7 @@ class _Listing:
         elif table.format == "parquet":
             parts = [replace(table, group=group) for group in range(row_groups(table))]
         for part in parts:
-            yield Unit("table", [asdict(part), key], size // len(parts))
+            yield Unit("table", [table.name, asdict(part), key], size // len(parts))
 
     def _single(self, name: str, file: File, format: str) -> Iterator[Unit]:
         folder = os.path.dirname(name)
@@ -423,9 +421,9 @@ def _units_of_samples(layout: str, found: Iterable[Any]) -> Iterator[Unit]:
         some.append(one)
         weight += size
         if weight > UNIT_BYTES or len(some) >= UNIT_SAMPLES:
-            yield Unit("samples", [layout, some], weight)
+            yield Unit("samples", [some[0][0], layout, some], weight)
             some, weight = [], 0
-    yield from [Unit("samples", [layout, some], weight)] if some else []
+    yield from [Unit("samples", [some[0][0], layout, some], weight)] if some else []
 
 
 # -- reading
@@ -438,7 +436,7 @@ def read_unit(root: str, unit: Unit, options: Options) -> Iterator[Record]:
         yield record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace"))
 
 
-def _read_rejected(_: Options, found: list[Any]) -> Iterator[Record]:
+def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
     for where, reason, detail, layout in found:
         yield Record(where, BadSample(reason, detail), layout)
 
@@ -449,7 +447,7 @@ def _damage(where: str, error: Exception, layout: str) -> Record:
     return Record(where, BadSample("unreadable_file" if getattr(error, "errno", None) else "damaged_file", str(error)), layout)
 
 
-def _read_samples(options: Options, layout: str, found: list[Any]) -> Iterator[Record]:
+def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> Iterator[Record]:
     for where, split, named, values in found:
         try:
             sample = {name: _content(name, path, options) for name, path in named.items()}
@@ -486,10 +484,10 @@ def _read_text(options: Options, name: str, path: str, start: int, stop: int) ->
         yield _damage(name, error, layout)
 
 
-def _read_table(options: Options, fields: dict[str, Any], key: list[Any] | None) -> Iterator[Record]:
+def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any] | None) -> Iterator[Record]:
     table = Table(**fields)
     tree = key and _tree(key, options)
-    mend = partial(mend_text, options=options)
+    clean = partial(normalize_text, options=options)
     split, where = split_of(table.name), table.name
     try:
         for where, row, _ in _merged(table) if table.merged else rows(table):
@@ -497,7 +495,7 @@ def _read_table(options: Options, fields: dict[str, Any], key: list[Any] | None)
                 if isinstance(row, BadSample):
                     raise row
                 if table.tagged or options.kind == "entities":
-                    tagged = document_of_record(row, mend)
+                    tagged = document_of_record(row, clean)
                     if tagged is None:
                         raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
                     yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], split)
@@ -568,7 +566,7 @@ def _joined(one: dict[str, Any], other: dict[str, Any], columns: Iterable[str]) 
 
 def _read_conll(options: Options, name: str, path: str) -> Iterator[Record]:
     """A document a sentence."""
-    split, mend = split_of(name), partial(mend_text, options=options)
+    split, clean = split_of(name), partial(normalize_text, options=options)
     try:
         with open_text(path, options.encoding or "")[0] as opened:
             scheme = scheme_of_conll(opened)
@@ -577,7 +575,7 @@ def _read_conll(options: Options, name: str, path: str) -> Iterator[Record]:
                 try:
                     if isinstance(sentence[0], BadSample):
                         raise sentence[0]
-                    document, fixed = document_of_words(sentence[0], sentence[1], scheme, mend)
+                    document, fixed = document_of_words(sentence[0], sentence[1], scheme, clean)
                     yield Record(f"{name}:{first}", document, "CoNLL" + ", fixed" * fixed, split)
                 except BadSample as error:
                     yield Record(f"{name}:{first}", error, "CoNLL")
