@@ -128,6 +128,10 @@ def parallel_folders(listing: Any) -> None:
                     if key in stems[other]
                     else {}
                 )
+                if is_speech and not text:
+                    listing.take(name)
+                    listing.reject(name, "missing_field", f"no text in {other}/ has its name", "VCTK")
+                    continue
                 speaker = {"speaker": key.split("/")[-2]} if is_speech and "/" in key else {}
                 listing.add(
                     "VCTK" if is_speech else f"{child}/ and {other}/",

@@ -150,6 +150,10 @@ class _Listing:
         for file in named.values():
             self.rest.pop(file.name, None)
 
+    def is_covered(self, name: str) -> bool:
+        """Whether an index decides about the files of the folder."""
+        return any(is_below(os.path.dirname(name), scope) for scope in self.scopes)
+
     def format(self, name: str) -> str:
         """What a file is read as, "" for nothing: by its extension, or by the kind that is asked for."""
         kind, found = self.options.kind, FORMATS.get(extension(name), "")
@@ -211,7 +215,7 @@ class _Listing:
         for stem, names in groups.items():
             names = [name for name in names if name in self.rest]
             folder, texts = os.path.dirname(stem), any(extension(name) in TEXT_EXTENSIONS for name in names)
-            if any(is_below(folder, scope) for scope in self.scopes):
+            if self.is_covered(f"{folder}/x"):
                 reason = "not_in_table", "no row of a table names it"
             elif not kinds[stem] and not (texts and self.options.kind == "auto"):
                 reason = "ignored_extension", f"kind is {self.options.kind}: no such file is read"
@@ -239,12 +243,14 @@ class _Listing:
         found = [table for name in list(self.rest) if name not in grouped and (table := self._sniff(name))]
         named: set[str] = set()
         units = [unit for table in found if table.files or table.nested for unit in self._parts(table, named)]
+        if lists := [os.path.dirname(table.name) for table in found if table.delimiter == " "]:  # a list a chapter
+            self.scopes.append(os.path.commonpath(lists) if "" not in lists else "")
         for name in named:
             self.rest.pop(name, None)
         for table in found:
             if table.files or table.nested:
                 continue
-            if any(is_below(os.path.dirname(table.name), scope) for scope in self.scopes):
+            if self.is_covered(table.name):
                 self.skip(table.name, "other_table", "another table names the files here")
             else:
                 units += self._parts(table, named)
@@ -256,7 +262,7 @@ class _Listing:
         is_list = (
             (format == "text" or not extension(name)) and self.has_media and self.options.kind in ("auto", "images", "audio")
         )
-        if not is_list and format not in TABLES:
+        if not is_list and format not in TABLES or (is_list and self.is_covered(name)):
             return None
         tar = next((tar for tar in self.rest if extension(tar) == "tar" and name.startswith(tar.removesuffix(".tar"))), None)
         if tar and format in ("json", "parquet"):
@@ -329,7 +335,7 @@ class _Listing:
 
     def _single(self, name: str, file: File, format: str) -> Iterator[Unit]:
         folder = os.path.dirname(name)
-        if format == "text" and any(is_below(folder, scope) for scope in self.scopes):
+        if format == "text" and self.is_covered(name):
             self.skip(name, "not_in_table", "no row of a table names it")
         elif format == "text" and self.options.label_from_folder and not _label_folder(folder):
             self.skip(name, "no_label", "it lies in no folder whose name could be its label")
@@ -460,7 +466,7 @@ def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> It
 def _content(name: str, path: str, options: Options) -> Any:
     """A file of a sample: text is decoded, JSON is read, other files stay paths."""
     if name == "txt":
-        return decode(read_text(path, options.encoding or "", files.MAX_LINE_BYTES))
+        return decode(read_text(path, options.encoding or "", files.MAX_LINE_BYTES)).strip()
     return read_file(path) if name == "json" else Path(path)
 
 

@@ -25,6 +25,7 @@ from pile_app.prepare import files
 from pile_app.prepare.files import MEDIA, File, Tree, decode, extension, lines_of, open_plain, open_text, read_text
 from pile_app.prepare.options import require
 from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS
+from pile_app.records import is_interleaved
 
 KNOWN_COLUMNS = {
     *TEXT_NAMES,
@@ -86,7 +87,7 @@ def rows(table: Table) -> Iterator[Row]:
     """
     for number, row, position in READERS[table.format](table):
         if isinstance(row, dict):
-            row = {name: value for name, value in row.items() if value is not None and value != "" and name is not None}
+            row = {name: value for name, value in row.items() if value is not None}
             for name, names in (table.classes or {}).items():
                 if name in row:
                     row[name] = _named(row[name], names)
@@ -468,15 +469,16 @@ def _naming(values: Sequence[Any], tree: Tree, name: str) -> tuple[bool, bool]:
 
 def _naming_columns(table: Table, preview: Sequence[dict[str, Any]], tree: Tree) -> dict[str, Any]:
     """The columns that name files, or that records name files somewhere within."""
-    names = list(dict.fromkeys(name for row in preview for name in row))
-    verdicts = {name: _naming([row[name] for row in preview if name in row], tree, table.name) for name in names}
-    exact = [n for n in names if verdicts[n][0] and any(extension(str(v)) in MEDIA for r in preview for v in _listed(r.get(n)))]
-    found = exact or [name for name in names if verdicts[name][0]][:1]
+    names = [] if any(map(is_interleaved, preview)) else list(dict.fromkeys(name for row in preview for name in row))
+    columns = {name: [row[name] for row in preview if name in row] for name in names}
+    verdicts = {name: _naming(values, tree, table.name) for name, values in columns.items()}
+    found = [name for name in names if verdicts[name][0]]
+    exact = [name for name in found if any(extension(f"{value}") in MEDIA for value in columns[name])]
     held = any(isinstance(value, dict) and isinstance(value.get("bytes"), bytes) for row in preview for value in row.values())
     if not found and not held:  # all files are missing, or were never fetched
-        found = [name for name in names if verdicts[name][1]]
+        exact = [name for name in names if verdicts[name][1]]
     nested = not found and any(True for row in preview for _ in named_within(tree, table.name, row))
-    return {"files": tuple(found), "nested": nested}
+    return {"files": tuple(exact or found[:1]), "nested": nested}
 
 
 def named_within(tree: Tree, table: str, value: Any) -> Iterator[File]:
@@ -487,7 +489,3 @@ def named_within(tree: Tree, table: str, value: Any) -> Iterator[File]:
     elif isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from named_within(tree, table, one)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
