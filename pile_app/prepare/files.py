@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import hashlib
 import io
 import json
@@ -51,6 +52,7 @@ DAMAGE = (
     UnicodeError,
     tarfile.TarError,
     zipfile.BadZipFile,
+    csv.Error,
 )
 
 
@@ -158,7 +160,7 @@ class Tree:
         """
         if not value or len(value) > 4096 or "\n" in value:
             return None
-        folder, value = os.path.dirname(table), value.strip().replace("\\", "/").removeprefix("file://")
+        folder, value = os.path.dirname(table), re.sub(r"#\d+$", "", value.strip()).replace("\\", "/").removeprefix("file://")
         value = value.removeprefix(f"{self.root}/").removeprefix(f"{self.real}/")
         for name in (os.path.normpath(os.path.join(folder, value)), os.path.normpath(value)):
             if name in self.files:
@@ -253,7 +255,10 @@ def _decompressed(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[byte
             data = b""
         else:
             frame = frame or new_frame()
-            yield frame.decompress(data)
+            bounded = hasattr(frame, "needs_input")  # bzip2 and xz: 2 KiB may hold gigabytes
+            yield frame.decompress(data, 1 << 20) if bounded else frame.decompress(data)
+            while bounded and not frame.needs_input and not frame.eof:
+                yield frame.decompress(b"", 1 << 20)
             frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
         data = data or file.read(2048)
     if frame is not None:
@@ -283,10 +288,7 @@ def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
     for magic, new_frame in FRAMES.items():
         if head.startswith(magic):
             file, is_plain = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17), False
-            try:
-                head = file.peek(4)[:4]
-            except DAMAGE:
-                head = b""  # reported by whoever reads
+            head = file.peek(4)[:4]
     wide = next((name for mark, name in BOMS.items() if head.startswith(mark)), "")
     if head.startswith(codecs.BOM_UTF8) or codecs.lookup(wide or encoding or "utf-8").name in ("utf-8", "utf-8-sig"):
         return file, is_plain

@@ -144,11 +144,14 @@ class _Listing:
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         first = next(iter(named.values())).name
-        split = self.splits.get(first) or split_of(where.partition(":")[0]) or split_of(first)
+        split = self.split(where.partition(":")[0]) or self.split(first)
         paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
         self.samples[layout].append((where, split, paths, dict(values), size))
         for file in named.values():
             self.rest.pop(file.name, None)
+
+    def split(self, name: str) -> str | None:
+        return self.splits.get(name) or split_of(name)
 
     def is_covered(self, name: str) -> bool:
         """Whether an index decides about the files of the folder."""
@@ -287,14 +290,11 @@ class _Listing:
         ):
             return None
         self.take(name)
-        if not preview and table.format != "lines":
-            self.skip(name, "empty_file", "it holds no row")
-            return None
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)
         values = [_file_names(table, row) for row in preview]
         is_merged = len(table.files) == 1 and any(a == b for a, b in pairwise(values))
-        return replace(table, classes={**(table.classes or {}), **self.card.classes}, merged=is_merged)
+        return replace(table, classes={**(table.classes or {}), **self.card.classes}, merged=is_merged, split=self.split(name))
 
     @cached_property
     def has_media(self) -> bool:
@@ -314,7 +314,7 @@ class _Listing:
                     if table.nested and isinstance(row, dict):
                         hits = list(named_within(self.tree, table.name, row))
                     weight += sum(file.size for file in hits) + position - edge[0]
-                    if weight > UNIT_BYTES and values != before and edge[0]:
+                    if weight > UNIT_BYTES and (values != before or not table.merged) and edge[0]:
                         cuts.append(edge)
                         weight = 0
                     before, edge = values, (position, int(where.rpartition(":")[2].lstrip("@")))
@@ -342,11 +342,11 @@ class _Listing:
         elif format == "text":
             parts = max(1, file.size // UNIT_BYTES)
             for start, stop in pairwise(file.size * part // parts for part in range(parts + 1)):
-                yield Unit("text", [name, file.real, start, stop], stop - start)
+                yield Unit("text", [name, file.real, self.split(name), start, stop], stop - start)
         elif format in ("conll", "tar"):
-            yield Unit(format, [name, file.real], file.size)
+            yield Unit(format, [name, file.real, self.split(name)], file.size)
         elif format in ("image", "audio"):  # a file of any name, as --kind says
-            yield from _units_of_samples(f"{format} files", [(name, split_of(name), {"medium": file.real}, {}, file.size)])
+            yield from _units_of_samples(f"{format} files", [(name, self.split(name), {"medium": file.real}, {}, file.size)])
         else:
             known = (
                 f"kind is {self.options.kind}"
@@ -470,9 +470,9 @@ def _content(name: str, path: str, options: Options) -> Any:
     return read_file(path) if name == "json" else Path(path)
 
 
-def _read_text(options: Options, name: str, path: str, start: int, stop: int) -> Iterator[Record]:
+def _read_text(options: Options, name: str, path: str, split: str | None, start: int, stop: int) -> Iterator[Record]:
     """One sample, or several where the file is longer than `document_bytes`."""
-    split, layout = split_of(name), "text file"
+    layout = "text file"
     try:
         file, is_plain = open_text(path, options.encoding or "")
         with file:
@@ -494,7 +494,7 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
     table = Table(**fields)
     tree = key and _tree(key, options)
     clean = partial(normalize_text, options=options)
-    split, where = split_of(table.name), table.name
+    split, where = table.split, table.name
     try:
         for where, row, _ in _merged(table) if table.merged else rows(table):
             try:
@@ -536,7 +536,7 @@ def _is_held(value: Any) -> bool:
 def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
     found = []
     for name in value if isinstance(value, list) else [value]:
-        file = tree.resolve(table, re.sub(r"#\d+$", "", name)) if isinstance(name, str) else None
+        file = tree.resolve(table, name) if isinstance(name, str) else None
         if file is None:
             raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
         found.append(file)
@@ -570,9 +570,9 @@ def _joined(one: dict[str, Any], other: dict[str, Any], columns: Iterable[str]) 
     return one | {texts[0]: [*(earlier if isinstance(earlier, list) else [earlier]), other[texts[0]]]}
 
 
-def _read_conll(options: Options, name: str, path: str) -> Iterator[Record]:
+def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
     """A document a sentence."""
-    split, clean = split_of(name), partial(normalize_text, options=options)
+    clean = partial(normalize_text, options=options)
     try:
         with open_text(path, options.encoding or "")[0] as opened:
             scheme = scheme_of_conll(opened)
@@ -589,7 +589,7 @@ def _read_conll(options: Options, name: str, path: str) -> Iterator[Record]:
         yield _damage(name, error, "CoNLL")
 
 
-def _read_tar(options: Options, name: str, path: str) -> Iterator[Record]:
+def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
     """The samples of a WebDataset: members with one key, adjacent or not, in the order of their first member."""
     groups: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     bad: dict[str, BadSample] = {}
@@ -612,7 +612,7 @@ def _read_tar(options: Options, name: str, path: str) -> Iterator[Record]:
             if key not in bad and size > files.MAX_FILE_BYTES:
                 bad[key] = BadSample("sample_too_large", f"the sample has {size:,} bytes")
             sample: Any = bad.get(key) or {one: os.pread(file.fileno(), size, at) for one, (at, size) in found.items()}
-            yield Record(where, sample, "WebDataset", split_of(name))
+            yield Record(where, sample, "WebDataset", split)
     if damage:
         yield _damage(name, damage, "WebDataset")
     elif not groups:
@@ -624,7 +624,7 @@ HOSTILE = (*DAMAGE, ValueError, ArithmeticError, LookupError, RecursionError, At
 
 def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """The members of a tar that are no folders, each with what is unsafe about it. Raises one of `HOSTILE`."""
-    stop = 0
+    stop, end = 0, os.fstat(file.fileno()).st_size
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]
@@ -635,9 +635,10 @@ def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, str]]:
             unsafe = "" if member.isreg() and not member.issparse() else f"it is no plain file (tar type {member.type!r})"
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 unsafe = f"the name {member.name!r} leaves the archive"
+            if stop - 511 > end:
+                raise ValueError(f"{member.name!r} is cut off")
             if not member.isdir():
                 yield member, unsafe
-    end = os.fstat(file.fileno()).st_size
     if end - stop < 512 or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, end, 1 << 20)):
         raise ValueError(f"damaged or truncated at byte {stop:,}: neither a member nor the end of the archive follows")
 
@@ -648,9 +649,9 @@ def _is_hidden(name: str) -> bool:
 
 def split_name(name: str) -> tuple[str, str]:
     """(key, rest) of a member's name: the key ends at the first dot of the last part, as in WebDataset."""
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, rest = base.partition(".")
-    return folder.removeprefix(".").lstrip("/") + slash * bool(folder.strip(".")) + stem, rest
+    return folder + slash + stem, rest
 
 
 def _regrouped(groups: Mapping[str, dict[str, tuple[int, int]]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -62,6 +63,7 @@ class Table:
     files: tuple[str, ...] = ()
     nested: bool = False
     tagged: bool = False
+    split: str | None = None
     classes: Mapping[str, Sequence[str]] | None = None
     merged: bool = False
     start: int = 0
@@ -99,6 +101,8 @@ def rows(table: Table) -> Iterator[Row]:
 def _named(value: Any, names: Sequence[str]) -> Any:
     if isinstance(value, list):
         return [_named(one, names) for one in value]
+    if isinstance(value, str) and value.isdecimal() and value not in names:  # of a CSV file
+        value = int(value)
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
@@ -164,7 +168,10 @@ def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadS
                 pending.extendleft(reversed(taken[1:]))
                 del taken[1:]
             else:  # a quote within a cell
-                cells = next(_reader(iter([taken[0].decode("utf-8", "surrogateescape")]), table, strict=False), [])
+                try:
+                    cells = next(_reader(iter([taken[0].decode("utf-8", "surrogateescape")]), table, strict=False), [])
+                except csv.Error as damage:
+                    cells = BadSample("damaged_row", str(damage))
         if cells is None:
             return
         position += sum(map(len, taken))
@@ -198,7 +205,9 @@ def _sniff_csv(table: Table, tree: Tree) -> Table:
     """Find the delimiter, and whether the first row is a header; name the columns that have no header by their content."""
     with open_text(table.real, table.encoding)[0] as file:
         head = file.read(1 << 18)
-    lines = head.decode("utf-8-sig", "replace").splitlines(keepends=True)[: 2 * PREVIEW]
+    if b"\0" in head:
+        raise BadSample("damaged_file", "it holds bytes that are no text")
+    lines = [f"{line}\n" for line in head.decode("utf-8-sig", "replace").split("\n")][: 2 * PREVIEW]
     lines = lines[:-1] if len(head) == 1 << 18 and len(lines) > 1 else lines
     best: tuple[float, int, Table, list[list[str]]] = (0, 0, replace(table, delimiter="\x1f"), [])
     for delimiter in "\t|" if extension(table.name) == "tsv" else ",\t;|":
@@ -226,7 +235,8 @@ def _try_rows(lines: Sequence[str], table: Table) -> list[list[str]]:
         found.extend(row for row in _reader(iter(lines), table) if row)
     except csv.Error as error:
         if "end of data" not in str(error):
-            found.extend(row for row in _reader(iter(lines[len(found) :]), table, strict=False) if row)
+            with suppress(csv.Error):
+                found.extend(row for row in _reader(iter(lines[len(found) :]), table, strict=False) if row)
     return found
 
 
@@ -247,7 +257,7 @@ def _names_by_content(body: Sequence[Sequence[str]], tree: Tree, name: str) -> l
     """Names for the columns of a table without header: the file, the label, the texts."""
     names = [f"column_{n}" for n in range(len(body[0]))]
     columns = [[row[n].strip() for row in body] for n in range(len(names))]
-    media = [n for n, cells in enumerate(columns) if _naming(cells, tree, name)[0]]
+    media = [n for n, cells in enumerate(columns) if _naming(cells, tree, name)[0] and _are_ids("id", cells)]
     for n in media[:1]:
         file = next(file for cell in columns[n] if (file := tree.resolve(name, cell)))
         names[n] = "audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"
@@ -315,8 +325,11 @@ def json_content(table: Table) -> Any:
     else:
         import yaml
 
+        loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # strings, lists and mappings only
         try:
-            content = yaml.load(data, getattr(yaml, "CBaseLoader", yaml.BaseLoader))  # strings, lists and mappings only
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, loader)):
+                raise ValueError("it refers to parts of itself, which may be a bomb")
+            content = yaml.load(data, loader)
         except Exception as error:  # of a hostile file
             raise BadSample("invalid_yaml", f"{error}"[:200]) from error
     if isinstance(content, BadSample):
@@ -431,7 +444,10 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         table = replace(table, format="lines" if _is_lines(table) else "json")
     elif format in ("parquet", "arrow"):
         table = replace(table, classes=_classes(table))
-    preview = [row for _, row, _ in islice(rows(table), PREVIEW) if isinstance(row, dict)]
+    found = [row for _, row, _ in islice(rows(table), PREVIEW)]
+    if not found:
+        raise BadSample("empty_file", "it holds no row")
+    preview = [row for row in found if isinstance(row, dict)]
     return replace(table, **_naming_columns(table, preview, tree), tagged=any(map(_is_tagged, preview))), preview
 
 
@@ -457,9 +473,11 @@ def _is_tagged(row: Mapping[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def _naming(values: Sequence[Any], tree: Tree, name: str) -> tuple[bool, bool]:
+def _naming(values: Sequence[Any], tree: Tree, name: str, is_list: bool = False) -> tuple[bool, bool]:
     """Whether values name files of the input, and whether they do or look as if they did."""
     texts = [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+    if is_list:  # of names and texts: a word is no name of a file
+        texts = [text if re.search(r"[\d.]", text) else "" for text in texts]
     hits = [tree.resolve(name, text) for text in texts]
     found = sum(file is not None and extension(file.name) in MEDIA for file in hits)
     looks = sum(extension(text) in MEDIA and " " not in text.strip() for text in texts)
@@ -471,14 +489,21 @@ def _naming_columns(table: Table, preview: Sequence[dict[str, Any]], tree: Tree)
     """The columns that name files, or that records name files somewhere within."""
     names = [] if any(map(is_interleaved, preview)) else list(dict.fromkeys(name for row in preview for name in row))
     columns = {name: [row[name] for row in preview if name in row] for name in names}
-    verdicts = {name: _naming(values, tree, table.name) for name, values in columns.items()}
+    verdicts = {name: _naming(values, tree, table.name, table.delimiter == " ") for name, values in columns.items()}
     found = [name for name in names if verdicts[name][0]]
     exact = [name for name in found if any(extension(f"{value}") in MEDIA for value in columns[name])]
     held = any(isinstance(value, dict) and isinstance(value.get("bytes"), bytes) for row in preview for value in row.values())
     if not found and not held:  # all files are missing, or were never fetched
         exact = [name for name in names if verdicts[name][1]]
+    found = exact or [name for name in found if _are_ids(name, columns[name])][:1]
     nested = not found and any(True for row in preview for _ in named_within(tree, table.name, row))
-    return {"files": tuple(exact or found[:1]), "nested": nested}
+    return {"files": tuple(found), "nested": nested}
+
+
+def _are_ids(name: str, values: Sequence[Any]) -> bool:
+    """Whether values without extension may well be names of files, rather than labels or numbers."""
+    is_named = re.search("id|file|name|image|audio|path|key|utt", name.lower())
+    return len({*map(str, values)}) > len(values) / 2 and bool(is_named or not all(_is_number(f"{value}") for value in values))
 
 
 def named_within(tree: Tree, table: str, value: Any) -> Iterator[File]:
