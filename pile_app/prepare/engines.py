@@ -1,13 +1,14 @@
 """Where `pile prepare` runs: in processes on this machine, or on a cluster through Ray Data.
 
-An engine is a context in which `run(task, folder, items)` calls `task(folder, item)` for each item, in any order and possibly
-twice, and yields once for each that is done.
+An engine is a context in which `run(task, items)` calls `task(item)` for each item, in any order and possibly twice, and yields
+once for each that is done.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -20,21 +21,21 @@ from typing import Any, TypeVar
 
 from pile_app.prepare.options import require
 
-Run = Callable[[Callable[[str, Any], None], str, Sequence[Any]], Iterator[Any]]
+Run = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[Any]]
 T = TypeVar("T")
 
 
-def _run_here(processes: int, task: Callable[[str, Any], None], folder: str, items: Sequence[Any]) -> Iterator[Any]:
+def _run_here(processes: int, task: Callable[[Any], None], items: Sequence[Any]) -> Iterator[Any]:
     processes = min(processes, len(items))
     if processes < 2:
-        yield from map(partial(task, folder), items)
+        yield from map(task, items)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pile_app.prepare.spill"])
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, _start_worker) as pool:
         try:
-            yield from pool.map(partial(task, folder), items, chunksize=1 + len(items) // 10_000)
+            yield from pool.map(task, items, chunksize=1 + len(items) // 10_000)
         except BrokenProcessPool as error:
             raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
         except BaseException:  # such as Ctrl-C: do not wait for what is running
@@ -60,18 +61,14 @@ def _on_ray(processes: int) -> Iterator[Run]:
         ray.init(log_to_driver=False, logging_level="ERROR", **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Callable[[str, Any], None], folder: str, items: Sequence[Any]) -> Iterator[Any]:
-        folder = os.path.abspath(folder)
-
+    def run(task: Callable[[Any], None], items: Sequence[Any]) -> Iterator[Any]:
         def run_one(row: dict[str, Any]) -> dict[str, Any]:
-            if not os.path.isdir(folder):
-                raise ValueError(f"a node cannot see {folder!r}: input and output have to be in folders that all nodes share")
-            task(folder, row["item"])
-            return row
+            task(pickle.loads(row["item"]))
+            return {"done": True}
 
         try:
             if items:
-                dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), 10_000))
+                dataset = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
                 yield from dataset.map(run_one).iter_rows()
         except ray.exceptions.RayError as error:
             raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error

@@ -29,7 +29,9 @@ class Options:
     """What `pile prepare` is asked for, as far as it decides what the shards contain; each has its help text."""
 
     kind: str = _option("auto", "what the input is, whatever the files are called", choices=KINDS)
-    fields: str | None = _option(None, "which files or columns make a document, e.g. '[jpg|png, json.caption|txt]'", metavar="YAML")
+    fields: str | None = _option(
+        None, "which files or columns make a document, e.g. '[jpg|png, json.caption|txt]'", metavar="YAML"
+    )
     validation_fraction: float | None = _option(None, "of the documents; default 5 %%, at least 32, at most 20 %%", 0, 0.9)
     seed: int = _option(0, "of the hash that splits training from validation")
     given_splits: bool = _option(True, "ignore splits given by names of files, folders or columns", off="--mix-splits")
@@ -59,7 +61,9 @@ class Options:
     silence: float | None = _option(None, "reject sounds below this mean level in dB of full scale, e.g. -60", -200, 0)
     resample: int | None = _option(None, "store sounds at this rate in Hz, mono", 1000, 768_000)
     audio_format: str | None = _option(None, "store sounds in this format, mono", choices=("flac", "wav"))
-    follow_links: str | None = _option(None, "read symbolic links that lead into this folder, e.g. a hub's cache", metavar="ROOT")
+    follow_links: str | None = _option(
+        None, "read symbolic links that lead into this folder, e.g. a hub's cache", metavar="ROOT"
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):

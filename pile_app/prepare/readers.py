@@ -27,7 +27,14 @@ class Record(NamedTuple):
     split: str | None = None
 
 
-_WORDS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
+_WORDS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 
 
 def named_split(name: str) -> str | None:
@@ -64,7 +71,9 @@ def read_unit(root: str, unit: Unit, options: Any) -> Iterator[Record]:
     if unit.reader == "unread":
         yield Record(path, BadSample(*unit.arguments[1:]))
     elif unit.reader == "files":
-        yield Record(path, {p.rsplit(".", 1)[-1].lower(): Path(root, p).read_bytes() for p in unit.arguments[1]}, "files", _split(path))
+        yield Record(
+            path, {p.rsplit(".", 1)[-1].lower(): Path(root, p).read_bytes() for p in unit.arguments[1]}, "files", _split(path)
+        )
     elif unit.reader == "tar":
         with open(os.path.join(root, path), "rb") as file:
             for sample in sample_ranges(path, file.fileno(), os.fstat(file.fileno()).st_size):
