@@ -64,19 +64,21 @@ def prepare(
         ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
             preparation had other options or another input.
     """
-    given, input, output = str(input), Path(input), Path(output)
+    given, output = str(input), Path(output)
+    input = Path(given if os.path.exists(given) else given.partition("#")[0])  # folder#configuration of a data set card
     if options.get("fields") is not None:
         options["fields"] = str(Fields.parse(options["fields"]))
     chosen = Options.of(options)
     _check(input, output, chosen, engine, overwrite)
-    input = input.resolve()
+    input = Path(os.path.abspath(input))  # a link is known by its own name
     source = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
     folder, summary = output.parent / f"{output.name}.partial", Summary(output)
     result = folder / "result"
     work = Work(folder, str(input if input.is_dir() else input.parent), source, chosen)
     with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
-        jobs, work = _list_jobs(work, input, summary)
-        _continue(work, input, output, overwrite)
+        digest = hashlib.blake2b(digest_size=16)  # of the names, sizes and times of change of all files
+        jobs, work = _list_jobs(work, list_units(given, chosen, str(folder), digest.update), summary)
+        _continue(work, digest.hexdigest(), output, overwrite)
         waiting = [(job, units) for job, units in jobs if not work.is_read(job)]
         if len(waiting) < len(jobs):
             print(f"continues {folder}: {len(jobs) - len(waiting):,} of {len(jobs):,} jobs are done", file=sys.stderr)
@@ -156,11 +158,11 @@ def _lock(folder: Path) -> Iterator[None]:
 # -- the input, and what an earlier attempt left
 
 
-def _list_jobs(work: Work, input: Path, summary: Summary) -> tuple[Jobs, Work]:
+def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jobs, Work]:
     """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
     options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
     samples, seen = defaultdict[str, list[Any]](list), Counter[tuple[str, ...]]()
-    for unit in list_units(input, options):
+    for unit in listed:
         if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
             jobs, weight = [*jobs, []], 0
         jobs[-1].append(unit)
@@ -168,7 +170,7 @@ def _list_jobs(work: Work, input: Path, summary: Summary) -> tuple[Jobs, Work]:
         keys = (unit.reader,), (unit.reader, os.path.dirname(str(unit.arguments[0])))  # at most so many units are sampled:
         if options.fields is None and seen[keys[0]] < 10 * SAMPLES and seen[keys[1]] < SAMPLES:
             seen.update(keys)
-            for record in islice(read_unit(work.root, unit, options), SAMPLES):
+            for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
                 if isinstance(record.content, dict) and len(known := samples[table_of(record)]) < SAMPLES:
                     known.append({name: _shortened(name, value) for name, value in record.content.items()})
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
@@ -204,7 +206,7 @@ def _is_readable(sample: Any) -> bool:
     return True
 
 
-def _continue(work: Work, input: Path, output: Path, overwrite: bool) -> None:
+def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
     """Keep what an interrupted preparation of the same input and options has done, or refuse, or remove it."""
     folder, options = work.folder, work.options
     if options.decontaminate:
@@ -216,8 +218,8 @@ def _continue(work: Work, input: Path, output: Path, overwrite: bool) -> None:
         "output": str(output.resolve()),
         "source": work.source,
         "field maps": work.maps,
-        "files of the input": _digest(input),
-        "evaluation sets": [_digest(Path(path)) for path in options.decontaminate],
+        "files of the input": digest,
+        "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
         **{name: value for name, value in asdict(options).items() if name != "label_names"},  # which are given at the end
     }
@@ -232,17 +234,6 @@ def _continue(work: Work, input: Path, output: Path, overwrite: bool) -> None:
         shutil.rmtree(folder / "spill", ignore_errors=True)
     (folder / "rejected.jsonl").unlink(missing_ok=True)
     (folder / "state.json").write_text(json.dumps(state))
-
-
-def _digest(path: Path) -> str:
-    """Of names, sizes and times of change of a file, or of all files of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for folder, folders, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
-        folders.sort()
-        for name in sorted(names):
-            about = os.lstat(os.path.join(folder, name))
-            digest.update(os.fsencode(os.path.join(folder, name)) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,16 @@ class Work:
 
     def fields(self, record: Record) -> Fields:
         """The field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
-        table = table_of(record)
-        if table not in self._fields:
-            spec = self.options.fields or self.maps.get(table)
-            try:  # of a table that was not sampled: by the record
-                fields = Fields.parse(spec) if spec else Fields.infer([record.content])
-            except ValueError as error:
-                raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
-            self._fields[table] = with_label(fields, self.options)
-        return self._fields[table]
+        spec = self.options.fields or self.maps.get(table_of(record))
+        try:  # of a table that was not sampled: by the record alone
+            return _parsed(spec, self.options) if spec else with_label(Fields.infer([record.content]), self.options)
+        except ValueError as error:
+            raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
 
-    @cached_property
-    def _fields(self) -> dict[str, Fields]:
-        return {}
+
+@lru_cache(1024)
+def _parsed(spec: str, options: Options) -> Fields:
+    return with_label(Fields.parse(spec), options)
 
 
 def table_of(record: Record) -> str:
