@@ -260,7 +260,7 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
     os.replace(folder / "result" / "rejected.jsonl", folder / "rejected.jsonl")
     (folder / "state.json").unlink()
     shutil.rmtree(folder / "result")
-    shutil.rmtree(folder / "spill")
+    shutil.rmtree(folder / "spill", ignore_errors=True)
     first = summary.first.get("rejected", summary.first.get("unread"))
     if first is None:
         (folder / "rejected.jsonl").unlink()
