@@ -37,7 +37,7 @@ SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assi
 TOOL_CALLS = ("function_call", "tool_call")  # roles of messages that no reader of the conversation sees
 TOOL_RESULTS = ("tool", "function", "ipython", "observation", "function_response", "tool_response")  # context, as the user's
 
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange", "chosen")
 QUESTION, CONTEXT, ANSWER = ("instruction", "prompt"), ("input", "context"), ("output", "completion", "response")
 SYSTEM = ("system", "system_prompt")
 MEDIA = {"image": ("image", "images"), "audio": ("audio", "audios", "sound")}
