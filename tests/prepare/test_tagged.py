@@ -100,7 +100,7 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
 def test_prepare_writes_entities_to_shards_and_says_what_it_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.conll").write_text(CONLL + "\nx Q-LOC\n\nI I-PER\n\nx\u0301 B-PER\n")
-    prepare(tmp_path / "in", tmp_path / "out", kind="entities", validation_share=0.0, processes=1)
+    prepare(tmp_path / "in", tmp_path / "out", kind="entities", validation_fraction=0.0, processes=1)
     said = capsys.readouterr().err
     assert "2 CoNLL, mended" in said or "CoNLL, mended" in said, said
     assert "1 unknown_tag" in said
