@@ -10,6 +10,8 @@ SUMMARY = "make shards of your own texts, images and sounds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from dataclasses import fields
+
     from pile_app.prepare.options import Options
 
     parser.epilog = "Interrupted work is kept in OUTPUT.partial and continued by the same command. See docs/prepare.md."
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes on this machine, or Ray Data")
     parser.add_argument("--processes", type=int, help="number of processes (default: one per core)")
     types = {"int": int, "float": float}
-    for option in Options.all():
+    for option in fields(Options):
         about, kind = option.metadata, str(option.type).split(" ")[0]
         names = {"dest": option.name, "help": about["help"], "default": option.default}
         flag = about["off"] or f"--{option.name.replace('_', '-')}"

@@ -28,17 +28,12 @@ MOST_LABELS = 1000  # that are printed
 
 @dataclass
 class Tally:
-    """What a split of a source contains."""
+    """Figures of a split of a source."""
 
     documents: int = 0
     text_bytes: int = 0
     images: int = 0
     audio_seconds: float = 0.0
-
-    def add(self, rows: np.ndarray) -> None:
-        self.documents += len(rows)
-        for name in ("text_bytes", "images", "audio_seconds"):
-            setattr(self, name, getattr(self, name) + rows[name].sum().item())
 
 
 @dataclass
@@ -67,7 +62,7 @@ class Summary:
         return sum(tally.documents for splits in self.sources.values() for tally in splits.values())
 
     def balance(self) -> dict[str, Any]:
-        """What was read and what it became. Raises `AssertionError` if the two differ: a bug, a sample was lost uncounted."""
+        """Samples and fields that were read, and their outcome. Raises `AssertionError` if a sample is missing, which is a bug."""
         read, pieces, rejected = (self.of(what).total() for what in ("read", "pieces", "rejected"))
         if read + pieces != self.documents + rejected:
             raise AssertionError(
@@ -117,7 +112,7 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
     kept = _drop_duplicates(work, jobs, result, summary)
     names = _name_labels(work, summary)
     given, draws = set[int](), defaultdict[str, list[np.ndarray]](list)
-    for job, rows, sources in _kept_rows(work, kept):
+    for _, rows, sources in _kept_rows(work, kept):
         given |= {*np.unique(rows["split"]).tolist()}
         for number, source in enumerate(sources):
             draws[source].append(rows[["draw", "split"]][rows["source"] == number])
@@ -134,9 +129,11 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
         for number, source in enumerate(sources):
             for split, name in enumerate(SPLITS, 1):
                 if len(found := rows[(splits == split) & (rows["source"] == number)]):
-                    prefix = f"{source}-{name}"
+                    prefix, tally = f"{source}-{name}", summary.sources[source].setdefault(name, Tally())
                     shards.setdefault(prefix, _Shards(result / prefix, work, names)).copy(job, found)
-                    summary.sources[source].setdefault(name, Tally()).add(found)
+                    tally.documents += len(found)
+                    for figure in ("text_bytes", "images", "audio_seconds"):
+                        setattr(tally, figure, getattr(tally, figure) + found[figure].sum().item())
     for writer in shards.values():
         writer.close()
 
@@ -193,8 +190,8 @@ def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
 
 
 def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Which draws, of (N,) uint64, are for validation. Documents of the same draw, such as those of a speaker, stay together. By
-    default 5 %, at least 32 and at most 20 % of the documents are chosen, those of the smallest draws."""
+    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of the same draw, such as those of a
+    speaker, stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
     if fraction is not None or len(draws) > AT_ONCE:
         limit = np.uint64(int((FRACTION if fraction is None else fraction) * 2**64))
         return lambda those: those < limit
@@ -212,7 +209,7 @@ def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray],
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     """Order the labels by number, else by letter; return the names that they were given."""
     labels, names = list(summary.of("label")), work.options.label_names
-    labels.sort(key=(lambda label: (int(label), label)) if all(map(str.isdecimal, labels)) else None)  # type: ignore[arg-type]
+    labels.sort(key=(lambda label: (int(label), label)) if all(map(str.isdecimal, labels)) else None)
     if names and len(names) != len(labels):
         shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "") or "none"
         raise ValueError(f"label_names gives {len(names)} names ({', '.join(names)}) to {len(labels)} labels ({shown})")
@@ -249,9 +246,9 @@ class _Shards:
         """A document with the name of its label."""
         key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
         document = document_from_sample(key, files_of_block(block))
-        name = self._names.get(label := document.meta.get("label"))
-        if name is None:
+        if (label := document.meta.get("label")) not in self._names:
             return block
+        name = self._names[label]
         *segments, last = document.segments
         segments.append(replace(last, data=name) if self._work.options.learn_label and last.data == label else last)
         return sample_block(replace(document, segments=tuple(segments), meta={**document.meta, "label": name}))

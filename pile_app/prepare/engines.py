@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 
 from pile_app.prepare.options import require
 
-Run = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[Any]]
+Task = Callable[[Any], None]
+Run = Callable[[Task, Sequence[Any]], Iterator[Any]]
 T = TypeVar("T")
 
 
-def _run_here(processes: int, task: Callable[[Any], None], items: Sequence[Any]) -> Iterator[Any]:
+def _run_here(processes: int, task: Task, items: Sequence[Any]) -> Iterator[Any]:
     processes = min(processes, len(items))
     if processes < 2:
         yield from map(task, items)
@@ -47,9 +48,13 @@ def _run_here(processes: int, task: Callable[[Any], None], items: Sequence[Any])
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -61,7 +66,7 @@ def _on_ray(processes: int) -> Iterator[Run]:
         ray.init(log_to_driver=False, logging_level="ERROR", **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Callable[[Any], None], items: Sequence[Any]) -> Iterator[Any]:
+    def run(task: Task, items: Sequence[Any]) -> Iterator[Any]:
         def run_one(row: dict[str, Any]) -> dict[str, Any]:
             task(pickle.loads(row["item"]))
             return {"done": True}
@@ -81,12 +86,10 @@ def _on_ray(processes: int) -> Iterator[Run]:
 
 
 def import_ray() -> Any:
-    # Read by Ray on import. Otherwise `uv run` starts its workers in another folder without an environment, and the driver
-    # waits forever; and usage is reported to its makers.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    require("ray.data", "ray", "the engine ray")
-    return require("ray", "ray", "the engine ray")
+    # Read by Ray on import: otherwise `uv run` starts its workers without an environment, and usage is reported to its makers.
+    os.environ |= {name: os.environ.get(name, "0") for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED")}
+    require("ray.data", "ray", "--engine ray")
+    return require("ray", "ray", "--engine ray")
 
 
 ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {

@@ -35,7 +35,7 @@ Part = tuple[float, float, str]  # start and end in seconds, text
 
 
 def apply_steps(document: Document, options: Options, evaluation: EvaluationTexts | None = None) -> Document:
-    """Return the document as it is written.
+    """Return the document as it will be written.
 
     Raises:
         BadSample: `encoded_segment`, `empty_text`, `moved_spans`, the reason of a rule, or what the decoders raise.
@@ -85,8 +85,8 @@ def may_need_repair(text: str) -> bool:
 
 
 def repair_text(text: str) -> str:
-    """Fix mojibake, HTML entities in plain text, terminal escapes and control characters with ftfy (Speer 2019), but keep quotes,
-    ligatures and full-width characters. Repairing twice changes nothing."""
+    """Fix mojibake, HTML entities in plain text, terminal escapes and control characters with ftfy (Speer 2019), but keep
+    quotes, ligatures and full-width characters. Repairing twice changes nothing."""
     return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config()) if may_need_repair(text) else text
 
 
@@ -202,9 +202,9 @@ def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
 
 def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
     """Find the timed parts of a transcript: Whisper's `segments`, `words` or `chunks`, among the columns or in the `json`."""
-    record = sample.get("json")
+    holders: tuple[Any, ...] = (sample, sample.get("json"))
     for name in ("segments", "chunks", "words"):
-        for holder in (sample, record):
+        for holder in holders:
             with suppress(TypeError, KeyError, ValueError, AttributeError, RecursionError, OSError):
                 holder = holder.read_bytes() if isinstance(holder, Path) else holder
                 found = (json.loads(holder) if isinstance(holder, bytes) else holder)[name]

@@ -53,10 +53,7 @@ def _empty_sketch() -> Any:
 
 
 class NearDuplicates:
-    """Finds the first earlier document that a document resembles: MinHash LSH by datasketch, verified by signature.
-
-    Memory grows by about 4 kB per text that is kept (128 permutations at a threshold of 0.8).
-    """
+    """Finds the first earlier text that resembles a text: MinHash LSH by datasketch, verified by signature; 4 kB a text."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -67,10 +64,8 @@ class NearDuplicates:
     def add(self, signature: np.ndarray, name: str) -> tuple[str, float] | None:
         """Return (name, similarity) of the first document that resembles this signature, else None and remember it."""
         self._sketch.hashvalues = signature.astype(self._sketch.hashvalues.dtype)
-        for candidate in sorted(self._index.query(self._sketch)):
-            known, known_name = self._kept[candidate]
-            similarity = float((known == signature).mean())
-            if similarity >= self.threshold:
+        for known, known_name in (self._kept[candidate] for candidate in sorted(self._index.query(self._sketch))):
+            if (similarity := float((known == signature).mean())) >= self.threshold:
                 return known_name, similarity
         self._index.insert(len(self._kept), self._sketch)
         self._kept.append((np.array(signature), name))
@@ -78,11 +73,8 @@ class NearDuplicates:
 
 
 class EvaluationTexts:
-    """Finds documents that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C).
-
-    A text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. A sorted array of 64-bit hashes for each
-    length, 8 bytes per n-gram, is memory-mapped and so shared between processes.
-    """
+    """Finds texts that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C). An evaluation
+    text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. Hashes are mapped into memory, 8 bytes each."""
 
     SHORTEST = 8
 

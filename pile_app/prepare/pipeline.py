@@ -4,7 +4,7 @@
               listed    inferred       in parallel, `spill.py`    in order, `assign.py`
 
 Everything is kept in `<output>.partial/` until the result is complete, so that the same command continues where it was
-interrupted. The same input gives the same bytes, whatever the engine, the number of processes and the interruptions.
+interrupted. The same input gives the same bytes with any engine, any number of processes, and after any interruption.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pile_app.prepare.spill import SPLITS, Work, read_job, slug, table_of, with_
 
 PREPARE_VERSION = 4  # changes with what the same options give
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
+KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
 SAMPLES = 200  # of a table or folder, by which its field map is inferred
 Jobs = list[tuple[int, list[Unit]]]
 
@@ -65,6 +66,8 @@ def prepare(
             preparation had other options or another input.
     """
     given, output = str(input), Path(output)
+    if options.get("fields") is None and options.get("kind") in KIND_FIELDS:
+        options["fields"] = KIND_FIELDS[options["kind"]]
     input = Path(given if os.path.exists(given) else given.partition("#")[0])  # folder#configuration of a data set card
     if options.get("fields") is not None:
         options["fields"] = str(Fields.parse(options["fields"]))
@@ -105,7 +108,7 @@ def prepare(
 def _check(input: Path, output: Path, options: Options, engine: str, overwrite: bool) -> None:
     """Refuse at once what would fail after hours."""
     if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; it has to be one of {', '.join(ENGINES)}")
+        raise ValueError(f"engine is {engine!r}; choose from {', '.join(ENGINES)}")
     for needed, module, flag in (
         (options.repair, "ftfy", "--repair"),
         (options.near_duplicates, "datasketch", "--near-duplicates"),

@@ -1,7 +1,7 @@
 """The parallel part of `pile prepare`: jobs, which are some megabytes of the input, become blocks and a table.
 
     job ──► read_job ──► spill/0000/0000012.blocks   documents as they are written to a shard, one after another
-                         spill/0000/0000012.npz      a row per document; what was rejected, and all counts
+                         spill/0000/0000012.npz      a row per document; rejected samples, and all counts
 
 Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result.
 """
@@ -34,7 +34,7 @@ from pile_app.prepare.options import Options
 from pile_app.prepare.readers import Record, Unit, medium, named_split, read_unit
 
 SPLITS = ("train", "validation", "test")
-ROW = np.dtype(  # of a document: range in the blocks; source; given split + 1, or 0; sizes; hashes of its content, for its split
+ROW = np.dtype(  # of a document: range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and split
     [
         ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"), ("images", "<u4"),
         ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8"),
@@ -70,7 +70,8 @@ class Work:
         """The field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
         spec = self.options.fields or self.maps.get(table_of(record))
         try:  # of a table that was not sampled: by the record alone
-            return _parsed(spec, self.options) if spec else with_label(Fields.infer([record.content]), self.options)
+            sample: Any = record.content
+            return _parsed(spec, self.options) if spec else with_label(Fields.infer([sample]), self.options)
         except ValueError as error:
             raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
 
@@ -81,7 +82,7 @@ def _parsed(spec: str, options: Options) -> Fields:
 
 
 def table_of(record: Record) -> str:
-    """Name the records that share a field map: those of a table, whatever the digits in its name, else of a folder."""
+    """Name the records that share a field map: those of tables whose names differ in digits only, else of a folder."""
     name, is_row, _ = record.where.partition(":")
     return f"{record.layout}: {re.sub(r'[0-9]+', '', name) if is_row else os.path.join(os.path.dirname(name), '')}"
 
@@ -120,7 +121,7 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
                 reader.read(record)
         about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")} | {"blocks": blocks.tell()}
     json_parts = {"sources": list(reader.sources), "about": about}
-    parts = {name: np.frombuffer(json.dumps(part).encode(), np.uint8) for name, part in json_parts.items()}
+    parts: dict[str, Any] = {name: np.frombuffer(json.dumps(part).encode(), np.uint8) for name, part in json_parts.items()}
     parts |= {"rows": np.array(reader.rows, ROW), "signatures": np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)}
     with whole_file(path.with_suffix(".npz")) as file:
         np.savez(file, **parts)
@@ -191,8 +192,6 @@ class _Reader:
             raise BadSample(
                 "no_label", f"there is no {options.label or 'folder below the input, whose name would be the label'}"
             )
-        if options.caption_from_folder and folder and all(segment.modality != TEXT for segment in segments):
-            segments += (Segment(folder),)
         return replace(document, segments=segments, ordered=ordered, meta={"file": record.where} | meta)
 
     def _draw(self, document: Document) -> int:
