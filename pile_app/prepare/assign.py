@@ -62,7 +62,7 @@ class Summary:
         return sum(tally.documents for splits in self.sources.values() for tally in splits.values())
 
     def balance(self) -> dict[str, Any]:
-        """Samples and fields that were read, and their outcome. Raises `AssertionError` if a sample is missing, which is a bug."""
+        """Samples and fields that were read, and their outcome. Raises `AssertionError` if a sample is missing: a bug."""
         read, pieces, rejected = (self.of(what).total() for what in ("read", "pieces", "rejected"))
         if read + pieces != self.documents + rejected:
             raise AssertionError(
@@ -83,10 +83,8 @@ class Summary:
     def description(self) -> dict[str, Any]:
         """What `dataset.json` holds, except the options."""
         sources = {
-            source: {
-                split: {"shards": name, **asdict(self.sources[source][split])} for split, name in self.shards(source).items()
-            }
-            for source in sorted(self.sources)
+            source: {split: {"shards": name, **asdict(tallies[split])} for split, name in self.shards(source).items()}
+            for source, tallies in sorted(self.sources.items())
         }
         counts = {what: dict(sorted(self.of(what).items())) for what in ("read", "rejected")}
         labels = {"labels": self.labels} if self.labels else {}
@@ -140,20 +138,15 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
 
 def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> list[np.ndarray]:
     """Write `rejected.jsonl` and count everything; return for each job the rows that are kept."""
-    similar = NearDuplicates(work.options.near_duplicates) if work.options.near_duplicates is not None else None
+    similar = NearDuplicates(work.options.near_duplicates or 1)  # without the option there are no signatures
     kept = []
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
         for job, repeated in zip(range(jobs), _repeated(work, jobs), strict=True):
             rows, about, sources = (work.part(job, name) for name in ("rows", "about", "sources"))
             dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "an earlier document has the same content"))
-            for row, signature in enumerate(work.part(job, "signatures") if similar else ()):
-                if (
-                    similar
-                    and row not in dropped
-                    and signature.any()
-                    and (first := similar.add(signature, about["files"][row]))
-                ):
-                    dropped[row] = "near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}"
+            for row, signature in enumerate(work.part(job, "signatures")):
+                first = similar.add(signature, about["files"][row]) if row not in dropped and signature.any() else None
+                dropped |= {row: ("near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}")} if first else {}
             entries = [[sources[rows["source"][row]], about["files"][row], *why, ""] for row, why in sorted(dropped.items())]
             summary.counts.update(about["counts"])
             summary.counts.update(f"rejected:{entry[2]}" for entry in entries)
@@ -190,8 +183,8 @@ def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
 
 
 def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of the same draw, such as those of a
-    speaker, stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
+    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of a draw, such as those of a speaker,
+    stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
     if fraction is not None or len(draws) > AT_ONCE:
         limit = np.uint64(int((FRACTION if fraction is None else fraction) * 2**64))
         return lambda those: those < limit

@@ -53,16 +53,17 @@ def _empty_sketch() -> Any:
 
 
 class NearDuplicates:
-    """Finds the first earlier text that resembles a text: MinHash LSH by datasketch, verified by signature; 4 kB a text."""
+    """Finds the first earlier text that resembles a text: MinHash LSH by datasketch, verified by signature."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(threshold, PERMUTATIONS)
-        self._sketch = _empty_sketch().copy()
         self._kept: list[tuple[np.ndarray, str]] = []
 
     def add(self, signature: np.ndarray, name: str) -> tuple[str, float] | None:
         """Return (name, similarity) of the first document that resembles this signature, else None and remember it."""
+        if not self._kept:
+            self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(self.threshold, PERMUTATIONS)
+            self._sketch = _empty_sketch().copy()
         self._sketch.hashvalues = signature.astype(self._sketch.hashvalues.dtype)
         for known, known_name in (self._kept[candidate] for candidate in sorted(self._index.query(self._sketch))):
             if (similarity := float((known == signature).mean())) >= self.threshold:

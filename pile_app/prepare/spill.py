@@ -95,11 +95,8 @@ def with_label(fields: Fields, options: Options) -> Fields:
         entries = [one for one in entries if one.role != "label" and not set(one.names) & set(names)] + [Field(names, "label")]
     for n, entry in enumerate(entries):
         is_label = entry.role == "label"
-        learn, loss = (
-            entry.learn or (is_label and options.learn_label),
-            entry.loss and (is_label or not options.label_loss_only),
-        )
-        entries[n] = replace(entry, learn=learn, loss=loss)
+        loss = entry.loss and (is_label or not options.label_loss_only)
+        entries[n] = replace(entry, learn=entry.learn or (is_label and options.learn_label), loss=loss)
     return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not options.learn_label)
 
 
@@ -111,6 +108,7 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     if work.options.resample:  # the same bits everywhere, and processes do not compete for cores
         import torch
 
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
     path = work.blocks(job)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +123,8 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     parts |= {"rows": np.array(reader.rows, ROW), "signatures": np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)}
     with whole_file(path.with_suffix(".npz")) as file:
         np.savez(file, **parts)
+    if work.options.resample:
+        torch.set_num_threads(threads)
 
 
 class _Reader:
@@ -189,10 +189,9 @@ class _Reader:
             segments = tuple(replace(one, loss=one.loss and not options.label_loss_only) for one in segments)
             segments, ordered = segments + (Segment(folder),) * options.learn_label, ordered or options.learn_label
         if (options.label or options.label_from_folder) and "label" not in meta:
-            raise BadSample(
-                "no_label", f"there is no {options.label or 'folder below the input, whose name would be the label'}"
-            )
-        return replace(document, segments=segments, ordered=ordered, meta={"file": record.where} | meta)
+            raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
+        file = os.fsencode(record.where).decode(errors="replace")
+        return replace(document, segments=segments, ordered=ordered, meta={"file": file} | meta)
 
     def _draw(self, document: Document) -> int:
         """64 bits that decide the split: of the group, else of the media, else of the texts without the label."""
@@ -224,11 +223,7 @@ class _Reader:
     def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
         self.counts[f"{what}:{error.reason}"] += 1
         detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
-        content = record.content
-        excerpt = (
-            "" if isinstance(content, BadSample) else describe(content) if isinstance(content, Document) else _excerpt(content)
-        )
-        self.rejected.append((source, record.where, error.reason, detail, excerpt))
+        self.rejected.append((source, record.where, error.reason, detail, _excerpt(record.content)))
 
 
 def sample_block(document: Document) -> bytes:
@@ -264,7 +259,9 @@ def _plain_meta(sample: Sample) -> dict[str, Any]:
     return {name: value for name, value in meta.items() if isinstance(value, plain)} if isinstance(meta, Mapping) else {}
 
 
-def _excerpt(sample: Sample) -> str:
+def _excerpt(sample: Sample | Document | BadSample) -> str:
+    if not isinstance(sample, Mapping):
+        return describe(sample) if isinstance(sample, Document) else ""
     short = (f"{name}: {value[:80] if isinstance(value, str | bytes) else value!s:.80}" for name, value in sample.items())
     return ", ".join(short)[:300]
 
