@@ -183,8 +183,8 @@ def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
 
 
 def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of a draw, such as those of a speaker,
-    stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
+    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of a draw, such as those of a
+    speaker, stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
     if fraction is not None or len(draws) > AT_ONCE:
         limit = np.uint64(int((FRACTION if fraction is None else fraction) * 2**64))
         return lambda those: those < limit

@@ -53,7 +53,7 @@ def _empty_sketch() -> Any:
 
 
 class NearDuplicates:
-    """Finds the first earlier text that resembles a text: MinHash LSH by datasketch, verified by signature."""
+    """Finds the first earlier text that resembles a text: MinHash LSH of datasketch, verified by signature."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -75,7 +75,7 @@ class NearDuplicates:
 
 class EvaluationTexts:
     """Finds texts that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C). An evaluation
-    text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. Hashes are mapped into memory, 8 bytes each."""
+    text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. Hashes are memory-mapped, 8 bytes each."""
 
     SHORTEST = 8
 

@@ -30,6 +30,7 @@ from pile_app.documents import BadSample, media_extension
 from pile_app.fields import Fields
 from pile_app.prepare.assign import Summary, write_shards
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
+from pile_app.prepare.hub import localize
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Unit, evaluation_texts, list_units, read_unit
@@ -51,11 +52,13 @@ def prepare(
     overwrite: bool = False,
     **options: Any,
 ) -> Summary:
-    """Read the file or folder `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to `output`.
+    """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`.
 
     The field maps and the balance go to stderr, the sources to paste into a configuration to stdout.
 
     Args:
+        input: a file or folder, the name of a data set on the Hugging Face hub, or an address that fsspec knows; `#name` after
+            it chooses a configuration of its data set card.
         engine: processes on this machine, or Ray Data, on the cluster that `RAY_ADDRESS` names or on this machine.
         processes: default: one per core. 1: in this process.
         overwrite: replace an earlier result in `output`, and an interrupted preparation with other options.
@@ -66,21 +69,21 @@ def prepare(
             preparation had other options or another input.
     """
     given, output = str(input), Path(output)
-    if options.get("fields") is None and options.get("kind") in KIND_FIELDS:
-        options["fields"] = KIND_FIELDS[options["kind"]]
-    input = Path(given if os.path.exists(given) else given.partition("#")[0])  # folder#configuration of a data set card
-    if options.get("fields") is not None:
-        options["fields"] = str(Fields.parse(options["fields"]))
-    chosen = Options.of(options)
-    _check(input, output, chosen, engine, overwrite)
-    input = Path(os.path.abspath(input))  # a link is known by its own name
-    source = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
+    fields = options.get("fields") or KIND_FIELDS.get(options.get("kind", ""))
+    chosen = Options.of(options | {"fields": fields and str(Fields.parse(fields))})
+    _check(given, output, chosen, engine, overwrite)
     folder, summary = output.parent / f"{output.name}.partial", Summary(output)
     result = folder / "result"
-    work = Work(folder, str(input if input.is_dir() else input.parent), source, chosen)
     with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
+        local = localize(given, str(folder))
+        path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
+        if not os.path.exists(path):
+            raise ValueError(f"input {given!r} does not exist (working folder {os.getcwd()})")
+        name = os.path.basename(path if local == given else given.partition("#")[0].rstrip("/"))
+        root, source = (path, name) if os.path.isdir(path) else (os.path.dirname(path), name.split(".")[0])
+        work = Work(folder, root, slug(source) or "data", chosen)
         digest = hashlib.blake2b(digest_size=16)  # of the names, sizes and times of change of all files
-        jobs, work = _list_jobs(work, list_units(given, chosen, str(folder), digest.update), summary)
+        jobs, work = _list_jobs(work, list_units(local, chosen, str(folder), digest.update), summary)
         _continue(work, digest.hexdigest(), output, overwrite)
         waiting = [(job, units) for job, units in jobs if not work.is_read(job)]
         if len(waiting) < len(jobs):
@@ -105,27 +108,21 @@ def prepare(
     return summary
 
 
-def _check(input: Path, output: Path, options: Options, engine: str, overwrite: bool) -> None:
+def _check(given: str, output: Path, options: Options, engine: str, overwrite: bool) -> None:
     """Refuse at once what would fail after hours."""
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; choose from {', '.join(ENGINES)}")
-    for needed, module, flag in (
-        (options.repair, "ftfy", "--repair"),
-        (options.near_duplicates, "datasketch", "--near-duplicates"),
-    ):
-        if needed:
-            require(module, "prepare", flag)
+    if options.repair:
+        require("ftfy", "prepare", "--repair")
+    if options.near_duplicates is not None:
+        require("datasketch", "prepare", "--near-duplicates")
     if engine == "ray":
         import_ray()
-    if not input.exists():
-        raise ValueError(f"input {str(input)!r} does not exist (working folder {os.getcwd()})")
     if found := sorted(set(str(output)) & set("*?[]{}")):
-        raise ValueError(
-            f"output {str(output)!r} contains {' '.join(found)}, which has a meaning in patterns of shards: give another"
-        )
-    inside, outside = output.resolve(), input.resolve()
+        raise ValueError(f"output {str(output)!r} contains {' '.join(found)}, a wildcard in patterns of shards: give another")
+    inside, outside = output.resolve(), Path(given).resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise ValueError(f"output {str(output)!r} and input {str(input)!r} contain each other: give an output folder elsewhere")
+        raise ValueError(f"output {str(output)!r} and input {given!r} contain each other: give an output folder elsewhere")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if "pile_dataset" not in _read_json(output / "dataset.json"):
             raise ValueError(f"output {str(output)!r} exists and is not a result of `pile prepare`: give another")
