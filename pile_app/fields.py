@@ -325,7 +325,15 @@ class _View:
             raise self.damaged or BadSample(
                 "no_conversation", f"sample {self.key!r} holds no conversation, only {_listed(self.leaves())}"
             )
-        self.used.update(f"json.{name}" if found is self.json else name for name in names & found.keys())
+        is_json = found is self.json
+        self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
+        for kind, extensions in (
+            ("images", IMAGE_EXTENSIONS),
+            ("audios", AUDIO_EXTENSIONS),
+        ):  # not named
+            files = [name for name in self.sample if _extension(name) in extensions and is_json]
+            if files and not {kind, kind[:-1]} & found.keys():
+                found = {**found, kind: files}
         return found
 
     def is_medium(self, name: str) -> bool:

@@ -160,6 +160,14 @@ def test_a_role_cannot_be_forged_from_a_raw_shard(sample: dict[str, Any]) -> Non
     assert texts(Fields.infer([sample]).read("k", sample).document) == ["ab"]
 
 
+def test_a_chat_in_the_json_shows_the_picture_of_its_sample() -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
+    sample = {"png": PNG, "json": described(conversations=turns)}
+    reading = Fields.infer([sample]).read("k", sample)
+    assert [segment.extension for segment in reading.document.segments[:3]] == ["txt", "png", "txt"]
+    assert reading.unused == ()
+
+
 def test_nothing_to_learn_shows_the_names_the_first_sample_and_the_option() -> None:
     with pytest.raises(ValueError, match=r"among id, x; the first sample is \{'id': 3, 'x': 'abc'\}.*--fields"):
         Fields.infer([{"id": 3, "x": "abc"}])

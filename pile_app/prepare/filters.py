@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.conversations import is_marker
-from pile_app.data.text import clean_text
+from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size, split_at_silence
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.quality import QUALITY
+from pile_app.records import is_marker
 
 PIECE_SECONDS, WHOLE_SECONDS = 30.0, 60.0  # default limits for sounds that can be cut, and for those that cannot
 PADDING = 0.5  # seconds of sound kept around the words of a piece
