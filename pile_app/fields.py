@@ -48,13 +48,19 @@ SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
 META_ROLES = ("label", "group", "split", "key")
 OPTIONS = ("loss", "optional", "choose", "learn")
-TEXT_NAMES = (
-    "caption", "captions", "text", "transcript", "transcription", "sentence", "sentences", "normalized_text", "content",
-    "description", "alt_text", "review", "body", "article", "abstract", "document",
+TEXT_NAMES = (  # of the text that a data set is about, the best first
+    "caption", "captions", "normalized_text", "text_normalized", "text", "transcript", "transcription", "sentence", "sentences",
+    "content", "description", "alt_text", "review", "body", "article", "abstract", "document", "chosen",
 )  # fmt: skip
+PAIRS = {  # texts of which the first is followed by one of the others
+    "question": ("answer", "answers", "multiple_choice_answer"), "article": ("highlights",), "document": ("summary",),
+    "dialogue": ("summary",), "premise": ("hypothesis",), "title": ("text", "content", "description", "body"),
+}  # fmt: skip
+CONTEXTS = ("context", "passage")  # of a question
 LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
 GROUP_NAMES = ("speaker", "speaker_id", "client_id")
-PAIRS = {"question": ("answer", "answers"), "premise": ("hypothesis",), "title": ("text", "content", "description", "body")}
+NEVER_LEARNED = ("rejected", "mask", "masks", "seg", "segmentation", "segmentation_mask", "depth", "depth_map")
+UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of a label or group that is not known
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 OWN_KEYS = {"text", "file", "loss"}  # of an entry of Pile's own `segments`
 
@@ -194,7 +200,10 @@ class Fields:
                     raise view.damaged
                 raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {_listed(view.names())}")
             if entry.role in META_ROLES:
-                meta[entry.role] = _scalar(key, found[0], found[1])
+                value = _scalar(key, *found)
+                if entry.role == "group" and value.lower() in UNKNOWN:
+                    continue
+                meta[entry.role] = value
                 if entry.learn:
                     labels.append(Segment(meta[entry.role]))
                 continue
@@ -228,23 +237,23 @@ class Fields:
         for role, (test, _, _) in _RECORDS.items():
             if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
                 return cls((Field((), role),))
-        counts = Counter(name for view in views for name in view.leaves())
-        media = [name for name in counts if any(view.is_medium(name) for view in views)]
+        names = list(dict.fromkeys(name for view in views for name in view.leaves() if _base(name) not in NEVER_LEARNED))
+        media = [name for name in names if any(view.is_medium(name) for view in views)]
         media = [name for name in media if "." not in name or name.startswith("json.")] or media
         entries = [_required(entry, views) for entry in _media_entries(media)]
-        texts = _text_entries(counts, views, bool(media))
-        entries += [replace(entry, optional=True) for entry in texts] if entries else texts
-        entries = [_required(entry, views) if entry.role in SEGMENT_ROLES else entry for entry in entries]
+        texts = _text_entries(names, views, bool(media))
+        entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
         if not entries:
             first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
             raise ValueError(
-                f"nothing to learn was recognized among {_listed(counts)}; the first sample is {first!r:.300}. "
+                f"nothing to learn was recognized among {_listed(names)}; the first sample is {first!r:.300}. "
                 "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
             )
         shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
-        for role, names in (("label", LABEL_NAMES), ("group", GROUP_NAMES), ("split", ("split",))):
-            found = tuple(name for name in counts if name.removeprefix("json.") in names)
-            entries += [Field(found[:1], role)] if found else []
+        entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
+        for role, known in (("label", LABEL_NAMES), ("group", GROUP_NAMES), ("split", ("split",))):
+            if role not in [entry.role for entry in entries] and (found := _scalar_name(names, views, known)):
+                entries.append(Field((found,), role))
         return cls(tuple(entries), shuffle)
 
 
@@ -316,7 +325,15 @@ class _View:
             raise self.damaged or BadSample(
                 "no_conversation", f"sample {self.key!r} holds no conversation, only {_listed(self.leaves())}"
             )
-        self.used.update(f"json.{name}" if found is self.json else name for name in names & found.keys())
+        is_json = found is self.json
+        self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
+        for kind, extensions in (
+            ("images", IMAGE_EXTENSIONS),
+            ("audios", AUDIO_EXTENSIONS),
+        ):  # not named
+            files = [name for name in self.sample if _extension(name) in extensions and is_json]
+            if files and not {kind, kind[:-1]} & found.keys():
+                found = {**found, kind: files}
         return found
 
     def is_medium(self, name: str) -> bool:
@@ -438,28 +455,48 @@ def _media_entries(names: Sequence[str]) -> list[Field]:
     return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
 
 
-def _text_entries(counts: Counter[str], views: list[_View], with_media: bool) -> list[Field]:
-    """Entries for the texts of the samples, by the names that are usual."""
-    names = [*counts, *(f"{name}.text" for name in counts)]  # SQuAD has {"answers": {"text": [...]}}
+def _text_entries(names: Sequence[str], views: list[_View], with_media: bool) -> list[Field]:
+    """Entries for the texts of the samples: by the names that are usual, else every column of prose."""
+
+    def values(name: str) -> list[Any]:
+        return [value for view in views for value in view.values(name)]
+
+    def entry(name: str, loss: bool = True, choose: bool = with_media) -> Field:
+        lists = any(isinstance(value, list) for value in values(name))
+        return Field((name,), "media" if loss and not lists else "text", loss, choose=lists and choose)
+
+    nested = {name: next((value for value in values(name) if isinstance(value, Mapping)), {}) for name in names}
+    names = [*names, *(f"{name}.text" for name in names if "text" in nested[name])]  # SQuAD: {"answers": {"text": [...]}}
+    names += [f"{name}.{key}" for name in names if _base(name) == "translation" for key in nested[name]]
     media = {name for name in names if any(view.is_medium(name) for view in views)}
-    texts = [name for name in names if name not in media and any(_is_text(view.raw(name)) for view in views)]
-    by_name = {name.removeprefix("json.").removesuffix(".text"): name for name in reversed(texts)}
+    texts = [name for name in names if name not in media and any(map(_is_text, values(name)))]
+    plain = [name for name in names if any(isinstance(value, int | float) for value in values(name))]
+    by_base = {_base(name): name for name in reversed([*texts, *plain])}
+    for first, others in PAIRS.items():
+        other = next((by_base[name] for name in others if name in by_base), "")
+        if not other or by_base.get(first) not in texts or (with_media and first == "title"):
+            continue
+        if first == "question" and "choices" in by_base and all(isinstance(value, int) for value in values(other)):
+            return [entry(by_base[first]), entry(by_base["choices"], choose=False), Field((other,), "label")]
+        contexts = [name for name in CONTEXTS if name in by_base and first == "question"]
+        given = [entry(by_base[name], loss=first != "question") for name in (*contexts, first)]
+        return [*given, entry(other, choose=True)]
+    usual = [name for known in TEXT_NAMES for name in texts if _base(name) == known] + ["txt"] * ("txt" in texts)
+    if usual:
+        return [replace(entry(usual[0]), names=tuple(sorted(usual, key=lambda name: not name.startswith("json."))))]
+    return [entry(name) for name in texts if _extension(name) not in UNREADABLE_EXTENSIONS and _is_prose(values(name))]
 
-    def entry(names: Sequence[str], loss: bool = True) -> Field:
-        lists = any(isinstance(view.raw(name), list) for view in views for name in names)
-        return Field(tuple(names), "media" if loss and not lists else "text", loss, choose=lists)
 
-    for first, seconds in PAIRS.items():
-        found = [by_name[second] for second in seconds if second in by_name]
-        if first in by_name and found and not (with_media and first == "title"):
-            given = [name for name in ("context", first) if name in by_name] if first == "question" else [first]
-            return [*(entry([by_name[name]], loss=first != "question") for name in given), entry(found[:1])]
-    order = [f"json.{name}" for name in TEXT_NAMES] + list(TEXT_NAMES) + ["txt"]
-    if usual := sorted((name for name in texts if name in order), key=order.index):
-        return [entry(usual)]
-    strings = [name for name in texts if _extension(name) not in UNREADABLE_EXTENSIONS and not with_media]
-    prose = [name for name in strings if _is_prose([view.raw(name) for view in views])]
-    return [entry([name]) for name in prose]
+def _scalar_name(names: Sequence[str], views: Sequence[_View], known: Sequence[str]) -> str | None:
+    """The best of the known names whose values are short strings (first) or numbers, None if there is none."""
+    found: dict[str, bool] = {}
+    for name in sorted((name for name in names if _base(name) in known), key=lambda name: known.index(_base(name))):
+        values = [
+            value.decode(errors="replace") if isinstance(value, bytes) else value for v in views for value in v.values(name)
+        ]
+        if values and all(isinstance(value, int) or (isinstance(value, str) and len(value) < 100) for value in values):
+            found[name] = any(isinstance(value, str) for value in values)
+    return min(found, key=lambda name: not found[name], default=None)
 
 
 def _required(entry: Field, views: Sequence[_View]) -> Field:
@@ -479,15 +516,20 @@ def _is_texts(value: Any) -> bool:
 
 def _is_prose(values: Sequence[Any]) -> bool:
     """Whether the strings of a column are texts rather than names, numbers or addresses."""
-    texts = [value for value in values if isinstance(value, str) and value]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     spaced = sum(" " in text.strip() and "://" not in text[:10] for text in texts)
-    return bool(texts) and spaced > len(texts) / 2
+    return spaced > len(texts) / 2
+
+
+def _base(name: str) -> str:
+    """A name in small letters, without the `json.` before it and the `.text` behind it."""
+    return name.lower().removeprefix("json.").removesuffix(".text")
 
 
 def _scalar(key: str, name: str, value: Any) -> str:
     if isinstance(value, bytes):
         value = _decode(key, name, value).strip()
-    if isinstance(value, Mapping | list) or str(value).strip() in ("", "-1"):
+    if isinstance(value, Mapping | list) or (str(value).strip() in UNKNOWN[:2] and _base(name) not in GROUP_NAMES):
         raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number from 0 is expected")
     return str(value).strip()
 

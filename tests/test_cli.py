@@ -25,7 +25,7 @@ from pile_app.cli import COMMANDS, main, make_parser
 from pile_app.commands.generate import read_prompt
 from pile_app.data.index import build_index
 from pile_app.data.shards import expand_shards, write_shards
-from pile_app.data.text import load_tokenizer
+from pile_app.data.tokenizers import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.training.load import load_run
 from pile_app.vocabulary import Vocabulary
@@ -99,7 +99,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     source.mkdir()
     for n in range(20):
         (source / f"{n}.txt").write_text(f"note {n} \r\n")
-    pile("prepare", source, tmp_path / "out", "--validation-share", "0.3", "--seed", "1", "--no-clean")
+    pile("prepare", source, tmp_path / "out", "--validation-fraction", "0.3", "--seed", "1", "--no-clean")
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description["options"]["clean"] is False and description["options"]["seed"] == 1
     counts = {split: one["documents"] for split, one in description["sources"]["notes"].items()}
@@ -119,7 +119,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "out" / "notes-train-000000.tar.index.safetensors").read_bytes() == stored
 
     assert "--overwrite" in fails("prepare", source, tmp_path / "out")
-    pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-share", "0")
+    pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-fraction", "0")
     assert not (tmp_path / "out" / "notes-validation-000000.tar").exists()
     assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "out")
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import (
     AUDIO,
     ENCODED_EXTENSIONS,

@@ -83,6 +83,25 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
          "[image, {text: captions, choose: true}, shuffle]", ["png", "a"], []),
         ([{"image": {"bytes": PNG, "path": None}, "question": "what?", "answers": ["a cat"]}],
          "[image, {text: question, loss: false}, {text: answers, choose: true}]", ["png", "what?", "a cat"], []),
+        ([{"image": {"bytes": PNG, "path": None}, "mask": {"bytes": PNG, "path": None}, "edit_prompt": "make it red"}],
+         "[image, edit_prompt, shuffle]", ["png", "make it red"], ["mask"]),
+        ([{"sentence1": "a b", "sentence2": "c d", "label": 0}], "[sentence1, sentence2, {label: label}]", ["a b", "c d"], []),
+        ([{"Sentence": "a b", "Label": "x"}], "[Sentence, {label: Label}]", ["a b"], []),
+        ([{"text": "a b", "labels": [2]}], "[text]", ["a b"], ["labels"]),
+        ([{"article": "a b", "highlights": "c d", "id": "x"}], "[article, highlights]", ["a b", "c d"], ["id"]),
+        ([{"passage": "a b", "question": "c d", "answer": True}],
+         "[{text: passage, loss: false}, {text: question, loss: false}, answer]", ["a b", "c d", "True"], []),
+        ([{"context": "a b", "question": "c d", "answers": {"text": ["a"], "answer_start": [0]}, "id": "x"}],
+         "[{text: context, loss: false}, {text: question, loss: false}, {text: answers.text, choose: true}]",
+         ["a b", "c d", "a"], ["id"]),
+        ([{"question": "a b", "choices": ["x", "y"], "answer": 1}], "[question, {text: choices}, {label: answer}]",
+         ["a b", "x", "y"], []),
+        ([{"translation": {"en": "a b", "de": "c d"}}], "[translation.en, translation.de]", ["a b", "c d"], []),
+        ([{"chosen": "Human: a b", "rejected": "Human: c d"}], "[chosen]", ["Human: a b"], ["rejected"]),
+        ([{"target": 3, "category": "dog", "audio": {"bytes": FLAC, "path": None}}], "[audio, {label: category}]",
+         ["flac"], ["target"]),
+        ([{"audio": {"bytes": FLAC, "path": None}, "text": "A", "normalized_text": "a", "speaker": "N/A"}],
+         "[audio, normalized_text|text, {group: speaker}, shuffle]", ["flac", "a"], []),
         ([{"messages": CHAT, "id": 1}], "messages", ["\x02", "hi", "\x03", "hello", "\x02"], ["id"]),
     ],
 )  # fmt: skip
@@ -95,6 +114,7 @@ def test_the_field_map_is_inferred_and_what_it_does_not_name_is_listed(
     found = [s.text if s.modality == TEXT else "png" if s.data == PNG else s.extension for s in reading.document.segments]
     assert found == segments
     assert sorted(reading.unused) == unused
+    assert "group" not in reading.document.meta  # "N/A" is nobody
     leaves = {f"json.{name}" for name in json.loads(samples[0]["json"])} if b"{" in samples[0].get("json", b"") else {"json"}
     assert {*reading.used, *reading.unused} == (samples[0].keys() - {"json"}) | (leaves if "json" in samples[0] else set())
 
@@ -138,6 +158,14 @@ def test_alternative_captions_survive_a_shard() -> None:
 )
 def test_a_role_cannot_be_forged_from_a_raw_shard(sample: dict[str, Any]) -> None:
     assert texts(Fields.infer([sample]).read("k", sample).document) == ["ab"]
+
+
+def test_a_chat_in_the_json_shows_the_picture_of_its_sample() -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
+    sample = {"png": PNG, "json": described(conversations=turns)}
+    reading = Fields.infer([sample]).read("k", sample)
+    assert [segment.extension for segment in reading.document.segments[:3]] == ["txt", "png", "txt"]
+    assert reading.unused == ()
 
 
 def test_nothing_to_learn_shows_the_names_the_first_sample_and_the_option() -> None:

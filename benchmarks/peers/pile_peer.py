@@ -23,7 +23,7 @@ def open_module(figure: str, folder: Path) -> Any:
     from contest import CONTEXT, DATA_OF, RATE
 
     from pile_app.data.datamodule import PileDataModule, Source
-    from pile_app.data.text import load_tokenizer
+    from pile_app.data.tokenizers import load_tokenizer
     from pile_app.vocabulary import Vocabulary
 
     data = "encoded" if figure == "text_tokens" else DATA_OF[figure]
@@ -94,4 +94,4 @@ def units(batch: Any, figure: str) -> int:
 if __name__ == "__main__":
     from contest import main
 
-    main(open_loader, prepare, units=units, imports=("pile_app.data.datamodule", "pile_app.data.text"))
+    main(open_loader, prepare, units=units, imports=("pile_app.data.datamodule", "pile_app.data.tokenizers"))

@@ -10,16 +10,18 @@ SUMMARY = "make shards of your own texts, images and sounds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from dataclasses import fields
+
     from pile_app.prepare.options import Options
 
     parser.epilog = "Interrupted work is kept in OUTPUT.partial and continued by the same command. See docs/prepare.md."
-    parser.add_argument("input", type=Path, help="file or folder to read")
+    parser.add_argument("input", help="file or folder to read, or the name of a data set on the Hugging Face hub")
     parser.add_argument("output", type=Path, help="folder for the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="processes on this machine, or Ray Data")
     parser.add_argument("--processes", type=int, help="number of processes (default: one per core)")
     types = {"int": int, "float": float}
-    for option in Options.all():
+    for option in fields(Options):
         about, kind = option.metadata, str(option.type).split(" ")[0]
         names = {"dest": option.name, "help": about["help"], "default": option.default}
         flag = about["off"] or f"--{option.name.replace('_', '-')}"

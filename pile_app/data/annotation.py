@@ -14,7 +14,7 @@ import numpy as np
 from pile_app.documents import TEXT, Document, Segment
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 NO_LABEL = -1
 

@@ -22,7 +22,7 @@ from pile_app.media import decode_audio, decode_image
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 
 class PackedDocument(NamedTuple):

@@ -35,7 +35,7 @@ from pile_app.model.loss import linear_cross_entropy
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 LOGIT_CAP = 15.0
 

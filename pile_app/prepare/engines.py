@@ -1,13 +1,14 @@
 """Where `pile prepare` runs: in processes on this machine, or on a cluster through Ray Data.
 
-An engine is a context in which `run(task, folder, items)` calls `task(folder, item)` for each item, in any order and possibly
-twice, and yields once for each that is done.
+An engine is a context in which `run(task, items)` calls `task(item)` for each item, in any order and possibly twice, and yields
+once for each that is done.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -20,21 +21,22 @@ from typing import Any, TypeVar
 
 from pile_app.prepare.options import require
 
-Run = Callable[[Callable[[str, Any], None], str, Sequence[Any]], Iterator[Any]]
+Task = Callable[[Any], None]
+Run = Callable[[Task, Sequence[Any]], Iterator[Any]]
 T = TypeVar("T")
 
 
-def _run_here(processes: int, task: Callable[[str, Any], None], folder: str, items: Sequence[Any]) -> Iterator[Any]:
+def _run_here(processes: int, task: Task, items: Sequence[Any]) -> Iterator[Any]:
     processes = min(processes, len(items))
     if processes < 2:
-        yield from map(partial(task, folder), items)
+        yield from map(task, items)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pile_app.prepare.spill"])
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, _start_worker) as pool:
         try:
-            yield from pool.map(partial(task, folder), items, chunksize=1 + len(items) // 10_000)
+            yield from pool.map(task, items, chunksize=1 + len(items) // 10_000)
         except BrokenProcessPool as error:
             raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
         except BaseException:  # such as Ctrl-C: do not wait for what is running
@@ -46,9 +48,13 @@ def _run_here(processes: int, task: Callable[[str, Any], None], folder: str, ite
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -60,18 +66,14 @@ def _on_ray(processes: int) -> Iterator[Run]:
         ray.init(log_to_driver=False, logging_level="ERROR", **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Callable[[str, Any], None], folder: str, items: Sequence[Any]) -> Iterator[Any]:
-        folder = os.path.abspath(folder)
-
+    def run(task: Task, items: Sequence[Any]) -> Iterator[Any]:
         def run_one(row: dict[str, Any]) -> dict[str, Any]:
-            if not os.path.isdir(folder):
-                raise ValueError(f"a node cannot see {folder!r}: input and output have to be in folders that all nodes share")
-            task(folder, row["item"])
-            return row
+            task(pickle.loads(row["item"]))
+            return {"done": True}
 
         try:
             if items:
-                dataset = ray.data.from_items(list(items), override_num_blocks=min(len(items), 10_000))
+                dataset = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
                 yield from dataset.map(run_one).iter_rows()
         except ray.exceptions.RayError as error:
             raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
@@ -84,12 +86,10 @@ def _on_ray(processes: int) -> Iterator[Run]:
 
 
 def import_ray() -> Any:
-    # Read by Ray on import. Otherwise `uv run` starts its workers in another folder without an environment, and the driver
-    # waits forever; and usage is reported to its makers.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    require("ray.data", "ray", "the engine ray")
-    return require("ray", "ray", "the engine ray")
+    # Read by Ray on import: otherwise `uv run` starts its workers without an environment, and usage is reported to its makers.
+    os.environ |= {name: os.environ.get(name, "0") for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED")}
+    require("ray.data", "ray", "--engine ray")
+    return require("ray", "ray", "--engine ray")
 
 
 ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {

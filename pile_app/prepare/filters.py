@@ -15,18 +15,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pile_app.data.conversations import is_marker
-from pile_app.data.text import clean_text
+from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size, split_at_silence
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.quality import QUALITY
+from pile_app.records import is_marker
 
 PIECE_SECONDS, WHOLE_SECONDS = 30.0, 60.0  # default limits for sounds that can be cut, and for those that cannot
 PADDING = 0.5  # seconds of sound kept around the words of a piece
@@ -34,7 +35,7 @@ Part = tuple[float, float, str]  # start and end in seconds, text
 
 
 def apply_steps(document: Document, options: Options, evaluation: EvaluationTexts | None = None) -> Document:
-    """Return the document as it is written.
+    """Return the document as it will be written.
 
     Raises:
         BadSample: `encoded_segment`, `empty_text`, `moved_spans`, the reason of a rule, or what the decoders raise.
@@ -58,9 +59,6 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
     return replace(document, segments=segments)
 
 
-# -- texts
-
-
 def _text_step(segment: Segment, options: Options) -> Segment:
     if is_marker(segment):  # of a chat: cleaning removes markers, as it does where users write them
         return segment
@@ -74,34 +72,30 @@ def normalize_text(text: str, options: Options) -> str:
     return clean_text(text) if options.clean else text
 
 
-# Characters that one of ftfy's fixes changes or removes in any context, or that may begin an HTML entity.
+# ftfy changes such characters, or HTML entities, in any context; elsewhere it needs a character that is not ASCII within 7.
 _ALWAYS_FIXED = re.compile("[&\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]")
-# ASCII far from other characters: ftfy's signs of mojibake are at most 7 characters long, one of them not ASCII.
 _FAR_ASCII = re.compile("(?<=[\x00-\x7f]{7})[\x00-\x7f]+(?=[\x00-\x7f]{7})")
 
 
 def may_need_repair(text: str) -> bool:
     """Return False if `repair_text` certainly changes nothing, tens of times faster than ftfy."""
-    if _ALWAYS_FIXED.search(text):
-        return True
-    return not text.isascii() and bool(
-        require("ftfy.badness", "prepare", "--repair").BADNESS_RE.search(_FAR_ASCII.sub("", text))
-    )
+    if text.isascii() or _ALWAYS_FIXED.search(text):
+        return bool(_ALWAYS_FIXED.search(text))
+    return bool(require("ftfy.badness", "prepare", "--repair").BADNESS_RE.search(_FAR_ASCII.sub("", text)))
 
 
 def repair_text(text: str) -> str:
-    """Fix mojibake, HTML entities in plain text, terminal escapes and control characters with ftfy (Speer 2019).
-
-    Typography is kept: quotes, ligatures and full-width characters are no damage. Repairing twice changes nothing.
-    """
+    """Fix mojibake, HTML entities in plain text, terminal escapes and control characters with ftfy (Speer 2019), but keep
+    quotes, ligatures and full-width characters. Repairing twice changes nothing."""
     return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config()) if may_need_repair(text) else text
 
 
 @lru_cache(1)
 def _ftfy_config() -> Any:
     kept = ("fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "fix_line_breaks")
-    ftfy = require("ftfy", "prepare", "--repair")
-    return ftfy.TextFixerConfig(explain=False, normalization=None, **dict.fromkeys(kept, False))
+    return require("ftfy", "prepare", "--repair").TextFixerConfig(
+        explain=False, normalization=None, **dict.fromkeys(kept, False)
+    )
 
 
 # -- images and sounds
@@ -122,21 +116,18 @@ def _shrink(segment: Segment, size: int) -> Segment:
     """Re-encode an image with no side longer than `size`, turned as EXIF says: JPEG and WebP stay so, others become PNG."""
     from PIL import Image, ImageOps
 
-    kind = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg"}.get(segment.extension, segment.extension)
-    encoders = {"jpg": ("JPEG", {"quality": 90}), "webp": ("WEBP", {"quality": 90})}
-    name, parameters = encoders.get(kind, ("PNG", {}))
+    formats = {"webp": "WEBP"} | dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG")
+    name, written = formats.get(segment.extension, "PNG"), io.BytesIO()
     with Image.open(io.BytesIO(segment.file), formats=IMAGE_FORMATS) as file:
         file.draft(None, (2 * size, 2 * size))  # a JPEG may decode at a half, a quarter ... of its size
         image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode not in ("RGB", "RGBA", "L", "LA"):
             image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-        if name == "JPEG" and image.mode not in ("RGB", "L"):
-            image = image.convert("RGB")
+        image = image.convert("RGB") if name == "JPEG" and image.mode not in ("RGB", "L") else image
         image.thumbnail((size, size), Image.Resampling.LANCZOS)
         image.info = {}
-        written = io.BytesIO()
-        image.save(written, name, **parameters)
-    return replace(segment, data=written.getvalue(), extension=segment.extension if kind in encoders else "png")
+        image.save(written, name, **({} if name == "PNG" else {"quality": 90}))
+    return replace(segment, data=written.getvalue(), extension="png" if name == "PNG" else segment.extension)
 
 
 def _audio_step(segment: Segment, options: Options) -> Segment:
@@ -163,29 +154,28 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     """
     limit, whole = options.max_audio_seconds or PIECE_SECONDS, options.max_audio_seconds or WHOLE_SECONDS
     sounds = [n for n, segment in enumerate(document.segments) if segment.modality == AUDIO and not segment.is_encoded]
-    seconds = {n: samples / rate for n in sounds for samples, rate in [audio_size(document.segments[n].file)]}
-    if max(seconds.values(), default=0) <= limit:
+    sizes = [audio_size(document.segments[n].file) for n in sounds]
+    seconds = max((samples / rate for samples, rate in sizes), default=0)
+    if seconds <= limit:
         return [document]
-    said = [n for n, one in enumerate(document.segments) if n not in sounds and one.data != document.meta.get("label")]
-    is_timed = bool(parts) and all(document.segments[n].modality == TEXT for n in said)
-    if len(sounds) > 1 or len(said) > 1 or (said and not is_timed):
-        if max(seconds.values()) <= whole:
+    said = [n for n, segment in enumerate(document.segments) if n not in sounds and segment.data != document.meta.get("label")]
+    if len(sounds) > 1 or len(said) > 1 or (said and not (parts and document.segments[said[0]].modality == TEXT)):
+        if seconds <= whole:
             return [document]
-        raise BadSample("audio_too_long", f"{max(seconds.values()):,.1f} seconds, whose text has no times to cut it by; "
-                        f"at most {whole:g} are kept (max_audio_seconds)")  # fmt: skip
-    sound = document.segments[sounds[0]]
-    rate = options.resample or audio_size(sound.file)[1]
+        detail = f"{seconds:,.1f} seconds, and its text has no times to cut it by; max_audio_seconds is {whole:g}"
+        raise BadSample("audio_too_long", detail)
+    sound, rate = document.segments[sounds[0]], sizes[0][1]
     waveform = decode_audio(sound.file, rate)
-    if not said:
-        pieces = [(start, stop, "") for start, stop in split_at_silence(waveform, rate, limit)]
-    else:
-        pieces = [(int(start * rate), int(stop * rate), text) for start, stop, text in _pack(parts, limit, seconds[sounds[0]])]
+    pieces = _pack(parts, limit, seconds) if said else [
+        (start / rate, stop / rate, "") for start, stop in split_at_silence(waveform, rate, limit)
+    ]  # fmt: skip
     documents = []
     for start, stop, text in pieces:
-        piece = Segment.from_audio(waveform[start:stop], rate, options.audio_format or "flac", sound.loss)
-        new = {sounds[0]: piece} | {n: replace(document.segments[n], data=text, choices=()) for n in said}
+        cut = waveform[round(start * rate) : round(stop * rate)]
+        new = {sounds[0]: Segment.from_audio(cut, rate, options.audio_format or "flac", sound.loss)}
+        new |= {n: replace(document.segments[n], data=text, choices=()) for n in said}
         segments = tuple(new.get(n, segment) for n, segment in enumerate(document.segments))
-        documents.append(replace(document, segments=segments, meta={**document.meta, "start_seconds": round(start / rate, 3)}))
+        documents.append(replace(document, segments=segments, meta={**document.meta, "start_seconds": round(start, 3)}))
     return documents
 
 
@@ -193,43 +183,34 @@ def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
     """Join consecutive parts of a transcript to pieces of at most `limit` seconds."""
     groups: list[list[Part]] = []
     for part in sorted(parts):
-        if part[1] - part[0] > limit:
-            raise BadSample(
-                "audio_too_long", f"a part of the transcript takes {part[1] - part[0]:,.1f} seconds; at most {limit:g}"
-            )
+        if (longest := part[1] - part[0]) > limit:
+            raise BadSample("audio_too_long", f"a part of the transcript takes {longest:,.1f} seconds; at most {limit:g}")
         if groups and part[1] - groups[-1][0][0] <= limit:
             groups[-1].append(part)
         else:
             groups.append([part])
+    spans = [(group[0][0], max(end for _, end, _ in group)) for group in groups]
+    edges = [0.0, *((end + start) / 2 for (_, end), (start, _) in pairwise(spans)), seconds]
     pieces = []
-    for n, group in enumerate(groups):
-        start, end = group[0][0], max(end for _, end, _ in group)
-        free = (limit - (end - start)) / 2
-        before = (start - groups[n - 1][-1][1]) / 2 if n else start
-        after = (groups[n + 1][0][0] - end) / 2 if n + 1 < len(groups) else seconds - end
-        start -= max(0, min(PADDING, free, before))
-        glue = "" if any(text.startswith(" ") for _, _, text in group) else " "
-        pieces.append((start, min(seconds, end + max(0, min(PADDING, free, after))), glue.join(t for *_, t in group).strip()))
+    for (start, end), group, least, most in zip(spans, groups, edges[:-1], edges[1:], strict=True):
+        margin = min(PADDING, (limit - end + start) / 2)
+        glue = "" if any(text.startswith(" ") for *_, text in group) else " "
+        text = glue.join(text for *_, text in group).strip()
+        pieces.append((max(least, start - margin), min(most, end + margin), text))
     return pieces
 
 
 def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
     """Find the timed parts of a transcript: Whisper's `segments`, `words` or `chunks`, among the columns or in the `json`."""
-    record = sample.get("json")
-    with suppress(ValueError, RecursionError, OSError):
-        record = record.read_bytes() if isinstance(record, Path) else record
-        record = json.loads(record) if isinstance(record, bytes) else record
-    for holder in (record, sample):
-        for name in ("segments", "chunks", "words"):
-            with suppress(TypeError, KeyError, ValueError, AttributeError):
-                if parts := [_part(entry) for entry in holder[name]]:  # type: ignore[index]
+    holders: tuple[Any, ...] = (sample, sample.get("json"))
+    for name in ("segments", "chunks", "words"):
+        for holder in holders:
+            with suppress(TypeError, KeyError, ValueError, AttributeError, RecursionError, OSError):
+                holder = holder.read_bytes() if isinstance(holder, Path) else holder
+                found = (json.loads(holder) if isinstance(holder, bytes) else holder)[name]
+                parts = [
+                    (*(one.get("timestamp") or (one["start"], one["end"])), one.get("text") or one["word"]) for one in found
+                ]
+                if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
                     return parts
     return []
-
-
-def _part(entry: Mapping[str, Any]) -> Part:
-    start, end = entry["timestamp"] if "timestamp" in entry else (entry["start"], entry["end"])
-    text = entry.get("text", entry.get("word"))
-    if not isinstance(text, str) or not 0 <= float(start) <= float(end):
-        raise ValueError(text)
-    return float(start), float(end), text

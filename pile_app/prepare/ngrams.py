@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.entities import UNSPACED
 from pile_app.data.order import mix64
 from pile_app.documents import BadSample
+from pile_app.prepare.entities import UNSPACED
 from pile_app.prepare.options import require
 
 _WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
@@ -53,24 +53,20 @@ def _empty_sketch() -> Any:
 
 
 class NearDuplicates:
-    """Finds the first earlier document that a document resembles: MinHash LSH by datasketch, verified by signature.
-
-    Memory grows by about 4 kB per text that is kept (128 permutations at a threshold of 0.8).
-    """
+    """Finds the first earlier text that resembles a text: MinHash LSH of datasketch, verified by signature."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(threshold, PERMUTATIONS)
-        self._sketch = _empty_sketch().copy()
         self._kept: list[tuple[np.ndarray, str]] = []
 
     def add(self, signature: np.ndarray, name: str) -> tuple[str, float] | None:
         """Return (name, similarity) of the first document that resembles this signature, else None and remember it."""
+        if not self._kept:
+            self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(self.threshold, PERMUTATIONS)
+            self._sketch = _empty_sketch().copy()
         self._sketch.hashvalues = signature.astype(self._sketch.hashvalues.dtype)
-        for candidate in sorted(self._index.query(self._sketch)):
-            known, known_name = self._kept[candidate]
-            similarity = float((known == signature).mean())
-            if similarity >= self.threshold:
+        for known, known_name in (self._kept[candidate] for candidate in sorted(self._index.query(self._sketch))):
+            if (similarity := float((known == signature).mean())) >= self.threshold:
                 return known_name, similarity
         self._index.insert(len(self._kept), self._sketch)
         self._kept.append((np.array(signature), name))
@@ -78,11 +74,8 @@ class NearDuplicates:
 
 
 class EvaluationTexts:
-    """Finds documents that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C).
-
-    A text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. A sorted array of 64-bit hashes for each
-    length, 8 bytes per n-gram, is memory-mapped and so shared between processes.
-    """
+    """Finds texts that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C). An evaluation
+    text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. Hashes are memory-mapped, 8 bytes each."""
 
     SHORTEST = 8
 

@@ -1,11 +1,9 @@
-"""The parallel parts of `pile prepare`: units of the input become blocks and a table, and shards are copied from blocks.
+"""The parallel part of `pile prepare`: jobs, which are some megabytes of the input, become blocks and a table.
 
-    job  ──► read_job ──► spill/0000/0000012.blocks       documents as they are written to a shard, one after another
-                          spill/0000/0000012.safetensors  a row per document; what was rejected; counts
-    plan ──► write_shard ──► result/<source>-train-000000.tar
+    job ──► read_job ──► spill/0000/0000012.blocks   documents as they are written to a shard, one after another
+                         spill/0000/0000012.npz      a row per document; rejected samples, and all counts
 
-Both are functions of files in a `Work` folder and write files that appear when complete: any process on any machine that sees
-the folder may run them, in any order and repeatedly, with the same result.
+Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result.
 """
 
 from __future__ import annotations
@@ -16,21 +14,18 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
 
-from pile_app.data.index import MAX_SAMPLE_BYTES, build_index
-from pile_app.data.tar import BLOCK, files_of_block
+from pile_app.data.index import MAX_SAMPLE_BYTES
+from pile_app.data.tar import BLOCK
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
-from pile_app.fields import Field, Fields, Sample, document_from_sample
+from pile_app.fields import Field, Fields, Sample
 from pile_app.media import audio_size
 from pile_app.prepare.files import whole_file
 from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
@@ -39,7 +34,7 @@ from pile_app.prepare.options import Options
 from pile_app.prepare.readers import Record, Unit, medium, named_split, read_unit
 
 SPLITS = ("train", "validation", "test")
-ROW = np.dtype(  # of a document: byte range in the blocks; source; given split + 1, or 0; sizes; hashes of content and for the split
+ROW = np.dtype(  # of a document: range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and split
     [
         ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"), ("images", "<u4"),
         ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8"),
@@ -49,8 +44,7 @@ ROW = np.dtype(  # of a document: byte range in the blocks; source; given split 
 
 @dataclass(frozen=True)
 class Work:
-    """The folder of a preparation in progress. root: of the input; source: name of documents that name none; maps: the field map
-    of each table (`table_of`), or why there is none."""
+    """A preparation in progress. root: of the input; source: name for documents that name none; maps: by `table_of`."""
 
     folder: Path
     root: str
@@ -58,268 +52,178 @@ class Work:
     options: Options
     maps: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def load(cls, folder: str) -> Work:
-        state = json.loads((Path(folder) / "state.json").read_bytes())
-        return cls(Path(folder), state["root"], state["source"], Options.of(state["options"]), state["fields"])
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "result"
-
     def blocks(self, job: int) -> Path:
         return self.folder / "spill" / f"{job // 1000:04d}" / f"{job:07d}.blocks"
 
-    def units(self, job: int) -> list[Unit]:
-        start = int(np.load(self.folder / "jobs.npy", mmap_mode="r")[job])
-        with open(self.folder / "jobs.jsonl", "rb") as file:
-            file.seek(start)
-            return [Unit(*unit) for unit in json.loads(file.readline())]
+    def part(self, job: int, name: str) -> Any:
+        """`rows`, `signatures`, `sources` or `about` (files, rejected, counts, blocks) of a job's table."""
+        with np.load(self.blocks(job).with_suffix(".npz")) as file:
+            return json.loads(file[name].tobytes()) if name in ("sources", "about") else file[name]
 
-    @cached_property
-    def _fields(self) -> dict[str, Fields]:
-        return {}
+    def is_read(self, job: int) -> bool:
+        try:
+            return bool(self.blocks(job).stat().st_size == self.part(job, "about")["blocks"])
+        except Exception:  # of a file that is missing or damaged
+            return False
 
     def fields(self, record: Record) -> Fields:
         """The field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
-        table = table_of(record)
-        if table not in self._fields:
-            spec = self.options.fields or self.maps.get(table)
-            try:
-                found = Fields.parse(spec) if spec else Fields.infer([record.content])  # of a table that was not sampled
-            except BadSample:
-                raise
-            except ValueError as error:
-                raise BadSample("no_fields", str(error)) from error
-            self._fields[table] = with_label(found, self.options)
-        return self._fields[table]
+        spec = self.options.fields or self.maps.get(table_of(record))
+        try:  # of a table that was not sampled: by the record alone
+            sample: Any = record.content
+            return _parsed(spec, self.options) if spec else with_label(Fields.infer([sample]), self.options)
+        except ValueError as error:
+            raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
+
+
+@lru_cache(1024)
+def _parsed(spec: str, options: Options) -> Fields:
+    return with_label(Fields.parse(spec), options)
 
 
 def table_of(record: Record) -> str:
-    """Name the records that share a field map: those of a table, whatever the digits in its name, else of a folder."""
+    """Name the records that share a field map: those of tables whose names differ in digits only, else of a folder."""
     name, is_row, _ = record.where.partition(":")
-    return f"{record.layout} {re.sub(r'[0-9]+', '', name) if is_row else os.path.join(os.path.dirname(name), '')}"
+    return f"{record.layout}: {re.sub(r'[0-9]+', '', name) if is_row else os.path.join(os.path.dirname(name), '')}"
 
 
 def with_label(fields: Fields, options: Options) -> Fields:
     """Apply the options about labels to a field map."""
     entries = list(fields.entries)
-    if name := options.label:
-        names = tuple(dict.fromkeys((name, f"json.{name.removeprefix('json.')}")))
+    if options.label:
+        names = tuple(dict.fromkeys((options.label, f"json.{options.label.removeprefix('json.')}")))
         entries = [one for one in entries if one.role != "label" and not set(one.names) & set(names)] + [Field(names, "label")]
-    learn, given = options.learn_label, options.label_loss_only
-    entries = [replace(one, learn=one.learn or learn) if one.role == "label" else replace(one, loss=one.loss and not given)
-               for one in entries]  # fmt: skip
-    return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not learn)
+    for n, entry in enumerate(entries):
+        is_label = entry.role == "label"
+        loss = entry.loss and (is_label or not options.label_loss_only)
+        entries[n] = replace(entry, learn=entry.learn or (is_label and options.learn_label), loss=loss)
+    return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not options.learn_label)
 
 
-@dataclass
-class Table:
-    """What was read in a job. rows: (N,) `ROW`; signatures: (N, 128) uint32, or (0, 128); files: of the rows; rejected: [row it
-    came before, source, file, reason, detail, excerpt]; counts: samples read by layout, `unread` files by reason, `fields`
-    [used, unused, of rejected samples] by name, parts `dropped`, `labels`, `pieces` added by cutting; blocks: bytes."""
-
-    rows: np.ndarray
-    signatures: np.ndarray
-    sources: list[str]
-    files: list[str]
-    rejected: list[list[Any]]
-    counts: dict[str, Any]
-    blocks: int
-
-    def save(self, path: Path) -> None:
-        header = {name: json.dumps(value) for name, value in vars(self).items() if name not in ("rows", "signatures")}
-        with whole_file(path) as file:
-            file.write(save({"rows": self.rows.view(np.uint8), "signatures": self.signatures}, header))
-
-    @classmethod
-    def load(cls, blocks: Path) -> Table:
-        """Load the table of a job's blocks. Raises `OSError`, or what safetensors raises, if it is not there or not complete."""
-        with safe_open(blocks.with_suffix(".safetensors"), "numpy") as file:
-            header = {name: json.loads(value) for name, value in file.metadata().items()}
-            return cls(file.get_tensor("rows").view(ROW), file.get_tensor("signatures"), **header)
-
-
-def load_rows(blocks: Path) -> tuple[np.ndarray, list[str]]:
-    """The rows of a table and the names of its sources, without the rest."""
-    with safe_open(blocks.with_suffix(".safetensors"), "numpy") as file:
-        return file.get_tensor("rows").view(ROW), json.loads(file.metadata()["sources"])
-
-
-def is_read(work: Work, job: int) -> bool:
-    """Whether a job is done: both of its files are there and complete."""
-    try:
-        return os.path.getsize(work.blocks(job)) == Table.load(work.blocks(job)).blocks
-    except Exception:  # of safetensors
-        return False
-
-
-def read_job(folder: str, job: int) -> None:
+def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     """Read, check and change the units of a job, and write its blocks and table."""
-    work = Work.load(folder)
-    with single_thread(work.options.resample is not None):
-        _Reader(work, job).run()
+    job, units = item
+    if not work.folder.is_dir():
+        raise ValueError(f"a node cannot see {str(work.folder)!r}: input and output have to be in folders that all nodes share")
+    if work.options.resample:  # the same bits everywhere, and processes do not compete for cores
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+    path = work.blocks(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as blocks:
+        reader = _Reader(work, job, blocks)
+        for unit in units:
+            for record in read_unit(work.root, unit, work.options):
+                reader.read(record)
+        about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")} | {"blocks": blocks.tell()}
+    json_parts = {"sources": list(reader.sources), "about": about}
+    parts: dict[str, Any] = {name: np.frombuffer(json.dumps(part).encode(), np.uint8) for name, part in json_parts.items()}
+    parts |= {"rows": np.array(reader.rows, ROW), "signatures": np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)}
+    with whole_file(path.with_suffix(".npz")) as file:
+        np.savez(file, **parts)
+    if work.options.resample:
+        torch.set_num_threads(threads)
 
 
 class _Reader:
-    def __init__(self, work: Work, job: int) -> None:
-        self.work, self.job, self.options = work, job, work.options
+    """Reads the records of a job. counts: by `<what>:<name>`, as `Summary` has them."""
+
+    def __init__(self, work: Work, job: int, blocks: Any) -> None:
+        self.work, self.job, self.options, self.blocks = work, job, work.options, blocks
         self.evaluation = EvaluationTexts(work.folder / "evaluation") if work.options.decontaminate else None
         self.rows: list[tuple[Any, ...]] = []
         self.signatures: list[np.ndarray] = []
         self.sources: dict[str, int] = {}
         self.files: list[str] = []
-        self.rejected: list[list[Any]] = []
-        self.counts: dict[str, Counter[str]] = {name: Counter() for name in ("read", "unread", "dropped", "labels", "pieces")}
-        self.fields: dict[str, list[int]] = {}
+        self.rejected: list[tuple[str, ...]] = []
+        self.counts: Counter[str] = Counter()
 
-    def run(self) -> None:
-        path = self.work.blocks(self.job)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as self.blocks:
-            for unit in self.work.units(self.job):
-                for record in read_unit(self.work.root, unit, self.options):
-                    self._read(record)
-            size = self.blocks.tell()
-        counts = self.counts | {"fields": self.fields}
-        read, cut = self.counts["read"].total(), self.counts["pieces"].total()
-        if read + cut + self.counts["unread"].total() != len(self.rows) + len(self.rejected):
-            raise AssertionError(f"job {self.job}: {read} samples became {len(self.rows)} documents, {len(self.rejected)} rejected")
-        signatures = np.array(self.signatures, "<u4").reshape(-1, PERMUTATIONS)
-        rows = np.array(self.rows, ROW)
-        Table(rows, signatures, list(self.sources), self.files, self.rejected, counts, size).save(path.with_suffix(".safetensors"))
-
-    def _read(self, record: Record) -> None:
-        if isinstance(record.content, BadSample) and not record.layout:  # a file that is not read
-            self.counts["unread"][record.content.reason] += 1
-            return self._reject(record, record.content)
-        self.counts["read"][record.layout] += 1
+    def read(self, record: Record) -> None:
         source = self.work.source
+        if isinstance(record.content, BadSample) and not record.layout:
+            return self._reject(record, record.content, source, "unread")
+        self.counts[f"read:{record.layout}"] += 1
         try:
             document, parts = self._document(record)
             source = slug(str(document.meta.get("pile_set_name", ""))) or source
-            draw, split = self._draw(document), named_split(str(document.meta.get("split", ""))) or record.split
             pieces = cut_long_sounds(document, self.options, parts)
         except BadSample as error:
             return self._reject(record, error, source)
-        self.counts["pieces"]["pieces"] += len(pieces) - 1
+        self.counts["pieces:"] += len(pieces) - 1
         for piece in pieces:
             try:
-                self._write(record, source, split, draw, piece)
+                self._write(record, source, self._draw(document), apply_steps(piece, self.options, self.evaluation))
             except BadSample as error:
-                self._reject(record, error, source, piece)
+                self._reject(record, error, source)
 
     def _document(self, record: Record) -> tuple[Document, list[Any]]:
         """The document of a record, and the timed parts of its transcript."""
-        sample, parts = record.content, []
+        sample = record.content
         if isinstance(sample, BadSample):
             raise sample
         if isinstance(sample, Document):
-            document = sample
-        else:
-            try:
-                reading = self.work.fields(record).read(record.where, sample, partial(medium, self.work.root, record.where))
-            except BadSample:
-                self._count_fields(sample, 2)
-                raise
-            parts, meta = transcript_parts(sample), _meta(sample)
-            self._count_fields(reading.used, 0)
-            self._count_fields((name for name in reading.unused if name != "meta" or not meta), 1)
-            self._count_fields((name for name in reading.unused if name == "meta" and meta), 0)
-            if lost := {name for name in sample if name != "json"} - {*reading.used, *reading.unused}:
-                raise AssertionError(f"{record.where}: {sorted(lost)} are neither used nor unused")
-            self.counts["dropped"].update(reading.dropped)
-            document = replace(reading.document, meta={**meta, **reading.document.meta})
-        return self._labelled(document, record), parts
+            return self._complete(sample, record), []
+        try:
+            reading = self.work.fields(record).read(record.where, sample, partial(medium, self.work.root, record.where))
+        except BadSample:
+            self.counts.update(f"lost:{name}" for name in sample)
+            raise
+        if lost := sample.keys() - {"json", *reading.used, *reading.unused}:
+            raise AssertionError(f"{record.where}: {sorted(lost)} are neither used nor unused")
+        meta = _plain_meta(sample)
+        self.counts.update(f"{'used' if name == 'meta' and meta else 'unused'}:{name}" for name in reading.unused)
+        self.counts.update(f"used:{name}" for name in reading.used)
+        self.counts.update({f"dropped:{name}": count for name, count in reading.dropped.items()})
+        document = replace(reading.document, meta={**meta, **reading.document.meta})
+        return self._complete(document, record), transcript_parts(sample)
 
-    def _count_fields(self, names: Iterable[str], column: int) -> None:
-        for name in names:
-            self.fields.setdefault(name, [0, 0, 0])[column] += 1
-
-    def _labelled(self, document: Document, record: Record) -> Document:
-        options, meta, segments = self.options, dict(document.meta), document.segments
+    def _complete(self, document: Document, record: Record) -> Document:
+        """Add what the folder of a file says, and the name of the file."""
+        options, meta, segments, ordered = self.options, dict(document.meta), document.segments, document.ordered
         name, _, row = record.where.partition(":")  # the row of a table, or the name of a member of an archive
         folder = os.path.basename(os.path.dirname(row if "/" in row else name))
-        if options.label_from_folder:
-            if not folder:
-                raise BadSample("no_label", "the file is in no folder below the input, whose name would be the label")
+        if options.label_from_folder and folder:
             meta["label"] = folder
             segments = tuple(replace(one, loss=one.loss and not options.label_loss_only) for one in segments)
-            segments += (Segment(folder),) * options.learn_label
-        if options.label and "label" not in meta:
-            raise BadSample("no_label", f"there is no {options.label!r}")
-        if options.caption_from_folder and folder and all(segment.modality != TEXT for segment in segments):
-            segments += (Segment(folder),)
-        ordered = document.ordered or (options.label_from_folder and options.learn_label)
-        return replace(document, segments=segments, meta={"file": record.where} | meta, ordered=ordered)
+            segments, ordered = segments + (Segment(folder),) * options.learn_label, ordered or options.learn_label
+        if (options.label or options.label_from_folder) and "label" not in meta:
+            raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
+        file = os.fsencode(record.where).decode(errors="replace")
+        return replace(document, segments=segments, ordered=ordered, meta={"file": file} | meta)
 
     def _draw(self, document: Document) -> int:
         """64 bits that decide the split: of the group, else of the media, else of the texts without the label."""
-        group, label = document.meta.get("group"), document.meta.get("label")
+        if (group := document.meta.get("group")) is not None:
+            return _hash([Segment(str(group))], self.options.seed)[0]
         media = [segment for segment in document.segments if segment.modality != TEXT]
-        texts = [segment for segment in document.segments if segment.data != label] or document.segments
-        return int.from_bytes(_digest([Segment(str(group))] if group is not None else media or texts, self.options.seed)[:8], "big")
+        texts = [segment for segment in document.segments if segment.data != document.meta.get("label")]
+        return _hash(media or texts or document.segments, self.options.seed)[0]
 
-    def _write(self, record: Record, source: str, split: str | None, draw: int, document: Document) -> None:
-        document = apply_steps(document, self.options, self.evaluation)
+    def _write(self, record: Record, source: str, draw: int, document: Document) -> None:
         block = sample_block(replace(document, key=f"{self.job:07d}-{len(self.files):06d}"))
-        label = document.meta.get("label")
-        digest = np.frombuffer(_digest([*document.segments, Segment(str(label))], self.options.seed), "<u8").tolist()
-        texts = [segment.text for segment in document.segments if segment.modality == TEXT]
-        images = sum(segment.modality == IMAGE for segment in document.segments)
-        sizes = [audio_size(segment.file) for segment in document.segments if segment.modality > IMAGE]
-        seconds = sum(samples / rate for samples, rate in sizes)
+        label, segments = document.meta.get("label"), document.segments
+        texts = [segment.text for segment in segments if segment.modality == TEXT]
+        images = sum(segment.modality == IMAGE for segment in segments)
+        sounds = [audio_size(segment.file) for segment in segments if segment.modality > IMAGE]
+        split = named_split(str(document.meta.get("split", ""))) or record.split
         given = SPLITS.index(split) + 1 if split and self.options.given_splits else 0
+        sizes = sum(len(text.encode()) for text in texts), images, sum(samples / rate for samples, rate in sounds)
+        digest = _hash([*segments, Segment(str(label))], self.options.seed)
         number = self.sources.setdefault(source, len(self.sources))
-        text_bytes = sum(len(text.encode()) for text in texts)
-        if self.options.near_duplicates is not None:  # captions of different media may well be alike: zeros
-            is_text = len(texts) == len(document.segments)
-            self.signatures.append(minhash("\n".join(texts)) if is_text else np.zeros(PERMUTATIONS, np.uint32))
-        if label is not None:
-            self.counts["labels"][str(label)] += 1
-        self.rows.append((self.blocks.tell(), len(block), number, given, text_bytes, images, seconds, tuple(digest), draw))
+        self.rows.append((self.blocks.tell(), self.blocks.write(block), number, given, *sizes, digest, draw))
         self.files.append(record.where)
-        self.blocks.write(block)
+        if label is not None:
+            self.counts[f"label:{label}"] += 1
+        if self.options.near_duplicates is not None:  # zeros with media, whose captions may well be alike
+            is_text = len(texts) == len(segments)
+            self.signatures.append(minhash("\n".join(texts)) if is_text else np.zeros(PERMUTATIONS, np.uint32))
 
-    def _reject(self, record: Record, error: BadSample, source: str = "", document: Document | None = None) -> None:
+    def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
+        self.counts[f"{what}:{error.reason}"] += 1
         detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
-        shown = document or record.content
-        excerpt = describe(shown) if isinstance(shown, Document) else "" if isinstance(shown, BadSample) else excerpt_of(shown)
-        self.rejected.append([len(self.files), source or self.work.source, record.where, error.reason, detail, excerpt])
-
-
-def write_shard(folder: str, shard: str) -> None:
-    """Copy the documents of a plan, (K, 3) of job, offset and size in its blocks, to a shard."""
-    work = Work.load(folder)
-    names = json.loads((work.folder / "labels.json").read_bytes())
-    if (path := work.result / f"{shard}.tar").exists():
-        return
-    with whole_file(path) as tar:
-        for job, offset, size in np.load(work.folder / "plans" / f"{shard}.npy").tolist():
-            with open(work.blocks(job), "rb") as blocks:
-                block = os.pread(blocks.fileno(), size, offset)
-            tar.write(_renamed(block, names, work.options) if names else block)
-        tar.write(bytes(2 * BLOCK + -(tar.tell() + 2 * BLOCK) % tarfile.RECORDSIZE))
-
-
-def write_manifest(folder: str, prefix: str) -> None:
-    """Index the shards of a source and split, and check that they can be read back."""
-    for path in sorted((Work.load(folder).result).glob(f"{prefix}-*.tar")):
-        if rejected := build_index(str(path)).rejected:
-            raise AssertionError(f"{path.name}: documents that were written cannot be read back: {rejected[:3]}")
-
-
-def _renamed(block: bytes, names: Mapping[str, str], options: Options) -> bytes:
-    """A document with the name of its label."""
-    files = files_of_block(block)
-    key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
-    document = document_from_sample(key, files)
-    if (label := document.meta.get("label")) not in names:
-        return block
-    *others, last = document.segments
-    if options.learn_label and last.data == label:
-        others, last = others, replace(last, data=names[label])
-    return sample_block(replace(document, segments=(*others, last), meta={**document.meta, "label": names[label]}))
+        self.rejected.append((source, record.where, error.reason, detail, _excerpt(record.content)))
 
 
 def sample_block(document: Document) -> bytes:
@@ -330,9 +234,7 @@ def sample_block(document: Document) -> bytes:
         raise BadSample("invalid_utf8", str(error)) from error
     block = bytearray()
     for name in sorted(sample.keys() - {"__key__"}):
-        data = sample[name]
-        assert isinstance(data, bytes)
-        member = tarfile.TarInfo(f"{document.key}.{name}")
+        data, member = bytes(sample[name]), tarfile.TarInfo(f"{document.key}.{name}")  # type: ignore[arg-type]
         member.size, member.mode = len(data), 0o444
         block += member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
     if len(block) > MAX_SAMPLE_BYTES:
@@ -340,41 +242,28 @@ def sample_block(document: Document) -> bytes:
     return bytes(block)
 
 
-def _digest(segments: Iterable[Segment], seed: int) -> bytes:
+def _hash(segments: Iterable[Segment], seed: int) -> tuple[int, int]:
+    """Two times 64 bits of the contents of segments."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=16)
     for segment in segments:
         for data in segment.choices or (segment.data,):
             raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
             digest.update(f":{segment.modality}:{len(raw)}:".encode() + raw)
-    return digest.digest()
+    return int.from_bytes(digest.digest()[:8], "big"), int.from_bytes(digest.digest()[8:], "big")
 
 
-def _meta(sample: Sample) -> dict[str, Any]:
+def _plain_meta(sample: Sample) -> dict[str, Any]:
     """The plain values of a sample's `meta`, which may name its source (`pile_set_name`)."""
     meta = sample.get("meta")
-    kept = (str, int, float, bool)
-    return {name: value for name, value in meta.items() if isinstance(value, kept)} if isinstance(meta, Mapping) else {}
+    plain = (str, int, float, bool)
+    return {name: value for name, value in meta.items() if isinstance(value, plain)} if isinstance(meta, Mapping) else {}
 
 
-def excerpt_of(sample: Sample, limit: int = 300) -> str:
-    """A sample for people: names and shortened values."""
-    return ", ".join(f"{name}: {value[:80] if isinstance(value, str | bytes) else value!s:.80}" for name, value in sample.items())[:limit]
-
-
-@contextmanager
-def single_thread(needed: bool) -> Iterator[None]:
-    """Let PyTorch compute with one thread: the same bits everywhere, and processes do not compete for cores."""
-    if not needed:
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _excerpt(sample: Sample | Document | BadSample) -> str:
+    if not isinstance(sample, Mapping):
+        return describe(sample) if isinstance(sample, Document) else ""
+    short = (f"{name}: {value[:80] if isinstance(value, str | bytes) else value!s:.80}" for name, value in sample.items())
+    return ", ".join(short)[:300]
 
 
 def slug(name: str) -> str:

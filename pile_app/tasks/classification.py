@@ -29,7 +29,7 @@ from pile_app.training.objective import Objective, frames_of_codes, labels_by_pi
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 Pooling = Literal["mean", "max", "deviation", "last"]
 ROWS = 64  # documents that are read at once for predictions

@@ -34,7 +34,7 @@ from pile_app.data.index import INDEX_SUFFIX, UNORDERED, ShardIndex, build_index
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
-from pile_app.data.text import Tokenizer, text_tokens
+from pile_app.data.tokenizers import Tokenizer, text_tokens
 from pile_app.documents import (
     ENCODED_EXTENSIONS,
     IMAGE,

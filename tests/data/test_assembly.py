@@ -20,7 +20,7 @@ from pile_app.data.order import Phase, Piece, TrainingOrder
 from pile_app.data.packing import cut_document
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import SourceData
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, TEXT, BadSample, Codes, Document, Segment
 from pile_app.media import decode_audio, decode_image
 from pile_app.vocabulary import Vocabulary

@@ -183,7 +183,7 @@ def test_codecs_get_no_gradient_from_the_language_model(tiny_model: MakeModel, d
 
 
 def test_a_model_of_text_alone_has_no_codecs(documents: list[Document]) -> None:
-    from pile_app.data.text import ByteTokenizer
+    from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.model.backbones import LSTM
 
     model = FusedLanguageModel(LSTM(width=16, layers=1), ByteTokenizer())

@@ -19,7 +19,7 @@ from conftest import media_documents, prose_documents
 from pile_app.cli import main
 from pile_app.data.index import build_index, load_index
 from pile_app.data.shards import Shards, expand_shards, write_shards
-from pile_app.data.text import train_tokenizer
+from pile_app.data.tokenizers import train_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Codes, Document, Segment, describe
 from pile_app.tasks import encode
 from pile_app.training.load import load_run

@@ -20,7 +20,7 @@ from PIL import Image
 from pile_app.cli import main
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import segment_tokens
-from pile_app.data.text import text_tokens
+from pile_app.data.tokenizers import text_tokens
 from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.inspect_data import inspect_data
@@ -150,7 +150,7 @@ def test_a_prepared_folder_is_taken_with_its_sources_and_splits(tmp_path: Path, 
     (tmp_path / "texts").mkdir()
     for n in range(20):
         (tmp_path / "texts" / f"{n}.txt").write_text(f"text number {n}\n" * 5)
-    pile("prepare", tmp_path / "texts", tmp_path / "made", "--validation-share", "0.3")
+    pile("prepare", tmp_path / "texts", tmp_path / "made", "--validation-fraction", "0.3")
     pile("inspect", tmp_path / "made")
     statistics = json.loads((tmp_path / "made" / "inspect" / "statistics.json").read_text())
     assert {one["split"] for one in statistics["sources"]} == {"train", "validation"}

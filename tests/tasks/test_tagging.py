@@ -18,10 +18,11 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 
 from pile_app.cli import main as pile
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.entities import Span, spans_of_tags
 from pile_app.documents import Document, Segment
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.prepare.entities import spans_of_tags
 from pile_app.prepare.pipeline import prepare
+from pile_app.tasks.entities import Span
 from pile_app.tasks.entity_scores import EntityScores
 from pile_app.tasks.linear_chain import LinearChain
 from pile_app.tasks.tag_texts import Tagged, as_inline, as_page, as_record
@@ -171,7 +172,7 @@ def test_a_trained_model_learns_to_tag_and_tags_texts_and_files(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "names.conll").write_text("".join(map(sentence, range(200))))
-    prepare(tmp_path / "names.conll", tmp_path / "shards", kind="entities", validation_share=0.1, processes=1)
+    prepare(tmp_path / "names.conll", tmp_path / "shards", kind="entities", validation_fraction=0.1, processes=1)
     config = tmp_path / "task.yaml"
     config.write_text(CONFIG.format(shards=tmp_path / "shards"))
     command = ("--config", tiny_run.folder / "config.yaml", "--config", config, "--model.start_from", tiny_run.folder)
