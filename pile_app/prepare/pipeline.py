@@ -18,7 +18,7 @@ import sys
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pile_app.documents import BadSample, media_extension
+from pile_app.documents import media_extension
 from pile_app.fields import Fields
 from pile_app.prepare.assign import Summary, write_shards
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
@@ -167,25 +167,23 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
             jobs, weight = [*jobs, []], 0
         jobs[-1].append(unit)
         weight += unit.weight
-        keys = (unit.reader,), (unit.reader, os.path.dirname(str(unit.arguments[0])))  # at most so many units are sampled:
-        if options.fields is None and seen[keys[0]] < 10 * SAMPLES and seen[keys[1]] < SAMPLES:
-            seen.update(keys)
+        folder = os.path.dirname(str(unit.arguments[0]))
+        if options.fields is None and seen[(unit.reader,)] < 10 * SAMPLES and seen[unit.reader, folder] < SAMPLES:
+            seen.update([(unit.reader,), (unit.reader, folder)])
             for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
-                if isinstance(record.content, dict) and len(known := samples[table_of(record)]) < SAMPLES:
-                    known.append({name: _shortened(name, value) for name, value in record.content.items()})
+                known = samples[table_of(record)] if isinstance(record.content, dict) else None
+                if known is not None and len(known) < SAMPLES:
+                    known.append({name: _head(name, value) for name, value in record.content.items()})  # type: ignore[union-attr]
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
     for table, known in samples.items():
-        try:
-            fields = Fields.infer([sample for sample in known if _is_readable(sample)])
-        except ValueError:  # each of its records is rejected with the reason
-            continue
-        maps[table] = str(fields)
-        tables[str(with_label(fields, options))].append(table)
-    for fields_line, names in tables.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        with suppress(ValueError):  # each record of the table is rejected with the reason
+            maps[table] = str(Fields.infer(known))
+            tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
+    for line, names in tables.items():
         layout, _, path = names[0].partition(": ")
+        where = (path or "the input") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         count = sum(len(samples[name]) for name in names)
-        summary.maps.append(f"{fields_line}  (inferred from {count:,} samples of {path or 'the input'}{more}, {layout})")
+        summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}, {layout})")
     if options.fields is not None:
         summary.maps.append(f"{with_label(Fields.parse(options.fields), options)}  (given)")
     for line in summary.maps:
@@ -193,17 +191,9 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
     return list(enumerate(jobs)), replace(work, maps=maps)
 
 
-def _shortened(name: str, value: Any) -> Any:
+def _head(name: str, value: Any) -> Any:
     """The beginning of a medium, by which its kind is known."""
     return value[:64] if isinstance(value, bytes) and name.lower() not in ("json", "txt") and media_extension(value) else value
-
-
-def _is_readable(sample: Any) -> bool:
-    try:
-        Fields.infer([sample])
-    except ValueError as error:
-        return not isinstance(error, BadSample)
-    return True
 
 
 def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
@@ -283,33 +273,27 @@ def _print_summary(summary: Summary) -> None:
     table = Table(
         "source", "split", *(Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
     )
-    missing = []
     for source, splits in sorted(summary.sources.items()):
-        for split in SPLITS:
-            if one := splits.get(split):
-                figures = f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", f"{one.audio_seconds / 3600:,.3f}"
-                table.add_row(source, split, *figures)
-            elif split != "test":
-                missing.append(f"{source} has no {split} documents")
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    console.print(table)
-    balance, reasons = summary.balance(), _listed(summary.rejected)
+        for split, one in ((split, splits[split]) for split in SPLITS if split in splits):
+            figures = one.documents, one.text_bytes, one.images
+            table.add_row(source, split, *(f"{figure:,}" for figure in figures), f"{one.audio_seconds / 3600:,.3f}")
+    balance, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
     pieces = f" + {balance['pieces']:,} pieces of long sounds" if balance["pieces"] else ""
-    console.print(
+    lost = f" + {balance['of_rejected']:,} of rejected samples" if balance["of_rejected"] else ""
+    lines = [
         f"samples: {balance['samples']:,} read ({_listed(summary.of('read'))}){pieces} = {balance['documents']:,} documents + "
-        f"{balance['rejected']:,} rejected{f' ({reasons})' if reasons else ''}"
-    )
-    if balance["fields"]:
-        lost = f" + {balance['of_rejected']:,} of rejected samples" if balance["of_rejected"] else ""
-        figures_line = f"{balance['fields']:,} read = {balance['used']:,} used + {balance['unused']:,} unused{lost}"
-        console.print(
-            f"files and fields: {figures_line}" + f" ({_listed(summary.of('unused'), 'unused')})" * bool(balance["unused"])
-        )
-    for name, what in (("parts of chats dropped", "dropped"), ("files not read", "unread")):
-        if counts := summary.of(what):
-            console.print(f"{name}: {_listed(counts)}")
-    if reasons or summary.of("unread"):
-        console.print(f"see {summary.output / 'rejected.jsonl'}")
-    if missing:
-        console.print(f"{'; '.join(missing)}: set validation_fraction, or cut texts into more documents with document_bytes")
+        f"{balance['rejected']:,} rejected{f' ({reasons})' if reasons else ''}",
+        f"files and fields: {balance['fields']:,} read = {balance['used']:,} used + {balance['unused']:,} unused"
+        f"{f' ({unused})' if unused else ''}{lost}",
+    ]
+    for name, counts in (("parts of chats dropped", summary.of("dropped")), ("files not read", summary.of("unread"))):
+        lines += [f"{name}: {_listed(counts)}"] if counts else []
+    lines += [f"see {summary.output / 'rejected.jsonl'}"] if reasons or summary.of("unread") else []
+    missing = [
+        (source, split) for source, splits in sorted(summary.sources.items()) for split in SPLITS[:2] if split not in splits
+    ]
+    hint = "set validation_fraction, or cut texts into more documents with document_bytes"
+    lines += [f"{', '.join(f'{source} has no {split} documents' for source, split in missing)}: {hint}"] if missing else []
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console.print(table, *lines, sep="\n")
     print(summary.yaml())
