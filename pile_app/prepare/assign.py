@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import numpy as np
 from pile_app.data.tar import BLOCK, files_of_block
 from pile_app.fields import document_from_sample
 from pile_app.prepare.ngrams import NearDuplicates
-from pile_app.prepare.spill import SPLITS, Work, sample_block
+from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block
 
 AT_ONCE = 1 << 24  # documents that are sorted in memory
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
@@ -114,7 +115,7 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
         given |= {*np.unique(rows["split"]).tolist()}
         for number, source in enumerate(sources):
             draws[source].append(rows[["draw", "split"]][rows["source"] == number])
-    has_splits = {1} < given - {0}  # training and another: a folder `test` alone is as likely the tests of some program
+    has_splits = len(given) > 1  # not if everything is in a folder `test`, say
     chosen = {}
     for source, found in draws.items():
         every = np.concatenate(found)
@@ -143,7 +144,7 @@ def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> l
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
         for job, repeated in zip(range(jobs), _repeated(work, jobs), strict=True):
             rows, about, sources = (work.part(job, name) for name in ("rows", "about", "sources"))
-            dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "an earlier document has the same content"))
+            dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "another document has the same content"))
             for row, signature in enumerate(work.part(job, "signatures")):
                 first = similar.add(signature, about["files"][row]) if row not in dropped and signature.any() else None
                 dropped |= {row: ("near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}")} if first else {}
@@ -164,19 +165,21 @@ def _kept_rows(work: Work, kept: list[np.ndarray]) -> Iterator[tuple[int, np.nda
 
 
 def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
-    """Yield for each job the rows whose document came before. Digests are sorted in parts that fit in memory."""
+    """Yield for each job the rows whose document is kept elsewhere: in a test split, else for validation, else earlier. Digests
+    are sorted in parts that fit in memory."""
     first = np.cumsum([0, *(len(work.part(job, "rows")) for job in range(jobs))])
     parts = 1 + int(first[-1]) // AT_ONCE if work.options.exact_duplicates else 0
     found = [np.zeros(0, np.int64)]
     for part in range(parts):
-        every, index = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)]
+        every, index = [np.zeros(0, ROW)[["digest", "split"]]], [np.zeros(0, np.int64)]
         for job in range(jobs):
-            digest = work.part(job, "rows")["digest"]
-            index.append(first[job] + np.flatnonzero(digest[:, 1] % np.uint64(parts) == part))
-            every.append(digest[index[-1] - first[job]])
-        digests, rows = np.concatenate(every), np.concatenate(index)
-        order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: rows of a digest stay in order
-        found.append(rows[order[1:][(digests[order[1:]] == digests[order[:-1]]).all(axis=1)]])
+            rows = work.part(job, "rows")[["digest", "split"]]
+            index.append(first[job] + np.flatnonzero(rows["digest"][:, 1] % np.uint64(parts) == part))
+            every.append(rows[index[-1] - first[job]])
+        rows = np.concatenate(every)
+        order = np.lexsort((-rows["split"].astype(int), rows["digest"][:, 1], rows["digest"][:, 0]))  # stable
+        digests = rows["digest"][order]
+        found.append(np.concatenate(index)[order[1:][(digests[1:] == digests[:-1]).all(axis=1)]])
     repeated = np.sort(np.concatenate(found))
     for job in range(jobs):
         yield repeated[slice(*np.searchsorted(repeated, first[job : job + 2]))] - first[job]
@@ -202,9 +205,10 @@ def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray],
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     """Order the labels by number, else by letter; return the names that they were given."""
     labels, names = list(summary.of("label")), work.options.label_names
-    labels.sort(key=(lambda label: (int(label), label)) if all(map(str.isdecimal, labels)) else None)
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
+    labels.sort(key=(lambda label: (float(label), label)) if are_numbers else None)
     if names and len(names) != len(labels):
-        shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "") or "none"
+        shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "") or "none: name it with --label"
         raise ValueError(f"label_names gives {len(names)} names ({', '.join(names)}) to {len(labels)} labels ({shown})")
     summary.labels = list(names) or labels
     return dict(zip(labels, names, strict=False))

@@ -159,10 +159,11 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     if seconds <= limit:
         return [document]
     said = [n for n, segment in enumerate(document.segments) if n not in sounds and segment.data != document.meta.get("label")]
-    if len(sounds) > 1 or len(said) > 1 or (said and not (parts and document.segments[said[0]].modality == TEXT)):
+    is_timed = 0 < max((end - start for start, end, _ in parts), default=0) <= limit
+    if len(sounds) > 1 or len(said) > 1 or (said and not (is_timed and document.segments[said[0]].modality == TEXT)):
         if seconds <= whole:
             return [document]
-        detail = f"{seconds:,.1f} seconds, and its text has no times to cut it by; max_audio_seconds is {whole:g}"
+        detail = f"{seconds:,.1f} seconds, and its text has no times by which to cut it; max_audio_seconds is {whole:g}"
         raise BadSample("audio_too_long", detail)
     sound, rate = document.segments[sounds[0]], sizes[0][1]
     waveform = decode_audio(sound.file, rate)
@@ -183,8 +184,6 @@ def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
     """Join consecutive parts of a transcript to pieces of at most `limit` seconds."""
     groups: list[list[Part]] = []
     for part in sorted(parts):
-        if (longest := part[1] - part[0]) > limit:
-            raise BadSample("audio_too_long", f"a part of the transcript takes {longest:,.1f} seconds; at most {limit:g}")
         if groups and part[1] - groups[-1][0][0] <= limit:
             groups[-1].append(part)
         else:

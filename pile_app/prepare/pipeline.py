@@ -258,7 +258,7 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
     counts = _listed(summary.of("rejected") + summary.of("unread"))
     raise ValueError(
         f"{given!r} holds nothing usable: {counts}. The first is {first['file']}: {first['detail']}. All are listed in "
-        f"{folder / 'rejected.jsonl'}"
+        f"{folder / 'rejected.jsonl'}. Options such as --fields, --label and --kind say how to read it"
     )
 
 

@@ -258,6 +258,14 @@ def test_given_splits_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert set(mixed.sources["in"]) == {"train", "validation"} and mixed.sources["in"]["validation"].documents == 24
 
 
+def test_evaluation_sets_are_not_learned_where_no_training_set_is_named(tmp_path: Path) -> None:
+    files = {f"{name}.jsonl": lines(*({"text": f"{name} {n}"} for n in range(10))) for name in ("reviews", "reviews-test")}
+    sources = prepare(write(tmp_path / "in", files), tmp_path / "out", processes=1).sources["in"]
+    assert {split: tally.documents for split, tally in sources.items()} == {"train": 8, "validation": 2, "test": 10}
+    files = {f"{name}/a.jsonl": lines({"text": name}) for name in ("dev-clean", "test-clean")}
+    assert set(prepare(write(tmp_path / "two", files), tmp_path / "out2", processes=1).sources["two"]) == {"validation", "test"}
+
+
 def test_a_column_may_name_the_split_and_a_missing_validation_split_is_drawn_from_training(tmp_path: Path) -> None:
     records = [{"text": f"text {n}", "split": "test" if n < 10 else "train"} for n in range(110)]
     sources = prepare(write(tmp_path / "in", {"a.jsonl": lines(*records)}), tmp_path / "out", processes=1).sources["in"]
@@ -300,6 +308,13 @@ def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
     assert run(tmp_path / "in", tmp_path / "all", exact_duplicates=False).documents == 5
 
 
+def test_of_equal_documents_that_of_the_evaluation_set_is_kept(tmp_path: Path) -> None:
+    files = {f"{name}.jsonl": lines({"text": "same"}, {"text": name}) for name in ("a-train", "b-validation", "c-test")}
+    run(write(tmp_path / "in", files), tmp_path / "out")
+    assert texts(tmp_path / "out", "*-test-*.tar") == ["same", "c-test"]
+    assert rejected(tmp_path / "out") == {"a-train.jsonl:1": "duplicate", "b-validation.jsonl:1": "duplicate"}
+
+
 # -- long sounds
 
 
@@ -336,6 +351,12 @@ def test_a_long_sound_without_text_is_cut_at_silence(tmp_path: Path) -> None:
     lengths = [seconds(document) for document in read(tmp_path / "out")]
     assert sum(lengths) == pytest.approx(21) and max(lengths) <= 7 and summary.of("pieces").total() == len(lengths) - 2 >= 2
     assert len({document.meta["file"] for document in read(tmp_path / "out")}) == 2
+
+
+def test_a_part_of_a_transcript_that_is_too_long_to_be_cut_is_kept_whole_up_to_a_minute(tmp_path: Path) -> None:
+    whisper = json.dumps({"text": "a b", "segments": [{"start": 0, "end": 40, "text": "a b"}]})
+    run(write(tmp_path / "in", {"a.flac": sound(1, 40.0), "a.json": whisper}), tmp_path / "out")
+    assert texts(tmp_path / "out") == ["a b"]
 
 
 def test_a_transcript_without_times_goes_with_sounds_of_up_to_a_minute(tmp_path: Path) -> None:
