@@ -24,7 +24,7 @@ FFMPEG_FORMATS = (  # (offset, bytes there, FFmpeg demuxer): decoded by PyAV
     (0, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "asf"),  # wma
 )
 
-# A small file may claim any size: larger ones are refused before they are decoded.
+# A small file may claim any size: beyond these limits nothing is decoded.
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_AUDIO_SECONDS = 3600.0
 MAX_AUDIO_SAMPLES = 1 << 28  # over all channels: 1 GiB as float32
@@ -39,7 +39,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def is_animated(data: bytes) -> bool:
-    """Tell whether an image has several frames or pages, where only the first is decoded."""
+    """Tell whether an image has several frames or pages; only the first is decoded."""
     with _open_image(data) as image:
         try:
             return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # MPO: a photo and its preview
@@ -106,28 +106,40 @@ def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
     return True
 
 
+def load_image(data: bytes, side: int) -> Any:
+    """Decode the first frame to a Pillow image with 8 bits a channel, in any mode, rotated as its EXIF data says.
+
+    A JPEG of more than twice `side` pixels decodes to a half, a quarter ... of its size, in a fraction of the time.
+    """
+    from PIL import ImageOps
+
+    with _open_image(data) as file:
+        try:
+            file.draft(None, (2 * side, 2 * side))
+            return _to_8_bits(ImageOps.exif_transpose(file), getattr(file, "tag_v2", {}))
+        except Exception as error:
+            raise error if isinstance(error, BadSample) else BadSample("undecodable_image", str(error)) from error
+
+
 def _decode_any(data: bytes, channels: int, height: int, width: int, transform: Callable[..., Any] | None) -> np.ndarray:
     """Decode any format with Pillow to (height, width, channels) uint8."""
     from PIL import Image, ImageOps
 
-    with _open_image(data) as file:
-        try:
-            # A JPEG decodes to a half, a quarter ... of its size in a fraction of the time; twice the wanted size stays sharp.
-            file.draft(None, (2 * max(width, height), 2 * max(width, height)))
-            image = _to_8_bits(ImageOps.exif_transpose(file), getattr(file, "tag_v2", {}))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            if transform is not None:
-                if image.width > 2 * width and image.height > 2 * height:
-                    image = ImageOps.cover(image, (2 * width, 2 * height))
-                pixels = transform(np.array(image).reshape(image.height, image.width, channels))
-                image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels))
-            if image.size != (width, height):
-                image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        except Exception as error:
-            raise error if isinstance(error, BadSample) else BadSample("undecodable_image", str(error)) from error
+    image = load_image(data, max(width, height))
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    except ValueError as error:  # a color space that Pillow cannot convert, such as LAB
+        raise BadSample("undecodable_image", str(error)) from error
+    if transform is not None:
+        if image.width > 2 * width and image.height > 2 * height:
+            image = ImageOps.cover(image, (2 * width, 2 * height))
+        pixels = transform(np.array(image).reshape(image.height, image.width, channels))
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels))
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(height, width, channels)
 
 
@@ -185,7 +197,8 @@ def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:
             raise BadSample("nan_audio", "the sound holds samples that are not finite numbers")
         if np.abs(waveform).max(initial=0) < SILENCE:
             raise BadSample("silent_audio", "no sample is louder than -80 dB of full scale")
-    return fit_length(waveform, -(-sound.frames * sample_rate // sound.rate))
+    length = -(-sound.frames * sample_rate // sound.rate)
+    return waveform[:length] if len(waveform) >= length else np.pad(waveform, (0, length - len(waveform)))
 
 
 def _mix_down(samples: np.ndarray) -> np.ndarray:
@@ -273,7 +286,7 @@ def resample(waveform: np.ndarray, own_rate: int, sample_rate: int) -> np.ndarra
     return _resampler(own_rate, sample_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy()
 
 
-@lru_cache(16)
+@lru_cache(64)
 def _resampler(own_rate: int, sample_rate: int) -> Any:
     """Make a resampler, which takes milliseconds. Rates without a common factor (44,101 Hz) would take gigabytes: they are
     rounded to 100 Hz, a hundredth of a semitone at most for usual rates."""
@@ -283,11 +296,6 @@ def _resampler(own_rate: int, sample_rate: int) -> Any:
     if max(own_rate, sample_rate) // common > 2000:
         own_rate = max(100, round(own_rate, -2))
     return Resample(own_rate, sample_rate)
-
-
-def fit_length(waveform: np.ndarray, samples: int) -> np.ndarray:
-    """Cut a waveform (S,), or pad it with silence, to `samples`."""
-    return waveform[:samples] if len(waveform) >= samples else np.pad(waveform, (0, samples - len(waveform)))
 
 
 def split_at_silence(waveform: np.ndarray, rate: int, max_seconds: float) -> list[tuple[int, int]]:
