@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, NamedTuple
 import zstandard
 
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, BadSample
+from pile_app.prepare.text import BOMS, encoding_of
 
 MAX_FILE_BYTES = 1 << 30  # of a medium, or of JSON that is one value
 MAX_LINE_BYTES = 1 << 26  # of JSON lines, rows of tables and captions
@@ -220,13 +221,6 @@ def read_text(path: str, encoding: str = "", limit: int | None = None) -> bytes:
     return data
 
 
-def decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", f"{error}: give --encoding, e.g. cp1252 or latin-1") from error
-
-
 class _Chunks(io.RawIOBase):
     """A stream of the bytes that an iterator gives."""
 
@@ -271,28 +265,26 @@ FRAMES: dict[bytes, Callable[[], Any]] = {
     b"BZh": bz2.BZ2Decompressor,
     b"\xfd7zXZ\0": lambda: lzma.LZMADecompressor(memlimit=MAX_WINDOW),
 }
-BOMS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
-    """Open a file as UTF-8 bytes, by its content: gzip, zstd, bzip2 and xz are decompressed, UTF-16 and UTF-32 (by their byte
-    order mark) and `encoding` are decoded. Returns the stream, and whether its offsets are those of the file."""
-    file: Any = open_plain(path)
-    head, is_plain = file.read(6), True
-    file.seek(0)
+    """Open a file as UTF-8 bytes, by its content: gzip, zstd, bzip2 and xz are decompressed, UTF-16 and `encoding` are decoded.
+    Returns the stream, and whether its offsets are those of the file."""
+    file: Any = io.BufferedReader(open_plain(path).detach(), 1 << 17)  # type: ignore[attr-defined]
+    head, is_plain = file.peek(6)[: 1 << 12], True
     for magic, new_frame in FRAMES.items():
         if head.startswith(magic):
             file, is_plain = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17), False
-            head = file.peek(4)[:4]
-    wide = next((name for mark, name in BOMS.items() if head.startswith(mark)), "")
-    if head.startswith(codecs.BOM_UTF8) or codecs.lookup(wide or encoding or "utf-8").name in ("utf-8", "utf-8-sig"):
+            head = file.peek(6)[: 1 << 12]
+    try:
+        found = encoding_of(head, whole=False) if not encoding or head.startswith(tuple(BOMS)) else encoding
+        if codecs.lookup(found).name == "utf-8":
+            return file, is_plain
+    except BadSample:  # whoever decodes it says where it is damaged
         return file, is_plain
-    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), wide or encoding)
+    except LookupError as error:
+        raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
+    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found)
     return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False  # type: ignore[return-value]
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS
-from pile_app.prepare.files import DAMAGE, MEDIA, decode, extension, read_text
+from pile_app.prepare.files import DAMAGE, MEDIA, extension, read_text
+from pile_app.prepare.text import decode_text
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {
@@ -94,7 +95,7 @@ def kaldi(listing: Any) -> None:
 
 
 def _pairs(path: str, encoding: str) -> dict[str, str]:
-    lines = decode(read_text(path, encoding)).splitlines()
+    lines = decode_text(read_text(path, encoding)).splitlines()
     return {key: value.strip() for key, _, value in (line.strip().partition(" ") for line in lines) if key}
 
 
@@ -159,7 +160,7 @@ def split_lists(listing: Any) -> None:
     named: dict[str, str] = {}
     for name in lists:
         try:
-            lines = decode(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
+            lines = decode_text(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
         except (ValueError, *DAMAGE):
             continue
         files = [listing.tree.resolve(name, line) for line in map(str.strip, lines) if line]

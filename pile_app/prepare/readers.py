@@ -40,7 +40,6 @@ from pile_app.prepare.files import (
     MEDIA,
     File,
     Tree,
-    decode,
     extension,
     is_below,
     open_plain,
@@ -54,6 +53,7 @@ from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_s
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import PREVIEW, Table, named_within, row_groups, rows, sniff
 from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
+from pile_app.prepare.text import decode_text
 
 __all__ = ["Record", "Unit", "evaluation_texts", "list_units", "medium", "named_split", "read_documents", "read_unit"]
 
@@ -265,7 +265,7 @@ class _Listing:
         is_list = (
             (format == "text" or not extension(name)) and self.has_media and self.options.kind in ("auto", "images", "audio")
         )
-        if not is_list and format not in TABLES or (is_list and self.is_covered(name)):
+        if (not is_list and format not in TABLES) or (is_list and self.is_covered(name)):
             return None
         tar = next((tar for tar in self.rest if extension(tar) == "tar" and name.startswith(tar.removesuffix(".tar"))), None)
         if tar and format in ("json", "parquet"):
@@ -439,7 +439,9 @@ def read_unit(root: str, unit: Unit, options: Options) -> Iterator[Record]:
     """Read the records of a unit, in order: the same in any process, at any time. Rows after damage to a file are lost, and the
     damage is a record."""
     for record in READERS[unit.reader](options, *unit.arguments):
-        yield record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace"))
+        yield (
+            record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace"))
+        )
 
 
 def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
@@ -466,7 +468,7 @@ def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> It
 def _content(name: str, path: str, options: Options) -> Any:
     """A file of a sample: text is decoded, JSON is read, other files stay paths."""
     if name == "txt":
-        return decode(read_text(path, options.encoding or "", files.MAX_LINE_BYTES)).strip()
+        return decode_text(read_text(path, options.encoding or "", files.MAX_LINE_BYTES)).strip()
     return read_file(path) if name == "json" else Path(path)
 
 
@@ -483,7 +485,7 @@ def _read_text(options: Options, name: str, path: str, split: str | None, start:
                 return
             for piece in files.pieces_of(file, stop - start if is_plain else -1, options.document_bytes):
                 try:
-                    yield Record(name, {"txt": decode(piece)}, layout, split)
+                    yield Record(name, {"txt": decode_text(piece)}, layout, split)
                 except BadSample as error:
                     yield Record(name, error, layout)
     except (BadSample, *DAMAGE) as error:
@@ -763,7 +765,7 @@ def evaluation_texts(path: str) -> Iterator[str]:
     format = FORMATS.get(extension(path), "")
     try:
         if format == "text":
-            yield decode(read_text(os.path.realpath(path)))
+            yield decode_text(read_text(os.path.realpath(path)))
         elif format in TABLES:
             file = File(os.path.basename(path), os.path.realpath(path), 0)
             table = sniff(Tree(path, around=False), file, format)[0]

@@ -23,9 +23,10 @@ from typing import Any, BinaryIO
 from pile_app.documents import AUDIO_EXTENSIONS, BadSample
 from pile_app.fields import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
-from pile_app.prepare.files import MEDIA, File, Tree, decode, extension, lines_of, open_plain, open_text, read_text
+from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_text
 from pile_app.prepare.options import require
 from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS
+from pile_app.prepare.text import decode_text
 from pile_app.records import is_interleaved
 
 KNOWN_COLUMNS = {
@@ -303,7 +304,7 @@ def _json_lines(table: Table) -> Iterator[tuple[str, Any, int]]:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(decode(data))
+        return json.loads(decode_text(data))
     except BadSample as error:
         return error
     except (ValueError, RecursionError) as error:

@@ -419,7 +419,7 @@ def test_a_bomb_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = {record.content.reason if isinstance(record.content, BadSample) else "" for record in iterate(folder)}
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found == {{"t": "", "c": "damaged_file", "j": "line_too_long"}[kind[0]]}
+    assert found == {{"t": "invalid_utf8", "c": "damaged_file", "j": "line_too_long"}[kind[0]]}
     assert peak < 120 << 20
 
 
