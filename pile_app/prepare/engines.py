@@ -1,7 +1,7 @@
 """Where `pile prepare` runs: in processes on this machine, or on a cluster through Ray Data.
 
-An engine is a context in which `run(task, items)` calls `task(item)` for each item, in any order and possibly twice, and yields
-once for each that is done.
+An engine is a context of `run(task, items)`, which calls `task(item)` for each item, in any order and possibly twice, and
+yields once for each that is done.
 """
 
 from __future__ import annotations
@@ -15,31 +15,25 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from pile_app.prepare.options import require
 
-Task = Callable[[Any], None]
-Run = Callable[[Task, Sequence[Any]], Iterator[Any]]
+Run = Callable[[Callable[[Any], None], Sequence[Any]], Iterable[Any]]
 T = TypeVar("T")
 
 
-def _run_here(processes: int, task: Task, items: Sequence[Any]) -> Iterator[Any]:
-    processes = min(processes, len(items))
-    if processes < 2:
-        yield from map(task, items)
-        return
-    context = multiprocessing.get_context("forkserver")
+@contextmanager
+def _local(processes: int) -> Iterator[Run]:
+    context, others = multiprocessing.get_context("forkserver"), set(multiprocessing.active_children())
     context.set_forkserver_preload(["pile_app.prepare.spill"])
-    others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(processes, context, _start_worker) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker) as pool:  # a process starts when there is work for it
         try:
-            yield from pool.map(task, items, chunksize=1 + len(items) // 10_000)
+            yield lambda task, items: map(task, items) if min(processes, len(items)) < 2 else pool.map(task, items)
         except BrokenProcessPool as error:
             raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
-        except BaseException:  # such as Ctrl-C: do not wait for what is running
+        except BaseException:  # such as Ctrl-C: do not wait for the running tasks
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
             raise
@@ -48,17 +42,16 @@ def _run_here(processes: int, task: Task, items: Sequence[Any]) -> Iterator[Any]
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
 
-    def watch() -> None:
+    def watch(parent: Any) -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
 @contextmanager
-def _on_ray(processes: int) -> Iterator[Run]:
+def _ray(processes: int) -> Iterator[Run]:
     """Run on the cluster that `RAY_ADDRESS` names, or on `processes` cores of this machine."""
     ray = import_ray()
     if started := not ray.is_initialized():
@@ -66,20 +59,19 @@ def _on_ray(processes: int) -> Iterator[Run]:
         ray.init(log_to_driver=False, logging_level="ERROR", **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Task, items: Sequence[Any]) -> Iterator[Any]:
+    def run(task: Callable[[Any], None], items: Sequence[Any]) -> Iterator[Any]:
         def run_one(row: dict[str, Any]) -> dict[str, Any]:
             task(pickle.loads(row["item"]))
             return {"done": True}
 
-        try:
-            if items:
-                dataset = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
-                yield from dataset.map(run_one).iter_rows()
-        except ray.exceptions.RayError as error:
-            raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
+        if items:
+            rows = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
+            yield from rows.map(run_one).iter_rows()
 
     try:
         yield run
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
     finally:
         if started:
             ray.shutdown()
@@ -87,15 +79,13 @@ def _on_ray(processes: int) -> Iterator[Run]:
 
 def import_ray() -> Any:
     # Read by Ray on import: otherwise `uv run` starts its workers without an environment, and usage is reported to its makers.
-    os.environ |= {name: os.environ.get(name, "0") for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED")}
+    for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
     require("ray.data", "ray", "--engine ray")
     return require("ray", "ray", "--engine ray")
 
 
-ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {
-    "local": lambda processes: nullcontext(partial(_run_here, processes)),
-    "ray": _on_ray,
-}
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _local, "ray": _ray}
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:

@@ -439,9 +439,7 @@ def read_unit(root: str, unit: Unit, options: Options) -> Iterator[Record]:
     """Read the records of a unit, in order: the same in any process, at any time. Rows after damage to a file are lost, and the
     damage is a record."""
     for record in READERS[unit.reader](options, *unit.arguments):
-        yield (
-            record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace"))
-        )
+        yield (record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace")))
 
 
 def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
