@@ -33,6 +33,7 @@ from pile_app.documents import (
     media_extension,
 )
 from pile_app.fields import TEXT_NAMES, Fields
+from pile_app.infer import infer_fields
 from pile_app.prepare import files
 from pile_app.prepare.files import (
     ARCHIVES,
@@ -733,7 +734,7 @@ def read_documents(input: str | Path, options: Options | None = None) -> Iterato
                         if record.layout not in maps:
                             alike = [r.content for r in head if r.layout == record.layout and isinstance(r.content, Mapping)]
                             maps[record.layout] = (
-                                Fields.parse(options.fields) if options.fields else Fields.infer(alike or [content])
+                                Fields.parse(options.fields) if options.fields else infer_fields(alike or [content])
                             )
                         read = partial(medium, root, record.where)
                         content = maps[record.layout].read(record.where, content, read).document
