@@ -102,7 +102,7 @@ def prepare_all(data: Path, work: Path, train: Path) -> None:
         pile("prepare", work / "sentences", work / "shards")
         (work / "language.yaml").write_text(PRETRAINING.format(shards=work / "shards"))
     if not (work / "tagged").exists():
-        options = ("--kind", "entities", "--keep-duplicates", "--validation-share", 0.1)
+        options = ("--kind", "entities", "--keep-duplicates", "--validation-fraction", 0.1)
         pile("prepare", train, work / "tagged", *options)
 
 

@@ -98,7 +98,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     source.mkdir()
     for n in range(20):
         (source / f"{n}.txt").write_text(f"note {n} \r\n")
-    pile("prepare", source, tmp_path / "out", "--validation-share", "0.3", "--seed", "1", "--no-clean")
+    pile("prepare", source, tmp_path / "out", "--validation-fraction", "0.3", "--seed", "1", "--no-clean")
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description["options"]["clean"] is False and description["options"]["seed"] == 1
     counts = {split: one["documents"] for split, one in description["sources"]["notes"].items()}
@@ -120,9 +120,9 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "out" / "notes-train.manifest.safetensors").read_bytes() == stored
 
     assert "--overwrite" in fails("prepare", source, tmp_path / "out")
-    pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-share", "0")
+    pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-fraction", "0")
     assert not (tmp_path / "out" / "notes-validation-000000.tar").exists()
-    assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "out")
+    assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "new")
 
 
 def test_index_ends_in_a_balance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("dedup", choices=DUPLICATES)
     options, further = parser.parse_known_args()
     pile = Path(sys.executable).parent / "pile"
-    command = [pile, "prepare", options.input, options.output, "--validation-share", "0", "--processes", options.processes]
+    command = [pile, "prepare", options.input, options.output, "--validation-fraction", "0", "--processes", options.processes]
     subprocess.run(list(map(str, [*command, *DUPLICATES[options.dedup], *further])), check=True, stdout=sys.stderr)
     print(json.dumps({"tokens": count(options.output, options.tokenizer, options.processes)}))
 

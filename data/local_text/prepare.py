@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {len(many):,} articles, {words:,} words", flush=True)
         prepare(
             texts / f"{name}.jsonl", options.folder / name, overwrite=True, processes=1, clean=False,
-            validation_share=0.05 if name == "encyclopedia" else 0.0, decontaminate=(str(options.evaluation),),
+            validation_fraction=0.05 if name == "encyclopedia" else 0.0, decontaminate=(str(options.evaluation),),
         )  # fmt: skip
     text = options.evaluation.read_bytes().decode()
     write_shards([Document((Segment(text),), "evaluation")], options.folder, "evaluation")

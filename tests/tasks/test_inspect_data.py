@@ -149,7 +149,7 @@ def test_a_prepared_folder_is_taken_with_its_sources_and_splits(tmp_path: Path, 
     (tmp_path / "texts").mkdir()
     for n in range(20):
         (tmp_path / "texts" / f"{n}.txt").write_text(f"text number {n}\n" * 5)
-    pile("prepare", tmp_path / "texts", tmp_path / "made", "--validation-share", "0.3")
+    pile("prepare", tmp_path / "texts", tmp_path / "made", "--validation-fraction", "0.3")
     pile("inspect", tmp_path / "made")
     statistics = json.loads((tmp_path / "made" / "inspect" / "statistics.json").read_text())
     assert {one["split"] for one in statistics["sources"]} == {"train", "validation"}
