@@ -61,12 +61,7 @@ def locked(path: str) -> Iterator[None]:
 
 
 def save_arrays(path: str, arrays: Mapping[str, Sequence[np.ndarray]], header: Mapping[str, Any]) -> None:
-    """Write a safetensors file; the same arrays and header give the same bytes.
-
-    Args:
-        arrays: name -> one-dimensional arrays, whose concatenation is written without being in memory.
-        header: JSON values, kept as one string under the metadata key `pile`, with its CRC-32.
-    """
+    """Write the concatenations of one-dimensional arrays as a safetensors file, its JSON header as the metadata `pile`."""
     text = json.dumps(dict(sorted(header.items())))
     description: dict[str, Any] = {"__metadata__": {"pile": text, "crc": str(zlib.crc32(text.encode()))}}
     dtypes = {name: parts[0].dtype for name, parts in arrays.items()}
@@ -87,12 +82,7 @@ def save_arrays(path: str, arrays: Mapping[str, Sequence[np.ndarray]], header: M
 
 
 def map_arrays(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Map the arrays of a safetensors file into memory, read-only, and read its header.
-
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: the file is damaged.
-    """
+    """Map the arrays of a safetensors file into memory, and read its header. Raises OSError, or ValueError if it is damaged."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:

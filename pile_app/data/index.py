@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -90,11 +90,6 @@ class ShardIndex:
         first, stop = self.numbers.first_key[sample], self.numbers.first_key[sample + 1]
         return str(self.numbers.key_bytes[first:stop], "utf-8", "replace")
 
-    @property
-    def rejected(self) -> dict[str, int]:
-        """Reason -> number of samples that cannot be used."""
-        return {reason: count for reason, (count, *_) in self.about["rejected"].items()}
-
     def check(self) -> None:
         """Raise `ShardError` if the rows are not those that were written."""
         sizes = [int(self.segments.sum()), int(self.break_count.sum()), int(self.key_size.sum())]
@@ -104,12 +99,22 @@ class ShardIndex:
     def check_tar(self, path: str) -> None:
         """Raise `ShardError` if the tar at `path` differs from the indexed tar in any sample."""
         with open(path, "rb") as file:
-            for sample, (offset, size, crc) in enumerate(zip(self.offset, self.size, self.crc, strict=True)):
-                if zlib.crc32(os.pread(file.fileno(), int(size), int(offset))) != crc:
-                    raise ShardError(
-                        f"sample {self.key(sample)!r} of shard {self.path!r} differs from the manifest: fetch the shard again, "
-                        f"or run `pile index --overwrite {self.path}` to accept it"
-                    )
+            try:
+                for sample in range(len(self)):
+                    self.block(sample, lambda offset, size: os.pread(file.fileno(), size, offset))
+            except BadSample as error:
+                raise ShardError(f"{error}{self.fix}") from error
+
+    @property
+    def fix(self) -> str:
+        return f". Fetch the shard again, or run `pile index --overwrite {self.path}` to accept it"
+
+    def block(self, sample: int, read: Callable[[int, int], bytes]) -> bytes:
+        """The bytes of a sample, from a function of offset and size. Raises `BadSample` if they are not as indexed."""
+        block = read(self.numbers.offset[sample], self.numbers.size[sample])
+        if zlib.crc32(block) != self.numbers.crc[sample]:
+            raise BadSample("checksum", f"sample {self.key(sample)!r} of shard {self.path!r} differs from the manifest")
+        return block
 
     def document(self, sample: int, block: bytes) -> Document:
         """The document of a sample, from its bytes in the tar. Raises `BadSample`."""
@@ -232,7 +237,7 @@ def _ambiguity(sample: TarSample, named: Collection[str]) -> BadSample | None:
 
 def _segment_rows(reading: Reading, files: Mapping[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], list[int]]]:
     """(values of the columns of "segments" but `break_count`, breaks) of each segment and alternative."""
-    rows = []
+    rows: list[tuple[tuple[int, ...], list[int]]] = []
     for segment, name in zip(reading.document.segments, reading.files, strict=True):
         kind, offset = EXTENSIONS.index(segment.extension), (0, 0) if segment.choices else files.get(name, (0, 0))
         for number, part in enumerate([replace(segment, data=text) for text in segment.choices] or [segment]):

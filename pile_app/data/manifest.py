@@ -16,20 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, locked, map_arrays, save_arrays
 from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_from_shard, starts
+from pile_app.data.remote import ShardCache, is_remote
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.tokens import count_tokens
-from pile_app.data.urls import is_remote
 from pile_app.fields import Fields
-
-if TYPE_CHECKING:
-    from pile_app.data.remote import ShardCache
 
 Again = Literal["", "changed", "all"]
 log = logging.getLogger(__name__)
@@ -40,12 +37,7 @@ BYTES_FOR_A_PROCESS = 64 << 20  # of shards, below which no further process is s
 
 
 class Manifest:
-    """The indexes of the shards of one folder, mapped into memory. fields: the field map that they were read with.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ShardError: the file is damaged, or of another version of Pile.
-    """
+    """The indexes of the shards of one folder, mapped into memory. Raises FileNotFoundError, or `ShardError` if damaged."""
 
     def __init__(self, path: str, folder: str) -> None:
         self.path, self.folder = path, folder
@@ -105,35 +97,26 @@ def save_manifest(path: str, fields: Fields, indexes: Sequence[ShardIndex]) -> N
     save_arrays(path, arrays, header | {"shards": [index.about for index in indexes]})
 
 
-def open_manifest(stem: str, fields: Fields | None, **options: Any) -> Manifest:
-    """Open the manifest of shards that share one. Shards and token counts that are missing are added first.
-
-    Args:
-        stem: of the file's name. A field map that differs from the one in the file gets a file of its own.
-        fields: the field map; None: that of the manifest, or inferred from the first shard, and printed.
-        paths: paths or URLs of the tars, one group of `group_shards`.
-        cache: of remote shards.
-        tokenizer: whose token counts are needed.
-        processes: that index; None: one for each core.
-        again: which shards to index although the manifest holds them: "changed" (another size or a later time), "all", or none.
-
-    Raises:
-        ShardError: a shard or the manifest is missing or damaged.
-    """
-    own = f"{stem}.{hashlib.blake2b(str(fields).encode(), digest_size=3).hexdigest()}"
-    return next(found for name in (stem, own) if (found := _open(name, fields, **options)) is not None)
-
-
-def _open(
+def open_manifest(
     stem: str,
-    fields: Fields | None,
     paths: Sequence[str],
     cache: ShardCache | None,
+    fields: Fields | None,
     tokenizer: Tokenizer,
     processes: int | None,
     again: Again,
-) -> Manifest | None:
-    """The manifest with this stem, or None if its field map is another one."""
+) -> Manifest:
+    """Open the manifest of shards that share one. Shards and token counts that are missing are added first.
+
+    Args:
+        stem, paths: of one group of `group_shards`.
+        fields: the field map; None: that of the manifest, or inferred from the first shard, and printed. Another field map than
+            that of the manifest gets a file of its own.
+        tokenizer: whose token counts are needed.
+        again: which shards to index although the manifest holds them: "changed" (another size or a later time), "all", or none.
+    """
+    own = f"{stem}.{hashlib.blake2b(str(fields).encode(), digest_size=3).hexdigest()}"
+    open_own = partial(open_manifest, own, paths, cache, fields, tokenizer, processes, again)
     folder, names = split_path(paths[0])[0], [split_path(path)[1] for path in paths]
     beside, published, home = _locations(folder, stem, cache)
 
@@ -159,7 +142,7 @@ def _open(
 
     if found := [] if again else known():
         if are_others(found, set()):
-            return None
+            return open_own()
         if manifest := complete(found):
             return manifest
     os.makedirs(os.path.dirname(home), exist_ok=True)
@@ -175,18 +158,17 @@ def _open(
                 n for n, path in zip(names, paths, strict=True) if n in found[0].entries and _has_changed(path, n, found[0])
             }
         if are_others(found, stale):
-            return None
+            return open_own()
         if not stale and (manifest := complete(found)):
             return manifest
         fields = fields or (found[0].fields if found else _infer(paths, cache))
         indexes = {}
-        for name in names:
-            same = [one.index(name) for one in found if name in one.entries and name not in stale]
-            same = [one for one in same if one.about["fingerprint"] == same[0].about["fingerprint"]]
-            if same:
+        for name in set(names) - stale:
+            if same := [one.index(name) for one in found if name in one.entries]:
+                same = [one for one in same if one.about["fingerprint"] == same[0].about["fingerprint"]]
                 indexes[name] = max(same, key=lambda index: is_done(index.about))
-        todo = [(path, name, indexes.get(name)) for path, name in zip(paths, names, strict=True)]
-        todo = [job for job in todo if job[2] is None or not is_done(job[2].about)]
+        jobs = [(path, name, indexes.get(name)) for path, name in zip(paths, names, strict=True)]
+        todo = [job for job in jobs if job[2] is None or not is_done(job[2].about)]
         make = partial(_make, cache=cache, fields=fields, tokenizer=tokenizer, again=again)
         if not is_remote(paths[0]):
             size = sum(os.path.getsize(path) for path, *_ in todo)
@@ -230,8 +212,7 @@ def _make(
     """Index a shard, unless it has an index that lacks token counts only."""
     path, name, index = job
     with _local_copy(path, cache, bool(again) and index is None) as local:
-        if index is None:
-            index = index_shard(local, name, os.path.join(split_path(path)[0], name), fields)
+        index = index or index_shard(local, name, os.path.join(split_path(path)[0], name), fields)
         if tokenizer.fingerprint != "bytes" and tokenizer.fingerprint[:16] not in index.about["tokens"]:
             count_tokens(index, local, tokenizer, keep=local == path)
     return index
@@ -268,10 +249,9 @@ def _infer(paths: Sequence[str], cache: ShardCache | None) -> Fields:
 
 
 def group_shards(paths: Sequence[str]) -> dict[tuple[str, str], list[int]]:
-    """(folder, stem of the manifest) -> indices of the shards that share a manifest.
+    """(folder, stem of the manifest) -> indices of the shards that share it.
 
-    The stem is the name without the number at its end: `x-train-000.tar` -> `x-train`. If a folder has many stems, all its
-    shards share the stem that their names have in common.
+    The stem is the name without its number, `x-train` of `x-train-000.tar`. Shards of many stems share what is common to them.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     parts = [split_path(path) for path in paths]

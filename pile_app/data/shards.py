@@ -9,39 +9,32 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import numpy as np
 
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, whole_file
 from pile_app.data.index import ShardIndex
 from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
+from pile_app.data.remote import ShardCache, expand_remote, is_remote
 from pile_app.data.tar import split_name
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
-from pile_app.data.urls import expand_remote, is_remote
 from pile_app.documents import BadSample, Document, sample_from_document
 from pile_app.fields import OWN, Fields
-
-if TYPE_CHECKING:
-    import io
-
-    from pile_app.data.remote import ShardCache
 
 OPEN_SHARDS = 64  # files that a process holds open: an evicted shard frees its disk when its last reader closes it
 
 
 def expand_shards(pattern: str | Sequence[str]) -> list[str]:
-    """Paths or URLs from a pattern: brace expansion as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
+    """Paths or URLs from a pattern: braces as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
 
-    Raises:
-        ShardError: nothing matches, a shard is named twice, or braces do not match. A missing URL shows when it is fetched.
+    Raises `ShardError` if nothing matches, a shard is named twice, or braces do not match. URLs are not looked up.
     """
     import braceexpand
 
@@ -86,11 +79,9 @@ class Shards:
 
     Args:
         pattern: of paths or URLs, see `expand_shards`.
-        cache: of remote shards; None where there are none.
-        fields: the field map; None: that of the manifest, or inferred.
-        tokenizer: whose token counts the manifest has to hold.
+        cache: of remote shards.
+        fields, tokenizer, again: see `open_manifest`.
         processes: that index new shards; None: one for each core.
-        again: shards to index again, see `open_manifest`.
     """
 
     def __init__(
@@ -107,12 +98,11 @@ class Shards:
         if cache is None and any(self.remote):
             raise ShardError(f"{pattern!r} is remote and has to be read through a cache")
         self.cache, self.tokenizer = cache, tokenizer or ByteTokenizer()
-        options: dict[str, Any] = {"cache": cache, "tokenizer": self.tokenizer, "processes": processes, "again": again}
-        wanted = Fields.parse(fields) if fields else None
+        options = cache, Fields.parse(fields) if fields else None, self.tokenizer, processes, again
         self.manifests: list[Manifest] = []
         self._manifest_of: dict[int, Manifest] = {}
         for (_, stem), shards in group_shards(self.paths).items():
-            self.manifests.append(open_manifest(stem, wanted, paths=[self.paths[shard] for shard in shards], **options))
+            self.manifests.append(open_manifest(stem, [self.paths[shard] for shard in shards], *options))
             self._manifest_of |= dict.fromkeys(shards, self.manifests[-1])
         abouts = self._abouts()
         self.sizes = [int(about["size"]) for about in abouts]  # of the tars, in bytes
@@ -159,29 +149,22 @@ class Shards:
         return self.index(shard).key(sample)
 
     def document(self, number: int) -> Document:
-        """Read a document.
-
-        Raises:
-            BadSample: its bytes are not those that were indexed, or make no document.
-            ShardError: the shard cannot be opened or fetched any more.
-        """
+        """Read a document. Raises `BadSample`, or `ShardError` if the shard cannot be opened or fetched any more."""
         shard, sample = self.place(number)
         return self.index(shard).document(sample, self.block(shard, sample))
 
     def block(self, shard: int, sample: int) -> bytes:
         """The bytes of a sample. Raises `BadSample` if they are not those that were indexed."""
-        index = self.index(shard)
-        offset, size, crc = (getattr(index.numbers, name)[sample] for name in ("offset", "size", "crc"))
-        block = self.read(shard, offset, size)
-        if zlib.crc32(block) != crc and self.remote[shard] and shard not in self._fetched_again:
-            assert self.cache is not None
-            self._fetched_again.add(shard)  # the copy may be of an earlier version: fetch it once more
-            Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
-            self._file.cache_clear()
-            block = self.read(shard, offset, size)
-        if zlib.crc32(block) != crc:
-            raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
-        return block
+        read = partial(self.read, shard)
+        try:
+            return self.index(shard).block(sample, read)
+        except BadSample:
+            if self.cache is None or not self.remote[shard] or shard in self._fetched_again:
+                raise
+        self._fetched_again.add(shard)  # the copy may be of an earlier version: fetch it once more
+        Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
+        self._file.cache_clear()
+        return self.index(shard).block(sample, read)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a tar, which is fetched if it is remote."""
@@ -203,17 +186,16 @@ class Shards:
 
     def publish(self) -> list[str]:
         """Upload the manifests of remote folders next to the shards. Returns where the manifests are."""
-        found = []
-        for manifest in self.manifests:
-            path, url = manifest.path, f"{manifest.folder}/{os.path.basename(manifest.path)}"
-            if is_remote(manifest.folder) and not path.endswith(".published"):
+        found = [manifest.path for manifest in self.manifests]
+        for number, path in enumerate(found):
+            folder, url = self.manifests[number].folder, f"{self.manifests[number].folder}/{os.path.basename(path)}"
+            if is_remote(folder) and not path.endswith(".published"):
                 try:
                     with fsspec.open(url, "wb") as file:
                         file.write(Path(path).read_bytes())
-                    path = url
+                    found[number] = url
                 except Exception as error:
-                    path += f" (cannot be written to {url}, so upload it there: {type(error).__name__} {error})"
-            found.append(path)
+                    found[number] += f" (cannot be written to {url}, so upload it there: {type(error).__name__} {error})"
         return found
 
     def balance(self) -> dict[str, Any]:
@@ -249,56 +231,26 @@ def describe_balance(balance: Mapping[str, Any]) -> str:
     return "; ".join([*parts, f"fields {balance['fields']}"])
 
 
-class ShardWriter:
-    """Writes documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
+def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
+    """Write documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
 
     A shard gets its name when it is complete. Documents without a key are numbered. The same documents give the same bytes.
+    Documents that cannot be read back are rejected in the manifest. Raises ValueError for a key that WebDataset would change.
     """
+    import webdataset
 
-    def __init__(self, folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> None:
-        self.folder, self.prefix, self.shard_bytes = Path(folder), prefix, shard_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._paths: list[str] = []
-        self._count = 0
-        self._file: io.BufferedWriter | None = None
-        self._tar: Any = None
-
-    def write(self, document: Document) -> None:
-        """Add a document. Raises ValueError if its key would be read back as another one."""
-        import webdataset
-
-        if split_name(f"{document.key}.json")[0] != document.key:
-            raise ValueError(f"document key {document.key!r}: WebDataset ends a key at the first dot; use another character")
-        if self._file is None:
-            path = self.folder / f"{self.prefix}-{len(self._paths):06d}.tar.{os.getpid()}.tmp"
-            self._file = open(path, "wb")  # noqa: SIM115 (closed by finish_shard)
-            # mtime=0: with the float default, webdataset writes a kilobyte of PAX header a member, different in every run.
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
-        key = document.key or f"{self.prefix}-{self._count:09d}"
-        self._tar.write(sample_from_document(document) | {"__key__": key})
-        self._count += 1
-        if self._file.tell() >= self.shard_bytes:
-            self.finish_shard()
-
-    def finish_shard(self) -> None:
-        """Complete the current shard; the next document opens another."""
-        if self._file is None:
-            return
-        self._tar.close()
-        self._file.close()
-        self._paths.append(str(self.folder / f"{self.prefix}-{len(self._paths):06d}.tar"))
-        os.replace(self._file.name, self._paths[-1])
-        self._file = None
-
-    def close(self) -> Shards:
-        """Complete the last shard and write the manifest."""
-        self.finish_shard()
-        return Shards(self._paths, fields=OWN, again="all")
-
-
-def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
-    """Write all documents through a `ShardWriter`. Documents that cannot be read back are rejected in the manifest."""
-    writer = ShardWriter(folder, prefix, shard_bytes)
-    for document in documents:
-        writer.write(document)
-    return writer.close()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths: list[str] = []
+    numbered = enumerate(documents)
+    entry = next(numbered, None)
+    while entry is not None:
+        paths.append(str(Path(folder) / f"{prefix}-{len(paths):06d}.tar"))
+        # mtime=0: with the float default, webdataset writes a kilobyte of PAX header a member, different in every run.
+        with whole_file(paths[-1]) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+            while entry is not None and (file.tell() < shard_bytes):
+                number, document = entry
+                if split_name(f"{document.key}.json")[0] != document.key:
+                    raise ValueError(f"document key {document.key!r}: a key ends at the first dot; use another character")
+                tar.write(sample_from_document(document) | {"__key__": document.key or f"{prefix}-{number:09d}"})
+                entry = next(numbered, None)
+    return Shards(paths, fields=OWN, again="all")

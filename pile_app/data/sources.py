@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +22,12 @@ from pile_app.data.files import ShardError, cache_folder, for_each, map_arrays, 
 from pile_app.data.index import EXTENSIONS, UNORDERED, ShardIndex, starts
 from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
+from pile_app.data.remote import ShardCache
 from pile_app.data.shards import OPEN_SHARDS, Shards, describe_balance
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.tokens import KeptIds, text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from pile_app.data.remote import ShardCache
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +39,9 @@ STAND_IN = ("txt", "png", "wav")  # extension of a segment outside of a piece, b
 
 
 class SourceData(Shards):
-    """The documents of one source: their pieces for the order, their contents for training.
+    """The documents of one source: their pieces of at most `context` tokens for the order, their contents for training.
 
-    Args:
-        name: of the source.
-        pattern: of its shards, see `expand_shards`.
-        vocabulary: of the model.
-        tokenizer: of the model.
-        context: T, tokens of a pack.
-        cache: of remote shards.
-        processes: that index and count; None: one for each core.
-        fields: the field map; None: that of the manifest, or inferred.
+    See `Shards` for the arguments.
     """
 
     def __init__(
@@ -179,10 +169,10 @@ class SourceData(Shards):
             cut += [(int(numbers[sample]), begin, end, int(before[end] - before[begin + 1])) for begin, end in ranges]
         table = np.stack([numbers, np.zeros_like(lengths), lengths, total(tokens * loss) + ends], 1)[lengths <= self.context]
         is_whole = np.arange(len(table) + len(cut)) < len(table)
-        document, *sizes_and_targets = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)]).T.copy()
+        document, begin, end, targets = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)]).T.copy()
         sample_of = document - self.first_document[shard]
-        columns = (column.astype(np.int32) for column in sizes_and_targets)
-        return Pieces(document, *columns, is_whole, is_whole & varies[sample_of], hides[sample_of]), lengths, too_long
+        flags = is_whole, is_whole & varies[sample_of], hides[sample_of]
+        return Pieces(document, *(c.astype(np.int32) for c in (begin, end, targets)), *flags), lengths, too_long
 
     def segments(self, number: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
         """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
@@ -327,8 +317,7 @@ class SourceData(Shards):
 def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, counts: np.ndarray) -> np.ndarray:
     """(G,) tokens of each segment of a shard, with opener and closing token. counts: (G,) tokens of each text.
 
-    Raises:
-        ShardError: the shard holds a modality that the model has no codec for.
+    Raises `ShardError` if the shard holds a modality that the model has no codec for.
     """
     for modality in (IMAGE, AUDIO):
         if (index.modality == modality).any() and modality not in vocabulary.modalities:

@@ -25,16 +25,13 @@ COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\
 
 @dataclass
 class TarSample:
-    """Files that share a key, the name up to the first dot of its last part.
-
-    start, stop: bytes in the tar; files: rest of the name -> (offset from `start`, size); error: why it cannot be used.
-    """
+    """Files that share a key. start, stop: bytes in the tar; files: rest of the name -> (offset from `start`, size)."""
 
     key: str
     start: int
     stop: int
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    error: BadSample | None = None
+    error: BadSample | None = None  # why it cannot be used
 
 
 def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
@@ -107,8 +104,7 @@ def _check_keys(samples: list[TarSample]) -> list[TarSample]:
         if earlier.files.keys() & sample.files.keys():
             sample.error = BadSample("duplicate_key", f"two samples are called {sample.key!r}")
         else:
-            detail = f"the files of {sample.key!r} are not adjacent: `pile prepare` joins them"
-            earlier.error = BadSample("scattered_key", detail)
+            earlier.error = BadSample("scattered_key", f"files of {sample.key!r} are not adjacent: `pile prepare` joins them")
             earlier.files |= sample.files
             sample.files.clear()
     return [sample for sample in samples if sample.files]

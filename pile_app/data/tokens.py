@@ -63,14 +63,9 @@ class KeptIds:
 
 
 def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool) -> None:
-    """Add the columns of a tokenizer to an index.
+    """Add the columns of a tokenizer to an index. keep: write the ids next to the tar at `path`, if the folder can be written.
 
-    Args:
-        path: of the tar.
-        keep: whether the ids are written next to it, if the folder can be written.
-
-    Raises:
-        ShardError: a sample differs from the index, or another tokenizer encoded it.
+    Raises `ShardError` if a sample differs from the index, or another tokenizer encoded it.
     """
     kind = "<u2" if tokenizer.size <= 1 << 16 else "<u4"
     counts, crc = np.zeros(len(index.modality), "<u4"), np.zeros(len(index.modality), "<u4")
@@ -89,24 +84,23 @@ def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool)
         for sample in range(len(index)):
             if not any(index.numbers.modality[row] == TEXT for row in index.rows(sample)):
                 continue
-            block = os.pread(file.fileno(), index.numbers.size[sample], index.numbers.offset[sample])
             try:
-                if zlib.crc32(block) != index.crc[sample]:
-                    raise BadSample("checksum", f"sample {index.key(sample)!r} differs from the manifest")
+                block = index.block(sample, lambda offset, size: os.pread(file.fileno(), size, offset))
                 for row, content in index.contents(sample, block).items():
                     if isinstance(content, str):
                         waiting[row] = content
                         size += len(content)
                     elif index.modality[row] == TEXT:
                         codes = Codes.from_bytes(content)
-                        _check_encoder(codes, tokenizer, index.path)
+                        if codes.encoder != tokenizer.fingerprint:
+                            raise ShardError(
+                                f"{index.path!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is "
+                                f"{tokenizer.fingerprint}: set model.tokenizer to that tokenizer, or encode the shards again"
+                            )
                         counts[row] = len(codes.values)
                         found[row] = np.zeros(0, kind), codes.breaks[1].astype("<u4")
             except BadSample as error:
-                raise ShardError(
-                    f"the texts of shard {index.path!r} cannot be tokenized: {error}. Fetch the shard again, or run "
-                    f"`pile index --overwrite {index.path}` to accept it"
-                ) from error
+                raise ShardError(f"the texts of shard {index.path!r} cannot be tokenized: {error}{index.fix}") from error
             if size > TOKENIZED_AT_ONCE:
                 tokenize()
                 size = 0
@@ -123,11 +117,3 @@ def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool)
 
 def _path(path: str, tokenizer: Tokenizer) -> str:
     return f"{path}.{tokenizer.fingerprint[:16]}.tokens.safetensors"
-
-
-def _check_encoder(codes: Codes, tokenizer: Tokenizer, path: str) -> None:
-    if codes.encoder != tokenizer.fingerprint:
-        raise ShardError(
-            f"{path!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is {tokenizer.fingerprint}: set "
-            "model.tokenizer to the one that encoded it, or encode the shards again"
-        )
