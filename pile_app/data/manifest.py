@@ -2,7 +2,7 @@
 
 `<stem>.manifest.safetensors` lies in the folder of the shards, or in the cache folder if they are remote or read-only. It also
 holds the token counts of each tokenizer. Tokens of media follow from their sizes by arithmetic, so a manifest stays right when
-a codec changes. Opening a source opens one file, whatever the number of shards.
+a codec changes. Opening a source opens one file, regardless of the number of shards.
 """
 
 from __future__ import annotations
@@ -118,17 +118,14 @@ def open_manifest(
     own = f"{stem}.{hashlib.blake2b(str(fields).encode(), digest_size=3).hexdigest()}"
     open_own = partial(open_manifest, own, paths, cache, fields, tokenizer, processes, again)
     folder, names = split_path(paths[0])[0], [split_path(path)[1] for path in paths]
-    beside, published, home = _locations(folder, stem, cache)
+    original, published, home = _locations(folder, stem, cache)
 
-    def known() -> list[Manifest]:
+    def known() -> list[Manifest]:  # the newest first
         found = []
-        for path in dict.fromkeys((published, home)):
-            with suppress(FileNotFoundError):
-                try:
+        with suppress(FileNotFoundError):  # another process fetches it
+            for path in sorted(filter(os.path.exists, {published, home}), key=os.path.getmtime, reverse=True):
+                with suppress(*([ShardError] if again else [])):
                     found.append(Manifest(path, folder))
-                except ShardError:
-                    if not again:
-                        raise
         return found
 
     def is_done(about: Mapping[str, Any]) -> bool:
@@ -150,13 +147,11 @@ def open_manifest(
         found = known()  # another process may have written it meanwhile
         if cache is not None and is_remote(folder) and "?" not in paths[0] and (again or not complete(found)):
             Path(published).unlink(missing_ok=True)  # a signature, after `?`, is valid for its shard only
-            if cache.fetch_small(beside, published) is not None:
+            if cache.fetch_small(original, published) is not None:
                 found = known()
         stale = set(names) if again == "all" else set()
         if found and again == "changed":
-            stale = {
-                n for n, path in zip(names, paths, strict=True) if n in found[0].entries and _has_changed(path, n, found[0])
-            }
+            stale = {name for name, path in zip(names, paths, strict=True) if _has_changed(path, name, found[0])}
         if are_others(found, stale):
             return open_own()
         if not stale and (manifest := complete(found)):
@@ -186,19 +181,19 @@ def open_manifest(
 
 def _locations(folder: str, stem: str, cache: ShardCache | None) -> tuple[str, str, str]:
     """(path or URL next to the shards, local path of that file, path that this process writes)."""
-    beside, is_local = f"{folder}/{stem}{SUFFIX}", bool(folder) and not is_remote(folder)
+    original, is_local = f"{folder}/{stem}{SUFFIX}", bool(folder) and not is_remote(folder)
     root = cache_folder() if is_local or cache is None else Path(cache.folder)
     digest = hashlib.blake2b(folder.encode(), digest_size=12).hexdigest()
     copy = str(root / "manifests" / digest / f"{stem}{SUFFIX}")
     if not is_local:
-        return beside, f"{copy}.published", copy
-    return beside, beside, beside if os.access(folder, os.W_OK) else copy
+        return original, f"{copy}.published", copy
+    return original, original, original if os.access(folder, os.W_OK) else copy
 
 
 def _has_changed(path: str, name: str, manifest: Manifest) -> bool:
-    """Whether a shard has another size than it had when it was indexed, or a local shard a later time."""
-    size = manifest.about(name)["size"]
-    with suppress(Exception):  # servers that do not tell
+    """Whether a shard of a manifest has another size than when it was indexed, or a local shard a later time."""
+    with suppress(Exception):  # it is not in the manifest, or the server does not tell
+        size = manifest.about(name)["size"]
         if not is_remote(path):
             return (about := os.stat(path)).st_size != size or about.st_mtime > os.path.getmtime(manifest.path)
         filesystem, place = fsspec.core.url_to_fs(path)

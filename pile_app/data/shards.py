@@ -84,6 +84,8 @@ class Shards:
         processes: that index new shards; None: one for each core.
     """
 
+    CACHES: tuple[str, ...] = ("index", "_file", "_fetched_again")  # attributes that are not pickled
+
     def __init__(
         self,
         pattern: str | Sequence[str],
@@ -117,7 +119,7 @@ class Shards:
         self._fetched_again: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("index", "_file", "_fetched_again")}
+        return {name: value for name, value in vars(self).items() if name not in self.CACHES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

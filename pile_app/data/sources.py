@@ -36,6 +36,9 @@ LONG_TOKENS = 64 << 20  # of long documents that a process keeps
 SHARD_COLUMNS = ("pieces", "tokens", "too_long", "shortest", "longest")
 TXT = EXTENSIONS.index("txt")
 STAND_IN = ("txt", "png", "wav")  # extension of a segment outside of a piece, by modality
+Draw = Callable[[], int] | None  # of n alternative texts of a segment, number `draw() % n` is taken; None: the first
+Span = tuple[int, int] | None  # tokens [start, stop) that are needed of a document that was cut; None: the whole document
+Found = tuple[str, Document | BadSample]  # (key, document, or the reason why it cannot be used)
 
 
 class SourceData(Shards):
@@ -43,6 +46,8 @@ class SourceData(Shards):
 
     See `Shards` for the arguments.
     """
+
+    CACHES = (*Shards.CACHES, "_kept_ids", "_lengths", "_last_long", "_checked")
 
     def __init__(
         self,
@@ -80,10 +85,6 @@ class SourceData(Shards):
         self._lengths = lru_cache(OPEN_SHARDS)(self._count_lengths)
         self._last_long: OrderedDict[tuple[int, int], tuple[int, list[Segment]]] = OrderedDict()
         self._checked: set[tuple[int, int]] = set()  # long documents whose checksum was right
-
-    def __getstate__(self) -> dict[str, Any]:
-        caches = ("_kept_ids", "_lengths", "_last_long", "_checked")
-        return {name: value for name, value in super().__getstate__().items() if name not in caches}
 
     def describe(self) -> str:
         """One line for people: samples, documents, rejections, unused names, the field map."""
@@ -182,7 +183,7 @@ class SourceData(Shards):
         return sizes, not n.flags[sample] & UNORDERED
 
     def _choose(self, shard: int, sample: int, draw: int) -> Sequence[int]:
-        """The rows of a document, one of each group of alternatives: the first, if it is cut or `draw` is 0."""
+        """The rows of a document: row `draw` of each group of alternatives, the first if the document may be cut."""
         index, tokens = self.index(shard), self._lengths(shard)[0]
         rows = index.rows(sample)
         if not any(index.numbers.choice[rows.start : rows.stop]):
@@ -196,10 +197,8 @@ class SourceData(Shards):
 
     # -- Documents
 
-    def document_or_reason(
-        self, number: int, draw: Callable[[], int] | None = None, span: tuple[int, int] | None = None
-    ) -> tuple[str, Document | BadSample]:
-        """(key, document), or the reason why it cannot be used. See `document_to_train`."""
+    def document_or_reason(self, number: int, draw: Draw = None, span: Span = None) -> Found:
+        """Read a document with its texts and `meta`, whole."""
         shard, sample = self.place(number)
         index = self.index(shard)
         try:
@@ -213,16 +212,10 @@ class SourceData(Shards):
         except BadSample as error:
             return index.key(sample), error
 
-    def document_to_train(
-        self, number: int, draw: Callable[[], int] | None = None, span: tuple[int, int] | None = None
-    ) -> tuple[str, Document | BadSample]:
-        """(key, document as training reads it: texts as token ids, no `meta`), or the reason why it cannot be used.
+    def document_to_train(self, number: int, draw: Draw = None, span: Span = None) -> Found:
+        """Read a document as training needs it: texts as token ids, no `meta`.
 
-        Args:
-            number: of the document.
-            draw: of n alternative texts of a segment, number `draw() % n` is taken; None: the first.
-            span: tokens [start, stop) that are needed of a document that was cut: the contents of segments outside may be
-                zeros, so that reading all pieces takes time linear in the document. None: the whole document.
+        The contents of segments outside of `span` may be zeros, so that reading all pieces takes time linear in the document.
         """
         shard, sample = self.place(number)
         index = self.index(shard)
@@ -232,7 +225,7 @@ class SourceData(Shards):
         except BadSample as error:
             return index.key(sample), error
 
-    def _segments(self, shard: int, sample: int, draw: int, span: tuple[int, int] | None) -> list[Segment]:
+    def _segments(self, shard: int, sample: int, draw: int, span: Span) -> list[Segment]:
         index, kept, lengths = self.index(shard), self._kept_ids(shard), self._lengths(shard)[0]
         n, is_bytes, rows = index.numbers, self.tokenizer.fingerprint == "bytes", self._choose(shard, sample, draw)
         in_tar = [row for row in rows if kept is None or n.file[row] != TXT]
