@@ -170,10 +170,11 @@ class SourceData(Shards):
             cut += [(int(numbers[sample]), begin, end, int(before[end] - before[begin + 1])) for begin, end in ranges]
         table = np.stack([numbers, np.zeros_like(lengths), lengths, total(tokens * loss) + ends], 1)[lengths <= self.context]
         is_whole = np.arange(len(table) + len(cut)) < len(table)
-        document, begin, end, targets = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)]).T.copy()
-        sample_of = document - self.first_document[shard]
-        flags = is_whole, is_whole & varies[sample_of], hides[sample_of]
-        return Pieces(document, *(c.astype(np.int32) for c in (begin, end, targets)), *flags), lengths, too_long
+        table = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)])
+        sample_of = table[:, 0] - self.first_document[shard]
+        numbers, (begin, end, targets) = table[:, 0].copy(), table.T[1:].astype(np.int32)
+        flags = is_whole & varies[sample_of], hides[sample_of]
+        return Pieces(numbers, begin, end, targets, is_whole, *flags), lengths, too_long
 
     def segments(self, number: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
         """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
@@ -232,10 +233,10 @@ class SourceData(Shards):
         if span and not all(n.file_offset[row] and (is_bytes or n.file[row] != TXT) for row in in_tar):
             return self._long(shard, sample)
         block, parsed = b"", dict[int, Any]()
-        if span and in_tar:
-            self._check_once(shard, sample)
-        elif in_tar:
+        if in_tar and (not span or (shard, sample) not in self._checked):  # once for all pieces of a long document
             block = self.block(shard, sample)
+            self._checked |= {(shard, sample)} if span else set()
+        if in_tar and not span:
             parsed = {} if all(n.file_offset[row] for row in in_tar) else index.contents(sample, block)
 
         def read(row: int, begin: int, size: int) -> bytes:
@@ -274,7 +275,7 @@ class SourceData(Shards):
             low, high = max(start - first, 0), min(stop - first, count)  # the tokens of the segment in the span
             if n.modality[row] == TEXT and (span or n.file[row] == TXT):
                 segments.append(Segment("", "txt", loss, ids=ids_of(row, count, low, high)))
-            elif low >= high:
+            elif span and low >= high:
                 segments.append(Segment(b"", STAND_IN[n.modality[row]], loss, size=size))
             else:
                 data = parsed[row] if parsed else read(row, 0, n.file_size[row])
@@ -292,12 +293,6 @@ class SourceData(Shards):
         while len(self._last_long) > 1 and sum(size for size, _ in self._last_long.values()) > LONG_TOKENS:
             self._last_long.popitem(last=False)
         return segments
-
-    def _check_once(self, shard: int, sample: int) -> None:
-        """Check the CRC-32 of a long document when this process reads the first piece of it."""
-        if (shard, sample) not in self._checked:
-            self.block(shard, sample)
-            self._checked.add((shard, sample))
 
     def _open_ids(self, shard: int) -> KeptIds | None:
         """The ids that are kept next to a local shard."""
