@@ -38,7 +38,7 @@ def write(folder: Path, shards: int, documents: int = 30) -> int:
 def read_epoch(node: int, nodes: int, base: str, cache: str, workers: int, global_batch: int) -> None:
     """The part of one node, in a process of its own."""
     from pile_app.data.datamodule import PileDataModule, Source
-    from pile_app.data.text import ByteTokenizer
+    from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.vocabulary import Vocabulary
 
     sources = {"x": Source(f"{base}node{node}/x-*.tar")}

@@ -46,7 +46,8 @@ from pile_app.data.order import (
 )
 from pile_app.data.remote import Prefetcher, ShardCache, Wanted, is_remote
 from pile_app.data.sources import SourceData
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
+from pile_app.data.transforms import Transforms
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
 
@@ -88,6 +89,7 @@ class PackDataset(Dataset[Batch]):
     context: int
     global_batch: int
     annotator: Annotator | None = None
+    transforms: Mapping[int, Transforms] = field(default_factory=dict)  # by source
     _threads: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class PackDataset(Dataset[Batch]):
             source_tokens=tokens,
             decode=self._decode,
             annotator=self.annotator,
+            transforms=self.transforms,
         )
 
     def documents(self, position: int) -> list[PackedDocument]:
@@ -279,6 +282,8 @@ class PileDataModule(LightningDataModule):
         self.prepare = prepare
         self.max_rejected_share = max_rejected_share
         self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
+        given = [source.transforms for source in sources.values()]
+        self.transforms = {number: Transforms(specs, seed) for number, specs in enumerate(given) if specs}
         self.train_data: list[SourceData] = []
         self.validation_data: list[SourceData] = []
         self._restored: dict[str, Any] | None = None
@@ -427,10 +432,11 @@ class PileDataModule(LightningDataModule):
 
     def train_dataset(self) -> PackDataset:
         """The packs of all positions."""
-        return self._dataset(self.train_data, self.order)
+        return self._dataset(self.train_data, self.order, self.transforms)
 
-    def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder) -> PackDataset:
-        return PackDataset(data, order, self.vocabulary, self.tokenizer, self.context, self.global_batch, self.annotator)
+    def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, transforms: Any = None) -> PackDataset:
+        model = self.vocabulary, self.tokenizer, self.context
+        return PackDataset(data, order, *model, self.global_batch, self.annotator, transforms or {})
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
         import torch

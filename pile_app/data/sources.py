@@ -28,7 +28,7 @@ from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
-from pile_app.data.text import TextTokens, Tokenizer, text_tokens
+from pile_app.data.tokenizers import TextTokens, Tokenizer, text_tokens
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document
 from pile_app.vocabulary import Vocabulary
 
@@ -78,9 +78,7 @@ class SourceData:
         if not self.counts["pieces"].sum():
             raise ShardError(f"source {name!r} ({pattern!r}) holds no document that fits a context of {context} tokens")
         sizes = np.array([self.shards.index(shard).tar_size for shard in range(len(self.shards))])
-        self.tokens = SourceTokens(
-            name, self.counts["pieces"], self.counts["tokens"], self.pieces, sizes, self.segments
-        )
+        self.tokens = SourceTokens(name, self.counts["pieces"], self.counts["tokens"], self.pieces, sizes, self.segments)
         too_long = int(self.counts["too_long"].sum())
         if too_long or self.counts["rejected"].any():
             log.warning(

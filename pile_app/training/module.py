@@ -26,7 +26,7 @@ from pile_app.data.batch import Batch
 from pile_app.data.datamodule import data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
-from pile_app.data.text import Tokenizer, load_tokenizer
+from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig

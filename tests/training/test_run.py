@@ -14,7 +14,7 @@ from attempts import Workbench, checkpoint, losses, make_bench
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.index import load_index
 from pile_app.data.shards import write_shards
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import Document, Segment
 from pile_app.model.fused import make_vocabulary
 
