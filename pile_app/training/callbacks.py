@@ -69,8 +69,8 @@ class DataReport(Callback):
             count = sum(data.rejected().values())
             if count > self.max_rejected_share * max(100, count + len(data)):
                 raise RuntimeError(
-                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}), more "
-                    f"than data.max_rejected_share={self.max_rejected_share:.1%}: fix the data, or raise that limit"
+                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}), "
+                    f"more than data.max_rejected_share={self.max_rejected_share:.1%}: fix the data, or raise that limit"
                 )
 
     def on_train_batch_end(
