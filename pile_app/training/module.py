@@ -431,14 +431,14 @@ def check_encoded(source: SourceData) -> None:
     Raises:
         ValueError: another encoder than the model's made it.
     """
-    if source.shards.remote[0]:
+    if source.remote[0]:
         return
-    index = source.shards.index(0)
+    index = source.index(0)
     for modality in range(3):
         segments = (index.modality == modality).nonzero()[0][:1]
         for sample in index.first_segment.searchsorted(segments, side="right") - 1:
             try:
-                for segment in source.shards.document(0, int(sample)).segments:
+                for segment in source.document(int(sample)).segments:
                     if segment.is_encoded and not segment.codes.is_lost:
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer)
             except BadSample:
