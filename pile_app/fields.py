@@ -6,13 +6,12 @@
     fields: messages                                       # a chat
 
 A *sample* maps names to values: the files of a WebDataset sample by extension, the columns of a table, or the files of a folder
-that share a stem. A dotted name leads into JSON (`json.meta.title`). `Fields.infer` guesses the map from a few samples.
+that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py` guesses the map from a few samples.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,19 +48,6 @@ SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
 META_ROLES = ("label", "group", "split", "key")
 OPTIONS = ("loss", "optional", "choose", "learn")
-TEXT_NAMES = (  # of the text that a data set is about, the best first
-    "caption", "captions", "normalized_text", "text_normalized", "text", "transcript", "transcription", "sentence", "sentences",
-    "content", "description", "alt_text", "review", "body", "article", "abstract", "document", "chosen",
-)  # fmt: skip
-PAIRS = {  # texts of which the first is followed by one of the others
-    "question": ("answer", "answers", "multiple_choice_answer"), "article": ("highlights",), "document": ("summary",),
-    "dialogue": ("summary",), "prompt": ("chosen",), "premise": ("hypothesis",),
-    "title": ("text", "content", "description", "body"),
-}  # fmt: skip
-GIVEN = {"question": ("context", "passage", "question"), "prompt": ("prompt",)}  # texts that are not learned
-LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
-GROUP_NAMES = ("speaker", "speaker_id", "client_id")
-NEVER_LEARNED = ("rejected", "mask", "masks", "seg", "segmentation", "segmentation_mask", "depth", "depth_map")
 UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of a label or group that is not known
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 OWN_KEYS = {"text", "file", "loss"}  # of an entry of Pile's own `segments`
@@ -179,7 +165,7 @@ class Fields:
         Raises:
             BadSample: `missing_field`, `wrong_type`, `invalid_utf8`, `invalid_json`, `unreadable_medium`, or from `medium`.
         """
-        view = _View(key, sample, medium)
+        view = SampleView(key, sample, medium)
         dropped: Counter[str] = Counter()
         segments: list[tuple[Segment, str]] = []
         labels: list[Segment] = []
@@ -190,7 +176,7 @@ class Fields:
                 segments, ordered, meta = _own_segments(view)
                 continue
             if entry.role in RECORD_ROLES:
-                test, parse, names = _RECORDS[entry.role]
+                test, parse, names = RECORDS[entry.role]
                 segments += [(segment, "") for segment in parse(view.record(test, names), view.medium, dropped)]
                 continue
             found = next(((name, value) for name in entry.names for value in view.values(name)), None)
@@ -200,23 +186,25 @@ class Fields:
                     continue
                 if view.damaged and any(name.startswith("json.") for name in entry.names):
                     raise view.damaged
-                raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {_listed(view.names())}")
+                raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {listing(view.names())}")
             if entry.role in META_ROLES:
                 value = _scalar(key, *found)
-                if entry.role == "group" and value.lower() in UNKNOWN:
+                if value.lower() in UNKNOWN and entry.role == "group":
                     continue
+                if value in UNKNOWN[:2]:
+                    raise BadSample("no_label", f"{found[0]} of sample {key!r} is {value!r}")
                 meta[entry.role] = value
                 if entry.learn:
                     labels.append(Segment(meta[entry.role]))
                 continue
             if entry.choose:
-                found = found[0], [text for name in entry.names for value in view.values(name) for text in _listed_value(value)]
+                found = found[0], [text for name in entry.names for value in view.values(name) for text in as_list(value)]
             segments += view.segments(entry, *found)
         if any(segment.data == b"" for segment, _ in segments):
-            raise BadSample("empty_file", f"sample {key!r} holds a medium of 0 bytes, in {_listed(view.names())}")
+            raise BadSample("empty_file", f"sample {key!r} holds a medium of 0 bytes, in {listing(view.names())}")
         segments = [(segment, name) for segment, name in segments if segment.data] + [(label, "") for label in labels]
         if not segments:
-            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {_listed(view.names())}")
+            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {listing(view.names())}")
         self._check_media(key, view, segments)
         used, unused = view.balance(self)
         parts, files = zip(*segments, strict=True)
@@ -224,47 +212,15 @@ class Fields:
         return Reading(document, files, used, unused, dropped)
 
     @staticmethod
-    def _check_media(key: str, view: _View, segments: list[tuple[Segment, str]]) -> None:
+    def _check_media(key: str, view: SampleView, segments: list[tuple[Segment, str]]) -> None:
         """Refuse a text whose medium is of a kind that cannot be read: it is no text document."""
-        unreadable = [name for name in view.sample if _extension(name) in UNREADABLE_EXTENSIONS]
+        unreadable = [name for name in view.sample if extension(name) in UNREADABLE_EXTENSIONS]
         if unreadable and all(segment.modality == TEXT for segment, _ in segments):
-            raise BadSample("unreadable_medium", f"sample {key!r} holds {_listed(unreadable)}, which cannot be decoded")
-
-    @classmethod
-    def infer(cls, samples: Iterable[Sample]) -> Fields:
-        """The field map that a few samples (the first 200, say) suggest.
-
-        Raises:
-            ValueError: nothing in the samples can be learned; the message shows the names and the first sample.
-        """
-        views = [_View("", sample, None) for sample in samples]
-        if any(_is_own(view.json) for view in views):
-            return OWN
-        for role, (test, _, _) in _RECORDS.items():
-            if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
-                return cls((Field((), role),))
-        names = list(dict.fromkeys(name for view in views for name in view.leaves() if _base(name) not in NEVER_LEARNED))
-        media = [name for name in names if any(view.is_medium(name) for view in views)]
-        media = [name for name in media if "." not in name or name.startswith("json.")] or media
-        entries = [_required(entry, views) for entry in _media_entries(media)]
-        roles = {"label": LABEL_NAMES, "group": GROUP_NAMES, "split": ("split",)}
-        scalars = {role: name for role, known in roles.items() if (name := _scalar_name(names, views, known))}
-        texts = _text_entries([name for name in names if name not in scalars.values()], views, len(media))
-        entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
-        if not entries:
-            first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
-            raise ValueError(
-                f"nothing to learn was recognized among {_listed(names)}; the first sample is {first!r:.300}. "
-                "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
-            )
-        shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
-        entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
-        entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
-        return cls(tuple(entries), shuffle)
+            raise BadSample("unreadable_medium", f"sample {key!r} holds {listing(unreadable)}, which cannot be decoded")
 
 
 OWN = Fields((Field((), "segments"),))
-_RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
+RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
 
 
 def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
@@ -272,7 +228,7 @@ def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
     return OWN.read(key, files).document
 
 
-class _View:
+class SampleView:
     """A sample while it is read: parsed JSON, and which names were used."""
 
     def __init__(self, key: str, sample: Sample, medium: Callable[[Any], Segment] | None) -> None:
@@ -289,7 +245,7 @@ class _View:
 
     def raw_file(self, name: str) -> Any:
         value = self.sample.get(self._lower.get(name.lower(), name))
-        return value.read_bytes() if isinstance(value, Path) and _extension(name) == "json" else value
+        return value.read_bytes() if isinstance(value, Path) and extension(name) == "json" else value
 
     def raw(self, name: str) -> Any:
         """The value under a name; None where there is none."""
@@ -329,7 +285,7 @@ class _View:
         found = next((record for record in self.records() if test(record)), None)
         if found is None:
             raise self.damaged or BadSample(
-                "no_conversation", f"sample {self.key!r} holds no conversation, only {_listed(self.leaves())}"
+                "no_conversation", f"sample {self.key!r} holds no conversation, only {listing(self.leaves())}"
             )
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
@@ -337,7 +293,7 @@ class _View:
             ("images", IMAGE_EXTENSIONS),
             ("audios", AUDIO_EXTENSIONS),
         ):  # not named
-            files = [name for name in self.sample if _extension(name) in extensions and is_json]
+            files = [name for name in self.sample if extension(name) in extensions and is_json]
             if files and not {kind, kind[:-1]} & found.keys():
                 found = {**found, kind: files}
         return found
@@ -345,12 +301,12 @@ class _View:
     def is_medium(self, name: str) -> bool:
         value = self.raw(name)
         if isinstance(value, Path):
-            return _extension(value.name) in MEDIA_EXTENSIONS
+            return extension(value.name) in MEDIA_EXTENSIONS
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, Mapping):
             return isinstance(value.get("bytes"), bytes) or (value.keys() <= {"bytes", "path"} and bool(value.get("path")))
-        return isinstance(value, bytes) and (_extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
+        return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
 
     def medium(self, value: Any) -> Segment:
         """The segment of a value that holds or names a medium."""
@@ -380,8 +336,8 @@ class _View:
             for one in value:
                 yield from self.segments(entry, name, one)
             return
-        extension = _extension(value.name if isinstance(value, Path) else name)
-        is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and extension == "txt")
+        kind = extension(value.name if isinstance(value, Path) else name)
+        is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and kind == "txt")
         if entry.role == "text" or (entry.role == "media" and is_text):
             data = value.read_bytes() if isinstance(value, Path) else value
             text = strip_markers(_decode(self.key, name, data) if isinstance(data, bytes) else str(data))
@@ -389,9 +345,9 @@ class _View:
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is an object: name a field of it, e.g. {name}.text")
-        known = extension in MEDIA_EXTENSIONS or extension in ENCODED_EXTENSIONS
+        known = kind in MEDIA_EXTENSIONS or kind in ENCODED_EXTENSIONS
         if isinstance(value, bytes) and known and name in self.sample:
-            segment, file = Segment(value, extension), name
+            segment, file = Segment(value, kind), name
         else:
             segment, file = self.medium(value), ""
         if entry.role in ("image", "audio") and entry.role != ("text", "image", "audio")[segment.modality]:
@@ -409,7 +365,7 @@ class _View:
         return tuple(used), tuple(unused)
 
 
-def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[str, Any]]:
+def _own_segments(view: SampleView) -> tuple[list[tuple[Segment, str]], bool, dict[str, Any]]:
     """(segments with their files, whether they are ordered, meta) of a sample in Pile's own form.
 
     Without a `json` that names them, every text, image and sound file is a segment.
@@ -417,10 +373,10 @@ def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[st
     key, description = view.key, view.json
     if view.damaged:
         raise view.damaged
-    if not _is_own(description):
+    if not is_own_form(description):
         if isinstance(description, Mapping) and "segments" in description:
             raise BadSample("invalid_json", f"`segments` of sample {key!r} is not a list of texts and files")
-        files = sorted(name for name in view.sample if _extension(name) in MODALITY_OF_EXTENSION)
+        files = sorted(name for name in view.sample if extension(name) in MODALITY_OF_EXTENSION)
         found = [one for name in files for one in view.segments(Field((name,)), name, view.sample[name])]
         view.used.update(files)
         label = {"label": _scalar(key, "cls", view.sample["cls"])} if "cls" in view.sample else {}
@@ -436,7 +392,7 @@ def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[st
         elif text is not None:
             segments.append((Segment(text if text in MARKERS else strip_markers(text), loss=loss), ""))
         elif entry["file"] not in view.sample:
-            raise BadSample("missing_file", f"sample {key!r} names {entry['file']!r}; it holds {_listed(view.names())}")
+            raise BadSample("missing_file", f"sample {key!r} names {entry['file']!r}; it holds {listing(view.names())}")
         else:
             view.used.add(entry["file"])
             segments += view.segments(Field((entry["file"],), loss=loss), entry["file"], view.sample[entry["file"]])
@@ -444,111 +400,40 @@ def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[st
     return segments, bool(description.get("ordered", True)), dict(meta) if isinstance(meta, Mapping) else {}
 
 
-def _is_own(description: Any) -> bool:
+def is_own_form(description: Any) -> bool:
     """Whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, perhaps with `loss`."""
 
     def is_entry(entry: Any) -> bool:
         if not isinstance(entry, Mapping) or not entry.keys() <= OWN_KEYS or len(entry.keys() & {"text", "file"}) != 1:
             return False
-        return isinstance(entry.get("file", entry.get("text")), str) or _is_texts(entry.get("text"))
+        return isinstance(entry.get("file", entry.get("text")), str) or is_texts(entry.get("text"))
 
     segments = description.get("segments") if isinstance(description, Mapping) else None
     return isinstance(segments, list) and bool(segments) and all(map(is_entry, segments))
 
 
-def _media_entries(names: Sequence[str]) -> list[Field]:
-    """One entry for the images and one for the sounds of WebDataset files, one for each other column."""
-    by_kind = [tuple(sorted(name for name in names if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
-    others = [(name,) for name in names if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]
-    return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
-
-
-def _text_entries(names: Sequence[str], views: list[_View], with_media: int) -> list[Field]:
-    """Entries for the texts of the samples: by the names that are usual, else every column of prose."""
-
-    def values(name: str) -> list[Any]:
-        return [value for view in views for value in view.values(name)]
-
-    def entry(name: str, loss: bool = True, choose: bool = with_media > 0) -> Field:
-        lists = any(isinstance(value, list) for value in values(name))
-        return Field((name,), "media" if loss and not lists else "text", loss, choose=lists and choose)
-
-    nested = {name: next((value for value in values(name) if isinstance(value, Mapping)), {}) for name in names}
-    names = [*names, *(f"{name}.text" for name in names if "text" in nested[name])]  # SQuAD: {"answers": {"text": [...]}}
-    names += [f"{name}.{key}" for name in names if _base(name) == "translation" for key in nested[name]]
-    media = {name for name in names if any(view.is_medium(name) for view in views)}
-    texts = [name for name in names if name not in media and any(map(_is_text, values(name)))]
-    plain = [name for name in names if any(isinstance(value, int | float) for value in values(name))]
-    by_base = {_base(name): name for name in reversed([*texts, *plain])}
-    for first, others in PAIRS.items():
-        other = next((by_base[name] for name in others if name in by_base), "")
-        if not other or by_base.get(first) not in texts or (with_media and first == "title"):
-            continue
-        if first == "question" and "choices" in by_base and all(isinstance(value, int) for value in values(other)):
-            return [entry(by_base[first]), entry(by_base["choices"], choose=False), Field((other,), "label")]
-        given = [by_base[name] for name in GIVEN.get(first, [first]) if name in by_base]
-        return [*(entry(name, loss=first not in GIVEN) for name in given), entry(other, choose=True)]
-    numbered = [name for name in texts if re.fullmatch(f"({'|'.join(TEXT_NAMES)})[_-]?[0-9]+", _base(name))]
-    if with_media == 1 and len(numbered) > 1:  # caption_1, caption_2 ... of one picture
-        return [Field(tuple(numbered), "text", choose=True)]
-    usual = [name for known in TEXT_NAMES for name in texts if _base(name) == known] + ["txt"] * ("txt" in texts)
-    if usual:
-        return [replace(entry(usual[0]), names=tuple(sorted(usual, key=lambda name: not name.startswith("json."))))]
-    return [entry(name) for name in texts if _extension(name) not in UNREADABLE_EXTENSIONS and _is_prose(values(name))]
-
-
-def _scalar_name(names: Sequence[str], views: Sequence[_View], known: Sequence[str]) -> str | None:
-    """The best of the known names whose values are short strings (first) or numbers, None if there is none."""
-    found: dict[str, bool] = {}
-    for name in sorted((name for name in names if _base(name) in known), key=lambda name: known.index(_base(name))):
-        values = [
-            value.decode(errors="replace") if isinstance(value, bytes) else value for v in views for value in v.values(name)
-        ]
-        if values and all(isinstance(value, int) or (isinstance(value, str) and len(value) < 100) for value in values):
-            found[name] = any(isinstance(value, str) for value in values)
-    return min(found, key=lambda name: not found[name], default=None)
-
-
-def _required(entry: Field, views: Sequence[_View]) -> Field:
-    """A field that most samples have is required, so that a sample without it is rejected and counted; else it is optional."""
-    present = sum(any(True for name in entry.names for _ in view.values(name)) for view in views)
-    least = len(views) if entry.optional else len(views) / 2
-    return replace(entry, optional=present < least)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | bytes) or _is_texts(value)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def _is_prose(values: Sequence[Any]) -> bool:
-    """Whether the strings of a column are texts rather than names, numbers or addresses."""
-    texts = [text for value in values for text in _listed_value(value) if isinstance(text, str)]
-    spaced = sum(" " in text.strip() and "://" not in text[:10] for text in texts)
-    return spaced > len(texts) / 2
-
-
-def _base(name: str) -> str:
+def base(name: str) -> str:
     """A name in small letters, without the `json.` before it and the `.text` behind it."""
     return name.lower().removeprefix("json.").removesuffix(".text")
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def _scalar(key: str, name: str, value: Any) -> str:
     if isinstance(value, bytes):
         value = _decode(key, name, value).strip()
-    if isinstance(value, Mapping | list) or (str(value).strip() in UNKNOWN[:2] and _base(name) not in GROUP_NAMES):
-        raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number from 0 is expected")
+    if isinstance(value, Mapping | list):
+        raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number is expected")
     return str(value).strip()
 
 
-def _listed_value(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _extension(name: str) -> str:
+def extension(name: str) -> str:
     return name.rsplit(".", 1)[-1].lower()
 
 
@@ -568,6 +453,6 @@ def _parse_json(key: str, data: bytes) -> Any:
         raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
 
 
-def _listed(names: Iterable[str], most: int = 12) -> str:
+def listing(names: Iterable[str], most: int = 12) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

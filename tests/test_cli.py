@@ -122,7 +122,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--overwrite" in fails("prepare", source, tmp_path / "out")
     pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-fraction", "0")
     assert not (tmp_path / "out" / "notes-validation-000000.tar").exists()
-    assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "out")
+    assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "new")
 
 
 def test_index_ends_in_a_balance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pile_app.documents import TEXT, BadSample, Document, Segment, sample_from_document
 from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
 
 PNG = Segment.from_image(np.zeros((4, 4, 3), np.uint8)).file
 FLAC = Segment.from_audio(0.1 * np.sin(np.arange(800)), 8000).file
@@ -113,7 +114,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 def test_the_field_map_is_inferred_and_what_it_does_not_name_is_listed(
     samples: list[dict[str, Any]], spec: str, segments: list[str], unused: list[str]
 ) -> None:
-    fields = Fields.infer(samples)
+    fields = infer_fields(samples)
     assert str(fields) == spec
     reading = fields.read("k", samples[0])
     found = [s.text if s.modality == TEXT else "png" if s.data == PNG else s.extension for s in reading.document.segments]
@@ -126,11 +127,11 @@ def test_the_field_map_is_inferred_and_what_it_does_not_name_is_listed(
 
 def test_a_sample_without_its_medium_is_rejected_and_not_learned_as_a_text() -> None:
     failed = {"txt": b"failed", "json": described(caption="failed", url="u", key=2, status="failed")}
-    fields = Fields.infer([CAPTIONED, CAPTIONED, failed])
+    fields = infer_fields([CAPTIONED, CAPTIONED, failed])
     with pytest.raises(BadSample, match="missing_field: sample 'k' has no jpg"):
         fields.read("k", failed)
     with pytest.raises(BadSample, match="unreadable_medium"):
-        Fields.infer([{"heic": b"x", "txt": b"a caption"}]).read("k", {"heic": b"x", "txt": b"a caption"})
+        infer_fields([{"heic": b"x", "txt": b"a caption"}]).read("k", {"heic": b"x", "txt": b"a caption"})
 
 
 def test_a_damaged_json_costs_only_what_needs_it() -> None:
@@ -154,7 +155,7 @@ def test_what_is_not_learned_is_marked_and_labels_are_no_text_unless_asked_for()
 def test_alternative_captions_survive_a_shard() -> None:
     document = Document((Segment(PNG, "png"), Segment("a", choices=("a", "b"))), "k", False, {"label": "x"})
     sample = {name: data for name, data in sample_from_document(document).items() if name != "__key__"}
-    assert Fields.infer([sample]) == OWN
+    assert infer_fields([sample]) == OWN
     assert OWN.read("k", sample).document == document
 
 
@@ -162,12 +163,12 @@ def test_alternative_captions_survive_a_shard() -> None:
     "sample", [{"txt": b"a\x03b\x02"}, {"json": described(segments=[{"text": "a\x03b\x02"}])}, {"text": "a\x03b"}]
 )
 def test_a_role_cannot_be_forged_from_a_raw_shard(sample: dict[str, Any]) -> None:
-    assert texts(Fields.infer([sample]).read("k", sample).document) == ["ab"]
+    assert texts(infer_fields([sample]).read("k", sample).document) == ["ab"]
 
 
 def test_numbered_captions_are_alternatives_of_one_text() -> None:
     sample = {"image": {"bytes": PNG, "path": None}, "caption_1": "a b", "caption_2": "", "caption_3": "c d"}
-    document = Fields.infer([sample]).read("k", sample).document
+    document = infer_fields([sample]).read("k", sample).document
     assert document.segments[1].choices == ("a b", "c d")
 
 
@@ -180,11 +181,11 @@ def test_an_empty_medium_does_not_leave_a_text_alone(sample: dict[str, Any]) -> 
 def test_a_chat_in_the_json_shows_the_picture_of_its_sample() -> None:
     turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
     sample = {"png": PNG, "json": described(conversations=turns)}
-    reading = Fields.infer([sample]).read("k", sample)
+    reading = infer_fields([sample]).read("k", sample)
     assert [segment.extension for segment in reading.document.segments[:3]] == ["txt", "png", "txt"]
     assert reading.unused == ()
 
 
 def test_nothing_to_learn_shows_the_names_the_first_sample_and_the_option() -> None:
     with pytest.raises(ValueError, match=r"among id, x; the first sample is \{'id': 3, 'x': 'abc'\}.*--fields"):
-        Fields.infer([{"id": 3, "x": "abc"}])
+        infer_fields([{"id": 3, "x": "abc"}])

@@ -79,11 +79,9 @@ def _read_folder(folder: Path) -> Found:
     from dataclasses import replace
 
     from pile_app.documents import BadSample
-    from pile_app.prepare.listing import list_items
-    from pile_app.prepare.options import Options
-    from pile_app.prepare.readers import read_item
+    from pile_app.prepare import readers
 
-    root, options = folder.resolve(), Options()
-    for item in list_items(root, options):
-        for file, content, *_ in read_item(str(root), item, options):
-            yield content.reason if isinstance(content, BadSample) else (replace(content, key=file), str(root / file))
+    for file, document in readers.read_documents(folder.resolve()):
+        yield (
+            document.reason if isinstance(document, BadSample) else (replace(document, key=file), str(folder.resolve() / file))
+        )

@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -329,40 +329,25 @@ def pieces_of(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:
 
 
 def _extract(file: File, target: str) -> list[str]:
-    """Write the plain files of an archive below `target`; returns the names of members that are refused."""
-    refused, count, total = [], 0, 0
-    most = max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
-    for name, source in (_zip_members if file.name.lower().endswith(".zip") else _tar_members)(file):
-        path = os.path.normpath(os.path.join(target, name))
-        if source is None or "\\" in name or not path.startswith(f"{target}/") or os.path.lexists(path):
-            refused.append(name.replace("\n", " "))
-            continue
-        with suppress(FileExistsError):
-            os.makedirs(os.path.dirname(path))
-        with source, open(path, "xb") as output:
-            while data := source.read(1 << 20):
-                total += len(data)
-                if total > most:
-                    raise BadSample("archive_too_large", f"{file.name} holds more than {most:,} bytes: unpack it first")
-                output.write(data)
-        count += 1
-        if count > MAX_ARCHIVE[2]:
-            raise BadSample("archive_too_large", f"{file.name} holds more than {MAX_ARCHIVE[2]:,} files: unpack it first")
-    os.makedirs(target, exist_ok=True)
+    """Write the files of an archive below `target`; returns the names of members that are refused."""
+    refused, count, size, most = list[str](), 0, 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
+    os.makedirs(target)
+    with ExitStack() as stack:
+        if file.name.lower().endswith(".zip"):
+            archive: Any = stack.enter_context(zipfile.ZipFile(file.real))
+            members, extract = archive.infolist(), archive.extract  # names are made harmless, links are written as texts
+        else:
+            stream = stack.enter_context(open_text(file.real)[0])
+            members = archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+            extract = partial(archive.extract, filter="data")
+        for member in members:
+            count, size = count + 1, size + getattr(member, "file_size", getattr(member, "size", 0))
+            if size > most or count > MAX_ARCHIVE[2]:
+                raise BadSample(
+                    "archive_too_large", f"it holds more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first"
+                )
+            try:
+                extract(member, path=target)
+            except tarfile.FilterError:
+                refused.append(member.name)
     return refused
-
-
-def _zip_members(file: File) -> Iterator[tuple[str, Any]]:
-    with zipfile.ZipFile(file.real) as archive:
-        for member in archive.infolist():
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if not member.is_dir():
-                yield member.filename, archive.open(member) if kind in (0, stat.S_IFREG) else None
-
-
-def _tar_members(file: File) -> Iterator[tuple[str, Any]]:
-    with open_text(file.real)[0] as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            archive.members.clear()  # type: ignore[attr-defined]
-            if not member.isdir():
-                yield member.name, archive.extractfile(member) if member.isreg() and not member.issparse() else None

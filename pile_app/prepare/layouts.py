@@ -91,7 +91,7 @@ def kaldi(listing: Any) -> None:
                 continue
             speaker = {"speaker": values["utt2spk"][key]} if key in values.get("utt2spk", {}) else {}
             listing.add("Kaldi", f"{scp}:{key}", {"audio": file}, {"text": values["text"][key]} | speaker)
-        listing.scopes.append(folder)
+        listing.scopes.add(folder)
 
 
 def _pairs(path: str, encoding: str) -> dict[str, str]:
@@ -143,7 +143,7 @@ def parallel_folders(listing: Any) -> None:
             for key in set(keys) & stems[other].keys():
                 listing.take(stems[other][key])
             if is_speech:
-                listing.scopes.append(top)
+                listing.scopes.add(top)
 
 
 def _inner_stem(top: str, child: str, name: str) -> str:

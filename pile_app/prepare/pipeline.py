@@ -29,6 +29,7 @@ from typing import Any, Literal
 from pile_app.data.shards import Shards
 from pile_app.documents import media_extension
 from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
 from pile_app.prepare.assign import Summary, write_shards
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
 from pile_app.prepare.hub import localize
@@ -178,7 +179,7 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
     for table, known in samples.items():
         with suppress(ValueError):  # each record of the table is rejected with the reason
-            maps[table] = str(Fields.infer(known))
+            maps[table] = str(infer_fields(known))
             tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
     for line, names in tables.items():
         layout, _, path = names[0].partition(": ")

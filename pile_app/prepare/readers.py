@@ -16,7 +16,7 @@ import re
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import chain, islice, pairwise
@@ -33,6 +33,7 @@ from pile_app.documents import (
     media_extension,
 )
 from pile_app.fields import TEXT_NAMES, Fields
+from pile_app.infer import infer_fields
 from pile_app.prepare import files
 from pile_app.prepare.files import (
     ARCHIVES,
@@ -69,14 +70,8 @@ OF_KIND = {
     "interleaved": ("json", "parquet", "arrow"), "entities": ("conll", "json", "parquet", "arrow"),
     "chat": ("json", "yaml", "parquet", "arrow"), "webdataset": ("tar",),
 }  # fmt: skip
-FORCED = {
-    "text": "text",
-    "entities": "conll",
-    "chat": "json",
-    "interleaved": "json",
-    "webdataset": "tar",
-}  # of other extensions
-FORCED_FILE = {"images": "image", "audio": "audio"}
+FORCED = {"text": "text", "entities": "conll", "chat": "json", "interleaved": "json", "webdataset": "tar"}
+FORCED_FILE = {"images": "image", "audio": "audio"}  # of a single file with another extension
 
 
 class Unit(NamedTuple):
@@ -127,7 +122,7 @@ class _Listing:
         self.rest = {name: file for name, file in self.tree.files.items() if not self.is_one_file or name == self.tree.only}
         self.unread = [one for one in self.tree.skipped if self.tree.only is None or is_below(one[0], self.tree.only)]
         self.card = read_card(path, config) if os.path.isdir(path) else Card()
-        self.scopes: list[str] = []
+        self.scopes: set[str] = set()
         self.splits: dict[str, str | None] = dict(self.card.splits)
         self.samples: dict[str, list[Any]] = defaultdict(list)
         self.bad: list[tuple[str, str, str, str]] = []
@@ -155,7 +150,9 @@ class _Listing:
 
     def is_covered(self, name: str) -> bool:
         """Whether an index decides about the files of the folder."""
-        return any(is_below(os.path.dirname(name), scope) for scope in self.scopes)
+        while name.strip("/") and (name := os.path.dirname(name)) not in self.scopes:
+            pass
+        return name in self.scopes
 
     def format(self, name: str) -> str:
         """What a file is read as, "" for nothing: by its extension, or by the kind that is asked for."""
@@ -218,7 +215,7 @@ class _Listing:
         for stem, names in groups.items():
             names = [name for name in names if name in self.rest]
             folder, texts = os.path.dirname(stem), any(extension(name) in TEXT_EXTENSIONS for name in names)
-            if self.is_covered(f"{folder}/x"):
+            if self.is_covered(stem):
                 reason = "not_in_table", "no row of a table names it"
             elif not kinds[stem] and not (texts and self.options.kind == "auto"):
                 reason = "ignored_extension", f"kind is {self.options.kind}: no such file is read"
@@ -247,7 +244,7 @@ class _Listing:
         named: set[str] = set()
         units = [unit for table in found if table.files or table.nested for unit in self._parts(table, named)]
         if lists := [os.path.dirname(table.name) for table in found if table.delimiter == " "]:  # a list a chapter
-            self.scopes.append(os.path.commonpath(lists) if "" not in lists else "")
+            self.scopes.add(_common(lists))
         for name in named:
             self.rest.pop(name, None)
         for table in found:
@@ -262,14 +259,11 @@ class _Listing:
     def _sniff(self, name: str) -> Table | None:
         """The table that a file is; a text, or a file without extension, is one if it names media."""
         format, file = self.format(name), self.tree.files[name]
-        is_list = (
-            (format == "text" or not extension(name)) and self.has_media and self.options.kind in ("auto", "images", "audio")
-        )
+        is_list = self.has_media and (format == "text" or (not extension(name) and self.options.kind == "auto"))
         if (not is_list and format not in TABLES) or (is_list and self.is_covered(name)):
             return None
-        tar = next((tar for tar in self.rest if extension(tar) == "tar" and name.startswith(tar.removesuffix(".tar"))), None)
-        if tar and format in ("json", "parquet"):
-            self.skip(name, "table_of_tar", f"it describes {tar}")
+        if format in ("json", "parquet") and re.sub(r"(_stats)?\.\w+$", ".tar", name) in self.rest:
+            self.skip(name, "table_of_tar", "it describes the tar with its name")
             return None
         try:
             table, preview = sniff(self.tree, file, "csv" if is_list else format, self.encoding)
@@ -278,16 +272,14 @@ class _Listing:
         except (BadSample, *DAMAGE) as error:
             if is_list:
                 return None
-            bad = _damage(name, error, format)
-            if isinstance(bad.content, BadSample) and bad.content.reason == "no_caption":
-                self.skip(name, bad.content.reason, bad.content.detail)
+            bad = _bad(error)
+            if bad.reason == "no_caption":
+                self.skip(name, bad.reason, bad.detail)
             else:
-                self.take(name)
-                self.reject(name, bad.content.reason, bad.content.detail, format)  # type: ignore[union-attr]
+                self.reject(self.take(name).name, bad.reason, bad.detail, format)
             return None
-        if (is_list and not table.files) or (
-            format == "yaml" and self.options.kind == "auto" and "exchange" not in (preview or [{}])[0]
-        ):
+        is_dialogue = any("exchange" in row for row in preview)
+        if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
             return None
         self.take(name)
         if self.options.kind == "text":
@@ -306,23 +298,23 @@ class _Listing:
         is_index, cuts = bool(table.files or table.nested), [(0, 0)]
         key = self.key if is_index or table.format in ("json", "lines", "parquet") else None
         if is_index or (table.format == "csv" and is_plain and size > UNIT_BYTES):
-            folders, weight, before, edge = {os.path.dirname(table.name)}, 0, None, (0, 0)
+            folders, weight, before, end = {os.path.dirname(table.name)}, 0, None, 0
             try:
                 for where, row, position in rows(table):
                     values = _file_names(table, row) if isinstance(row, dict) else []
                     hits = [file for value in values if (file := self.tree.resolve(table.name, value))]
                     if table.nested and isinstance(row, dict):
                         hits = list(named_within(self.tree, table.name, row))
-                    weight += sum(file.size for file in hits) + position - edge[0]
-                    if weight > UNIT_BYTES and (values != before or not table.merged) and edge[0]:
-                        cuts.append(edge)
+                    weight += sum(file.size for file in hits) + position - end
+                    if weight > UNIT_BYTES and (values != before or not table.merged) and end and table.format == "csv":
+                        cuts.append((end, int(where.rpartition(":")[2]) - 1))
                         weight = 0
-                    before, edge = values, (position, int(where.rpartition(":")[2].lstrip("@")))
+                    before, end = values, position
                     named |= {file.name for file in hits}
                     folders |= {os.path.dirname(file.name) for file in hits}
             except (BadSample, *DAMAGE):
                 pass  # the reader says what is damaged
-            self.scopes += [os.path.commonpath(folders) if "" not in folders else ""] * is_index
+            self.scopes |= {_common(folders)} if is_index else set()
         parts = [table]
         if table.format == "csv" and is_plain:
             parts = [replace(table, start=a, line=line, stop=b) for (a, line), (b, _) in pairwise([*cuts, (0, 0)])]
@@ -348,12 +340,8 @@ class _Listing:
         elif format in ("image", "audio"):  # a file of any name, as --kind says
             yield from _units_of_samples(f"{format} files", [(name, self.split(name), {"medium": file.real}, {}, file.size)])
         else:
-            known = (
-                f"kind is {self.options.kind}"
-                if self.options.kind != "auto"
-                else f"*.{extension(name) or '(none)'} is not read"
-            )
-            self.skip(name, "ignored_extension", known)
+            kind = f" with kind {self.options.kind}" * (self.options.kind != "auto")
+            self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}")
 
 
 def _open_tree(key: list[Any], options: Options, stamp: Callable[[bytes], Any] = len) -> Tree:
@@ -361,10 +349,9 @@ def _open_tree(key: list[Any], options: Options, stamp: Callable[[bytes], Any] =
     path, work = key[:2]
     tree = Tree(path, options.follow_links, stamp, around=FORMATS.get(extension(path)) in TABLES)
     for _ in range(2):  # archives in archives
-        for name in [
-            name for name in tree.files if name.lower().endswith(ARCHIVES) or _is_folder_tree(tree.files[name], options)
-        ]:
-            if tree.only not in (None, name):
+        for name, file in list(tree.files.items()):
+            is_archive = name.lower().endswith(ARCHIVES) or _is_folder_tree(file, options)
+            if not is_archive or tree.only not in (None, name):
                 continue
             try:
                 if work is None:
@@ -397,6 +384,10 @@ def _is_folder_tree(file: File, options: Options) -> bool:
         return False
     keys = {split_name(name)[0] for name in names}
     return len(keys) == len(names) > 0 and all("/" in name.removeprefix("./") for name in names)
+
+
+def _common(folders: Collection[str]) -> str:
+    return os.path.commonpath(folders) if "" not in folders else ""
 
 
 def _label_folder(folder: str) -> str | None:
@@ -447,10 +438,10 @@ def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
         yield Record(where, BadSample(reason, detail), layout)
 
 
-def _damage(where: str, error: Exception, layout: str) -> Record:
+def _bad(error: Exception) -> BadSample:
     if isinstance(error, BadSample):
-        return Record(where, error, layout)
-    return Record(where, BadSample("unreadable_file" if getattr(error, "errno", None) else "damaged_file", str(error)), layout)
+        return error
+    return BadSample("unreadable_file" if getattr(error, "errno", None) else "damaged_file", str(error))
 
 
 def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> Iterator[Record]:
@@ -458,7 +449,7 @@ def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> It
         try:
             sample = {name: _content(name, path, options) for name, path in named.items()}
         except (BadSample, *DAMAGE) as error:
-            yield _damage(where, error, layout)
+            yield Record(where, _bad(error), layout)
         else:
             yield Record(where, sample | values, layout, split)
 
@@ -487,7 +478,7 @@ def _read_text(options: Options, name: str, path: str, split: str | None, start:
                 except BadSample as error:
                     yield Record(name, error, layout)
     except (BadSample, *DAMAGE) as error:
-        yield _damage(name, error, layout)
+        yield Record(name, _bad(error), layout)
 
 
 def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any] | None) -> Iterator[Record]:
@@ -526,7 +517,7 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
             except BadSample as error:
                 yield Record(where, error, table.layout)
     except (BadSample, *DAMAGE) as error:
-        yield _damage(table.name if where == table.name else where, error, table.layout)
+        yield Record(table.name if where == table.name else where, _bad(error), table.layout)
 
 
 def _is_held(value: Any) -> bool:
@@ -586,7 +577,7 @@ def _read_conll(options: Options, name: str, path: str, split: str | None) -> It
                 except BadSample as error:
                     yield Record(f"{name}:{first}", error, "CoNLL")
     except (BadSample, *DAMAGE) as error:
-        yield _damage(name, error, "CoNLL")
+        yield Record(name, _bad(error), "CoNLL")
 
 
 def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
@@ -614,7 +605,7 @@ def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[R
             sample: Any = bad.get(key) or {one: os.pread(file.fileno(), size, at) for one, (at, size) in found.items()}
             yield Record(where, sample, "WebDataset", split)
     if damage:
-        yield _damage(name, damage, "WebDataset")
+        yield Record(name, _bad(damage), "WebDataset")
     elif not groups:
         yield Record(name, BadSample("empty_file", "the tar holds no file"))
 
@@ -743,7 +734,7 @@ def read_documents(input: str | Path, options: Options | None = None) -> Iterato
                         if record.layout not in maps:
                             alike = [r.content for r in head if r.layout == record.layout and isinstance(r.content, Mapping)]
                             maps[record.layout] = (
-                                Fields.parse(options.fields) if options.fields else Fields.infer(alike or [content])
+                                Fields.parse(options.fields) if options.fields else infer_fields(alike or [content])
                             )
                         read = partial(medium, root, record.where)
                         content = maps[record.layout].read(record.where, content, read).document

@@ -26,6 +26,7 @@ from pile_app.data.files import whole_file
 from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
 from pile_app.fields import Field, Fields, Sample
+from pile_app.infer import infer_fields
 from pile_app.media import audio_size
 from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
@@ -70,7 +71,7 @@ class Work:
         spec = self.options.fields or self.maps.get(table_of(record))
         try:  # of a table that was not sampled: by the record alone
             sample: Any = record.content
-            return _parsed(spec, self.options) if spec else with_label(Fields.infer([sample]), self.options)
+            return _parsed(spec, self.options) if spec else with_label(infer_fields([sample]), self.options)
         except ValueError as error:
             raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
 
