@@ -32,8 +32,8 @@ from pile_app.documents import (
     Segment,
     media_extension,
 )
-from pile_app.fields import TEXT_NAMES, Fields
-from pile_app.infer import infer_fields
+from pile_app.fields import Fields
+from pile_app.infer import TEXT_NAMES, infer_fields
 from pile_app.prepare import files
 from pile_app.prepare.files import (
     ARCHIVES,

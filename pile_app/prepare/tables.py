@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from pile_app.documents import AUDIO_EXTENSIONS, BadSample
-from pile_app.fields import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
+from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_text
 from pile_app.prepare.options import require
