@@ -335,7 +335,7 @@ def _extract(file: File, target: str) -> list[str]:
     with ExitStack() as stack:
         if file.name.lower().endswith(".zip"):
             archive: Any = stack.enter_context(zipfile.ZipFile(file.real))
-            members, extract = archive.infolist(), archive.extract  # names are made harmless, links are written as texts
+            members, extract = archive.infolist(), archive.extract
         else:
             stream = stack.enter_context(open_text(file.real)[0])
             members = archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
@@ -346,8 +346,15 @@ def _extract(file: File, target: str) -> list[str]:
                 raise BadSample(
                     "archive_too_large", f"it holds more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first"
                 )
-            try:
-                extract(member, path=target)
-            except tarfile.FilterError:
-                refused.append(member.name)
+            name = getattr(member, "filename", getattr(member, "name", ""))
+            kind = stat.S_IFMT(getattr(member, "external_attr", 0) >> 16)
+            is_plain = kind in (0, stat.S_IFREG) if hasattr(member, "filename") else member.isreg() and not member.issparse()
+            if member.is_dir() if hasattr(member, "filename") else member.isdir():
+                continue
+            if (
+                not is_plain or name.startswith("/") or ".." in name.split("/") or "\\" in name
+            ):  # the filter alone was no protection
+                refused.append(name)
+                continue
+            extract(member, path=target)
     return refused

@@ -17,27 +17,27 @@ from pile_app.prepare.text import decode_text
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {
-    "train": "train", "training": "train", "tr": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "train": "train", "training": "train", "testa": "validation", "testb": "test", "devtest": "test", "validate": "validation", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "development": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-_IN_NAME = re.compile(rf"(?:^|[^a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?=[^a-z]|$)")
+_IN_NAME = re.compile(rf"(?:^|[^a-z])(?:news)?({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:set)?(?=[^a-z]|$)")
 _ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice?|note|changelog|citation|contributing|authors|credits|requirements|classes|labels|"
-    r"update|dataset_infos?|dataset_dict|state)\b.*",
+    r"(readme|licen[cs]e|copying|notice?|note|changelog|citation|contributing|authors|credits|requirements|class(_?names|es)|labels|"
+    r"update)\b[^.]*(\.(txt|md|rst|text|cff))?|(dataset_infos?|dataset_dict|state)\.json|sample_submission\.csv",
     re.IGNORECASE,
 )
 
 
 def named_split(name: str) -> str | None:
     """The split that a name says: train, validation or test for `dev-clean`, `val2017`, `cc3m-train-0001.tar`; else None."""
-    found = _IN_NAME.search(name.lower())
-    return _WORDS[found[1]] if found else None
+    found = _IN_NAME.findall(re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower())
+    return _WORDS[found[-1]] if found else None
 
 
 def split_of(name: str) -> str | None:
-    """The split of a file by the outermost folder that names one, else by its own name if it holds many samples."""
+    """The split of a file by the innermost folder that names one, else by its own name if it holds many samples."""
     *folders, base = name.split("/")
-    split = next((split for folder in folders if (split := named_split(folder))), None)
+    split = next((split for folder in reversed(folders) if (split := named_split(folder))), None)
     return split or (None if extension(base) in MEDIA else named_split(base))
 
 
@@ -155,7 +155,7 @@ def split_lists(listing: Any) -> None:
     lists = [
         name
         for name in listing.rest
-        if extension(name) == "txt" and split_of(name) and re.search("list|split|names", os.path.basename(name))
+        if extension(name) == "txt" and split_of(name) and re.search("list|split|names|images", os.path.basename(name))
     ]
     named: dict[str, str] = {}
     for name in lists:

@@ -137,9 +137,7 @@ def _lock(folder: Path) -> Iterator[None]:
     """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / "lock").exists():
-        raise ValueError(
-            f"{str(folder)!r} exists and is not of `pile prepare`, which keeps its work there: give another output"
-        )
+        raise ValueError(f"{str(folder)!r}, where work would be kept, exists and is not of `pile prepare`: give another output")
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
@@ -201,6 +199,7 @@ def _head(name: str, value: Any) -> Any:
 def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
     """Keep what an interrupted preparation of the same input and options has done, or refuse, or remove it."""
     folder, options = work.folder, work.options
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
         count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
@@ -293,7 +292,7 @@ def _print_summary(summary: Summary) -> None:
     missing = [
         (source, split) for source, splits in sorted(summary.sources.items()) for split in SPLITS[:2] if split not in splits
     ]
-    hint = "set validation_fraction, or cut texts into more documents with document_bytes"
+    hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
     lines += [f"{', '.join(f'{source} has no {split} documents' for source, split in missing)}: {hint}"] if missing else []
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(table, *lines, sep="\n")

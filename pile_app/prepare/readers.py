@@ -123,6 +123,8 @@ class _Listing:
         self.unread = [one for one in self.tree.skipped if self.tree.only is None or is_below(one[0], self.tree.only)]
         self.card = read_card(path, config) if os.path.isdir(path) else Card()
         self.scopes: set[str] = set()
+        self.folders: set[str] = set()
+        self.list_scopes: set[str] = set()
         self.splits: dict[str, str | None] = dict(self.card.splits)
         self.samples: dict[str, list[Any]] = defaultdict(list)
         self.bad: list[tuple[str, str, str, str]] = []
@@ -148,11 +150,12 @@ class _Listing:
     def split(self, name: str) -> str | None:
         return self.splits.get(name) or split_of(name)
 
-    def is_covered(self, name: str) -> bool:
-        """Whether an index decides about the files of the folder."""
-        while name.strip("/") and (name := os.path.dirname(name)) not in self.scopes:
+    def is_covered(self, name: str, scopes: Collection[str] | None = None) -> bool:
+        """Whether an index decides about the texts and tables of the folder."""
+        scopes = self.scopes if scopes is None else scopes
+        while name.strip("/") and (name := os.path.dirname(name)) not in scopes:
             pass
-        return name in self.scopes
+        return name in scopes
 
     def format(self, name: str) -> str:
         """What a file is read as, "" for nothing: by its extension, or by the kind that is asked for."""
@@ -166,8 +169,8 @@ class _Listing:
     def units(self) -> Iterator[Unit]:
         for name in [name for name in self.rest if self.card.splits and name not in self.card.splits and not is_about(name)]:
             self.skip(name, "other_config", "the configuration of the data set card does not name it")
-        if any(FORMATS.get(extension(name)) not in (None, "text", "yaml") for name in self.rest) and not self.is_one_file:
-            for name in [name for name in self.rest if is_about(name) and FORMATS.get(extension(name)) not in MEDIA]:
+        if not self.is_one_file and not all(map(is_about, self.rest)):
+            for name in filter(is_about, list(self.rest)):
                 self.skip(name, "about_file", "it describes the data set")
         for recipe in RECIPES if self.options.kind == "auto" else ():
             recipe(self)
@@ -215,7 +218,7 @@ class _Listing:
         for stem, names in groups.items():
             names = [name for name in names if name in self.rest]
             folder, texts = os.path.dirname(stem), any(extension(name) in TEXT_EXTENSIONS for name in names)
-            if self.is_covered(stem):
+            if folder in self.folders or self.is_covered(stem, self.list_scopes):
                 reason = "not_in_table", "no row of a table names it"
             elif not kinds[stem] and not (texts and self.options.kind == "auto"):
                 reason = "ignored_extension", f"kind is {self.options.kind}: no such file is read"
@@ -236,7 +239,13 @@ class _Listing:
         is_even = len({folder.count("/") for folder in folders}) == 1 and all(folders.values())
         if self.scopes or has_texts or not is_even or not 2 <= len({*folders.values()}) <= 1000:
             return {}
-        return {folder: label for folder, label in folders.items() if label}
+        parents = defaultdict(set)  # of equal labels: characters of several alphabets, say
+        for folder, label in folders.items():
+            parents[label].add(_label_folder(os.path.dirname(folder)))
+        return {
+            folder: f"{_label_folder(os.path.dirname(folder))}/{label}" if len(parents[label]) > 1 else str(label)
+            for folder, label in folders.items()
+        }
 
     def _tables(self, grouped: set[str]) -> Iterator[Unit]:
         """Units of all tables. Those that name files come first, since they decide which other files are read."""
@@ -244,7 +253,8 @@ class _Listing:
         named: set[str] = set()
         units = [unit for table in found if table.files or table.nested for unit in self._parts(table, named)]
         if lists := [os.path.dirname(table.name) for table in found if table.delimiter == " "]:  # a list a chapter
-            self.scopes.add(_common(lists))
+            self.list_scopes.add(_common(lists))
+            self.scopes |= self.list_scopes
         for name in named:
             self.rest.pop(name, None)
         for table in found:
@@ -279,6 +289,8 @@ class _Listing:
                 self.reject(self.take(name).name, bad.reason, bad.detail, format)
             return None
         is_dialogue = any("exchange" in row for row in preview)
+        if is_list and (len(table.columns) < 2 or not any(map(_has_letters, preview))):  # a list of names, of numbers ...
+            return None
         if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
             return None
         self.take(name)
@@ -314,7 +326,9 @@ class _Listing:
                     folders |= {os.path.dirname(file.name) for file in hits}
             except (BadSample, *DAMAGE):
                 pass  # the reader says what is damaged
-            self.scopes |= {_common(folders)} if is_index else set()
+            if is_index:
+                self.scopes.add(_common(folders))
+                self.folders |= {*folders, _common(folders)}
         parts = [table]
         if table.format == "csv" and is_plain:
             parts = [replace(table, start=a, line=line, stop=b) for (a, line), (b, _) in pairwise([*cuts, (0, 0)])]
@@ -341,7 +355,7 @@ class _Listing:
             yield from _units_of_samples(f"{format} files", [(name, self.split(name), {"medium": file.real}, {}, file.size)])
         else:
             kind = f" with kind {self.options.kind}" * (self.options.kind != "auto")
-            self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}")
+            self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}; --kind says what it is")
 
 
 def _open_tree(key: list[Any], options: Options, stamp: Callable[[bytes], Any] = len) -> Tree:
@@ -388,6 +402,11 @@ def _is_folder_tree(file: File, options: Options) -> bool:
 
 def _common(folders: Collection[str]) -> str:
     return os.path.commonpath(folders) if "" not in folders else ""
+
+
+def _has_letters(row: Mapping[str, Any]) -> bool:
+    texts = list(row.values())[1:]
+    return any(isinstance(text, str) and re.search(r"[^\W\d_]", text) and "://" not in text for text in texts)
 
 
 def _label_folder(folder: str) -> str | None:
@@ -528,6 +547,8 @@ def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
     found = []
     for name in value if isinstance(value, list) else [value]:
         file = tree.resolve(table, name) if isinstance(name, str) else None
+        if file is None and isinstance(name, str) and "://" in name[:10]:
+            raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
         if file is None:
             raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
         found.append(file)
@@ -677,6 +698,8 @@ def medium(root: str, where: str, value: Any) -> Segment:
         tree = _TREES[root][1] if root in _TREES else _tree([root, None], Options())
         file = tree.resolve(table, value)
         data = None if file else _decoded(value)
+        if "://" in value[:10] and file is None and data is None:
+            raise BadSample("remote_medium", f"{value!r:.200} is an address: nothing is fetched, img2dataset can do that")
         if file is None and data is None:
             raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
         value = Path(file.real) if file else data
@@ -686,6 +709,8 @@ def medium(root: str, where: str, value: Any) -> Segment:
             value = read_file(str(value))
         except OSError as error:
             raise BadSample("unreadable_file", str(error)) from error
+    if value == b"":
+        raise BadSample("empty_file", f"{name or 'the medium'} is empty")
     kind = media_extension(value, name) if isinstance(value, bytes) else None
     if kind is None:
         hint = (

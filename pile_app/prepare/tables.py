@@ -210,24 +210,31 @@ def _sniff_csv(table: Table, tree: Tree) -> Table:
         raise BadSample("damaged_file", "it holds bytes that are no text")
     lines = [f"{line}\n" for line in head.decode("utf-8-sig", "replace").split("\n")][: 2 * PREVIEW]
     lines = lines[:-1] if len(head) == 1 << 18 and len(lines) > 1 else lines
-    best: tuple[float, int, Table, list[list[str]]] = (0, 0, replace(table, delimiter="\x1f"), [])
+    best: tuple[tuple[bool, bool, float], Table, list[list[str]]] = ((False, False, 0.0), replace(table, delimiter="\x1f"), [])
     for delimiter in "\t|" if extension(table.name) == "tsv" else ",\t;|":
         for escape in ("", "\\") if delimiter in ",;" and any('\\"' in line for line in lines) else ("",):
             trial = replace(table, delimiter=delimiter, escape=escape)
             found = _try_rows(lines, trial)
             width = len(found[0]) if found else 0
             fits = sum(len(row) == width for row in found) / max(1, len(found))
-            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and (width > 1, fits) > (best[1] > 1, best[0]):
-                best = (fits, width, trial, found)
-    table, found = best[2], best[3] or _try_rows(lines, best[2])
+            names = any(
+                map(partial(_names_files, tree, table.name), zip(*(row for row in found if len(row) == width), strict=True))
+            )
+            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and (names, width > 1, fits) > best[0]:
+                best = ((names, width > 1, fits), trial, found)
+    table, found = best[1], best[2] or _try_rows(lines, best[1])
     if not found:
         raise BadSample("empty_file", "the table holds no row")
     has_header = _is_header(found, tree, table.name)
     body = [row for row in found if len(row) == len(found[0])][has_header:]
     names = [cell.strip() for cell in found[0]] if has_header else _names_by_content(body, tree, table.name)
-    repeated = {name for name, times in Counter(names).items() if times > 1 or not name}
-    names = [f"{name}_{n}".lstrip("_") if name in repeated else name for n, name in enumerate(names)]
+    names = [f"{name}.{names[:n].count(name)}" if name and name in names[:n] else name for n, name in enumerate(names)]
     return replace(table, columns=tuple(name or f"column_{n}" for n, name in enumerate(names)), has_header=has_header)
+
+
+def _names_files(tree: Tree, table: str, cells: Sequence[str]) -> bool:
+    """Whether a column of a CSV file names files of the input."""
+    return _naming(cells[1:] if len(cells) > 1 else cells, tree, table)[0] and _are_ids("id", cells)
 
 
 def _try_rows(lines: Sequence[str], table: Table) -> list[list[str]]:
@@ -243,7 +250,7 @@ def _try_rows(lines: Sequence[str], table: Table) -> list[list[str]]:
 
 def _is_header(found: Sequence[Sequence[str]], tree: Tree, name: str) -> bool:
     first, body = [cell.strip() for cell in found[0]], found[1:]
-    if any(cell.lower() in KNOWN_COLUMNS for cell in first) and len({*first}) == len(first):
+    if any(cell.lower() in KNOWN_COLUMNS for cell in first) and not any(map(_is_number, first)):
         return True
     if len({*first}) < len(first) or any(_is_number(cell) or len(cell) > 60 or cell.count(" ") > 4 for cell in first):
         return False
@@ -264,7 +271,12 @@ def _names_by_content(body: Sequence[Sequence[str]], tree: Tree, name: str) -> l
         names[n] = "audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"
     prose = [n for n, cells in enumerate(columns) if n not in media and sum(" " in cell for cell in cells) > len(cells) / 2]
     rest = [n for n in range(len(names)) if n not in media and n not in prose]
-    labels = [n for n in rest if len({*columns[n]}) <= max(2, min(MAX_LABELS, len(body) * 0.8))]
+    labels = [
+        n
+        for n in rest
+        if not any(re.fullmatch(r"\d+\.\d*", cell) for cell in columns[n])
+        and len({*columns[n]}) <= max(2, min(MAX_LABELS, len(body) * 0.8))
+    ]
     if not prose and media and rest:  # transcripts of one word
         prose = [n for n in rest if not all(map(_is_number, columns[n]))][-1:]
     texts = ("text", "normalized_text") if media else ("title", "text") if len(prose) == 2 else ("text",)
@@ -344,6 +356,8 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
     dialogues = content.get("conversations")
     if isinstance(dialogues, list) and any(isinstance(one, list) for one in dialogues):
         return [{"exchange": one if isinstance(one, list) else [one]} for one in dialogues]
+    if content and all(extension(key) in MEDIA and isinstance(value, str | list) for key, value in content.items()):
+        return [{"file": key, "captions" if isinstance(value, list) else "text": value} for key, value in content.items()]
     if "images" in lists and "annotations" in lists:
         captions: dict[Any, list[str]] = defaultdict(list)
         for one in lists["annotations"]:

@@ -1,4 +1,4 @@
-"""Public data sets go in by one command: every layout becomes the documents that it should, and everything is counted."""
+"""`pile prepare` reads public data sets without help: the documents are right, and everything else is counted."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ from pile_app.prepare.pipeline import prepare
 
 
 def run(folder: Path, files: Mapping[str, str | bytes], name: str = "", **options: Any) -> tuple[list[str], Balance]:
-    """(documents, one line each; balance) of a data set of these files. name: of the file that is given; "" for the folder."""
+    """Prepare these files, or only the file `name`. Return the documents as lines, and the balance."""
     write(folder / "in", files)
     prepare(folder / "in" / name, folder / "out", **{"processes": 1, "validation_fraction": 0} | options)
     documents = [shown(document) for some in read_back(folder / "out").values() for document in some]
@@ -118,7 +118,7 @@ def test_a_text_whose_medium_cannot_be_read_is_no_text_document(tmp_path: Path, 
     assert sum(balance.rejected.values()) == 1
 
 
-def test_opus_beside_transcripts(tmp_path: Path) -> None:
+def test_opus_with_transcripts(tmp_path: Path) -> None:
     documents, _ = run(tmp_path, {"a.opus": sound(1, "opus", 48_000), "a.txt": "hello"})
     assert documents == expect(doc(sound(1, "opus", 48_000), "hello"))
 

@@ -487,7 +487,11 @@ def test_archives_that_do_harm_are_refused(tmp_path: Path, monkeypatch: pytest.M
         },
     )
     records = read(tmp_path / "in", tmp_path / "work")
-    assert samples(records) == {"a.tgz/ok/a.txt": {"txt": "text"}, "a.tgz/link/b.txt": {"txt": "text"}, "a.tgz/abs.txt": {"txt": "text"}}
+    assert samples(records) == {
+        "a.tgz/ok/a.txt": {"txt": "text"},
+        "a.tgz/link/b.txt": {"txt": "text"},
+        "a.tgz/abs.txt": {"txt": "text"},
+    }
     assert reasons(records) == {
         "a.tgz/../out.txt": "unsafe_member", "a.tgz/link": "unsafe_member",
         "a.tgz/pipe": "unsafe_member", "b.zip": "archive_too_large", "c.zip": "damaged_file", "d.tar.gz": "damaged_file",
