@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from pile_app.data.packing import sentence_ends
 from pile_app.data.tar import MAX_SAMPLE_BYTES, TarSample, files_of_block, read_samples
 from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
 from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
 from pile_app.media import audio_size, image_size
 
 EXTENSIONS = tuple(MODALITY_OF_EXTENSION)  # the column `file` holds indices of it
@@ -165,7 +167,8 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
                 reading = fields.read(sample.key, files)
                 rows = [row for pair in zip(reading.document.segments, reading.files, strict=True) for row in _rows(*pair)]
             except BadSample as error:
-                count = rejected.setdefault(error.reason, [0, [], error.detail[:300]])
+                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address varies
+                count = rejected.setdefault(error.reason, [0, [], detail[:300]])
                 count[0] += 1
                 count[1] += [sample.key] * (len(count[1]) < LISTED)
                 continue
@@ -200,7 +203,7 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
     return ShardIndex(shown, about, arrays)
 
 
-def infer_fields(path: str) -> tuple[Fields, int]:
+def infer_from_shard(path: str) -> tuple[Fields, int]:
     """(the field map that samples of a tar suggest, number of these samples). Raises `ShardError` if there are none."""
     samples, _ = read_samples(path)
     usable = [sample for sample in samples if sample.error is None]
@@ -217,7 +220,7 @@ def infer_fields(path: str) -> tuple[Fields, int]:
         blocks = [(sample.files, _read_block(file.fileno(), sample)) for sample in clear]
     views = [{name: block[first : first + size] for name, (first, size) in files.items()} for files, block in blocks]
     try:
-        return Fields.infer(views), len(views)
+        return infer_fields(views), len(views)
     except ValueError as error:
         raise ShardError(f"shard {path!r}: {error}") from error
 

@@ -12,8 +12,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +22,7 @@ import fsspec
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, locked, map_arrays, save_arrays
-from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_fields, starts
+from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_from_shard, starts
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
 from pile_app.data.tokens import columns_of, count_tokens
 from pile_app.data.urls import is_remote
@@ -233,23 +233,30 @@ def _make(
 ) -> ShardIndex:
     """Index a shard, unless it has an index that lacks token counts only."""
     path, index = job
-    local = _fetched(path, cache, again and index is None)
-    if index is None:
-        folder, name = split_path(path)
-        index = index_shard(local, name, os.path.join(folder, name), fields)
-    if tokenizer.fingerprint != "bytes":
-        count_tokens(index, local, fields, tokenizer, keep=local == path)
+    with _opened(path, cache, again and index is None) as local:
+        if index is None:
+            folder, name = split_path(path)
+            index = index_shard(local, name, os.path.join(folder, name), fields)
+        if tokenizer.fingerprint != "bytes":
+            count_tokens(index, local, fields, tokenizer, keep=local == path)
     return index
 
 
-def _fetched(path: str, cache: ShardCache | None, again: bool = False) -> str:
+@contextmanager
+def _opened(path: str, cache: ShardCache | None, again: bool = False) -> Iterator[str]:
+    """The local path of a shard, which is fetched if it is remote, and not evicted meanwhile."""
     if not is_remote(path):
-        return path
+        yield path
+        return
     if cache is None:
         raise ShardError(f"{path!r} is remote and has to be read through a cache")
     if again:
         Path(cache.path(path)).unlink(missing_ok=True)
-    return cache.fetch(path)
+    descriptor = cache.open(path)
+    try:
+        yield cache.path(path)
+    finally:
+        os.close(descriptor)
 
 
 def _infer(paths: Sequence[str], cache: ShardCache | None) -> Fields:
@@ -257,7 +264,8 @@ def _infer(paths: Sequence[str], cache: ShardCache | None) -> Fields:
     errors = []
     for path in paths:
         try:
-            fields, count = infer_fields(_fetched(path, cache))
+            with _opened(path, cache) as local:
+                fields, count = infer_from_shard(local)
         except ShardError as error:
             errors.append(error)
             continue
@@ -311,7 +319,7 @@ def _beside(folder: str, stem: str) -> str:
 
 def _copy(folder: str, stem: str, cache: ShardCache | None) -> str:
     root = Path(cache.folder) if cache is not None and (is_remote(folder) or not folder) else cache_folder()
-    return str(root / "manifests" / hashlib.blake2b(folder.encode(), digest_size=16).hexdigest() / f"{stem}{SUFFIX}")
+    return str(root / "manifests" / hashlib.blake2b(folder.encode(), digest_size=12).hexdigest() / f"{stem}{SUFFIX}")
 
 
 def _is_writable(folder: str) -> bool:

@@ -25,8 +25,8 @@ COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\
 
 @dataclass
 class TarSample:
-    """Files that share a key. key: the name up to the first dot of its last part; start, stop: bytes in the tar; files: the rest
-    of a name -> (offset from `start`, size); error: why the sample cannot be used."""
+    """Files that share a key. key: the name up to the first dot of its last part; start, stop: bytes in the tar; files: rest of
+    the name -> (offset from `start`, size); error: why the sample cannot be used."""
 
     key: str
     start: int

@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 LEDGER = "encoded.json"
 DOCUMENTS_AT_ONCE = 512
-SOUND_SECONDS = 30.0  # a batch of sounds takes no more memory than so many seconds each would
 FILES = ("offset", "size", "crc", "file", "file_offset", "file_size")  # columns that encoding changes
 NO_ENCODER = "0" * 32  # of a lost segment
 

@@ -719,7 +719,15 @@ class TestS3:
         for path in written.paths:
             s3.put(path, f"shards/published/{os.path.basename(path)}")
         train_tokenizer(["text 1 2 3 4"] * 9, "bpe", 270, tmp_path / "t.json")
-        arguments = ["s3://shards/published/x-*.tar", "--tokenizer", str(tmp_path / "t.json"), "--cache", str(tmp_path / "one")]
+        arguments = [
+            "s3://shards/published/x-*.tar",
+            "--tokenizer",
+            str(tmp_path / "t.json"),
+            "--cache",
+            str(tmp_path / "one"),
+            "--processes",
+            "1",
+        ]
         main(["index", *arguments])
         shown = capsys.readouterr().out
         assert shown.startswith("200 samples: 200 documents; rejected: none; fields [txt]\n")
