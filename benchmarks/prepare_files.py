@@ -59,4 +59,6 @@ if __name__ == "__main__":
             start = time.perf_counter()
             assert read(folder) == count
             rates[name] = count / (time.perf_counter() - start)
-    print(f"pile {rates['pile']:,.0f}/s, datasets {rates['datasets']:,.0f}/s, ratio {rates['pile'] / rates['datasets']:.2f} (bar: 0.5)")
+    print(
+        f"pile {rates['pile']:,.0f}/s, datasets {rates['datasets']:,.0f}/s, ratio {rates['pile'] / rates['datasets']:.2f} (bar: 0.5)"
+    )

@@ -85,4 +85,6 @@ def _read_folder(folder: Path) -> Found:
     from pile_app.prepare import readers
 
     for file, document in readers.read_documents(folder.resolve()):
-        yield document.reason if isinstance(document, BadSample) else (replace(document, key=file), str(folder.resolve() / file))
+        yield (
+            document.reason if isinstance(document, BadSample) else (replace(document, key=file), str(folder.resolve() / file))
+        )

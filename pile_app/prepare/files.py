@@ -66,8 +66,8 @@ class File(NamedTuple):
 
 
 class Tree:
-    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the files
-    around it are in the tree too, so that it can name them.
+    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. Of a table that is the input, the
+    files around it are in the tree too, since it may name them.
 
     follow: whether links are followed that lead to files and folders within the input (or the same cache of the hub).
     """
@@ -174,6 +174,7 @@ class Tree:
         if len(found) > 1:
             fits = {name: _common_tail(os.path.join(folder, value), name) for name in found}
             found = [name for name in found if fits[name] == max(fits.values())]
+        found = [name for name in found if "train" in name.lower()] or found  # labels are of the training set
         return self.files[found[0]] if len(found) == 1 else None
 
 
@@ -209,7 +210,7 @@ def read_file(path: str, limit: int | None = None) -> bytes:
     with open_plain(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise BadSample("file_too_large", f"{path!r} has {size:,} bytes; at most {limit:,} are read")
-        return file.read(limit)
+        return file.read(size)
 
 
 def read_text(path: str, encoding: str = "", limit: int | None = None) -> bytes:
@@ -241,8 +242,8 @@ class _Chunks(io.RawIOBase):
 
 
 def _decompressed(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress frame by frame, 2 KiB at a time, since they may hold 64 MiB. Unlike the libraries' own readers, notice a file that
-    is cut off."""
+    """Decompress frame by frame, 2 KiB at a time, which may hold 64 MiB. Unlike the readers of the libraries, notice a file that is
+    cut off."""
     frame, data = None, file.read(2048)
     while data:
         if frame is None and not data.strip(b"\0"):  # padding

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub: remote inputs are downloaded, data set cards say which files are which split.
 
-`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows, undecoded,
-because `datasets` gives up on a whole file where one row is bad.
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. The rows are read by `tables.py`, media
+undecoded, because `datasets` gives up on a whole file where one row is bad.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Card:
 
 
 def localize(input: str, work: str) -> str:
-    """The path of an input: `hf://datasets/owner/name[/path]`, the name of a hub data set (`owner/name`) or any address of fsspec
-    is downloaded below `work`, once; a path is returned as it is given.
+    """Download `hf://datasets/owner/name[/path]`, a data set of the hub (`owner/name`) or an address of fsspec below `work`, once;
+    returns its path. A path is returned unchanged.
 
     Raises:
         ValueError: the data set cannot be fetched.

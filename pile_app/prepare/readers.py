@@ -2,9 +2,9 @@
 
     input ──► list_units ──► Unit ──► read_unit ──► Record(where, sample, layout, split) ──► a field map makes documents
 
-Listing happens once, in one process; any process can read a unit at any time. Everything is read: files of a folder that share a
-stem are one sample, a table whose column names files is the index of those files, other tables are samples of their own, archives
-are unpacked and read as folders, tars are WebDatasets. A file that is not read is a record too, with the reason.
+Listing happens once, in one process; any process can read a unit at any time. Files of a folder that share a stem are one sample,
+a table whose column names files is the index of those files, each row of another table is a sample, archives are unpacked and read
+as folders, tars are WebDatasets. A file that is not read is a record too, with the reason.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from pile_app.prepare.options import Options
 from pile_app.prepare.tables import PREVIEW, Table, named_within, row_groups, rows, sniff
 from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
 from pile_app.prepare.text import decode_text
+from pile_app.records import chat_layout, is_interleaved
 
 __all__ = ["Record", "Unit", "evaluation_texts", "list_units", "medium", "named_split", "read_documents", "read_unit"]
 
@@ -83,7 +84,7 @@ class Unit(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What was read. where: the file, or `file:line`; content: a sample (name -> value), why there is none, or a document; layout:
+    """A sample that was read. where: the file, or `file:line`; content: name -> value, or a document, or why there is none; layout:
     for people, "" for a file that is not read; split: that a name gives."""
 
     where: str
@@ -182,12 +183,12 @@ class _Listing:
         yield from tables
         for name in list(self.rest):
             yield from self._single(name, self.rest[name], self.format(name))
-        for found in (self.bad, [(*one, "") for one in sorted(self.unread)]):
+        for found in (self.bad, [(*one, "") for one in sorted(self.unread, key=lambda one: (one[1] == "about_file", one))]):
             yield from [Unit("rejected", ["", found])] if found else []
 
     def _groups(self) -> dict[str, list[str]]:
-        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `b.0.txt` belong to
-        `c.jpg` and `b.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
+        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `c.0.txt` belong to
+        `c.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.rest:
             if extension(name) in MEDIA:
@@ -197,12 +198,12 @@ class _Listing:
         for name in list(self.rest) if groups else ():
             stem, owner = name, None
             is_medium, is_text = extension(name) in MEDIA, extension(name) in (*TEXT_EXTENSIONS, "json")
+            if is_medium:
+                stem = name.rpartition(".")[0]
             while owner is None and "." in os.path.basename(stem):
                 stem, _, part = stem.rpartition(".")
-                if not is_medium:
+                if not is_medium or part.isalpha():
                     owner = exact.get(stem, exact.get(stem.lower()))
-                elif f"{stem}.{extension(name)}" != name and part.isalpha():
-                    owner = exact.get(stem)
                 if not is_text and not is_medium:
                     break
             if owner and is_medium and len(groups.get(name.rpartition(".")[0], ())) == 1 and owner in groups:
@@ -289,7 +290,9 @@ class _Listing:
                 self.reject(self.take(name).name, bad.reason, bad.detail, format)
             return None
         is_dialogue = any("exchange" in row for row in preview)
-        if is_list and (len(table.columns) < 2 or not any(map(_has_letters, preview))):  # a list of names, of numbers ...
+        if is_list and (len(table.columns) < 2 or sum(map(_has_letters, preview)) <= len(preview) / 2):
+            if table.files:
+                self.skip(name, "no_text", "it names files, and holds no texts")
             return None
         if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
             return None
@@ -417,7 +420,8 @@ def _label_folder(folder: str) -> str | None:
 
 def _file_names(table: Table, row: Mapping[str, Any]) -> list[str]:
     values = [row.get(name) for name in table.files]
-    return [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    found = [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    return [re.sub(r"#\d+$", "", one) for one in found]
 
 
 def _names_in_sample(names: Iterable[str], stem: str) -> dict[str, str]:
@@ -516,6 +520,8 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
                         raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
                     yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], split)
                     continue
+                if table.nested and tree and not chat_layout(row) and not is_interleaved(row):
+                    row = row | _lifted(tree, table.name, row)
                 named = {name: _named_files(tree, table.name, row[name]) for name in table.files if name in row} if tree else {}
                 first = next((file for found in named.values() for file in found), None)
                 if (
@@ -541,6 +547,23 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
 
 def _is_held(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
+
+
+def _lifted(tree: Tree, table: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The file and the text that lie deep in a record, such as a cut of Lhotse."""
+    found = {
+        ("audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"): file for file in named_within(tree, table, row)
+    }
+    texts = [text for value in row.values() if isinstance(value, list | Mapping) for text in _texts_in(value)]
+    return {name: Path(file.real) for name, file in found.items()} | ({"text": texts[0]} if len(texts) == 1 else {})
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if name == "text" and isinstance(one, str):
+            yield one
+        elif isinstance(one, list | Mapping):
+            yield from _texts_in(one)
 
 
 def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
@@ -601,7 +624,7 @@ def _read_conll(options: Options, name: str, path: str, split: str | None) -> It
         yield Record(name, _bad(error), "CoNLL")
 
 
-def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
+def _read_tar(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
     """The samples of a WebDataset: members with one key, adjacent or not, in the order of their first member."""
     groups: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     bad: dict[str, BadSample] = {}
@@ -624,6 +647,11 @@ def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[R
             if key not in bad and size > files.MAX_FILE_BYTES:
                 bad[key] = BadSample("sample_too_large", f"the sample has {size:,} bytes")
             sample: Any = bad.get(key) or {one: os.pread(file.fileno(), size, at) for one, (at, size) in found.items()}
+            if isinstance(sample, dict) and "txt" in sample and len(sample) > 1:  # a caption
+                try:
+                    sample["txt"] = decode_text(sample["txt"], options.encoding).strip()
+                except BadSample as error:
+                    sample = error
             yield Record(where, sample, "WebDataset", split)
     if damage:
         yield Record(name, _bad(damage), "WebDataset")

@@ -358,8 +358,8 @@ def test_members_of_a_tar_are_joined_by_key(tmp_path: Path) -> None:
                "a.c.jpg": image(4), "a.c.txt": "c", "._1.jpg": "mac", "__MACOSX/x": "mac"}  # fmt: skip
     records = read(write(tmp_path, {"x.tar": packed(members), "empty.tar": packed({})}))
     assert samples(records) == {
-        "x.tar:1": {"jpg": image(1), "txt": b"one"}, "x.tar:2": {"jpg": image(2), "txt": b"two"},
-        "x.tar:a.b": {"jpg": image(3), "txt": b"b"}, "x.tar:a.c": {"jpg": image(4), "txt": b"c"},
+        "x.tar:1": {"jpg": image(1), "txt": "one"}, "x.tar:2": {"jpg": image(2), "txt": "two"},
+        "x.tar:a.b": {"jpg": image(3), "txt": "b"}, "x.tar:a.c": {"jpg": image(4), "txt": "c"},
     }  # fmt: skip
     assert reasons(records) == {"empty.tar": "empty_file", "x.tar:._1.jpg": "hidden_file", "x.tar:__MACOSX/x": "hidden_file"}
 
@@ -487,9 +487,9 @@ def test_archives_that_do_harm_are_refused(tmp_path: Path, monkeypatch: pytest.M
         },
     )
     records = read(tmp_path / "in", tmp_path / "work")
-    assert samples(records) == {"a.tgz/ok/a.txt": {"txt": "text"}, "a.tgz/link/b.txt": {"txt": "text"}, "a.tgz/abs.txt": {"txt": "text"}}
+    assert samples(records) == {"a.tgz/ok/a.txt": {"txt": "text"}, "a.tgz/link/b.txt": {"txt": "text"}}
     assert reasons(records) == {
-        "a.tgz/../out.txt": "unsafe_member", "a.tgz/link": "unsafe_member",
+        "a.tgz/../out.txt": "unsafe_member", "a.tgz//abs.txt": "unsafe_member", "a.tgz/link": "unsafe_member",
         "a.tgz/pipe": "unsafe_member", "b.zip": "archive_too_large", "c.zip": "damaged_file", "d.tar.gz": "damaged_file",
     }  # fmt: skip
     assert not (tmp_path / "work/out.txt").exists() and not any(path.is_symlink() for path in (tmp_path / "work").rglob("*"))

@@ -93,7 +93,9 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(about), tmp_path / "b.parquet")
     options = Options(kind="entities")
-    (one,) = (one for unit in list_units(str(tmp_path / "b.parquet"), options) for one in read_unit(str(tmp_path), unit, options))
+    (one,) = (
+        one for unit in list_units(str(tmp_path / "b.parquet"), options) for one in read_unit(str(tmp_path), unit, options)
+    )
     assert entities(one) == wanted and one.layout == "entities (Parquet)"
 
 
