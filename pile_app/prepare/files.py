@@ -66,18 +66,18 @@ class File(NamedTuple):
 
 
 class Tree:
-    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. Of a table that is the input, the
-    files around it are in the tree too, since it may name them.
+    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the
+    files around it are in the tree, since it may name them.
 
-    follow: whether links are followed that lead to files and folders within the input (or the same cache of the hub).
+    follow: the folder that links may lead into; None: no link is followed.
     """
 
-    def __init__(self, input: str, follow: bool = False, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
+    def __init__(self, input: str, follow: str | None = None, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
         self.files: dict[str, File] = {}
         self.skipped: list[tuple[str, str, str]] = []
         self.root = os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
         self.real = os.path.realpath(self.root)
-        within = re.sub(r"/snapshots/[^/]+(/.*)?$", "", self.real) if follow else None
+        within = os.path.realpath(follow) if follow else None
         self.only = None if os.path.isdir(input) else os.path.basename(os.path.abspath(input))
         if self.only is not None:  # a link that is named is meant
             self._add(self.only, os.path.realpath(input), os.stat(input), stamp)
@@ -99,7 +99,7 @@ class Tree:
                     self.skipped.append((name, "broken_link", "it leads nowhere: fetch the data (git annex get, dvc pull)"))
                     continue
                 if within is None or path in parents or not is_below(path, within):
-                    hint = "links are not followed; --follow-links reads those that lead to files of the input"
+                    hint = "links are not followed; --follow-links ROOT reads those that lead into the folder ROOT"
                     self.skipped.append((name, "ignored_link", hint))
                     continue
                 about = os.stat(path)
@@ -242,8 +242,7 @@ class _Chunks(io.RawIOBase):
 
 
 def _decompressed(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress frame by frame, 2 KiB at a time, which may hold 64 MiB. Unlike the readers of the libraries, notice a file that is
-    cut off."""
+    """Decompress frame by frame, 2 KiB at a time, which may hold 64 MiB. Raises `EOFError` for a file that is cut off."""
     frame, data = None, file.read(2048)
     while data:
         if frame is None and not data.strip(b"\0"):  # padding
@@ -286,7 +285,7 @@ def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
     except LookupError as error:
         raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
     texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found)
-    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False  # type: ignore[return-value]
+    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:

@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face hub: remote inputs are downloaded, data set cards say which files are which split.
 
-`datasets` resolves the files, splits and features of a card, for a folder as for the hub. The rows are read by `tables.py`, media
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. Rows are read by `tables.py`, media
 undecoded, because `datasets` gives up on a whole file where one row is bad.
 """
 
@@ -24,8 +24,8 @@ class Card:
 
 
 def localize(input: str, work: str) -> str:
-    """Download `hf://datasets/owner/name[/path]`, a data set of the hub (`owner/name`) or an address of fsspec below `work`, once;
-    returns its path. A path is returned unchanged.
+    """Download `hf://datasets/owner/name[/path]`, a data set of the hub (`owner/name`) or an address of fsspec below `work`,
+    once; returns its path. A path is returned unchanged.
 
     Raises:
         ValueError: the data set cannot be fetched.
@@ -84,7 +84,7 @@ def read_card(root: str, config: str = "") -> Card:
         return Card()
     except Exception:  # a card that `datasets` cannot use; the files say what they are
         return Card()
-    splits = {
+    splits: dict[str, str | None] = {
         os.path.relpath(path, root): named_split(str(split)) or str(split) for split, paths in found.items() for path in paths
     }
     features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}

@@ -17,8 +17,9 @@ from pile_app.prepare.text import decode_text
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {
-    "train": "train", "training": "train", "testa": "validation", "testb": "test", "devtest": "test", "validate": "validation", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "development": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"), **dict.fromkeys(("test", "testb", "devtest", "testing"), "test"),
+    **dict.fromkeys(("validation", "validate", "valid", "val", "dev", "development", "testa"), "validation"),
+    **dict.fromkeys(("eval", "evaluation"), "test"),
 }  # fmt: skip
 _IN_NAME = re.compile(rf"(?:^|[^a-z])(?:news)?({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:set)?(?=[^a-z]|$)")
 _ABOUT = re.compile(

@@ -2,9 +2,9 @@
 
     input ──► list_units ──► Unit ──► read_unit ──► Record(where, sample, layout, split) ──► a field map makes documents
 
-Listing happens once, in one process; any process can read a unit at any time. Files of a folder that share a stem are one sample,
-a table whose column names files is the index of those files, each row of another table is a sample, archives are unpacked and read
-as folders, tars are WebDatasets. A file that is not read is a record too, with the reason.
+Listing happens once, in one process; any process can read a unit at any time. Files of a folder that share a stem are one
+sample, a table whose column names files is their index, each row of another table is a sample, archives are unpacked, tars are
+WebDatasets. A file that is not read is a record too, with the reason.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Unit(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A sample that was read. where: the file, or `file:line`; content: name -> value, or a document, or why there is none; layout:
-    for people, "" for a file that is not read; split: that a name gives."""
+    """A sample that was read. where: the file, or `file:line`; content: name -> value, a document, or why there is none;
+    layout: for people, "" for a file that is not read; split: that a name gives."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document
@@ -116,7 +116,7 @@ class _Listing:
         if not os.path.exists(path):
             raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
         self.options, self.encoding = options, options.encoding or ""
-        self.tree = _open_tree([path, work], options, lambda data: (stamp(data), digest.update(data)))
+        self.tree = _open_tree([path, work], options, lambda data: [stamp(data), digest.update(data)])  # type: ignore[func-returns-value]
         self.key = [path, work, digest.hexdigest()]
         _TREES[self.tree.root] = self.key, self.tree
         self.is_one_file = self.tree.only is not None and self.tree.only in self.tree.files
@@ -187,8 +187,8 @@ class _Listing:
             yield from [Unit("rejected", ["", found])] if found else []
 
     def _groups(self) -> dict[str, list[str]]:
-        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `c.0.txt` belong to
-        `c.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
+        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `c.0.txt` belong
+        to `c.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.rest:
             if extension(name) in MEDIA:
@@ -510,7 +510,7 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
     clean = partial(normalize_text, options=options)
     split, where = table.split, table.name
     try:
-        for where, row, _ in _merged(table) if table.merged else rows(table):
+        for where, row, _end in _merged(table) if table.merged else rows(table):
             try:
                 if isinstance(row, BadSample):
                     raise row
@@ -524,14 +524,9 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
                     row = row | _lifted(tree, table.name, row)
                 named = {name: _named_files(tree, table.name, row[name]) for name in table.files if name in row} if tree else {}
                 first = next((file for found in named.values() for file in found), None)
-                if (
-                    table.files
-                    and first is None
-                    and options.kind != "chat"
-                    and not any(_is_held(value) for value in row.values())
-                ):
-                    if not any(isinstance(row.get(name), list) for name in ("messages", "conversations")):
-                        raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
+                is_chat = options.kind == "chat" or chat_layout(row)
+                if table.files and first is None and not is_chat and not any(map(_is_held, row.values())):
+                    raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
                 paths = {
                     name: Path(found[0].real) if len(found) == 1 else [Path(one.real) for one in found]
                     for name, found in named.items()
@@ -579,7 +574,7 @@ def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
 
 
 def _merged(table: Table) -> Iterator[tuple[str, Any, int]]:
-    """Rows, of which neighbours that differ only in a text (and in numbers) are one row with a list of texts: captions of one image."""
+    """Join neighbours that differ only in a text (and in numbers) to a row with a list of texts: the captions of an image."""
     held: tuple[str, Any, int] | None = None
     for where, row, position in rows(table):
         if held and isinstance(row, dict) and isinstance(held[1], dict) and (joined := _joined(held[1], row, table.files)):

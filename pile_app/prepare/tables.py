@@ -127,8 +127,9 @@ def _csv_rows(table: Table) -> Iterator[tuple[str, Any, int]]:
                     wanted = f"{len(table.columns)}: {', '.join(table.columns)}"
                     cells = BadSample("row_width", f"the row has {len(cells)} cells instead of {wanted:.200}. Quote the texts")
                 else:
-                    cells = dict(zip(table.columns, cells, strict=True))
-            yield number, cells, table.start + position
+                    yield number, dict(zip(table.columns, cells, strict=True)), table.start + position
+            if not isinstance(cells, list) or len(cells) != len(table.columns):
+                yield number, cells, table.start + position
             if table.stop and table.start + position >= table.stop:
                 return
 
@@ -217,11 +218,10 @@ def _sniff_csv(table: Table, tree: Tree) -> Table:
             found = _try_rows(lines, trial)
             width = len(found[0]) if found else 0
             fits = sum(len(row) == width for row in found) / max(1, len(found))
-            names = any(
-                map(partial(_names_files, tree, table.name), zip(*(row for row in found if len(row) == width), strict=True))
-            )
-            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and (names, width > 1, fits) > best[0]:
-                best = ((names, width > 1, fits), trial, found)
+            columns = zip(*(row for row in found if len(row) == width), strict=True)
+            names_files = any(_names_files(tree, table.name, cells) for cells in columns)
+            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and (names_files, width > 1, fits) > best[0]:
+                best = ((names_files, width > 1, fits), trial, found)
     table, found = best[1], best[2] or _try_rows(lines, best[1])
     if not found:
         raise BadSample("empty_file", "the table holds no row")
@@ -351,7 +351,7 @@ def json_content(table: Table) -> Any:
 
 
 def _records_of(content: dict[str, Any]) -> list[Any]:
-    """The records in an object: captions of COCO, dialogues of ChatterBot, `{"data": [...]}`, an object for each key, or itself."""
+    """The records in an object: captions of COCO, dialogues of ChatterBot, `{"data": [...]}`, an object a key, or itself."""
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     dialogues = content.get("conversations")
     if isinstance(dialogues, list) and any(isinstance(one, list) for one in dialogues):
