@@ -300,7 +300,7 @@ class _Listing:
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)
         values = [_file_names(table, row) for row in preview]
-        is_merged = len(table.files) == 1 and any(a == b for a, b in pairwise(values))
+        is_merged = len(table.files) == 1 and any(a and a == b for a, b in pairwise(values))
         return replace(table, classes={**(table.classes or {}), **self.card.classes}, merged=is_merged, split=self.split(name))
 
     @cached_property
@@ -592,8 +592,10 @@ def _joined(one: dict[str, Any], other: dict[str, Any], columns: Iterable[str]) 
         re.sub(r"#\d+$", "", str(one.get(c))) != re.sub(r"#\d+$", "", str(other.get(c))) for c in columns
     ):
         return None
+    if not any(one.get(column) for column in columns):
+        return None
     differs = [name for name in one if name not in columns and one[name] != other[name]]
-    texts = [name for name in differs if name.lower() in TEXT_NAMES or " " in str(other[name])]
+    texts = [n for n in differs if isinstance(other[n], str) and (n.lower() in TEXT_NAMES or " " in other[n])]
     if len(texts) != 1 or any(not str(other[name]).isdecimal() for name in differs if name not in texts):
         return None
     earlier = one[texts[0]]
