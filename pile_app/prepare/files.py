@@ -96,7 +96,9 @@ class Tree:
             if stat.S_ISLNK(about.st_mode):
                 path = os.path.realpath(path)
                 if not os.path.exists(path):
-                    self.skipped.append((name, "broken_link", "it leads nowhere: fetch the data (git annex get, dvc pull)"))
+                    self.skipped.append(
+                        (name, "broken_link", "its target is missing: fetch the data (git annex get, dvc pull)")
+                    )
                     continue
                 if within is None or path in parents or not is_below(path, within):
                     hint = "links are not followed; --follow-links ROOT reads those that lead into the folder ROOT"
@@ -289,7 +291,7 @@ def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
-    """The lines of a file; a `BadSample` for one that is too long, and the end where it is far too long."""
+    """Yield the lines of a file, and a `BadSample` for each line that is too long. Raises it for a line that is far too long."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield line

@@ -159,7 +159,7 @@ class _Listing:
         return name in scopes
 
     def format(self, name: str) -> str:
-        """What a file is read as, "" for nothing: by its extension, or by the kind that is asked for."""
+        """The format that a file is read as, "" for none: by its extension, or by the kind that was asked for."""
         kind, found = self.options.kind, FORMATS.get(extension(name), "")
         if kind == "auto" or found in OF_KIND[kind]:
             return found
@@ -391,7 +391,7 @@ def _tree(key: list[Any], options: Options) -> Tree:
 
 
 def _is_folder_tree(file: File, options: Options) -> bool:
-    """Whether a tar holds files in folders of which no two share a key, so that it is no WebDataset."""
+    """Whether a tar is a tree of folders, not a WebDataset: no two files share a key."""
     if extension(file.name) != "tar" or options.kind == "webdataset":
         return False
     try:
@@ -660,7 +660,7 @@ HOSTILE = (*DAMAGE, ValueError, ArithmeticError, LookupError, RecursionError, At
 
 
 def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """The members of a tar that are no folders, each with what is unsafe about it. Raises one of `HOSTILE`."""
+    """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises one of `HOSTILE`."""
     stop, end = 0, os.fstat(file.fileno()).st_size
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:

@@ -403,7 +403,7 @@ def _columnar_rows(table: Table) -> Iterator[tuple[str, Any, int]]:
                     yield f":{number}", row, 0
     except BadSample:
         raise
-    except Exception as error:  # of pyarrow, whatever a hostile file makes of it
+    except Exception as error:  # pyarrow raises many kinds for hostile files
         raise BadSample("damaged_file", f"{error}"[:300]) from error
 
 
