@@ -291,7 +291,7 @@ def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
-    """Yield the lines of a file, and a `BadSample` for each line that is too long. Raises it for a line that is far too long."""
+    """Yield the lines of a file, and a `BadSample` for each line that is too long. Raises it for one that is far too long."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield line

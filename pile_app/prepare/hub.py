@@ -17,7 +17,7 @@ from pile_app.prepare.options import require
 
 @dataclass
 class Card:
-    """The content of a data set card. splits: file -> split, for all files that are read; classes: column -> names of its classes."""
+    """A data set card. splits: file -> split, of all files that are read; classes: column -> names of its classes."""
 
     splits: dict[str, str | None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)

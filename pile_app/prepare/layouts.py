@@ -101,7 +101,7 @@ def _pairs(path: str, encoding: str) -> dict[str, str]:
 
 
 def parallel_folders(listing: Any) -> None:
-    """Join two neighboring folders with the same names, media in one and texts in the other: VCTK's `wav48` and `txt`, `images` and
+    """Join two neighboring folders with the same names, media in one and texts in the other: `wav48` and `txt`, `images` and
     `captions`. A number of the microphone (`p225_001_mic1.flac`) does not count."""
     tops: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in listing.rest:
