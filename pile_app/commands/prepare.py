@@ -38,5 +38,5 @@ def run(options: argparse.Namespace) -> None:
     values = {name: value for name, value in vars(options).items() if name != "command"}
     try:
         prepare(values.pop("input"), values.pop("output"), **values)
-    except KeyboardInterrupt:  # `prepare` said what is kept
+    except KeyboardInterrupt:  # `prepare` has printed a message
         sys.exit(130)

@@ -136,9 +136,7 @@ def _lock(folder: Path) -> Iterator[None]:
     """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / "lock").exists():
-        raise ValueError(
-            f"{str(folder)!r} exists and is not of `pile prepare`, which keeps its work there: give another output"
-        )
+        raise ValueError(f"{str(folder)!r}, where work would be kept, exists and is not of `pile prepare`: give another output")
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
@@ -162,7 +160,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jobs, Work]:
     """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
     options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
-    samples, seen = defaultdict[str, list[Any]](list), Counter[tuple[str, ...]]()
+    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[tuple[str, ...]]()
     for unit in listed:
         if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
             jobs, weight = [*jobs, []], 0
@@ -173,6 +171,7 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
             seen.update([(unit.reader,), (unit.reader, folder)])
             for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
                 known = samples[table_of(record)] if isinstance(record.content, dict) else None
+                files.setdefault(table_of(record), record.where.partition(":")[0])
                 if known is not None and len(known) < SAMPLES:
                     known.append({name: _head(name, value) for name, value in record.content.items()})  # type: ignore[union-attr]
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
@@ -182,7 +181,9 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
             tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
     for line, names in tables.items():
         layout, _, path = names[0].partition(": ")
-        where = (path or "the input") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        where = (files[names[0]] if path[-1:] not in ("", "/") else path or "the input") + (
+            f" and {len(names) - 1} more" if len(names) > 1 else ""
+        )
         count = sum(len(samples[name]) for name in names)
         summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}, {layout})")
     if options.fields is not None:
@@ -200,6 +201,7 @@ def _head(name: str, value: Any) -> Any:
 def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
     """Keep what an interrupted preparation of the same input and options has done, or refuse, or remove it."""
     folder, options = work.folder, work.options
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
         count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
@@ -252,7 +254,7 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
     (folder / "state.json").unlink()
     shutil.rmtree(folder / "result")
     shutil.rmtree(folder / "spill", ignore_errors=True)
-    first = summary.first.get("rejected", summary.first.get("unread"))
+    first = next((summary.first[what] for what in ("rejected", "unread", "usual") if what in summary.first), None)
     if first is None:
         (folder / "rejected.jsonl").unlink()
         raise ValueError(f"{given!r} contains no files")
@@ -293,7 +295,7 @@ def _print_summary(summary: Summary) -> None:
     missing = [
         (source, split) for source, splits in sorted(summary.sources.items()) for split in SPLITS[:2] if split not in splits
     ]
-    hint = "set validation_fraction, or cut texts into more documents with document_bytes"
+    hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
     lines += [f"{', '.join(f'{source} has no {split} documents' for source, split in missing)}: {hint}"] if missing else []
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(table, *lines, sep="\n")

@@ -20,8 +20,8 @@ _CITATION = re.compile(r"\[\d+\]")
 
 
 def gopher(text: str) -> str:
-    """Apply the rules of MassiveText (Rae et al. 2021, arXiv:2112.11446, section A.1.1 and table A1), but for the one that
-    counts English stop words. Raises BadSample: `gopher_...`, the first rule that is broken."""
+    """Apply the rules of MassiveText (Rae et al. 2021, arXiv:2112.11446, section A.1.1 and table A1), except the rule
+    about English stop words. Raises BadSample: `gopher_...`, the first rule that is broken."""
     for rule, value, least, most, what in _gopher_figures(text, text.split()):
         if not least <= value <= most:
             raise BadSample(f"gopher_{rule}", f"{value:,.5g} {what}; {least:g} to {most:,g} are accepted")

@@ -268,5 +268,5 @@ def _excerpt(sample: Sample | Document | BadSample) -> str:
 
 
 def slug(name: str) -> str:
-    """Make a file name of at most 128 bytes from any name: file systems allow 255, of which suffixes need some."""
+    """Make a file name of at most 128 bytes from any name: file systems allow 255, including suffixes."""
     return re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:64].encode()[:128].decode(errors="ignore")

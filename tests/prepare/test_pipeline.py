@@ -237,7 +237,7 @@ def test_the_default_validation_split_is_useful(tmp_path: Path, documents: int, 
 
 def test_a_set_without_validation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(write(tmp_path / "in", {"a.txt": "a"}), tmp_path / "out", processes=1)
-    assert "in has no validation documents: set validation_fraction" in capsys.readouterr().err
+    assert "in has no validation documents: set --validation-fraction" in capsys.readouterr().err
 
 
 def test_a_group_is_in_one_split(tmp_path: Path) -> None:
