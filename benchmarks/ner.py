@@ -203,15 +203,9 @@ def crf(work: Path, train: Path, development: Path) -> list[list[str]]:
 
 
 def held_out_texts(work: Path) -> set[str]:
-    from pile_app.data.shards import Shards, build_index
+    from pile_app.data.shards import Shards
 
-    paths = sorted(str(path) for path in (work / "tagged").glob("*-validation-*.tar"))
-    shards = Shards(paths)
-    return {
-        shards.document(number, sample).segments[0].text
-        for number, path in enumerate(paths)
-        for sample in range(len(build_index(path)))
-    }
+    return {document.segments[0].text for document in Shards(str(work / "tagged" / "*-validation-*.tar"))}
 
 
 def shape(word: str) -> str:

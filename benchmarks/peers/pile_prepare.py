@@ -32,13 +32,14 @@ def main() -> None:
 
 def count(folder: Path, path: str, processes: int) -> int:
     from pile_app.data.sources import SourceData
-    from pile_app.data.tokenizers import load_tokenizer, text_tokens
+    from pile_app.data.tokenizers import load_tokenizer
+    from pile_app.data.tokens import text_counts
     from pile_app.vocabulary import Vocabulary
 
     tokenizer = load_tokenizer(path)
     vocabulary = Vocabulary(text_tokens=tokenizer.size, tokenizer=tokenizer.fingerprint)
     source = SourceData("text", str(folder / "*.tar"), vocabulary, tokenizer, 4096, processes=processes)
-    return sum(int(text_tokens(source.shards, shard, tokenizer).counts.sum()) for shard in range(len(source.shards)))
+    return sum(int(text_counts(source.index(shard), tokenizer)[0].sum()) for shard in range(len(source.paths)))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from pile_app.cli import main as pile
+from pile_app.data.files import cache_folder
 from pile_app.data.shards import write_shards
-from pile_app.data.sources import cache_folder
 from pile_app.documents import Document, Segment
 from pile_app.prepare.pipeline import prepare
 

@@ -67,15 +67,12 @@ def read_documents(path: str) -> Found:
         yield from _read_folder(folder)
         return
     shards = open_shards(f"{path}/*.tar" if folder.is_dir() else path)
-    for shard, name in enumerate(shards.paths):
-        shards.make_index(shard)
-        index = shards.index(shard)
-        yield from (reason for _, reason in index.rejected)
-        for sample in range(len(index)):
-            try:
-                yield shards.document(shard, sample), name
-            except BadSample as error:
-                yield error.reason
+    yield from shards.balance()["rejected"].elements()
+    for number in range(len(shards)):
+        try:
+            yield shards.document(number), shards.paths[shards.place(number)[0]]
+        except BadSample as error:
+            yield error.reason
 
 
 def _read_folder(folder: Path) -> Found:

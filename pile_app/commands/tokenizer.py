@@ -34,12 +34,8 @@ def run(options: argparse.Namespace) -> None:
 def _texts_of_shards(pattern: str) -> Iterator[str]:
     from pile_app.documents import TEXT
 
-    shards = open_shards(pattern)
-    for shard in range(len(shards)):
-        shards.make_index(shard)
-        for sample in range(len(shards.index(shard))):
-            document = shards.document(shard, sample)
-            yield from (segment.text for segment in document.segments if segment.modality == TEXT)
+    for document in open_shards(pattern):
+        yield from (segment.text for segment in document.segments if segment.modality == TEXT)
 
 
 def _texts_of_files(path: str) -> Iterator[str]:

@@ -20,12 +20,11 @@ import re
 import shutil
 import stat
 import tarfile
-import uuid
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -361,16 +360,3 @@ def _extract(file: File, target: str) -> list[str]:
                 continue
             extract(member, path=target)
     return refused
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:  # moves to data/files.py
-    """A file to write, which appears under its name when it is whole, and not at all where that fails."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb", 1 << 20) as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)

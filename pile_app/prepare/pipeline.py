@@ -26,8 +26,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from pile_app.data.shards import Shards
 from pile_app.documents import media_extension
-from pile_app.fields import Fields
+from pile_app.fields import OWN, Fields
 from pile_app.infer import infer_fields
 from pile_app.prepare.assign import Summary, write_shards
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
@@ -96,7 +97,7 @@ def prepare(
         write_shards(work, len(jobs), result, summary)
         if not summary.documents:
             _refuse(folder, given, summary)
-        _write_manifests(result)
+        _write_manifests(result, processes)
         description = summary.description() | {"input": given, "options": asdict(chosen)}
         (result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
         earlier = output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
@@ -239,13 +240,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 # -- the result
 
 
-def _write_manifests(result: Path) -> None:
-    """Index the shards, and check that they can be read back."""
-    from pile_app.data.index import build_index
-
-    for path in sorted(result.glob("*.tar")):
-        if rejected := build_index(str(path)).rejected:
-            raise AssertionError(f"{path.name}: documents that were written cannot be read back: {rejected[:3]}")
+def _write_manifests(result: Path, processes: int | None) -> None:
+    """Write a manifest for each source and split, and check that all documents can be read back."""
+    for prefix in sorted({path.name.rpartition("-")[0] for path in result.glob("*.tar")}):
+        shards = Shards(sorted(map(str, result.glob(f"{prefix}-*.tar"))), fields=OWN, processes=processes)
+        if (balance := shards.balance())["rejected"]:
+            raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
 
 
 def _refuse(folder: Path, given: str, summary: Summary) -> None:

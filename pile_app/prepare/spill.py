@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.index import MAX_SAMPLE_BYTES
-from pile_app.data.tar import BLOCK
+from pile_app.data.files import whole_file
+from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
 from pile_app.fields import Field, Fields, Sample
 from pile_app.infer import infer_fields
 from pile_app.media import audio_size
-from pile_app.prepare.files import whole_file
 from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
 from pile_app.prepare.options import Options

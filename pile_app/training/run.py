@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from pile_app.prepare.files import whole_file
+from pile_app.data.files import whole_file
 from pile_app.training.callbacks import count_quarantined
 from pile_app.training.module import PileModule
 

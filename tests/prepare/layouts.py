@@ -126,8 +126,7 @@ def read_back(folder: Path) -> dict[str, list[Document]]:
         if any(folder.glob(f"*-{split}-*.tar")):
             pattern = str(folder / f"*-{split}-*.tar")
             shards = Shards(expand_shards(pattern))
-            samples = [(shard, sample) for shard in range(len(shards)) for sample in range(len(shards.index(shard)))]
-            found[split] = [shards.document(*sample) for sample in samples]
+            found[split] = [shards.document(number) for number in range(len(shards))]
     return found
 
 
