@@ -294,3 +294,26 @@ def test_lists_of_pictures_are_no_documents(tmp_path: Path) -> None:
     for name, files in (("cub", cub), ("voc", voc)):
         documents, _ = run(tmp_path / name, files)
         assert len(documents) == 4 and all(line.startswith("<jpg") for line in documents), name
+
+
+@pytest.mark.parametrize(
+    ("named", "stored"),
+    [
+        ("é{}.jpg", "images/e\u0301{}.jpg"),  # macOS decomposes letters in names of files
+        ("{}.JPG", "images/{}.jpg"),
+        ("images\\{}.jpg", "images/{}.jpg"),
+        ("/home/alice/data/images/{}.jpg", "images/{}.jpg"),
+        ("./images/{}.jpg", "images/{}.jpg"),
+    ],
+    ids=["unicode", "case", "backslash", "other machine", "dot"],
+)
+def test_names_in_tables_as_people_write_them(tmp_path: Path, named: str, stored: str) -> None:
+    table = commas([("filename", "caption"), *((named.format(n), f"caption {n}") for n in range(3))])
+    documents, _ = run(tmp_path, {"meta.csv": table} | {stored.format(n): picture(n) for n in range(3)})
+    assert documents == expect(*(doc(picture(n), f"caption {n}") for n in range(3)))
+
+
+def test_a_row_may_name_several_pictures(tmp_path: Path) -> None:
+    records = [{"images": [f"{2 * n}.jpg", f"{2 * n + 1}.jpg"], "text": f"two pictures {n}"} for n in range(2)]
+    documents, _ = run(tmp_path, {"a.jsonl": lines(records)} | {f"{n}.jpg": picture(n) for n in range(4)})
+    assert documents == expect(*(doc(picture(2 * n), picture(2 * n + 1), f"two pictures {n}") for n in range(2)))
