@@ -18,12 +18,14 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import data_parallel
+from pile_app.data.files import ShardError
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
 
 log = logging.getLogger(__name__)
+MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
 
 class DataReport(Callback):
@@ -67,10 +69,10 @@ class DataReport(Callback):
         trainer.strategy.barrier("quarantine")
         for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
             count = sum(data.rejected().values())
-            if count > self.max_rejected_share * max(100, count + len(data)):
-                raise RuntimeError(
-                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}), "
-                    f"more than data.max_rejected_share={self.max_rejected_share:.1%}: fix the data, or raise that limit"
+            if count > max(MOST_REJECTED_AT_INDEXING, self.max_rejected_share) * (count + len(data)):
+                raise ShardError(
+                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}): "
+                    "fix the data or its `fields`, or raise data.max_rejected_share above that fraction"
                 )
 
     def on_train_batch_end(
