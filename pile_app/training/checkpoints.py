@@ -18,7 +18,6 @@ Lightning 2.6 has gaps that only show after a kill; each has its answer here, an
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -29,14 +28,12 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pile_app.data.datamodule import data_parallel
 from pile_app.training.sharded import read_checkpoint, remove_leftovers
 from pile_app.training.strategy import ShardedStrategy
-
-log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -198,25 +195,38 @@ class ExactResume(Callback):
 
 
 class StoppedInValidation(Exception):
-    """A validation was left because of a signal; the checkpoint knows that it is due."""
+    """Validation was interrupted; the checkpoint records that it is due."""
 
 
 class GracefulStop(Callback):
-    """On SIGTERM or SIGUSR1: finish the optimizer step, write `last.ckpt`, stop. A validation is broken off, and begun again by
-    the resumed run.
+    """Stop after the current optimizer step and write `last.ckpt`, on SIGTERM, SIGUSR1 or Ctrl-C, or after `max_time`.
 
-    The handler sets a flag; a collective inside of it could meet another one half way. Ranks agree once an optimizer step, with
-    the figures that `StepGuard` averages anyway, and after each batch of a validation.
+    Validation is interrupted, and repeated by the resumed run. A second Ctrl-C ends the process at once. The handler only sets a
+    flag: a collective inside it could meet another one half way. Ranks agree once per optimizer step, together with the figures
+    that `StepGuard` averages anyway, and after each batch of validation.
+
+    Args:
+        max_time: as in Lightning's `Trainer`, for each start of the run.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
-    def __init__(self) -> None:
+    def __init__(self, max_time: Any = None) -> None:
+        self.timer = Timer(max_time)
         self.received: int | None = None
-        self.agreed = False  # a rank has received a signal, and all know it
+        self.agreed = False  # a rank has to stop, and all know it
         self.stopped = False
         self.in_validation = False
         self._original: dict[int, Any] = {}
+
+    @property
+    def is_due(self) -> bool:
+        return self.received is not None or (self.timer.time_remaining() or 1) <= 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, 143 for one that another rank received; 0 after `max_time`."""
+        return 128 + (self.received or signal.SIGTERM) if self.received or not self.is_due else 0
 
     @property
     def state_key(self) -> str:
@@ -226,7 +236,7 @@ class GracefulStop(Callback):
         return {"in_validation": self.in_validation}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A validation that was left is due before anything else; to Lightning it is one that has just begun."""
+        """Begin with the validation that was interrupted; to Lightning it has just started."""
         if checkpoint["callbacks"].get(self.state_key, {}).get("in_validation"):
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -234,6 +244,9 @@ class GracefulStop(Callback):
                 progress[part] |= begun
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = number
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -251,27 +264,25 @@ class GracefulStop(Callback):
             signal.signal(number, handler)
         self._original = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.timer.on_train_start(trainer, pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         micro_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if micro_batch % trainer.accumulate_grad_batches or not self.agreed:
             return
         every = validation_every(trainer)
         if every and trainer.global_step % every == 0:
-            return  # the validation that is due begins and is broken off, which leaves it due
+            return  # the validation that is due begins and is interrupted, so that it stays due
         self.stopped = trainer.should_stop = True
         trainer.limit_val_batches = 0
-        self._say(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.is_due, all=False):
             self.stopped = self.in_validation = True
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, LastCheckpoint):
                     callback.save(trainer)
-            self._say(trainer)
             raise StoppedInValidation
-
-    def _say(self, trainer: Trainer) -> None:
-        log.warning("stopping after step %d because of a signal; the same command resumes the run", trainer.global_step)

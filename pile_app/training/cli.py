@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +106,7 @@ class PileCLI(LightningCLI):
         run = self.run_folder
         config = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
         self.run = RunFolder(run, config)
-        self.stop = GracefulStop()
+        self.stop = GracefulStop(self.config.trainer.max_time)
         callbacks: list[Callback] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
             *([Ledger(run)] if self.config.ledger else []),
@@ -131,6 +133,7 @@ class PileCLI(LightningCLI):
         chosen = {
             "callbacks": [*callbacks, *(self.config_init.trainer.callbacks or [])],
             "default_root_dir": str(run),
+            "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
             "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
         }
         if self.config.trainer.precision is None:
@@ -228,8 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains. `arguments`: None takes the command line's.
 
     Raises:
-        SystemExit: 143 or 138 after SIGTERM or SIGUSR1, with a checkpoint (run the same command again); 3 where too many
-            steps in a row could not be taken (do not, before something is changed); 2 for a configuration that cannot be.
+        SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the
+            same command again); 3 where too many steps in a row could not be taken (do not, before something is changed); 2
+            for a configuration that cannot be.
     """
     while not train(arguments):
         gc.collect()  # the model that went astray is held by cycles, and its place on the device is needed
@@ -252,8 +256,11 @@ def train(arguments: list[str] | None) -> bool:
     except DivergedError as error:
         return go_back(cli, error)
     if cli.stop.stopped:
-        # Only the first one says so: Lightning kills all processes that are left when one that it started fails.
-        raise SystemExit(128 + (cli.stop.received or 15) if cli.trainer.is_global_zero else 0)
+        if not cli.trainer.is_global_zero:
+            raise SystemExit  # with 0: Lightning kills all processes that are left when one that it started fails
+        command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
+        print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
+        raise SystemExit(cli.stop.exit_code)
     finish(cli)
     return True
 

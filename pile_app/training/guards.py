@@ -98,7 +98,7 @@ class StepGuard(Callback):
     Args:
         run: the run's folder.
         config: what is rejected.
-        stop: whose signal the ranks agree on along with the step.
+        stop: ranks agree on it together with the step.
 
     Raises:
         DivergedError: more than `max_rejected` steps in a row.
@@ -161,7 +161,7 @@ class StepGuard(Callback):
             gradient_norm: () of all gradients, before they are clipped.
         """
         trainer = module.trainer
-        signalled = torch.full((), float(self.stop.received is not None), device=loss.device)
+        signalled = torch.full((), float(self.stop.is_due), device=loss.device)
         figures = torch.stack([loss.float(), gradient_norm.float(), signalled])
         if trainer.world_size > 1:
             figures = trainer.strategy.reduce(figures, reduce_op="mean")
