@@ -10,8 +10,8 @@ Lightning 2.6 has gaps that only show after a kill; each has its answer here, an
 * there is one last checkpoint, overwritten in place where it is a folder: `LastCheckpoint` keeps the one before;
 * a checkpoint due together with a validation is written before it, and the resumed run skips that validation: `LastCheckpoint`
   waits for the validation, and what that decided (best checkpoint, early stopping) is in it;
-* counters are in micro-batches, wrong after a change of devices, and a resumed run saves again after its first micro-batch,
-  over the checkpoint it came from: `ExactResume`;
+* counters are in micro-batches, wrong after a change of devices: `PileModule.on_load_checkpoint`; and a resumed run saves again
+  after its first micro-batch, over the checkpoint it came from: not `LastCheckpoint`;
 * SIGTERM starts a collective inside the signal handler and can deadlock: `GracefulStop` only sets a flag there; and a run that
   is told to stop first validates once more: not here.
 """
@@ -31,14 +31,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pile_app.data.datamodule import data_parallel
 from pile_app.training.sharded import read_checkpoint, remove_leftovers
 from pile_app.training.strategy import ShardedStrategy
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
-def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_durably(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """A file that is there as a whole or not at all: written beside its place, synced to disk, renamed.
 
     What a killed process left of an earlier try is removed; a path has one writer at a time.
@@ -52,7 +51,7 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -136,6 +135,9 @@ class LastCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self.dirpath) / LAST
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_global_step_saved = trainer.global_step
+
     def _due(self, trainer: Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and self._last_global_step_saved != trainer.global_step
 
@@ -164,36 +166,6 @@ def validation_every(trainer: Trainer) -> int:
     return every // trainer.accumulate_grad_batches
 
 
-class ExactResume(Callback):
-    """Puts Lightning's counters where they belong: all follow from the optimizer steps in the checkpoint."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Everything people set is in optimizer steps; Lightning counts some of it in micro-batches."""
-        if stage != "fit":
-            return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError("set data.global_batch and data.micro_batch; trainer.accumulate_grad_batches follows from them")
-        _, trainer.accumulate_grad_batches = data.micro_batches(data_parallel(trainer)[0])
-        trainer.fit_loop.epoch_loop.max_steps = data.steps(trainer)
-        if isinstance(trainer.val_check_interval, int):
-            trainer.val_check_interval *= trainer.accumulate_grad_batches
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for part in ("total", "current"):
-            unfinished = progress[part]["processed"] - progress[part]["completed"]  # 1 within on_train_batch_end
-            progress[part] |= dict.fromkeys(("ready", "started", "processed"), batches)
-            progress[part]["completed"] = batches - unfinished
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            # Not the best one: a validation that was broken off comes at once, and may be the best.
-            if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
-                callback._last_global_step_saved = trainer.global_step
-
-
 class StoppedInValidation(Exception):
     """Validation was interrupted; the checkpoint records that it is due."""
 
@@ -201,9 +173,9 @@ class StoppedInValidation(Exception):
 class GracefulStop(Callback):
     """Stop after the current optimizer step and write `last.ckpt`, on SIGTERM, SIGUSR1 or Ctrl-C, or after `max_time`.
 
-    Validation is interrupted, and repeated by the resumed run. A second Ctrl-C ends the process at once. The handler only sets a
-    flag: a collective inside it could meet another one half way. Ranks agree once per optimizer step, together with the figures
-    that `StepGuard` averages anyway, and after each batch of validation.
+    Validation is interrupted, and repeated by the resumed run. A second Ctrl-C ends the process at once. The handler only sets
+    a flag: a collective inside it could meet another one half way. Ranks agree once per optimizer step, together with the
+    figures that `StepGuard` averages anyway, and after each batch of validation.
 
     Args:
         max_time: as in Lightning's `Trainer`, for each start of the run.

@@ -39,14 +39,24 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
         (["--trainer.max_steps", "-1"], ["trainer.max_steps", "data.epochs"]),
         (["--data.micro_batch", "3"], ["data.micro_batch=3", "data.global_batch=4"]),
         (["--checkpoint_every", "0"], ["checkpoint_every=0"]),
+        (["--trainer.devices", "3"], ["data.global_batch=4", "3 devices", "[1, 2, 4]"]),
+        (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "data.micro_batch"]),
+        (["--trainer.barebones", "true"], ["trainer.barebones"]),
+        (["--trainer.enable_checkpointing", "false"], ["trainer.enable_checkpointing", "checkpoint_every"]),
+        (["--trainer.limit_train_batches", "1"], ["limit_train_batches=1", "trainer.max_steps"]),
+        (["--trainer.max_epochs", "3"], ["max_epochs=3", "data.epochs"]),
+        (["--trainer.overfit_batches", "2"], ["overfit_batches=2"]),
+        (["--trainer.precision", "bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
+        (["--trainer.precision", "16-true"], ["trainer.precision=16-true", "16-mixed"]),
+        (["--trainer.precision", "64-true"], ["trainer.precision=64-true", "32-true"]),
+        (["--trainer.max_time", "soon"], ["soon", "DD:HH:MM:SS"]),
     ],
 )
 def test_config_that_cannot_be_is_refused_by_name(bench: Workbench, arguments: list[str], named: list[str]) -> None:
     attempt = bench.start("refused", *arguments)
     assert attempt.wait() == 2
-    error = attempt.text.split("error: ")[-1]
+    [error] = attempt.text.splitlines()
     assert all(word in error for word in named), attempt.text
-    assert "Traceback" not in attempt.text
     assert not bench.run("refused").exists()
 
 
@@ -71,6 +81,29 @@ def test_complete_run_is_not_trained_again_unless_it_is_to_be_longer(bench: Work
     assert json.loads((bench.run("full") / "summary.json").read_text())["steps"] == 16
     longer = losses(bench.run("full"))
     assert {15} <= longer.keys() and all(longer[step] == steps[step] for step in range(14))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["--model.optimizer.learning_rate", "0.1"], "model.optimizer.learning_rate was 0.003, now it is 0.1"),
+        (["--model.backbone.init_args.width", "64"], "model.backbone.init_args.width was 32, now it is 64"),
+        (["--model.backbone", "{class_path: LSTM, init_args: {width: 32, layers: 2}}"], "was Transformer, now it is LSTM"),
+        (["--data.global_batch", "8"], "data.global_batch was 4, now it is 8"),
+        (["--trainer.gradient_clip_val", "0.5"], "trainer.gradient_clip_val was 1.0, now it is 0.5"),
+    ],
+)
+def test_run_is_complete_for_its_own_configuration_only(bench: Workbench, arguments: list[str], difference: str) -> None:
+    if not bench.run("whole").exists():
+        bench.train("whole", *SHORT)
+    attempt = bench.start("whole", *SHORT, *arguments)
+    assert attempt.wait() == 2
+    [error] = attempt.text.splitlines()
+    assert f"runs/whole is complete (4 steps) with another configuration: {difference}" in error.replace(
+        "model.backbone w", "w"
+    )
+    assert "--name" in error and "trainer.max_steps" in error
+    assert "is complete (4 steps): open" in bench.train("whole", *SHORT, "--data.micro_batch", "2", "--checkpoint_every", "9")
 
 
 def test_early_stopping_by_config_completes_the_run(bench: Workbench) -> None:
