@@ -176,6 +176,8 @@ class PileModule(LightningModule):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PileDataModule):
             raise ValueError("PileModule trains on a PileDataModule: trainer.fit(module, datamodule=PileDataModule(...))")
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("the data module shares out each step itself: Trainer(use_distributed_sampler=False)")
         if trainer.accumulate_grad_batches != 1:
             raise ValueError("set data.global_batch and data.micro_batch; trainer.accumulate_grad_batches follows from them")
         _, trainer.accumulate_grad_batches = data.micro_batches(data_parallel(trainer)[0])

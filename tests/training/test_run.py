@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from attempts import Workbench, checkpoint, losses, make_bench
+from conftest import REPOSITORY
+from lightning.pytorch import Trainer
+from ports import free_port
+from processes import start
 
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.index import load_index
 from pile_app.data.shards import write_shards
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.text import ByteTokenizer, load_tokenizer, train_tokenizer
 from pile_app.documents import Document, Segment
+from pile_app.model.backbones import Transformer
 from pile_app.model.fused import make_vocabulary
+from pile_app.training import cli
+from pile_app.training.load import load_run
+from pile_app.training.module import PileModule
+from pile_app.training.optim import OptimizerConfig
 
 SHORT = ("--model.codec_steps", "1", "--trainer.max_steps", "4")
 
@@ -104,6 +117,99 @@ def test_run_is_complete_for_its_own_configuration_only(bench: Workbench, argume
     )
     assert "--name" in error and "trainer.max_steps" in error
     assert "is complete (4 steps): open" in bench.train("whole", *SHORT, "--data.micro_batch", "2", "--checkpoint_every", "9")
+
+
+def test_other_settings_than_those_of_start_from_are_refused(bench: Workbench) -> None:
+    attempt = bench.start("from", "--model.start_from", "runs/full", "--model.backbone.init_args.heads", "4")
+    assert attempt.wait() == 2
+    [error] = attempt.text.splitlines()
+    assert "model.start_from='runs/full' holds another model: model.backbone.init_args.heads was 2, now it is 4" in error
+    attempt = bench.start(
+        "from", "--model.codecs_from", "runs/full/checkpoints/last.ckpt", "--model.audio.sample_rate", "16000"
+    )
+    assert attempt.wait() == 2 and "model.audio.sample_rate was 8000, now it is 16000" in attempt.text
+
+
+def test_run_resumes_without_the_files_that_it_began_with(bench: Workbench, tmp_path: Path) -> None:
+    origin = shutil.copytree(bench.run("full"), tmp_path / "origin")
+    begin = ("begun", "--model.start_from", str(origin), "--model.codec_steps", "0")
+    assert bench.start(*begin, KILL_AT="4").wait() == -9
+    shutil.rmtree(origin)
+    assert "is complete" in bench.train(*begin)
+
+
+def test_configuration_is_laid_over_the_default_next_to_train_py_in_any_working_folder(tmp_path: Path) -> None:
+    words = [str(REPOSITORY / "train.py"), "--config", str(REPOSITORY / "conf" / "text_only.yaml"), "--print_config"]
+    printed = yaml.safe_load(start(words, tmp_path).succeed())
+    default = yaml.safe_load((REPOSITORY / "conf" / "default.yaml").read_text())
+    assert printed["model"]["optimizer"]["learning_rate"] == default["model"]["optimizer"]["learning_rate"] == 0.01
+
+
+def test_missing_default_configuration_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "installed" / "training" / "cli.py"))
+    with pytest.raises(FileNotFoundError, match=r"no conf/default.yaml"):
+        cli.parse_config([])
+
+
+def test_run_keeps_its_tokenizer(bench: Workbench, tmp_path: Path) -> None:
+    path, other = tmp_path / "bpe.json", tmp_path / "other.json"
+    train_tokenizer(["lorem ipsum " * 9, "number one", "train text"], "bpe", 270, path)
+    train_tokenizer(["dolor sit amet " * 9, "number two", "some words"], "bpe", 270, other)
+    words = ("tokens", *SHORT, "--model.tokenizer", str(path))
+    bench.train(*words)
+    run, trained = bench.run("tokens"), load_tokenizer(str(path)).fingerprint
+    shutil.copy(other, path)
+    assert load_run(run)[0].tokenizer.fingerprint == trained != load_tokenizer(str(other)).fingerprint
+    path.unlink()
+    bench.train(*words, "--trainer.max_steps", "5")
+    assert load_run(run)[1].tokenizer.fingerprint == trained
+    shutil.copy(other, run / "tokenizer.json")
+    with pytest.raises(ValueError, match=f"not the one that .* was trained with .* instead of {trained}"):
+        load_run(run)
+
+
+def test_trainer_by_hand_takes_optimizer_steps(bench: Workbench, tmp_path: Path) -> None:
+    """Of the global batch, whatever the micro-batch."""
+
+    def fit(micro_batch: int, **options: Any) -> tuple[Trainer, PileModule]:
+        torch.manual_seed(0)
+        module = PileModule(Transformer(width=32, layers=2, heads=2), optimizer=OptimizerConfig("sgd"))
+        sources = {"prose": Source(f"{bench.shards}/prose-train-*.tar", f"{bench.shards}/prose-validation-*.tar")}
+        size = {"context": 128, "global_batch": 8, "micro_batch": micro_batch, "condition_dropout": 0.0}
+        data = PileDataModule(sources, module.vocabulary, module.tokenizer, **size)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+        trainer = Trainer(default_root_dir=tmp_path, **quiet, **options)
+        trainer.fit(module, data)
+        return trainer, module
+
+    (whole, one), (parts, two) = fit(8, max_steps=4), fit(4, max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)
+    assert (whole.global_step, parts.global_step, parts.accumulate_grad_batches) == (4, 4, 2)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert torch.isfinite(parts.callback_metrics["validation/loss"])
+    assert [path.name for path in tmp_path.rglob("*.ckpt")]
+    for options, message in (
+        ({"max_steps": 4, "accumulate_grad_batches": 2}, "accumulate_grad_batches follows"),
+        ({"max_epochs": 1}, "how long to train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(4, **options)
+    with pytest.raises(ValueError, match="PileDataModule"):
+        Trainer(max_steps=1, accelerator="cpu", logger=False).fit(one, torch.utils.data.DataLoader([1]))
+
+
+def test_first_process_alone_writes_the_id_for_weights_and_biases(bench: Workbench) -> None:
+    second = bench.start(
+        *("logged", "--wandb", "pile", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NODE_RANK": "0"},
+        **{"LOCAL_RANK": "1", "WANDB_MODE": "offline"},
+    )
+    while "GLOBAL_RANK: 1" not in second.text and second.process.is_alive():
+        time.sleep(0.1)
+    second.process.kill()
+    assert "GLOBAL_RANK: 1" in second.text, second.text
+    assert not (bench.run("logged") / "wandb").exists()
 
 
 def test_early_stopping_by_config_completes_the_run(bench: Workbench) -> None:
