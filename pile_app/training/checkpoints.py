@@ -1,19 +1,18 @@
-"""Checkpoints that survive, and runs that stop and resume exactly. Which checkpoint a run resumes from: `resume.py`.
+"""Checkpoints that survive, and runs that stop exactly. What a run resumes from: `resume.py`.
 
     save → last.ckpt.next, durably → ranks meet → last.ckpt becomes previous.ckpt → last.ckpt.next becomes last.ckpt
 
-so that whatever happens, one of the three is whole; files and folders (sharded checkpoints) alike.
+so that one of the three is always whole; files and folders (sharded checkpoints) alike. Gaps of Lightning 2.6 that only show
+after a kill, each with its answer here and a test in `tests/training/test_resume.py`:
 
-Lightning 2.6 has gaps that only show after a kill; each has its answer here, and a test in `tests/training/test_resume.py`:
-
-* a checkpoint is staged in /tmp and moved, not synced, and a full disk may leave half of one: `DurableCheckpointIO`;
+* a checkpoint is staged in /tmp and moved, not synced, and a full disk may leave half of it: `DurableCheckpointIO`;
 * there is one last checkpoint, overwritten in place where it is a folder: `LastCheckpoint` keeps the one before;
 * a checkpoint due together with a validation is written before it, and the resumed run skips that validation: `LastCheckpoint`
-  waits for the validation, and what that decided (best checkpoint, early stopping) is in it;
+  waits for the validation, and the best score and early stopping are in it;
 * counters are in micro-batches, wrong after a change of devices: `PileModule.on_load_checkpoint`; and a resumed run saves again
   after its first micro-batch, over the checkpoint it came from: not `LastCheckpoint`;
-* SIGTERM starts a collective inside the signal handler and can deadlock: `GracefulStop` only sets a flag there; and a run that
-  is told to stop first validates once more: not here.
+* SIGTERM starts a collective inside the signal handler and can deadlock, and a run that is told to stop validates once more:
+  not `GracefulStop`.
 """
 
 from __future__ import annotations
@@ -21,54 +20,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pile_app.training.sharded import read_checkpoint, remove_leftovers
+from pile_app.training.sharded import read_checkpoint, remove_leftovers, sync_folder, write_durably
 from pile_app.training.strategy import ShardedStrategy
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-
-
-def write_durably(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
-    """A file that is there as a whole or not at all: written beside its place, synced to disk, renamed.
-
-    What a killed process left of an earlier try is removed; a path has one writer at a time.
-
-    Raises:
-        OSError: it cannot be written (disk full, say). What was at `path` is there still.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{str(path)!r} could not be written ({error}); the checkpoint before it is whole. Free some space and run the "
-            "same command again: it resumes from there"
-        ) from error
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Renames in a folder reach the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    os.fsync(opened)
-    os.close(opened)
 
 
 def remove(path: Path) -> None:

@@ -6,15 +6,15 @@ cannot be is refused before data or model are built.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NoReturn
 
 # Lightning's own advice on its internals, of no use to whoever trains a model.
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory).*")
@@ -91,12 +91,13 @@ class PileCLI(LightningCLI):
             check_origin,
             check_resume,
             choose_checkpoint,
-            read_skipped,
         )
         from pile_app.training.run import lock
 
         config, model, is_first = self.config, self.config.model, is_first_process()
         check_config(config)
+        group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
+        PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))
         self.checkpoint: Path | None = None
         self.lock: IO[str] | None = None
         self.dumped = self.parser.dump(config, skip_link_targets=True, skip_none=False)
@@ -117,8 +118,7 @@ class PileCLI(LightningCLI):
                     "or choose another --name"
                 )
             raise SystemExit
-        skipped = {tuple(one) for one in (*config.guard.skip_steps, *read_skipped(run))}
-        config.guard.skip_steps = tuple(sorted(skipped))
+        config.guard.skip_steps = tuple(sorted({tuple(one) for one in config.guard.skip_steps}))
         self.checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
         if self.checkpoint is None:
             check_origin(asked["model"])
@@ -209,8 +209,7 @@ def check_config(config: Namespace) -> None:
     for switch, (allowed, fix) in SWITCHES.items():
         if str(value := getattr(trainer, switch)) not in allowed.split():
             raise ValueError(f"trainer.{switch}={value} is not possible: {fix}")
-    image = ImageCodecConfig(**vars(model.image)) if model.image else None
-    audio = AudioCodecConfig(**vars(model.audio)) if model.audio else None
+    image, audio = codec_configs(config)
     vocabulary = make_vocabulary(256, "bytes", image, audio)
     if model.backbone.class_path.rsplit(".", 1)[-1] == "Transformer":
         sizes = model.backbone.init_args
@@ -229,8 +228,11 @@ def check_config(config: Namespace) -> None:
     in_epochs = data.epochs is not None or any(source.epochs is not None for source in sources.values())
     if not in_epochs and trainer.max_steps < 0:
         raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)")
-    group = getattr(getattr(trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
-    PileDataModule.micro_batches(data, max(1, count_devices(trainer) // group))
+
+
+def codec_configs(config: Namespace) -> tuple[ImageCodecConfig | None, AudioCodecConfig | None]:
+    image, audio = config.model.image, config.model.audio
+    return ImageCodecConfig(**vars(image)) if image else None, AudioCodecConfig(**vars(audio)) if audio else None
 
 
 def count_devices(trainer: Namespace) -> int:
@@ -238,10 +240,8 @@ def count_devices(trainer: Namespace) -> int:
     devices = trainer.devices
     if str(devices) in ("auto", "-1"):
         devices = 1 if trainer.accelerator == "cpu" else torch.cuda.device_count()
-    elif isinstance(devices, list):
-        devices = len(devices)
-    elif "," in str(devices):
-        devices = len([one for one in devices.split(",") if one.strip()])
+    elif isinstance(devices, list) or "," in str(devices):
+        devices = len(re.findall(r"\d+", str(devices)))
     return max(1, int(devices)) * trainer.num_nodes
 
 
@@ -269,10 +269,7 @@ SWITCHES = {
 
 def find_default_config() -> Path:
     """`conf/default.yaml`, which every configuration is laid over: next to `train.py`, in the working folder, or ours.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    Raises FileNotFoundError: there is none."""
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     folders = [*([main.parent] if main.name == "train.py" else []), Path(), Path(__file__).parents[2]]
     found = [path for folder in folders if (path := folder / "conf" / "default.yaml").is_file()]
@@ -304,11 +301,8 @@ class _ParsingCLI(PileCLI):
 
 
 def parse_config(arguments: list[str]) -> Namespace:
-    """The configuration that training would have with these arguments.
-
-    Raises:
-        ValueError: it does not parse, or has values that cannot be together.
-    """
+    """The configuration that training would have with these arguments. Raises ValueError: it does not parse, or has values
+    that cannot be together."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
@@ -324,19 +318,9 @@ DIVERGED = 3  # exit code: the same command would come to the same end
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains. `arguments`: None takes the command line's.
-
-    Raises:
-        SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the
-            same command again); 3 where too many steps in a row could not be taken (do not, before something is changed); 2
-            for a configuration that cannot be.
-    """
-    while not train(arguments):
-        gc.collect()  # the model that went astray is held by cycles, and its place on the device is needed
-
-
-def train(arguments: list[str] | None) -> bool:
-    """One attempt: False where the run goes back to a checkpoint, and has to begin once more."""
+    """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
+    Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
+    could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
     from pile_app.training.checkpoints import StoppedInValidation
     from pile_app.training.run import keep_freed_memory
 
@@ -350,7 +334,7 @@ def train(arguments: list[str] | None) -> bool:
     except StoppedInValidation:
         pass
     except DivergedError as error:
-        return go_back(cli, error)
+        stop_diverged(cli, error)
     except (ArgumentError, ValueError, OSError, ShardError, MisconfigurationException) as error:
         if cli is not None and cli.run.has_begun:
             raise
@@ -358,7 +342,7 @@ def train(arguments: list[str] | None) -> bool:
         raise SystemExit(REFUSED) from error
     if cli.config.trainer.fast_dev_run:
         print(f"fast_dev_run: {cli.trainer.global_step} optimizer steps; nothing is kept")
-        return True
+        return
     if cli.stop.stopped:
         if not cli.trainer.is_global_zero:
             raise SystemExit  # with 0: Lightning kills all processes that are left when one that it started fails
@@ -366,43 +350,23 @@ def train(arguments: list[str] | None) -> bool:
         print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
         raise SystemExit(cli.stop.exit_code)
     finish(cli)
-    return True
 
 
-def go_back(cli: PileCLI, error: DivergedError) -> bool:
-    """False where the run shall pass over the steps that were rejected, which is then written down; else it ends here."""
-    from pile_app.training.resume import add_skipped, range_to_skip, read_skipped
+def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
+    """Say how the run can go on."""
+    from pile_app.training.resume import range_to_skip
 
-    guard, run, strategy = cli.config.guard, cli.run_folder, cli.trainer.strategy
+    guard, run = cli.config.guard, cli.run_folder
     skipped = range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
-    goes_back = skipped is not None and len(read_skipped(run)) < guard.rewinds
-    strategy.barrier("went astray")  # all have read what is there
-    if cli.trainer.is_global_zero:
-        print(f"{run}: {error}", flush=True)
-        if skipped is None:
-            print(
-                "Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name"
-            )
-        elif goes_back:
-            add_skipped(run, *skipped)
-            print(f"Going back to pass over steps {skipped[0]} to {skipped[1]}", flush=True)
-        else:
-            ranges = [list(one) for one in (*guard.skip_steps, skipped)]
-            print(
-                "Lower the learning rate, or go back and pass over those data: the same command with "
-                f"--guard.skip_steps '{ranges}' (--guard.rewinds 3 would have done that by itself, three times)"
-            )
-    strategy.barrier("written down")
-    if goes_back:
-        import wandb
-
-        cli.stop.teardown(cli.trainer, cli.model, "fit")  # Lightning leaves that out after an exception
-        if cli.lock is not None:
-            cli.lock.close()
-        if wandb.run is not None:
-            wandb.finish()  # the next attempt goes on with it
-        return False
-    raise SystemExit(DIVERGED if cli.trainer.is_global_zero else 0)
+    ranges = [list(one) for one in (*guard.skip_steps, *([skipped] if skipped else []))]
+    if not cli.trainer.is_global_zero:
+        raise SystemExit
+    print(f"{run}: {error}")
+    if skipped is None:
+        print("Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name")
+    else:
+        print(f"Lower the learning rate, or skip those data: the same command with --guard.skip_steps '{ranges}'")
+    raise SystemExit(DIVERGED)
 
 
 def is_first_process() -> bool:

@@ -168,10 +168,7 @@ class PileModule(LightningModule):
 
     def _count_in_steps(self) -> None:
         """Let every setting of the trainer be in optimizer steps; Lightning counts some of them in micro-batches.
-
-        Raises:
-            ValueError: the trainer cannot train this module.
-        """
+        Raises ValueError: the trainer cannot train this module."""
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PileDataModule):
@@ -473,12 +470,9 @@ def check_shapes(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def check_encoded(source: SourceData) -> None:
-    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
-    (A remote shard would have to be fetched for it; there the first batch says it.)
-
-    Raises:
-        ValueError: another encoder than the model's made it.
-    """
+    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it
+    trains. (A remote shard would have to be fetched for it; there the first batch says it.) Raises ValueError: another
+    encoder than the model's made it."""
     if source.shards.remote[0]:
         return
     index = source.shards.index(0)
@@ -500,11 +494,8 @@ def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
 
 
 def load_model(model: FusedLanguageModel, path: str) -> None:
-    """Takes the weights of a run's model.
-
-    Raises:
-        ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
-    """
+    """Takes the weights of a run's model. Raises ValueError: there is no such checkpoint, or its model has another shape or
+    another tokenizer."""
     from pile_app.training.load import find_checkpoint
 
     found = (
@@ -521,12 +512,7 @@ def load_model(model: FusedLanguageModel, path: str) -> None:
         )
     prefix = "model."
     state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    try:
-        check_shapes(model, state)
-    except ValueError as error:
-        raise ValueError(
-            f"model.start_from={path!r}: {error}. (`--config {path}/config.yaml` before your own takes the model as it was)"
-        ) from error
+    check_shapes(model, state)
     model.load_state_dict(state)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from pile_app.training.checkpoints import LAST, PREVIOUS, write_durably
+from pile_app.training.checkpoints import LAST, PREVIOUS
 from pile_app.training.sharded import META, find_missing
 
 log = logging.getLogger(__name__)
@@ -110,20 +110,6 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, writes: bool) -> Path | N
     return None
 
 
-# -- Steps that a run has decided to pass over, when it went back by itself: `skip_steps.json` in its folder.
-
-
-def read_skipped(run: Path) -> Steps:
-    """Ranges that the run has added."""
-    path = run / "skip_steps.json"
-    return tuple((first, last) for first, last in json.loads(path.read_text())) if path.exists() else ()
-
-
-def add_skipped(run: Path, first: int, last: int) -> None:
-    """Adds a range, durably."""
-    write_durably(run / "skip_steps.json", json.dumps([*read_skipped(run), [first, last]]).encode())
-
-
 def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int, int] | None:
     """Steps to pass over after `first` to `last` were rejected, so that a checkpoint is left to resume from.
 
@@ -175,11 +161,8 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
 
 
 def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that the run had.
-
-    Raises:
-        ValueError: the one asked for is of another model, or of fewer steps than were trained.
-    """
+    """The configuration that the run had. Raises ValueError: the one asked for is of another model, or of fewer steps than
+    were trained."""
     steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
     if 0 <= wanted < steps:
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
@@ -195,11 +178,8 @@ def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str
 
 
 def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
-    """Optimizer steps of a run that is complete; None where there is more to do.
-
-    Raises:
-        ValueError: it is complete for another configuration.
-    """
+    """Optimizer steps of a run that is complete; None where there is more to do. Raises ValueError: it is complete for
+    another configuration."""
     if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
         return None
     was = yaml.safe_load((run / "config.yaml").read_text())

@@ -33,9 +33,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from pile_app.training.callbacks import count_quarantined
-from pile_app.training.checkpoints import write_durably
 from pile_app.training.module import PileModule
 from pile_app.training.resume import TOKENIZER
+from pile_app.training.sharded import write_durably
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -125,12 +125,7 @@ def make_wandb_logger(run: Path, project: str) -> WandbLogger:
 
 
 class RunFolder(Callback):
-    """Keeps the resolved config and the time spent, over all attempts.
-
-    Args:
-        run: the folder.
-        config: the resolved config as YAML.
-    """
+    """Keeps the resolved config (YAML) and the time spent, over all attempts."""
 
     def __init__(self, run: Path, config: str) -> None:
         self.run = run
