@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from learning_rates import fit
 from torch import Tensor, nn
 
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model.backbones import MinGRU, Transformer, norm
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig

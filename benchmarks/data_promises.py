@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def load() -> object:
-    from pile_app.data.text import ByteTokenizer
+    from pile_app.data.tokenizers import ByteTokenizer
 
     return ByteTokenizer()
 

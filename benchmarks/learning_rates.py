@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import TEXT
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel

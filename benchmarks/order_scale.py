@@ -51,7 +51,7 @@ def write_indexes(folder: Path, documents: int) -> None:
 def measure(folder: Path, share: float) -> dict[str, float]:
     """In a process of its own: seconds of each part, megabytes on top of the imports."""
     from pile_app.data.datamodule import PackDataset, PileDataModule, Source  # noqa: F401
-    from pile_app.data.text import ByteTokenizer
+    from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.vocabulary import Vocabulary
 
     imported = memory()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model.backbones import LSTM, Backbone, Transformer
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel

@@ -6,7 +6,7 @@
     fields: messages                                       # a chat
 
 A *sample* maps names to values: the files of a WebDataset sample by extension, the columns of a table, or the files of a folder
-that share a stem. A dotted name leads into JSON (`json.meta.title`). `Fields.infer` guesses the map from a few samples.
+that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py` guesses the map from a few samples.
 """
 
 from __future__ import annotations
@@ -48,13 +48,7 @@ SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
 META_ROLES = ("label", "group", "split", "key")
 OPTIONS = ("loss", "optional", "choose", "learn")
-TEXT_NAMES = (
-    "caption", "captions", "text", "transcript", "transcription", "sentence", "sentences", "normalized_text", "content",
-    "description", "alt_text", "review", "body", "article", "abstract", "document",
-)  # fmt: skip
-LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
-GROUP_NAMES = ("speaker", "speaker_id", "client_id")
-PAIRS = {"question": ("answer", "answers"), "premise": ("hypothesis",), "title": ("text", "content", "description", "body")}
+UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of a label or group that is not known
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 OWN_KEYS = {"text", "file", "loss"}  # of an entry of Pile's own `segments`
 
@@ -171,7 +165,7 @@ class Fields:
         Raises:
             BadSample: `missing_field`, `wrong_type`, `invalid_utf8`, `invalid_json`, `unreadable_medium`, or from `medium`.
         """
-        view = _View(key, sample, medium)
+        view = SampleView(key, sample, medium)
         dropped: Counter[str] = Counter()
         segments: list[tuple[Segment, str]] = []
         labels: list[Segment] = []
@@ -182,7 +176,7 @@ class Fields:
                 segments, ordered, meta = _own_segments(view)
                 continue
             if entry.role in RECORD_ROLES:
-                test, parse, names = _RECORDS[entry.role]
+                test, parse, names = RECORDS[entry.role]
                 segments += [(segment, "") for segment in parse(view.record(test, names), view.medium, dropped)]
                 continue
             found = next(((name, value) for name in entry.names for value in view.values(name)), None)
@@ -192,16 +186,25 @@ class Fields:
                     continue
                 if view.damaged and any(name.startswith("json.") for name in entry.names):
                     raise view.damaged
-                raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {_listed(view.names())}")
+                raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {listing(view.names())}")
             if entry.role in META_ROLES:
-                meta[entry.role] = _scalar(key, found[0], found[1])
+                value = _scalar(key, *found)
+                if value.lower() in UNKNOWN and entry.role == "group":
+                    continue
+                if value in UNKNOWN[:2]:
+                    raise BadSample("no_label", f"{found[0]} of sample {key!r} is {value!r}")
+                meta[entry.role] = value
                 if entry.learn:
                     labels.append(Segment(meta[entry.role]))
                 continue
+            if entry.choose:
+                found = found[0], [text for name in entry.names for value in view.values(name) for text in as_list(value)]
             segments += view.segments(entry, *found)
+        if any(segment.data == b"" for segment, _ in segments):
+            raise BadSample("empty_file", f"sample {key!r} holds a medium of 0 bytes, in {listing(view.names())}")
         segments = [(segment, name) for segment, name in segments if segment.data] + [(label, "") for label in labels]
         if not segments:
-            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {_listed(view.names())}")
+            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {listing(view.names())}")
         self._check_media(key, view, segments)
         used, unused = view.balance(self)
         parts, files = zip(*segments, strict=True)
@@ -209,47 +212,15 @@ class Fields:
         return Reading(document, files, used, unused, dropped)
 
     @staticmethod
-    def _check_media(key: str, view: _View, segments: list[tuple[Segment, str]]) -> None:
+    def _check_media(key: str, view: SampleView, segments: list[tuple[Segment, str]]) -> None:
         """Refuse a text whose medium is of a kind that cannot be read: it is no text document."""
-        unreadable = [name for name in view.sample if _extension(name) in UNREADABLE_EXTENSIONS]
+        unreadable = [name for name in view.sample if extension(name) in UNREADABLE_EXTENSIONS]
         if unreadable and all(segment.modality == TEXT for segment, _ in segments):
-            raise BadSample("unreadable_medium", f"sample {key!r} holds {_listed(unreadable)}, which cannot be decoded")
-
-    @classmethod
-    def infer(cls, samples: Iterable[Sample]) -> Fields:
-        """The field map that a few samples (the first 200, say) suggest.
-
-        Raises:
-            ValueError: nothing in the samples can be learned; the message shows the names and the first sample.
-        """
-        views = [_View("", sample, None) for sample in samples]
-        if any(_is_own(view.json) for view in views):
-            return OWN
-        for role, (test, _, _) in _RECORDS.items():
-            if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
-                return cls((Field((), role),))
-        counts = Counter(name for view in views for name in view.leaves())
-        media = [name for name in counts if any(view.is_medium(name) for view in views)]
-        media = [name for name in media if "." not in name or name.startswith("json.")] or media
-        entries = [_required(entry, views) for entry in _media_entries(media)]
-        texts = _text_entries(counts, views, bool(media))
-        entries += [replace(entry, optional=True) for entry in texts] if entries else texts
-        entries = [_required(entry, views) if entry.role in SEGMENT_ROLES else entry for entry in entries]
-        if not entries:
-            first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
-            raise ValueError(
-                f"nothing to learn was recognized among {_listed(counts)}; the first sample is {first!r:.300}. "
-                "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
-            )
-        shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
-        for role, names in (("label", LABEL_NAMES), ("group", GROUP_NAMES), ("split", ("split",))):
-            found = tuple(name for name in counts if name.removeprefix("json.") in names)
-            entries += [Field(found[:1], role)] if found else []
-        return cls(tuple(entries), shuffle)
+            raise BadSample("unreadable_medium", f"sample {key!r} holds {listing(unreadable)}, which cannot be decoded")
 
 
 OWN = Fields((Field((), "segments"),))
-_RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
+RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
 
 
 def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
@@ -257,7 +228,7 @@ def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
     return OWN.read(key, files).document
 
 
-class _View:
+class SampleView:
     """A sample while it is read: parsed JSON, and which names were used."""
 
     def __init__(self, key: str, sample: Sample, medium: Callable[[Any], Segment] | None) -> None:
@@ -274,7 +245,7 @@ class _View:
 
     def raw_file(self, name: str) -> Any:
         value = self.sample.get(self._lower.get(name.lower(), name))
-        return value.read_bytes() if isinstance(value, Path) and _extension(name) == "json" else value
+        return value.read_bytes() if isinstance(value, Path) and extension(name) == "json" else value
 
     def raw(self, name: str) -> Any:
         """The value under a name; None where there is none."""
@@ -314,20 +285,28 @@ class _View:
         found = next((record for record in self.records() if test(record)), None)
         if found is None:
             raise self.damaged or BadSample(
-                "no_conversation", f"sample {self.key!r} holds no conversation, only {_listed(self.leaves())}"
+                "no_conversation", f"sample {self.key!r} holds no conversation, only {listing(self.leaves())}"
             )
-        self.used.update(f"json.{name}" if found is self.json else name for name in names & found.keys())
+        is_json = found is self.json
+        self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
+        for kind, extensions in (
+            ("images", IMAGE_EXTENSIONS),
+            ("audios", AUDIO_EXTENSIONS),
+        ):  # not named
+            files = [name for name in self.sample if extension(name) in extensions and is_json]
+            if files and not {kind, kind[:-1]} & found.keys():
+                found = {**found, kind: files}
         return found
 
     def is_medium(self, name: str) -> bool:
         value = self.raw(name)
         if isinstance(value, Path):
-            return _extension(value.name) in MEDIA_EXTENSIONS
+            return extension(value.name) in MEDIA_EXTENSIONS
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, Mapping):
             return isinstance(value.get("bytes"), bytes) or (value.keys() <= {"bytes", "path"} and bool(value.get("path")))
-        return isinstance(value, bytes) and (_extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
+        return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
 
     def medium(self, value: Any) -> Segment:
         """The segment of a value that holds or names a medium."""
@@ -339,6 +318,8 @@ class _View:
         if isinstance(value, Mapping):
             value = value.get("bytes")
         kind = media_extension(value) if isinstance(value, bytes) else None
+        if value == b"":
+            raise BadSample("empty_file", f"sample {self.key!r} holds a medium of 0 bytes")
         if kind is None and isinstance(value, bytes):
             raise BadSample("unknown_medium", f"sample {self.key!r} holds {value[:8]!r}..., no kind of medium that is read")
         if kind is None:
@@ -355,8 +336,8 @@ class _View:
             for one in value:
                 yield from self.segments(entry, name, one)
             return
-        extension = _extension(value.name if isinstance(value, Path) else name)
-        is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and extension == "txt")
+        kind = extension(value.name if isinstance(value, Path) else name)
+        is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and kind == "txt")
         if entry.role == "text" or (entry.role == "media" and is_text):
             data = value.read_bytes() if isinstance(value, Path) else value
             text = strip_markers(_decode(self.key, name, data) if isinstance(data, bytes) else str(data))
@@ -364,9 +345,9 @@ class _View:
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is an object: name a field of it, e.g. {name}.text")
-        known = extension in MEDIA_EXTENSIONS or extension in ENCODED_EXTENSIONS
+        known = kind in MEDIA_EXTENSIONS or kind in ENCODED_EXTENSIONS
         if isinstance(value, bytes) and known and name in self.sample:
-            segment, file = Segment(value, extension), name
+            segment, file = Segment(value, kind), name
         else:
             segment, file = self.medium(value), ""
         if entry.role in ("image", "audio") and entry.role != ("text", "image", "audio")[segment.modality]:
@@ -384,7 +365,7 @@ class _View:
         return tuple(used), tuple(unused)
 
 
-def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[str, Any]]:
+def _own_segments(view: SampleView) -> tuple[list[tuple[Segment, str]], bool, dict[str, Any]]:
     """(segments with their files, whether they are ordered, meta) of a sample in Pile's own form.
 
     Without a `json` that names them, every text, image and sound file is a segment.
@@ -392,10 +373,10 @@ def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[st
     key, description = view.key, view.json
     if view.damaged:
         raise view.damaged
-    if not _is_own(description):
+    if not is_own_form(description):
         if isinstance(description, Mapping) and "segments" in description:
             raise BadSample("invalid_json", f"`segments` of sample {key!r} is not a list of texts and files")
-        files = sorted(name for name in view.sample if _extension(name) in MODALITY_OF_EXTENSION)
+        files = sorted(name for name in view.sample if extension(name) in MODALITY_OF_EXTENSION)
         found = [one for name in files for one in view.segments(Field((name,)), name, view.sample[name])]
         view.used.update(files)
         label = {"label": _scalar(key, "cls", view.sample["cls"])} if "cls" in view.sample else {}
@@ -411,7 +392,7 @@ def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[st
         elif text is not None:
             segments.append((Segment(text if text in MARKERS else strip_markers(text), loss=loss), ""))
         elif entry["file"] not in view.sample:
-            raise BadSample("missing_file", f"sample {key!r} names {entry['file']!r}; it holds {_listed(view.names())}")
+            raise BadSample("missing_file", f"sample {key!r} names {entry['file']!r}; it holds {listing(view.names())}")
         else:
             view.used.add(entry["file"])
             segments += view.segments(Field((entry["file"],), loss=loss), entry["file"], view.sample[entry["file"]])
@@ -419,80 +400,40 @@ def _own_segments(view: _View) -> tuple[list[tuple[Segment, str]], bool, dict[st
     return segments, bool(description.get("ordered", True)), dict(meta) if isinstance(meta, Mapping) else {}
 
 
-def _is_own(description: Any) -> bool:
+def is_own_form(description: Any) -> bool:
     """Whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, perhaps with `loss`."""
 
     def is_entry(entry: Any) -> bool:
         if not isinstance(entry, Mapping) or not entry.keys() <= OWN_KEYS or len(entry.keys() & {"text", "file"}) != 1:
             return False
-        return isinstance(entry.get("file", entry.get("text")), str) or _is_texts(entry.get("text"))
+        return isinstance(entry.get("file", entry.get("text")), str) or is_texts(entry.get("text"))
 
     segments = description.get("segments") if isinstance(description, Mapping) else None
     return isinstance(segments, list) and bool(segments) and all(map(is_entry, segments))
 
 
-def _media_entries(names: Sequence[str]) -> list[Field]:
-    """One entry for the images and one for the sounds of WebDataset files, one for each other column."""
-    by_kind = [tuple(sorted(name for name in names if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
-    others = [(name,) for name in names if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]
-    return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
+def base(name: str) -> str:
+    """A name in small letters, without the `json.` before it and the `.text` behind it."""
+    return name.lower().removeprefix("json.").removesuffix(".text")
 
 
-def _text_entries(counts: Counter[str], views: list[_View], with_media: bool) -> list[Field]:
-    """Entries for the texts of the samples, by the names that are usual."""
-    names = [*counts, *(f"{name}.text" for name in counts)]  # SQuAD has {"answers": {"text": [...]}}
-    media = {name for name in names if any(view.is_medium(name) for view in views)}
-    texts = [name for name in names if name not in media and any(_is_text(view.raw(name)) for view in views)]
-    by_name = {name.removeprefix("json.").removesuffix(".text"): name for name in reversed(texts)}
-
-    def entry(names: Sequence[str], loss: bool = True) -> Field:
-        lists = any(isinstance(view.raw(name), list) for view in views for name in names)
-        return Field(tuple(names), "media" if loss and not lists else "text", loss, choose=lists)
-
-    for first, seconds in PAIRS.items():
-        found = [by_name[second] for second in seconds if second in by_name]
-        if first in by_name and found and not (with_media and first == "title"):
-            given = [name for name in ("context", first) if name in by_name] if first == "question" else [first]
-            return [*(entry([by_name[name]], loss=first != "question") for name in given), entry(found[:1])]
-    order = [f"json.{name}" for name in TEXT_NAMES] + list(TEXT_NAMES) + ["txt"]
-    if usual := sorted((name for name in texts if name in order), key=order.index):
-        return [entry(usual)]
-    strings = [name for name in texts if _extension(name) not in UNREADABLE_EXTENSIONS and not with_media]
-    prose = [name for name in strings if _is_prose([view.raw(name) for view in views])]
-    return [entry([name]) for name in prose]
-
-
-def _required(entry: Field, views: Sequence[_View]) -> Field:
-    """A field that most samples have is required, so that a sample without it is rejected and counted; else it is optional."""
-    present = sum(any(True for name in entry.names for _ in view.values(name)) for view in views)
-    least = len(views) if entry.optional else len(views) / 2
-    return replace(entry, optional=present < least)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | bytes) or _is_texts(value)
-
-
-def _is_texts(value: Any) -> bool:
+def is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def _is_prose(values: Sequence[Any]) -> bool:
-    """Whether the strings of a column are texts rather than names, numbers or addresses."""
-    texts = [value for value in values if isinstance(value, str) and value]
-    spaced = sum(" " in text.strip() and "://" not in text[:10] for text in texts)
-    return bool(texts) and spaced > len(texts) / 2
 
 
 def _scalar(key: str, name: str, value: Any) -> str:
     if isinstance(value, bytes):
         value = _decode(key, name, value).strip()
-    if isinstance(value, Mapping | list) or str(value).strip() in ("", "-1"):
-        raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number from 0 is expected")
+    if isinstance(value, Mapping | list):
+        raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number is expected")
     return str(value).strip()
 
 
-def _extension(name: str) -> str:
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def extension(name: str) -> str:
     return name.rsplit(".", 1)[-1].lower()
 
 
@@ -512,6 +453,6 @@ def _parse_json(key: str, data: bytes) -> Any:
         raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
 
 
-def _listed(names: Iterable[str], most: int = 12) -> str:
+def listing(names: Iterable[str], most: int = 12) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "nothing"

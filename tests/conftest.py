@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from processes import forks, start, start_ranks
 
 from pile_app.data.shards import write_shards
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import Document, Segment
 from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig

@@ -25,7 +25,7 @@ from pile_app.cli import COMMANDS, main, make_parser
 from pile_app.commands.generate import read_prompt
 from pile_app.data.index import build_index
 from pile_app.data.shards import expand_shards, write_shards
-from pile_app.data.text import load_tokenizer
+from pile_app.data.tokenizers import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.training.load import load_run
 from pile_app.vocabulary import Vocabulary

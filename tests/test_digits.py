@@ -6,6 +6,7 @@ The whole recipe runs once (about 20 seconds), unless its shards lie beside it a
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -22,8 +23,6 @@ import pytest
 from pile_app.data.index import load_index
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.documents import Document, Segment
-from pile_app.prepare import recipe as recipe_module
-from pile_app.prepare.speech import LEVEL, MARGIN, SILENCE
 
 RECIPE = Path(__file__).parents[1] / "data" / "digits" / "prepare.py"
 
@@ -37,7 +36,8 @@ def load_recipe() -> ModuleType:
     return module
 
 
-recipe = load_recipe()
+recipe = load_recipe()  # puts the repository on the path
+recipe_module, speech = importlib.import_module("data.recipe"), importlib.import_module("data.speech")
 
 
 @pytest.fixture(scope="session")
@@ -181,11 +181,11 @@ def test_clips_are_mono_8_khz_equally_loud_and_at_most_a_second_long(documents: 
         peak = np.abs(waveform).max()
         assert peak < 1
         if peak < 0.989:  # else the peak decides
-            assert loudness == pytest.approx(LEVEL, rel=0.01)
-        below += loudness < 0.99 * LEVEL
-        # the ends are trimmed: something is heard within MARGIN of either
-        margin = int(MARGIN * sample_rate) + 2
-        assert min(np.abs(waveform[:margin]).max(), np.abs(waveform[-margin:]).max()) > 0.9 * SILENCE * peak
+            assert loudness == pytest.approx(speech.LEVEL, rel=0.01)
+        below += loudness < 0.99 * speech.LEVEL
+        # the ends are trimmed: something is heard within a margin of either
+        margin = int(speech.MARGIN * sample_rate) + 2
+        assert min(np.abs(waveform[:margin]).max(), np.abs(waveform[-margin:]).max()) > 0.9 * speech.SILENCE * peak
     assert below < 0.02 * len(clips)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from conftest import REPOSITORY
 
-from pile_app.data.conversations import ROLES
 from pile_app.documents import IMAGE, TEXT, Segment
+from pile_app.records import ROLES
 
 spec = importlib.util.spec_from_file_location("digits_chat", REPOSITORY / "data" / "digits_chat" / "prepare.py")
 assert spec is not None and spec.loader is not None
@@ -51,3 +54,9 @@ def test_answers_are_of_the_digit_that_was_shown_said_or_asked_for() -> None:
                 assert NAMES[spoken_of] == named[0]
         assert document.key == f"k{number}" and document.meta["label"] in NAMES
     assert follow_ups > 10 and kinds == 0b1111
+
+
+def test_recipes_run_from_any_folder(tmp_path: Path) -> None:
+    """They import `data/recipe.py` and each other."""
+    command = [sys.executable, str(REPOSITORY / "data" / "digits_chat" / "prepare.py"), "--help"]
+    assert "--folder" in subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pile_app.data.shards import Shards, expand_shards
-from pile_app.data.text import load_tokenizer
+from pile_app.data.tokenizers import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document
 
 RECIPE = Path(__file__).parents[1] / "data" / "emoji" / "prepare.py"

@@ -10,6 +10,7 @@ import pytest
 
 from pile_app.documents import TEXT, BadSample, Document, Segment, sample_from_document
 from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
 
 PNG = Segment.from_image(np.zeros((4, 4, 3), np.uint8)).file
 FLAC = Segment.from_audio(0.1 * np.sin(np.arange(800)), 8000).file
@@ -83,29 +84,54 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
          "[image, {text: captions, choose: true}, shuffle]", ["png", "a"], []),
         ([{"image": {"bytes": PNG, "path": None}, "question": "what?", "answers": ["a cat"]}],
          "[image, {text: question, loss: false}, {text: answers, choose: true}]", ["png", "what?", "a cat"], []),
+        ([{"image": {"bytes": PNG, "path": None}, "mask": {"bytes": PNG, "path": None}, "edit_prompt": "make it red"}],
+         "[image, edit_prompt, shuffle]", ["png", "make it red"], ["mask"]),
+        ([{"sentence1": "a b", "sentence2": "c d", "label": 0}], "[sentence1, sentence2, {label: label}]", ["a b", "c d"], []),
+        ([{"Sentence": "a b", "Label": "x"}], "[Sentence, {label: Label}]", ["a b"], []),
+        ([{"text": "a b", "labels": [2]}], "[text]", ["a b"], ["labels"]),
+        ([{"article": "a b", "highlights": "c d", "id": "x"}], "[article, highlights]", ["a b", "c d"], ["id"]),
+        ([{"passage": "a b", "question": "c d", "answer": True}],
+         "[{text: passage, loss: false}, {text: question, loss: false}, answer]", ["a b", "c d", "True"], []),
+        ([{"context": "a b", "question": "c d", "answers": {"text": ["a"], "answer_start": [0]}, "id": "x"}],
+         "[{text: context, loss: false}, {text: question, loss: false}, {text: answers.text, choose: true}]",
+         ["a b", "c d", "a"], ["id"]),
+        ([{"question": "a b", "choices": ["x", "y"], "answer": 1}], "[question, {text: choices}, {label: answer}]",
+         ["a b", "x", "y"], []),
+        ([{"translation": {"en": "a b", "de": "c d"}}], "[translation.en, translation.de]", ["a b", "c d"], []),
+        ([{"chosen": "Human: a b", "rejected": "Human: c d"}], "[chosen]", ["Human: a b"], ["rejected"]),
+        ([{"target": 3, "category": "dog", "audio": {"bytes": FLAC, "path": None}}], "[audio, {label: category}]",
+         ["flac"], ["target"]),
+        ([{"audio": {"bytes": FLAC, "path": None}, "text": "A", "normalized_text": "a", "speaker": "N/A"}],
+         "[audio, normalized_text|text, {group: speaker}, shuffle]", ["flac", "a"], []),
+        ([{"audio": {"bytes": FLAC, "path": None}, "caption_1": "a b", "caption_2": "c d"}],
+         "[audio, {text: caption_1|caption_2, choose: true}, shuffle]", ["flac", "a b"], []),
+        ([{"audio": {"bytes": FLAC, "path": None}, "label": "001 - Dog bark"}], "[audio, {label: label}]", ["flac"], []),
+        ([{"prompt": "a b", "chosen": "c d", "rejected": "e f"}], "[{text: prompt, loss: false}, chosen]", ["a b", "c d"],
+         ["rejected"]),
         ([{"messages": CHAT, "id": 1}], "messages", ["\x02", "hi", "\x03", "hello", "\x02"], ["id"]),
     ],
 )  # fmt: skip
 def test_the_field_map_is_inferred_and_what_it_does_not_name_is_listed(
     samples: list[dict[str, Any]], spec: str, segments: list[str], unused: list[str]
 ) -> None:
-    fields = Fields.infer(samples)
+    fields = infer_fields(samples)
     assert str(fields) == spec
     reading = fields.read("k", samples[0])
     found = [s.text if s.modality == TEXT else "png" if s.data == PNG else s.extension for s in reading.document.segments]
     assert found == segments
     assert sorted(reading.unused) == unused
+    assert "group" not in reading.document.meta  # "N/A" is nobody
     leaves = {f"json.{name}" for name in json.loads(samples[0]["json"])} if b"{" in samples[0].get("json", b"") else {"json"}
     assert {*reading.used, *reading.unused} == (samples[0].keys() - {"json"}) | (leaves if "json" in samples[0] else set())
 
 
 def test_a_sample_without_its_medium_is_rejected_and_not_learned_as_a_text() -> None:
     failed = {"txt": b"failed", "json": described(caption="failed", url="u", key=2, status="failed")}
-    fields = Fields.infer([CAPTIONED, CAPTIONED, failed])
+    fields = infer_fields([CAPTIONED, CAPTIONED, failed])
     with pytest.raises(BadSample, match="missing_field: sample 'k' has no jpg"):
         fields.read("k", failed)
     with pytest.raises(BadSample, match="unreadable_medium"):
-        Fields.infer([{"heic": b"x", "txt": b"a caption"}]).read("k", {"heic": b"x", "txt": b"a caption"})
+        infer_fields([{"heic": b"x", "txt": b"a caption"}]).read("k", {"heic": b"x", "txt": b"a caption"})
 
 
 def test_a_damaged_json_costs_only_what_needs_it() -> None:
@@ -129,7 +155,7 @@ def test_what_is_not_learned_is_marked_and_labels_are_no_text_unless_asked_for()
 def test_alternative_captions_survive_a_shard() -> None:
     document = Document((Segment(PNG, "png"), Segment("a", choices=("a", "b"))), "k", False, {"label": "x"})
     sample = {name: data for name, data in sample_from_document(document).items() if name != "__key__"}
-    assert Fields.infer([sample]) == OWN
+    assert infer_fields([sample]) == OWN
     assert OWN.read("k", sample).document == document
 
 
@@ -137,9 +163,29 @@ def test_alternative_captions_survive_a_shard() -> None:
     "sample", [{"txt": b"a\x03b\x02"}, {"json": described(segments=[{"text": "a\x03b\x02"}])}, {"text": "a\x03b"}]
 )
 def test_a_role_cannot_be_forged_from_a_raw_shard(sample: dict[str, Any]) -> None:
-    assert texts(Fields.infer([sample]).read("k", sample).document) == ["ab"]
+    assert texts(infer_fields([sample]).read("k", sample).document) == ["ab"]
+
+
+def test_numbered_captions_are_alternatives_of_one_text() -> None:
+    sample = {"image": {"bytes": PNG, "path": None}, "caption_1": "a b", "caption_2": "", "caption_3": "c d"}
+    document = infer_fields([sample]).read("k", sample).document
+    assert document.segments[1].choices == ("a b", "c d")
+
+
+@pytest.mark.parametrize("sample", [{"jpg": b"", "txt": b"a cat"}, {"image": {"bytes": b"", "path": None}, "text": "a cat"}])
+def test_an_empty_medium_does_not_leave_a_text_alone(sample: dict[str, Any]) -> None:
+    with pytest.raises(BadSample, match=r"missing_field|empty_file"):
+        Fields.parse("[jpg|image, txt|text]").read("k", sample)
+
+
+def test_a_chat_in_the_json_shows_the_picture_of_its_sample() -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
+    sample = {"png": PNG, "json": described(conversations=turns)}
+    reading = infer_fields([sample]).read("k", sample)
+    assert [segment.extension for segment in reading.document.segments[:3]] == ["txt", "png", "txt"]
+    assert reading.unused == ()
 
 
 def test_nothing_to_learn_shows_the_names_the_first_sample_and_the_option() -> None:
     with pytest.raises(ValueError, match=r"among id, x; the first sample is \{'id': 3, 'x': 'abc'\}.*--fields"):
-        Fields.infer([{"id": 3, "x": "abc"}])
+        infer_fields([{"id": 3, "x": "abc"}])

@@ -168,7 +168,7 @@ def write_jsonl(texts: list[str], folder: Path) -> None:
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:
-    """Byte-level BPE. `pile_app.data.text.train_tokenizer` makes the same; this file does not depend on it."""
+    """Byte-level BPE. `pile_app.data.tokenizers.train_tokenizer` makes the same; this file does not depend on it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

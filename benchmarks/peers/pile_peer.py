@@ -23,7 +23,7 @@ def open_module(figure: str, folder: Path) -> Any:
     from contest import CONTEXT, DATA_OF, RATE
 
     from pile_app.data.datamodule import PileDataModule, Source
-    from pile_app.data.text import load_tokenizer
+    from pile_app.data.tokenizers import load_tokenizer
     from pile_app.vocabulary import Vocabulary
 
     data = "encoded" if figure == "text_tokens" else DATA_OF[figure]
@@ -88,10 +88,10 @@ def units(batch: Any, figure: str) -> int:
     assert not batch.rejected, batch.rejected[0]
     if figure.startswith("text"):
         return sum(stop - start for pack in batch.documents for _, _, _, start, stop in pack)
-    return len(batch.images) if figure == "image" else len(batch.audio)
+    return len(batch.images) if figure == "image" else len(batch.audio_starts)
 
 
 if __name__ == "__main__":
     from contest import main
 
-    main(open_loader, prepare, units=units, imports=("pile_app.data.datamodule", "pile_app.data.text"))
+    main(open_loader, prepare, units=units, imports=("pile_app.data.datamodule", "pile_app.data.tokenizers"))

@@ -32,7 +32,7 @@ def main() -> None:
 
 def count(folder: Path, path: str, processes: int) -> int:
     from pile_app.data.sources import SourceData
-    from pile_app.data.text import load_tokenizer, text_tokens
+    from pile_app.data.tokenizers import load_tokenizer, text_tokens
     from pile_app.vocabulary import Vocabulary
 
     tokenizer = load_tokenizer(path)

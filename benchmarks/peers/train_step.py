@@ -55,7 +55,7 @@ def make_pile(shape: Shape, name: str = "muon") -> tuple[torch.nn.Module, Loss, 
     import numpy as np
 
     from pile_app.data.batch import Batch, allocate
-    from pile_app.data.text import ByteTokenizer
+    from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.model.backbones import Transformer
     from pile_app.model.fused import FusedLanguageModel
     from pile_app.training.optim import OptimizerConfig, make_optimizer

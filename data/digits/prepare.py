@@ -39,8 +39,11 @@ import numpy as np
 from PIL import Image
 
 from pile_app.documents import Document, Segment
-from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
-from pile_app.prepare.speech import INSTALL, Espeak, level, trim
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository
+
+from data.recipe import finished, package_versions, recipe_command, timed, write_whole
+from data.speech import INSTALL, Espeak, level, trim
 
 VERSION = 5  # of this recipe: raise it when the bytes of the shards change
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -4,12 +4,11 @@
 
 The user shows a picture, plays a sound or asks; the assistant answers with words, a picture or a spoken word, or several of
 them. A conversation has one to three such turns, and later ones may refer to earlier ones ("Another one."). Pictures and voices
-of `chat-validation` appear in no training conversation. The layout is that of `pile_app/data/conversations.py`.
+of `chat-validation` appear in no training conversation. The layout is that of `pile_app/records.py`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,21 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.conversations import Turn, conversation
 from pile_app.documents import AUDIO, IMAGE, Document, Segment
-from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
+from pile_app.records import Turn, conversation
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository
+
+from data.digits import prepare as digits
+from data.recipe import finished, package_versions, recipe_command, timed, write_whole
 
 VERSION = 1  # of this recipe: raise it when the bytes of the shards change
 TRAIN_CONVERSATIONS = 12_000
 VALIDATION_CONVERSATIONS = 200
 FOLLOW_UP = 0.35  # chance that another question follows
 AUGMENTED_SHARE = 0.95
-
-spec = importlib.util.spec_from_file_location("digits", Path(__file__).parents[1] / "digits" / "prepare.py")
-assert spec is not None and spec.loader is not None
-digits = importlib.util.module_from_spec(spec)
-sys.modules["digits"] = digits  # dataclasses look their module up
-spec.loader.exec_module(digits)
 
 SHOWN = ("", "", "What is this?", "Which digit is it?", "What do you see?", "Read this.", "And this one?")
 PLAYED = ("", "", "What do you hear?", "What did I say?", "Which digit is it?", "And this one?")

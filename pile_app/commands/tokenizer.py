@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from pile_app.data.text import load_tokenizer, train_tokenizer
+    from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
     from pile_app.prepare.readers import read_texts
 
     texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else read_texts(Path(options.input))

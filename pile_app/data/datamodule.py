@@ -49,7 +49,7 @@ from pile_app.data.order import (
 from pile_app.data.remote import Prefetcher, ShardCache
 from pile_app.data.sources import SourceData, cache_folder
 from pile_app.data.tar import ShardError
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
 

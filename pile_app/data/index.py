@@ -32,7 +32,7 @@ from pile_app.fields import OWN
 from pile_app.media import audio_size, image_size
 
 if TYPE_CHECKING:
-    from pile_app.data.text import TextTokens
+    from pile_app.data.tokenizers import TextTokens
 
 from pile_app.data.tar import ShardError, ranges_of_files, sample_ranges
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import io
 
     from pile_app.data.remote import ShardCache
-    from pile_app.data.text import TextTokens
+    from pile_app.data.tokenizers import TextTokens
 
 from pile_app.data.index import EXTENSIONS, INDEX_SUFFIX, UNORDERED, ShardIndex, build_index, load_index
 from pile_app.data.tar import ShardError, files_of_block, sample_key

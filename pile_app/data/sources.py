@@ -28,7 +28,7 @@ from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
 from pile_app.data.packing import cut_document
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
-from pile_app.data.text import TextTokens, Tokenizer, text_tokens
+from pile_app.data.tokenizers import TextTokens, Tokenizer, text_tokens
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample, Document
 from pile_app.vocabulary import Vocabulary
 

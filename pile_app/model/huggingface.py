@@ -21,6 +21,7 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pile_app.data.tokenizers import plain_description
 from pile_app.documents import AUDIO, IMAGE, TEXT
 from pile_app.model.backbones import Transformer, TransformerBlock
 from pile_app.model.base import EPSILON
@@ -147,7 +148,7 @@ def hf_tokenizer(tokenizer: str) -> dict[str, Any]:
     """The `tokenizer.json` whose ids are those of the model: special tokens first, then the tokenizer's own.
 
     Raises:
-        ValueError: it is a tokenizer of words, or has special tokens of its own in the middle of its ids.
+        ValueError: it is no BPE, or has special tokens of its own in the middle of its ids.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers
@@ -158,9 +159,9 @@ def hf_tokenizer(tokenizer: str) -> dict[str, Any]:
         plain.decoder = decoders.ByteLevel()
         description = json.loads(plain.to_str())
     else:
-        description = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
-    if description["model"]["type"] != "BPE":
-        raise ValueError(f"tokenizer {tokenizer!r} is one of words: only bytes and byte-level BPE are exported to transformers")
+        description = plain_description(json.loads(Path(tokenizer).read_text(encoding="utf-8")))
+    if (kind := description["model"]["type"]) != "BPE":
+        raise ValueError(f"tokenizer {tokenizer!r} is a {kind} model: only bytes and BPE are exported to transformers")
     vocabulary = description["model"]["vocab"]
     # The library takes the ids of special tokens from the model's vocabulary alone.
     specials = {name: number for number, name in SPECIALS.items()}

@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pile_app.data.text import load_tokenizer
+from pile_app.data.tokenizers import load_tokenizer
 from pile_app.model import backbones
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig

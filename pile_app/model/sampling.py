@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pile_app.data.conversations import is_marker
-from pile_app.data.text import clean_text
+from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import require
 from pile_app.prepare.quality import QUALITY
+from pile_app.records import is_marker
 
 if TYPE_CHECKING:
     from pile_app.prepare.options import Options

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.entities import UNSPACED
 from pile_app.data.index import map_arrays, save_arrays
 from pile_app.data.order import mix64
 from pile_app.documents import BadSample
+from pile_app.prepare.entities import UNSPACED
 from pile_app.prepare.options import require
 
 _WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")

@@ -28,7 +28,7 @@ import json
 import os
 import re
 import zlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 
 from pile_app.data.index import MAX_SAMPLE_BYTES
 from pile_app.data.tar import ShardError, files_of_block, sample_ranges
-from pile_app.data.text import clean_text
+from pile_app.data.tokenizers import clean_text
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.fields import document_from_sample
-from pile_app.prepare.chats import chat_layout, document_of_chat, records_of_file
+from pile_app.prepare.chats import document_of_chat, records_of_file
 from pile_app.prepare.files import (
     DECOMPRESSORS,
     MAX_JSON_BYTES,
@@ -66,6 +66,7 @@ from pile_app.prepare.tagged import (
     scheme_of_conll,
     sentences_of_conll,
 )
+from pile_app.records import chat_layout, interleaved, is_interleaved
 
 
 class Found(NamedTuple):
@@ -359,9 +360,9 @@ def _found_in_record(
             return tagged
         if options.kind == "entities":
             return Found(name, BadSample("no_spans", "it has neither text and spans nor tokens and tags"), layout, raw)
-    for key, (interleaved, make) in _INTERLEAVED.items():
-        if isinstance(record.get(key), list) and options.kind in ("auto", "interleaved"):
-            return _found(name, f"{interleaved} ({layout})", raw, make, root, path, record)
+    if is_interleaved(record) and options.kind in ("auto", "interleaved"):
+        interleaved_layout = "MMC4" if "text_list" in record else "OBELICS"
+        return _found(name, f"{interleaved_layout} ({layout})", raw, _document_of_interleaved, root, path, record)
     media = [value for value in record.values() if _is_medium(value)] if options.kind in ("auto", "images", "audio") else []
     try:
         column = label_column(record, options)
@@ -391,50 +392,10 @@ def _found_tagged(name: str, layout: str, raw: bytes, make: Callable[..., Any], 
     return made and Found(name, made[0], layout + (", mended" if made[1] else ""))
 
 
-def _document_of_mmc4(root: str, path: str, record: dict[str, Any]) -> Document:
-    """Each image before the sentence that it was matched with."""
-    texts = [text for text in record["text_list"] if isinstance(text, str)]
-    before: dict[int, list[Any]] = defaultdict(list)
-    for image in record.get("image_info") or []:
-        if isinstance(image, dict) and isinstance(image.get("matched_text_index", 0), int):
-            before[image.get("matched_text_index", 0)].append(image.get("image_name"))
-    parts = [part for place, text in enumerate(texts) for part in (*before[place], {"text": text})]
-    return _document_of_parts(root, path, parts, " ")
-
-
-def _document_of_obelics(root: str, path: str, record: dict[str, Any]) -> Document:
-    """Two lists of one length; at each place a text or an image."""
-    images = record.get("images")
-    pairs = zip(record["texts"], images if isinstance(images, list) else [None] * len(record["texts"]), strict=False)
-    parts = [{"text": text} if isinstance(text, str) else image for text, image in pairs if text or image]
-    return _document_of_parts(root, path, parts, "\n\n")
-
-
-_INTERLEAVED = {"text_list": ("MMC4", _document_of_mmc4), "texts": ("OBELICS", _document_of_obelics)}
-
-
-def _document_of_parts(root: str, path: str, parts: list[Any], glue: str) -> Document:
-    """Texts in a row are one segment. Images that are not there are left out and counted in the document's meta."""
-    segments: list[Segment] = []
-    missing = 0
-    for part in parts:
-        if isinstance(part, dict) and isinstance(part.get("text"), str) and "bytes" not in part:
-            if segments and isinstance(segments[-1].data, str):
-                segments[-1] = Segment(segments[-1].data + glue + part["text"])
-            elif part["text"].strip():
-                segments.append(Segment(part["text"]))
-            continue
-        try:
-            segments.append(_medium(root, path, part))
-        except (BadSample, OSError) as error:
-            if isinstance(error, BadSample) and error.reason not in ("missing_file", "unknown_medium"):
-                raise
-            missing += 1
-    if missing and not any(isinstance(segment.data, bytes) for segment in segments):
-        raise BadSample("missing_file", f"none of its {missing} images is there")
-    if not segments:
-        raise BadSample("empty_text", "the record holds neither a text nor an image")
-    return Document(tuple(segments), meta={"missing_images": missing} if missing else {})
+def _document_of_interleaved(root: str, path: str, record: dict[str, Any]) -> Document:
+    dropped: Counter[str] = Counter()
+    segments = interleaved(record, partial(_medium, root, path), dropped)
+    return Document(tuple(segments), meta={"missing_images": dropped.total()} if dropped else {})
 
 
 def _document_of_media(root: str, path: str, record: dict[str, Any], media: list[Any], options: Options) -> Document:

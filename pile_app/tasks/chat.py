@@ -3,7 +3,7 @@
 
     conversation.ask([Segment("What is this?"), picture], sampling)  ──►  str pieces, Segment, Segment ..., Notice
 
-The layout is that of training (`data/conversations.py`). What does not fit the context is dropped from the front, by whole
+The layout is that of training (`records.py`). What does not fit the context is dropped from the front, by whole
 turns, and a `Notice` says so; what the assistant says can be no longer than what is left.
 """
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from pile_app import documents, media
-from pile_app.data.conversations import MARKERS, Turn, check_tokenizer, clean_turn, conversation_prompt
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate_document
 from pile_app.model.segments import segment_length
+from pile_app.records import MARKERS, Turn, clean_turn, conversation_prompt
 
 ANSWER_SHARE = 4  # a quarter of the context, at least, is kept free for the answer
 
@@ -79,6 +80,14 @@ def read_upload(name: str, data: bytes, limits: Limits) -> Segment:
     except documents.BadSample as error:
         raise ValueError(f"{name} cannot be used, {error}") from error
     return Segment(data, extension)
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the tokenizer cannot write the markers of roles."""
+    if any(tokenizer.decode(tokenizer.encode(marker)) != marker for marker in MARKERS):
+        raise ValueError(
+            "conversations need a tokenizer that writes control characters, for they mark who speaks: bytes or byte-level BPE"
+        )
 
 
 class Conversation:
@@ -208,11 +217,10 @@ def shown_image(segment: Segment, pixels: int = 224) -> bytes:
     from PIL import Image
 
     assert segment.modality == IMAGE
-    with Image.open(io.BytesIO(segment.file), formats=media.IMAGE_FORMATS) as opened:
-        image: Image.Image = opened.convert("RGB")
-        scale = pixels // max(image.size)
-        if scale > 1:
-            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        file = io.BytesIO()
-        image.save(file, "png")
+    image = media.load_image(segment.file, pixels).convert("RGB")
+    scale = pixels // max(image.size)
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.save(file, "png")
     return file.getvalue()

@@ -37,7 +37,7 @@ from pile_app.data.remote import ShardCache
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.data.sources import SourceData, cache_folder, segment_tokens
 from pile_app.data.tar import ShardError
-from pile_app.data.text import Tokenizer, load_tokenizer, text_tokens
+from pile_app.data.tokenizers import Tokenizer, load_tokenizer, text_tokens
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
 from pile_app.prepare.engines import tracked
 from pile_app.tasks.inspect_duplicates import find_duplicates

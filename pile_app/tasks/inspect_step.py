@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pile_app.data.assembly import PackedDocument
 from pile_app.data.datamodule import PackDataset, PileDataModule
 from pile_app.data.index import segment_size
-from pile_app.data.text import Tokenizer
+from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Segment
 from pile_app.tasks.inspect_page import Decode, describe_segment, state_of, write_page
 from pile_app.training.load import load_run

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pile_app.data.entities import OUTSIDE
+from pile_app.tasks.entities import OUTSIDE
 
 
 class LinearChain(nn.Module):
     """Args:
-    types: of entities; K = 1 + 2 · types tags, numbered as in `data/entities.py`.
+    types: of entities; K = 1 + 2 · types tags, numbered as in `tasks/entities.py`.
     """
 
     may_begin: Tensor

@@ -36,7 +36,7 @@ from pile_app.training.objective import Objective, mean_by_piece
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 LARGEST_SCALE = 100.0  # 1 / temperature, as in CLIP
 CUTOFFS = (1, 5, 10)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.entities import Place, Span, document_words, last_tokens, merge_words, spans_of_words
 from pile_app.documents import Document, Segment
+from pile_app.prepare.entities import Offsets
+from pile_app.tasks.entities import Span, document_words, last_tokens, merge_words, spans_of_words
 from pile_app.tasks.tagging import Tagging, gather_words
 from pile_app.training.module import PileModule
 
@@ -32,7 +33,7 @@ class _Piece(NamedTuple):
 
     text: int
     start: int
-    words: list[Place]
+    words: list[Offsets]
     document: Document
     tokens: int
 

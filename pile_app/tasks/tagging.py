@@ -5,7 +5,7 @@
 
 The model is causal: what it knows at the end of a word does not see what follows. The small LSTM reads its vectors in both
 directions, as taggers over character language models do (Flair: Akbik et al. 2018; arXiv:1603.01360), and the linear chain
-decides for the sentence as a whole. Documents: see `data/entities.py`.
+decides for the sentence as a whole. Documents: see `tasks/entities.py`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import Batch
-from pile_app.data.entities import OUTSIDE, document_words, last_tokens, merge_words, tags_of_words
 from pile_app.documents import TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.tasks.entities import OUTSIDE, document_words, last_tokens, merge_words, tags_of_words
 from pile_app.tasks.entity_scores import EntityScores
 from pile_app.tasks.linear_chain import LinearChain
 from pile_app.training.objective import Objective
 
 if TYPE_CHECKING:
-    from pile_app.data.text import Tokenizer
+    from pile_app.data.tokenizers import Tokenizer
 
 
 class TagAnnotator(Annotator):

@@ -27,7 +27,7 @@ from pile_app.data.batch import Batch
 from pile_app.data.datamodule import PileDataModule, data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
-from pile_app.data.text import Tokenizer, load_tokenizer
+from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
@@ -124,6 +124,7 @@ class PileModule(LightningModule):
         self.sums: dict[str, Tensor] = {}
         self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the optimizer step under way
         self.guard: StepGuard | None = None  # says which steps are not taken; it enters itself here
+        self.counted: Trainer | None = None  # whose settings are in optimizer steps
         self.whole: WholeModel | None = None  # of a model that is cut over the devices
         if codecs_from is not None:
             load_codecs(self.model, codecs_from)
@@ -157,8 +158,9 @@ class PileModule(LightningModule):
         import torchmetrics
 
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit":
+        if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
+            self.counted = self.trainer
         for source in data.train_data + data.validation_data:
             check_encoded(source)
         self.token_metrics = TokenMetrics(len(data.validation_names))

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch.utils.flop_counter import FlopCounterMode
 
 from pile_app.data.datamodule import PileDataModule, Source
-from pile_app.data.text import ByteTokenizer, Tokenizer, load_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodec, ImageCodec

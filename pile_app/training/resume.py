@@ -151,11 +151,8 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
     """`name was a, now b` of each change."""
 
     def short(value: Any) -> str:
-        return (
-            str(value["class_path"]).rpartition(".")[2]
-            if isinstance(value, dict) and "class_path" in value
-            else f"{value}"[:80]
-        )
+        path: str | None = value.get("class_path") if isinstance(value, dict) else None
+        return path.rpartition(".")[2] if path else str(value)[:80]
 
     return "; ".join(f"{name} was {short(was)}, now it is {short(now)}" for name, was, now in sorted(changes, key=str))
 
@@ -168,8 +165,8 @@ def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
     path = run / "config.yaml"
     was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"model": {}}
-    changes = list(differences(was["model"], asked["model"], "model"))
-    changes += differences(was.get("seed_everything"), asked["seed_everything"], "seed_everything")
+    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # and, of the data, what makes positions comparable
+    changes = list(differences(was, fixed | {"data": {key: asked["data"][key] for key in ("context", "global_batch", "seed")}}))
     unused = ("model.start_from", "model.codecs_from")
     changes = [one for one in changes if not FOLLOWED.match(one[0]) and not (one[0] in unused and one[2] is None)]
     if changes:

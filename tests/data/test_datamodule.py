@@ -19,7 +19,7 @@ from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.order import MIXTURE_BLOCK
 from pile_app.data.shards import write_shards
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.vocabulary import Vocabulary
 

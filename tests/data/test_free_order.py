@@ -11,7 +11,7 @@ from pile_app.data.datamodule import PackDataset
 from pile_app.data.order import Phase, TrainingOrder
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import SourceData
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import IMAGE, TEXT, Document, Segment
 from pile_app.vocabulary import Vocabulary
 

@@ -409,7 +409,7 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
     import torch  # here: processes of other tests import this module, and need none of it
 
     from pile_app.data.datamodule import PileDataModule, Source, _ShardsAhead
-    from pile_app.data.text import ByteTokenizer
+    from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.model.fused import make_vocabulary
 
     texts = (Document((Segment(f"text {n} " * 20),), str(n)) for n in range(600))

@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Codes, Document, Segment
 from pile_app.media import audio_size, decode_image, image_size
 from pile_app.model.backbones import LSTM

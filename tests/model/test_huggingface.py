@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pile_app.data.text import load_tokenizer, train_tokenizer
+from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.backbones import LSTM, Backbone, Transformer
 from pile_app.model.fused import FusedLanguageModel
@@ -72,7 +72,7 @@ def test_what_transformers_does_not_have_is_refused_by_its_setting(
         (make_model("bytes", LSTM(16, 1)), "bytes", "LSTM, not Transformer"),
         (make_model("bytes", Transformer(**sizes)), "bytes", "skips: false"),  # type: ignore[arg-type]
         (make_model("bytes", Transformer(**sizes, skips=False)), "bytes", "sharpness: 1"),  # type: ignore[arg-type]
-        (make_model(str(words), fitting), str(words), "one of words"),
+        (make_model(str(words), fitting), str(words), "WordLevel model"),
     ):
         with pytest.raises(ValueError, match=told):
             save_huggingface(model, tokenizer, 64, tmp_path / "out")

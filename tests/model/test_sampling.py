@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pile_app.data.text import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from pile_app.model.sampling import Sampling, TextPieces, Uniforms, draw
 
 

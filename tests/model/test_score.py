@@ -10,7 +10,7 @@ import torch
 from conftest import BACKBONES
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.text import load_tokenizer, train_tokenizer
+from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
 from pile_app.documents import AUDIO, TEXT, Document, Segment
 from pile_app.model import score
 from pile_app.model.backbones import MinGRU

@@ -1,4 +1,4 @@
-"""The promises of `prepare/chats.py`: the common chat layouts are read as they are, nothing from outside the input folder."""
+"""`pile prepare --kind chat`: the common chat layouts become conversations, and no file outside the input folder is read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pile_app.data.conversations import ROLES
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.documents import Document, Segment
 from pile_app.prepare.pipeline import prepare
+from pile_app.records import ROLES
 
 MakeSegment = Callable[..., Segment]
 SPEAKER = {marker: role for role, marker in ROLES.items()}
@@ -104,13 +104,13 @@ def test_sharegpt_and_alpaca(folder: Path) -> None:
     )
 
 
-def test_llava_puts_the_image_where_it_stands(folder: Path, image: MakeSegment) -> None:
+def test_llava_inserts_the_image_at_its_placeholder(folder: Path, image: MakeSegment) -> None:
     (folder / "pictures").mkdir()
     (folder / "pictures" / "one.png").write_bytes(image(0).file)
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A frog."}]
     (folder / "llava.json").write_text(json.dumps([{"id": 1, "image": "pictures/one.png", "conversations": turns}]))
     (document,), rejected = prepared(folder)
-    assert not rejected, "the picture belongs to the conversation and is no document of its own"
+    assert not rejected, "the image belongs to the conversation and is no document of its own"
     assert told(document) == [("user", [image(0).file, "What is it?"]), ("assistant", ["A frog."])]
 
 
@@ -119,14 +119,14 @@ def test_chatterbot_dialogues_take_turns(folder: Path) -> None:
         "categories:\n- AI\nconversations:\n- - What is AI?\n  - Yes\n- - 3\n  - 4\n  - five\n  - 6\n- odd: one\n"
     )
     documents, rejected = prepared(folder)
-    assert [one["reason"] for one in rejected] == ["unknown_content"], "an odd one costs the others nothing"
+    assert [one["reason"] for one in rejected] == ["no_conversation"], "the other dialogues of the file are read"
     assert sorted(map(told, documents)) == [
         [("user", ["3"]), ("assistant", ["4"]), ("user", ["five"]), ("assistant", ["6"])],
         [("user", ["What is AI?"]), ("assistant", ["Yes"])],
     ]
 
 
-def test_what_cannot_be_read_is_counted_by_reason(folder: Path, image: MakeSegment, tmp_path: Path) -> None:
+def test_unreadable_conversations_are_counted_by_reason(folder: Path, image: MakeSegment, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(image(0).file)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
 
@@ -142,13 +142,12 @@ def test_what_cannot_be_read_is_counted_by_reason(folder: Path, image: MakeSegme
         "remote_medium": [shown("https://example.org/a.png")],
         "invalid_base64": [shown("data:image/png;base64,???")],
         "unknown_medium": [shown("data:image/png;base64," + base64.b64encode(b"text, no image").decode())],
-        "unknown_role": [{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}],
+        "unknown_role": [{"messages": [{"role": "critic", "content": "x"}, {"role": "assistant", "content": "x"}]}],
         "unknown_content": [{"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-                            {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}],
-        "no_answer": [{"messages": [{"role": "user", "content": "Anybody?"}]}],
-        "no_conversation": [{"text": "plain"}, {"messages": "x"}],
-        "unplaced_medium": [{"image": "data:image/png;base64," + base64.b64encode(image(0).file).decode(),
-                             "conversations": [{"from": "human", "value": "no tag"}, answer]}],
+                            {"instruction": "x", "output": "y", "history": ["no pair"]}],
+        "no_answer": [{"messages": [{"role": "user", "content": "Anybody?"}]},
+                      {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}],
+        "no_conversation": [{"text": "plain"}, {"messages": "x"}, {"messages": [{"id": 3}]}],
     }  # fmt: skip
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     write_lines(folder / "a.jsonl", good, *(record for group in records.values() for record in group))

@@ -1,4 +1,4 @@
-"""Published layouts of named entities: what they become, what is mended, and what is rejected."""
+"""Published layouts of named entities: how they are read, repaired and rejected."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_columns_document_starts_and_wrong_lines_of_conll(tmp_path: Path) -> Non
     assert (entities(third), third.layout, fourth.layout) == ([("I", "LOC")], "CoNLL, mended", "CoNLL")
 
 
-def test_spans_of_records_are_checked_and_mended(tmp_path: Path) -> None:
+def test_spans_of_records_are_checked_and_repaired(tmp_path: Path) -> None:
     text = "Ada saw New York-based Bob"
     records: list[dict[str, Any]] = [
         {"text": text, "spans": [{"start": 8, "end": 16, "label": "LOC"}, {"start": 0, "end": 3, "label": "PER"}]},
@@ -68,10 +68,11 @@ def test_spans_of_records_are_checked_and_mended(tmp_path: Path) -> None:
         {"text": text, "entities": [[0, 7, "PER"], [4, 7, "ACT"]]},
         {"text": "e\u0301te\u0301 in Li\u0301on  \r\nx", "entities": [[9, 14, "LOC"]]},  # cleaning composes and cuts
         {"text": text, "entities": []},
+        {"text": "\0", "entities": [[0, 1, "LOC"]]},  # cleaning leaves nothing
     ]
     given = found(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records), kind="entities")
     assert reasons(given) == ["invalid_span", "invalid_span", "overlapping_spans"]
-    whole, trimmed, composed, none = (one for one in given if isinstance(one.content, Document))
+    whole, trimmed, composed, none, _ = (one for one in given if isinstance(one.content, Document))
     assert entities(whole) == [("Ada", "PER"), ("New York-based", "LOC")] and whole.layout.endswith("mended")
     assert entities(trimmed) == [("Ada", "PER")] and trimmed.layout == "entities (JSON lines), mended"
     assert entities(composed) == [("Líon", "LOC")] and composed.layout == "entities (JSON lines)"
@@ -97,7 +98,7 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
     assert entities(one) == wanted and one.layout == "entities (Parquet)"
 
 
-def test_prepare_writes_entities_to_shards_and_says_what_it_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_writes_entities_to_shards_and_counts_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.conll").write_text(CONLL + "\nx Q-LOC\n\nI I-PER\n\nx\u0301 B-PER\n")
     prepare(tmp_path / "in", tmp_path / "out", kind="entities", validation_share=0.0, processes=1)

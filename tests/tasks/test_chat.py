@@ -14,14 +14,14 @@ from conftest import REPOSITORY, TinyRun, train
 
 from pile_app.cli import main
 from pile_app.commands.chat import Terminal
-from pile_app.data.conversations import MARKERS, Turn, conversation_prompt
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Segment
 from pile_app.media import image_size
 from pile_app.model.backbones import LSTM
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling
-from pile_app.tasks.chat import Conversation, Limits, Notice, prompt_length, read_upload, shown_image
+from pile_app.records import MARKERS, Turn, conversation_prompt
+from pile_app.tasks.chat import Conversation, Limits, Notice, check_tokenizer, prompt_length, read_upload, shown_image
 from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]
@@ -199,3 +199,16 @@ def test_a_run_learns_from_conversations_and_talks_in_the_terminal(
     main(["chat", str(tmp_path / "runs" / "chat"), "--max-text", "6", "--max-seconds", "0.2"])
     told = capsys.readouterr().out
     assert "(there is no /nix; /help lists what there is)" in told and "seed 5" in told and told.count("\n") >= 4
+
+
+def test_tokenizers_that_cannot_write_markers_are_refused(tmp_path: Path) -> None:
+    check_tokenizer(ByteTokenizer())
+    for kind, fits in (("bpe", True), ("words", False)):
+        train_tokenizer(["one two three"] * 3, kind, 300, tmp_path / kind)  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(str(tmp_path / kind))
+        if fits:
+            check_tokenizer(tokenizer)
+            assert [len(tokenizer.encode(marker)) for marker in MARKERS] == [1, 1, 1]
+        else:
+            with pytest.raises(ValueError, match="byte-level"):
+                check_tokenizer(tokenizer)

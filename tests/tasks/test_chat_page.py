@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import AUDIO, IMAGE
 
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling

@@ -19,7 +19,7 @@ from conftest import media_documents, prose_documents
 from pile_app.cli import main
 from pile_app.data.index import build_index, load_index
 from pile_app.data.shards import Shards, expand_shards, write_shards
-from pile_app.data.text import train_tokenizer
+from pile_app.data.tokenizers import train_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Codes, Document, Segment, describe
 from pile_app.tasks import encode
 from pile_app.training.load import load_run
@@ -155,7 +155,7 @@ def test_other_codecs_and_learning_ones_are_refused_before_training(bench: Workb
     torch.save(state, other.folder / "changed.ckpt")
     words = ("--model.codec_steps", "0", "--model.codecs_from", str(other.folder / "changed.ckpt"))
     attempt = other.start("changed", *words, *STEPS, *TOLERANT)
-    assert attempt.wait() == 2 and "the model's codec is" in attempt.text and "or encode them anew" in attempt.text
+    assert attempt.wait() == 2 and "the model's codec is" in attempt.text and "or encode again" in attempt.text
     shutil.copytree(other.run("x") if other.run("x").exists() else bench.run("raw"), bench.run("mixed"))
     attempt = bench.start("mixed", *words, *STEPS, *TOLERANT, "--trainer.max_steps", "12")
     assert attempt.wait() == 2 and "model.codecs_from was" in attempt.text

@@ -20,7 +20,7 @@ from PIL import Image
 from pile_app.cli import main
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import segment_tokens
-from pile_app.data.text import text_tokens
+from pile_app.data.tokenizers import text_tokens
 from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.inspect_data import inspect_data

@@ -18,10 +18,11 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 
 from pile_app.cli import main as pile
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.entities import Span, spans_of_tags
 from pile_app.documents import Document, Segment
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.prepare.entities import spans_of_tags
 from pile_app.prepare.pipeline import prepare
+from pile_app.tasks.entities import Span
 from pile_app.tasks.entity_scores import EntityScores
 from pile_app.tasks.linear_chain import LinearChain
 from pile_app.tasks.tag_texts import Tagged, as_inline, as_page, as_record

@@ -63,7 +63,7 @@ def test_damaged_folder_is_refused_in_a_line(tiny_model: Callable[..., FusedLang
 
 
 def test_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
-    from pile_app.data.text import load_tokenizer, train_tokenizer
+    from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
     from pile_app.model.pretrained import save_pretrained
 
     train_tokenizer(["one two three"] * 5, "words", 5, tmp_path / "made" / "tokenizer.json")

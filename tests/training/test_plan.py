@@ -12,7 +12,7 @@ from conftest import AUDIO, BACKBONES, IMAGE, REPOSITORY, TINY_CONFIG, TinyRun
 from torch.utils.flop_counter import FlopCounterMode
 
 from pile_app.cli import main as pile
-from pile_app.data.text import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model import attention, loss
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel

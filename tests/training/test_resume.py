@@ -102,9 +102,9 @@ def test_sigterm_in_a_validation_breaks_it_off_and_the_resumed_run_begins_it_aga
         (["--model.optimizer.name", "sgd"], "model.optimizer.name was muon, now it is sgd"),
         (["--seed_everything", "1"], "seed_everything was 0, now it is 1"),
         (["--trainer.max_steps", "5"], "has trained 6 steps"),
-        (["--data.seed", "1"], "made with seed 0, now it is 1"),
-        (["--data.context", "120"], "made with context 128, now it is 120"),
-        (["--data.global_batch", "8"], "made with global_batch 4, now it is 8"),
+        (["--data.seed", "1"], "data.seed was 0, now it is 1"),
+        (["--data.context", "120"], "data.context was 128, now it is 120"),
+        (["--data.global_batch", "8"], "data.global_batch was 4, now it is 8"),
         (["--data.sources.prose.weight", "3"], "made with weights"),
     ],
 )

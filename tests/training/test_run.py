@@ -22,7 +22,7 @@ from processes import start
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.index import load_index
 from pile_app.data.shards import write_shards
-from pile_app.data.text import ByteTokenizer, load_tokenizer, train_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
 from pile_app.documents import Document, Segment
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import make_vocabulary
@@ -181,6 +181,7 @@ def test_trainer_by_hand_takes_optimizer_steps(bench: Workbench, tmp_path: Path)
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
         trainer = Trainer(default_root_dir=tmp_path, **quiet, **options)
         trainer.fit(module, data)
+        trainer.fit(module, data)  # has nothing left to do
         return trainer, module
 
     (whole, one), (parts, two) = fit(8, max_steps=4), fit(4, max_steps=4, val_check_interval=2, check_val_every_n_epoch=None)

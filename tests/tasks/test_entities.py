@@ -7,17 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pile_app.data.entities import (
-    document_words,
-    last_tokens,
-    merge_words,
-    scheme_of_tags,
-    spans_of_tags,
-    spans_of_words,
-    tags_of_words,
-    word_places,
-)
-from pile_app.data.text import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
+from pile_app.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
+from pile_app.prepare.entities import scheme_of_tags, spans_of_tags, word_offsets
+from pile_app.tasks.entities import document_words, last_tokens, merge_words, spans_of_words, tags_of_words
 
 TEXT = "José, the 李小龙 of Zürich… it's @paul's #nlp 👩‍🚀 talk at AT&T: http://x.y/z?a=1 नमस्ते 10.5%!!"
 
@@ -30,8 +22,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
     return {"bytes": ByteTokenizer()} | {kind: JsonTokenizer(folder / f"{kind}.json") for kind in ("bpe", "words")}
 
 
-def test_words_of_a_text_that_came_without_any() -> None:
-    words = [TEXT[start:stop] for start, stop in word_places(TEXT)]
+def test_texts_are_split_into_words() -> None:
+    words = [TEXT[start:stop] for start, stop in word_offsets(TEXT)]
     assert words[:12] == ["José", ",", "the", "李", "小", "龙", "of", "Zürich", "…", "it", "'s", "@paul"]
     assert words[12:15] == ["'s", "#nlp", "👩"] and words[-3:] == ["10.5", "%", "!!"]
     assert {"AT&T", ":", "http://x.y/z?a=1", "नमस्ते"} <= set(words)
@@ -39,15 +31,15 @@ def test_words_of_a_text_that_came_without_any() -> None:
 
 
 @given(st.text())
-def test_words_cover_all_but_blanks_in_order(text: str) -> None:
-    places = [0, *(place for word in word_places(text) for place in word), len(text)]
+def test_words_cover_everything_but_whitespace_in_order(text: str) -> None:
+    places = [0, *(place for word in word_offsets(text) for place in word), len(text)]
     assert places == sorted(places)
     assert all(not text[a:b].strip() for a, b in zip(places[::2], places[1::2], strict=True))
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "words"])
 def test_a_word_is_labelled_where_it_ends_with_any_tokenizer(tokenizers: dict[str, Tokenizer], name: str) -> None:
-    tokenizer, words = tokenizers[name], word_places(TEXT)
+    tokenizer, words = tokenizers[name], word_offsets(TEXT)
     last = last_tokens(TEXT, words, tokenizer)
     ids = tokenizer.encode(TEXT)
     assert (np.diff(last) >= 0).all() and last[0] >= 0 and last[-1] < len(ids)
@@ -91,7 +83,7 @@ def test_spans_come_back_from_tags_of_every_scheme(tags: list[str]) -> None:
         assert scheme_of_tags([schemes["BIOES"], ["S-a"]]) == "BIOES" and scheme_of_tags([schemes["BIO"]]) == "BIO"
 
 
-def test_what_a_scheme_does_not_allow_is_mended_and_counted() -> None:
+def test_invalid_tags_are_repaired_and_counted() -> None:
     assert spans_of_tags(["I-a", "I-a", "I-b", "O"]) == ([(0, 2, "a"), (2, 3, "b")], 2)
     assert spans_of_tags(["I-a", "I-a", "I-b", "O"], "IOB1") == ([(0, 2, "a"), (2, 3, "b")], 0)
     assert spans_of_tags(["B-a", "I-a", "O", "E-a", "B-b"], "BIOES") == ([(0, 2, "a"), (3, 4, "a"), (4, 5, "b")], 3)
@@ -101,7 +93,7 @@ def test_what_a_scheme_does_not_allow_is_mended_and_counted() -> None:
 
 
 def test_spans_that_are_no_words_are_refused() -> None:
-    words = word_places("Ada Lovelace wrote")
+    words = word_offsets("Ada Lovelace wrote")
     assert tags_of_words(words, [[0, 12, "p"]], ["o", "p"]).tolist() == [3, 4, 0]
     with pytest.raises(ValueError, match=r"type 'q', model.objective.types names \['p'\]"):
         tags_of_words(words, [[0, 3, "q"]], ["p"])

@@ -1,36 +1,35 @@
-"""Text: cleaning, tokenizers, and how many tokens the texts of a shard take.
+"""Tokenizers: text -> int32 ids (tokens,) -> text, and the cleaning of texts when shards are written.
 
-`clean_text` runs once, when shards are written. A `Tokenizer` turns text into int32 ids and back: `bytes` (256 ids, nothing to
-train, the default) or a `tokenizer.json` of the `tokenizers` library, byte-level BPE or words. `token_bytes` says how many
-UTF-8 bytes each id stands for, so that losses can be told in bits per byte whatever the tokenizer.
-
-Packing needs the token count of every text before any is read. For bytes the index of the shard holds it; for others
-`text_tokens` tokenizes the shard once and keeps the ids beside it, in `<shard>.<fingerprint>.tokens.safetensors`: training
-reads those, and never tokenizes.
+A tokenizer is `bytes` (256 ids, the default) or a `tokenizer.json` of the `tokenizers` library. `token_bytes` holds the UTF-8
+bytes that each id stands for, so that losses are comparable as bits per byte: the bytes of the tokens of a text sum up to those
+of the text. (Tokens of tokenizers that split texts at whitespace count a space before each word.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pile_app.data.index import EXTENSIONS, ShardIndex, breaks_in_bytes, map_arrays, save_arrays, tokens_path
+from pile_app.data.index import EXTENSIONS, ShardIndex, map_arrays, save_arrays, tokens_path
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
 from pile_app.data.tar import ShardError
 from pile_app.documents import TEXT, BadSample, Codes, Segment
 
+_warn = lru_cache(logging.getLogger(__name__).warning)  # each message once
 NO_TOKENS = np.zeros(0, np.int64)
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
@@ -39,11 +38,11 @@ _BLANK_LINES = re.compile("\n{3,}")
 
 
 def clean_text(text: str) -> str:
-    """Unicode NFC, every line end a newline, no control characters but tab and newline, no whitespace at the end of lines, no
-    more than one blank line in a row. Cleaning twice changes nothing."""
-    if _UNUSUAL.search(text):  # mostly not, and to look is six times as fast as to replace
+    """Convert to Unicode NFC with newlines as line ends; remove other control characters than tab, whitespace at the end of
+    lines, and blank lines after a blank line. Cleaning twice changes nothing."""
+    if _UNUSUAL.search(text):  # searching is six times as fast as replacing, and most texts have none
         text = _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
-    text = unicodedata.normalize("NFC", text)  # last of the two: removing a control character can bring a mark to its letter
+    text = unicodedata.normalize("NFC", text)  # after that, since removing a control character can join a mark to its letter
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return _BLANK_LINES.sub("\n\n", text)
 
@@ -60,16 +59,13 @@ class Tokenizer(Protocol):
     token_bytes: np.ndarray
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids (tokens,)."""
-        ...
+        """Return int32 ids (tokens,)."""
 
     def count(self, text: str) -> int:
-        """Number of tokens of `text`."""
-        ...
+        """Count the tokens of `text`."""
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, how many of them are before each of its breaks) of each text; breaks are places in characters."""
-        ...
+        """Return (ids, number of tokens before each break) of each text; breaks are character offsets."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
@@ -78,9 +74,7 @@ class ByteTokenizer:
     """UTF-8 bytes: an id is a byte."""
 
     def __init__(self) -> None:
-        self.size = 256
-        self.fingerprint = "bytes"
-        self.token_bytes = np.ones(256, np.int64)
+        self.size, self.fingerprint, self.token_bytes = 256, "bytes", np.ones(256, np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -89,95 +83,154 @@ class ByteTokenizer:
         return len(text.encode())
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [
-            (self.encode(text), np.array(breaks_in_bytes(text, places), np.int64))
-            for text, places in zip(texts, breaks, strict=True)
-        ]
+        found = []
+        for ids, offsets in zip(map(self.encode, texts), breaks, strict=True):
+            first = np.append(np.flatnonzero(ids & 0xC0 != 0x80), len(ids))  # byte of each character
+            found.append((ids, first[np.array(offsets, np.int64)]))
+        return found
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Bytes that are not UTF-8, as an untrained model writes them, become U+FFFD."""
+        """Decode UTF-8; invalid bytes, which an untrained model writes, become U+FFFD."""
         return bytes(np.asarray(ids, np.uint8)).decode(errors="replace")
 
 
-class JsonTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library: byte-level (GPT-2, Llama 3, Qwen ...) or word-level.
+# Texts that show what a tokenizer loses, in NFC as `clean_text` returns it.
+PROBES = {
+    "capitals": "The CAT sat",
+    "spaces": " a  b ",
+    "newlines and tabs": "a\n\nb\tc",
+    "accents": "d\u00e9j\u00e0 vu",
+    "punctuation": "it's 3.5, (or) \u201cso\u201d!",
+    "compatibility characters": "\ufb01ve \u00bd \u2460",
+    "CJK": "\u732b\u306f\u3069\u3053",
+    "emoji": "ok \U0001f469\u200d\U0001f680",
+}
+_MARKUP = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)  # <|user|>, [INST]; added words and runs of spaces are ordinary tokens
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_ANY = 1 << 30
+PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
-    Nothing is added around a text, and nothing is cut. The names of special tokens are ordinary text to a byte-level tokenizer;
-    to a word-level one the text `<unk>` is the unknown word, as in WikiText.
+
+class JsonTokenizer:
+    """A `tokenizer.json`: BPE (byte-level or with byte fallback), Unigram, WordPiece or WordLevel.
+
+    Nothing is added to a text, not even the space with which Llama 2 begins it, and nothing is truncated. Control tokens that
+    are written in a text are encoded as ordinary text; only the `<unk>` of a WordLevel model is the unknown word, as in
+    WikiText. A warning says what the tokenizer loses.
     """
 
     def __init__(self, path: str | Path) -> None:
-        import tokenizers
+        from tokenizers import Tokenizer
 
         try:
             data = Path(path).read_bytes()
-            description = json.loads(data)
-            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-        except OSError as error:
-            raise ValueError(f'tokenizer {str(path)!r} cannot be read: {error}. Give "bytes" or a tokenizer.json') from error
+            description = plain_description(json.loads(data))
+            self._tokenizer = Tokenizer.from_str(json.dumps(description))
+            self._tokenizer.encode("\U000f0000")  # fails if there is no token for unknown words
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ValueError(
-                f"tokenizer {str(path)!r} is not a tokenizer.json of the tokenizers library: {error}. "
-                'Give "bytes" or the file that train_tokenizer or Tokenizer.save wrote'
+                f"tokenizer {str(path)!r} cannot be used: {error!r:.300}. "
+                'Give "bytes", or the path of a tokenizer.json of the tokenizers library'
             ) from error
-        self._words = description["model"]["type"] == "WordLevel"
-        if not self._words and '"ByteLevel"' not in json.dumps([description.get("pre_tokenizer"), description.get("decoder")]):
-            raise ValueError(
-                f"tokenizer {str(path)!r} is a {description['model']['type']} model without byte-level pre-tokenizer; its "
-                "tokens stand for no fixed number of bytes. Use byte-level BPE, a WordLevel model or bytes"
-            )
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = not self._words
+        self._tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary, model = self._tokenizer.get_vocab(with_added_tokens=True), description["model"]
         self.size = max(vocabulary.values()) + 1
-        added = self._tokenizer.get_added_tokens_decoder()
+        unknown = model.get("unk_token") if model.get("unk_id") is None else self._tokenizer.id_to_token(model["unk_id"])
+        control = [token["id"] for token in description["added_tokens"] if token["special"] and token["content"] != unknown]
+        has_bytes = model.get("byte_fallback") or "ByteFallback" in json.dumps(description["decoder"])
+        single_bytes = [token for piece, token in vocabulary.items() if has_bytes and _BYTE.fullmatch(piece)]
+        # Most characters of a text that become one token; if a token covers more, its name is written in the text.
+        self._longest = np.full(self.size, _ANY)
+        self._longest[control], self._longest[single_bytes] = 1, len("<0x00>") - 1
         self.token_bytes = np.zeros(self.size, np.int64)
-        for piece, token in vocabulary.items():
-            # A byte-level piece has one character a byte; a word is followed by a space.
-            byte_level = not self._words and token not in added
-            self.token_bytes[token] = len(piece) if byte_level else len(piece.encode()) + self._words
+        self.token_bytes[single_bytes] = 1
+        if '"ByteLevel"' in json.dumps([description[part] for part in PARTS]):  # a character of a piece is a byte
+            added = {token["id"] for token in description["added_tokens"]}
+            for piece, token in vocabulary.items():
+                self.token_bytes[token] = len(piece.encode() if token in added else piece)
+        else:
+            first = self._tokenizer.encode("a", add_special_tokens=False).ids[:1]
+            rest = sorted(set(vocabulary.values()) - set(single_bytes))
+            before, *after = map(self.decode, [first, *([*first, token] for token in rest)])
+            self.token_bytes[rest] = [max(0, len(text.encode()) - len(before.encode())) for text in after]
+        back = {name: self.decode(self.encode(text)) for name, text in PROBES.items()}
+        if lost := [name for name, text in PROBES.items() if back[name] != text]:
+            lowers = lost[0] == "capitals" and back["capitals"] == PROBES["capitals"].lower()
+            losses = ", ".join(["lower-cases"] * lowers + [f"loses {name}" for name in lost[lowers:]])
+            example = f"{PROBES[lost[-1]]!r} comes back as {back[lost[-1]]!r}"
+            _warn(f"tokenizer {str(path)!r} {losses}: text cannot come back as written, {example}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = not self._words  # lost when a Tokenizer is pickled
+        self._tokenizer.encode_special_tokens = True  # lost when a Tokenizer is pickled
+
+    def _encode(self, text: str, encoding: Any = None) -> list[tuple[np.ndarray, int, Any]]:
+        """Encode a text in pieces (ids, start, encoding), cut within the names of control tokens."""
+        if encoding is None:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        longest = self._longest[ids]
+        if longest.min(initial=_ANY) < _ANY:
+            starts, stops = np.array(encoding.offsets).T
+            if cuts := sorted(set((starts[stops - starts > longest] + 1).tolist())):
+                pieces = pairwise([0, *cuts, len(text)])
+                return [(ids, a + start, piece) for a, b in pieces for ids, start, piece in self._encode(text[a:b])]
+        return [(ids, 0, encoding)]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.concatenate([ids for ids, _, _ in self._encode(text)])
 
     def count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
+        return len(self.encode(text))
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = []
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            # A token that reaches over a break is on its far side.
-            (
-                np.array(one.ids, np.int32),
-                np.searchsorted([stop for _, stop in one.offsets], places, side="right") if places else NO_TOKENS,
-            )
-            for one, places in zip(encodings, breaks, strict=True)
-        ]
+        for text, offsets, encoding in zip(texts, breaks, encodings, strict=True):
+            pieces, before = self._encode(text, encoding), NO_TOKENS
+            if offsets:  # a token that reaches over a break is after it
+                stops = [start + stop for _, start, piece in pieces for _, stop in piece.offsets]
+                before = np.searchsorted(stops, offsets, side="right")
+            found.append((np.concatenate([ids for ids, _, _ in pieces]), before))
+        return found
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, or the tokenizer of the `tokenizer.json` at the path `spec`.
+def plain_description(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Change a `tokenizer.json` so that it adds nothing to a text and removes no space, and mark all its control tokens."""
+    unknown = description["model"].get("unk_token") if description["model"]["type"] == "WordLevel" else None
+    tokens = [
+        token | {"special": token["content"] != unknown and (token["special"] or bool(_MARKUP.fullmatch(token["content"])))}
+        for token in description.get("added_tokens") or []
+    ]
+    # Where words are split at whitespace, the space that is added before each word keeps them apart.
+    splits = re.search('"(Whitespace|WhitespaceSplit|BertPreTokenizer|Removed)"', json.dumps(description.get("pre_tokenizer")))
+    parts = {part: _plain_part(description.get(part), bool(splits)) for part in PARTS}
+    return {**description, **parts, "added_tokens": tokens, "truncation": None, "padding": None, "post_processor": None}
 
-    Raises:
-        ValueError: the file is missing, unreadable, or of a kind that cannot be used.
-    """
+
+def _plain_part(part: Any, splits: bool) -> Any:
+    if not part or (not splits and (part["type"] == "Prepend" or (part["type"] == "Strip" and "start" in part))):
+        return None
+    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}} if not splits else {}
+    changes["WordPiece"] = {"cleanup": False}  # of the decoder: it moves punctuation
+    lists = {name: [_plain_part(one, splits) for one in value] for name, value in part.items() if isinstance(value, list)}
+    return part | changes.get(part["type"], {}) | {name: list(filter(None, value)) for name, value in lists.items()}
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Load `bytes`, or the `tokenizer.json` at the path `spec`. Raises ValueError if the file cannot be read."""
     return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec)
 
 
 def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: int, path: str | Path) -> None:
-    """Trains a tokenizer of at most `size` tokens and writes it to `path`; the same texts give the same file.
+    """Train a tokenizer of at most `size` tokens and write it to `path`; the same texts give the same file.
 
-    `bpe` is byte-level byte-pair encoding: it writes any text. `words` is the set-up of classic word-level language models: the
-    most frequent words (lower-cased, split at whitespace and punctuation), all others `<unk>`.
+    `bpe` is byte-level byte-pair encoding. `words` is the vocabulary of classic word-level language models: the most frequent
+    words (lower-cased, split at whitespace and punctuation); all others are `<unk>`.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 

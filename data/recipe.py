@@ -1,4 +1,4 @@
-"""What recipes (`data/*/prepare.py`) share: a folder of shards that appears only when it is whole, and says how it was made."""
+"""Shared by the recipes `data/*/prepare.py`: write a folder of shards atomically, with a description of how it was made."""
 
 from __future__ import annotations
 
