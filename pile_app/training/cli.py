@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -85,13 +86,7 @@ class PileCLI(LightningCLI):
         return super().init_parser(default_config_files=[str(find_default_config())], **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        from pile_app.training.resume import (
-            TOKENIZER,
-            check_complete,
-            check_origin,
-            check_resume,
-            choose_checkpoint,
-        )
+        from pile_app.training.resume import TOKENIZER, check_complete, check_origin, check_resume, choose_checkpoint
         from pile_app.training.run import lock
 
         config, model, is_first = self.config, self.config.model, is_first_process()
@@ -333,6 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except StoppedInValidation:
         pass
+    except KeyboardInterrupt:  # before training
+        raise SystemExit(128 + signal.SIGINT) from None
     except DivergedError as error:
         stop_diverged(cli, error)
     except (ArgumentError, ValueError, OSError, ShardError, MisconfigurationException) as error:
@@ -343,13 +340,16 @@ def main(arguments: list[str] | None = None) -> None:
     if cli.config.trainer.fast_dev_run:
         print(f"fast_dev_run: {cli.trainer.global_step} optimizer steps; nothing is kept")
         return
-    if cli.stop.stopped:
-        if not cli.trainer.is_global_zero:
-            raise SystemExit  # with 0: Lightning kills all processes that are left when one that it started fails
-        command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
-        print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
-        raise SystemExit(cli.stop.exit_code)
-    finish(cli)
+    if not cli.stop.stopped:
+        try:
+            return finish(cli)
+        except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
+            cli.stop.received = signal.SIGINT
+    if not cli.trainer.is_global_zero:
+        raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
+    command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
+    print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
+    raise SystemExit(cli.stop.exit_code)
 
 
 def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:

@@ -1,5 +1,5 @@
-"""What a run resumes from: the newest checkpoint that can be read and has seen nothing that the run is to pass over; and what
-may change when it does.
+"""The checkpoint that a run resumes from, the newest that can be read and is from before the steps to skip; and the settings
+that may change when it does.
 
 A checkpoint file is torch's zip archive, which holds the CRC-32 of every record; torch does not look at them when it loads.
 Here they are checked first, so a file that was cut off, zeroed in part or has a flipped bit is refused, not loaded.
@@ -158,7 +158,7 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
 
 
 def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that the run had. Raises ValueError: the one asked for is of another model, or of fewer steps than
+    """Return the configuration that the run had. Raises ValueError where the new one has another model, or fewer steps than
     were trained."""
     steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
     if 0 <= wanted < steps:

@@ -49,7 +49,7 @@ class Watch(Callback):
     KILL_IN_VALIDATION, STOP_IN_VALIDATION: step in whose validation it does; POISON: "first last rank" of the micro-batches
     whose loss becomes nan; POISON_WEIGHTS: number of the one after which the weights are; FILE_LIMIT: "number bytes", after
     which no file can grow beyond so many bytes, as on a full disk; KILL_IN_WRITE: the same, but whoever tries is killed;
-    SLEEP: seconds that each micro-batch takes longer.
+    SLEEP: seconds that each micro-batch takes longer; INTERRUPT_IN_LAST_VALIDATION: SIGINT in that after training.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,6 +79,8 @@ class Watch(Callback):
                     os.kill(process, number)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if "INTERRUPT_IN_LAST_VALIDATION" in os.environ and trainer.state.fn == "validate":
+            os.kill(os.getpid(), signal.SIGINT)
         for name, number in (("KILL_IN_VALIDATION", signal.SIGKILL), ("STOP_IN_VALIDATION", signal.SIGTERM)):
             if os.environ.get(name) == str(trainer.global_step):
                 os.kill(os.getpid(), number)

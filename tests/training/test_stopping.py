@@ -33,6 +33,14 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_continues(bench: 
     assert_same_run(bench.run("interrupted"), bench.run("full"))
 
 
+def test_ctrl_c_after_the_last_step_leaves_a_run_that_the_same_command_finishes(bench: Workbench) -> None:
+    attempt = bench.start("nearly", INTERRUPT_IN_LAST_VALIDATION="1")
+    assert attempt.wait(30) == 130, attempt.text[-3000:]
+    assert "stopped after step 14; continue with: python" in attempt.text.splitlines()[-1]
+    assert "is complete (14 steps)" not in bench.train("nearly") and (bench.run("nearly") / "summary.json").exists()
+    assert_same_run(bench.run("nearly"), bench.run("full"))
+
+
 def test_second_ctrl_c_ends_at_once(bench: Workbench) -> None:
     attempt = bench.start("hurried", INTERRUPT_AT="7", INTERRUPT_AGAIN="7")
     assert attempt.wait(30) == -signal.SIGINT
