@@ -300,8 +300,7 @@ def codec_flops(config: Namespace, data: DataShape) -> float:
             total = data.shares[IMAGE] * counter.get_total_flops() / codes.numel()
     with FlopCounterMode(display=False) as counter:
         if audio:
-            codes = AudioCodec(audio).encode(
-                torch.zeros(1, audio.sample_rate), torch.tensor([audio.sample_rate // audio.samples_per_token])
-            )
+            count = audio.sample_rate // audio.samples_per_token
+            codes = AudioCodec(audio).encode(torch.zeros(count, audio.samples_per_token), torch.tensor([count]))
             total += data.shares[AUDIO] * counter.get_total_flops() / codes.numel()
     return total
