@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Page, sync_playwright  # type: ignore[import-not-found]
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE
 from pile_app.media import decode_audio
 from pile_app.tasks.judges import Judge, Labelled, audio_features
@@ -36,9 +36,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def labelled(pattern: str, modality: int) -> list[tuple[bytes, str]]:
     """(file, name) of each image or sound that is followed by its name."""
-    shards = Shards(expand_shards(pattern))
-    documents = (shards.document(shard, n) for shard in range(len(shards)) for n in range(len(shards.index(shard))))
-    pairs = (document.segments for document in documents)
+    pairs = (document.segments for document in Shards(pattern))
     return [(medium.file, name.text) for medium, name in pairs if medium.modality == modality]
 
 

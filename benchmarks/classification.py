@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -134,13 +134,7 @@ def sources(shards: Path, names: Sequence[str]) -> list[str]:
 
 
 def read(folder: Path, split: str) -> list[Document]:
-    def documents() -> Iterator[Document]:
-        shards = open_shards(str(folder / f"{folder.name}-{split}-*.tar"))
-        for shard in range(len(shards)):
-            for sample in range(len(shards.index(shard).keys)):
-                yield shards.document(shard, sample)
-
-    return list(documents())
+    return list(open_shards(str(folder / f"{folder.name}-{split}-*.tar")))
 
 
 def regress(features: dict[str, Any], documents: dict[str, list[Document]], c: float, steps: int) -> tuple[float, Scores]:

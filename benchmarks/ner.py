@@ -102,7 +102,7 @@ def prepare_all(data: Path, work: Path, train: Path) -> None:
         pile("prepare", work / "sentences", work / "shards")
         (work / "language.yaml").write_text(PRETRAINING.format(shards=work / "shards"))
     if not (work / "tagged").exists():
-        options = ("--kind", "entities", "--keep-duplicates", "--validation-share", 0.1)
+        options = ("--kind", "entities", "--keep-duplicates", "--validation-fraction", 0.1)
         pile("prepare", train, work / "tagged", *options)
 
 
@@ -203,15 +203,9 @@ def crf(work: Path, train: Path, development: Path) -> list[list[str]]:
 
 
 def held_out_texts(work: Path) -> set[str]:
-    from pile_app.data.shards import Shards, build_index
+    from pile_app.data.shards import Shards
 
-    paths = sorted(str(path) for path in (work / "tagged").glob("*-validation-*.tar"))
-    shards = Shards(paths)
-    return {
-        shards.document(number, sample).segments[0].text
-        for number, path in enumerate(paths)
-        for sample in range(len(build_index(path)))
-    }
+    return {document.segments[0].text for document in Shards(str(work / "tagged" / "*-validation-*.tar"))}
 
 
 def shape(word: str) -> str:

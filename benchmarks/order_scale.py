@@ -26,9 +26,12 @@ CONTEXT = 4096
 
 
 def write_indexes(folder: Path, documents: int) -> None:
-    from pile_app.data.index import ShardIndex
+    from pile_app.data.index import TYPES, ShardIndex, fingerprint
+    from pile_app.data.manifest import SUFFIX, save_manifest
+    from pile_app.fields import OWN
 
     folder.mkdir(parents=True)
+    indexes = []
     for number in range(documents // SHARD):
         rng = np.random.default_rng(number)
         lengths = np.exp(rng.normal(np.log(400), 1.0, SHARD)).clip(1, 100_000).astype("<u8")
@@ -39,13 +42,18 @@ def write_indexes(folder: Path, documents: int) -> None:
             file.truncate(int(sizes.sum()) + 1024)
         columns = {
             "offset": np.concatenate([[0], np.cumsum(sizes)[:-1]]), "size": sizes, "crc": rng.integers(0, 1 << 32, SHARD),
-            "flags": np.zeros(SHARD), "first_segment": np.arange(SHARD + 1), "modality": np.zeros(SHARD),
-            "segment_size": lengths, "sample_rate": np.zeros(SHARD), "loss": np.ones(SHARD), "breaks": [], "break_segment": [],
-            "first_break": [0], "key_bytes": np.frombuffer("".join(keys).encode(), np.uint8),
-            "first_key": np.arange(SHARD + 1) * len(keys[0]),
+            "segments": np.ones(SHARD), "segment_size": lengths, "loss": np.ones(SHARD), "break_bytes": [],
+            "key_bytes": np.frombuffer("".join(keys).encode(), np.uint8), "key_size": np.full(SHARD, len(keys[0])),
         }  # fmt: skip
-        arrays = {name: np.asarray(columns[name]).astype(kind) for name, kind in ShardIndex.TYPES.items()}
-        ShardIndex(str(path), os.path.getsize(path), f"{number:032x}", [], **arrays).save()
+        arrays = {name: np.asarray(columns.get(name, np.zeros(SHARD))).astype(kind) for name, kind in TYPES.items()}
+        about = {"name": path.name, "size": os.path.getsize(path), "read": SHARD, "rejected": {}, "unused": {}, "dropped": {}}
+        about |= {
+            "fingerprint": fingerprint(about["size"], arrays),
+            "tokens": {},
+            "rows": [SHARD, SHARD, 0, sum(map(len, keys))],
+        }
+        indexes.append(ShardIndex(str(path), about, arrays))
+    save_manifest(str(folder / f"text{SUFFIX}"), OWN, indexes)
 
 
 def measure(folder: Path, share: float) -> dict[str, float]:

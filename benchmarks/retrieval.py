@@ -31,7 +31,7 @@ import torch
 import torchaudio
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.media import decode_audio, decode_image
 from pile_app.tasks.embed import Embedder
@@ -46,8 +46,7 @@ BAR = 5.0  # times chance, at 5
 
 
 def read(pattern: str) -> list[Document]:
-    shards = Shards(expand_shards(pattern))
-    return [shards.document(shard, n) for shard in range(len(shards)) for n in range(len(shards.index(shard)))]
+    return list(Shards(pattern))
 
 
 def first(document: Document, modality: int) -> Segment | None:

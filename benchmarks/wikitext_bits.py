@@ -23,7 +23,7 @@ from pathlib import Path
 import zstandard
 from ngrams import byte_bits, word_bits
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.model.score import rolling_scores
 from pile_app.training.load import load_run, read_config
 
@@ -100,10 +100,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 
 def texts(pattern: str) -> Iterator[str]:
     """The texts of shards, in order."""
-    shards = Shards(expand_shards(pattern))
-    for shard in range(len(shards.paths)):
-        for sample in range(len(shards.index(shard))):
-            yield from (segment.text for segment in shards.document(shard, sample).segments)
+    for document in Shards(pattern):
+        yield from (segment.text for segment in document.segments)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def write_whole(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         whole = Path(temporary, "shards")
         for prefix, documents in sources.items():
-            for index in write_shards(documents, whole, prefix):
-                if index.rejected:
-                    raise RuntimeError(f"the recipe wrote samples that cannot be read back: {index.rejected[:3]}")
+            balance = write_shards(documents, whole, prefix).balance()
+            if balance["rejected"]:
+                raise RuntimeError(f"the recipe wrote samples that cannot be read back: {balance['examples']}")
             progress(f"{prefix}: {len(documents):,} documents written")
         add(whole)
         (whole / "dataset.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        from pile_app.data.tar import ShardError
+        from pile_app.data.files import ShardError
 
         if not isinstance(error, (ValueError, OSError, ShardError)):  # BadSample is a ValueError
             raise

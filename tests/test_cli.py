@@ -23,8 +23,7 @@ from PIL import Image
 
 from pile_app.cli import COMMANDS, main, make_parser
 from pile_app.commands.generate import read_prompt
-from pile_app.data.index import build_index
-from pile_app.data.shards import expand_shards, write_shards
+from pile_app.data.shards import Shards, expand_shards, write_shards
 from pile_app.data.tokenizers import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.training.load import load_run
@@ -99,7 +98,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     source.mkdir()
     for n in range(20):
         (source / f"{n}.txt").write_text(f"note {n} \r\n")
-    pile("prepare", source, tmp_path / "out", "--validation-share", "0.3", "--seed", "1", "--no-clean")
+    pile("prepare", source, tmp_path / "out", "--validation-fraction", "0.3", "--seed", "1", "--no-clean")
     description = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert description["options"]["clean"] is False and description["options"]["seed"] == 1
     counts = {split: one["documents"] for split, one in description["sources"]["notes"].items()}
@@ -107,29 +106,32 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert "notes-train-*.tar" in capsys.readouterr().out
 
     shard = tmp_path / "out" / "notes-train-000000.tar"
-    stored = (tmp_path / "out" / "notes-train-000000.tar.index.safetensors").read_bytes()
+    stored = (tmp_path / "out" / "notes-train.manifest.safetensors").read_bytes()
     pile("index", tmp_path / "out" / "*.tar", "--verify")
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"{shard}: {counts['train']} documents, all as indexed",
-        f"{tmp_path / 'out' / 'notes-validation-000000.tar'}: {counts['validation']} documents, all as indexed",
+        f"{shard}: as indexed",
+        f"{tmp_path / 'out' / 'notes-validation-000000.tar'}: as indexed",
     ]
-    pile("index", shard)
-    assert capsys.readouterr().out == f"{shard}: {counts['train']} documents; {counts['train']} text; rejected: none\n"
-    assert (tmp_path / "out" / "notes-train-000000.tar.index.safetensors").read_bytes() == stored
+    pile("index", shard, "--overwrite")
+    assert capsys.readouterr().out.startswith(
+        f"{counts['train']} samples: {counts['train']} documents; rejected: none; fields segments"
+    )
+    assert (tmp_path / "out" / "notes-train.manifest.safetensors").read_bytes() == stored
 
     assert "--overwrite" in fails("prepare", source, tmp_path / "out")
-    pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-share", "0")
+    pile("prepare", source, tmp_path / "out", "--overwrite", "--validation-fraction", "0")
     assert not (tmp_path / "out" / "notes-validation-000000.tar").exists()
-    assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "out")
+    assert "does not exist" in fails("prepare", tmp_path / "nothing", tmp_path / "new")
 
 
-def test_index_counts_segments_and_rejections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_ends_in_a_balance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = [*media_documents(6, "train"), Document((Segment(b"no image", "png"),), "broken")]
     write_shards(documents, tmp_path, "x")
     pile("index", tmp_path / "x-{000000..000000}.tar")
     shown = capsys.readouterr().out
-    assert shown.endswith("x-000000.tar: 6 documents; 6 text, 3 image, 3 audio; rejected: 1 undecodable_image\n")
+    assert shown.startswith("7 samples: 6 documents; rejected: 1 undecodable_image (broken); fields segments")
+    assert shown.endswith("x.manifest.safetensors\n")
 
 
 def test_verify_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
@@ -138,7 +140,7 @@ def test_verify_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         pile("index", tmp_path / "*.tar", "--verify")
     shown = capsys.readouterr()
-    assert shown.out.endswith("x-000000.tar: 9 documents, 1 differ from the index: key-0\n")
+    assert shown.out.endswith("x-000000.tar: 1 documents differ: key-0\n")
     assert shown.err.startswith("pile: error: 1 documents differ")
     pile("index", tmp_path / "*.tar")
     pile("index", tmp_path / "*.tar", "--verify")
@@ -159,10 +161,12 @@ def test_shards_of_a_server_are_indexed_verified_and_read(
         pile("index", url, "--verify")
         pile("index", url)
         pile("index", url, "--verify")
-    assert capsys.readouterr().out.splitlines() == [
-        f"{url}: 9 documents, all as indexed",  # the copy that was fetched
-        f"{url}: 1 documents; 1 text; rejected: none",
-        f"{url}: 1 documents, all as indexed",
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"{url}: as indexed",  # the copy that was fetched
+        "1 samples: 1 documents; rejected: none; fields segments",
+        *[line for line in lines if "manifests" in line],
+        f"{url}: as indexed",
     ]
 
 
@@ -436,11 +440,11 @@ def test_inspect_refuses_other_shards(tiny_run: TinyRun, tmp_path: Path, fails: 
     copy = copy_run(tiny_run, tmp_path)
     shard = copy.shards / "prose-train-000000.tar"
     flip_byte(shard, b"lorem")
-    build_index(str(shard))
+    Shards(str(shard), again="all")
     message = fails("inspect", copy.folder, "--step", "1")
     assert "the shards of source 'prose'" in message and "not those that the run was trained on" in message
-    Path(f"{shard}.index.safetensors").write_bytes(b"no index")
-    assert f"run `pile index {shard}`" in fails("inspect", copy.folder, "--step", "1")
+    (copy.shards / "prose-train.manifest.safetensors").write_bytes(b"no manifest")
+    assert "prose-train.manifest.safetensors' cannot be read" in fails("inspect", copy.folder, "--step", "1")
     shard.unlink()
     assert "no shard matches" in fails("inspect", copy.folder, "--step", "1")
 

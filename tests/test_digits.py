@@ -20,8 +20,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from pile_app.data.index import load_index
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import Document, Segment
 
 RECIPE = Path(__file__).parents[1] / "data" / "digits" / "prepare.py"
@@ -55,13 +54,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def documents(shards: Path) -> dict[str, list[Document]]:
-    def read(prefix: str) -> list[Document]:
-        indexes = [load_index(path) for path in expand_shards(f"{shards}/{prefix}-*.tar")]
-        reader = Shards([index.path for index in indexes])
-        return [reader.document(shard, sample) for shard, index in enumerate(indexes) for sample in range(len(index))]
-
     prefixes = json.loads((shards / "dataset.json").read_text())["documents"]
-    return {prefix: read(prefix) for prefix in prefixes}
+    return {prefix: list(Shards(f"{shards}/{prefix}-*.tar")) for prefix in prefixes}
 
 
 def kind(segment: Segment) -> str:

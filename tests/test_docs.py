@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pile_app.data.index import build_index
 from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE, TEXT
 
@@ -20,12 +19,12 @@ def test_the_example_writer_writes_a_shard_that_is_read_as_promised(tmp_path: Pa
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(example, {})
-    index = build_index("mine-000000.tar")
-    assert not index.rejected and index.keys == ["000000", "000001", "000002"]
-    document = Shards([index.path]).document(0, 2)
+    shards = Shards("mine-000000.tar")
+    assert not shards.balance()["rejected"] and [shards.key(n) for n in range(3)] == ["000000", "000001", "000002"]
+    document = shards.document(2)
     assert [segment.modality for segment in document.segments] == [TEXT, IMAGE, AUDIO]
     assert document.ordered and document.segments[0].text == "tone 2" and document.meta == {"number": 2}
-    assert index.segment_size.tolist() == [6, 32 * 32, 8000] * 3
+    assert shards.index(0).segment_size.tolist() == [6, 32 * 32, 8000] * 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

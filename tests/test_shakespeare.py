@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 
 spec = importlib.util.spec_from_file_location("prepare_shakespeare", REPOSITORY / "data" / "shakespeare" / "prepare.py")
 assert spec is not None and spec.loader is not None
@@ -23,8 +23,7 @@ def test_every_character_is_kept_and_the_last_tenth_validates(tmp_path: Path) ->
     assert recipe.main(["--text", str(tmp_path / "input.txt"), "--folder", str(tmp_path / "shards")]) == 0
     parts = {}
     for split in ("train", "validation"):
-        shards = Shards(expand_shards(str(tmp_path / "shards" / f"{split}-*.tar")))
-        documents = [shards.document(0, number) for number in range(len(shards.index(0)))]
+        documents = list(Shards(str(tmp_path / "shards" / f"{split}-*.tar")))
         parts[split] = "".join(segment.text for document in documents for segment in document.segments)
         assert max(len(document.segments[0].text) for document in documents) <= recipe.DOCUMENT_CHARACTERS
     border = int(0.9 * len(text))

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.media import image_size
 
@@ -45,8 +45,7 @@ def stamps(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, split: str) -> list[Document]:
-    shards = Shards(expand_shards(f"{folder}/{split}-*.tar"))
-    return [shards.document(0, number) for number in range(len(shards.index(0)))]
+    return list(Shards(f"{folder}/{split}-*.tar"))
 
 
 def test_concepts_stay_together_and_every_stamp_is_in_one_split(stamps: Path, tmp_path: Path) -> None:

@@ -56,16 +56,8 @@ def encode_text(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Indexes and token counts, as at the start of a run; anew where an earlier version of Pile left them."""
-    from pile_app.data.index import INDEX_SUFFIX, load_index
-    from pile_app.data.tar import ShardError
-
+    """Manifests and token counts, as at the start of a run."""
     encode_text(folder)
-    for path in (folder / "tars").glob("*/*.tar"):
-        try:
-            load_index(str(path))
-        except ShardError:
-            Path(f"{path}{INDEX_SUFFIX}").unlink(missing_ok=True)
     for figure in PACKS:
         if has_data(figure, folder):
             open_module(figure, folder).prepare_data()

@@ -25,20 +25,21 @@ def main() -> None:
     parser.add_argument("dedup", choices=DUPLICATES)
     options, further = parser.parse_known_args()
     pile = Path(sys.executable).parent / "pile"
-    command = [pile, "prepare", options.input, options.output, "--validation-share", "0", "--processes", options.processes]
+    command = [pile, "prepare", options.input, options.output, "--validation-fraction", "0", "--processes", options.processes]
     subprocess.run(list(map(str, [*command, *DUPLICATES[options.dedup], *further])), check=True, stdout=sys.stderr)
     print(json.dumps({"tokens": count(options.output, options.tokenizer, options.processes)}))
 
 
 def count(folder: Path, path: str, processes: int) -> int:
     from pile_app.data.sources import SourceData
-    from pile_app.data.tokenizers import load_tokenizer, text_tokens
+    from pile_app.data.tokenizers import load_tokenizer
+    from pile_app.data.tokens import text_counts
     from pile_app.vocabulary import Vocabulary
 
     tokenizer = load_tokenizer(path)
     vocabulary = Vocabulary(text_tokens=tokenizer.size, tokenizer=tokenizer.fingerprint)
     source = SourceData("text", str(folder / "*.tar"), vocabulary, tokenizer, 4096, processes=processes)
-    return sum(int(text_tokens(source.shards, shard, tokenizer).counts.sum()) for shard in range(len(source.shards)))
+    return sum(int(text_counts(source.index(shard), tokenizer)[0].sum()) for shard in range(len(source.paths)))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ QUESTIONS = {
 def make_sst2(data: Path, files: Path) -> dict[str, object]:
     for split in ("train", "dev", "test"):
         shutil.copy(data / "sst2" / f"{split}.tsv", files)
-    return {"columns": ["text", "label"], "label_names": ["negative", "positive"]}
+    return {"label_names": ["negative", "positive"]}
 
 
 def make_trec(data: Path, files: Path) -> dict[str, object]:
@@ -68,7 +68,7 @@ def make_trec(data: Path, files: Path) -> dict[str, object]:
             for line in trec_lines(data, split):
                 label, _, question = line.partition(" ")
                 print(QUESTIONS[label.partition(":")[0]], question.strip().lower(), sep="\t", file=table)
-    return {"validation_share": 0.1}
+    return {"validation_fraction": 0.1}
 
 
 def make_mnist(data: Path, files: Path) -> dict[str, object]:
@@ -82,7 +82,7 @@ def make_mnist(data: Path, files: Path) -> dict[str, object]:
             folder.mkdir(parents=True)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             (folders[label] / f"{number:05d}.png").write_bytes(Segment.from_image(image).file)
-    return {"label_from_folder": True, "validation_share": 0.05}
+    return {"label_from_folder": True, "validation_fraction": 0.05}
 
 
 def make_fsdd(data: Path, files: Path) -> dict[str, object]:
@@ -114,7 +114,7 @@ def make_lexicon(data: Path, files: Path) -> dict[str, object]:
             word, rating = line.split("\t")[:2]
             if word.isascii() and word.isalpha() and len(word) > 2 and abs(float(rating)) >= 0.5:
                 print(word, "positive" if float(rating) > 0 else "negative", sep="\t", file=table)
-    return {"validation_share": 0.0}
+    return {"validation_fraction": 0.0}
 
 
 def make_sentences(data: Path, files: Path) -> dict[str, object]:
@@ -126,7 +126,7 @@ def make_sentences(data: Path, files: Path) -> dict[str, object]:
     questions = files.parent / "questions.tsv"
     questions.write_text("\n".join(line.partition(" ")[2].lower() for line in trec_lines(data, "test")))
     evaluation = [str(data / "sst2" / "dev.tsv"), str(data / "sst2" / "test.tsv"), str(questions)]
-    return {"decontaminate": evaluation, "validation_share": 0.02, "exact_duplicates": True}
+    return {"decontaminate": evaluation, "validation_fraction": 0.02, "exact_duplicates": True}
 
 
 def trec_lines(data: Path, split: str) -> list[str]:

@@ -38,8 +38,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from pile_app.cli import main as pile
+from pile_app.data.files import cache_folder
 from pile_app.data.shards import write_shards
-from pile_app.data.sources import cache_folder
 from pile_app.documents import Document, Segment
 from pile_app.prepare.pipeline import prepare
 
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {len(many):,} articles, {words:,} words", flush=True)
         prepare(
             texts / f"{name}.jsonl", options.folder / name, overwrite=True, processes=1, clean=False,
-            validation_share=0.05 if name == "encyclopedia" else 0.0, decontaminate=(str(options.evaluation),),
+            validation_fraction=0.05 if name == "encyclopedia" else 0.0, decontaminate=(str(options.evaluation),),
         )  # fmt: skip
     text = options.evaluation.read_bytes().decode()
     write_shards([Document((Segment(text),), "evaluation")], options.folder, "evaluation")

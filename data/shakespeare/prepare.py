@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = options.text.read_bytes().decode()  # as it is: `read_text` would change line ends
     border = int(TRAIN_SHARE * len(text))
     for split, part in (("train", text[:border]), ("validation", text[border:])):
-        indexes = write_shards(documents(part, split), options.folder, split)
-        print(f"{split}: {len(part):,} characters in {sum(map(len, indexes)):,} documents")
+        written = write_shards(documents(part, split), options.folder, split)
+        print(f"{split}: {len(part):,} characters in {len(written):,} documents")
     return 0
 
 

@@ -205,8 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(stamps)} stamps of {len(set(of_concept))} concepts")
     for name in ("train", *SPLITS):
         some = [stamp for stamp, of in zip(stamps, splits, strict=True) if of == name]
-        indexes = write_shards(documents(some, options.stamps, name == "train", options.seed), options.folder, name)
-        print(f"{name}: {len(some)} stamps, {sum(map(len, indexes)):,} documents")
+        written = write_shards(documents(some, options.stamps, name == "train", options.seed), options.folder, name)
+        print(f"{name}: {len(some)} stamps, {len(written):,} documents")
     return 0
 
 

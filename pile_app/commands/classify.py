@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from pile_app.commands.generate import add_prompt, read_prompt
 
 if TYPE_CHECKING:
-    from pile_app.data.shards import Shards
     from pile_app.documents import Document
     from pile_app.model.fused import FusedLanguageModel
     from pile_app.tasks.classification import Classification
@@ -97,7 +96,7 @@ def measure(objective: Classification, model: FusedLanguageModel, pattern: str, 
 
     folder.mkdir(parents=True, exist_ok=True)
     shards = open_shards(pattern)
-    labelled = (split_label(document, objective.labels) for document in _documents(shards))
+    labelled = (split_label(document, objective.labels) for document in shards)
     count = 0
     with open(folder / "predictions.jsonl", "w", encoding="utf-8") as lines:
         while some := list(islice(labelled, AT_ONCE)):
@@ -117,10 +116,3 @@ def measure(objective: Classification, model: FusedLanguageModel, pattern: str, 
     print(json.dumps({"documents": count} | {name: round(value, 4) for name, value in values.items()}))
     print(folder / "confusion.png")
     return found
-
-
-def _documents(shards: Shards) -> Iterator[Document]:
-    for shard in range(len(shards)):
-        shards.make_index(shard)
-        for sample in range(len(shards.index(shard).keys)):
-            yield shards.document(shard, sample)

@@ -1,88 +1,78 @@
-"""`pile index`: shards that came from elsewhere."""
+"""`pile index`: write or check the manifest of shards that came from elsewhere."""
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pile_app.data.index import ShardIndex
+    from pile_app.data.manifest import Again
+    from pile_app.data.remote import ShardCache
     from pile_app.data.shards import Shards
 
-SUMMARY = "index shards that came from elsewhere, or check them against their index"
+SUMMARY = "write the manifest of shards that came from elsewhere, or check shards against it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", help="paths or quoted patterns, e.g. 'shards/train-{000..099}.tar'")
-    parser.add_argument(
-        "--verify", action="store_true", help="write nothing: read every sample and compare its checksum with the index"
+    parser.epilog = (
+        "New and changed shards are indexed. The manifest of s3:// and other writable URLs is uploaded next to them."
     )
-    parser.add_argument("--processes", type=int, help="how many work at a time (default: one a core)")
+    parser.add_argument("shards", nargs="+", help="paths, URLs or quoted patterns, e.g. 'shards/train-{000..099}.tar'")
+    parser.add_argument("--fields", help="which files and JSON fields of a sample are learned, e.g. '[jpg, json.caption|txt]'")
+    parser.add_argument("--tokenizer", default="bytes", help="count tokens with this tokenizer.json as well")
+    parser.add_argument("--overwrite", action="store_true", help="index all shards again")
+    parser.add_argument("--verify", action="store_true", help="write nothing: compare every sample with its checksum")
+    parser.add_argument("--cache", help="folder for remote shards (default: that of training, ~/.cache/pile/shards)")
+    parser.add_argument("--processes", type=int, help="number of processes (default: one for each core)")
 
 
 def run(options: argparse.Namespace) -> None:
     from functools import partial
 
-    from pile_app.data.sources import for_each
-    from pile_app.data.tar import ShardError
+    from pile_app.data.files import ShardError, for_each
+    from pile_app.data.shards import Shards, describe_balance
+    from pile_app.data.tokenizers import load_tokenizer
 
-    shards = open_shards(options.shards)
-    task = partial(_verify_shard if options.verify else _index_shard, shards)
-    differing = 0
-    for number, (line, count) in enumerate(for_each(task, range(len(shards)), options.processes)):
-        differing += count
-        print(f"{shards.paths[number]}: {line}", flush=True)
-    if differing:
+    again: Again = "all" if options.overwrite else "" if options.verify else "changed"
+    cache = shard_cache(options.cache)
+    tokenizer = load_tokenizer(options.tokenizer)
+    shards = Shards(options.shards, cache, options.fields, tokenizer, options.processes, again)
+    if not options.verify:
+        print(f"{describe_balance(shards.balance())}\n{', '.join(shards.publish())}")
+        return
+    found = for_each(partial(differing, shards), range(len(shards.paths)), options.processes)
+    for path, keys in zip(shards.paths, found, strict=True):
+        print(f"{path}: {f'{len(keys):,} documents differ: ' + ', '.join(keys[:5]) if keys else 'as indexed'}", flush=True)
+    if count := sum(map(len, found)):
         raise ShardError(
-            f"{differing:,} documents differ from what was indexed: fetch those shards again, or run `pile index` without "
-            "--verify to take them as they are (runs that were trained on them will not resume)"
+            f"{count:,} documents differ from what was indexed: fetch those shards again, or run `pile index --overwrite` to "
+            "accept them (runs that were trained on them will not resume)"
         )
 
 
-def open_shards(patterns: str | Sequence[str]) -> Shards:
-    """Shards of this machine or of others, which are fetched into the default cache."""
+def shard_cache(folder: str | None = None) -> ShardCache:
+    from pile_app.data.files import cache_folder
     from pile_app.data.remote import ShardCache
-    from pile_app.data.shards import Shards, expand_shards
-    from pile_app.data.sources import cache_folder
 
-    return Shards(expand_shards(patterns), ShardCache(cache_folder() / "shards", int(100e9)))
+    return ShardCache(folder or cache_folder() / "shards", int(100e9))
 
 
-def _index_shard(shards: Shards, number: int) -> tuple[str, int]:
-    """(what to say of the shard, 0)."""
-    from pile_app.data.index import build_index
+def open_shards(patterns: str | Sequence[str]) -> Shards:
+    """Open shards; remote ones are fetched into the default cache."""
+    from pile_app.data.shards import Shards
 
-    if shards.remote[number] and shards.cache is not None:
-        Path(shards.local(number)).unlink(missing_ok=True)  # it may be of an earlier version
-        shards.cache.fetch(shards.paths[number])
-    return describe_index(build_index(shards.local(number))), 0
+    return Shards(patterns, shard_cache())
 
 
-def _verify_shard(shards: Shards, number: int) -> tuple[str, int]:
-    """(what to say of the shard, documents that differ from its index)."""
+def differing(shards: Shards, shard: int) -> list[str]:
+    """Keys of the documents of a shard whose bytes differ from the manifest."""
     from pile_app.documents import BadSample
 
-    if shards.remote[number]:
-        shards.make_index(number)
-    keys, different = shards.index(number).keys, []
-    for sample, key in enumerate(keys):
+    keys = []
+    for sample, key in enumerate(shards.index(shard).keys):
         try:
-            shards.document(number, sample)
+            shards.block(shard, sample)
         except BadSample:
-            different.append(key)
-    listed = ", ".join(different[:5] + ["..."] * (len(different) > 5))
-    verdict = f"{len(different):,} differ from the index: {listed}" if different else "all as indexed"
-    return f"{len(keys):,} documents, {verdict}", len(different)
-
-
-def describe_index(index: ShardIndex) -> str:
-    """`300 documents; 300 text, 150 image; rejected: 2 invalid_json`"""
-    from pile_app.documents import MODALITIES
-
-    counts = [(name, int((index.modality == modality).sum())) for modality, name in enumerate(MODALITIES)]
-    segments = ", ".join(f"{count:,} {name}" for name, count in counts if count) or "no segments"
-    rejected = ", ".join(f"{count:,} {reason}" for reason, count in Counter(r for _, r in index.rejected).most_common())
-    return f"{len(index):,} documents; {segments}; rejected: {rejected or 'none'}"
+            keys.append(key)
+    return keys

@@ -67,26 +67,21 @@ def read_documents(path: str) -> Found:
         yield from _read_folder(folder)
         return
     shards = open_shards(f"{path}/*.tar" if folder.is_dir() else path)
-    for shard, name in enumerate(shards.paths):
-        shards.make_index(shard)
-        index = shards.index(shard)
-        yield from (reason for _, reason in index.rejected)
-        for sample in range(len(index)):
-            try:
-                yield shards.document(shard, sample), name
-            except BadSample as error:
-                yield error.reason
+    yield from shards.balance()["rejected"].elements()
+    for number in range(len(shards)):
+        try:
+            yield shards.document(number), shards.paths[shards.place(number)[0]]
+        except BadSample as error:
+            yield error.reason
 
 
 def _read_folder(folder: Path) -> Found:
     from dataclasses import replace
 
     from pile_app.documents import BadSample
-    from pile_app.prepare.listing import list_items
-    from pile_app.prepare.options import Options
-    from pile_app.prepare.readers import read_item
+    from pile_app.prepare import readers
 
-    root, options = folder.resolve(), Options()
-    for item in list_items(root, options):
-        for file, content, *_ in read_item(str(root), item, options):
-            yield content.reason if isinstance(content, BadSample) else (replace(content, key=file), str(root / file))
+    for file, document in readers.read_documents(folder.resolve()):
+        yield (
+            document.reason if isinstance(document, BadSample) else (replace(document, key=file), str(folder.resolve() / file))
+        )

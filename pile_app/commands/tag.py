@@ -59,24 +59,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Of a file; what cannot be used is said on stderr."""
+    """Read the documents of a file, or each line of a text; what cannot be used is named on stderr."""
     from pile_app.documents import BadSample, Document, Segment
-    from pile_app.prepare.files import extension
-    from pile_app.prepare.listing import list_items
-    from pile_app.prepare.options import JSON_EXTENSIONS, TAGGED_EXTENSIONS, Options
-    from pile_app.prepare.readers import read_item
+    from pile_app.prepare import readers
 
-    if extension(path.name) not in (*TAGGED_EXTENSIONS, *JSON_EXTENSIONS, "parquet"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                yield Document((Segment(line),))
-        return
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
-    path = path.resolve()
-    for item in list_items(path, Options()):
-        for found in read_item(str(path.parent), item, Options()):
-            if isinstance(found.content, BadSample):
-                print(f"{found.file} is left out, {found.content}", file=sys.stderr)
-            elif found.content.segments[0].text.strip():
-                yield found.content
+    if readers.FORMATS.get(readers.extension(path.name)) not in ("conll", "json", "parquet"):
+        yield from (Document((Segment(line),)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return
+    for where, document in readers.read_documents(path):
+        if isinstance(document, BadSample):
+            print(f"{where} is rejected, {document}", file=sys.stderr)
+        elif document.segments[0].text.strip():
+            yield document

@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
-    from pile_app.prepare.readers import read_texts
 
-    texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else read_texts(Path(options.input))
+    texts = _texts_of_shards(options.input) if options.input.endswith(".tar") else _texts_of_files(options.input)
     first = next(texts, None)
     if first is None:
         raise ValueError(f"{options.input!r} holds no text: give shards ('shards/*.tar'), or a folder of text files")
@@ -35,9 +34,16 @@ def run(options: argparse.Namespace) -> None:
 def _texts_of_shards(pattern: str) -> Iterator[str]:
     from pile_app.documents import TEXT
 
-    shards = open_shards(pattern)
-    for shard in range(len(shards)):
-        shards.make_index(shard)
-        for sample in range(len(shards.index(shard))):
-            document = shards.document(shard, sample)
-            yield from (segment.text for segment in document.segments if segment.modality == TEXT)
+    for document in open_shards(pattern):
+        yield from (segment.text for segment in document.segments if segment.modality == TEXT)
+
+
+def _texts_of_files(path: str) -> Iterator[str]:
+    from pile_app.data.tokenizers import clean_text
+    from pile_app.documents import TEXT, Document
+    from pile_app.prepare.options import Options
+    from pile_app.prepare.readers import read_documents
+
+    for _, document in read_documents(path, Options(kind="text")):
+        if isinstance(document, Document):
+            yield from (clean_text(segment.text) for segment in document.segments if segment.modality == TEXT)

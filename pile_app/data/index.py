@@ -1,92 +1,88 @@
-"""The index of a shard: a small file beside it, so that training never parses a tar.
+"""The index of a shard: byte range, checksum and key of each sample, modality and size of each segment.
 
-`build_index` reads a tar once. The index (`<shard>.index.safetensors`, arrays that are mapped into memory, so that processes
-share one copy) holds for every sample its byte range and CRC-32, and for every segment its modality and its *own* size: UTF-8
-bytes, image pixels, or sound samples and their rate. Token counts follow from those and the `Vocabulary` by arithmetic, so that
-no index goes stale when a codec changes; only a subword tokenizer has to count, once, into a second file that carries its
-fingerprint (`text.py`).
-
-In arrays, S is the samples and G the segments of a shard.
+The rows of all shards of a source make its manifest (`manifest.py`). S is the number of samples, G of segments. Alternatives of
+a segment (several captions: training draws one for each epoch) are rows of their own, marked by `choice`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
+import re
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from pile_app.data.files import ShardError
 from pile_app.data.packing import sentence_ends
-from pile_app.documents import AUDIO, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Segment
-from pile_app.fields import OWN
+from pile_app.data.tar import MAX_SAMPLE_BYTES, TarSample, files_of_block, read_samples
+from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
+from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
 from pile_app.media import audio_size, image_size
 
-if TYPE_CHECKING:
-    from pile_app.data.tokenizers import TextTokens
+EXTENSIONS = tuple(MODALITY_OF_EXTENSION)  # the column `file` holds indices of it
+UNORDERED = 1  # flag of a sample: training draws the order of its segments
+COLUMNS = {
+    "samples": {"offset": "<u8", "size": "<u4", "crc": "<u4", "flags": "|u1", "segments": "<u4", "key_size": "<u4"},
+    "segments": {
+        "modality": "|u1", "segment_size": "<u8", "sample_rate": "<u4", "loss": "|b1", "choice": "|b1", "file": "|u1",
+        "file_offset": "<u4", "file_size": "<u4", "break_count": "<u4",
+    },
+    "breaks": {"break_bytes": "<u4"},
+    "keys": {"key_bytes": "|u1"},
+}  # fmt: skip
+TYPES = {name: kind for columns in COLUMNS.values() for name, kind in columns.items()}
+INFERRED_FROM = 200  # samples
+LISTED = 5  # keys of rejected samples that a manifest lists for each reason
+NAMES = 100  # of unused files and fields that are counted for each shard
 
-from pile_app.data.tar import ShardError, ranges_of_files, sample_ranges
 
-INDEX_VERSION = 3
-INDEX_SUFFIX = ".index.safetensors"
-UNORDERED = 1  # sample flag: the order of its segments is free
-EXTENSIONS = tuple(MODALITY_OF_EXTENSION)  # `ShardIndex.file` holds places in it: append, never reorder
-MAX_SAMPLE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ShardIndex:
-    """What is known of one tar without opening it. S samples, G segments, L texts with breaks.
+    """The rows of one shard. path: for messages; about: its JSON entry in the manifest; columns: see `docs/data-format.md`.
 
-    offset, size: (S,) byte range in the tar; crc: (S,) CRC-32 of that range; flags: (S,) uint8; first_segment: (S + 1,);
-    modality: (G,) uint8; segment_size: (G,) UTF-8 bytes | pixels | samples; sample_rate: (G,) Hz, 0 but for sounds; loss: (G,)
-    bool; file: (G,) number of its extension in `EXTENSIONS`; file_offset, file_size: (G,) where in the sample it stands, in
-    bytes, offset 0 for a text of the `json`; breaks: places inside long texts where a sentence ends, in UTF-8 bytes, those of
-    segment `break_segment[l]` from `first_break[l]` up to `first_break[l + 1]`, (L,) and (L + 1,); key_bytes, first_key: sample
-    keys in UTF-8, (S + 1,); rejected: [key, reason] of samples that cannot be used; fingerprint: changes when any sample of the
-    shard changes, moves, comes or goes.
+    about: name, size of the tar, fingerprint (changes with any row), rows (S, G, breaks, key bytes), read (samples), rejected
+    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32).
     """
 
     path: str
-    tar_size: int
-    fingerprint: str
-    rejected: list[list[str]]
-    crc_of_arrays: int | None
-    offset: np.ndarray
-    size: np.ndarray
-    crc: np.ndarray
-    flags: np.ndarray
-    first_segment: np.ndarray
-    modality: np.ndarray
-    segment_size: np.ndarray
-    sample_rate: np.ndarray
-    loss: np.ndarray
-    file: np.ndarray
-    file_offset: np.ndarray
-    file_size: np.ndarray
-    breaks: np.ndarray
-    break_segment: np.ndarray
-    first_break: np.ndarray
-    key_bytes: np.ndarray
-    first_key: np.ndarray
+    about: dict[str, Any]
+    columns: dict[str, np.ndarray]
 
-    TYPES = {  # noqa: RUF012 (a table, never changed)
-        "offset": "<u8", "size": "<u8", "crc": "<u4", "flags": "|u1", "first_segment": "<u8", "modality": "|u1",
-        "segment_size": "<u8", "sample_rate": "<u4", "loss": "|b1", "file": "|u1", "file_offset": "<u4", "file_size": "<u4",
-        "breaks": "<u4", "break_segment": "<u4", "first_break": "<u8", "key_bytes": "|u1", "first_key": "<u8",
-    }  # fmt: skip
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardIndex, (self.path, self.about, self.columns)
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return int(self.about["rows"][0])
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        try:
+            return self.__dict__["columns"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @cached_property
+    def first_segment(self) -> np.ndarray:
+        """(S + 1,) segments of sample `s` are `first_segment[s]` up to `first_segment[s + 1]`."""
+        return starts(self.segments)
+
+    @cached_property
+    def first_key(self) -> np.ndarray:
+        return starts(self.key_size)
+
+    @cached_property
+    def numbers(self) -> SimpleNamespace:
+        """The columns as memoryviews, which give single numbers in a third of the time."""
+        firsts = {"first_segment": self.first_segment, "first_key": self.first_key}
+        return SimpleNamespace(**{name: column.data for name, column in (self.columns | firsts).items()})
 
     def key(self, sample: int) -> str:
         first, stop = self.numbers.first_key[sample], self.numbers.first_key[sample + 1]
@@ -96,180 +92,185 @@ class ShardIndex:
     def keys(self) -> list[str]:
         return [self.key(sample) for sample in range(len(self))]
 
-    def _crc_of_arrays(self) -> int:
-        crc = 0
-        for name in self.TYPES:
-            crc = zlib.crc32(np.ascontiguousarray(getattr(self, name)).data, crc)
-        return crc
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Reason -> number of samples that cannot be used."""
+        return {reason: count for reason, (count, *_) in self.about["rejected"].items()}
 
-    def check_arrays(self) -> None:
-        """Raises `ShardError` where the arrays are not those that were saved. Reads them all, so it is not done at every start,
-        but when a shard is opened."""
-        if self._crc_of_arrays() != self.crc_of_arrays:
-            raise ShardError(f"the index of shard {self.path!r} is damaged: run `pile index {self.path}`")
+    def check(self) -> None:
+        """Raise `ShardError` if the rows are not those that were written."""
+        sizes = (int(self.segments.sum()), int(self.break_count.sum()), int(self.key_size.sum()))
+        if sizes != tuple(self.about["rows"][1:]) or fingerprint(self.about["size"], self.columns) != self.about["fingerprint"]:
+            raise ShardError(f"the manifest is damaged in the rows of shard {self.path!r}: run `pile index {self.path}`")
 
-    @cached_property
-    def numbers(self) -> SimpleNamespace:
-        """The arrays as memoryviews: they give single numbers in a third of the time."""
-        return SimpleNamespace(**{name: memoryview(getattr(self, name)) for name in self.TYPES})
+    def check_tar(self, path: str) -> None:
+        """Raise `ShardError` if the tar at `path` is not the one that was indexed, in any sample."""
+        with open(path, "rb") as file:
+            for sample, (offset, size, crc) in enumerate(zip(self.offset, self.size, self.crc, strict=True)):
+                if zlib.crc32(os.pread(file.fileno(), int(size), int(offset))) != crc:
+                    raise ShardError(
+                        f"sample {self.key(sample)!r} of shard {self.path!r} differs from the manifest: fetch the shard again, "
+                        f"or run `pile index --overwrite {self.path}` to accept it"
+                    )
 
-    def breaks_of_segments(self, breaks: np.ndarray) -> dict[int, np.ndarray]:
-        """Segment -> its part of `self.breaks`, or of what stands in the same order."""
-        first = self.first_break.tolist()
-        ranges = zip(self.break_segment.tolist(), first[:-1], first[1:], strict=True)
-        return {segment: breaks[start:stop] for segment, start, stop in ranges}
+    def contents(self, sample: int, block: bytes, fields: Fields, rows: Iterable[int]) -> list[str | bytes]:
+        """The text or file of some rows of a sample: byte ranges of its `block`, or read through the field map."""
+        n = self.numbers
+        rows = list(rows)
+        if all(n.file_offset[row] for row in rows):
+            files = [(EXTENSIONS[n.file[row]], block[n.file_offset[row] :][: n.file_size[row]]) for row in rows]
+            return [data.decode() if kind == "txt" else data for kind, data in files]
+        found: list[str | bytes] = []
+        for segment in self.document(sample, block, fields).segments:
+            found += segment.choices or (segment.data,)
+        first, stop = n.first_segment[sample], n.first_segment[sample + 1]
+        if len(found) != stop - first:
+            raise BadSample("other_fields", f"{self.key(sample)!r} has {len(found)} segments, {stop - first} were indexed")
+        return [found[row - first] for row in rows]
 
-    @cached_property
-    def texts(self) -> dict[str, TextTokens]:
-        """What `text_tokens` has found, by tokenizer."""
-        return {}
-
-    @cached_property
-    def has_media(self) -> bool:
-        """Is any of its segments no text?"""
-        return bool((self.modality != TEXT).any()) or bool((self.file != EXTENSIONS.index("txt")).any())
-
-    def save(self) -> None:
-        header = {
-            "version": str(INDEX_VERSION),
-            "tar_size": str(self.tar_size),
-            "fingerprint": self.fingerprint,
-            "rejected": json.dumps(self.rejected),
-            "crc": str(self._crc_of_arrays()),
-        }
-        save_arrays(self.path + INDEX_SUFFIX, {name: getattr(self, name) for name in self.TYPES}, header)
+    def document(self, sample: int, block: bytes, fields: Fields) -> Document:
+        return fields.read(self.key(sample), files_of_block(block)).document
 
 
-def load_index(path: str, name: str | None = None) -> ShardIndex:
-    """The index of the tar at `path`, from the file beside it.
-
-    Args:
-        path: of the tar, which may be absent where `name` is given.
-        name: URL of a remote shard, whose copy `path` is.
-
-    Raises:
-        ShardError: there is none, it is unreadable, or the tar's size is not the one that was indexed.
-    """
-    shown = name or path
-    mend = f"run `pile index {shown}`"
-    try:
-        version = int(map_arrays(path + INDEX_SUFFIX, {})[1]["version"])
-        if version != INDEX_VERSION:  # whose arrays may be others
-            raise ShardError(f"the index of shard {shown!r} has version {version}, not {INDEX_VERSION}: {mend}")
-        arrays, header = map_arrays(path + INDEX_SUFFIX, ShardIndex.TYPES)
-        tar_size, crc = int(header["tar_size"]), int(header["crc"])
-        rejected, fingerprint = json.loads(header["rejected"]), header["fingerprint"]
-        _check_lengths(arrays)
-    except FileNotFoundError:
-        raise ShardError(f"shard {shown!r} has no index: {mend}") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ShardError(f"the index of shard {shown!r} cannot be read ({error}): {mend}") from error
-    if name is None and (size := os.path.getsize(path)) != tar_size:
-        raise ShardError(
-            f"the index of shard {shown!r} is stale: the tar has {size:,} bytes, {tar_size:,} were indexed: {mend}"
-        )
-    return ShardIndex(shown, tar_size, fingerprint, rejected, crc, **arrays)
+def starts(sizes: np.ndarray) -> np.ndarray:
+    """(N + 1,) int64 cumulated sizes, from 0."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
-def _check_lengths(arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError where the arrays of an index do not fit together."""
-    for first, columns, of in (
-        (
-            "first_segment",
-            ("offset", "size", "crc", "flags"),
-            ("modality", "segment_size", "sample_rate", "loss", "file", "file_offset", "file_size"),
-        ),
-        ("first_key", ("offset",), ("key_bytes",)),
-        ("first_break", ("break_segment",), ("breaks",)),
-    ):
-        starts = arrays[first]
-        ends = [len(starts) - 1] + [len(arrays[name]) for name in columns]
-        parts = [int(starts[-1]) if len(starts) else -1] + [len(arrays[name]) for name in of]
-        if len(set(ends)) > 1 or len(set(parts)) > 1:
-            raise ValueError(f"{first}, {', '.join((*columns, *of))} do not fit together")
-
-
-def build_index(path: str) -> ShardIndex:
-    """Reads the tar at `path` once and writes its index beside it. Samples that cannot be used are listed as rejected.
-
-    Raises:
-        ShardError: the tar is missing, truncated or damaged.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in ShardIndex.TYPES}
-    for name in ("first_segment", "first_break", "first_key"):
-        columns[name].append(0)
-    key_bytes = bytearray()
-    rejected: list[list[str]] = []
-    seen: set[str] = set()
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "rb"))
-        except OSError as error:
-            raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
-        descriptor, tar_size = file.fileno(), os.fstat(file.fileno()).st_size
-        for sample in sample_ranges(path, descriptor, tar_size):
-            try:
-                if sample.trouble:
-                    raise BadSample("unsafe_member", f"{sample.key!r} holds {sample.trouble}")
-                if sample.stop - sample.start > MAX_SAMPLE_BYTES:
-                    raise BadSample("sample_too_large", f"{sample.stop - sample.start:,} bytes")
-                if sample.key in seen:
-                    raise BadSample("duplicate_key", f"two samples of {path!r} are called {sample.key!r}")
-                seen.add(sample.key)
-                block = os.pread(descriptor, sample.stop - sample.start, sample.start)
-                ranges = ranges_of_files(block)
-                reading = OWN.read(sample.key, {n: block[at : at + size] for n, (at, size) in ranges.items()})
-                document, names = reading.document, reading.files
-                sizes = [segment_size(segment) for segment in document.segments]
-            except BadSample as error:
-                rejected.append([sample.key, error.reason])
-                continue
-            key_bytes += sample.key.encode()
-            columns["first_key"].append(len(key_bytes))
-            columns["offset"].append(sample.start)
-            columns["size"].append(len(block))
-            columns["crc"].append(zlib.crc32(block))
-            columns["flags"].append(0 if document.ordered else UNORDERED)
-            first = columns["first_segment"][-1]
-            columns["first_segment"].append(first + len(sizes))
-            for number, (segment, name, (size, rate)) in enumerate(zip(document.segments, names, sizes, strict=True), first):
-                file_offset, file_size = ranges.get(name, (0, 0))
-                columns["file"].append(EXTENSIONS.index(segment.extension))
-                columns["file_offset"].append(file_offset)
-                columns["file_size"].append(file_size)
-                columns["modality"].append(segment.modality)
-                columns["loss"].append(segment.loss)
-                columns["segment_size"].append(size)
-                columns["sample_rate"].append(rate)
-                breaks = segment_breaks(segment)
-                if breaks:
-                    columns["break_segment"].append(number)
-                    columns["breaks"] += breaks
-                    columns["first_break"].append(len(columns["breaks"]))
-    arrays = {name: np.array(columns[name], kind) for name, kind in ShardIndex.TYPES.items() if name != "key_bytes"}
-    arrays["key_bytes"] = np.frombuffer(bytes(key_bytes), np.uint8)
+def fingerprint(tar_size: int, columns: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(str(tar_size).encode(), digest_size=16)
-    for name in ("offset", "size", "crc"):
-        digest.update(arrays[name].astype("<u8").tobytes())
-    ShardIndex(path, tar_size, digest.hexdigest(), rejected, None, **arrays).save()
-    return load_index(path)
+    for name in TYPES:
+        digest.update(np.ascontiguousarray(columns[name]).data)
+    return digest.hexdigest()
 
 
-def breaks_in_bytes(text: str, breaks: Sequence[int]) -> list[int]:
-    """UTF-8 bytes before each of the places `breaks` (in characters) of a text."""
-    if text.isascii():
-        return list(breaks)
-    places = [0, *breaks]
-    return np.cumsum([len(text[a:b].encode()) for a, b in pairwise(places)]).tolist()
+# -- Building
+
+
+def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
+    """Index the tar at `path`. Samples that cannot be used are counted by reason.
+
+    Raises:
+        ShardError: the tar is missing, damaged or compressed.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in TYPES}
+    keys = bytearray()
+    rejected: dict[str, list[Any]] = {}
+    unused, dropped = Counter[str](), Counter[str]()
+    samples, ignored = read_samples(path)
+    with open(path, "rb") as file:
+        for sample in samples:
+            try:
+                block = _read_block(file.fileno(), sample)
+                files = {name: block[first : first + size] for name, (first, size) in sample.files.items()}
+                _check_names(sample, fields)
+                reading = fields.read(sample.key, files)
+                rows = [row for pair in zip(reading.document.segments, reading.files, strict=True) for row in _rows(*pair)]
+            except BadSample as error:
+                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address varies
+                count = rejected.setdefault(error.reason, [0, [], detail[:300]])
+                count[0] += 1
+                count[1] += [sample.key] * (len(count[1]) < LISTED)
+                continue
+            unused.update(reading.unused)
+            dropped.update(reading.dropped)
+            key = sample.key.encode()
+            keys += key
+            flags = 0 if reading.document.ordered else UNORDERED
+            values = (sample.start, len(block), zlib.crc32(block), flags, len(rows), len(key))
+            for column, value in zip(COLUMNS["samples"], values, strict=True):
+                columns[column].append(value)
+            for segment, size, is_choice, file_name, breaks in rows:
+                kind = (segment.modality, *size, segment.loss, is_choice, EXTENSIONS.index(segment.extension))
+                for column, value in zip(
+                    COLUMNS["segments"], (*kind, *sample.files.get(file_name, (0, 0)), len(breaks)), strict=True
+                ):
+                    columns[column].append(value)
+                columns["break_bytes"] += breaks
+    arrays = {name: np.array(columns[name], kind) for name, kind in TYPES.items()}
+    arrays["key_bytes"] = np.frombuffer(bytes(keys), np.uint8)
+    about = {
+        "name": name,
+        "size": os.path.getsize(path),
+        "fingerprint": fingerprint(os.path.getsize(path), arrays),
+        "rows": [len(arrays[next(iter(group))]) for group in COLUMNS.values()],
+        "read": len(samples),
+        "rejected": rejected,
+        "unused": dict((unused + ignored).most_common(NAMES)),
+        "dropped": dict(dropped),
+        "tokens": {},
+    }
+    return ShardIndex(shown, about, arrays)
+
+
+def infer_from_shard(path: str) -> tuple[Fields, int]:
+    """(the field map that samples of a tar suggest, number of these samples). Raises `ShardError` if there are none."""
+    samples, _ = read_samples(path)
+    usable = [sample for sample in samples if sample.error is None]
+    usable = usable[:: max(1, len(usable) // INFERRED_FROM)][:INFERRED_FROM]
+    names = Counter(name for sample in usable for name in sample.files)
+    usual = {name for name, count in names.items() if 1 < count >= len(usable) / 2}
+    clear = [sample for sample in usable if "json" in sample.files or not _alike(sample, usual)]
+    if not clear:
+        why = next((str(sample.error) for sample in samples if sample.error), str(_ambiguous(usable[0])) if usable else "")
+        raise ShardError(f"shard {path!r} holds no usable sample" + (f": {why}" if why else ", the archive is empty"))
+    if any(name.rsplit(".", 1)[-1] in ENCODED_EXTENSIONS for name in names):
+        return OWN, len(clear)
+    with open(path, "rb") as file:
+        blocks = [(sample.files, _read_block(file.fileno(), sample)) for sample in clear]
+    views = [{name: block[first : first + size] for name, (first, size) in files.items()} for files, block in blocks]
+    try:
+        return infer_fields(views), len(views)
+    except ValueError as error:
+        raise ShardError(f"shard {path!r}: {error}") from error
+
+
+def _read_block(descriptor: int, sample: TarSample) -> bytes:
+    """The bytes of a sample in its tar. Raises `BadSample`."""
+    if sample.error is not None:
+        raise sample.error
+    if sample.stop - sample.start > MAX_SAMPLE_BYTES:
+        raise BadSample("sample_too_large", f"{sample.stop - sample.start:,} bytes")
+    return os.pread(descriptor, sample.stop - sample.start, sample.start)
+
+
+def _alike(sample: TarSample, named: Iterable[str]) -> list[str]:
+    """Files of one kind that differ in the part of the name before it, and are not `named`: probably of several samples."""
+    dotted = [name for name in sample.files if "." in name and name not in named]
+    kinds = Counter(name.rsplit(".", 1)[1].lower() for name in dotted)
+    return [name for name in dotted if kinds[name.rsplit(".", 1)[1].lower()] > 1]
+
+
+def _check_names(sample: TarSample, fields: Fields) -> None:
+    named = {name for entry in fields.entries for name in entry.names}
+    if not (fields.is_own and "json" in sample.files) and _alike(sample, named):
+        raise _ambiguous(sample)
+
+
+def _ambiguous(sample: TarSample) -> BadSample:
+    names = ", ".join(_alike(sample, ())[:4])
+    return BadSample(
+        "ambiguous_names",
+        f"sample {sample.key!r} holds {names}: a key ends at the first dot of a name, so these may be several samples. Rename "
+        "the files, or name them in `fields`",
+    )
+
+
+def _rows(segment: Segment, file_name: str) -> list[tuple[Segment, tuple[int, int], bool, str, list[int]]]:
+    """(segment, size, is a choice, file, breaks) of a segment and of each of its alternatives."""
+    parts = [replace(segment, data=text) for text in segment.choices] or [segment]
+    return [
+        (part, segment_size(part), number > 0, "" if segment.choices else file_name, segment_breaks(part))
+        for number, part in enumerate(parts)
+    ]
 
 
 def segment_size(segment: Segment) -> tuple[int, int]:
-    """(size, sample rate) of a segment as the index holds it."""
+    """(UTF-8 bytes, pixels, or samples per channel; sample rate in Hz or 0) of a segment. Raises `BadSample`."""
     if segment.size is not None:
         return segment.size
     if segment.is_encoded:
-        codes = segment.codes
-        return codes.size, codes.sample_rate
+        return segment.codes.size, segment.codes.sample_rate
     if segment.modality == TEXT:
         try:
             return len(segment.text.encode()), 0
@@ -283,58 +284,10 @@ def segment_size(segment: Segment) -> tuple[int, int]:
 
 
 def segment_breaks(segment: Segment) -> list[int]:
-    """Places in a segment, in UTF-8 bytes, where a sentence ends."""
+    """Ends of the sentences of a long text, in UTF-8 bytes."""
     if segment.modality != TEXT:
         return []
     if segment.is_encoded:
         return segment.codes.breaks[0].tolist()
-    return breaks_in_bytes(segment.text, sentence_ends(segment.text))
-
-
-def tokens_path(path: str, tokenizer: str) -> str:
-    """Where the token counts of the shard at `path` are kept, by the fingerprint of the tokenizer."""
-    return f"{path}.{tokenizer[:16]}.tokens.safetensors"
-
-
-def save_arrays(path: str, arrays: Mapping[str, np.ndarray], header: Mapping[str, str]) -> None:
-    """Writes a safetensors file; it appears when it is whole."""
-    from safetensors.numpy import save
-
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        # One entry: the library writes several in any order, and the same shard has to give the same bytes.
-        metadata = {"pile": json.dumps(dict(sorted(header.items())))}
-        file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
-    os.replace(temporary, path)
-
-
-def map_arrays(path: str, types: Mapping[str, str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, header) of a safetensors file. The arrays are views of the mapped file (the library would copy them), which
-    nobody writes to: a new version takes its place.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not such a file, or lacks one of the arrays `types` names.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise ValueError("the file is too short")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    length = int.from_bytes(mapped[:8], "little")
-    if length > size - 8:
-        raise ValueError("the file is cut off")
-    try:
-        header = json.loads(mapped[8 : 8 + length])
-        arrays = {}
-        for name, kind in types.items():
-            first, stop = header[name]["data_offsets"]
-            item = np.dtype(kind).itemsize
-            if not 0 <= first <= stop <= size - 8 - length or (stop - first) % item:
-                raise ValueError("the file is cut off")
-            arrays[name] = np.frombuffer(mapped, kind, (stop - first) // item, 8 + length + first)
-        return arrays, dict(json.loads(header["__metadata__"]["pile"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no array or value {error}") from error
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
+    parts = pairwise([0, *sentence_ends(segment.text)])
+    return np.cumsum([len(segment.text[first:stop].encode()) for first, stop in parts]).tolist()

@@ -1,15 +1,13 @@
 """Remote shards: whole files, fetched ahead of need into a folder of bounded size.
 
-    <folder>/<hash of the URL>/<name>            the file: there only when it is whole
+    <folder>/<hash of the URL>/<name>     a whole file, renamed into place after its size and checksums were verified
                                <name>.<random>.part, <name>.lock
-                               <name>....safetensors   what is known of it: its index, its tokens
-             plans/<host>@<process>@...          what that process reads next, in order
-             room.lock                           held while room is made
+             room.lock                    held while space is reserved
 
-All that processes and hosts know of each other stands in that folder. Who holds `<name>.lock` downloads; a `.part` whose lock
-is free belongs to a process that died. A `.part` has its final size from the start, so it counts before its bytes are there.
-Locks are `flock`: the kernel frees them when a process dies, and NFSv4 carries them between hosts. There the bound is late by
-the seconds for which NFS remembers sizes. A file that a process holds open frees its disk when that process closes it.
+The folder is the only state that processes and hosts share. The holder of `<name>.lock` downloads; a `.part` whose lock is free
+belongs to a process that died. A `.part` has its final size from the start, so the space is reserved before its bytes arrive.
+Readers hold a shared lock on every file that they have open or need next, so it is not evicted. The locks are `flock`: the
+kernel releases them when a process dies, and NFSv4 carries them between hosts.
 """
 
 from __future__ import annotations
@@ -20,81 +18,61 @@ import hashlib
 import logging
 import os
 import re
-import socket
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from threading import Event
+from typing import NamedTuple
 
-from pile_app.data.tar import ShardError
+from pile_app.data.files import ShardError
 from pile_app.data.urls import MissingError, expand_remote, is_remote, opened, with_retries
-from pile_app.prepare.files import whole_file
 
-__all__ = ["Prefetcher", "ShardCache", "expand_remote", "is_remote"]
+__all__ = ["Prefetcher", "ShardCache", "Wanted", "expand_remote", "is_remote"]
 
 log = logging.getLogger(__name__)
 
-Check = Callable[[str], None]  # raises where the file at that path is not the one that was indexed
-Wanted = tuple[str, int | None, Check | None]  # URL, expected size, check
+Check = Callable[[str], None]  # raises if the file at a path is not the one that was indexed
 CHUNK = 16 << 20  # bytes of a read, and of a ranged request to S3
-PLAN_SECONDS = 3600  # after which the plan of a process on another host counts no more: it may be dead
-WAIT_SECONDS = 0.1  # between looks for room
-NEVER = 1 << 62  # place of what stands in no plan
+WAIT_SECONDS = 0.1  # between attempts to reserve space
+STUCK_SECONDS = 60  # after which a file that is needed now replaces files in use, rather than wait for ever
 
 
-class _NoRoomError(ShardError):
-    """What is fetched ahead would take the place of what is needed sooner, or is not wanted any more."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One file to fetch. ahead: set when nobody wants it ahead of need any more; None where it is needed now."""
+class Wanted(NamedTuple):
+    """A remote file: see `ShardCache.fetch`."""
 
     url: str
-    path: str
     size: int | None = None
     check: Check | None = None
-    ahead: threading.Event | None = None
-    is_bounded: bool = True
 
-    def is_done(self) -> bool:
-        """Whether a whole file of that size is there. Notes its use in its time."""
-        try:
-            with suppress(PermissionError):  # another user's
-                os.utime(self.path)
-            return self.size in (None, os.stat(self.path).st_size)
-        except FileNotFoundError:
-            return False
 
-    def pause(self, seconds: float) -> None:
-        if self.ahead is None:
-            time.sleep(seconds)
-        elif self.ahead.wait(seconds):
-            raise _NoRoomError
+class _Later(ShardError):
+    """A file that is fetched ahead is being fetched by another process, or is not wanted any more."""
+
+
+class _NoRoom(_Later):
+    """There is no room for a file that is fetched ahead."""
 
 
 class ShardCache:
-    """Local copies of remote files, at most `max_bytes` of them together, shared by all that use the same folder.
+    """Local copies of remote files, shared by all processes that use the same folder.
 
-    It holds no handle and nothing that changes, so it may be pickled and used by threads.
+    The least recently used copies are deleted first. It holds no handle and no state, so it may be pickled and used by threads.
 
     Args:
-        folder: of the copies; made when needed.
-        max_bytes: of whole files and those under way. What `fetch_small` fetches, and what others write beside, comes on top.
+        folder: of the copies; created when needed.
+        max_bytes: of everything in the folder: whole files, downloads under way, and files that others write there.
         allow_pipe: run the commands of `pipe:` URLs.
-        retries: after a first failure, with `backoff_seconds` before the first, and twice as long before each next one.
+        retries: after a first failure. `backoff_seconds` pass before the first retry, and twice as long before each next one.
     """
 
     def __init__(
         self, folder: str | Path, max_bytes: int, allow_pipe: bool = False, retries: int = 5, backoff_seconds: float = 0.5
     ) -> None:
         if max_bytes <= 0:
-            raise ValueError(f"data.cache_gigabytes has to be above 0, not {max_bytes / 1e9:g}")
+            raise ValueError(f"data.cache_gigabytes must be above 0, not {max_bytes / 1e9:g}")
         self.folder = os.path.abspath(folder)
         self.max_bytes = max_bytes
         self.allow_pipe = allow_pipe
@@ -102,306 +80,275 @@ class ShardCache:
         self.backoff_seconds = backoff_seconds
 
     def path(self, url: str) -> str:
-        """Where the copy of `url` lies once it is fetched."""
-        where = url.partition("?")[0].partition("#")[0] if url.startswith("http") else url
-        name = re.sub(r"[^\w.,=+-]+", "_", where.rpartition("/")[2], flags=re.ASCII)[-100:].strip(".")
-        return os.path.join(self.folder, _digest(url), name or "shard")
+        """Where the copy of `url` is, once it is fetched."""
+        path = url.partition("?")[0].partition("#")[0] if url.startswith("http") else url
+        name = re.sub(r"[^\w.,=+-]+", "_", path.rpartition("/")[2], flags=re.ASCII)[-100:].strip(".")
+        return os.path.join(self.folder, hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), name or "shard")
 
-    def fetch(
-        self, url: str, expected_size: int | None = None, check: Check | None = None, ahead: threading.Event | None = None
-    ) -> str:
-        """Path of a whole local copy, which is downloaded where it is missing, by one of all that ask at the same time.
+    def fetch(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> str:
+        """Path of a whole local copy. If it is missing, one of the processes that ask for it downloads it.
 
-        Another process may evict it before the caller opens it; `open` knows of that.
+        Another process may evict it before the caller opens it; `open` handles that.
 
         Args:
-            expected_size: bytes; a copy of another size is fetched anew.
-            check: is given the path of a new copy before others see it. If it raises, the copy is fetched once more.
-            ahead: given where the file is not needed yet: it takes no room from what is needed sooner, nobody waits for another
-                who fetches it, and all ends when the event is set.
+            size: in bytes; a copy of another size is replaced.
+            check: called with the path of a new copy before others see it. If it raises, the copy is fetched once more.
+            ahead: for a file that is not needed yet: the call does not wait for room or for other processes, and ends when
+                this event is set.
 
         Raises:
-            ShardError: naming the URL, what happened last and what to do.
-            Exception: what `check` raised the second time.
+            ShardError: names the URL, the last error and the fix.
+            Exception: raised by `check` the second time.
         """
         if url.startswith("pipe:") and not self.allow_pipe:
-            raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust who wrote it")
-        job = _Job(url, self.path(url), expected_size, check, ahead)
-        if not job.is_done():
-            os.makedirs(os.path.dirname(job.path), exist_ok=True)
-            with _locked(job.path + ".lock", wait=ahead is None) as ours:
-                if ours and not job.is_done():
-                    self._download(job)
-        return job.path
+            raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
+        path = self.path(url)
+        if not _is_whole(path, size):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with _locked(path + ".lock", wait=ahead is None) as ours:
+                if not ours:
+                    raise _Later(f"{url!r} is being fetched by another process")
+                if not _is_whole(path, size):
+                    self._download(Wanted(url, size, check), path, ahead)
+        return path
 
-    def open(self, url: str, expected_size: int | None = None, check: Check | None = None) -> int:
-        """A file descriptor, for reading, of what `fetch` gives. The caller closes it."""
+    def open(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> int:
+        """A file descriptor, for reading, of the copy that `fetch` returns. The copy is not evicted until it is closed."""
         while True:
             with suppress(FileNotFoundError):  # evicted in between
-                return os.open(self.fetch(url, expected_size, check), os.O_RDONLY)
+                descriptor = os.open(self.fetch(url, size, check, ahead), os.O_RDONLY)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                if os.fstat(descriptor).st_nlink:
+                    return descriptor
+                os.close(descriptor)
 
     def fetch_small(self, url: str, to: str) -> str | None:
-        """Brings a small file beside a shard, such as its index, to the path `to`; None where the server has none.
+        """Fetch a small file of a data set, such as its manifest, to the path `to`; None if the server has none.
 
         Raises:
-            ShardError: as `fetch`; not for 404 and 403, which S3 answers for a missing file to who may not list.
+            ShardError: as `fetch`; but not for 404 or 403 (S3 answers 403 for a missing file if listing is not allowed).
         """
         if url.startswith("pipe:") or (url.startswith("http") and "?" in url):
-            return None  # a query is the shard's own, such as a signature
+            return None  # a query, such as a signature, is valid for the shard only
         os.makedirs(os.path.dirname(to), exist_ok=True)
-        with _locked(to + ".lock"):
+        with _locked(to + ".lock"), suppress(MissingError):
             if not os.path.exists(to):
-                try:
-                    self._download(_Job(url, to, is_bounded=False))
-                except MissingError:
-                    return None
-        return to
+                self._download(Wanted(url), to, None)
+            return to
+        return None
 
-    def plan(self, urls: Sequence[str], name: str = "") -> None:
-        """Tells all that share the folder what this process reads next, in order. Replaces its last plan of that `name`.
-
-        Who makes room takes what stands in no plan first, longest unused first, then what is used last.
-        """
-        path = os.path.join(self.folder, "plans", f"{socket.gethostname()}@{os.getpid()}@{name}")
-        if not urls:
-            return _remove(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with whole_file(path) as file:
-            file.write("\n".join(map(_digest, urls)).encode())
-
-    def _download(self, job: _Job) -> None:
-        """Brings the file to `job.path`, whose lock is held."""
-        for stale in (job.path, *glob.glob(glob.escape(job.path) + ".*.part")):
+    def _download(self, wanted: Wanted, path: str, ahead: Event | None) -> None:
+        """Fetch a file to `path`, whose lock is held."""
+        for stale in (path, *glob.glob(glob.escape(path) + ".*.part")):
             _remove(stale)
-        part = f"{job.path}.{uuid.uuid4().hex[:8]}.part"
+        part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+
+        def pause(seconds: float) -> None:
+            if ahead is None:
+                time.sleep(seconds)
+            elif ahead.wait(seconds):
+                raise _Later(f"{wanted.url!r} is not wanted any more")
 
         def transfer() -> None:
             try:
-                self._transfer(job, part)
+                self._transfer(wanted, part, pause, ahead is None)
             except BaseException:
-                _remove(part)  # at once, so that it takes no room while we wait
+                _remove(part)  # at once, so that it takes no space during the pause
                 raise
 
         for is_last in (False, True):
-            with_retries(job.url, transfer, self.retries, self.backoff_seconds, job.pause)
+            with_retries(wanted.url, transfer, self.retries, self.backoff_seconds, pause)
             try:
-                if job.check is not None:
-                    job.check(part)
-                return os.replace(part, job.path)
+                if wanted.check is not None:
+                    wanted.check(part)
+                with self._room():
+                    return os.replace(part, path)
             except Exception as error:
                 if is_last:
                     raise
-                log.warning("%s came wrong and is fetched once more: %s", job.url, error)
+                log.warning("%s is damaged and is fetched once more: %s", wanted.url, error)
             finally:
                 _remove(part)
 
-    def _transfer(self, job: _Job, part: str) -> None:
-        """Downloads to `part` once."""
-        size, written, reserved = job.size, 0, 0
-        with open(part, "wb") as file:
-            if job.is_bounded and size:
-                self._reserve(job, part, size)
-                reserved = size
-            with opened(job.url) as (read, said):
-                if size is not None and said is not None and size != said:
-                    raise ShardError(f"{job.url!r} has {said:,} bytes, {size:,} were indexed: run `pile index {job.url}` again")
-                size = said if size is None else size
-                while chunk := read(CHUNK):
-                    needed = max(size or 0, written + len(chunk))
-                    if job.is_bounded and needed > reserved:
-                        if size is None:  # it shows as it comes: in steps, each looks at the whole folder
-                            needed = max(needed, min(needed + min(CHUNK, self.max_bytes // 16), self.max_bytes))
-                        self._reserve(job, part, needed)
-                        reserved = needed
-                    job.pause(0)
-                    file.write(chunk)
-                    written += len(chunk)
-            file.truncate()  # what was reserved and did not come
+    def _transfer(self, wanted: Wanted, part: str, pause: Callable[[float], None], now: bool) -> None:
+        """Download to `part` once."""
+        url, size, written = wanted.url, wanted.size, 0
+        open(part, "wb").close()
+        reserved = self._reserve(url, part, size, now) if size else 0
+        with open(part, "r+b") as file, opened(url) as (read, said):
+            if None not in (size, said) and size != said:
+                raise ShardError(f"{url!r} has {said:,} bytes, {size:,} were indexed: run `pile index {url}` again")
+            size = said if size is None else size
+            while chunk := read(CHUNK):
+                needed = max(size or 0, written + len(chunk))
+                if needed > reserved:  # of unknown size: reserve in steps, since each looks at the whole folder
+                    step = 0 if size else min(CHUNK, self.max_bytes // 16)
+                    reserved = self._reserve(url, part, max(needed, min(needed + step, self.max_bytes)), now)
+                pause(0)
+                file.write(chunk)
+                written += len(chunk)
+            file.truncate()  # to the bytes that arrived
             os.fsync(file.fileno())
         if size is not None and written != size:
             raise OSError(f"{written:,} of {size:,} bytes came")
 
-    def _reserve(self, job: _Job, part: str, size: int) -> None:
-        """Makes `part` `size` bytes long, and room for it. Waits while other downloads hold all room that could be made."""
+    def _room(self) -> AbstractContextManager[bool]:
+        os.makedirs(self.folder, exist_ok=True)
+        return _locked(os.path.join(self.folder, "room.lock"))
+
+    def _reserve(self, url: str, part: str, size: int, now: bool) -> int:
+        """Make `part` `size` bytes long, and room for it. now: wait while all room is taken by files in use and downloads."""
         if size > self.max_bytes:
-            raise ShardError(
-                f"{job.url!r} has {size:,} bytes or more, the whole cache {self.max_bytes:,}: raise data.cache_gigabytes"
-            )
+            limit = f"the cache holds {self.max_bytes:,}: raise data.cache_gigabytes"
+            raise ShardError(f"{url!r} has {size:,} bytes or more, {limit}")
+        began = time.monotonic()
         while True:
-            with _locked(os.path.join(self.folder, "room.lock")):
-                plan = self._next_uses()
-                files, taken = self._contents(part)
-                soonest = plan.get(_digest(job.url), NEVER) if job.ahead else 0  # place of what may go
-                ranked = [(plan.get(Path(path).parent.name, NEVER), used, bytes_, path) for path, bytes_, used in files]
-                victims = []
-                for place, _, bytes_, path in sorted(ranked, key=lambda file: (-file[0], file[1])):
-                    if taken + size <= self.max_bytes or place < soonest:
-                        break
-                    victims.append(path)
-                    taken -= bytes_
-                if taken + size <= self.max_bytes and all(map(_evict, victims)):
-                    return os.truncate(part, size)
-            if job.ahead:
-                raise _NoRoomError
-            if os.path.getsize(part):  # two that hold room could wait for each other
+            is_stuck = time.monotonic() - began > STUCK_SECONDS
+            with self._room():
+                if self._evict(size, part, is_stuck):
+                    os.truncate(part, size)
+                    return size
+            if not now:
+                raise _NoRoom(f"no room for {url!r}")
+            if os.path.getsize(part):  # two downloads that hold space could wait for each other
                 raise OSError("other downloads left no room in the cache")
             time.sleep(WAIT_SECONDS)
 
-    def _contents(self, own_part: str) -> tuple[list[tuple[str, int, int]], int]:
-        """((path, bytes, last use) of whole files, bytes of all but `own_part`). Removes what dead processes left."""
-        files, taken = [], 0
-        for folder in glob.glob(os.path.join(glob.escape(self.folder), "[0-9a-f]" * 32)):
-            while os.path.isdir(folder):
-                with suppress(FileNotFoundError):  # finished, evicted or given up since it was listed: what is there instead?
-                    there, under_way = _contents_of(folder, own_part)
-                    files += there
-                    taken += under_way + sum(bytes_ for _, bytes_, _ in there)
-                    break
-        return files, taken
+    def _evict(self, size: int, own: str, is_stuck: bool) -> bool:
+        """Delete copies until there is room for `size` bytes besides the file `own`. Returns whether there is."""
+        copies, taken = [], 0
+        for folder, _, names in os.walk(self.folder):
+            for path in (os.path.join(folder, name) for name in names):
+                with suppress(FileNotFoundError):
+                    about = os.stat(path)
+                    if path.endswith(".part") and path != own and _is_abandoned(path):
+                        os.unlink(path)
+                    elif path != own:
+                        taken += about.st_size
+                        if len(Path(folder).name) == 32 and not path.endswith((".part", ".lock", ".tmp")):
+                            copies.append((about.st_mtime_ns, about.st_size, path))
+        for _, bytes_, path in sorted(copies):
+            if taken + size <= self.max_bytes:
+                break
+            if _delete_unused(path, is_stuck):
+                taken -= bytes_
+        return taken + size <= self.max_bytes
 
-    def _next_uses(self) -> dict[str, int]:
-        """Hash of a URL -> its first place in any living process's plan."""
-        places: dict[str, int] = {}
-        for path in glob.glob(os.path.join(glob.escape(self.folder), "plans", "*@*@*")):
-            host, process, _ = os.path.basename(path).split("@", 2)
-            with suppress(FileNotFoundError):
-                is_old = time.time() - os.stat(path).st_mtime > PLAN_SECONDS
-                if is_old if host != socket.gethostname() else not _runs(int(process)):
-                    os.unlink(path)
-                    continue
-                for place, digest in enumerate(Path(path).read_text().split()):
-                    places[digest] = min(place, places.get(digest, place))
-        return places
+
+_Kept = tuple[int, tuple[float, Wanted], int]  # (number, file, open descriptor)
 
 
 class Prefetcher:
-    """Fetches files in threads before they are needed. Who needs one fetches it all the same: this only makes that fast.
+    """Fetch files in threads before they are needed. Readers fetch missing files themselves: this is an optimization.
 
     Args:
-        files: (URL, expected size, check) in the order of their next use, cheap to iterate; may be endless and repeat itself.
-        ahead: files that are fetched before they are used, counted from the last `advance`.
-        horizon: files that are planned, of which those used last make room first.
-        threads: downloads at the same time.
+        files: (position after which it is not needed, file) in the order of their first use; may be endless.
+        ahead: files that are fetched and kept, counted from the last `advance`.
+        threads: concurrent downloads.
     """
 
-    def __init__(self, cache: ShardCache, files: Iterable[Wanted], ahead: int = 8, horizon: int = 64, threads: int = 2) -> None:
-        self.cache = cache
-        self.ahead = ahead
-        self._files = iter(files)
-        self._planned: deque[Wanted] = deque()  # from number `_used` on
-        self._used = self._next = 0
-        self._blocked: int | None = None  # number of a file that found no room: later ones must not take it first
-        self._is_full = False  # and nothing has changed since
+    def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:
+        self.cache, self.ahead = cache, ahead
+        self._files = enumerate(files)
+        self._again: list[tuple[int, tuple[float, Wanted]]] = []  # found no room
+        self._is_full = False  # then the file that is needed soonest is tried alone
+        self._kept: list[_Kept] = []
+        self._pending = 0
         self._changed = threading.Condition()
-        self._closed = threading.Event()
-        self._failed = False
-        self._plan(max(ahead, horizon))
+        self._closed = Event()
+        self._warned = False
         self._threads = [threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def advance(self, used: int) -> None:
-        """Says that the first `used` files of the order are not needed any more."""
+    def advance(self, position: float) -> None:
+        """Release the files that are not needed from `position` on."""
         with self._changed:
-            count = min(used - self._used, len(self._planned))
-            if count > 0:
-                for _ in range(count):
-                    self._planned.popleft()
-                self._used += count
-                self._next = max(self._next, self._used)
-                self._plan(count)
-            self._is_full = False
-            if self._blocked is not None and self._blocked < self._used:
-                self._blocked = None
+            self._release([kept for kept in self._kept if kept[1][0] <= position])
             self._changed.notify_all()
 
+    def _release(self, kept: Sequence[_Kept]) -> None:
+        for *_, descriptor in kept:
+            os.close(descriptor)
+        self._kept = [other for other in self._kept if other not in kept]
+
     def close(self) -> None:
-        """Ends the threads. A download under way is given up at its next chunk, and waited for some seconds at most."""
+        """End the threads. A download under way is given up at its next chunk; wait for it some seconds at most."""
         with self._changed:
             self._closed.set()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(timeout=5)
-        self.cache.plan([], name=str(id(self)))
+        self.advance(float("inf"))
 
-    def _plan(self, count: int) -> None:
-        """Plans so many more files."""
-        try:
-            self._planned.extend(islice(self._files, count))
-            self.cache.plan([url for url, _, _ in self._planned], name=str(id(self)))
-        except Exception as error:
-            self._warn(error)
-
-    def _warn(self, error: Exception) -> None:
-        level = logging.DEBUG if self._failed else logging.WARNING
-        log.log(level, "a shard could not be fetched ahead; who needs it will try again: %s", error)
-        self._failed = True
-
-    def _may_fetch(self) -> bool:
-        is_ahead = self._next < self._used + min(self.ahead, len(self._planned))
-        return is_ahead and not self._is_full and self._blocked in (None, self._next)
+    def _may_begin(self) -> bool:
+        has_room = self._pending + len(self._kept) < self.ahead and not (self._is_full and self._pending)
+        return has_room or self._closed.is_set()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed.is_set() or self._may_fetch())
-                if self._closed.is_set():
+                self._changed.wait_for(self._may_begin)
+                number, file = next(self._files, (0, None)) if not self._again else self._again.pop(0)
+                if self._closed.is_set() or file is None:
                     return
-                number, self._next = self._next, self._next + 1
-                url, size, check = self._planned[number - self._used]
-            has_room = True
+                self._pending += 1
+            descriptor, later = None, list[tuple[int, tuple[float, Wanted]]]()
             try:
-                self.cache.fetch(url, size, check, self._closed)
-            except _NoRoomError:
-                has_room = False
+                descriptor = self.cache.open(*file[1], ahead=self._closed)
+            except _Later as error:
+                later = [(number, file)]
+                if isinstance(error, _NoRoom):  # files that are needed later must not take the room
+                    with self._changed:
+                        farther = [kept for kept in self._kept if kept[0] > number]
+                        later += [kept[:2] for kept in farther]
+                        self._release(farther)
             except Exception as error:
-                self._warn(error)
+                level = logging.DEBUG if self._warned else logging.WARNING
+                log.log(level, "a shard could not be fetched ahead; its reader will try again: %s", error)
+                self._warned = True
             with self._changed:
-                if not has_room and number >= self._used:
-                    self._next = self._blocked = number if self._blocked is None else min(number, self._blocked)
-                    self._is_full = True
-                elif has_room and number == self._blocked:
-                    self._blocked = None
-                    self._changed.notify_all()
+                self._pending -= 1
+                self._is_full = bool(later)
+                if descriptor is not None:
+                    self._kept.append((number, file, descriptor))
+                if later:
+                    self._again = sorted([*self._again, *later], key=lambda entry: entry[0])
+                    self._changed.wait(WAIT_SECONDS)
+                self._changed.notify_all()
 
 
-def _digest(url: str) -> str:
-    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
-
-
-def _contents_of(folder: str, own_part: str) -> tuple[list[tuple[str, int, int]], int]:
-    """((path, bytes, last use) of the whole file, bytes of the downloads but `own_part`) in the folder of a URL."""
-    files, under_way = [], 0
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if name.endswith(".part"):
-            with _locked(path.rsplit(".", 2)[0] + ".lock", wait=False) as is_stale:
-                if is_stale:
-                    os.unlink(path)
-                elif path != own_part:
-                    under_way += os.stat(path).st_size
-        elif not name.endswith((".lock", ".tmp", ".safetensors")):
-            about = os.stat(path)
-            files.append((path, about.st_size, about.st_mtime_ns))
-    return files, under_way
-
-
-def _runs(process: int) -> bool:
+def _is_whole(path: str, size: int | None) -> bool:
+    """Whether a whole file of that size exists; marks it as used now."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        with suppress(PermissionError):  # another user's
+            os.utime(path)
+        return size in (None, os.stat(path).st_size)
+    except FileNotFoundError:
         return False
+
+
+def _is_abandoned(part: str) -> bool:
+    with _locked(part.rsplit(".", 2)[0] + ".lock", wait=False) as free:
+        return free
+
+
+def _delete_unused(path: str, is_stuck: bool) -> bool:
+    """Delete a copy unless it is in use, or being replaced."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
     except PermissionError:  # another user's
-        pass
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not is_stuck:
+            return False
+        log.warning("the cache holds less than is read at the same time: raise data.cache_gigabytes")
+    finally:
+        os.close(descriptor)
+    _remove(path)
     return True
-
-
-def _evict(path: str) -> bool:
-    """Removes a file, unless someone holds its lock, who is fetching it anew."""
-    with _locked(path + ".lock", wait=False) as ours:
-        if ours:
-            _remove(path)
-        return ours
 
 
 def _remove(path: str) -> None:
@@ -411,7 +358,7 @@ def _remove(path: str) -> None:
 
 @contextmanager
 def _locked(path: str, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock at `path`; False where another thread, process or host does and `wait` is not set."""
+    """Hold the lock at `path`; False if another thread, process or host holds it and `wait` is not set."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:

@@ -1,106 +1,301 @@
-"""Shards: WebDataset tar files, each with an index beside it (`index.py`).
+"""Shards: WebDataset tar files. `write_shards` writes documents, `Shards` reads them by number.
 
-`write_shards` turns documents into `<prefix>-000000.tar`, `-000001.tar` ... and indexes each. `Shards.document` reads a sample
-by its byte range (`pread`: no shared file position, safe after a fork) and checks it.
+A sample is read by its byte range (`pread`: no shared file position, safe after a fork) and checked against its CRC-32. Each
+process opens manifests and tars when it first needs them.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 
-from pile_app.documents import BadSample, Document, Segment, sample_from_document
-from pile_app.fields import document_from_sample
+from pile_app.data.files import ShardError
+from pile_app.data.index import ShardIndex
+from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
+from pile_app.data.tar import split_name
+from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
+from pile_app.data.urls import expand_remote, is_remote
+from pile_app.documents import BadSample, Document, sample_from_document
+from pile_app.fields import OWN, Fields
 
 if TYPE_CHECKING:
     import io
 
     from pile_app.data.remote import ShardCache
-    from pile_app.data.tokenizers import TextTokens
 
-from pile_app.data.index import EXTENSIONS, INDEX_SUFFIX, UNORDERED, ShardIndex, build_index, load_index
-from pile_app.data.tar import ShardError, files_of_block, sample_key
-
-OPEN_SHARDS = 64  # files that a reader holds open: an evicted shard frees its disk when the last reader lets go
+OPEN_SHARDS = 64  # files that a process holds open: an evicted shard frees its disk when its last reader closes it
 
 
 def expand_shards(pattern: str | Sequence[str]) -> list[str]:
     """Paths or URLs from a pattern: brace expansion as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
 
     Raises:
-        ShardError: nothing matches, a shard stands there twice, or braces do not match. Whether a URL exists shows when it is
-            fetched.
+        ShardError: nothing matches, a shard is named twice, or braces do not match. A missing URL shows when it is fetched.
     """
     import braceexpand
 
-    from pile_app.data.remote import expand_remote, is_remote
-
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     paths: list[str] = []
-    for one in patterns:
+    for one in [pattern] if isinstance(pattern, str) else pattern:
         try:
             expansions = [one] if one.startswith("pipe:") else list(braceexpand.braceexpand(one))
         except ValueError as error:  # UnbalancedBracesError
-            raise ShardError(
-                f"{one!r} opens or closes a brace without the other: write e.g. 'train-{{000..007}}.tar'"
-            ) from error
+            raise ShardError(f"{one!r} has an unmatched brace: write e.g. 'train-{{000..007}}.tar'") from error
         for expanded in expansions:
             if is_remote(expanded):
                 found = expand_remote(expanded)
             else:
                 expanded = expanded.removeprefix("file://")
-                found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded]
+                found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) and not os.path.exists(expanded) else [expanded]
             if not found:
                 raise ShardError(f"no shard matches {expanded!r} (from {one!r}, working folder {os.getcwd()})")
             paths += found
-    for path in paths:
-        if not is_remote(path) and not os.path.isfile(path):
+    folders = {os.path.dirname(path) for path in paths if not is_remote(path)}
+    names = {folder: set(os.listdir(folder or ".")) for folder in folders if os.path.isdir(folder or ".")}
+    for path in paths:  # by one listing for each folder, not a request for each shard
+        if not is_remote(path) and os.path.basename(path) not in names.get(os.path.dirname(path), ()):
             raise ShardError(f"shard {path!r} does not exist (from {pattern!r}, working folder {os.getcwd()})")
-    same = [path if is_remote(path) else os.path.realpath(path) for path in paths]
-    if len(set(same)) < len(same):
-        raise ShardError(f"{pattern!r} names a shard twice: {sorted({p for p in same if same.count(p) > 1})}")
+    real = {folder: os.path.realpath(folder) for folder in folders}
+    same = [path if is_remote(path) else os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+    if twice := [path for path, count in Counter(same).items() if count > 1]:
+        raise ShardError(f"{pattern!r} names a shard twice: {twice[:3]}")
     return paths
 
 
-class ShardWriter:
-    """Writes documents, one by one, to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and indexes them.
+class Shards:
+    """The documents of some shards, by number.
 
-    A shard appears under its name only when it is whole. Keys are given by count where a document has none. The same documents
-    give the same bytes. Documents that the index rejects are listed in `ShardIndex.rejected`. Memory does not grow with the
-    documents: indexes stay on disk until `close` loads them.
+    Args:
+        pattern: of paths or URLs, see `expand_shards`.
+        cache: of remote shards; None where there are none.
+        fields: the field map; None: that of the manifest, or inferred.
+        tokenizer: whose token counts the manifest has to hold.
+        processes: that index new shards; None: one for each core.
+        again: shards to index again, see `open_manifest`.
+    """
+
+    def __init__(
+        self,
+        pattern: str | Sequence[str],
+        cache: ShardCache | None = None,
+        fields: Any = None,
+        tokenizer: Tokenizer | None = None,
+        processes: int | None = None,
+        again: Again = "",
+    ) -> None:
+        self.paths = expand_shards(pattern)
+        self.cache, self.tokenizer = cache, tokenizer or ByteTokenizer()
+        self.remote = [is_remote(path) for path in self.paths]
+        self._forget()
+        self._manifest_files: list[tuple[str, str]] = []  # path and folder of each
+        self._where = [(0, "")] * len(self.paths)  # manifest and name of each shard
+        wanted = Fields.parse(fields) if fields else None
+        for number, ((folder, stem), shards) in enumerate(group_shards(self.paths).items()):
+            paths = [self.paths[shard] for shard in shards]
+            found = self._manifests[number] = open_manifest(paths, stem, cache, wanted, tokenizer, processes, again)
+            self._manifest_files.append((found.path, folder))
+            for shard in shards:
+                self._where[shard] = number, split_path(self.paths[shard])[1]
+        abouts = [self._about(shard) for shard in range(len(self.paths))]
+        self.sizes = [int(about["size"]) for about in abouts]  # of the tars, in bytes
+        self.first_document: list[int] = [0, *np.cumsum([about["rows"][0] for about in abouts]).tolist()]
+        prints = [about["fingerprint"] for about in abouts] + [
+            str(one.fields) for one in self._manifests.values() if one.fields != OWN
+        ]
+        self.fingerprint = hashlib.blake2b("".join(prints).encode(), digest_size=16).hexdigest()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._manifests: dict[int, Manifest] = {}
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._fetched_again: set[int] = set()
+        self._lock = threading.RLock()  # the thread that prefetches asks for indexes too
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = (
+            "_process",
+            "_manifests",
+            "_indexes",
+            "_descriptors",
+            "_lock",
+            "_fetched_again",
+            "_kept_ids",
+            "_last_long",
+            "_checked",
+        )
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return self.first_document[-1]
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield all documents. Raises `BadSample` at a damaged one."""
+        return map(self.document, range(len(self)))
+
+    def manifest(self, shard: int) -> Manifest:
+        number, _ = self._where[shard]
+        if number not in self._manifests:
+            self._manifests[number] = Manifest(*self._manifest_files[number])
+        return self._manifests[number]
+
+    def _about(self, shard: int) -> dict[str, Any]:
+        return self.manifest(shard).entries[self._where[shard][1]][1]
+
+    def index(self, shard: int) -> ShardIndex:
+        """The rows of a shard. Raises `ShardError` if they are damaged."""
+        with self._lock:
+            index = self._indexes.get(shard)
+            if index is None:
+                index = self._indexes[shard] = self.manifest(shard).index(self._where[shard][1])
+                index.check()
+                if len(self._indexes) > OPEN_SHARDS:
+                    self._indexes.popitem(last=False)
+            self._indexes.move_to_end(shard)
+            return index
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(shard, sample in it) of a document."""
+        shard = bisect_right(self.first_document, number) - 1
+        return shard, number - self.first_document[shard]
+
+    def key(self, number: int) -> str:
+        shard, sample = self.place(number)
+        return self.index(shard).key(sample)
+
+    def document(self, number: int) -> Document:
+        """Read a document.
+
+        Raises:
+            BadSample: its bytes are not those that were indexed, or make no document.
+            ShardError: the shard cannot be opened or fetched any more.
+        """
+        shard, sample = self.place(number)
+        return self.index(shard).document(sample, self.block(shard, sample), self.manifest(shard).fields)
+
+    def block(self, shard: int, sample: int) -> bytes:
+        """The bytes of a sample. Raises `BadSample` if they are not those that were indexed."""
+        index = self.index(shard)
+        while True:
+            block = self.read(shard, index.numbers.offset[sample], index.numbers.size[sample])
+            if zlib.crc32(block) == index.numbers.crc[sample]:
+                return block
+            if not self._forget_copy(shard):
+                raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
+
+    def _forget_copy(self, shard: int) -> bool:
+        """Remove the local copy of a remote shard, which may be of an earlier version; once."""
+        if self.cache is None or not self.remote[shard] or shard in self._fetched_again:
+            return False
+        with self._lock:
+            self._fetched_again.add(shard)
+            os.close(self._descriptors.pop(shard))
+            Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
+        return True
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Read bytes of a tar, which is fetched if it is remote."""
+        with self._lock:
+            if self._process != os.getpid():  # after a fork
+                self._forget()
+            if shard not in self._descriptors:
+                self._descriptors[shard] = self._open(shard)
+                if len(self._descriptors) > OPEN_SHARDS:
+                    os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors.move_to_end(shard)
+            return os.pread(self._descriptors[shard], size, offset)
+
+    def _open(self, shard: int) -> int:
+        path = self.paths[shard]
+        if self.remote[shard] and self.cache is not None:
+            return self.cache.open(path, self.sizes[shard], self.index(shard).check_tar)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
+        if (size := os.fstat(descriptor).st_size) != self.sizes[shard]:
+            os.close(descriptor)
+            raise ShardError(f"shard {path!r} has {size:,} bytes, {self.sizes[shard]:,} were indexed: run `pile index {path}`")
+        return descriptor
+
+    def publish(self) -> list[str]:
+        """Upload the manifests of remote folders next to the shards. Returns where the manifests are."""
+        found = []
+        for path, folder in self._manifest_files:
+            url = f"{folder}/{os.path.basename(path)}"
+            if is_remote(folder) and not path.endswith(".published"):
+                try:
+                    with fsspec.open(url, "wb") as file:
+                        file.write(Path(path).read_bytes())
+                    path = url
+                except Exception as error:
+                    path += f" (cannot be written to {url}, so upload it there: {type(error).__name__} {error})"
+            found.append(path)
+        return found
+
+    def balance(self) -> dict[str, Any]:
+        """Account for all samples: `read` = `documents` + the sum of `rejected` (reason -> count).
+
+        `examples`: reason -> the first keys and the first message; `unused`, `dropped`: name of a file, field or part -> count.
+        """
+        found: dict[str, Any] = {"fields": str(self.manifest(0).fields), "read": 0, "documents": len(self), "examples": {}}
+        found |= {name: Counter() for name in ("rejected", "unused", "dropped")}
+        for about in map(self._about, range(len(self.paths))):
+            found["read"] += about["read"]
+            for reason, (count, keys, detail) in about["rejected"].items():
+                found["rejected"][reason] += count
+                found["examples"].setdefault(reason, (keys, detail))
+            for name in ("unused", "dropped"):
+                found[name].update(about[name])
+        return found
+
+
+def describe_balance(balance: Mapping[str, Any]) -> str:
+    """`1,000 samples: 990 documents; rejected: 10 missing_field (a, b); unused: 1,000 json.url; fields [jpg, txt]`"""
+    rejected = [
+        f"{n:,} {reason} ({', '.join(balance['examples'][reason][0])})" for reason, n in balance["rejected"].most_common()
+    ]
+    parts = [f"{balance['read']:,} samples: {balance['documents']:,} documents", f"rejected: {', '.join(rejected) or 'none'}"]
+    for name in ("unused", "dropped"):
+        told = [f"{count:,} {what}" for what, count in balance[name].most_common(8)]
+        parts += [f"{name}: {', '.join(told)}" + ", ..." * (len(balance[name]) > 8)] if told else []
+    return "; ".join([*parts, f"fields {balance['fields']}"])
+
+
+class ShardWriter:
+    """Writes documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
+
+    A shard gets its name when it is complete. Documents without a key are numbered. The same documents give the same bytes.
     """
 
     def __init__(self, folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> None:
-        self.folder = Path(folder)
+        self.folder, self.prefix, self.shard_bytes = Path(folder), prefix, shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.prefix = prefix
-        self.shard_bytes = shard_bytes
         self._paths: list[str] = []
         self._count = 0
         self._file: io.BufferedWriter | None = None
         self._tar: Any = None
 
     def write(self, document: Document) -> None:
-        """Adds a document.
-
-        Raises:
-            ValueError: its key would be read back as another one.
-        """
+        """Add a document. Raises ValueError if its key would be read back as another one."""
         import webdataset
 
-        if sample_key(f"{document.key}.json") != document.key:
-            raise ValueError(
-                f"document key {document.key!r}: WebDataset ends a key at the first dot; write another character there"
-            )
+        if split_name(f"{document.key}.json")[0] != document.key:
+            raise ValueError(f"document key {document.key!r}: WebDataset ends a key at the first dot; use another character")
         if self._file is None:
             path = self.folder / f"{self.prefix}-{len(self._paths):06d}.tar.{os.getpid()}.tmp"
             self._file = open(path, "wb")  # noqa: SIM115 (closed by finish_shard)
@@ -114,172 +309,24 @@ class ShardWriter:
             self.finish_shard()
 
     def finish_shard(self) -> None:
-        """Gives the shard that is being written its name and its index; the next document opens another."""
+        """Complete the current shard; the next document opens another."""
         if self._file is None:
             return
         self._tar.close()
         self._file.close()
-        path = str(self.folder / f"{self.prefix}-{len(self._paths):06d}.tar")
-        os.replace(self._file.name, path)
+        self._paths.append(str(self.folder / f"{self.prefix}-{len(self._paths):06d}.tar"))
+        os.replace(self._file.name, self._paths[-1])
         self._file = None
-        self._paths.append(path)
-        build_index(path)
 
-    def close(self) -> list[ShardIndex]:
-        """Finishes the last shard; the indexes of all."""
+    def close(self) -> Shards:
+        """Complete the last shard and write the manifest."""
         self.finish_shard()
-        return [load_index(path) for path in self._paths]
+        return Shards(self._paths, fields=OWN, again="all")
 
 
-def write_shards(
-    documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20
-) -> list[ShardIndex]:
-    """Writes all `documents` through a `ShardWriter`, and returns the indexes of its shards."""
+def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
+    """Write all documents through a `ShardWriter`. Documents that cannot be read back are rejected in the manifest."""
     writer = ShardWriter(folder, prefix, shard_bytes)
     for document in documents:
         writer.write(document)
     return writer.close()
-
-
-class Shards:
-    """Shards by number: their indexes and, as files on this machine, their tars. Both are opened when they are first needed, in
-    each process on its own, and only some are kept open.
-
-    Args:
-        paths: of the tars, or URLs.
-        cache: of the URLs; None where there are none.
-    """
-
-    def __init__(self, paths: Sequence[str], cache: ShardCache | None = None) -> None:
-        from pile_app.data.remote import is_remote
-
-        self.paths = list(paths)
-        self.cache = cache
-        self.remote = [is_remote(path) for path in self.paths]
-        if any(self.remote) and cache is None:
-            raise ShardError(f"{self.paths[self.remote.index(True)]!r} is remote and has to be read through a cache")
-        self._forget()
-
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.RLock()  # the thread that fetches ahead asks for indexes too
-
-    def __getstate__(self) -> Mapping[str, Any]:
-        return {"paths": self.paths, "cache": self.cache, "remote": self.remote}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def local(self, shard: int) -> str:
-        """Path on this machine, where a remote shard lies once it is fetched. Index and token counts lie beside it."""
-        path = self.paths[shard]
-        return self.cache.path(path) if self.remote[shard] and self.cache else path
-
-    def make_index(self, shard: int) -> None:
-        """Fetches or builds the index of a shard that has none."""
-        local = self.local(shard)
-        if os.path.exists(local + INDEX_SUFFIX):
-            return
-        if self.remote[shard] and self.cache:
-            url = self.paths[shard]
-            if self.cache.fetch_small(url + INDEX_SUFFIX, to=local + INDEX_SUFFIX) is not None:
-                return
-            self.cache.fetch(url)
-        build_index(local)
-
-    def index(self, shard: int) -> ShardIndex:
-        """Raises `ShardError` where there is none, or where the shard is another one than was indexed."""
-        with self._lock:
-            index = self._indexes.get(shard)
-            if index is None:
-                index = load_index(self.local(shard), self.paths[shard] if self.remote[shard] else None)
-                self._indexes[shard] = index
-                if len(self._indexes) > OPEN_SHARDS:
-                    self._indexes.popitem(last=False)
-            self._indexes.move_to_end(shard)
-            return index
-
-    def document(self, shard: int, sample: int) -> Document:
-        """The document of a sample.
-
-        Raises:
-            BadSample: the bytes are not those that were indexed, or do not make a document.
-            ShardError: the shard cannot be opened or fetched any more.
-        """
-        index = self.index(shard)
-        return document_from_sample(index.key(sample), files_of_block(self._block(shard, index, sample)))
-
-    def document_to_train(self, shard: int, sample: int, texts: TextTokens | None = None) -> Document:
-        """The same as training reads it, straight from the places that the index names: no `meta`, and texts are token ids.
-
-        Args:
-            shard: number of the shard.
-            sample: number of the sample.
-            texts: ids of its texts; None: the UTF-8 bytes themselves.
-        """
-        index = self.index(shard)
-        block = b""
-        if texts is None or index.has_media:
-            block = self._block(shard, index, sample)
-        segments = []
-        for number in range(index.numbers.first_segment[sample], index.numbers.first_segment[sample + 1]):
-            extension, loss = EXTENSIONS[index.numbers.file[number]], index.numbers.loss[number]
-            offset, size = index.numbers.file_offset[number], index.numbers.file_size[number]
-            if extension != "txt":
-                own = int(index.segment_size[number]), int(index.sample_rate[number])
-                segments.append(Segment(block[offset : offset + size], extension, loss, size=own))
-            elif texts is not None:
-                segments.append(Segment("", "txt", loss, texts.ids(number)))
-            elif offset:
-                segments.append(Segment("", "txt", loss, np.frombuffer(block, np.uint8, size, offset)))
-            else:
-                return document_from_sample(index.key(sample), files_of_block(block))
-        return Document(tuple(segments), "", not index.numbers.flags[sample] & UNORDERED)
-
-    def _block(self, shard: int, index: ShardIndex, sample: int) -> bytes:
-        """The checked bytes of a sample."""
-        size = index.numbers.size[sample]
-        with self._lock:
-            block = os.pread(self._descriptor(shard), size, index.numbers.offset[sample])
-        if len(block) != size or zlib.crc32(block) != index.numbers.crc[sample]:
-            raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
-        return block
-
-    def _open(self, shard: int) -> int:
-        """A descriptor of the tar on this machine, fetched where it is remote and not there."""
-        index = self.index(shard)
-        index.check_arrays()
-        if not self.remote[shard] or self.cache is None:
-            return os.open(self.paths[shard], os.O_RDONLY)
-        return self.cache.open(self.paths[shard], index.tar_size, partial(check_content, index=index))
-
-    def _descriptor(self, shard: int) -> int:
-        if self._process != os.getpid():  # after a fork: the parent's are its own
-            self._forget()
-        if shard not in self._descriptors:
-            try:
-                self._descriptors[shard] = self._open(shard)
-            except OSError as error:
-                raise ShardError(f"shard {self.paths[shard]!r} cannot be opened: {error}") from error
-            if len(self._descriptors) > OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
-
-
-def check_content(path: str, index: ShardIndex) -> None:
-    """Raises ShardError where the tar at `path` is not the one that was indexed, in any sample."""
-    with open(path, "rb") as file:
-        for sample in range(len(index)):
-            block = os.pread(file.fileno(), int(index.size[sample]), int(index.offset[sample]))
-            if zlib.crc32(block) != index.crc[sample]:
-                raise ShardError(
-                    f"sample {index.key(sample)!r} of shard {index.path!r} is not what was indexed: the shard was changed or "
-                    f"damaged on its way. Run `pile index {index.path}` to take it as it is"
-                )

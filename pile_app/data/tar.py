@@ -1,192 +1,142 @@
-"""Tars by byte ranges: which bytes are which sample, and which file of it.
+"""Read WebDataset samples from tar files: their byte ranges, and the files in each.
 
-The standard library takes a damaged header for the end of the archive, reads headers of any size into memory, and takes ten
-times as long for a sample.
+`tarfile` parses the headers, when a shard is indexed only. It takes a damaged header for the end of the archive, so the bytes
+after the last member must be the zeros that end a tar.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
 
+from pile_app.data.files import ShardError
 from pile_app.documents import BadSample
 
-if TYPE_CHECKING:
-    pass
-
 BLOCK = 512  # bytes of a tar block
-MAX_HEADER_BYTES = 1 << 20  # of one extended header: names, no data
+MAX_HEADER_BYTES = 1 << 20  # of the headers of one member
+MAX_SAMPLE_BYTES = 1 << 30
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
 
-class ShardError(RuntimeError):
-    """A shard or its index is missing, damaged or stale; the message names the file and the mend."""
-
-
-class Member(NamedTuple):
-    """A file of a tar: its headers begin at `offset`, its data at `data`. kind: "0" a file, "5" a folder, others as in tar."""
-
-    name: str
-    kind: str
-    offset: int
-    data: int
-    size: int
-
-
-def read_members(read: Callable[[int, int], bytes], stop: int) -> Iterator[Member]:
-    """The members of the tar (ustar, GNU and PAX headers) in bytes [0, stop), read by `read(size, offset)`.
-
-    Ends at the first block of zeros, or at `stop`.
-
-    Raises:
-        ValueError: something that is no header stands where one has to, or the last member is cut off.
-    """
-    offset = start = 0
-    name: str | None = None
-    size: int | None = None
-    sparse = False
-    while offset < stop:
-        header = read(BLOCK, offset)
-        if len(header) < BLOCK:
-            raise ValueError(f"a header is cut off at byte {offset:,}")
-        if header[0] == 0 and not header.strip(b"\0"):
-            break
-        kind = chr(header[156]) if header[156] else "0"
-        try:
-            field = header[124:136]
-            length = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
-            if length < 0 or sum(header) - sum(header[148:156]) + 256 != int(header[148:156].strip(b" \0"), 8):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"what stands at byte {offset:,} is no header of a member") from None
-        data = offset + BLOCK
-        if kind in "xgLK":  # extended headers: of the next member, of all (no names), long names and links
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length:,} bytes stands at byte {offset:,}")
-            content = read(length, data)
-            if len(content) < length:
-                raise ValueError(f"a header is cut off at byte {offset:,}")
-            if kind == "L":
-                name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == "x":
-                values = _pax_values(content)
-                name = values.get("path", name)
-                size = int(values["size"]) if "size" in values else size
-                sparse = any(key.startswith("GNU.sparse.") for key in values)
-                if size is not None and size < 0:
-                    raise ValueError(f"a PAX header at byte {offset:,} claims a size of {size:,} bytes")
-        else:
-            if name is None:
-                prefix = header[345:500].rstrip(b"\0") if header[257:263] == b"ustar\0" else b""
-                short = header[: header.find(b"\0") if 0 <= header.find(b"\0") < 100 else 100]
-                name = (prefix + b"/" + short if prefix else short).decode("utf-8", "surrogateescape")
-            length = length if size is None else size
-            if kind in "123456":  # links, devices and folders have no data, whatever size they claim
-                length = 0
-            if data + length > stop:
-                raise ValueError(f"member {name!r} is cut off at byte {stop:,}")
-            if kind in "07":
-                kind = "S" if sparse else "0"
-            yield Member(name, kind, start, data, length)
-            name, size, sparse, start = None, None, False, data + -(-length // BLOCK) * BLOCK
-        offset = data + -(-length // BLOCK) * BLOCK
-
-
-def _pax_values(content: bytes) -> dict[str, str]:
-    """The `length key=value\\n` records of a PAX header."""
-    values = {}
-    start = 0
-    while start < len(content):
-        try:
-            space = content.index(b" ", start, start + 20)
-            stop = start + int(content[start:space])
-            if not space < stop <= len(content):
-                raise ValueError
-            key, _, value = content[space + 1 : stop - 1].partition(b"=")
-            values[key.decode()] = value.decode("utf-8", "surrogateescape")
-        except ValueError:
-            raise ValueError("a PAX header is damaged") from None
-        start = stop
-    return values
-
-
-class _Sample(NamedTuple):
-    """A run of members that share a key; trouble: what of them cannot be data."""
+@dataclass
+class TarSample:
+    """Files that share a key. key: the name up to the first dot of its last part; start, stop: bytes in the tar; files: rest of
+    the name -> (offset from `start`, size); error: why the sample cannot be used."""
 
     key: str
     start: int
     stop: int
-    trouble: str
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    error: BadSample | None = None
 
 
-def sample_ranges(path: str, descriptor: int, tar_size: int) -> Iterator[_Sample]:
-    """The samples of a tar; then checks that the tar ends where they do."""
-    sample: _Sample | None = None
+def read_samples(path: str, opened: BinaryIO | None = None) -> tuple[list[TarSample], Counter[str]]:
+    """List the samples of a tar, and count members that are ignored. opened: the file, where the caller has checked it.
+
+    Raises:
+        ShardError: the tar is missing, damaged, truncated or compressed.
+    """
+    samples: list[TarSample] = []
+    ignored: Counter[str] = Counter()
     stop = 0
     try:
-        for member in read_members(lambda size, offset: os.pread(descriptor, size, offset), tar_size):
-            stop = member.data + -(-member.size // BLOCK) * BLOCK
-            if member.kind == "5":
-                continue
-            key = sample_key(member.name)
-            trouble = _trouble(member)
-            if sample is not None and sample.key == key:
-                sample = sample._replace(stop=stop, trouble=sample.trouble or trouble)
-                continue
-            if sample is not None:
-                yield sample
-            sample = _Sample(key, member.offset, stop, trouble)
+        with opened or open(path, "rb") as file:
+            if program := COMPRESSED.get(file.read(2)):
+                raise ShardError(f"shard {path!r} is compressed: {program} it first, samples are read at random offsets")
+            file.seek(0)
+            for member, start, stop in _members(file):
+                if is_ignored(member):
+                    ignored["._* (macOS)"] += not member.isdir()
+                    continue
+                key, name = split_name(member.name)
+                if not samples or samples[-1].key != key or name in samples[-1].files:
+                    samples.append(TarSample(key, start, stop))
+                sample = samples[-1]
+                sample.files[name], sample.stop = (member.offset_data - sample.start, member.size), stop
+                sample.error = sample.error or _unsafe(member)
+            _check_end(file, stop)
+    except OSError as error:
+        raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
     except ValueError as error:
         raise ShardError(
-            f"shard {path!r} is damaged or truncated near byte {stop:,}: {error}. Fetch or write it again"
+            f"shard {path!r} is damaged or truncated at byte {stop:,}: {error}. Fetch or write it again"
         ) from error
-    rest = tar_size - stop
-    if rest < BLOCK or any(os.pread(descriptor, 1 << 20, at).strip(b"\0") for at in range(stop, tar_size, 1 << 20)):
-        raise ShardError(
-            f"shard {path!r} is damaged or truncated at byte {stop:,}: neither a member nor the end of the archive stands "
-            "there. Fetch or write it again"
-        )
-    if sample is not None:
-        yield sample
+    return _check_keys(samples), +ignored
 
 
-def _trouble(member: Member) -> str:
-    """What no data set needs and an attack may use, "" for none. Nothing is ever extracted, so it could do no harm here."""
-    if member.kind != "0":
-        return f"a member that is no file (tar type {member.kind!r})"
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        return f"the path {member.name!r}, which leaves the archive"
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
+    """Yield each member with the bytes [start, stop) that it takes with its headers. Raises ValueError."""
+    stop = 0
     try:
-        member.name.encode()
-    except UnicodeEncodeError:
-        return "a name that is not UTF-8"
-    return ""
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined] # or memory grows with the archive
+                size = member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
+                if size < 0 or member.offset < stop or member.offset_data - member.offset > MAX_HEADER_BYTES:
+                    raise ValueError(f"the header of {member.name!r} gives an impossible size")
+                start, stop = member.offset, member.offset_data + -(-size // BLOCK) * BLOCK
+                yield member, start, stop
+    except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, AttributeError) as error:  # hostile headers
+        raise ValueError(str(error)) from error
 
 
-def sample_key(name: str) -> str:
-    """The key of a member: its name up to the first dot of the last part, as in WebDataset."""
-    folder, _, base = name.rpartition("/")
-    stem = base.split(".", 1)[0]
-    return f"{folder}/{stem}" if folder else stem
+def _check_end(file: BinaryIO, stop: int) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size - stop < BLOCK or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, size, 1 << 20)):
+        raise ValueError("neither a member nor the end of the archive follows")
 
 
-def ranges_of_files(block: bytes) -> dict[str, tuple[int, int]]:
-    """Extension -> (first byte, bytes) of the files of one sample in its range of the tar."""
-    ranges: dict[str, tuple[int, int]] = {}
-    try:
-        for member in read_members(lambda size, offset: block[offset : offset + size], len(block)):
-            _, dot, extension = member.name.rpartition("/")[2].partition(".")
-            if member.kind == "0" and dot:
-                if extension in ranges:
-                    raise BadSample("duplicate_key", f"two samples in a row are called {sample_key(member.name)!r}")
-                ranges[extension] = member.data, member.size
-    except BadSample:
-        raise
-    except ValueError as error:
-        raise BadSample("damaged_sample", str(error)) from error
-    return ranges
+def _unsafe(member: tarfile.TarInfo) -> BadSample | None:
+    """Refuse members that no data set needs and an attack may use. (Nothing is ever extracted.)"""
+    reason = ""
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) or member.issparse():
+        reason = f"is no plain file (tar type {member.type!r})"
+    elif member.name.startswith("/") or ".." in member.name.split("/"):
+        reason = "leaves the archive"
+    elif any("\ud800" <= letter <= "\udfff" for letter in member.name):
+        reason = "is not UTF-8"
+    return BadSample("unsafe_member", f"{member.name!r} {reason}") if reason else None
+
+
+def _check_keys(samples: list[TarSample]) -> list[TarSample]:
+    """Reject the second of two samples with the same key and file, and a sample whose files are not adjacent, as one."""
+    first: dict[str, TarSample] = {}
+    for sample in samples:
+        earlier = first.setdefault(sample.key, sample)
+        if earlier is sample:
+            continue
+        if earlier.files.keys() & sample.files.keys():
+            sample.error = BadSample("duplicate_key", f"two samples are called {sample.key!r}")
+        else:
+            earlier.error = BadSample(
+                "scattered_key", f"the files of {sample.key!r} are not adjacent: `pile prepare` joins them"
+            )
+            earlier.files |= sample.files
+            sample.files.clear()
+    return [sample for sample in samples if sample.files]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, rest) of a member's name: the key ends at the first dot of the last part, as in WebDataset."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, rest = base.partition(".")
+    return folder + slash + stem, rest
+
+
+def is_ignored(member: tarfile.TarInfo) -> bool:
+    """Skip folders, and the resource forks that macOS adds."""
+    return member.isdir() or "__MACOSX" in member.name or member.name.rpartition("/")[2].startswith("._")
 
 
 def files_of_block(block: bytes) -> dict[str, bytes]:
-    """The files, by extension, of one sample from its range of the tar."""
-    return {extension: block[first : first + size] for extension, (first, size) in ranges_of_files(block).items()}
+    """Name -> content of the files of a sample, `block` being its bytes in the tar. Raises `BadSample`."""
+    try:
+        members = [member for member, *_ in _members(io.BytesIO(block)) if not is_ignored(member)]
+        return {split_name(m.name)[1]: block[m.offset_data : m.offset_data + m.size] for m in members}
+    except ValueError as error:
+        raise BadSample("damaged_sample", str(error)) from error

@@ -13,21 +13,13 @@ import logging
 import os
 import re
 import unicodedata
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-
-from pile_app.data.index import EXTENSIONS, ShardIndex, map_arrays, save_arrays, tokens_path
-from pile_app.data.packing import sentence_ends
-from pile_app.data.shards import Shards
-from pile_app.data.tar import ShardError
-from pile_app.documents import TEXT, BadSample, Codes, Segment
 
 _warn = lru_cache(logging.getLogger(__name__).warning)  # each message once
 NO_TOKENS = np.zeros(0, np.int64)
@@ -255,131 +247,3 @@ def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: i
     temporary = f"{path}.{os.getpid()}.tmp"
     tokenizer.save(temporary)
     os.replace(temporary, path)
-
-
-@dataclass(frozen=True, eq=False)
-class TextTokens:
-    """The texts of a shard as a tokenizer sees them. G segments of the shard.
-
-    counts: (G,) tokens of every text, 0 for other segments; flat_breaks: places inside long texts where a sentence ends, in
-    tokens, as `ShardIndex.breaks` has them in bytes; flat_ids, crc: ids of all texts, one after the other, and (G,) the CRC-32
-    of those of each; none where the tokens are the bytes.
-    """
-
-    index: ShardIndex
-    counts: np.ndarray
-    flat_breaks: np.ndarray
-    flat_ids: np.ndarray
-    crc: np.ndarray
-
-    @cached_property
-    def breaks(self) -> Mapping[int, np.ndarray]:
-        """Segment -> places inside a long text where a sentence ends, in tokens."""
-        return self.index.breaks_of_segments(self.flat_breaks)
-
-    @cached_property
-    def _first(self) -> np.ndarray:
-        """(G + 1,) where the ids of each text begin; encoded ones have theirs in the shard."""
-        counts = np.where(self.index.file == EXTENSIONS.index("txt"), self.counts, 0)
-        return np.concatenate([[0], np.cumsum(counts)])
-
-    def ids(self, segment: int) -> np.ndarray:
-        """(tokens,) ids of a text. Raises `BadSample` where they are not what the tokenizer gave."""
-        ids = self.flat_ids[self._first[segment] : self._first[segment + 1]]
-        if zlib.crc32(ids.data) != self.crc[segment]:
-            raise BadSample("checksum", f"the tokens of {self.index.path!r} that were kept are damaged: remove the file")
-        return ids
-
-
-def text_tokens(shards: Shards, shard: int, tokenizer: Tokenizer) -> TextTokens:
-    """What a tokenizer makes of the texts of a shard.
-
-    A subword tokenizer reads the shard once; what it found is kept beside it, and made anew when the shard changes.
-
-    Raises:
-        ShardError: a sample is not what was indexed.
-    """
-    index = shards.index(shard)
-    kept: TextTokens | None = index.texts.get(tokenizer.fingerprint)
-    if kept is None:
-        kept = index.texts[tokenizer.fingerprint] = _text_tokens(index, shards, shard, tokenizer)
-    return kept
-
-
-def _text_tokens(index: ShardIndex, shards: Shards, shard: int, tokenizer: Tokenizer) -> TextTokens:
-    if tokenizer.fingerprint == "bytes":
-        counts = np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64)
-        return TextTokens(index, counts, index.breaks, NO_TOKENS, NO_TOKENS)
-    path = tokens_path(shards.local(shard), tokenizer.fingerprint)
-    types = {"counts": "<u4", "breaks": "<u4", "crc": "<u4", "ids": "<u2" if tokenizer.size <= 1 << 16 else "<u4"}
-    try:
-        stored, header = map_arrays(path, types)
-    except (OSError, ValueError):
-        stored, header = {}, {}
-    sizes = {"counts": len(index.modality), "breaks": len(index.breaks), "crc": len(index.modality)}
-    if header.get("shard") != index.fingerprint or {name: len(stored[name]) for name in sizes} != sizes:
-        stored = {name: array.astype(types[name]) for name, array in _tokenize(shards, shard, tokenizer, types["ids"]).items()}
-        save_arrays(path, stored, {"shard": index.fingerprint})
-    return TextTokens(index, stored["counts"].astype(np.int64), stored["breaks"], stored["ids"], stored["crc"])
-
-
-TOKENIZED_AT_ONCE = 1 << 20  # bytes of text that are tokenized in one call
-
-
-def _tokenize(shards: Shards, shard: int, tokenizer: Tokenizer, kind: str) -> dict[str, np.ndarray]:
-    """The arrays that are kept, see `TextTokens`."""
-    index = shards.index(shard)
-    counts, crc = np.zeros(len(index.modality), np.int64), np.zeros(len(index.modality), np.uint32)
-    ids: list[np.ndarray] = []
-    breaks: list[np.ndarray] = []
-    waiting: list[tuple[int, str]] = []
-    size = 0
-
-    def tokenize() -> None:
-        nonlocal size
-        found = tokenizer.encode_all([text for _, text in waiting], [sentence_ends(text) for _, text in waiting])
-        for (segment, _), (of_text, places) in zip(waiting, found, strict=True):
-            ids.append(of_text.astype(kind))
-            counts[segment], crc[segment] = len(of_text), zlib.crc32(ids[-1].data)
-            breaks.append(places)
-        waiting.clear()
-        size = 0
-
-    for sample in range(len(index)):
-        first, last = index.first_segment[sample : sample + 2].tolist()
-        if not (index.modality[first:last] == TEXT).any():
-            continue
-        try:
-            segments = shards.document(shard, sample).segments
-            for number, one in enumerate(segments, first):
-                if one.modality != TEXT:
-                    continue
-                if one.is_encoded:
-                    codes = encoded_text(one, tokenizer, index.path)
-                    tokenize()  # breaks stand in the order of the segments
-                    counts[number] = len(codes.values)
-                    breaks.append(codes.breaks[1])
-                else:
-                    waiting.append((number, one.text))
-                    size += len(one.text)
-        except BadSample as error:
-            raise ShardError(
-                f"the texts of shard {index.path!r} cannot be tokenized: {error}. Fetch the shard again, or run "
-                f"`pile index {index.path}` to take it as it is"
-            ) from error
-        if size > TOKENIZED_AT_ONCE:
-            tokenize()
-    tokenize()
-    all_breaks, all_ids = (np.concatenate([np.zeros(0, kind), *parts]) for parts in (breaks, ids))
-    return {"counts": counts, "breaks": all_breaks, "crc": crc, "ids": all_ids}
-
-
-def encoded_text(segment: Segment, tokenizer: Tokenizer, where: str) -> Codes:
-    """The ids of an encoded text. Raises `ShardError` where another tokenizer made them."""
-    codes = segment.codes
-    if codes.encoder != tokenizer.fingerprint:
-        raise ShardError(
-            f"{where!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is {tokenizer.fingerprint}: set "
-            "model.tokenizer to the one it was encoded with, or encode the shards anew"
-        )
-    return codes

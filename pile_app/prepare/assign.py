@@ -1,211 +1,253 @@
-"""Which prepared document stands in which shard: what one process of `pile prepare` does with the tables of all units.
+"""The sequential part of `pile prepare`: from the tables of all jobs, decide on duplicates and splits, and write the shards.
 
-    tables ──► drop duplicates and near-duplicates ──► plans (samples of each shard), rejected.jsonl, rejected/, Summary
-
-Memory does not grow with the data but for near-duplicates: 4 kB a document.
+Memory: 24 bytes per document of `AT_ONCE` while duplicates and splits are decided; 4 kB per text with near-duplicates.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from heapq import merge
-from itertools import repeat
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pile_app.prepare.labels import MOST_LABELS, SPLITS, in_order
+from pile_app.data.tar import BLOCK, files_of_block
+from pile_app.fields import document_from_sample
 from pile_app.prepare.ngrams import NearDuplicates
-from pile_app.prepare.spill import KEPT, Table, Workplace, document_of_block
+from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block
 
-DIGESTS_AT_ONCE = 1 << 24  # that are sorted in memory
+AT_ONCE = 1 << 24  # documents that are sorted in memory
+FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
+MOST_LABELS = 1000  # that are printed
 
 
 @dataclass
 class Tally:
-    """What one split of one source holds."""
+    """Figures of a split of a source."""
 
     documents: int = 0
     text_bytes: int = 0
     images: int = 0
     audio_seconds: float = 0.0
 
-    def add(self, rows: np.ndarray) -> None:
-        self.documents += len(rows)
-        self.text_bytes += int(rows["text_bytes"].sum())
-        self.images += int(rows["images"].sum())
-        self.audio_seconds += float(rows["audio_seconds"].sum())
-
 
 @dataclass
 class Summary:
-    """What `prepare` wrote: `sources[source][split]`, a split without documents is absent; `rejected[reason]`; `read[layout]`,
-    documents, and what was rejected, by what they were read as; `labels`: their numbers, -1 where not known."""
+    """What `prepare` wrote: `sources[source][split]`. counts: `read:<layout>`, `rejected:<reason>` (samples), `unread:<reason>`
+    (files), `used:<name>`, `unused:<name>`, `lost:<name>` (fields; lost: of rejected samples), `dropped:<reason>` (parts of
+    chats), `pieces:` (documents added by cutting long sounds), `label:<label>`; labels: in order; maps: the field maps."""
 
     output: Path
     sources: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(dict))
-    rejected: Counter[str] = field(default_factory=Counter)
-    read: Counter[str] = field(default_factory=Counter)
-    labels: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    labels: list[str] = field(default_factory=list)
+    maps: list[str] = field(default_factory=list)
+    first: dict[str, dict[str, str]] = field(default_factory=dict)  # the first rejected sample, the first file not read
+
+    def of(self, what: str) -> Counter[str]:
+        """The counts of one kind."""
+        return Counter({name.partition(":")[2]: count for name, count in self.counts.items() if name.startswith(f"{what}:")})
+
+    @property
+    def rejected(self) -> Counter[str]:
+        return self.of("rejected")
 
     @property
     def documents(self) -> int:
         return sum(tally.documents for splits in self.sources.values() for tally in splits.values())
+
+    def balance(self) -> dict[str, Any]:
+        """Samples and fields that were read, and their outcome. Raises `AssertionError` if a sample is missing: a bug."""
+        read, pieces, rejected = (self.of(what).total() for what in ("read", "pieces", "rejected"))
+        if read + pieces != self.documents + rejected:
+            raise AssertionError(
+                f"{read:,} samples + {pieces:,} pieces != {self.documents:,} documents + {rejected:,} rejected"
+            )
+        used, unused, lost = (self.of(what) for what in ("used", "unused", "lost"))
+        return {
+            "samples": read, "pieces": pieces, "documents": self.documents, "rejected": rejected,
+            "fields": used.total() + unused.total() + lost.total(), "used": used.total(), "unused": unused.total(),
+            "of_rejected": lost.total(), "unused_fields": dict(sorted(unused.items())),
+            "dropped_parts": self.of("dropped"), "files_not_read": self.of("unread"),
+        }  # fmt: skip
 
     def shards(self, source: str) -> dict[str, str]:
         """Pattern of the shards of each split, relative to `output`."""
         return {split: f"{source}-{split}-*.tar" for split in SPLITS if split in self.sources[source]}
 
     def description(self) -> dict[str, Any]:
-        """What `dataset.json` holds, but for the options."""
+        """What `dataset.json` holds, except the options."""
         sources = {
-            source: {
-                split: {"shards": pattern, **asdict(self.sources[source][split])}
-                for split, pattern in self.shards(source).items()
-            }
-            for source in sorted(self.sources)
+            source: {split: {"shards": name, **asdict(tallies[split])} for split, name in self.shards(source).items()}
+            for source, tallies in sorted(self.sources.items())
         }
-        counts = {"read": dict(sorted(self.read.items())), "rejected": dict(sorted(self.rejected.items()))}
-        labels = {"labels": in_order(self.labels)} if self.labels else {}
-        return {"pile_dataset": 1, "sources": sources, **labels, **counts}
+        counts = {what: dict(sorted(self.of(what).items())) for what in ("read", "rejected")}
+        labels = {"labels": self.labels} if self.labels else {}
+        return {"pile_dataset": 1, "sources": sources, "fields": self.maps, **labels, **counts, "balance": self.balance()}
 
     def yaml(self) -> str:
-        """The `data.sources` of a configuration: every source that has documents to train on. And the labels, in order."""
+        """The `data.sources` of a configuration, of every source that has training data; and the labels, in order."""
         import yaml
 
         sources = {
-            source: {
-                split: os.path.join(self.output, pattern) for split, pattern in self.shards(source).items() if split != "test"
-            }
+            source: {split: os.path.join(self.output, name) for split, name in self.shards(source).items() if split != "test"}
             for source in sorted(self.sources)
             if "train" in self.sources[source]
         }
         description: dict[str, Any] = {"data": {"sources": sources}}
         if 1 < len(self.labels) <= MOST_LABELS:
-            description["model"] = {"objective": {"init_args": {"labels": in_order(self.labels)}}}
+            description["model"] = {"objective": {"init_args": {"labels": self.labels}}}
         return yaml.safe_dump(description, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
 
 
-def assign(work: Workplace, units: int, summary: Summary) -> list[str]:
-    """Writes `rejected.jsonl`, `rejected/` and the plans of all shards; the names of the shards, in order."""
-    options = work.options
-    duplicates = _duplicates(work, units) if options.exact_duplicates else repeat(np.zeros(0, np.int64))
-    similar = NearDuplicates(options.near_duplicates) if options.near_duplicates is not None else None
-    plans: dict[tuple[str, str], _ShardPlans] = {}
-    reviews: dict[str, list[tuple[dict[str, str], int, int, int]]] = defaultdict(list)
-    with open(work.result / "rejected.jsonl", "w", encoding="utf-8") as lines:
-        for unit, repeated in zip(range(units), duplicates, strict=False):
-            table = Table.load(work.table(unit))
-            summary.read.update({layout: count for layout, count in table.layouts.items() if layout})
-            summary.labels.update(table.labels)
-            dropped = _dropped(table, repeated, similar)
-            for _, source, file, reason, detail, place, size in merge(table.rejected, dropped, key=lambda entry: entry[0]):
-                summary.rejected[reason] += 1
-                line = {"source": source, "file": file, "reason": reason, "detail": detail}
+def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
+    """Write `rejected.jsonl` and, if anything is usable, the shards to `result`."""
+    kept = _drop_duplicates(work, jobs, result, summary)
+    names = _name_labels(work, summary)
+    given, draws = set[int](), defaultdict[str, list[np.ndarray]](list)
+    for _, rows, sources in _kept_rows(work, kept):
+        given |= {*np.unique(rows["split"]).tolist()}
+        for number, source in enumerate(sources):
+            draws[source].append(rows[["draw", "split"]][rows["source"] == number])
+    has_splits = len(given) > 1  # not if everything is in a folder `test`, say
+    chosen = {}
+    for source, found in draws.items():
+        every = np.concatenate(found)
+        chosen[source] = _choose(every["draw"][(every["split"] < 2) | (not has_splits)], work.options.validation_fraction)
+    shards: dict[str, _Shards] = {}
+    for job, rows, sources in _kept_rows(work, kept):
+        splits = np.maximum(rows["split"], 1) if has_splits else np.ones(len(rows), np.uint8)
+        for number, source in enumerate(sources if not (has_splits and 2 in given) else ()):
+            splits[(splits == 1) & (rows["source"] == number) & chosen[source](rows["draw"])] = 2
+        for number, source in enumerate(sources):
+            for split, name in enumerate(SPLITS, 1):
+                if len(found := rows[(splits == split) & (rows["source"] == number)]):
+                    prefix, tally = f"{source}-{name}", summary.sources[source].setdefault(name, Tally())
+                    shards.setdefault(prefix, _Shards(result / prefix, work, names)).copy(job, found)
+                    tally.documents += len(found)
+                    for figure in ("text_bytes", "images", "audio_seconds"):
+                        setattr(tally, figure, getattr(tally, figure) + found[figure].sum().item())
+    for writer in shards.values():
+        writer.close()
+
+
+def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> list[np.ndarray]:
+    """Write `rejected.jsonl` and count everything; return for each job the rows that are kept."""
+    similar = NearDuplicates(work.options.near_duplicates or 1)  # without the option there are no signatures
+    kept = []
+    with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
+        for job, repeated in zip(range(jobs), _repeated(work, jobs), strict=True):
+            rows, about, sources = (work.part(job, name) for name in ("rows", "about", "sources"))
+            dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "another document has the same content"))
+            for row, signature in enumerate(work.part(job, "signatures")):
+                first = similar.add(signature, about["files"][row]) if row not in dropped and signature.any() else None
+                dropped |= {row: ("near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}")} if first else {}
+            entries = [[sources[rows["source"][row]], about["files"][row], *why, ""] for row, why in sorted(dropped.items())]
+            summary.counts.update(about["counts"])
+            summary.counts.update(f"rejected:{entry[2]}" for entry in entries)
+            for entry in about["rejected"] + entries:
+                line = dict(zip(("source", "file", "reason", "detail", "excerpt"), entry, strict=True))
                 lines.write(json.dumps(line) + "\n")
-                if size and len(reviews[reason]) < KEPT:
-                    reviews[reason].append((line, unit, place, size))
-            kept = np.delete(table.rows, [entry[0] for entry in dropped])
-            for number, source in enumerate(table.sources):
-                for place, split in enumerate(SPLITS):
-                    rows = kept[(kept["source"] == number) & (kept["split"] == place)]
-                    if len(rows):
-                        plan = plans.setdefault((source, split), _ShardPlans(work, f"{source}-{split}"))
-                        plan.add(unit, rows["offset"], rows["size"])
-                        summary.sources[source].setdefault(split, Tally()).add(rows)
-    _write_reviews(work, reviews)
-    return [shard for plan in plans.values() for shard in plan.close()]
+                is_usual = line["reason"].startswith(("about", "hidden"))
+                what = "rejected" if f"rejected:{line['reason']}" in summary.counts else "usual" if is_usual else "unread"
+                summary.first.setdefault(what, line)
+            kept.append(np.delete(np.arange(len(rows)), list(dropped)))
+    return kept
 
 
-def _dropped(table: Table, repeated: np.ndarray, similar: NearDuplicates | None) -> list[list[Any]]:
-    """The documents of a unit that stood before, exactly or nearly, as entries of `Table.rejected`, in order."""
-    found = dict.fromkeys(repeated.tolist(), ("duplicate", "a document of the same content was taken before"))
-    for row, signature in enumerate(table.signatures if similar else ()):
-        if row not in found and signature.any() and similar and (first := similar.add(signature, table.files[row])):
-            found[row] = "near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}"
-    return [
-        [row, table.sources[table.rows["source"][row]], table.files[row], *why, *table.rows[row].item()[:2]]
-        for row, why in sorted(found.items())
-    ]
+def _kept_rows(work: Work, kept: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, list[str]]]:
+    for job, chosen in enumerate(kept):
+        yield job, work.part(job, "rows")[chosen], work.part(job, "sources")
 
 
-def _duplicates(work: Workplace, units: int) -> Iterator[np.ndarray]:
-    """For each unit the rows whose document stood before. Digests are sorted in parts that fit memory."""
-    counts = [len(Table.digests(work.table(unit))) for unit in range(units)]
-    first = np.concatenate([[0], np.cumsum(counts)])
-    parts = 1 + int(first[-1]) // DIGESTS_AT_ONCE
+def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
+    """Yield for each job the rows whose document is kept elsewhere: in a test split, else for validation, else earlier. Digests
+    are sorted in parts that fit in memory."""
+    first = np.cumsum([0, *(len(work.part(job, "rows")) for job in range(jobs))])
+    parts = 1 + int(first[-1]) // AT_ONCE if work.options.exact_duplicates else 0
     found = [np.zeros(0, np.int64)]
     for part in range(parts):
-        digests, rows = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)]
-        for unit in range(units):
-            digest = Table.digests(work.table(unit))
-            chosen = np.flatnonzero(digest[:, 1] % np.uint64(parts) == part)
-            digests.append(digest[chosen])
-            rows.append(first[unit] + chosen)
-        one, row = np.concatenate(digests), np.concatenate(rows)
-        order = np.lexsort((one[:, 1], one[:, 0]))  # stable: rows of one digest stay in order
-        same = (one[order[1:]] == one[order[:-1]]).all(axis=1)
-        found.append(row[order[1:][same]])
+        every, index = [np.zeros(0, ROW)[["digest", "split"]]], [np.zeros(0, np.int64)]
+        for job in range(jobs):
+            rows = work.part(job, "rows")[["digest", "split"]]
+            index.append(first[job] + np.flatnonzero(rows["digest"][:, 1] % np.uint64(parts) == part))
+            every.append(rows[index[-1] - first[job]])
+        rows = np.concatenate(every)
+        order = np.lexsort((-rows["split"].astype(int), rows["digest"][:, 1], rows["digest"][:, 0]))  # stable
+        digests = rows["digest"][order]
+        found.append(np.concatenate(index)[order[1:][(digests[1:] == digests[:-1]).all(axis=1)]])
     repeated = np.sort(np.concatenate(found))
-    for unit in range(units):
-        start, stop = np.searchsorted(repeated, first[unit : unit + 2]).tolist()
-        yield repeated[start:stop] - first[unit]
+    for job in range(jobs):
+        yield repeated[slice(*np.searchsorted(repeated, first[job : job + 2]))] - first[job]
 
 
-class _ShardPlans:
-    """Of one source and split: which samples make up each shard."""
-
-    def __init__(self, work: Workplace, prefix: str) -> None:
-        self._work, self._prefix = work, prefix
-        self._limit = int(work.options.shard_megabytes * 2**20)
-        self._names: list[str] = []
-        self._rows: list[np.ndarray] = []
-        self._bytes = 0
-
-    def add(self, unit: int, offset: np.ndarray, size: np.ndarray) -> None:
-        while len(offset):
-            ends = self._bytes + np.cumsum(size)
-            count = int(np.searchsorted(ends, self._limit)) + 1  # the sample that reaches the limit is the last
-            self._rows.append(np.stack([np.full(len(ends), unit, np.uint64), offset, size], axis=1)[:count])
-            self._bytes = int(ends[:count][-1])
-            if self._bytes >= self._limit:
-                self._finish()
-            offset, size = offset[count:], size[count:]
-
-    def _finish(self) -> None:
-        name = f"{self._prefix}-{len(self._names):06d}"
-        np.save(self._work.plan(name), np.concatenate(self._rows))
-        self._names.append(name)
-        self._rows, self._bytes = [], 0
-
-    def close(self) -> list[str]:
-        if self._rows:
-            self._finish()
-        return self._names
+def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of a draw, such as those of a
+    speaker, stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
+    if fraction is not None or len(draws) > AT_ONCE:
+        limit = np.uint64(int((FRACTION if fraction is None else fraction) * 2**64))
+        return lambda those: those < limit
+    most = int(MOST * len(draws))
+    wanted, taken, count = min(most, max(LEAST, round(FRACTION * len(draws)))), [], 0
+    for group, size in zip(*np.unique(draws, return_counts=True), strict=True):
+        if count >= wanted:
+            break
+        if count + size <= most:
+            taken.append(group)
+            count += size
+    return lambda those: np.isin(those, np.array(taken, np.uint64))
 
 
-def _write_reviews(work: Workplace, reviews: dict[str, list[tuple[dict[str, str], int, int, int]]]) -> None:
-    """The first rejected samples of each reason (line of `rejected.jsonl`, unit, place, size): `rejected/<reason>.jsonl`, with
-    their media beside it."""
-    folder = work.result / "rejected"
-    for reason, samples in reviews.items():
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"{reason}.jsonl", "w", encoding="utf-8") as lines:
-            for number, (line, unit, place, size) in enumerate(samples):
-                with open(work.blocks(unit), "rb") as blocks:
-                    document = document_of_block(os.pread(blocks.fileno(), size, place))
-                segments: list[dict[str, str]] = []
-                for part, segment in enumerate(document.segments):
-                    if isinstance(segment.data, str):
-                        segments.append({"text": segment.data})
-                        continue
-                    name = f"{reason}/{number:02d}.{part}.{segment.extension}"
-                    (folder / reason).mkdir(exist_ok=True)
-                    (folder / name).write_bytes(segment.data)
-                    segments.append({"file": name})
-                lines.write(json.dumps(line | {"segments": segments}, ensure_ascii=False) + "\n")
+def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
+    """Order the labels by number, else by letter; return the names that they were given."""
+    labels, names = list(summary.of("label")), work.options.label_names
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
+    labels.sort(key=(lambda label: (float(label), label)) if are_numbers else None)
+    if names and len(names) != len(labels):
+        shown = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "") or "none: name it with --label"
+        raise ValueError(f"label_names gives {len(names)} names ({', '.join(names)}) to {len(labels)} labels ({shown})")
+    summary.labels = list(names) or labels
+    return dict(zip(labels, names, strict=False))
+
+
+class _Shards:
+    """Appends documents to the shards of a source and split."""
+
+    def __init__(self, prefix: Path, work: Work, names: dict[str, str]) -> None:
+        self._prefix, self._work, self._names = prefix, work, names
+        self._limit, self._number, self._size = int(work.options.shard_megabytes * 2**20), 0, 0
+
+    def copy(self, job: int, rows: np.ndarray) -> None:
+        with open(self._work.blocks(job), "rb") as blocks:
+            for offset, size in rows[["offset", "size"]].tolist():
+                block = os.pread(blocks.fileno(), size, offset)
+                self._write(self._renamed(block) if self._names else block)
+                if self._size >= self._limit:
+                    self.close()
+
+    def _write(self, data: bytes) -> None:
+        with open(f"{self._prefix}-{self._number:06d}.tar", "ab") as tar:
+            tar.write(data)
+        self._size += len(data)
+
+    def close(self) -> None:
+        if self._size:
+            self._write(bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % tarfile.RECORDSIZE))
+            self._number, self._size = self._number + 1, 0
+
+    def _renamed(self, block: bytes) -> bytes:
+        """A document with the name of its label."""
+        key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
+        document = document_from_sample(key, files_of_block(block))
+        if (label := document.meta.get("label")) not in self._names:
+            return block
+        name = self._names[label]
+        *segments, last = document.segments
+        segments.append(replace(last, data=name) if self._work.options.learn_label and last.data == label else last)
+        return sample_block(replace(document, segments=tuple(segments), meta={**document.meta, "label": name}))

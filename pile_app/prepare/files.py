@@ -1,72 +1,294 @@
-"""Files of users as bytes, lines and pieces, which are not trusted; and files that are written whole or not at all.
+"""The files of an input as an untrusted tree: names, bytes, lines and pieces of text, all bounded; archives are unpacked.
 
-Links are not followed and pipes not opened; lines, files and the windows of decompression are bounded, so that memory is.
+    Tree(root) ──► name -> File          compressed and UTF-16 files are read as UTF-8 bytes: `open_text`
+
+Links are not followed unless asked for, and then only within a root; devices and pipes are never opened. A name in a table
+reaches a file only through the tree (`Tree.resolve`), so never a file outside the input.
 """
 
 from __future__ import annotations
 
-import gzip
+import bz2
+import codecs
+import csv
+import hashlib
 import io
+import json
+import lzma
 import os
+import re
+import shutil
 import stat
-import uuid
+import tarfile
+import zipfile
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from pile_app.data.index import MAX_SAMPLE_BYTES
-from pile_app.documents import BadSample
+import zstandard
 
-MAX_LINE_BYTES = 1 << 26  # of JSON lines, tables and captions
-MAX_JSON_BYTES = 1 << 30  # of a JSON file that is one list
-MAX_ZSTD_WINDOW = 1 << 27  # what `zstd --long` needs; `--long=31` would take 2 GiB a process
-CUTS = (b"\n\n", b"\n", b" ")  # where a text had best be cut: after a paragraph, a line, a word
-MEDIA_FOLDERS = ("", "clips", "images", "audio")  # where files that are named may lie, beside what names them
+from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, BadSample
+from pile_app.prepare.text import BOMS, encoding_of
+
+MAX_FILE_BYTES = 1 << 30  # of a medium, or of JSON that is one value
+MAX_LINE_BYTES = 1 << 26  # of JSON lines, rows of tables and captions
+MAX_WINDOW = 1 << 27  # what `zstd --long` and `xz -9` need; `--long=31` would take 2 GiB a process
+MAX_ARCHIVE = (1 << 30, 100, 10_000_000)  # unpacked: at most this many bytes or times its size, and files
+MAX_AROUND = 200_000  # files around a table that is the input
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+CUTS = (b"\n\n", b"\n", b" ")  # where a text is best cut: after a paragraph, a line, a word
+MEDIA = frozenset((*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS))
+DAMAGE = (
+    EOFError,
+    OSError,
+    zlib.error,
+    lzma.LZMAError,
+    zstandard.ZstdError,
+    UnicodeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    csv.Error,
+)
 
 
-def extension(file: str) -> str:
-    """In small letters; `jsonl.zst` is one."""
-    parts = os.path.basename(file).lower().split(".")
-    return ".".join(parts[-2:] if parts[-1] in ("gz", "zst") else parts[-1:]) if len(parts) > 1 else ""
+class File(NamedTuple):
+    """A plain file. name: relative to the input, with `/`; real: the path to open."""
+
+    name: str
+    real: str
+    size: int
+
+
+class Tree:
+    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the files
+    around it are in the tree too, so that it can name them.
+
+    follow: whether links are followed that lead to files and folders within the input (or the same cache of the hub).
+    """
+
+    def __init__(self, input: str, follow: bool = False, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
+        self.files: dict[str, File] = {}
+        self.skipped: list[tuple[str, str, str]] = []
+        self.root = os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
+        self.real = os.path.realpath(self.root)
+        within = re.sub(r"/snapshots/[^/]+(/.*)?$", "", self.real) if follow else None
+        self.only = None if os.path.isdir(input) else os.path.basename(os.path.abspath(input))
+        if self.only is not None:  # a link that is named is meant
+            self._add(self.only, os.path.realpath(input), os.stat(input), stamp)
+        if self.only is None or around:
+            self._walk(self.root, "", {self.real}, within, stamp)
+
+    def _walk(self, folder: str, prefix: str, parents: set[str], within: str | None, stamp: Callable[[bytes], Any]) -> None:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            self.skipped.append((prefix, "unreadable_folder", str(error)))
+            return
+        folders = []
+        for entry in entries:
+            name, path, about = prefix + entry.name, entry.path, entry.stat(follow_symlinks=False)
+            if stat.S_ISLNK(about.st_mode):
+                path = os.path.realpath(path)
+                if not os.path.exists(path):
+                    self.skipped.append((name, "broken_link", "it leads nowhere: fetch the data (git annex get, dvc pull)"))
+                    continue
+                if within is None or path in parents or not is_below(path, within):
+                    hint = "links are not followed; --follow-links reads those that lead to files of the input"
+                    self.skipped.append((name, "ignored_link", hint))
+                    continue
+                about = os.stat(path)
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                self.skipped.append((name, "hidden_file", "hidden files and folders are not read"))
+            elif stat.S_ISDIR(about.st_mode):
+                folders.append((path, f"{name}/"))
+            elif name != self.only:
+                self._add(name, path, about, stamp)
+        for path, name in folders:
+            if self.only is None or len(self.files) < MAX_AROUND:
+                self._walk(path, name, parents | {os.path.realpath(path)}, within, stamp)
+
+    def _add(self, name: str, real: str, about: os.stat_result, stamp: Callable[[bytes], Any]) -> None:
+        if not stat.S_ISREG(about.st_mode):
+            self.skipped.append((name, "no_plain_file", "devices and pipes are not read"))
+            return
+        self.files[name] = File(name, real, about.st_size)
+        stamp(os.fsencode(name) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
+
+    def unpack(self, name: str, folder: str) -> None:
+        """Replace an archive by the files in it, which are written below `folder` once. Raises `BadSample`."""
+        file, about = self.files[name], os.stat(self.files[name].real)
+        key = hashlib.sha256(f"{file.real}\0{about.st_size}\0{about.st_mtime_ns}".encode()).hexdigest()[:16]
+        target = os.path.join(folder, key)
+        if not os.path.exists(target):
+            shutil.rmtree(f"{target}.partial", ignore_errors=True)
+            try:
+                refused = _extract(file, f"{target}.partial")
+            except BadSample:
+                raise
+            except (*DAMAGE, ValueError, RuntimeError, LookupError) as error:
+                raise BadSample("damaged_file", str(error)) from error
+            Path(f"{target}.json").write_text(json.dumps(refused))
+            os.rename(f"{target}.partial", target)
+        inner = Tree(target)
+        del self.files[name]
+        self.files |= {f"{name}/{one.name}": File(f"{name}/{one.name}", one.real, one.size) for one in inner.files.values()}
+        self.skipped += [(f"{name}/{one}", reason, detail) for one, reason, detail in inner.skipped]
+        unsafe = "links, devices and names that leave the archive are not unpacked"
+        self.skipped += [(f"{name}/{one}", "unsafe_member", unsafe) for one in json.loads(Path(f"{target}.json").read_text())]
+
+    @cached_property
+    def _names(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Names of media by their base name, and by it without extension."""
+        bases, stems = defaultdict(list), defaultdict(list)
+        for name in self.files:
+            base = name.rpartition("/")[2]
+            bases[base].append(name)
+            if extension(base) in MEDIA:
+                stems[base.rpartition(".")[0]].append(name)
+        return bases, stems
+
+    def resolve(self, table: str, value: str) -> File | None:
+        """The file that a value in a table (or record) means.
+
+        The value is tried relative to the table, then to the input; else the one file with that base name, or the one medium
+        with that name and any extension, whose folders fit best.
+        """
+        if not value or len(value) > 4096 or "\n" in value:
+            return None
+        folder, value = os.path.dirname(table), re.sub(r"#\d+$", "", value.strip()).replace("\\", "/").removeprefix("file://")
+        value = value.removeprefix(f"{self.root}/").removeprefix(f"{self.real}/")
+        for name in (os.path.normpath(os.path.join(folder, value)), os.path.normpath(value)):
+            if name in self.files:
+                return self.files[name]
+        base = value.rpartition("/")[2]
+        bases, stems = self._names
+        found = bases.get(base) or stems.get(base) or []
+        below = [name for name in found if name.startswith(f"{folder}/")] if folder else found
+        found = below or found
+        if len(found) > 1:
+            fits = {name: _common_tail(os.path.join(folder, value), name) for name in found}
+            found = [name for name in found if fits[name] == max(fits.values())]
+        return self.files[found[0]] if len(found) == 1 else None
+
+
+def _common_tail(one: str, other: str) -> int:
+    """Number of last path components, without extension, that two paths share."""
+    parts = [os.path.splitext(path)[0].split("/")[::-1] for path in (one, other)]
+    return next((n for n, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), min(map(len, parts)))
+
+
+def is_below(path: str, folder: str) -> bool:
+    return not folder or path == folder or path.startswith(f"{folder}/")
+
+
+def extension(name: str) -> str:
+    """The extension in small letters, "" if there is none; `c.jsonl.zst` has `jsonl`."""
+    parts = name.rpartition("/")[2].lower().split(".")
+    if len(parts) > 2 and parts[-1] in COMPRESSIONS:
+        parts.pop()
+    return parts[-1] if len(parts) > 1 else ""
 
 
 def open_plain(path: str) -> BinaryIO:
-    """Raises `OSError` for a link, `BadSample` for what is no plain file (a pipe would block for ever)."""
+    """Open a file that is no link. Raises `OSError` for a link, `BadSample` for a pipe, which would block forever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadSample("ignored_link", f"{path!r} is no plain file")
+        raise BadSample("no_plain_file", f"{path!r} is a device or a pipe")
     return os.fdopen(descriptor, "rb")
 
 
-def read_file(path: str, limit: int = MAX_SAMPLE_BYTES) -> bytes:
+def read_file(path: str, limit: int | None = None) -> bytes:
+    limit = limit or MAX_FILE_BYTES
     with open_plain(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise BadSample("file_too_large", f"{path!r} has {size:,} bytes; at most {limit:,} are read")
         return file.read(limit)
 
 
-def decode(data: bytes) -> str:
+def read_text(path: str, encoding: str = "", limit: int | None = None) -> bytes:
+    """The text of a file as UTF-8, decompressed."""
+    limit = limit or MAX_FILE_BYTES
+    with open_text(path, encoding)[0] as file:
+        if len(data := file.read(limit + 1)) > limit:
+            raise BadSample("file_too_large", f"{path!r} holds more than {limit:,} bytes")
+    return data
+
+
+class _Chunks(io.RawIOBase):
+    """A stream of the bytes that an iterator gives."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+def _decompressed(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompress frame by frame, 2 KiB at a time, since they may hold 64 MiB. Unlike the libraries' own readers, notice a file that
+    is cut off."""
+    frame, data = None, file.read(2048)
+    while data:
+        if frame is None and not data.strip(b"\0"):  # padding
+            data = b""
+        else:
+            frame = frame or new_frame()
+            bounded = hasattr(frame, "needs_input")  # bzip2 and xz: 2 KiB may hold gigabytes
+            yield frame.decompress(data, 1 << 20) if bounded else frame.decompress(data)
+            while bounded and not frame.needs_input and not frame.eof:
+                yield frame.decompress(b"", 1 << 20)
+            frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
+        data = data or file.read(2048)
+    if frame is not None:
+        raise EOFError("the compressed file ends before its end mark")
+
+
+FRAMES: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b\x08": lambda: zlib.decompressobj(31),
+    b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj(),
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ\0": lambda: lzma.LZMADecompressor(memlimit=MAX_WINDOW),
+}
+
+
+def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
+    """Open a file as UTF-8 bytes, by its content: gzip, zstd, bzip2 and xz are decompressed, UTF-16 and `encoding` are decoded.
+    Returns the stream, and whether its offsets are those of the file."""
+    file: Any = io.BufferedReader(open_plain(path).detach(), 1 << 17)  # type: ignore[attr-defined]
+    head, is_plain = file.peek(6)[: 1 << 12], True
+    for magic, new_frame in FRAMES.items():
+        if head.startswith(magic):
+            file, is_plain = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17), False
+            head = file.peek(6)[: 1 << 12]
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", str(error)) from error
-
-
-def file_beside(root: str, path: str, name: str) -> str | None:
-    """The plain file of that name beside `path`; None where there is none, or outside the root."""
-    for folder in MEDIA_FOLDERS:
-        candidate = os.path.normpath(os.path.join(os.path.dirname(path), folder, name))
-        with suppress(OSError, ValueError):  # ValueError: a zero byte
-            is_plain = stat.S_ISREG(os.lstat(candidate).st_mode)
-            if is_plain and Path(os.path.realpath(candidate)).is_relative_to(os.path.realpath(root)):
-                return candidate
-    return None
+        found = encoding_of(head, whole=False) if not encoding or head.startswith(tuple(BOMS)) else encoding
+        if codecs.lookup(found).name == "utf-8":
+            return file, is_plain
+    except BadSample:  # whoever decodes it says where it is damaged
+        return file, is_plain
+    except LookupError as error:
+        raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
+    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found)
+    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False  # type: ignore[return-value]
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
-    """The lines of a file; a `BadSample` in place of one that is too long, and the end where it is far too long."""
+    """The lines of a file; a `BadSample` for one that is too long, and the end where it is far too long."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield line
@@ -76,95 +298,63 @@ def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
             if not line or line.endswith(b"\n"):
                 break
         else:
-            raise BadSample("line_too_long", f"a line is longer than {16 * MAX_LINE_BYTES:,} bytes; what follows is left out")
-        yield BadSample("line_too_long", f"the line is longer than {MAX_LINE_BYTES:,} bytes")
+            raise BadSample("line_too_long", f"a line has more than {16 * MAX_LINE_BYTES:,} bytes: the rest is not read")
+        yield BadSample("line_too_long", f"a line has more than {MAX_LINE_BYTES:,} bytes")
 
 
-def table_lines(file: BinaryIO) -> Iterator[str]:
-    """The lines of a table, for `csv`, whose rows end where a line is too long."""
-    for line in lines_of(file):
-        if isinstance(line, BadSample):
-            raise line
-        yield line.decode("utf-8-sig", "surrogateescape")
-
-
-class _Zstandard(io.RawIOBase):
-    """Decompresses frame by frame: `zstandard.open` takes a truncated file for a whole one.
-
-    A block of 4 bytes can hold 128 KiB, so 2 KiB of input are at most 64 MiB.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
-        self._file, self._frame, self._input, self._output = file, None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(2048)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the compressed file ends before its end mark")
-                return 0
-            frame: Any = self._frame or self._decompressor.decompressobj()
-            try:
-                self._output = memoryview(frame.decompress(self._input))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            self._input = frame.unused_data if frame.eof else b""
-            self._frame = None if frame.eof else frame
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
-    "jsonl": lambda file: file,
-    "jsonl.gz": lambda file: gzip.GzipFile(fileobj=file),
-    "jsonl.zst": lambda file: io.BufferedReader(_Zstandard(file), 1 << 17),
-}
-
-
-def next_cut(file: BinaryIO, place: int, limit: int) -> int:
-    """The first place from `place` on, within `limit` bytes, where a paragraph begins, else a line, a word, a character."""
-    if place in (0, os.fstat(file.fileno()).st_size):
-        return place
-    file.seek(place)
+def next_cut(file: BinaryIO, position: int, limit: int) -> int:
+    """The first position from `position` on, within `limit` bytes, where a paragraph, line, word or character begins."""
+    if position in (0, os.fstat(file.fileno()).st_size):
+        return position
+    file.seek(position)
     window = file.read(min(limit, 1 << 16))
     cuts = (at + len(mark) for mark in CUTS if (at := window.find(mark)) >= 0)
     characters = (at for at in range(min(4, len(window))) if window[at] & 0xC0 != 0x80)
-    return place + (next(cuts, 0) or next(characters, 0))
+    return position + (next(cuts, 0) or next(characters, 0))
 
 
 def pieces_of(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:
-    """The next `size` bytes in pieces of at most `limit`, each cut after a paragraph, else a line, a word, a character."""
-    piece = file.read(min(limit, size))
-    size -= len(piece)
-    while size > 0:
+    """The next `size` bytes (-1: all) in pieces of at most `limit`, cut after a paragraph, else a line, word or character."""
+    rest = 1 << 62 if size < 0 else size
+    piece = file.read(min(limit, rest))
+    rest -= len(piece)
+    while len(piece) == limit and rest and (following := file.read(1)):
         cuts = (at + len(mark) for mark in CUTS if (at := piece.rfind(mark, limit // 2)) >= 0)
-        characters = (
-            at for at in range(len(piece) - 1, len(piece) - 5, -1) if piece[at] & 0xC0 != 0x80
-        )  # first bytes, from the end
+        characters = (at for at in range(limit - 1, limit - 5, -1) if piece[at] & 0xC0 != 0x80)
         cut = next(cuts, 0) or next(characters, 0) or limit
         yield piece[:cut]
-        following = file.read(min(cut, size))
-        piece, size = piece[cut:] + following, size - len(following) if following else 0
+        following += file.read(min(cut, rest) - 1)
+        piece, rest = piece[cut:] + following, rest - len(following)
     yield piece
 
 
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name when it is whole, and not at all where that fails."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb", 1 << 20) as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+def _extract(file: File, target: str) -> list[str]:
+    """Write the files of an archive below `target`; returns the names of members that are refused."""
+    refused, count, size, most = list[str](), 0, 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
+    os.makedirs(target)
+    with ExitStack() as stack:
+        if file.name.lower().endswith(".zip"):
+            archive: Any = stack.enter_context(zipfile.ZipFile(file.real))
+            members, extract = archive.infolist(), archive.extract
+        else:
+            stream = stack.enter_context(open_text(file.real)[0])
+            members = archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+            extract = partial(archive.extract, filter="data")
+        for member in members:
+            count, size = count + 1, size + getattr(member, "file_size", getattr(member, "size", 0))
+            if size > most or count > MAX_ARCHIVE[2]:
+                raise BadSample(
+                    "archive_too_large", f"it holds more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first"
+                )
+            name = getattr(member, "filename", getattr(member, "name", ""))
+            kind = stat.S_IFMT(getattr(member, "external_attr", 0) >> 16)
+            is_plain = kind in (0, stat.S_IFREG) if hasattr(member, "filename") else member.isreg() and not member.issparse()
+            if member.is_dir() if hasattr(member, "filename") else member.isdir():
+                continue
+            if (
+                not is_plain or name.startswith("/") or ".." in name.split("/") or "\\" in name
+            ):  # the filter alone was no protection
+                refused.append(name)
+                continue
+            extract(member, path=target)
+    return refused

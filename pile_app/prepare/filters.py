@@ -1,120 +1,108 @@
-"""The steps of `pile prepare` that judge or mend one document, each a function of the document and its options alone.
+"""Steps of `pile prepare` that check or change a single document; each is a function of the document and the options only.
 
-    Document ──► repair, clean, quality, decontamination ──► Document, or BadSample(reason)
-                 sizes, aspect, duration, silence, resampling, re-encoding
+    Document ──► cut_long_sounds ──► apply_steps: repair, clean, quality, decontamination; media: sizes, resampling, re-encoding
 
-Texts: `repair_text` (ftfy), `clean_text` (in `text.py`), `QUALITY` (rules of Gopher and C4 that hold for any language that
-writes spaces), `EvaluationTexts` (n-gram overlap), `minhash` (what near-duplicates are found by).
-Media: everything is decoded once; what is too small, too long or silent is rejected; what has to be smaller, or of another rate
-or format, is encoded anew.
-
-Rules of quality and near-duplicates are for documents of text alone: a caption is short and may well be repeated.
+Quality rules apply to documents of a single text: captions are short.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
-from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size
+from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size, split_at_silence
 from pile_app.prepare.ngrams import EvaluationTexts
-from pile_app.prepare.options import require
+from pile_app.prepare.options import Options, require
 from pile_app.prepare.quality import QUALITY
 from pile_app.records import is_marker
 
-if TYPE_CHECKING:
-    from pile_app.prepare.options import Options
+PIECE_SECONDS, WHOLE_SECONDS = 30.0, 60.0  # default limits for sounds that can be cut, and for those that cannot
+PADDING = 0.5  # seconds of sound kept around the words of a piece
+Part = tuple[float, float, str]  # start and end in seconds, text
 
 
 def apply_steps(document: Document, options: Options, evaluation: EvaluationTexts | None = None) -> Document:
-    """The document as it will be stored.
+    """Return the document as it will be written.
 
     Raises:
-        BadSample: `encoded_segment`, `empty_text`, `moved_spans`, a rule's own reason, or what `decode_image` and
-            `decode_audio` raise.
+        BadSample: `encoded_segment`, `empty_text`, `moved_spans`, the reason of a rule, or what the decoders raise.
     """
     if any(segment.is_encoded for segment in document.segments):
-        raise BadSample("encoded_segment", "it holds token ids: prepare the shards that they were made from")
-    segments = tuple(_STEPS[segment.modality](segment, options) for segment in document.segments)
-    if len(segments) == 1 and segments[0].modality == TEXT:
+        raise BadSample("encoded_segment", "it contains token ids: prepare the shards that were encoded")
+    steps = {TEXT: _text_step, IMAGE: _image_step, AUDIO: _audio_step}
+    changed = [steps[segment.modality](segment, options) for segment in document.segments]
+    if len(changed) == 1 and changed[0].modality == TEXT:
         for name in options.quality:
-            segments = (replace(segments[0], data=QUALITY[name](segments[0].text)),)
+            changed = [replace(changed[0], data=QUALITY[name](changed[0].text))]
+    if options.clean and len(changed) > 1 and len(texts := [n for n, one in enumerate(changed) if one.modality == TEXT]) == 1:
+        caption = changed[texts[0]]
+        choices = tuple(map(str.strip, caption.choices))
+        changed[texts[0]] = replace(caption, data=caption.text.strip(), choices=choices)
+    segments = tuple(segment for segment in changed if segment.modality != TEXT or segment.text.strip())
+    learned = any(segment.loss for segment in document.segments)
+    if not segments or (len(segments) < len(changed) and learned and not any(segment.loss for segment in segments)):
+        raise BadSample("empty_text", "the text is empty or only whitespace")
     for segment in segments:
-        if segment.modality == TEXT:
-            if not segment.text or segment.text.isspace():
-                raise BadSample("empty_text", "the text is empty or only whitespace")
-            if evaluation is not None:
-                evaluation.check(segment.text)
+        if evaluation is not None and segment.modality == TEXT:
+            evaluation.check(segment.text)
     if "spans" in document.meta and segments != document.segments:
-        raise BadSample("moved_spans", "a step changes the text after its entities were found: --quality c4 does")
+        raise BadSample("moved_spans", "a step changes the text after its entities were found, as --quality c4 does")
     return replace(document, segments=segments)
 
 
 def _text_step(segment: Segment, options: Options) -> Segment:
-    if is_marker(segment):  # of a conversation; cleaning would take it out, as it does wherever users write it
+    if is_marker(segment):  # of a chat: cleaning removes markers, as it does where users write them
         return segment
-    text = mend_text(segment.text, options)
-    return segment if text is segment.data else replace(segment, data=text)
+    choices = tuple(text for choice in segment.choices if (text := normalize_text(choice, options)).strip())
+    return replace(segment, data=choices[0] if choices else normalize_text(segment.text, options), choices=choices)
 
 
-def mend_text(text: str, options: Options) -> str:
-    """Repaired and cleaned, as far as the options ask for it."""
-    if options.repair:
-        text = repair_text(text)
-    if options.clean:
-        text = clean_text(text)
-    return text
+def normalize_text(text: str, options: Options) -> str:
+    """Repair and clean a text as far as the options ask for it."""
+    text = repair_text(text) if options.repair else text
+    return clean_text(text) if options.clean else text
 
 
-# -- repair
-
-# A code point that one of ftfy's fixers changes or removes whatever stands around it, or an HTML entity may begin.
-_FIXED_ALONE = re.compile("[&\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]")
-# ASCII far from all else. ftfy's sign of mojibake takes at most 7 characters, one of them not ASCII.
+# ftfy changes such characters, or HTML entities, in any context; elsewhere it needs a character that is not ASCII within 7.
+_ALWAYS_FIXED = re.compile("[&\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]")
 _FAR_ASCII = re.compile("(?<=[\x00-\x7f]{7})[\x00-\x7f]+(?=[\x00-\x7f]{7})")
 
 
 def may_need_repair(text: str) -> bool:
-    """False where `repair_text` would surely change nothing. ftfy takes tens of times as long to find that out."""
-    if _FIXED_ALONE.search(text):
-        return True
-    return not text.isascii() and bool(_badness().search(_FAR_ASCII.sub("", text)))
+    """Return False if `repair_text` certainly changes nothing, tens of times faster than ftfy."""
+    if text.isascii() or _ALWAYS_FIXED.search(text):
+        return bool(_ALWAYS_FIXED.search(text))
+    return bool(require("ftfy.badness", "prepare", "--repair").BADNESS_RE.search(_FAR_ASCII.sub("", text)))
 
 
 def repair_text(text: str) -> str:
-    """Undoes mojibake, HTML entities in plain text, terminal escapes and stray control characters with ftfy (Speer 2019).
-
-    Typography is left alone: quotes, ligatures and full-width characters are no damage. Repairing twice changes nothing.
-    """
-    if not may_need_repair(text):
-        return text
-    ftfy = require("ftfy", "prepare", "repairing text")
-    return ftfy.fix_text(text, _ftfy_config())
+    """Fix mojibake, HTML entities in plain text, terminal escapes and control characters with ftfy (Speer 2019), but keep
+    quotes, ligatures and full-width characters. Repairing twice changes nothing."""
+    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config()) if may_need_repair(text) else text
 
 
 @lru_cache(1)
 def _ftfy_config() -> Any:
-    ftfy = require("ftfy", "prepare", "repairing text")
     kept = ("fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "fix_line_breaks")
-    return ftfy.TextFixerConfig(explain=False, normalization=None, **dict.fromkeys(kept, False))
+    return require("ftfy", "prepare", "--repair").TextFixerConfig(
+        explain=False, normalization=None, **dict.fromkeys(kept, False)
+    )
 
 
-@lru_cache(1)
-def _badness() -> re.Pattern[str]:
-    return require("ftfy.badness", "prepare", "repairing text").BADNESS_RE
-
-
-# -- media
+# -- images and sounds
 
 
 def _image_step(segment: Segment, options: Options) -> Segment:
@@ -123,73 +111,109 @@ def _image_step(segment: Segment, options: Options) -> Segment:
     if small < options.min_image_size:
         raise BadSample("image_too_small", f"{width}x{height} pixels; min_image_size is {options.min_image_size}")
     if options.max_aspect and large > options.max_aspect * small:
-        raise BadSample(
-            "image_aspect", f"{width}x{height} pixels: aspect {large / small:.2f}; max_aspect is {options.max_aspect:g}"
-        )
+        raise BadSample("image_aspect", f"{width}x{height}: aspect {large / small:.2f}; max_aspect is {options.max_aspect:g}")
     decode_image(segment.file, 3, height, width)
-    if options.image_max_size and large > options.image_max_size:
-        return replace(segment, data=shrink_image(segment, options.image_max_size))
-    return segment
+    return _shrink(segment, options.image_max_size) if options.image_max_size and large > options.image_max_size else segment
 
 
-_ENCODERS = {"jpg": ("JPEG", {"quality": 90}), "webp": ("WEBP", {"quality": 90}), "png": ("PNG", {})}
-
-
-def shrink_image(segment: Segment, size: int) -> bytes:
-    """The file of an image, no side longer than `size`, in its own format; turned as EXIF says, without metadata."""
+def _shrink(segment: Segment, size: int) -> Segment:
+    """Re-encode an image with no side longer than `size`, turned as EXIF says: JPEG and WebP stay so, others become PNG."""
     from PIL import Image, ImageOps
 
-    name, parameters = _ENCODERS[segment.extension.replace("jpeg", "jpg")]
+    formats = {"webp": "WEBP"} | dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG")
+    name, written = formats.get(segment.extension, "PNG"), io.BytesIO()
     with Image.open(io.BytesIO(segment.file), formats=IMAGE_FORMATS) as file:
-        file.draft(None, (2 * size, 2 * size))  # a JPEG may decode to a half, a quarter ... of its size
+        file.draft(None, (2 * size, 2 * size))  # a JPEG may decode at a half, a quarter ... of its size
         image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode not in ("RGB", "RGBA", "L", "LA"):
-            transparent = image.mode == "PA" or "transparency" in image.info
-            image = image.convert("RGBA" if transparent else "RGB")
-        if name == "JPEG" and image.mode not in ("RGB", "L"):
-            image = image.convert("RGB")
+            image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+        image = image.convert("RGB") if name == "JPEG" and image.mode not in ("RGB", "L") else image
         image.thumbnail((size, size), Image.Resampling.LANCZOS)
         image.info = {}
-        written = io.BytesIO()
-        image.save(written, name, **parameters)
-    return written.getvalue()
+        image.save(written, name, **({} if name == "PNG" else {"quality": 90}))
+    return replace(segment, data=written.getvalue(), extension="png" if name == "PNG" else segment.extension)
 
 
 def _audio_step(segment: Segment, options: Options) -> Segment:
     samples, rate = audio_size(segment.file)
-    seconds = samples / rate
-    if seconds > options.max_audio_seconds:
-        raise BadSample("audio_too_long", f"{seconds:,.1f} seconds; max_audio_seconds is {options.max_audio_seconds:g}")
-    if seconds < options.min_audio_seconds:
-        raise BadSample("audio_too_short", f"{seconds:,.3f} seconds; min_audio_seconds is {options.min_audio_seconds:g}")
+    if samples < rate * options.min_audio_seconds:
+        raise BadSample("audio_too_short", f"{samples / rate:,.3f} seconds; min_audio_seconds is {options.min_audio_seconds:g}")
     target = options.resample or rate
-    with _one_thread(target != rate):
-        waveform = decode_audio(segment.file, target)
+    waveform = decode_audio(segment.file, target)
     if options.silence is not None:
         level = 20 * math.log10(max(float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))), 1e-9))
         if level < options.silence:
             raise BadSample("silent_audio", f"{level:.1f} dB of full scale on average (RMS); silence is {options.silence:g}")
     own = segment.extension
     wanted = options.audio_format or (own if target == rate or own == "wav" else "flac")
-    if target == rate and wanted == own:
-        return segment
-    return Segment.from_audio(waveform, target, wanted, segment.loss)
+    return segment if (target, wanted) == (rate, own) else Segment.from_audio(waveform, target, wanted, segment.loss)
 
 
-@contextmanager
-def _one_thread(needed: bool) -> Iterator[None]:
-    """PyTorch computes with one thread inside: the same bits everywhere, and processes that do not fight over cores."""
-    if not needed:
-        yield
-        return
-    import torch
+def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] = ()) -> list[Document]:
+    """Cut a sound that is longer than `max_audio_seconds` into documents: between the `parts` of its transcript, or at silence
+    if nothing is said about it. With a transcript without times, or other media, it is kept up to `WHOLE_SECONDS`.
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    Raises:
+        BadSample: `audio_too_long`.
+    """
+    limit, whole = options.max_audio_seconds or PIECE_SECONDS, options.max_audio_seconds or WHOLE_SECONDS
+    sounds = [n for n, segment in enumerate(document.segments) if segment.modality == AUDIO and not segment.is_encoded]
+    sizes = [audio_size(document.segments[n].file) for n in sounds]
+    seconds = max((samples / rate for samples, rate in sizes), default=0)
+    if seconds <= limit:
+        return [document]
+    said = [n for n, segment in enumerate(document.segments) if n not in sounds and segment.data != document.meta.get("label")]
+    is_timed = 0 < max((end - start for start, end, _ in parts), default=0) <= limit
+    if len(sounds) > 1 or len(said) > 1 or (said and not (is_timed and document.segments[said[0]].modality == TEXT)):
+        if seconds <= whole:
+            return [document]
+        detail = f"{seconds:,.1f} seconds, and its text has no times by which to cut it; max_audio_seconds is {whole:g}"
+        raise BadSample("audio_too_long", detail)
+    sound, rate = document.segments[sounds[0]], sizes[0][1]
+    waveform = decode_audio(sound.file, rate)
+    pieces = _pack(parts, limit, seconds) if said else [
+        (start / rate, stop / rate, "") for start, stop in split_at_silence(waveform, rate, limit)
+    ]  # fmt: skip
+    documents = []
+    for start, stop, text in pieces:
+        cut = waveform[round(start * rate) : round(stop * rate)]
+        new = {sounds[0]: Segment.from_audio(cut, rate, options.audio_format or "flac", sound.loss)}
+        new |= {n: replace(document.segments[n], data=text, choices=()) for n in said}
+        segments = tuple(new.get(n, segment) for n, segment in enumerate(document.segments))
+        documents.append(replace(document, segments=segments, meta={**document.meta, "start_seconds": round(start, 3)}))
+    return documents
 
 
-_STEPS: dict[int, Callable[[Segment, Any], Segment]] = {TEXT: _text_step, IMAGE: _image_step, AUDIO: _audio_step}
+def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
+    """Join consecutive parts of a transcript to pieces of at most `limit` seconds."""
+    groups: list[list[Part]] = []
+    for part in sorted(parts):
+        if groups and part[1] - groups[-1][0][0] <= limit:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    spans = [(group[0][0], max(end for _, end, _ in group)) for group in groups]
+    edges = [0.0, *((end + start) / 2 for (_, end), (start, _) in pairwise(spans)), seconds]
+    pieces = []
+    for (start, end), group, least, most in zip(spans, groups, edges[:-1], edges[1:], strict=True):
+        margin = min(PADDING, (limit - end + start) / 2)
+        glue = "" if any(text.startswith(" ") for *_, text in group) else " "
+        text = glue.join(text for *_, text in group).strip()
+        pieces.append((max(least, start - margin), min(most, end + margin), text))
+    return pieces
+
+
+def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
+    """Find the timed parts of a transcript: Whisper's `segments`, `words` or `chunks`, among the columns or in the `json`."""
+    holders: tuple[Any, ...] = (sample, sample.get("json"))
+    for name in ("segments", "chunks", "words"):
+        for holder in holders:
+            with suppress(TypeError, KeyError, ValueError, AttributeError, RecursionError, OSError):
+                holder = holder.read_bytes() if isinstance(holder, Path) else holder
+                found = (json.loads(holder) if isinstance(holder, bytes) else holder)[name]
+                parts = [
+                    (*(one.get("timestamp") or (one["start"], one["end"])), one.get("text") or one["word"]) for one in found
+                ]
+                if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
+                    return parts
+    return []

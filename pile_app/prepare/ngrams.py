@@ -1,4 +1,4 @@
-"""Words in a row: near-duplicates of texts, and texts of evaluation sets in training data."""
+"""Word n-grams: near-duplicate texts, and texts of evaluation sets in training data."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 import zlib
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pile_app.data.index import map_arrays, save_arrays
 from pile_app.data.order import mix64
 from pile_app.documents import BadSample
 from pile_app.prepare.entities import UNSPACED
@@ -23,12 +23,12 @@ PERMUTATIONS = 128
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-cased words without punctuation; a character alone where the script has no spaces (Chinese, Japanese, Thai ...)."""
+    """Split into lower-cased words without punctuation, into characters where the script has no spaces (Chinese, Thai ...)."""
     return _WORD.findall(text.lower())
 
 
 def ngram_hashes(words: list[str], n: int) -> np.ndarray:
-    """A 64-bit hash of each n words in a row, (max(0, len(words) - n + 1),) uint64."""
+    """Hash each n consecutive words to 64 bits, (max(0, len(words) - n + 1),) uint64."""
     count = max(0, len(words) - n + 1)
     ids = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words), np.uint64, len(words))
     hashes = np.zeros(count, np.uint64)
@@ -38,7 +38,7 @@ def ngram_hashes(words: list[str], n: int) -> np.ndarray:
 
 
 def minhash(text: str) -> np.ndarray:
-    """(128,) uint32: the MinHash (Broder 1997) of the words of a text, five in a row, by datasketch."""
+    """Compute the MinHash (Broder 1997) of a text's word 5-grams with datasketch, (128,) uint32."""
     words = words_of(text) or [text]
     hashes = (ngram_hashes(words, min(SHINGLE, len(words))) >> np.uint64(32)).tolist()
     sketch = _empty_sketch().copy()
@@ -49,77 +49,63 @@ def minhash(text: str) -> np.ndarray:
 
 @lru_cache(1)
 def _empty_sketch() -> Any:
-    return require("datasketch", "prepare", "finding near-duplicates").MinHash(PERMUTATIONS, seed=1, hashfunc=int)
+    return require("datasketch", "prepare", "--near-duplicates").MinHash(PERMUTATIONS, seed=1, hashfunc=int)
 
 
 class NearDuplicates:
-    """Finds the first document, of those before, that a document resembles: MinHash-LSH by datasketch, verified by signature.
-
-    Memory grows by about 4 kB a document of text that is kept (128 permutations at a threshold of 0.8).
-    """
+    """Finds the first earlier text that resembles a text: MinHash LSH of datasketch, verified by signature."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        datasketch = require("datasketch", "prepare", "finding near-duplicates")
-        self._index = datasketch.MinHashLSH(threshold, PERMUTATIONS)
-        self._sketch = _empty_sketch().copy()
-        self._signatures: list[np.ndarray] = []
-        self._names: list[str] = []
+        self._kept: list[tuple[np.ndarray, str]] = []
 
     def add(self, signature: np.ndarray, name: str) -> tuple[str, float] | None:
-        """(name, similarity) of the first that resembles this one, else None: then this one is remembered."""
+        """Return (name, similarity) of the first document that resembles this signature, else None and remember it."""
+        if not self._kept:
+            self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(self.threshold, PERMUTATIONS)
+            self._sketch = _empty_sketch().copy()
         self._sketch.hashvalues = signature.astype(self._sketch.hashvalues.dtype)
-        for candidate in sorted(self._index.query(self._sketch)):
-            similarity = float((self._signatures[candidate] == signature).mean())
-            if similarity >= self.threshold:
-                return self._names[candidate], similarity
-        self._index.insert(len(self._names), self._sketch)
-        self._signatures.append(np.array(signature))
-        self._names.append(name)
+        for known, known_name in (self._kept[candidate] for candidate in sorted(self._index.query(self._sketch))):
+            if (similarity := float((known == signature).mean())) >= self.threshold:
+                return known_name, similarity
+        self._index.insert(len(self._kept), self._sketch)
+        self._kept.append((np.array(signature), name))
         return None
 
 
 class EvaluationTexts:
-    """The n-grams of evaluation sets, by which documents that hold a part of them are known (Brown et al. 2020,
-    arXiv:2005.14165, appendix C: n of 8 to 13 words, lower case, without punctuation).
-
-    A text of fewer than `n` words counts as a whole, if it has at least `SHORTEST`. Hashes of 64 bits in files that processes
-    share, 8 bytes an n-gram.
-    """
+    """Finds texts that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C). An evaluation
+    text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. Hashes are memory-mapped, 8 bytes each."""
 
     SHORTEST = 8
 
-    def __init__(self, path: str, n: int) -> None:
-        types = {f"ngrams{length}": "<u8" for length in range(min(n, self.SHORTEST), n + 1)}
-        arrays, _ = map_arrays(path, types)
-        self._hashes = {length: arrays[f"ngrams{length}"] for length in range(min(n, self.SHORTEST), n + 1)}
+    def __init__(self, folder: Path) -> None:
+        self._hashes = {int(path.stem): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
     @classmethod
-    def save(cls, texts: Iterable[str], n: int, path: str) -> tuple[int, int]:
-        """Writes the file; (texts, those of them that are too short to be looked for)."""
-        hashes: dict[int, list[np.ndarray]] = {length: [] for length in range(min(n, cls.SHORTEST), n + 1)}
+    def save(cls, texts: Iterable[str], n: int, folder: Path) -> tuple[int, int]:
+        """Write the hashes; return the number of texts, and of those too short to be searched for."""
+        hashes: dict[int, list[np.ndarray]] = {}
         count = short = 0
-        for count, text in enumerate(texts, 1):  # noqa: B007 (the count is what is wanted)
+        for text in texts:
+            count += 1
             words = words_of(text)
-            if len(words) < min(n, cls.SHORTEST):
+            length = min(n, len(words))
+            if length < min(n, cls.SHORTEST):
                 short += 1
             else:
-                length = min(n, len(words))
-                hashes[length].append(np.unique(ngram_hashes(words, length)))
-        arrays = {
-            f"ngrams{length}": np.unique(np.concatenate([np.zeros(0, np.uint64), *found])) for length, found in hashes.items()
-        }
-        save_arrays(path, arrays, {})
+                hashes.setdefault(length, []).append(np.unique(ngram_hashes(words, length)))
+        folder.mkdir(exist_ok=True)
+        for length, found in hashes.items():
+            np.save(folder / f"{length:03d}.npy", np.unique(np.concatenate(found)))
         return count, short
 
     def check(self, text: str) -> None:
-        """Raises BadSample (`contaminated`) where the text holds an n-gram of an evaluation text."""
+        """Raise BadSample (`contaminated`) if the text contains an n-gram of an evaluation text."""
         words = words_of(text)
         for length, known in self._hashes.items():
-            if not len(known):
-                continue
             found = ngram_hashes(words, length)
-            places = np.minimum(np.searchsorted(known, found), len(known) - 1)
-            if (at := np.flatnonzero(known[places] == found)).size:
-                ngram = " ".join(words[at[0] : at[0] + length])
+            index = np.minimum(np.searchsorted(known, found), len(known) - 1)
+            if (hits := np.flatnonzero(known[index] == found)).size:
+                ngram = " ".join(words[hits[0] : hits[0] + length])
                 raise BadSample("contaminated", f"{length} words of an evaluation text: {ngram!r}")

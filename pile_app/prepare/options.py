@@ -1,103 +1,87 @@
-"""What `pile prepare` is asked for, the kinds of files it knows, and the libraries that not everybody has installed."""
+"""The options of `pile prepare`, for the library, the command line and the documentation alike; and optional libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
-from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
-
-Kind = Literal["auto", "text", "images", "audio", "interleaved", "entities", "chat", "webdataset"]
-
-MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
-TEXT_EXTENSIONS = ("txt", "text", "md", "rst")
-JSON_EXTENSIONS = ("jsonl", "jsonl.gz", "jsonl.zst")
-TABLE_EXTENSIONS = ("csv", "tsv")
-TAGGED_EXTENSIONS = ("conll", "bio", "iob")
-EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "auto": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, "parquet", *MEDIA_EXTENSIONS, *TABLE_EXTENSIONS, *TAGGED_EXTENSIONS, "tar"),
-    "text": (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
-    "images": (*IMAGE_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
-    "audio": (*AUDIO_EXTENSIONS, *TABLE_EXTENSIONS, "parquet"),
-    "interleaved": (*JSON_EXTENSIONS, "parquet"),
-    "chat": (*JSON_EXTENSIONS, "json", "yml", "yaml", "parquet"),
-    "entities": (*TAGGED_EXTENSIONS, *JSON_EXTENSIONS, "parquet"),
-    "webdataset": ("tar",),
-}
-RULES = ("gopher", "c4")  # of quality
+KINDS = ("auto", "text", "images", "audio", "interleaved", "entities", "chat", "webdataset")
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Imports a library of an extra. Raises `ValueError` with the command that installs it where it is missing."""
+    """Import an optional library. Raises `ValueError` with the command that installs it."""
     try:
         return import_module(module)
     except ImportError as error:
         raise ValueError(f'{purpose} needs {module}: pip install "pile-app[{extra}]"') from error
 
 
+def _option(default: Any, help: str, *bounds: float, choices: tuple[Any, ...] = (), off: str = "", metavar: str = "") -> Any:
+    """A field of `Options`. bounds: smallest and largest value; off: the flag that turns the option off."""
+    about = {"help": help, "bounds": bounds, "choices": choices, "off": off, "metavar": metavar or None}
+    return field(default=default, metadata=about)
+
+
 @dataclass(frozen=True)
 class Options:
-    """The options of `pile prepare` that decide what the shards hold; `docs/prepare.md` says what each does."""
+    """What `pile prepare` is asked for, as far as it decides what the shards contain; each has its help text."""
 
-    kind: Kind = "auto"
-    validation_share: float = 0.01
-    seed: int = 0
-    clean: bool = True
-    shard_megabytes: float = 64
-    caption_from_folder: bool = False
-    label_from_folder: bool = False
-    label_column: str | None = None
-    label_names: tuple[str, ...] = ()
-    text_column: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    label_loss_only: bool = False
-    given_splits: bool = True
-    document_bytes: int = 1 << 20
-    repair: bool = False
-    quality: tuple[str, ...] = ()
-    exact_duplicates: bool = True
-    near_duplicates: float | None = None
-    decontaminate: tuple[str, ...] = ()
-    ngram: int = 13
-    min_image_size: int = 0
-    max_aspect: float | None = None
-    image_max_size: int | None = None
-    min_audio_seconds: float = 0.0
-    max_audio_seconds: float = 30.0
-    silence: float | None = None
-    resample: int | None = None
-    audio_format: str | None = None
-
-    BOUNDS = {  # noqa: RUF012 (a table, never changed)
-        "shard_megabytes": (0.01, 1e6), "max_audio_seconds": (0.01, 3600), "min_audio_seconds": (0, 3600),
-        "document_bytes": (16, 1 << 26), "near_duplicates": (0.1, 1), "ngram": (1, 100), "min_image_size": (0, 100_000),
-        "max_aspect": (1, 100_000), "image_max_size": (1, 100_000), "silence": (-200, 0), "resample": (1000, 768_000),
-    }  # fmt: skip
+    kind: str = _option("auto", "kind of the input; the names of its files are ignored", choices=KINDS)
+    fields: str | None = _option(
+        None, "which files or columns make a document, e.g. '[jpg|png, json.caption|txt]'", metavar="YAML"
+    )
+    validation_fraction: float | None = _option(None, "of the documents; default 5 %%, at least 32, at most 20 %%", 0, 0.9)
+    seed: int = _option(0, "of the hash that splits training from validation")
+    given_splits: bool = _option(True, "ignore splits given by names of files, folders or columns", off="--mix-splits")
+    shard_megabytes: float = _option(64.0, "size of a shard", 0.01, 1e6)
+    label: str | None = _option(None, "the column or field that is the label", metavar="NAME")
+    label_from_folder: bool = _option(False, "the folder of a file is its label")
+    label_names: tuple[str, ...] = _option((), "names for the labels that there are, in order", metavar="NAME")
+    learn_label: bool = _option(False, "the label becomes the last text of its document, which training learns")
+    label_loss_only: bool = _option(False, "with --learn-label: compute the loss on the label only")
+    document_bytes: int = _option(1 << 20, "cut longer text files into several documents", 16, 1 << 26)
+    encoding: str = _option("", "of text files and tables that are not UTF-8 or UTF-16, e.g. latin-1", metavar="NAME")
+    clean: bool = _option(True, "keep texts unchanged", off="--no-clean")
+    repair: bool = _option(False, "fix wrong decoding, HTML entities and the like (ftfy)")
+    quality: tuple[str, ...] = _option((), "reject texts that break these rules", choices=("gopher", "c4"))
+    exact_duplicates: bool = _option(True, "keep exact duplicates", off="--keep-duplicates")
+    near_duplicates: float | None = _option(None, "drop texts this similar to an earlier one, e.g. 0.8", 0.1, 1)
+    decontaminate: tuple[str, ...] = _option((), "drop texts that contain a part of these evaluation sets", metavar="FILE")
+    ngram: int = _option(13, "consecutive words that make a part", 1, 100)
+    min_image_size: int = _option(0, "reject images with a shorter side, in pixels", 0, 100_000)
+    max_aspect: float | None = _option(None, "reject images whose sides have a larger ratio", 1, 100_000)
+    image_max_size: int | None = _option(None, "shrink images to this longer side, in pixels", 1, 100_000)
+    min_audio_seconds: float = _option(0.0, "reject shorter sounds", 0, 3600)
+    max_audio_seconds: float | None = _option(
+        None, "cut longer sounds into pieces (default 30), reject those that cannot be cut (default 60)", 0.01, 3600
+    )
+    silence: float | None = _option(None, "reject sounds below this mean level in dB of full scale, e.g. -60", -200, 0)
+    resample: int | None = _option(None, "store sounds at this rate in Hz, mono", 1000, 768_000)
+    audio_format: str | None = _option(None, "store sounds in this format, mono", choices=("flac", "wav"))
+    follow_links: str | None = _option(
+        None, "read symbolic links that lead into this folder, e.g. a hub's cache", metavar="ROOT"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share is {self.validation_share}; it has to be 0 or more and below 1")
-        for name, (smallest, largest) in self.BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not smallest <= value <= largest:
-                raise ValueError(f"{name} is {value}; it has to be {smallest:g} or more and at most {largest:g}")
-        chosen: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-            "kind": ((self.kind,), tuple(EXTENSIONS)),
-            "quality": (self.quality, RULES),
-            "audio_format": ((self.audio_format,), (None, "flac", "wav")),
-        }
-        for name, (values, known) in chosen.items():
-            for value in set(values) - set(known):
-                raise ValueError(f"{name} is {value!r}; it has to be one of {', '.join(map(str, known))}")
+        for option in fields(self):
+            value, bounds, choices = getattr(self, option.name), option.metadata["bounds"], option.metadata["choices"]
+            if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
+                raise ValueError(f"{option.name} is {value}; choose from {bounds[0]:g} to {bounds[1]:g}")
+            for one in (value if isinstance(value, tuple) else (value,)) if choices and value is not None else ():
+                if one not in choices:
+                    raise ValueError(f"{option.name} is {one!r}; choose from {', '.join(choices)}")
+        if self.label and self.label_from_folder:
+            raise ValueError("label and label_from_folder exclude each other")
+        if self.label_loss_only and not self.learn_label:
+            raise ValueError("label_loss_only needs learn_label: otherwise the label is no text that is learned")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Options:
-        """From names and values; JSON and command lines have lists for tuples."""
+        """Make options from names and values, in which JSON and command lines have lists for tuples."""
+        known = {option.name for option in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"no option is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**given)
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        return EXTENSIONS[self.kind]

@@ -1,23 +1,10 @@
-"""Own data to shards: the engine of `pile prepare`.
+"""Data sets as they are to shards: the pipeline of `pile prepare`.
 
-    files ──► units ──► spill: clean, check ──► drop duplicates, assign ──► <source>-train-*.tar, <source>-validation-*.tar
-              listed    in parallel             one process                 in parallel
+    input ──► units ──► field maps ──► jobs: read, filter ──► duplicates, splits ──► <source>-train-*.tar, ...
+              listed    inferred       in parallel, `spill.py`    in order, `assign.py`
 
-1. The input is listed as units of some megabytes (`listing.py`).
-2. Each unit is read, mended and judged on its own (`readers.py`, `filters.py`), to samples as they will stand in a shard.
-3. One process goes over the tables of all units in order: it drops duplicates and says which samples make which shard
-   (`assign.py`).
-4. Each shard is put together from them (`spill.py`).
-
-Steps 2 and 4 run in processes here, or on a cluster through Ray Data. All is kept in `<output>.partial/` until the result is
-whole, so that the same command continues where it was interrupted. The same input gives the same bytes, whatever the engine,
-the number of processes and the interruptions.
-
-A document goes to training or validation by the hash of its content (of its media, where it has any; without its label), so it
-stays on its side whatever is added later; where files or folders are named train, validation and test they stay as they are.
-What cannot be used is counted by reason, listed in `rejected.jsonl`, and kept in part in `rejected/`.
-Memory does not grow with the data but for near-duplicates (4 kB a document), the names of the files of a folder and of all
-tables, and 16 bytes a unit.
+Everything is kept in `<output>.partial/` until the result is complete, so that the same command continues where it was
+interrupted. The same input gives the same bytes with any engine, any number of processes, and after any interruption.
 """
 
 from __future__ import annotations
@@ -28,141 +15,219 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
+import uuid
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pile_app.prepare.assign import Summary, assign
+from pile_app.data.shards import Shards
+from pile_app.documents import media_extension
+from pile_app.fields import OWN, Fields
+from pile_app.infer import infer_fields
+from pile_app.prepare.assign import Summary, write_shards
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
-from pile_app.prepare.labels import SPLITS, given_splits
-from pile_app.prepare.listing import Item, list_items, split_of
+from pile_app.prepare.hub import localize
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.readers import evaluation_texts
-from pile_app.prepare.spill import Workplace, is_spilled, make_spill, slug, write_shard
+from pile_app.prepare.readers import Unit, evaluation_texts, list_units, read_unit
+from pile_app.prepare.spill import SPLITS, Work, read_job, slug, table_of, with_label
 
-PREPARE_VERSION = 3  # changes with what the same options give
-UNIT_BYTES = 1 << 24
+PREPARE_VERSION = 4  # changes with what the same options give
+JOB_BYTES, JOB_UNITS = 1 << 24, 1024
+KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
+SAMPLES = 200  # of a table or folder, by which its field map is inferred
+Jobs = list[tuple[int, list[Unit]]]
 
 
 def prepare(
-    input: Path,
-    output: Path,
+    input: Path | str,
+    output: Path | str,
     *,
     engine: Literal["local", "ray"] = "local",
     processes: int | None = None,
     overwrite: bool = False,
-    **steps: Any,
+    **options: Any,
 ) -> Summary:
-    """Reads the file or folder `input` and writes shards, `dataset.json`, `rejected.jsonl` and `rejected/` to `output`.
+    """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`.
 
-    That folder appears when it is whole; until then `<output>.partial/` keeps what is done, and the same call continues it. A
-    summary goes to stderr, the sources ready to paste into a configuration to stdout.
+    The field maps and the balance go to stderr, the sources to paste into a configuration to stdout.
 
     Args:
-        engine: where the work is done: in processes here, or by Ray Data, on the cluster that `RAY_ADDRESS` names or here.
-        processes: how many work at a time (default: one a core). 1: in this process.
+        input: a file or folder, the name of a data set on the Hugging Face hub, or an address that fsspec knows; `#name` after
+            it chooses a configuration of its data set card.
+        engine: processes on this machine, or Ray Data, on the cluster that `RAY_ADDRESS` names or on this machine.
+        processes: default: one per core. 1: in this process.
         overwrite: replace an earlier result in `output`, and an interrupted preparation with other options.
-        steps: the fields of `Options`.
+        options: the fields of `Options`.
 
     Raises:
-        ValueError: an argument is out of its bounds, `output` is in use, `input` holds nothing usable, or an interrupted
+        ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
             preparation had other options or another input.
     """
-    given, input, output = str(input), Path(input), Path(output)
-    options = Options.of(steps)
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; it has to be one of {', '.join(ENGINES)}")
-    _check_extras(options, engine)
-    _check_folders(input, output, overwrite)
-    input = input.resolve()
-    name = slug(input.name if input.is_dir() else input.name.split(".", 1)[0]) or "data"
-    folder = output.parent / f"{output.name}.partial"
-    work = Workplace(folder, str(input if input.is_dir() else input.parent), name, options)
+    given, output = str(input), Path(output)
+    fields = options.get("fields") or KIND_FIELDS.get(options.get("kind", ""))
+    chosen = Options.of(options | {"fields": fields and str(Fields.parse(fields))})
+    _check(given, output, chosen, engine, overwrite)
+    folder, summary = output.parent / f"{output.name}.partial", Summary(output)
+    result = folder / "result"
     with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
-        units, summary = _list_input(work, input, output, overwrite), Summary(output)
-        waiting = [unit for unit in range(units) if not is_spilled(work, unit)]
-        if len(waiting) < units:
-            print(f"continues {folder}: {units - len(waiting):,} of {units:,} units are done", file=sys.stderr)
-        for _ in tracked(run(make_spill, str(folder), waiting), "read", len(waiting)):
+        local = localize(given, str(folder))
+        path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
+        if not os.path.exists(path):
+            raise ValueError(f"input {given!r} does not exist (working folder {os.getcwd()})")
+        name = os.path.basename(path if local == given else given.partition("#")[0].rstrip("/"))
+        root, source = (path, name) if os.path.isdir(path) else (os.path.dirname(path), name.split(".")[0])
+        work = Work(folder, root, slug(source) or "data", chosen)
+        digest = hashlib.blake2b(digest_size=16)  # of the names, sizes and times of change of all files
+        jobs, work = _list_jobs(work, list_units(local, chosen, str(folder), digest.update), summary)
+        _continue(work, digest.hexdigest(), output, overwrite)
+        waiting = [(job, units) for job, units in jobs if not work.is_read(job)]
+        if len(waiting) < len(jobs):
+            print(f"continues {folder}: {len(jobs) - len(waiting):,} of {len(jobs):,} jobs are done", file=sys.stderr)
+        for _ in tracked(run(partial(read_job, work), waiting), "read", len(waiting)):
             pass
-        shutil.rmtree(work.result / "rejected", ignore_errors=True)
-        for needed in (folder / "plans", work.result):
-            needed.mkdir(exist_ok=True)
-        for stale in work.result.glob("*.tmp"):  # of a process that was killed
-            stale.unlink()
-        shards = assign(work, units, summary)
-        if not shards:
-            shutil.rmtree(folder)
-            raise ValueError(
-                f"{given!r} holds nothing usable for kind {options.kind!r}: looked for files "
-                f"*.{', *.'.join(options.extensions)}; found {_counts(summary.rejected) or 'no file at all'}"
-            )
-        for _ in tracked(run(write_shard, str(folder), shards), "write", len(shards)):
-            pass
-        description = summary.description() | {"input": given, "options": asdict(options)}
-        (work.result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
-        _move_into_place(work.result, output)
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        write_shards(work, len(jobs), result, summary)
+        if not summary.documents:
+            _refuse(folder, given, summary)
+        _write_manifests(result, processes)
+        description = summary.description() | {"input": given, "options": asdict(chosen)}
+        (result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
+        earlier = output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
+        if output.exists():
+            os.replace(output, earlier)
+        os.replace(result, output)
+        shutil.rmtree(earlier, ignore_errors=True)
         shutil.rmtree(folder)
     _print_summary(summary)
     return summary
 
 
-# -- the input, and what is there of an earlier attempt
+def _check(given: str, output: Path, options: Options, engine: str, overwrite: bool) -> None:
+    """Refuse at once what would fail after hours."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; choose from {', '.join(ENGINES)}")
+    if options.repair:
+        require("ftfy", "prepare", "--repair")
+    if options.near_duplicates is not None:
+        require("datasketch", "prepare", "--near-duplicates")
+    if engine == "ray":
+        import_ray()
+    if found := sorted(set(str(output)) & set("*?[]{}")):
+        raise ValueError(f"output {str(output)!r} contains {' '.join(found)}, a wildcard in patterns of shards: give another")
+    inside, outside = output.resolve(), Path(given).resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise ValueError(f"output {str(output)!r} and input {given!r} contain each other: give an output folder elsewhere")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if "pile_dataset" not in _read_json(output / "dataset.json"):
+            raise ValueError(f"output {str(output)!r} exists and is not a result of `pile prepare`: give another")
+        if not overwrite:
+            raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
 
 
-def _list_input(work: Workplace, input: Path, output: Path, overwrite: bool) -> int:
-    """Lists the input anew, and makes the workplace ready for it; the number of units."""
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not (folder / "lock").exists():
+        raise ValueError(f"{str(folder)!r}, where work would be kept, exists and is not of `pile prepare`: give another output")
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
+        try:
+            yield
+        except BaseException as error:
+            interrupted = "interrupted: " * isinstance(error, KeyboardInterrupt)
+            if (folder / "state.json").exists():
+                print(f"{interrupted}what is done is kept in {folder}: the same command continues", file=sys.stderr)
+            elif not (folder / "rejected.jsonl").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+# -- the input, and what an earlier attempt left
+
+
+def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jobs, Work]:
+    """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
+    options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
+    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[tuple[str, ...]]()
+    for unit in listed:
+        if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
+            jobs, weight = [*jobs, []], 0
+        jobs[-1].append(unit)
+        weight += unit.weight
+        folder = os.path.dirname(str(unit.arguments[0]))
+        if options.fields is None and seen[(unit.reader,)] < 10 * SAMPLES and seen[unit.reader, folder] < SAMPLES:
+            seen.update([(unit.reader,), (unit.reader, folder)])
+            for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
+                known = samples[table_of(record)] if isinstance(record.content, dict) else None
+                files.setdefault(table_of(record), record.where.partition(":")[0])
+                if known is not None and len(known) < SAMPLES:
+                    known.append({name: _head(name, value) for name, value in record.content.items()})  # type: ignore[union-attr]
+    maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
+    for table, known in samples.items():
+        with suppress(ValueError):  # each record of the table is rejected with the reason
+            maps[table] = str(infer_fields(known))
+            tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
+    for line, names in tables.items():
+        layout, _, path = names[0].partition(": ")
+        where = (files[names[0]] if path[-1:] not in ("", "/") else path or "the input") + (
+            f" and {len(names) - 1} more" if len(names) > 1 else ""
+        )
+        count = sum(len(samples[name]) for name in names)
+        summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}, {layout})")
+    if options.fields is not None:
+        summary.maps.append(f"{with_label(Fields.parse(options.fields), options)}  (given)")
+    for line in summary.maps:
+        print(f"fields: {line}", file=sys.stderr)
+    return list(enumerate(jobs)), replace(work, maps=maps)
+
+
+def _head(name: str, value: Any) -> Any:
+    """The beginning of a medium, by which its kind is known."""
+    return value[:64] if isinstance(value, bytes) and name.lower() not in ("json", "txt") and media_extension(value) else value
+
+
+def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
+    """Keep what an interrupted preparation of the same input and options has done, or refuse, or remove it."""
     folder, options = work.folder, work.options
-    digest = hashlib.blake2b(digest_size=16)
-    splits: set[str] = set()
-    units = work.write_units(_noting_splits(list_items(input, options, digest.update), splits), UNIT_BYTES)
-    digest.update(_file_digest(folder / "units.jsonl"))
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
-        count, short = EvaluationTexts.save(texts, options.ngram, work.evaluation)
-        print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be looked for", file=sys.stderr)
+        count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
+        print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
     state: dict[str, Any] = {
         "prepare_version": PREPARE_VERSION,
         "output": str(output.resolve()),
-        "root": work.root,
         "source": work.source,
-        "splits": given_splits(splits) if options.given_splits else [],
-        "files of the input": digest.hexdigest(),
-        "evaluation sets": _file_digest(Path(work.evaluation)).hex() if options.decontaminate else "",
+        "field maps": work.maps,
+        "files of the input": digest,
+        "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
-        "options": json.loads(json.dumps(asdict(options))),
+        **{name: value for name, value in asdict(options).items() if name != "label_names"},  # which are given at the end
     }
-    earlier = _read_json(folder / "state.json")
+    state, earlier = json.loads(json.dumps(state)), _read_json(folder / "state.json")
+    if earlier and earlier != state and not overwrite:
+        raise ValueError(
+            f"{str(folder)!r} holds an interrupted preparation that differs in "
+            f"{', '.join(name for name, value in state.items() if earlier.get(name) != value)}: give the same command to "
+            "continue it, or --overwrite (overwrite=True) to start again"
+        )
     if earlier != state:
-        if earlier and not overwrite:
-            then, now = ({**one, **one["options"], "options": None} for one in (earlier, state))
-            names = ", ".join(name for name, value in now.items() if then.get(name) != value)
-            raise ValueError(
-                f"{str(folder)!r} holds an interrupted preparation that differs in {names}: give the command of then to "
-                "continue it, or --overwrite (overwrite=True) to start anew"
-            )
-        for name in ("spill", "plans", "result"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "state.json").write_text(json.dumps(state))
-    return units
-
-
-def _noting_splits(items: Iterator[Item], splits: set[str]) -> Iterator[Item]:
-    for item in items:
-        if split := split_of(item):
-            splits.add(split)
-        yield item
-
-
-def _file_digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()[:16]
+        shutil.rmtree(folder / "spill", ignore_errors=True)
+    (folder / "rejected.jsonl").unlink(missing_ok=True)
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -172,93 +237,66 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Makes the folder of a preparation and keeps others out of it; a new one goes again where nothing was done in it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not (folder / "lock").exists():
-        raise ValueError(
-            f"{str(folder)!r}, where work is kept, exists and is not of `pile prepare`; give another output folder"
-        )
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another `pile prepare` works in {str(folder)!r}") from None
-        try:
-            yield
-        except BaseException:
-            if (folder / "state.json").exists():
-                print(f"what is done is kept in {folder}: the same command continues", file=sys.stderr)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+# -- the result
 
 
-# -- folders and what is said
+def _write_manifests(result: Path, processes: int | None) -> None:
+    """Write a manifest for each source and split, and check that all documents can be read back."""
+    for prefix in sorted({path.name.rpartition("-")[0] for path in result.glob("*.tar")}):
+        shards = Shards(sorted(map(str, result.glob(f"{prefix}-*.tar"))), fields=OWN, processes=processes)
+        if (balance := shards.balance())["rejected"]:
+            raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
 
 
-def _check_extras(options: Options, engine: str) -> None:
-    """Says at once what is missing, not after hours."""
-    if options.repair:
-        require("ftfy", "prepare", "repair")
-    if options.near_duplicates is not None:
-        require("datasketch", "prepare", "near_duplicates")
-    if engine == "ray":
-        import_ray()
+def _refuse(folder: Path, given: str, summary: Summary) -> None:
+    """Nothing is usable: keep the reasons, and show the first."""
+    os.replace(folder / "result" / "rejected.jsonl", folder / "rejected.jsonl")
+    (folder / "state.json").unlink()
+    shutil.rmtree(folder / "result")
+    shutil.rmtree(folder / "spill", ignore_errors=True)
+    first = next((summary.first[what] for what in ("rejected", "unread", "usual") if what in summary.first), None)
+    if first is None:
+        (folder / "rejected.jsonl").unlink()
+        raise ValueError(f"{given!r} contains no files")
+    counts = _listed(summary.of("rejected") + summary.of("unread"))
+    raise ValueError(
+        f"{given!r} holds nothing usable: {counts}. The first is {first['file']}: {first['detail']}. All are listed in "
+        f"{folder / 'rejected.jsonl'}. Options such as --fields, --label and --kind say how to read it"
+    )
 
 
-def _check_folders(input: Path, output: Path, overwrite: bool) -> None:
-    if not input.exists():
-        raise ValueError(f"input {str(input)!r} does not exist (working folder {os.getcwd()})")
-    inside, outside = output.resolve(), input.resolve()
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise ValueError(f"output {str(output)!r} and input {str(input)!r} lie in each other; give an output folder elsewhere")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not _is_result(output):
-            raise ValueError(f"output {str(output)!r} exists and is not the result of an earlier `pile prepare`; give another")
-        if not overwrite:
-            raise ValueError(
-                f"output {str(output)!r} holds an earlier result; give another folder, or --overwrite (overwrite=True)"
-            )
-
-
-def _is_result(output: Path) -> bool:
-    return "pile_dataset" in _read_json(output / "dataset.json")
-
-
-def _move_into_place(result: Path, output: Path) -> None:
-    earlier = output.parent / f".{output.name}.{os.getpid()}.old"
-    if _is_result(output):
-        os.replace(output, earlier)
-    os.replace(result, output)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+def _listed(counts: Counter[str], what: str = "") -> str:
+    return ", ".join(f"{name}: {n:,} {what}" if what else f"{n:,} {name}" for name, n in counts.most_common())
 
 
 def _print_summary(summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    figures = (Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
-    table = Table("source", "split", *figures)
-    missing = []
+    table = Table(
+        "source", "split", *(Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
+    )
     for source, splits in sorted(summary.sources.items()):
-        for split in SPLITS:
-            if one := splits.get(split):
-                hours = f"{one.audio_seconds / 3600:,.3f}"
-                table.add_row(source, split, f"{one.documents:,}", f"{one.text_bytes:,}", f"{one.images:,}", hours)
-            elif split != "test":
-                missing.append(f"{source} has no {split} documents")
+        for split, one in ((split, splits[split]) for split in SPLITS if split in splits):
+            figures = one.documents, one.text_bytes, one.images
+            table.add_row(source, split, *(f"{figure:,}" for figure in figures), f"{one.audio_seconds / 3600:,.3f}")
+    balance, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
+    pieces = f" + {balance['pieces']:,} pieces of long sounds" if balance["pieces"] else ""
+    lost = f" + {balance['of_rejected']:,} of rejected samples" if balance["of_rejected"] else ""
+    lines = [
+        f"samples: {balance['samples']:,} read ({_listed(summary.of('read'))}){pieces} = {balance['documents']:,} documents + "
+        f"{balance['rejected']:,} rejected{f' ({reasons})' if reasons else ''}",
+        f"files and fields: {balance['fields']:,} read = {balance['used']:,} used + {balance['unused']:,} unused"
+        f"{f' ({unused})' if unused else ''}{lost}",
+    ]
+    for name, counts in (("parts of chats dropped", summary.of("dropped")), ("files not read", summary.of("unread"))):
+        lines += [f"{name}: {_listed(counts)}"] if counts else []
+    lines += [f"see {summary.output / 'rejected.jsonl'}"] if reasons or summary.of("unread") else []
+    missing = [
+        (source, split) for source, splits in sorted(summary.sources.items()) for split in SPLITS[:2] if split not in splits
+    ]
+    hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
+    lines += [f"{', '.join(f'{source} has no {split} documents' for source, split in missing)}: {hint}"] if missing else []
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    console.print(table)
-    console.print(f"read: {_counts(summary.read)}")
-    if summary.rejected:
-        console.print(f"left out: {_counts(summary.rejected)}; see {summary.output / 'rejected.jsonl'}")
-    if missing:
-        console.print(f"{'; '.join(missing)}: change validation_share, or cut text finer with document_bytes")
+    console.print(table, *lines, sep="\n")
     print(summary.yaml())

@@ -1,499 +1,802 @@
-"""The readers of `pile prepare`: files of users, one layout each, to documents.
+"""The reading half of `pile prepare`: an input becomes units of some megabytes, and units become samples.
 
-    Item ──► read_item ──► Found(file, Document), or Found(file, BadSample)
+    input ──► list_units ──► Unit ──► read_unit ──► Record(where, sample, layout, split) ──► a field map makes documents
 
-What is read (the kind `auto` reads all of it):
-
-* text files, one document a file, or several cut at blank lines where it is very long;
-* JSON lines, plain or compressed (`.gz`, `.zst`): `{"text": ..., "meta": {...}}` a line, where `meta.pile_set_name` names the
-  source, as in the Pile; or interleaved records: `text_list` and `image_info` (MMC4), `texts` and `images` (OBELICS);
-* Parquet: a column of texts, of media as Hugging Face writes them (structs with `bytes`), or the records above;
-* named entities: CoNLL files and tagged records, see `tagged.py`;
-* media: files that share a name (`frog.png`, `frog.ogg` and the caption or transcript `frog.txt`); the rows of a CSV or TSV
-  table with a column that names the file and one that holds the text, and then no other media; Common Voice (`validated.tsv`
-  beside `clips/`, that table alone); LibriSpeech (`*.trans.txt` with a line a recording, beside the recordings);
-* what has a label, which then is the last segment: a column `label` (or the one that is named) of a table, of JSON lines or of
-  Parquet, where the names of Hugging Face's classes are known; the folder that a file lies in, if that is asked for;
-* conversations (the kind `chat` alone): records of JSON lines, JSON, YAML and Parquet, see `chats.py`;
-* WebDataset shards (`.tar`): their documents as they are.
-
-Input is not trusted: see `files.py`. No name in a table or record reaches a file outside the input folder; nothing is unpickled
-or extracted.
+Listing happens once, in one process; any process can read a unit at any time. Everything is read: files of a folder that share a
+stem are one sample, a table whose column names files is the index of those files, other tables are samples of their own, archives
+are unpacked and read as folders, tars are WebDatasets. A file that is not read is a record too, with the reason.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import base64
+import hashlib
 import os
 import re
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+import tarfile
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pile_app.data.index import MAX_SAMPLE_BYTES
-from pile_app.data.tar import ShardError, files_of_block, sample_ranges
-from pile_app.data.tokenizers import clean_text
-from pile_app.documents import BadSample, Document, Segment
-from pile_app.fields import document_from_sample
-from pile_app.prepare.chats import document_of_chat, records_of_file
+from pile_app.documents import (
+    AUDIO_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    BadSample,
+    Document,
+    Segment,
+    media_extension,
+)
+from pile_app.fields import Fields
+from pile_app.infer import TEXT_NAMES, infer_fields
+from pile_app.prepare import files
 from pile_app.prepare.files import (
-    DECOMPRESSORS,
-    MAX_JSON_BYTES,
-    MAX_LINE_BYTES,
-    decode,
+    ARCHIVES,
+    DAMAGE,
+    MEDIA,
+    File,
+    Tree,
     extension,
-    file_beside,
-    lines_of,
-    next_cut,
+    is_below,
     open_plain,
-    pieces_of,
+    open_text,
     read_file,
-    table_lines,
+    read_text,
 )
-from pile_app.prepare.filters import mend_text
-from pile_app.prepare.labels import TEXT_COLUMNS, class_names, label_column, label_of_folder, label_text, labelled, texts_of
-from pile_app.prepare.listing import ITEM_BYTES, TABLE_DIALECTS, Item, list_items
-from pile_app.prepare.options import JSON_EXTENSIONS, TABLE_EXTENSIONS, TEXT_EXTENSIONS, Options, require
-from pile_app.prepare.tagged import (
-    SPAN_FIELDS,
-    TAG_FIELDS,
-    document_of_record,
-    document_of_words,
-    scheme_of_conll,
-    sentences_of_conll,
-)
-from pile_app.records import chat_layout, interleaved, is_interleaved
+from pile_app.prepare.filters import normalize_text
+from pile_app.prepare.hub import Card, read_card
+from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
+from pile_app.prepare.options import Options
+from pile_app.prepare.tables import PREVIEW, Table, named_within, row_groups, rows, sniff
+from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
+from pile_app.prepare.text import decode_text
+
+__all__ = ["Record", "Unit", "evaluation_texts", "list_units", "medium", "named_split", "read_documents", "read_unit"]
+
+UNIT_BYTES = 1 << 24
+UNIT_SAMPLES = 1000
+FORMATS = dict.fromkeys(TEXT_EXTENSIONS, "text") | {
+    "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "ndjson": "json", "yml": "yaml", "yaml": "yaml",
+    "parquet": "parquet", "arrow": "arrow", "conll": "conll", "bio": "conll", "iob": "conll", "tar": "tar",
+} | dict.fromkeys(IMAGE_EXTENSIONS, "image") | dict.fromkeys(AUDIO_EXTENSIONS, "audio")  # fmt: skip
+TABLES = ("csv", "json", "yaml", "parquet", "arrow")
+OF_KIND = {
+    "text": ("text", "csv", "json", "parquet", "arrow"), "images": ("image", *TABLES), "audio": ("audio", *TABLES),
+    "interleaved": ("json", "parquet", "arrow"), "entities": ("conll", "json", "parquet", "arrow"),
+    "chat": ("json", "yaml", "parquet", "arrow"), "webdataset": ("tar",),
+}  # fmt: skip
+FORCED = {"text": "text", "entities": "conll", "chat": "json", "interleaved": "json", "webdataset": "tar"}
+FORCED_FILE = {"images": "image", "audio": "audio"}  # of a single file with another extension
 
 
-class Found(NamedTuple):
-    """What a reader made of a file (or a line of one, `file:line`): a document, or why there is none.
+class Unit(NamedTuple):
+    """A part of the input: the name of its reader, JSON arguments, and bytes to read."""
 
-    layout: what it was read as; raw: what there was in place of a document; label: of a labelled document; class_number: of
-    that label, -1 where it is not known.
-    """
+    reader: str
+    arguments: list[Any]
+    weight: int = 0
 
-    file: str
-    content: Document | BadSample
+
+class Record(NamedTuple):
+    """What was read. where: the file, or `file:line`; content: a sample (name -> value), why there is none, or a document; layout:
+    for people, "" for a file that is not read; split: that a name gives."""
+
+    where: str
+    content: Mapping[str, Any] | BadSample | Document
     layout: str = ""
-    raw: bytes = b""
-    label: str = ""
-    class_number: int = -1
+    split: str | None = None
 
 
-def read_item(root: str, item: Item, options: Options) -> Iterator[Found]:
-    """What an item holds, in order."""
-    file = os.fsencode(item.arguments[0]).decode(errors="replace")
-    try:
-        yield from READERS[item.reader](root, file, options, *item.arguments)
-    except BadSample as error:
-        yield Found(file, error)
-    except (EOFError, zlib.error, ShardError) as error:
-        yield Found(file, BadSample("damaged_file", str(error)))
-    except OSError as error:
-        reason = "damaged_file" if error.errno is None else "unreadable_file"
-        yield Found(file, BadSample(reason, str(error)))
+def list_units(input: str, options: Options, work: str | None = None, stamp: Callable[[bytes], Any] = len) -> Iterator[Unit]:
+    """List the units of a folder or file.
 
-
-def _read_rejected(_: str, file: str, __: Options, ___: str, reason: str, detail: str, layout: str) -> Iterator[Found]:
-    yield Found(file, BadSample(reason, detail), layout)
-
-
-def _read_text(root: str, file: str, options: Options, path: str, start: int, stop: int, _: bool) -> Iterator[Found]:
-    """One document, or several where the file is longer than `document_bytes`."""
-    with open_plain(os.path.join(root, path)) as opened:
-        start, stop = (next_cut(opened, place, options.document_bytes) for place in (start, stop))
-        opened.seek(start)
-        for piece in pieces_of(opened, stop - start, options.document_bytes):
-            if options.label_from_folder:
-                yield _found_labelled(file, "labelled text file", piece, partial(_segments_of_text, piece), path, options)
-            else:
-                yield _found(file, "text file", piece, _document_of_text, piece)
-
-
-def _read_json_lines(
-    root: str, file: str, options: Options, path: str, start: int = 0, stop: int = 0, cut: bool = False
-) -> Iterator[Found]:
-    """A document a line, plain or compressed; what follows damage in a compressed file is lost, and the file is listed."""
-    path = os.path.join(root, path)
-    place, number = start, 0
-    with open_plain(path) as opened:
-        if start:  # the line that goes over the border belongs to the part before
-            opened.seek(start - 1)
-            place += len(opened.readline(MAX_LINE_BYTES)) - 1
-        for line in lines_of(DECOMPRESSORS[extension(path)](opened)):
-            if cut and place >= stop:
-                break
-            number += 1
-            name = f"{file}@{place}" if cut else f"{file}:{number}"
-            if isinstance(line, BadSample):
-                yield Found(name, line)
-                place = opened.tell()
-                continue
-            place += len(line)
-            if line.strip():
-                yield _found_in_line(root, path, name, line, options)
-
-
-def _read_parquet(root: str, file: str, options: Options, path: str, group: int) -> Iterator[Found]:
-    """A document a row of a row group."""
-    parquet = require("pyarrow.parquet", "prepare", "reading Parquet")
-    path = os.path.join(root, path)
-    try:
-        with open_plain(path) as opened, parquet.ParquetFile(opened, memory_map=False) as table:
-            number = sum(table.metadata.row_group(before).num_rows for before in range(group))
-            rows, size = max(1, table.metadata.row_group(group).num_rows), table.metadata.row_group(group).total_byte_size
-            if size > rows * MAX_SAMPLE_BYTES:
-                raise BadSample("damaged_file", f"{size:,} bytes in {rows:,} rows")
-            at_once = max(1, min(1024, rows * ITEM_BYTES // max(1, size)))
-            columns = _parquet_columns(table.schema_arrow, options)
-            label = label_column(table.schema_arrow.names, options)
-            names = class_names(table.schema_arrow.metadata, label) if label else []
-            tag_names = {field: dict(enumerate(class_names(table.schema_arrow.metadata, field))) for field in TAG_FIELDS}
-            for batch in table.iter_batches(at_once, row_groups=[group], columns=columns, use_threads=False):
-                for record in batch.to_pylist():
-                    number += 1
-                    record = {name: value for name, value in record.items() if value is not None}
-                    for field, meaning in tag_names.items():
-                        record |= {field: [meaning.get(tag, tag) for tag in record[field]]} if field in record else {}
-                    yield _found_in_record(root, path, f"{file}:{number}", "Parquet", record, options, names=names)
-    except BadSample:
-        raise
-    except Exception as error:  # of pyarrow, and what a hostile file makes of it
-        raise BadSample("damaged_file", f"row group {group}: {error}") from error
-
-
-def _parquet_columns(schema: Any, options: Options) -> list[str]:
-    """Columns that may make a document: those that readers know by name or are told, and media."""
-    import pyarrow.types as types
-
-    known = {"text", "meta", "texts", "images", "text_list", "image_info", *TEXT_COLUMNS, *options.text_column}
-    if options.kind == "chat":
-        return [name for name in schema.names if name not in ("id", "source")]
-    known |= {label_column(schema.names, options) or "text", "tokens", *SPAN_FIELDS, *TAG_FIELDS}
-
-    def is_medium(kind: Any) -> bool:
-        is_file = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return types.is_binary(kind) or types.is_large_binary(kind) or is_file
-
-    return [field.name for field in schema if field.name in known or is_medium(field.type)]
-
-
-def _read_conll(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
-    """A document a sentence."""
-    with open_plain(os.path.join(root, path)) as opened:
-        scheme = scheme_of_conll(opened)
-        opened.seek(0)
-        for first, *sentence in sentences_of_conll(opened):
-            if isinstance(sentence[0], BadSample):
-                yield Found(f"{file}:{first}", sentence[0], "CoNLL")
-                continue
-            words, tags = sentence
-            raw = " ".join(words).encode()
-            yield _found_tagged(f"{file}:{first}", "CoNLL", raw, document_of_words, words, tags, scheme, options=options)
-
-
-def _read_media(
-    root: str, file: str, options: Options, _: str, layout: str, media: list[str], text: str | None, captions: list[str]
-) -> Iterator[Found]:
-    """Files, and what is said of them."""
-    if options.label_from_folder:
-        files = [*media, *captions[:1]]
-        yield _found_labelled(file, f"labelled {layout}", b"", partial(_segments_of_files, root, files), media[0], options)
-    else:
-        yield _found(file, layout, b"", _document_of_files, root, media, text, captions, options)
-
-
-def _read_labelled(
-    root: str, file: str, options: Options, _: str, layout: str, media: list[str], cells: dict[str, str]
-) -> Iterator[Found]:
-    """A row of a table that has a label: its files, its text unless there are files and nobody asked for it, and the label."""
-    column = label_column(cells, options)
-    texts = options.text_column or not media
-
-    def inputs() -> list[Segment]:
-        return _segments_of_files(root, media) + (texts_of(cells, options) if texts else [])
-
-    yield _found_with_label(file, layout, b"", inputs, cells.get(column or ""), options)
-
-
-def _read_conversations(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
-    """A document a record of a JSON or YAML file, which is read whole."""
-    path = os.path.join(root, path)
-    for number, record in enumerate(records_of_file(path.lower(), read_file(path, MAX_JSON_BYTES)), start=1):
-        yield _found_in_record(root, path, f"{file}:{number}", "file", record, options)
-
-
-def _read_tar(root: str, file: str, options: Options, path: str) -> Iterator[Found]:
-    """The samples of a WebDataset shard."""
-    with open_plain(os.path.join(root, path)) as opened:
-        descriptor = opened.fileno()
-        for sample in sample_ranges(file, descriptor, os.fstat(descriptor).st_size):
-            name = f"{file}:{os.fsencode(sample.key).decode(errors='replace')}"
-            size = sample.stop - sample.start
-            if sample.trouble or size > MAX_SAMPLE_BYTES:
-                yield Found(name, BadSample("unsafe_member", f"it holds {sample.trouble or f'{size:,} bytes'}"), "WebDataset")
-                continue
-            block = os.pread(descriptor, size, sample.start)
-            yield _found(name, "WebDataset", b"", _document_of_block, sample.key, block)
-
-
-READERS: dict[str, Callable[..., Iterator[Found]]] = {
-    "rejected": _read_rejected,
-    "text": _read_text,
-    "json_lines": _read_json_lines,
-    "parquet": _read_parquet,
-    "conll": _read_conll,
-    "media": _read_media,
-    "labelled": _read_labelled,
-    "conversations": _read_conversations,
-    "tar": _read_tar,
-}
-
-
-# -- documents
-
-
-def _found(file: str, layout: str, raw: bytes, make: Callable[..., Document], *arguments: Any) -> Found:
-    try:
-        return Found(file, make(*arguments), layout)
-    except BadSample as error:
-        return Found(file, error, layout, raw)
-    except FileNotFoundError as error:
-        return Found(file, BadSample("missing_file", str(error)), layout, raw)
-    except (OSError, ValueError, TypeError) as error:  # ValueError: a path with a zero byte; TypeError: a record of other types
-        return Found(file, BadSample("unreadable_file", str(error)), layout, raw)
-
-
-def _found_labelled(
-    file: str, layout: str, raw: bytes, inputs: Callable[[], list[Segment]], path: str, options: Options
-) -> Found:
-    """With the name of its folder as the label."""
-    try:
-        label = label_of_folder(path)
-    except BadSample as error:
-        return Found(file, error, layout, raw)
-    return _found_with_label(file, layout, raw, inputs, label, options)
-
-
-def _found_with_label(
-    file: str,
-    layout: str,
-    raw: bytes,
-    inputs: Callable[[], list[Segment]],
-    label: Any,
-    options: Options,
-    names: Sequence[str] = (),
-) -> Found:
-    """With the label as it stands in the data: a text, or the number of a class with one of the names."""
-    if options.label_names:
-        names, label = options.label_names, int(label) if isinstance(label, str) and label.strip().isdecimal() else label
-    found = _found(file, layout, raw, lambda: labelled(inputs(), label_text(label, names), options))
-    if isinstance(found.content, BadSample):
-        return found
-    number = label if names and isinstance(label, int) else -1
-    return found._replace(label=found.content.segments[-1].text, class_number=number)
-
-
-def _segments_of_text(data: bytes) -> list[Segment]:
-    return [Segment(decode(data))]
-
-
-def _segments_of_files(root: str, files: Sequence[str]) -> list[Segment]:
-    read = ((extension(file), read_file(os.path.join(root, file))) for file in files)
-    return [Segment(decode(data)) if kind in TEXT_EXTENSIONS else Segment(data, kind) for kind, data in read]
-
-
-def _document_of_text(data: bytes) -> Document:
-    return Document((Segment(decode(data)),))
-
-
-def _document_of_block(key: str, block: bytes) -> Document:
-    return document_from_sample(key, files_of_block(block))
-
-
-def _document_of_files(root: str, media: list[str], text: str | None, captions: list[str], options: Options) -> Document:
-    segments = _segments_of_files(root, media)
-    if captions:
-        text = decode(read_file(os.path.join(root, captions[0]), MAX_LINE_BYTES))
-    if options.caption_from_folder and not text:
-        text = re.sub("[-_]+", " ", Path(root, media[0]).parent.name)
-    return _captioned(segments, text)
-
-
-def _captioned(media: list[Segment], text: str | None) -> Document:
-    segments = (*media, *([Segment(text.strip())] if text is not None else []))
-    return Document(segments, ordered=len(segments) == 1)
-
-
-def _found_in_line(root: str, path: str, name: str, line: bytes, options: Options) -> Found:
-    try:
-        record = json.loads(decode(line))
-    except BadSample as error:
-        return Found(name, error, "JSON lines", line)
-    except (ValueError, RecursionError) as error:
-        return Found(name, BadSample("invalid_json", str(error)), "JSON lines", line)
-    return _found_in_record(root, path, name, "JSON lines", record, options, line)
-
-
-def _found_in_record(
-    root: str,
-    path: str,
-    name: str,
-    layout: str,
-    record: Any,
-    options: Options,
-    raw: bytes = b"",
-    names: Sequence[str] = (),
-) -> Found:
-    """Of a record that is interleaved, has a label, media and a caption, or is a text. names: of the classes of its label."""
-    record = record if isinstance(record, dict) else {}
-    if options.kind == "chat":
-        made = partial(document_of_chat, record, partial(_medium, root, path))
-        return _found(name, f"{chat_layout(record) or 'no conversation'} ({layout})", raw, made)
-    if options.kind == "entities" or (options.kind == "auto" and options.label_column is None):
-        tagged = _found_tagged(name, f"entities ({layout})", raw, document_of_record, record, options=options)
-        if tagged is not None:
-            return tagged
-        if options.kind == "entities":
-            return Found(name, BadSample("no_spans", "it has neither text and spans nor tokens and tags"), layout, raw)
-    if is_interleaved(record) and options.kind in ("auto", "interleaved"):
-        interleaved_layout = "MMC4" if "text_list" in record else "OBELICS"
-        return _found(name, f"{interleaved_layout} ({layout})", raw, _document_of_interleaved, root, path, record)
-    media = [value for value in record.values() if _is_medium(value)] if options.kind in ("auto", "images", "audio") else []
-    try:
-        column = label_column(record, options)
-    except BadSample as error:
-        return Found(name, error, layout, raw)
-    if column and (media or options.kind in ("auto", "text")):
-        texts = options.text_column or not media
-
-        def inputs() -> list[Segment]:
-            return [_medium(root, path, medium) for medium in media] + (texts_of(record, options) if texts else [])
-
-        return _found_with_label(name, f"labelled {layout}", raw, inputs, record[column], options, names)
-    if media:
-        return _found(name, layout, raw, _document_of_media, root, path, record, media, options)
-    if options.kind in ("auto", "text") and isinstance(record.get("text"), str):
-        meta = record.get("meta")
-        return Found(name, Document((Segment(record["text"]),), meta=meta if isinstance(meta, dict) else {}), layout)
-    return Found(name, BadSample("no_text", 'the record is not an object with a string "text"'), layout, raw)
-
-
-def _found_tagged(name: str, layout: str, raw: bytes, make: Callable[..., Any], *arguments: Any, options: Options) -> Any:
-    """Found, with a layout that says whether something was mended; None where `make` makes none."""
-    try:
-        made = make(*arguments, partial(mend_text, options=options))
-    except BadSample as error:
-        return Found(name, error, layout, raw)
-    return made and Found(name, made[0], layout + (", mended" if made[1] else ""))
-
-
-def _document_of_interleaved(root: str, path: str, record: dict[str, Any]) -> Document:
-    dropped: Counter[str] = Counter()
-    segments = interleaved(record, partial(_medium, root, path), dropped)
-    return Document(tuple(segments), meta={"missing_images": dropped.total()} if dropped else {})
-
-
-def _document_of_media(root: str, path: str, record: dict[str, Any], media: list[Any], options: Options) -> Document:
-    segments = [_medium(root, path, medium) for medium in media]
-    for segment in segments:
-        if segment.extension not in options.extensions:
-            raise BadSample("ignored_extension", f"{segment.extension} is not of a kind that is read")
-    return _captioned(segments, next((record[name] for name in TEXT_COLUMNS if isinstance(record.get(name), str)), None))
-
-
-def _is_medium(value: Any) -> bool:
-    """Bytes, or a struct of `bytes` and `path`, either of which may be missing."""
-    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes", ""), bytes | None))
-
-
-_MAGIC = (
-    (b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpg"), (b"fLaC", "flac"), (b"OggS", "ogg"), (b"ID3", "mp3"),
-    (b"\xff\xfb", "mp3"), (b"\xff\xf3", "mp3"), (b"\xff\xf2", "mp3"),
-)  # fmt: skip
-
-
-def _medium(root: str, path: str, value: Any) -> Segment:
-    """From bytes, a struct of `bytes` and `path`, or the name of a file beside `path`."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        file = file_beside(root, path, value)
-        if file is None:
-            raise BadSample("missing_file", f"{value!r} is not in the input folder")
-        value = read_file(file)
-    if not isinstance(value, bytes):
-        raise BadSample("missing_file", "neither bytes nor the name of a file")
-    if value[:4] == b"RIFF" and (kind := {b"WAVE": "wav", b"WEBP": "webp"}.get(value[8:12])):
-        return Segment(value, kind)
-    for magic, kind in _MAGIC:
-        if value.startswith(magic):
-            return Segment(value, kind)
-    raise BadSample("unknown_medium", f"it begins with {value[:8]!r}, as no kind of medium that is read does")
-
-
-# -- texts alone
-
-
-def read_texts(input: Path) -> Iterator[str]:
-    """The texts alone, cleaned, of a text file or a folder of them; what cannot be read is left out.
+    Args:
+        work: a folder to unpack archives to; None: archives are not read.
+        stamp: is called with the name, size and time of change of every file.
 
     Raises:
-        ValueError: there is no such file or folder.
+        ValueError: `input` does not exist.
     """
-    if not input.exists():
-        raise ValueError(f"{str(input)!r} does not exist (working folder {os.getcwd()})")
-    input = input.resolve()
-    options = Options(kind="text")
-    for item in list_items(input, options):
-        for found in read_item(str(input if input.is_dir() else input.parent), item, options):
-            if isinstance(found.content, Document):
-                yield from (clean_text(segment.text) for segment in found.content.segments)
+    yield from _Listing(input, options, work, stamp).units()
+
+
+class _Listing:
+    """The files of an input while they are dealt to units. rest: those not dealt yet; scopes: folders with an index, in which
+    media and texts that it does not name are not read; splits: of media, by a card or a list; samples: layout -> samples."""
+
+    def __init__(self, input: str, options: Options, work: str | None, stamp: Callable[[bytes], Any]) -> None:
+        digest = hashlib.sha256()
+        path, _, config = input.partition("#") if not os.path.exists(input) else (input, "", "")
+        if not os.path.exists(path):
+            raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
+        self.options, self.encoding = options, options.encoding or ""
+        self.tree = _open_tree([path, work], options, lambda data: (stamp(data), digest.update(data)))
+        self.key = [path, work, digest.hexdigest()]
+        _TREES[self.tree.root] = self.key, self.tree
+        self.is_one_file = self.tree.only is not None and self.tree.only in self.tree.files
+        self.rest = {name: file for name, file in self.tree.files.items() if not self.is_one_file or name == self.tree.only}
+        self.unread = [one for one in self.tree.skipped if self.tree.only is None or is_below(one[0], self.tree.only)]
+        self.card = read_card(path, config) if os.path.isdir(path) else Card()
+        self.scopes: set[str] = set()
+        self.folders: set[str] = set()
+        self.list_scopes: set[str] = set()
+        self.splits: dict[str, str | None] = dict(self.card.splits)
+        self.samples: dict[str, list[Any]] = defaultdict(list)
+        self.bad: list[tuple[str, str, str, str]] = []
+
+    def take(self, name: str) -> File:
+        return self.rest.pop(name, None) or self.tree.files[name]
+
+    def skip(self, name: str, reason: str, detail: str) -> None:
+        self.rest.pop(name, None)
+        self.unread.append((name, reason, detail))
+
+    def reject(self, where: str, reason: str, detail: str, layout: str) -> None:
+        self.bad.append((where, reason, detail, layout))
+
+    def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
+        first = next(iter(named.values())).name
+        split = self.split(where.partition(":")[0]) or self.split(first)
+        paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
+        self.samples[layout].append((where, split, paths, dict(values), size))
+        for file in named.values():
+            self.rest.pop(file.name, None)
+
+    def split(self, name: str) -> str | None:
+        return self.splits.get(name) or split_of(name)
+
+    def is_covered(self, name: str, scopes: Collection[str] | None = None) -> bool:
+        """Whether an index decides about the texts and tables of the folder."""
+        scopes = self.scopes if scopes is None else scopes
+        while name.strip("/") and (name := os.path.dirname(name)) not in scopes:
+            pass
+        return name in scopes
+
+    def format(self, name: str) -> str:
+        """What a file is read as, "" for nothing: by its extension, or by the kind that is asked for."""
+        kind, found = self.options.kind, FORMATS.get(extension(name), "")
+        if kind == "auto" or found in OF_KIND[kind]:
+            return found
+        if found not in ("", "text") or extension(name) in UNREADABLE_EXTENSIONS or (is_about(name) and not self.is_one_file):
+            return ""
+        return FORCED.get(kind) or (FORCED_FILE[kind] if self.is_one_file else "")
+
+    def units(self) -> Iterator[Unit]:
+        for name in [name for name in self.rest if self.card.splits and name not in self.card.splits and not is_about(name)]:
+            self.skip(name, "other_config", "the configuration of the data set card does not name it")
+        if not self.is_one_file and not all(map(is_about, self.rest)):
+            for name in filter(is_about, list(self.rest)):
+                self.skip(name, "about_file", "it describes the data set")
+        for recipe in RECIPES if self.options.kind == "auto" else ():
+            recipe(self)
+        groups = self._groups()
+        tables = list(self._tables({name for names in groups.values() for name in names}))
+        self._add_groups(groups)
+        for layout, found in self.samples.items():
+            yield from _units_of_samples(layout, found)
+        yield from tables
+        for name in list(self.rest):
+            yield from self._single(name, self.rest[name], self.format(name))
+        for found in (self.bad, [(*one, "") for one in sorted(self.unread)]):
+            yield from [Unit("rejected", ["", found])] if found else []
+
+    def _groups(self) -> dict[str, list[str]]:
+        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `b.0.txt` belong to
+        `c.jpg` and `b.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in self.rest:
+            if extension(name) in MEDIA:
+                groups[name.rpartition(".")[0]].append(name)
+        lower = Counter(stem.lower() for stem in groups)
+        exact = {stem.lower(): stem for stem in groups if lower[stem.lower()] == 1} | {stem: stem for stem in groups}
+        for name in list(self.rest) if groups else ():
+            stem, owner = name, None
+            is_medium, is_text = extension(name) in MEDIA, extension(name) in (*TEXT_EXTENSIONS, "json")
+            while owner is None and "." in os.path.basename(stem):
+                stem, _, part = stem.rpartition(".")
+                if not is_medium:
+                    owner = exact.get(stem, exact.get(stem.lower()))
+                elif f"{stem}.{extension(name)}" != name and part.isalpha():
+                    owner = exact.get(stem)
+                if not is_text and not is_medium:
+                    break
+            if owner and is_medium and len(groups.get(name.rpartition(".")[0], ())) == 1 and owner in groups:
+                groups[owner] += groups.pop(name.rpartition(".")[0])
+            elif owner and not is_medium and owner in groups:
+                groups[owner].append(name)
+        return groups
+
+    def _add_groups(self, groups: Mapping[str, list[str]]) -> None:
+        """Add the samples of files that share a stem."""
+        kinds = {stem: {self.format(name) for name in names} & {"image", "audio"} for stem, names in groups.items()}
+        labels = self._class_folders([stem for stem in groups if kinds[stem]], groups)
+        for stem, names in groups.items():
+            names = [name for name in names if name in self.rest]
+            folder, texts = os.path.dirname(stem), any(extension(name) in TEXT_EXTENSIONS for name in names)
+            if folder in self.folders or self.is_covered(stem, self.list_scopes):
+                reason = "not_in_table", "no row of a table names it"
+            elif not kinds[stem] and not (texts and self.options.kind == "auto"):
+                reason = "ignored_extension", f"kind is {self.options.kind}: no such file is read"
+            else:
+                media = [name for name in names if extension(name) in MEDIA]
+                if media:
+                    named = {key: self.tree.files[name] for key, name in _names_in_sample(names, stem).items()}
+                    values = ({"label": labels[folder]} if folder in labels else {}) | speaker_of(media[0])
+                    self.add(f"{' and '.join(sorted(kinds[stem])) or 'unreadable'} files", media[0], named, values)
+                continue
+            for name in names:
+                self.skip(name, *reason)
+
+    def _class_folders(self, stems: Iterable[str], groups: Mapping[str, list[str]]) -> dict[str, str]:
+        """Folder -> label, if the media lie in folders of classes, all at one depth, and have no texts."""
+        folders = {os.path.dirname(stem): _label_folder(os.path.dirname(stem)) for stem in stems}
+        has_texts = any(extension(name) in TEXT_EXTENSIONS for stem in stems for name in groups[stem])
+        is_even = len({folder.count("/") for folder in folders}) == 1 and all(folders.values())
+        if self.scopes or has_texts or not is_even or not 2 <= len({*folders.values()}) <= 1000:
+            return {}
+        parents = defaultdict(set)  # of equal labels: characters of several alphabets, say
+        for folder, label in folders.items():
+            parents[label].add(_label_folder(os.path.dirname(folder)))
+        return {
+            folder: f"{_label_folder(os.path.dirname(folder))}/{label}" if len(parents[label]) > 1 else str(label)
+            for folder, label in folders.items()
+        }
+
+    def _tables(self, grouped: set[str]) -> Iterator[Unit]:
+        """Units of all tables. Those that name files come first, since they decide which other files are read."""
+        found = [table for name in list(self.rest) if name not in grouped and (table := self._sniff(name))]
+        named: set[str] = set()
+        units = [unit for table in found if table.files or table.nested for unit in self._parts(table, named)]
+        if lists := [os.path.dirname(table.name) for table in found if table.delimiter == " "]:  # a list a chapter
+            self.list_scopes.add(_common(lists))
+            self.scopes |= self.list_scopes
+        for name in named:
+            self.rest.pop(name, None)
+        for table in found:
+            if table.files or table.nested:
+                continue
+            if self.is_covered(table.name):
+                self.skip(table.name, "other_table", "another table names the files here")
+            else:
+                units += self._parts(table, named)
+        yield from units
+
+    def _sniff(self, name: str) -> Table | None:
+        """The table that a file is; a text, or a file without extension, is one if it names media."""
+        format, file = self.format(name), self.tree.files[name]
+        is_list = self.has_media and (format == "text" or (not extension(name) and self.options.kind == "auto"))
+        if (not is_list and format not in TABLES) or (is_list and self.is_covered(name)):
+            return None
+        if format in ("json", "parquet") and re.sub(r"(_stats)?\.\w+$", ".tar", name) in self.rest:
+            self.skip(name, "table_of_tar", "it describes the tar with its name")
+            return None
+        try:
+            table, preview = sniff(self.tree, file, "csv" if is_list else format, self.encoding)
+            if is_list and not table.files:
+                table, preview = sniff(self.tree, file, "list", self.encoding)
+        except (BadSample, *DAMAGE) as error:
+            if is_list:
+                return None
+            bad = _bad(error)
+            if bad.reason == "no_caption":
+                self.skip(name, bad.reason, bad.detail)
+            else:
+                self.reject(self.take(name).name, bad.reason, bad.detail, format)
+            return None
+        is_dialogue = any("exchange" in row for row in preview)
+        if is_list and (len(table.columns) < 2 or not any(map(_has_letters, preview))):  # a list of names, of numbers ...
+            return None
+        if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
+            return None
+        self.take(name)
+        if self.options.kind == "text":
+            table = replace(table, files=(), nested=False)
+        values = [_file_names(table, row) for row in preview]
+        is_merged = len(table.files) == 1 and any(a == b for a, b in pairwise(values))
+        return replace(table, classes={**(table.classes or {}), **self.card.classes}, merged=is_merged, split=self.split(name))
+
+    @cached_property
+    def has_media(self) -> bool:
+        return any(extension(name) in MEDIA for name in self.tree.files)
+
+    def _parts(self, table: Table, named: set[str]) -> Iterator[Unit]:
+        """Units of a table; the files that it names are added to `named`, their folders to the scopes."""
+        size, is_plain = self.tree.files[table.name].size, open_text(table.real, self.encoding)[1]
+        is_index, cuts = bool(table.files or table.nested), [(0, 0)]
+        key = self.key if is_index or table.format in ("json", "lines", "parquet") else None
+        if is_index or (table.format == "csv" and is_plain and size > UNIT_BYTES):
+            folders, weight, before, end = {os.path.dirname(table.name)}, 0, None, 0
+            try:
+                for where, row, position in rows(table):
+                    values = _file_names(table, row) if isinstance(row, dict) else []
+                    hits = [file for value in values if (file := self.tree.resolve(table.name, value))]
+                    if table.nested and isinstance(row, dict):
+                        hits = list(named_within(self.tree, table.name, row))
+                    weight += sum(file.size for file in hits) + position - end
+                    if weight > UNIT_BYTES and (values != before or not table.merged) and end and table.format == "csv":
+                        cuts.append((end, int(where.rpartition(":")[2]) - 1))
+                        weight = 0
+                    before, end = values, position
+                    named |= {file.name for file in hits}
+                    folders |= {os.path.dirname(file.name) for file in hits}
+            except (BadSample, *DAMAGE):
+                pass  # the reader says what is damaged
+            if is_index:
+                self.scopes.add(_common(folders))
+                self.folders |= {*folders, _common(folders)}
+        parts = [table]
+        if table.format == "csv" and is_plain:
+            parts = [replace(table, start=a, line=line, stop=b) for (a, line), (b, _) in pairwise([*cuts, (0, 0)])]
+        elif table.format == "lines" and is_plain and (count := size // UNIT_BYTES) > 1:
+            parts = [replace(table, start=a, stop=b) for a, b in pairwise(size * n // count for n in range(count + 1))]
+        elif table.format == "parquet":
+            parts = [replace(table, group=group) for group in range(row_groups(table))]
+        for part in parts:
+            yield Unit("table", [table.name, asdict(part), key], size // len(parts))
+
+    def _single(self, name: str, file: File, format: str) -> Iterator[Unit]:
+        folder = os.path.dirname(name)
+        if format == "text" and self.is_covered(name):
+            self.skip(name, "not_in_table", "no row of a table names it")
+        elif format == "text" and self.options.label_from_folder and not _label_folder(folder):
+            self.skip(name, "no_label", "it lies in no folder whose name could be its label")
+        elif format == "text":
+            parts = max(1, file.size // UNIT_BYTES)
+            for start, stop in pairwise(file.size * part // parts for part in range(parts + 1)):
+                yield Unit("text", [name, file.real, self.split(name), start, stop], stop - start)
+        elif format in ("conll", "tar"):
+            yield Unit(format, [name, file.real, self.split(name)], file.size)
+        elif format in ("image", "audio"):  # a file of any name, as --kind says
+            yield from _units_of_samples(f"{format} files", [(name, self.split(name), {"medium": file.real}, {}, file.size)])
+        else:
+            kind = f" with kind {self.options.kind}" * (self.options.kind != "auto")
+            self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}; --kind says what it is")
+
+
+def _open_tree(key: list[Any], options: Options, stamp: Callable[[bytes], Any] = len) -> Tree:
+    """The files of an input, with its archives unpacked below the folder `work`."""
+    path, work = key[:2]
+    tree = Tree(path, options.follow_links, stamp, around=FORMATS.get(extension(path)) in TABLES)
+    for _ in range(2):  # archives in archives
+        for name, file in list(tree.files.items()):
+            is_archive = name.lower().endswith(ARCHIVES) or _is_folder_tree(file, options)
+            if not is_archive or tree.only not in (None, name):
+                continue
+            try:
+                if work is None:
+                    raise BadSample("archive", "unpack it first")
+                tree.unpack(name, os.path.join(work, "unpacked"))
+            except BadSample as error:
+                del tree.files[name]
+                tree.skipped.append((name, error.reason, error.detail))
+    return tree
+
+
+_TREES: dict[str, tuple[list[Any], Tree]] = {}  # root of the input -> its newest tree in this process
+
+
+def _tree(key: list[Any], options: Options) -> Tree:
+    root = os.path.abspath(key[0] if os.path.isdir(key[0]) else os.path.dirname(os.path.abspath(key[0])))
+    if root not in _TREES or _TREES[root][0] != key:
+        _TREES[root] = key, _open_tree(key, options)
+    return _TREES[root][1]
+
+
+def _is_folder_tree(file: File, options: Options) -> bool:
+    """Whether a tar holds files in folders of which no two share a key, so that it is no WebDataset."""
+    if extension(file.name) != "tar" or options.kind == "webdataset":
+        return False
+    try:
+        with open_plain(file.real) as opened:
+            names = [member.name for member, _ in islice(_members(opened), 2000) if not _is_hidden(member.name)]
+    except (BadSample, *HOSTILE):
+        return False
+    keys = {split_name(name)[0] for name in names}
+    return len(keys) == len(names) > 0 and all("/" in name.removeprefix("./") for name in names)
+
+
+def _common(folders: Collection[str]) -> str:
+    return os.path.commonpath(folders) if "" not in folders else ""
+
+
+def _has_letters(row: Mapping[str, Any]) -> bool:
+    texts = list(row.values())[1:]
+    return any(isinstance(text, str) and re.search(r"[^\W\d_]", text) and "://" not in text for text in texts)
+
+
+def _label_folder(folder: str) -> str | None:
+    base = os.path.basename(folder)
+    is_label = base and not re.fullmatch(r"(?i)(data|images?|audio|wavs?|clips)", base) and named_split(base) is None
+    return base if is_label else None
+
+
+def _file_names(table: Table, row: Mapping[str, Any]) -> list[str]:
+    values = [row.get(name) for name in table.files]
+    return [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+
+
+def _names_in_sample(names: Iterable[str], stem: str) -> dict[str, str]:
+    """The names that files get in their sample: the extension, `txt` for the text, `normalized.txt` before `original.txt`."""
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: ("original" in name, len(name), name)):
+        full = name[len(stem) + 1 :].lower()
+        short = "txt" if extension(name) in TEXT_EXTENSIONS else full if extension(name) in MEDIA else extension(name)
+        found[full if short in found else short] = name
+    return found
+
+
+def _units_of_samples(layout: str, found: Iterable[Any]) -> Iterator[Unit]:
+    some: list[Any] = []
+    weight = 0
+    for *one, size in found:
+        some.append(one)
+        weight += size
+        if weight > UNIT_BYTES or len(some) >= UNIT_SAMPLES:
+            yield Unit("samples", [some[0][0], layout, some], weight)
+            some, weight = [], 0
+    yield from [Unit("samples", [some[0][0], layout, some], weight)] if some else []
+
+
+# -- reading
+
+
+def read_unit(root: str, unit: Unit, options: Options) -> Iterator[Record]:
+    """Read the records of a unit, in order: the same in any process, at any time. Rows after damage to a file are lost, and the
+    damage is a record."""
+    for record in READERS[unit.reader](options, *unit.arguments):
+        yield (record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace")))
+
+
+def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
+    for where, reason, detail, layout in found:
+        yield Record(where, BadSample(reason, detail), layout)
+
+
+def _bad(error: Exception) -> BadSample:
+    if isinstance(error, BadSample):
+        return error
+    return BadSample("unreadable_file" if getattr(error, "errno", None) else "damaged_file", str(error))
+
+
+def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> Iterator[Record]:
+    for where, split, named, values in found:
+        try:
+            sample = {name: _content(name, path, options) for name, path in named.items()}
+        except (BadSample, *DAMAGE) as error:
+            yield Record(where, _bad(error), layout)
+        else:
+            yield Record(where, sample | values, layout, split)
+
+
+def _content(name: str, path: str, options: Options) -> Any:
+    """A file of a sample: text is decoded, JSON is read, other files stay paths."""
+    if name == "txt":
+        return decode_text(read_text(path, options.encoding or "", files.MAX_LINE_BYTES)).strip()
+    return read_file(path) if name == "json" else Path(path)
+
+
+def _read_text(options: Options, name: str, path: str, split: str | None, start: int, stop: int) -> Iterator[Record]:
+    """One sample, or several where the file is longer than `document_bytes`."""
+    layout = "text file"
+    try:
+        file, is_plain = open_text(path, options.encoding or "")
+        with file:
+            if is_plain:
+                start, stop = (files.next_cut(file, cut, options.document_bytes) for cut in (start, stop))
+                file.seek(start)
+            elif start:
+                return
+            for piece in files.pieces_of(file, stop - start if is_plain else -1, options.document_bytes):
+                try:
+                    yield Record(name, {"txt": decode_text(piece)}, layout, split)
+                except BadSample as error:
+                    yield Record(name, error, layout)
+    except (BadSample, *DAMAGE) as error:
+        yield Record(name, _bad(error), layout)
+
+
+def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any] | None) -> Iterator[Record]:
+    table = Table(**fields)
+    tree = key and _tree(key, options)
+    clean = partial(normalize_text, options=options)
+    split, where = table.split, table.name
+    try:
+        for where, row, _ in _merged(table) if table.merged else rows(table):
+            try:
+                if isinstance(row, BadSample):
+                    raise row
+                if table.tagged or options.kind == "entities":
+                    tagged = document_of_record(row, clean)
+                    if tagged is None:
+                        raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
+                    yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], split)
+                    continue
+                named = {name: _named_files(tree, table.name, row[name]) for name in table.files if name in row} if tree else {}
+                first = next((file for found in named.values() for file in found), None)
+                if (
+                    table.files
+                    and first is None
+                    and options.kind != "chat"
+                    and not any(_is_held(value) for value in row.values())
+                ):
+                    if not any(isinstance(row.get(name), list) for name in ("messages", "conversations")):
+                        raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
+                paths = {
+                    name: Path(found[0].real) if len(found) == 1 else [Path(one.real) for one in found]
+                    for name, found in named.items()
+                }
+                given = split or (first and split_of(first.name))
+                more = speaker_of(first.name) if first else {}
+                yield Record(where, more | row | paths, table.layout, given)
+            except BadSample as error:
+                yield Record(where, error, table.layout)
+    except (BadSample, *DAMAGE) as error:
+        yield Record(table.name if where == table.name else where, _bad(error), table.layout)
+
+
+def _is_held(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
+
+
+def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
+    found = []
+    for name in value if isinstance(value, list) else [value]:
+        file = tree.resolve(table, name) if isinstance(name, str) else None
+        if file is None and isinstance(name, str) and "://" in name[:10]:
+            raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
+        if file is None:
+            raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
+        found.append(file)
+    return found
+
+
+def _merged(table: Table) -> Iterator[tuple[str, Any, int]]:
+    """Rows, of which neighbours that differ only in a text (and in numbers) are one row with a list of texts: captions of one image."""
+    held: tuple[str, Any, int] | None = None
+    for where, row, position in rows(table):
+        if held and isinstance(row, dict) and isinstance(held[1], dict) and (joined := _joined(held[1], row, table.files)):
+            held = held[0], joined, position
+            continue
+        if held:
+            yield held
+        held = where, row, position
+    if held:
+        yield held
+
+
+def _joined(one: dict[str, Any], other: dict[str, Any], columns: Iterable[str]) -> dict[str, Any] | None:
+    if one.keys() != other.keys() or any(
+        re.sub(r"#\d+$", "", str(one.get(c))) != re.sub(r"#\d+$", "", str(other.get(c))) for c in columns
+    ):
+        return None
+    differs = [name for name in one if name not in columns and one[name] != other[name]]
+    texts = [name for name in differs if name.lower() in TEXT_NAMES or " " in str(other[name])]
+    if len(texts) != 1 or any(not str(other[name]).isdecimal() for name in differs if name not in texts):
+        return None
+    earlier = one[texts[0]]
+    return one | {texts[0]: [*(earlier if isinstance(earlier, list) else [earlier]), other[texts[0]]]}
+
+
+def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
+    """A document a sentence."""
+    clean = partial(normalize_text, options=options)
+    try:
+        with open_text(path, options.encoding or "")[0] as opened:
+            scheme = scheme_of_conll(opened)
+        with open_text(path, options.encoding or "")[0] as opened:
+            for first, *sentence in sentences_of_conll(opened):
+                try:
+                    if isinstance(sentence[0], BadSample):
+                        raise sentence[0]
+                    document, fixed = document_of_words(sentence[0], sentence[1], scheme, clean)
+                    yield Record(f"{name}:{first}", document, "CoNLL" + ", fixed" * fixed, split)
+                except BadSample as error:
+                    yield Record(f"{name}:{first}", error, "CoNLL")
+    except (BadSample, *DAMAGE) as error:
+        yield Record(name, _bad(error), "CoNLL")
+
+
+def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
+    """The samples of a WebDataset: members with one key, adjacent or not, in the order of their first member."""
+    groups: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    bad: dict[str, BadSample] = {}
+    damage: Exception | None = None
+    with open_plain(path) as file:
+        try:
+            for member, unsafe in _members(file):
+                key, rest = split_name(member.name)
+                if _is_hidden(member.name):
+                    yield Record(f"{name}:{member.name}", BadSample("hidden_file", "hidden files are not read"))
+                elif rest in groups[key] or unsafe:
+                    detail = unsafe or f"two samples are called {key!r}"
+                    bad.setdefault(key, BadSample("unsafe_member" if unsafe else "duplicate_key", detail))
+                else:
+                    groups[key][rest] = member.offset_data, member.size
+        except HOSTILE as error:
+            damage = error
+        for key, found in _regrouped(groups):
+            size, where = sum(size for _, size in found.values()), f"{name}:{key}"
+            if key not in bad and size > files.MAX_FILE_BYTES:
+                bad[key] = BadSample("sample_too_large", f"the sample has {size:,} bytes")
+            sample: Any = bad.get(key) or {one: os.pread(file.fileno(), size, at) for one, (at, size) in found.items()}
+            yield Record(where, sample, "WebDataset", split)
+    if damage:
+        yield Record(name, _bad(damage), "WebDataset")
+    elif not groups:
+        yield Record(name, BadSample("empty_file", "the tar holds no file"))
+
+
+HOSTILE = (*DAMAGE, ValueError, ArithmeticError, LookupError, RecursionError, AttributeError)  # what tarfile raises
+
+
+def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """The members of a tar that are no folders, each with what is unsafe about it. Raises one of `HOSTILE`."""
+    stop, end = 0, os.fstat(file.fileno()).st_size
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]
+            size = member.size if member.isreg() else 0
+            if size < 0 or member.offset < stop or member.offset_data - member.offset > 1 << 20:
+                raise ValueError(f"the header of {member.name!r} gives an impossible size")
+            stop = member.offset_data + -(-size // 512) * 512
+            unsafe = "" if member.isreg() and not member.issparse() else f"it is no plain file (tar type {member.type!r})"
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                unsafe = f"the name {member.name!r} leaves the archive"
+            if stop - 511 > end:
+                raise ValueError(f"{member.name!r} is cut off")
+            if not member.isdir():
+                yield member, unsafe
+    if end - stop < 512 or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, end, 1 << 20)):
+        raise ValueError(f"damaged or truncated at byte {stop:,}: neither a member nor the end of the archive follows")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".") or "__MACOSX" in name.split("/")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, rest) of a member's name: the key ends at the first dot of the last part, as in WebDataset."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, rest = base.partition(".")
+    return folder + slash + stem, rest
+
+
+def _regrouped(groups: Mapping[str, dict[str, tuple[int, int]]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Split groups that are several samples with dots in their names (`a.b.jpg a.b.txt a.c.jpg a.c.txt`)."""
+    for key, found in groups.items():
+        parts: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+        for rest, place in found.items():
+            stem, _, last = rest.rpartition(".")
+            parts[stem][last] = place
+        alike = len({frozenset(part) for part in parts.values()}) == 1 and all(len(part) > 1 for part in parts.values())
+        yield from ((f"{key}.{stem}", part) for stem, part in parts.items()) if len(parts) > 1 and alike else [(key, found)]
+
+
+READERS: dict[str, Callable[..., Iterator[Record]]] = {
+    "rejected": _read_rejected, "samples": _read_samples, "text": _read_text, "table": _read_table, "conll": _read_conll,
+    "tar": _read_tar,
+}  # fmt: skip
+
+
+def medium(root: str, where: str, value: Any) -> Segment:
+    """The segment of a medium: a path, bytes, `{"bytes", "path"}`, a data URI, base64, or the name of a file of the input.
+
+    Raises:
+        BadSample: `missing_file`, `unknown_medium`, `file_too_large` or `unreadable_file`.
+    """
+    name = ""
+    if isinstance(value, Mapping):
+        name = str(value.get("path") or "")
+        value = value.get("bytes") or name
+    if isinstance(value, str):
+        table = re.sub(r":@?\d+$", "", where)
+        tree = _TREES[root][1] if root in _TREES else _tree([root, None], Options())
+        file = tree.resolve(table, value)
+        data = None if file else _decoded(value)
+        if "://" in value[:10] and file is None and data is None:
+            raise BadSample("remote_medium", f"{value!r:.200} is an address: nothing is fetched, img2dataset can do that")
+        if file is None and data is None:
+            raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
+        value = Path(file.real) if file else data
+    if isinstance(value, Path):
+        name = value.name
+        try:
+            value = read_file(str(value))
+        except OSError as error:
+            raise BadSample("unreadable_file", str(error)) from error
+    if value == b"":
+        raise BadSample("empty_file", f"{name or 'the medium'} is empty")
+    kind = media_extension(value, name) if isinstance(value, bytes) else None
+    if kind is None:
+        hint = (
+            "a Git LFS pointer: git lfs pull"
+            if str(value).startswith("b'version https://git-lfs")
+            else "no known image or sound"
+        )
+        raise BadSample(
+            "unknown_medium", f"{name or 'it'} is {hint}; it begins with {value[:12]!r}" if value else "there is no file"
+        )
+    return Segment(value, kind)
+
+
+def _decoded(text: str) -> bytes | None:
+    """The bytes of a data URI, or of base64 that holds a medium."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    elif len(text) < 100:
+        return None
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return data if media_extension(data) else None
+
+
+# -- documents without a pipeline
+
+
+def read_documents(input: str | Path, options: Options | None = None) -> Iterator[tuple[str, Document | BadSample]]:
+    """Yield (file or `file:line`, its document or why there is none) of an input, by inferred field maps.
+
+    Raises:
+        ValueError: there is no such input.
+    """
+    options, maps = options or Options(), dict[str, Fields]()
+    with tempfile.TemporaryDirectory() as work:
+        for unit in list_units(str(input), options, work):
+            root = os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
+            records = read_unit(root, unit, options)
+            head = list(islice(records, PREVIEW))
+            for record in chain(head, records):
+                content = record.content
+                try:
+                    if isinstance(content, Mapping):
+                        if record.layout not in maps:
+                            alike = [r.content for r in head if r.layout == record.layout and isinstance(r.content, Mapping)]
+                            maps[record.layout] = (
+                                Fields.parse(options.fields) if options.fields else infer_fields(alike or [content])
+                            )
+                        read = partial(medium, root, record.where)
+                        content = maps[record.layout].read(record.where, content, read).document
+                except BadSample as error:
+                    content = error
+                except ValueError as error:
+                    content = BadSample("no_fields", str(error))
+                yield record.where, content
 
 
 def evaluation_texts(path: str) -> Iterator[str]:
-    """Every text of an evaluation set: a text file whole, each string of JSON lines, each cell of a table or of Parquet.
+    """Yield every text of an evaluation set: a text file whole, each string in the rows of a table.
 
     Raises:
         ValueError: the file cannot be read, or is of another kind.
     """
-    kind = extension(path)
+    format = FORMATS.get(extension(path), "")
     try:
-        if kind == "parquet":
-            parquet = require("pyarrow.parquet", "prepare", "reading Parquet")
-            with parquet.ParquetFile(path) as table:
-                for batch in table.iter_batches(1024):
-                    yield from _strings_in(batch.to_pylist())
-            return
-        if kind in TEXT_EXTENSIONS:
-            yield decode(read_file(os.path.realpath(path)))
-            return
-        with open_plain(os.path.realpath(path)) as file:
-            if kind in TABLE_EXTENSIONS:
-                yield from _strings_in(csv.reader(table_lines(file), TABLE_DIALECTS[kind]))
-            elif kind in JSON_EXTENSIONS:
-                for line in lines_of(DECOMPRESSORS[kind](file)):
-                    if isinstance(line, BadSample):
-                        raise line
-                    if line.strip():
-                        yield from _strings_in(json.loads(line))
-            else:
-                known = (*TEXT_EXTENSIONS, *JSON_EXTENSIONS, *TABLE_EXTENSIONS, "parquet")
-                raise ValueError(f"it is none of *.{', *.'.join(known)}")
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:  # BadSample is a ValueError
+        if format == "text":
+            yield decode_text(read_text(os.path.realpath(path)))
+        elif format in TABLES:
+            file = File(os.path.basename(path), os.path.realpath(path), 0)
+            table = sniff(Tree(path, around=False), file, format)[0]
+            yield from table.columns if table.has_header else ()
+            for _, row, _ in rows(table):
+                if isinstance(row, BadSample):
+                    raise row
+                yield from _strings_in(row)
+        else:
+            raise ValueError(f"*.{extension(path)} is no text, CSV, JSON or Parquet file")
+    except (*DAMAGE, ValueError) as error:  # BadSample is a ValueError
         raise ValueError(f"the evaluation set {path!r} cannot be read: {error}") from error
 
 
 def _strings_in(value: Any) -> Iterator[str]:
-    """Every string in a record, however deep."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        yield from _strings_in(list(value.values()))
-    elif isinstance(value, Iterable):
-        for one in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
             yield from _strings_in(one)

@@ -1,11 +1,9 @@
-"""What one unit of the input becomes on the way to shards, and how shards are put together from it.
+"""The parallel part of `pile prepare`: jobs, which are some megabytes of the input, become blocks and a table.
 
-    unit ──► make_spill ──► spill/0000/0000012.blocks       samples as they will stand in a shard, one after another
-                            spill/0000/0000012.safetensors  a row a document; what was rejected
-    plan ──► write_shard ──► result/<source>-train-000000.tar and its index
+    job ──► read_job ──► spill/0000/0000012.blocks   documents as they are written to a shard, one after another
+                         spill/0000/0000012.npz      a row per document; rejected samples, and all counts
 
-Both are functions of files in a `Workplace`, and write files that appear when they are whole: any process on any machine that
-sees the folder may run them, in any order and again, with the same result.
+Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result.
 """
 
 from __future__ import annotations
@@ -16,311 +14,258 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pile_app.data.index import MAX_SAMPLE_BYTES, build_index, load_index, map_arrays, save_arrays
-from pile_app.data.tar import BLOCK, ShardError, files_of_block
-from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, sample_from_document
-from pile_app.fields import document_from_sample
+from pile_app.data.files import whole_file
+from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
+from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
+from pile_app.fields import Field, Fields, Sample
+from pile_app.infer import infer_fields
 from pile_app.media import audio_size
-from pile_app.prepare.files import whole_file
-from pile_app.prepare.filters import apply_steps
-from pile_app.prepare.labels import choose_split
-from pile_app.prepare.listing import Item, split_of
+from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
 from pile_app.prepare.options import Options
-from pile_app.prepare.readers import Found, read_item
+from pile_app.prepare.readers import Record, Unit, medium, named_split, read_unit
 
-KEPT = 20  # rejected samples of each reason that are kept for review
-KEPT_BYTES = 1 << 20  # of a file
-KEPT_CHARACTERS = 1 << 16
-ROW = np.dtype(  # of a document: byte range in the blocks, number of its source in `Table.sources`, split, sizes, content
+SPLITS = ("train", "validation", "test")
+ROW = np.dtype(  # of a document: range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and split
     [
-        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"),
-        ("text_bytes", "<u8"), ("images", "<u4"), ("audio_seconds", "<f8"), ("digest", "<u8", 2),
+        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"), ("images", "<u4"),
+        ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8"),
     ]
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """The folder of a preparation that is under way.
-
-    root: of the input; source: name of documents that name none; options: what the shards will hold; splits: that the names of
-    the files give.
-    """
+class Work:
+    """A preparation in progress. root: of the input; source: name for documents that name none; maps: by `table_of`."""
 
     folder: Path
     root: str
     source: str
     options: Options
-    splits: tuple[str, ...] = ()
+    maps: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def load(cls, folder: str) -> Workplace:
-        state = json.loads((Path(folder) / "state.json").read_bytes())
-        return cls(Path(folder), state["root"], state["source"], Options.of(state["options"]), tuple(state["splits"]))
+    def blocks(self, job: int) -> Path:
+        return self.folder / "spill" / f"{job // 1000:04d}" / f"{job:07d}.blocks"
 
-    @property
-    def result(self) -> Path:
-        return self.folder / "result"
+    def part(self, job: int, name: str) -> Any:
+        """`rows`, `signatures`, `sources` or `about` (files, rejected, counts, blocks) of a job's table."""
+        with np.load(self.blocks(job).with_suffix(".npz")) as file:
+            return json.loads(file[name].tobytes()) if name in ("sources", "about") else file[name]
 
-    @property
-    def evaluation(self) -> str:
-        return str(self.folder / "evaluation.safetensors")
+    def is_read(self, job: int) -> bool:
+        try:
+            return bool(self.blocks(job).stat().st_size == self.part(job, "about")["blocks"])
+        except Exception:  # of a file that is missing or damaged
+            return False
 
-    def blocks(self, unit: int) -> str:
-        return str(self.folder / "spill" / f"{unit // 1000:04d}" / f"{unit:07d}.blocks")
-
-    def table(self, unit: int) -> str:
-        return self.blocks(unit).removesuffix("blocks") + "safetensors"
-
-    def plan(self, shard: str) -> Path:
-        return self.folder / "plans" / f"{shard}.npy"
-
-    def write_units(self, items: Iterable[Item], unit_bytes: int) -> int:
-        """Groups items to units of about `unit_bytes`, a line of `units.jsonl` each; their number."""
-        places: list[int] = []
-        with open(self.folder / "units.jsonl", "wb") as file:
-            for unit in _grouped(items, unit_bytes):
-                places.append(file.tell())
-                file.write(json.dumps(unit).encode() + b"\n")
-        np.save(self.folder / "units.npy", np.array(places, np.uint64))
-        return len(places)
-
-    def items(self, unit: int) -> list[Item]:
-        """What a unit consists of."""
-        places = np.load(self.folder / "units.npy", mmap_mode="r")
-        with open(self.folder / "units.jsonl", "rb") as file:
-            file.seek(int(places[unit]))
-            return [Item(*item) for item in json.loads(file.readline())]
+    def fields(self, record: Record) -> Fields:
+        """The field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
+        spec = self.options.fields or self.maps.get(table_of(record))
+        try:  # of a table that was not sampled: by the record alone
+            sample: Any = record.content
+            return _parsed(spec, self.options) if spec else with_label(infer_fields([sample]), self.options)
+        except ValueError as error:
+            raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
 
 
-def _grouped(items: Iterable[Item], most_bytes: int, most_items: int = 1024) -> Iterator[list[Item]]:
-    unit: list[Item] = []
-    weight = 0
-    for item in items:
-        unit.append(item)
-        weight += item.weight
-        if weight >= most_bytes or len(unit) == most_items:
-            yield unit
-            unit, weight = [], 0
-    if unit:
-        yield unit
+@lru_cache(1024)
+def _parsed(spec: str, options: Options) -> Fields:
+    return with_label(Fields.parse(spec), options)
 
 
-@dataclass(frozen=True)
-class Table:
-    """The documents of a unit, N rows, and what was rejected.
-
-    rows: (N,) `ROW`; signatures: (N, 128) uint32, or (0, 128) where none were asked for, zeros where there is none; files:
-    names; rejected: [row it came before, source, file, reason, detail, offset, size]; layouts: documents, and what was
-    rejected, by what they were read as; labels: number of the class of each; blocks: bytes of the blocks.
-    """
-
-    rows: np.ndarray
-    signatures: np.ndarray
-    sources: list[str]
-    files: list[str]
-    rejected: list[list[Any]]
-    layouts: dict[str, int]
-    labels: dict[str, int]
-    blocks: int
-
-    TYPES = {"rows": "|u1", "signatures": "<u4"}  # noqa: RUF012 (a table, never changed)
-
-    def save(self, path: str) -> None:
-        texts = {name: getattr(self, name) for name in ("sources", "files", "rejected", "layouts", "labels", "blocks")}
-        arrays = {"rows": self.rows.view(np.uint8), "signatures": self.signatures.reshape(-1)}
-        save_arrays(path, arrays, {name: json.dumps(value) for name, value in texts.items()})
-
-    @classmethod
-    def load(cls, path: str) -> Table:
-        arrays, header = map_arrays(path, cls.TYPES)
-        texts = {name: json.loads(value) for name, value in header.items()}
-        return cls(arrays["rows"].view(ROW), arrays["signatures"].reshape(-1, PERMUTATIONS), **texts)
-
-    @classmethod
-    def digests(cls, path: str) -> np.ndarray:
-        """(N, 2) uint64: of the contents of the documents, without reading the rest."""
-        return map_arrays(path, cls.TYPES)[0]["rows"].view(ROW)["digest"]
+def table_of(record: Record) -> str:
+    """Name the records that share a field map: those of tables whose names differ in digits only, else of a folder."""
+    name, is_row, _ = record.where.partition(":")
+    return f"{record.layout}: {re.sub(r'[0-9]+', '', name) if is_row else os.path.join(os.path.dirname(name), '')}"
 
 
-def is_spilled(work: Workplace, unit: int) -> bool:
-    """Whether a unit is done: both of its files are there and whole."""
-    try:
-        _, header = map_arrays(work.table(unit), Table.TYPES)
-        return os.path.getsize(work.blocks(unit)) == int(header["blocks"])
-    except (OSError, ValueError, KeyError):
-        return False
+def with_label(fields: Fields, options: Options) -> Fields:
+    """Apply the options about labels to a field map."""
+    entries = list(fields.entries)
+    if options.label:
+        names = tuple(dict.fromkeys((options.label, f"json.{options.label.removeprefix('json.')}")))
+        entries = [one for one in entries if one.role != "label" and not set(one.names) & set(names)] + [Field(names, "label")]
+    for n, entry in enumerate(entries):
+        is_label = entry.role == "label"
+        loss = entry.loss and (is_label or not options.label_loss_only)
+        entries[n] = replace(entry, learn=entry.learn or (is_label and options.learn_label), loss=loss)
+    return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not options.learn_label)
 
 
-def make_spill(folder: str, unit: int) -> None:
-    """Reads, mends and judges what a unit holds, and writes its blocks and table."""
-    work = Workplace.load(folder)
-    options = work.options
-    evaluation = EvaluationTexts(work.evaluation, options.ngram) if options.decontaminate else None
-    rows: list[tuple[Any, ...]] = []
-    signatures: list[np.ndarray] = []
-    sources: dict[str, int] = {}
-    files: list[str] = []
-    rejected: list[list[Any]] = []
-    reasons: Counter[str] = Counter()
-    layouts: Counter[str] = Counter()
-    labels: dict[str, int] = {}
-    place = 0
-    os.makedirs(os.path.dirname(work.blocks(unit)), exist_ok=True)
-    with whole_file(work.blocks(unit)) as blocks:
-        for item, found in ((one, found) for one in work.items(unit) for found in read_item(work.root, one, options)):
-            layouts[found.layout] += 1
-            source = work.source
+def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
+    """Read, check and change the units of a job, and write its blocks and table."""
+    job, units = item
+    if not work.folder.is_dir():
+        raise ValueError(f"a node cannot see {str(work.folder)!r}: input and output have to be in folders that all nodes share")
+    if work.options.resample:  # the same bits everywhere, and processes do not compete for cores
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+    path = work.blocks(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as blocks:
+        reader = _Reader(work, job, blocks)
+        for unit in units:
+            for record in read_unit(work.root, unit, work.options):
+                reader.read(record)
+        about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")} | {"blocks": blocks.tell()}
+    json_parts = {"sources": list(reader.sources), "about": about}
+    parts: dict[str, Any] = {name: np.frombuffer(json.dumps(part).encode(), np.uint8) for name, part in json_parts.items()}
+    parts |= {"rows": np.array(reader.rows, ROW), "signatures": np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)}
+    with whole_file(path.with_suffix(".npz")) as file:
+        np.savez(file, **parts)
+    if work.options.resample:
+        torch.set_num_threads(threads)
+
+
+class _Reader:
+    """Reads the records of a job. counts: by `<what>:<name>`, as `Summary` has them."""
+
+    def __init__(self, work: Work, job: int, blocks: Any) -> None:
+        self.work, self.job, self.options, self.blocks = work, job, work.options, blocks
+        self.evaluation = EvaluationTexts(work.folder / "evaluation") if work.options.decontaminate else None
+        self.rows: list[tuple[Any, ...]] = []
+        self.signatures: list[np.ndarray] = []
+        self.sources: dict[str, int] = {}
+        self.files: list[str] = []
+        self.rejected: list[tuple[str, ...]] = []
+        self.counts: Counter[str] = Counter()
+
+    def read(self, record: Record) -> None:
+        source = self.work.source
+        if isinstance(record.content, BadSample) and not record.layout:
+            return self._reject(record, record.content, source, "unread")
+        self.counts[f"read:{record.layout}"] += 1
+        try:
+            document, parts = self._document(record)
+            source = slug(str(document.meta.get("pile_set_name", ""))) or source
+            pieces = cut_long_sounds(document, self.options, parts)
+        except BadSample as error:
+            return self._reject(record, error, source)
+        self.counts["pieces:"] += len(pieces) - 1
+        for piece in pieces:
             try:
-                if isinstance(found.content, BadSample):
-                    raise found.content
-                document, meta = found.content, dict(found.content.meta)
-                source = slug(str(meta.get("pile_set_name", ""))) or source
-                document = replace(document, key=f"{unit:07d}-{len(files):06d}", meta={"file": found.file} | meta)
-                document = apply_steps(document, options, evaluation)
-                block = sample_block(document)
+                self._write(record, source, self._draw(document), apply_steps(piece, self.options, self.evaluation))
             except BadSample as error:
-                block = (_review(found) if reasons[error.reason] < KEPT else None) or b""
-                reasons[error.reason] += 1
-                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
-                rejected.append([len(files), source, found.file, error.reason, detail, place, blocks.write(block)])
-            else:
-                number = sources.setdefault(source, len(sources))
-                split, *about = _describe(document, work, split_of(item), bool(found.label))
-                rows.append((place, blocks.write(block), number, split, *about))
-                files.append(found.file)
-                if found.label:
-                    labels[document.segments[-1].text] = found.class_number
-                if options.near_duplicates is not None:
-                    signatures.append(_signature(document))
-            place += len(block)
-    hashes = np.array(signatures, "<u4").reshape(-1, PERMUTATIONS)
-    Table(np.array(rows, ROW), hashes, list(sources), files, rejected, dict(layouts), labels, place).save(work.table(unit))
+                self._reject(record, error, source)
 
+    def _document(self, record: Record) -> tuple[Document, list[Any]]:
+        """The document of a record, and the timed parts of its transcript."""
+        sample = record.content
+        if isinstance(sample, BadSample):
+            raise sample
+        if isinstance(sample, Document):
+            return self._complete(sample, record), []
+        try:
+            reading = self.work.fields(record).read(record.where, sample, partial(medium, self.work.root, record.where))
+        except BadSample:
+            self.counts.update(f"lost:{name}" for name in sample)
+            raise
+        if lost := sample.keys() - {"json", *reading.used, *reading.unused}:
+            raise AssertionError(f"{record.where}: {sorted(lost)} are neither used nor unused")
+        meta = _plain_meta(sample)
+        self.counts.update(f"{'used' if name == 'meta' and meta else 'unused'}:{name}" for name in reading.unused)
+        self.counts.update(f"used:{name}" for name in reading.used)
+        self.counts.update({f"dropped:{name}": count for name, count in reading.dropped.items()})
+        document = replace(reading.document, meta={**meta, **reading.document.meta})
+        return self._complete(document, record), transcript_parts(sample)
 
-def write_shard(folder: str, shard: str) -> None:
-    """Copies the samples of a plan, (K, 3) of unit, offset and size in its blocks, to a shard, and indexes it."""
-    work = Workplace.load(folder)
-    path = str(work.result / f"{shard}.tar")
-    with suppress(ShardError, OSError):
-        load_index(path)
-        return
-    with whole_file(path) as tar:
-        for unit, samples in groupby(np.load(work.plan(shard)).tolist(), itemgetter(0)):
-            with open(work.blocks(unit), "rb") as blocks:
-                for _, offset, size in samples:
-                    blocks.seek(offset)
-                    tar.write(blocks.read(size))
-        end = tar.tell() + 2 * BLOCK
-        tar.write(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
-    index = build_index(path)
-    if index.rejected:
-        raise RuntimeError(f"{path!r}: what was prepared cannot be read back: {index.rejected[:3]}")
+    def _complete(self, document: Document, record: Record) -> Document:
+        """Add what the folder of a file says, and the name of the file."""
+        options, meta, segments, ordered = self.options, dict(document.meta), document.segments, document.ordered
+        name, _, row = record.where.partition(":")  # the row of a table, or the name of a member of an archive
+        folder = os.path.basename(os.path.dirname(row if "/" in row else name))
+        if options.label_from_folder and folder:
+            meta["label"] = folder
+            segments = tuple(replace(one, loss=one.loss and not options.label_loss_only) for one in segments)
+            segments, ordered = segments + (Segment(folder),) * options.learn_label, ordered or options.learn_label
+        if (options.label or options.label_from_folder) and "label" not in meta:
+            raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
+        file = os.fsencode(record.where).decode(errors="replace")
+        return replace(document, segments=segments, ordered=ordered, meta={"file": file} | meta)
 
+    def _draw(self, document: Document) -> int:
+        """64 bits that decide the split: of the group, else of the media, else of the texts without the label."""
+        if (group := document.meta.get("group")) is not None:
+            return _hash([Segment(str(group))], self.options.seed)[0]
+        media = [segment for segment in document.segments if segment.modality != TEXT]
+        texts = [segment for segment in document.segments if segment.data != document.meta.get("label")]
+        return _hash(media or texts or document.segments, self.options.seed)[0]
 
-# -- documents as blocks
+    def _write(self, record: Record, source: str, draw: int, document: Document) -> None:
+        block = sample_block(replace(document, key=f"{self.job:07d}-{len(self.files):06d}"))
+        label, segments = document.meta.get("label"), document.segments
+        texts = [segment.text for segment in segments if segment.modality == TEXT]
+        images = sum(segment.modality == IMAGE for segment in segments)
+        sounds = [audio_size(segment.file) for segment in segments if segment.modality > IMAGE]
+        split = named_split(str(document.meta.get("split", ""))) or record.split
+        given = SPLITS.index(split) + 1 if split and self.options.given_splits else 0
+        sizes = sum(len(text.encode()) for text in texts), images, sum(samples / rate for samples, rate in sounds)
+        digest = _hash([*segments, Segment(str(label))], self.options.seed)
+        number = self.sources.setdefault(source, len(self.sources))
+        self.rows.append((self.blocks.tell(), self.blocks.write(block), number, given, *sizes, digest, draw))
+        self.files.append(record.where)
+        if label is not None:
+            self.counts[f"label:{label}"] += 1
+        if self.options.near_duplicates is not None:  # zeros with media, whose captions may well be alike
+            is_text = len(texts) == len(segments)
+            self.signatures.append(minhash("\n".join(texts)) if is_text else np.zeros(PERMUTATIONS, np.uint32))
+
+    def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
+        self.counts[f"{what}:{error.reason}"] += 1
+        detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
+        self.rejected.append((source, record.where, error.reason, detail, _excerpt(record.content)))
 
 
 def sample_block(document: Document) -> bytes:
-    """The members of a tar that hold a document, whose key is set.
-
-    Raises:
-        BadSample: `invalid_utf8`, or it is too large to be a sample.
-    """
+    """The members of a tar that hold a document, whose key is set. Raises BadSample: `invalid_utf8`, `file_too_large`."""
     try:
         sample = sample_from_document(document)
     except UnicodeEncodeError as error:
         raise BadSample("invalid_utf8", str(error)) from error
-    del sample["__key__"]
-    block = b"".join(tar_member(f"{document.key}.{name}".encode(), sample[name]) for name in sorted(sample))  # type: ignore[arg-type]
+    block = bytearray()
+    for name in sorted(sample.keys() - {"__key__"}):
+        data, member = bytes(sample[name]), tarfile.TarInfo(f"{document.key}.{name}")  # type: ignore[arg-type]
+        member.size, member.mode = len(data), 0o444
+        block += member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
     if len(block) > MAX_SAMPLE_BYTES:
         raise BadSample("file_too_large", f"the sample has {len(block):,} bytes; at most {MAX_SAMPLE_BYTES:,} are read")
-    return block
+    return bytes(block)
 
 
-def tar_member(name: bytes, data: bytes) -> bytes:
-    """A file of a tar, as `webdataset.TarWriter` writes it with mtime 0; `tarfile` takes ten times as long."""
-    before, after, total = _template()
-    size = b"%011o" % len(data)
-    total += sum(name) + sum(size)
-    header = b"".join((name, bytes(100 - len(name)), before, size, b"\0%011o\0%06o\0 " % (0, total), after))
-    return b"".join((header, data, bytes(-len(data) % BLOCK)))
-
-
-@lru_cache(1)
-def _template() -> tuple[bytes, bytes, int]:
-    """(header from mode to size, header after the checksum, sum of a header without name, size and checksum)."""
-    member = tarfile.TarInfo()
-    member.mode, member.uname, member.gname, member.mtime = 0o444, "bigdata", "bigdata", 0
-    header = member.tobuf(tarfile.USTAR_FORMAT)
-    total = sum(header[:124]) + sum(header[135:148]) + 8 * ord(" ") + sum(header[156:])
-    return header[100:124], header[156:], total
-
-
-def document_of_block(block: bytes) -> Document:
-    return document_from_sample("", files_of_block(block))
-
-
-def _describe(document: Document, work: Workplace, given: str | None, is_labelled: bool) -> tuple[Any, ...]:
-    """The columns of `ROW` after `source`."""
-    options = work.options
-    media = [segment for segment in document.segments if segment.modality != TEXT]
-    digest = _digest(document.segments, options.seed)
-    # By the media where there are any: five captions of one image are five documents on one side. And so are two labels.
-    drawn = _digest(media or document.segments[:-1], options.seed) if media or is_labelled else digest
-    draw = int.from_bytes(drawn[:8], "big") / 2**64
-    text_bytes = sum(len(segment.text.encode()) for segment in document.segments if segment.modality == TEXT)
-    sounds = [audio_size(segment.file) for segment in media if segment.modality != IMAGE]
-    seconds = sum(samples / rate for samples, rate in sounds)
-    split = choose_split(given, work.splits, draw, options.validation_share)
-    return split, text_bytes, len(media) - len(sounds), seconds, tuple(np.frombuffer(digest, "<u8").tolist())
-
-
-def _signature(document: Document) -> np.ndarray:
-    """Of the texts; zeros where there are media, whose captions may well be alike."""
-    if any(segment.modality != TEXT for segment in document.segments):
-        return np.zeros(PERMUTATIONS, np.uint32)
-    return minhash("\n".join(segment.text for segment in document.segments))
-
-
-def _digest(segments: Iterable[Segment], seed: int) -> bytes:
+def _hash(segments: Iterable[Segment], seed: int) -> tuple[int, int]:
+    """Two times 64 bits of the contents of segments."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=16)
     for segment in segments:
-        data = segment.data.encode() if isinstance(segment.data, str) else segment.data
-        digest.update(f":{segment.modality}:{len(data)}:".encode() + data)
-    return digest.digest()
+        for data in segment.choices or (segment.data,):
+            raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+            digest.update(f":{segment.modality}:{len(raw)}:".encode() + raw)
+    return int.from_bytes(digest.digest()[:8], "big"), int.from_bytes(digest.digest()[8:], "big")
 
 
-def _review(found: Found) -> bytes | None:
-    """What was rejected as a sample for people to look at; None where there is nothing to see."""
-    if isinstance(found.content, Document):
-        segments = tuple(map(_review_segment, found.content.segments))
-    else:
-        segments = (Segment(found.raw[:KEPT_CHARACTERS].decode(errors="replace")),)
-    return sample_block(Document(segments, "rejected")) if any(segment.data for segment in segments) else None
+def _plain_meta(sample: Sample) -> dict[str, Any]:
+    """The plain values of a sample's `meta`, which may name its source (`pile_set_name`)."""
+    meta = sample.get("meta")
+    plain = (str, int, float, bool)
+    return {name: value for name, value in meta.items() if isinstance(value, plain)} if isinstance(meta, Mapping) else {}
 
 
-def _review_segment(segment: Segment) -> Segment:
-    if isinstance(segment.data, str):
-        return replace(segment, data=segment.data[:KEPT_CHARACTERS].encode(errors="replace").decode())
-    if len(segment.data) > KEPT_BYTES:
-        return Segment(f"<{segment.extension}, {len(segment.data):,} bytes>")
-    return segment
+def _excerpt(sample: Sample | Document | BadSample) -> str:
+    if not isinstance(sample, Mapping):
+        return describe(sample) if isinstance(sample, Document) else ""
+    short = (f"{name}: {value[:80] if isinstance(value, str | bytes) else value!s:.80}" for name, value in sample.items())
+    return ", ".join(short)[:300]
 
 
-@lru_cache(1024)
 def slug(name: str) -> str:
-    """A name for files, from any; of 128 bytes at most, as file systems have 255 for shard, index and what is being written."""
+    """Make a file name of at most 128 bytes from any name: file systems allow 255, including suffixes."""
     return re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:64].encode()[:128].decode(errors="ignore")

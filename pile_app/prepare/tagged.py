@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.prepare.entities import Offsets, scheme_of_tags, spans_of_tags, word_offsets
-from pile_app.prepare.files import MAX_LINE_BYTES, decode, lines_of
+from pile_app.prepare.files import MAX_LINE_BYTES, lines_of
+from pile_app.prepare.text import decode_text
 
 SPAN_FIELDS = ("spans", "entities")
 TAG_FIELDS = ("ner_tags", "tags")
@@ -34,7 +35,7 @@ def sentences_of_conll(file: BinaryIO) -> Iterator[Sentence]:
         try:
             if isinstance(line, BadSample):
                 raise line
-            text = decode(line).rstrip("\r\n")
+            text = decode_text(line).rstrip("\r\n")
             if not text.strip() or text.startswith("-DOCSTART-"):
                 if error or rows:
                     yield (first, error) if error else (first, [row[0] for row in rows], [row[-1] for row in rows])

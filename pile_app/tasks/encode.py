@@ -11,7 +11,7 @@ would have been; a sample whose bytes are not those that were indexed leaves seg
 `encoded.json` beside the new shards, written after each of them, says what they were made from and by, so that an interrupted
 run continues:
 
-    {"<shard>": {"source": fingerprint of the old shard, "fingerprint": of the new one, "encoders": {modality: fingerprint},
+    {"<shard>": {"source": fingerprint of the old shard, "bytes": of the new one, "encoders": {modality: fingerprint},
                  "documents", "encoded": {modality: segments}, "left": {reason: segments or samples left as they were}}}
 """
 
@@ -24,17 +24,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from pile_app.data.index import INDEX_SUFFIX, UNORDERED, ShardIndex, build_index, load_index, segment_breaks, segment_size
+from pile_app.data.files import ShardError, whole_file
+from pile_app.data.index import TYPES, UNORDERED, ShardIndex, segment_breaks, segment_size, starts
+from pile_app.data.manifest import split_path
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
-from pile_app.data.tar import ShardError
-from pile_app.data.tokenizers import Tokenizer, text_tokens
+from pile_app.data.tokenizers import Tokenizer
+from pile_app.data.tokens import columns_of, text_counts
 from pile_app.documents import (
     ENCODED_EXTENSIONS,
     IMAGE,
@@ -46,15 +47,15 @@ from pile_app.documents import (
     Segment,
     sample_from_document,
 )
+from pile_app.fields import OWN
 from pile_app.media import decode_audio, decode_image
-from pile_app.prepare.files import whole_file
 
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
 
 LEDGER = "encoded.json"
 DOCUMENTS_AT_ONCE = 512
-SAME = ("flags", "first_segment", "modality", "segment_size", "sample_rate", "loss", "breaks", "break_segment", "first_break")
+FILES = ("offset", "size", "crc", "file", "file_offset", "file_size")  # columns that encoding changes
 NO_ENCODER = "0" * 32  # of a lost segment
 
 
@@ -97,7 +98,7 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
     """Writes `folder/<name>` for every shard, tells a line of each, and returns what `encoded.json` then says of them.
 
     Args:
-        shards: of documents; what is encoded already stays as it is.
+        shards: of documents; segments that are encoded already are copied.
         folder: another one than theirs.
         overwrite: encode all of them anew.
 
@@ -105,19 +106,19 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
         ValueError: two shards have one name, a shard would replace the one it is made from, or another one is in its place.
         ShardError: a shard cannot be read.
     """
-    names = [_shard_name(path) for path in shards.paths]
+    names = [split_path(path)[1] for path in shards.paths]
+    if bad := [name for name in names if not name.endswith(".tar")]:
+        raise ValueError(f"shard {bad[0]!r} has no name that ends in .tar, to call the new one by")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two shards are called {twice[0]!r}: encode them into different folders")
-    for shard, name in enumerate(names):
-        if os.path.realpath(shards.local(shard)) == os.path.realpath(folder / name):
-            raise ValueError(f"{str(folder)!r} is the folder of the shards themselves: give another one")
+    if any(os.path.realpath(path) == os.path.realpath(folder / name) for path, name in zip(shards.paths, names, strict=True)):
+        raise ValueError(f"{str(folder)!r} is the folder of the shards themselves: give another one")
     folder.mkdir(parents=True, exist_ok=True)
     done = _read_ledger(folder)
     by_name = {MODALITIES[modality]: fingerprint for modality, fingerprint in encoders.fingerprints.items()}
     for shard, name in enumerate(names):
         path = folder / name
-        shards.make_index(shard)
-        entry = {"source": shards.index(shard).fingerprint, "encoders": by_name}
+        entry = {"source": shards.index(shard).about["fingerprint"], "encoders": by_name}
         if path.exists() and not overwrite:
             stored = done.get(name, {})
             if any(stored.get(key) != value for key, value in entry.items()):
@@ -125,17 +126,18 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
                     f"{str(path)!r} was not made from {shards.paths[shard]!r} by these encoders: give --overwrite, or another "
                     "folder"
                 )
-            if _is_finished(path, stored):
+            if stored.get("bytes") == path.stat().st_size:
                 print(f"{path}: there already")
                 continue
-        done[name] = entry  # from here on, what stands under that name is ours
+        done[name] = entry  # from here on, the file of that name is ours
         _write_ledger(folder, done)
         counts = _encode_shard(shards, shard, path, encoders)
-        index = build_index(str(path))
-        _check_same(index, shards.index(shard))
-        done[name] = entry | {"fingerprint": index.fingerprint, "documents": len(index)} | counts
+        done[name] = entry | {"bytes": path.stat().st_size, "documents": len(shards.index(shard))} | counts
         _write_ledger(folder, done)
         print(f"{path}: {describe_counts([done[name]])}")
+    new = Shards([str(folder / name) for name in names], fields=OWN, again="changed")
+    for shard in range(len(names)):
+        _check_same(new.index(shard), shards.index(shard))
     return {name: done[name] for name in names}
 
 
@@ -146,13 +148,6 @@ def describe_counts(entries: Sequence[dict[str, Any]]) -> str:
         counts = sum((Counter(entry[key]) for entry in entries), Counter[str]())
         told.append(f"{what}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'nothing'}")
     return "; ".join(told)
-
-
-def _shard_name(path: str) -> str:
-    name = PurePosixPath(urlsplit(path).path if "://" in path else path).name
-    if not name.endswith(".tar"):
-        raise ValueError(f"shard {path!r} has no name that ends in .tar, to call the new one by")
-    return name
 
 
 def _read_ledger(folder: Path) -> dict[str, Any]:
@@ -168,21 +163,12 @@ def _write_ledger(folder: Path, done: dict[str, Any]) -> None:
         file.write(json.dumps(done, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def _is_finished(path: Path, stored: dict[str, Any]) -> bool:
-    """Whether the shard at `path` is the one that `encoded.json` tells of."""
-    try:
-        found = load_index(str(path)) if os.path.exists(f"{path}{INDEX_SUFFIX}") else build_index(str(path))
-    except ShardError:
-        return False
-    return bool(stored.get("fingerprint") == found.fingerprint)
-
-
 def _check_same(new: ShardIndex, old: ShardIndex) -> None:
-    different = [name for name in SAME if not np.array_equal(getattr(new, name), getattr(old, name))]
-    if different or new.keys != old.keys:
+    different = [name for name in TYPES if name not in FILES and not np.array_equal(new.columns[name], old.columns[name])]
+    if different:
         raise ShardError(
-            f"the index of {new.path!r} is another one than that of {old.path!r} ({', '.join(different or ['keys'])}): run "
-            f"`pile index {old.path}`, and this command again with --overwrite"
+            f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run "
+            f"`pile index --overwrite {old.path}`, then this command with --overwrite"
         )
 
 
@@ -193,8 +179,8 @@ def _encode_shard(shards: Shards, shard: int, path: Path, encoders: Encoders) ->
     encoded, left = Counter[str](), Counter[str]()
     with whole_file(path) as file:
         with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-            for samples in _batched(range(len(shards.index(shard))), DOCUMENTS_AT_ONCE):
-                documents = [_read(shards, shard, sample, encoders.tokenizer, left) for sample in samples]
+            for numbers in _batched(range(*shards.first_document[shard : shard + 2]), DOCUMENTS_AT_ONCE):
+                documents = [_read(shards, number, encoders.tokenizer, left) for number in numbers]
                 for document in _encode(documents, encoders, encoded, left):
                     tar.write(_sample(document))
         file.flush()
@@ -211,23 +197,29 @@ def _sample(document: Document) -> dict[str, str | bytes]:
     return sample_from_document(document)
 
 
-def _read(shards: Shards, shard: int, sample: int, tokenizer: Tokenizer, left: Counter[str]) -> Document:
-    """A document, or lost segments of its sizes where its bytes are not those that were indexed."""
-    try:
-        return shards.document(shard, sample)
-    except BadSample as error:
-        left[error.reason] += 1
+def _read(shards: Shards, number: int, tokenizer: Tokenizer, left: Counter[str]) -> Document:
+    """Read a document, or make lost segments of its sizes if its bytes are not those that were indexed."""
+    shard, sample = shards.place(number)
     index = shards.index(shard)
-    texts = text_tokens(shards, shard, tokenizer)
+    try:
+        return replace(shards.document(number), key=index.key(sample))
+    except BadSample as error:
+        if tokenizer.fingerprint != "bytes" and columns_of(tokenizer)[0] not in index.columns:
+            raise ShardError(
+                f"{error}: fetch the shard again (its tokens were never counted, so it cannot be skipped)"
+            ) from error
+        left[error.reason] += 1
+    counts, in_tokens = text_counts(index, tokenizer)
+    first_break = starts(index.break_count)
     segments = []
-    for number in range(*index.first_segment[sample : sample + 2].tolist()):
-        modality, size, rate = (int(column[number]) for column in (index.modality, index.segment_size, index.sample_rate))
-        in_bytes = index.breaks_of_segments(index.breaks)
-        breaks = np.stack([one.get(number, np.zeros(0)) for one in (in_bytes, texts.breaks)])
+    for row in range(*index.first_segment[sample : sample + 2].tolist()):
+        modality, size, rate = (int(column[row]) for column in (index.modality, index.segment_size, index.sample_rate))
+        of_row = slice(*first_break[row : row + 2])
+        breaks = np.stack([index.break_bytes[of_row], in_tokens[of_row]])
         encoder = tokenizer.fingerprint if modality == TEXT and tokenizer.fingerprint != "bytes" else NO_ENCODER
-        values = np.zeros(int(texts.counts[number]) if encoder != NO_ENCODER else 0, np.uint16)
+        values = np.zeros(int(counts[row]) if encoder != NO_ENCODER else 0, np.uint16)
         file = Codes(encoder, size, rate, values, breaks, is_lost=True).to_bytes()
-        segments.append(Segment(file, ENCODED_EXTENSIONS[modality], bool(index.loss[number])))
+        segments.append(Segment(file, ENCODED_EXTENSIONS[modality], bool(index.loss[row])))
     return Document(tuple(segments), index.key(sample), not index.flags[sample] & UNORDERED)
 
 
@@ -235,7 +227,7 @@ def _encode(documents: list[Document], encoders: Encoders, encoded: Counter[str]
     """The documents with what can be encoded encoded."""
     segments = [segment for document in documents for segment in document.segments]
     for modality, fingerprint in encoders.fingerprints.items():
-        numbers = [n for n, one in enumerate(segments) if one.modality == modality and not one.is_encoded]
+        numbers = [n for n, one in enumerate(segments) if one.modality == modality and not one.is_encoded and not one.choices]
         for some in _batched(numbers, encoders.batch):
             for number in some if modality == TEXT else ():
                 segments[number] = encode_text(segments[number], encoders.tokenizer)

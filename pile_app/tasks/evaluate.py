@@ -31,9 +31,9 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from pile_app.data.batch import Batch
 from pile_app.data.datamodule import Source
+from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES, TEXT
 from pile_app.model.fused import full_precision
-from pile_app.prepare.files import whole_file
 from pile_app.training.cli import fast_precision
 from pile_app.training.load import find_checkpoint, load_run, read_config
 from pile_app.training.metrics import likelihoods, validation_values

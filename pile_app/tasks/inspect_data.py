@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -32,12 +31,13 @@ from typing import Any
 
 import numpy as np
 
+from pile_app.data.files import ShardError, cache_folder
 from pile_app.data.order import hash64
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import Shards, expand_shards
-from pile_app.data.sources import SourceData, cache_folder, segment_tokens
-from pile_app.data.tar import ShardError
-from pile_app.data.tokenizers import Tokenizer, load_tokenizer, text_tokens
+from pile_app.data.sources import SourceData, segment_tokens
+from pile_app.data.tokenizers import Tokenizer, load_tokenizer
+from pile_app.data.tokens import text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
 from pile_app.prepare.engines import tracked
 from pile_app.tasks.inspect_duplicates import find_duplicates
@@ -72,7 +72,7 @@ def inspect_data(
     if samples < 0 or (context is not None and context < 8):
         raise ValueError(f"samples={samples} must be 0 or more, context={context} tokens at least 8")
     plan = make_plan(paths, tokenizer, context)
-    parts = [Part(*names, Shards(tars, plan.cache)) for names, tars in plan.shards.items()]
+    parts = [Part(*names, Shards(tars, plan.cache, tokenizer=plan.tokenizer)) for names, tars in plan.shards.items()]
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         measure(part, plan)
@@ -199,7 +199,7 @@ def _add_shards(plan: Plan, tars: Sequence[str]) -> None:
 class Part:
     """One split of one source, and what was counted in it.
 
-    first_document: of each shard; sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens:
+    sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens:
     of each modality, without openers; without_codec: modalities that are there and whose tokens are not known: then
     `document_tokens` counts texts alone.
     """
@@ -207,9 +207,6 @@ class Part:
     source: str
     split: str
     shards: Shards
-    bytes: int = 0
-    first_document: list[int] = field(default_factory=lambda: [0])
-    rejected: Counter[str] = field(default_factory=Counter)
     sizes: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
     segment_tokens: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
     document_tokens: Histogram = field(default_factory=Histogram)
@@ -224,10 +221,6 @@ class Part:
         return f"{self.source}, {self.split}" if self.split else self.source
 
     @property
-    def documents(self) -> int:
-        return self.first_document[-1]
-
-    @property
     def only_text(self) -> bool:
         return bool(self.without_codec)
 
@@ -239,10 +232,10 @@ class Part:
         return {
             "source": self.source,
             "split": self.split,
-            "shards": len(self.shards),
-            "bytes": self.bytes,
-            "documents": self.documents,
-            "rejected": dict(self.rejected.most_common()),
+            "shards": len(self.shards.paths),
+            "bytes": sum(self.shards.sizes),
+            "documents": len(self.shards),
+            "rejected": dict(self.shards.balance()["rejected"].most_common()),
             "segments": {name: sizes.count for name, sizes in zip(MODALITIES, self.sizes, strict=True)},
             "text_bytes": self.sizes[TEXT].sum,
             "audio_seconds": self.sizes[AUDIO].sum / 1000,
@@ -262,40 +255,36 @@ class Part:
 def measure(part: Part, plan: Plan) -> None:
     """Counts what the indexes of a part say, and packs it as training would."""
     present: set[int] = set()
-    for shard in tracked(range(len(part.shards)), f"{part.title}: indexing", len(part.shards)):
-        part.shards.make_index(shard)
+    for shard in range(len(part.shards.paths)):
         present |= set(np.unique(part.shards.index(shard).modality).tolist())
     part.without_codec = sorted(present - set(plan.vocabulary.modalities))
-    for shard in tracked(range(len(part.shards)), f"{part.title}: counting", len(part.shards)):
+    for shard in tracked(range(len(part.shards.paths)), f"{part.title}: counting", len(part.shards.paths)):
         _measure_shard(part, shard, plan)
-    if part.only_text or not part.documents:
+    if part.only_text or not len(part.shards):
         return
     try:
         data = SourceData(part.source, part.shards.paths, plan.vocabulary, plan.tokenizer, plan.context, plan.cache)
     except ShardError:  # every shard was read above: what remains is that no document fits
-        part.left_out, part.packs = part.documents, 0
+        part.left_out, part.packs = len(part.shards), 0
         return
     part.left_out = int(data.counts["too_long"].sum())
     part.packs = data.order(plan.seed).packs_per_epoch
-    part.fill = data.tokens.tokens / (part.packs * plan.context)
+    part.fill = float(data.tokens.tokens.sum()) / (part.packs * plan.context)
 
 
 def _measure_shard(part: Part, shard: int, plan: Plan) -> None:
     index = part.shards.index(shard)
-    part.bytes += index.tar_size
-    part.first_document.append(part.documents + len(index))
-    part.rejected.update(reason for _, reason in index.rejected)
-    texts = text_tokens(part.shards, shard, plan.tokenizer)
+    counts, _ = text_counts(index, plan.tokenizer)
     sizes = index.segment_size.astype(np.int64)
     sizes = np.where(index.modality == AUDIO, np.rint(1000 * sizes / np.maximum(index.sample_rate, 1)), sizes)
-    tokens = texts.counts if part.only_text else segment_tokens(index, plan.vocabulary, texts)
+    tokens = counts if part.only_text else segment_tokens(index, plan.vocabulary, counts)
     special = 0 if part.only_text else 1 + (index.modality == AUDIO)
     for modality in range(len(MODALITIES)):
         part.sizes[modality].add(sizes[index.modality == modality])
         if modality == TEXT or not part.only_text:
             part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
     if len(index):
-        lengths = np.add.reduceat(tokens, index.first_segment[:-1].astype(np.int64)) + 2 * (not part.only_text)
+        lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
         part.document_tokens.add(lengths)
         part.longer += int((lengths > plan.context).sum())
 
@@ -328,18 +317,17 @@ def sample_documents(part: Part, samples: int, plan: Plan, folder: Path) -> Iter
 
     drawn: set[int] = set()
     for draw in count():
-        if len(drawn) == min(samples, part.documents):
+        if len(drawn) == min(samples, len(part.shards)):
             break
-        drawn.add(int(hash64("inspect", part.source, part.split, draw) % np.uint64(part.documents)))
+        drawn.add(int(hash64("inspect", part.source, part.split, draw) % np.uint64(len(part.shards))))
     name = re.sub(r"\W+", "-", part.title)
     for number in sorted(drawn):
-        shard = int(np.searchsorted(part.first_document, number, side="right")) - 1
-        sample = number - part.first_document[shard]
+        shard, sample = part.shards.place(number)
         index = part.shards.index(shard)
         facts = f"{os.path.basename(index.path)}, document {sample:,}"
         entry: dict[str, Any] = {"key": index.key(sample), "facts": facts, "rejected": None, "segments": []}
         try:
-            document = part.shards.document(shard, sample)
+            document = part.shards.document(number)
         except BadSample as error:
             yield entry | {"rejected": {"reason": error.reason, "detail": error.detail}}
             continue

@@ -37,13 +37,12 @@ def find_duplicates(parts: Sequence[Part]) -> dict[str, Any]:
     }
     leaks: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     with closing(sqlite3.connect("")) as database:
-        database.execute("CREATE TABLE seen (kind, hash, held_out, part, shard, sample)")
+        database.execute("CREATE TABLE seen (kind, hash, held_out, part, number)")
         for number, part in enumerate(parts):
             held_out = part.split not in ("train", "")
-            for shard in tracked(range(len(part.shards)), f"{part.title}: reading", len(part.shards)):
-                rows = ((kind, one, held_out, number, shard, sample) for kind, one, sample in _hashes(part, shard, unreadable))
-                database.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?)", rows)
-        ordered = database.execute("SELECT * FROM seen ORDER BY kind, hash, held_out, part, shard, sample")
+            rows = ((kind, one, held_out, number, document) for kind, one, document in _hashes(part, unreadable))
+            database.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?)", rows)
+        ordered = database.execute("SELECT * FROM seen ORDER BY kind, hash, held_out, part, number")
         for (kind, _), group in groupby(ordered, lambda row: row[:2]):
             copies = list(group)
             if len(copies) < 2:
@@ -51,31 +50,31 @@ def find_duplicates(parts: Sequence[Part]) -> dict[str, Any]:
             of_kind = found[KINDS[kind]]
             of_kind["groups"] += 1
             of_kind["copies"] += len(copies) - 1
-            of_kind["of_source"].update(parts[part].title for *_, part, _, _ in copies[1:])
+            of_kind["of_source"].update(parts[part].title for *_, part, _ in copies[1:])
             is_leak = not copies[0][2] and copies[-1][2]
             of_kind["leaked"] += sum(held_out for _, _, held_out, *_ in copies) if is_leak else 0
             examples = leaks[KINDS[kind]] if is_leak else of_kind["examples"]
             if len(examples) < EXAMPLES:
-                examples.append([_name(parts[part], shard, sample) for *_, part, shard, sample in copies[:4] + copies[4:][-1:]])
+                examples.append([_name(parts[part], number) for *_, part, number in copies[:4] + copies[4:][-1:]])
     for kind in KINDS:
         found[kind]["examples"] = (leaks[kind] + found[kind]["examples"])[:EXAMPLES]
     return {"unreadable": unreadable["documents"]} | found
 
 
-def _hashes(part: Part, shard: int, unreadable: Counter[str]) -> Iterator[tuple[int, bytes, int]]:
-    """(number of the kind, hash, sample) of every document and medium."""
-    for sample in range(len(part.shards.index(shard))):
+def _hashes(part: Part, unreadable: Counter[str]) -> Iterator[tuple[int, bytes, int]]:
+    """(index of the kind, hash, number of the document) of every document and medium."""
+    for number in tracked(range(len(part.shards)), f"{part.title}: reading", len(part.shards)):
         try:
-            document = part.shards.document(shard, sample)
+            document = part.shards.document(number)
         except BadSample:
             unreadable["documents"] += 1
             continue
         hashes = [_hash(segment) for segment in document.segments]
         whole = b"".join(hashes if document.ordered else sorted(hashes))
-        yield 0, hashlib.blake2b(whole, digest_size=16).digest(), sample
+        yield 0, hashlib.blake2b(whole, digest_size=16).digest(), number
         for segment, one in zip(document.segments, hashes, strict=True):
             if segment.modality != TEXT:
-                yield segment.modality, one, sample
+                yield segment.modality, one, number
 
 
 def _hash(segment: Segment) -> bytes:
@@ -84,8 +83,8 @@ def _hash(segment: Segment) -> bytes:
     return hashlib.blake2b(data, digest_size=16, person=kind.encode()).digest()
 
 
-def _name(part: Part, shard: int, sample: int) -> list[str]:
-    return [part.source, part.split, part.shards.index(shard).key(sample)]
+def _name(part: Part, number: int) -> list[str]:
+    return [part.source, part.split, part.shards.key(number)]
 
 
 def duplicate_lines(found: dict[str, Any]) -> list[str]:

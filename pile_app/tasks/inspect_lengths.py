@@ -66,7 +66,7 @@ def draw_lengths(parts: Sequence[Part], context: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(part.source for part in parts))
-    shown = sorted(parts, key=lambda part: part.documents, reverse=True)[:SHOWN_PARTS]
+    shown = sorted(parts, key=lambda part: len(part.shards), reverse=True)[:SHOWN_PARTS]
     shown.sort(key=parts.index)
 
     def rows(histograms: Sequence[Histogram]) -> list[tuple[str, Histogram, str]]:

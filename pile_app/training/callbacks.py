@@ -32,7 +32,8 @@ class DataReport(Callback):
 
     Args:
         run: the run's folder.
-        max_rejected_share: stop above this share, once 100 documents were read.
+        max_rejected_share: stop above this fraction: of the samples of a source when it was indexed, and of the documents read,
+            once there are 100.
 
     Raises:
         RuntimeError: more than that share could not be used, of the documents of any device.
@@ -60,10 +61,17 @@ class DataReport(Callback):
         self.source_tokens = Counter(state_dict["source_tokens"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets what a killed attempt met after the checkpoint that this one resumes: it comes anew."""
+        """Drop the entries after the checkpoint that is resumed, and check how many documents were rejected at indexing."""
         if trainer.is_global_zero:
             keep_lines(self.path, lambda entry: entry["step"] <= trainer.global_step)
         trainer.strategy.barrier("quarantine")
+        for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
+            count = sum(data.rejected().values())
+            if count > self.max_rejected_share * max(100, count + len(data)):
+                raise RuntimeError(
+                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}), "
+                    f"more than data.max_rejected_share={self.max_rejected_share:.1%}: fix the data, or raise that limit"
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -161,7 +161,9 @@ class PileModule(LightningModule):
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
             self.counted = self.trainer
-        for source in data.train_data + data.validation_data:
+        for source in data.train_data:
+            check_encoded(source, bool(data.sources[source.name].transforms))
+        for source in data.validation_data:
             check_encoded(source)
         self.token_metrics = TokenMetrics(len(data.validation_names))
         self.codec_losses = torch.nn.ModuleDict(
@@ -471,20 +473,23 @@ def check_shapes(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
         )
 
 
-def check_encoded(source: SourceData) -> None:
-    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it
-    trains. (A remote shard would have to be fetched for it; there the first batch says it.) Raises ValueError: another
-    encoder than the model's made it."""
-    if source.shards.remote[0]:
+def check_encoded(source: SourceData, augmented: bool = False) -> None:
+    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
+    (A remote shard would have to be fetched for it; there the first batch says it.)
+
+    Raises:
+        ValueError: another encoder than the model's made it.
+    """
+    if source.remote[0]:
         return
-    index = source.shards.index(0)
+    index = source.index(0)
     for modality in range(3):
         segments = (index.modality == modality).nonzero()[0][:1]
         for sample in index.first_segment.searchsorted(segments, side="right") - 1:
             try:
-                for segment in source.shards.document(0, int(sample)).segments:
+                for segment in source.document(int(sample)).segments:
                     if segment.is_encoded and not segment.codes.is_lost:
-                        check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer)
+                        check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
             except BadSample:
                 continue  # counted where it is read for training
 

@@ -284,7 +284,7 @@ def look_at_data(config: Namespace, model: FusedLanguageModel, tokenizer: Tokeni
     places = (batch.document >= 0).sum().item()
     targets = [len(places_of) for places_of in batch.targets]
     text, image, audio = (count / places for count in targets)
-    packs_per_epoch = sum(one.order(data.seed).packs_per_epoch for one in data.train_data)
+    packs_per_epoch = data.order.packs_per_epoch
     fill = places / batch.document.numel()
     attended = float((batch.position + 1)[batch.document >= 0].float().mean())
     return DataShape(fill, attended, (text, image, audio), round(packs_per_epoch * config.data.context * fill), True)

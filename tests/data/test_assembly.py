@@ -112,8 +112,8 @@ def test_documents_in_free_order_that_are_cut_keep_their_media_whole(tmp_path: P
     documents += [Document((image(n), Segment("z" * 5)), f"short-{n}", ordered=False) for n in range(40)]
     write_shards(documents, tmp_path, "s")
     data = SourceData("s", str(tmp_path / "s-*.tar"), VOCABULARY, TOKENIZER, 32)
-    order = TrainingOrder([data.order(0)], [Phase(0, (1,))], seed=0)
-    dataset = PackDataset([data], order, VOCABULARY, TOKENIZER, 32, 1, seed=0, condition_dropout=0.0)
+    order = TrainingOrder([data.order(0)], [Phase(0, (1,))])
+    dataset = PackDataset([data], order, VOCABULARY, TOKENIZER, 32, 1)
     images, texts, orders = 0, Counter[int](), set()
     for position in range(order.packs_per_epoch):
         pack = Row(dataset[position])

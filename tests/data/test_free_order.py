@@ -22,8 +22,8 @@ CONTEXT = 32
 def packs(documents: list[Document], folder: Path) -> PackDataset:
     write_shards(documents, folder, "x")
     source = SourceData("x", str(folder / "*.tar"), VOCABULARY, ByteTokenizer(), CONTEXT)
-    order = TrainingOrder([source.order(0)], [Phase(0, (1,))], seed=0)
-    return PackDataset([source], order, VOCABULARY, ByteTokenizer(), CONTEXT, 1, 0, 0.0)
+    order = TrainingOrder([source.order(0)], [Phase(0, (1,))])
+    return PackDataset([source], order, VOCABULARY, ByteTokenizer(), CONTEXT, 1)
 
 
 def test_free_order_is_drawn_anew_in_each_epoch(tmp_path: Path, image: Callable[[int], Segment]) -> None:

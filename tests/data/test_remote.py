@@ -25,9 +25,9 @@ import pytest
 from ports import free_port
 
 from pile_app.data import remote
-from pile_app.data.remote import Prefetcher, ShardCache, expand_remote, is_remote
+from pile_app.data.files import ShardError
+from pile_app.data.remote import Prefetcher, ShardCache, Wanted, expand_remote, is_remote
 from pile_app.data.shards import write_shards
-from pile_app.data.tar import ShardError
 from pile_app.documents import Document, Segment
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"  # where it is on Debian, not on everybody's path
@@ -85,7 +85,12 @@ class Server:
                 location /signed/ {{ if ($request_method = HEAD) {{ return 403; }} }}
               }}
             }}""")
-        self.process = subprocess.Popen([NGINX, "-c", str(base / "nginx.conf"), "-p", str(base), "-g", "daemon off;"])
+        self.base = base
+        self.start()
+
+    def start(self) -> None:
+        command = [NGINX, "-c", str(self.base / "nginx.conf"), "-p", str(self.base), "-g", "daemon off;"]
+        self.process = subprocess.Popen(command)
         wait_until(lambda: answers(self.port))
 
     def url(self, name: str) -> str:
@@ -261,33 +266,56 @@ class TestHTTP:
         nginx.put("slow/a.tar", content(5, 100 * KB))
         assert read(cache.fetch(url)) == content(5, 100 * KB)
 
-    def test_what_is_used_last_is_evicted_first(self, nginx: Server, cache: ShardCache) -> None:
+    def test_the_least_recently_used_file_is_evicted_first_and_never_one_that_is_open(
+        self, nginx: Server, cache: ShardCache
+    ) -> None:
         a, b, c, d, e = urls = [nginx.put(f"{name}.tar", content(n)) for n, name in enumerate("abcde")]  # three fit
         for url in (a, b, c):
             cache.fetch(url)
-        cache.plan([d, b, c, e])
-        cache.fetch(d)  # a stands in no plan
-        assert [os.path.exists(cache.path(url)) for url in urls] == [False, True, True, True, False]
-        cache.fetch(e)  # c is used after b
-        assert [os.path.exists(cache.path(url)) for url in urls] == [False, True, False, True, True]
-        cache.plan([])
-        cache.fetch(b)
-        cache.fetch(a)  # without plan: longest unused
-        assert [os.path.exists(cache.path(url)) for url in urls] == [True, True, False, False, True]
-
-    def test_the_plan_of_another_process_counts_until_it_ends(self, nginx: Server, cache: ShardCache) -> None:
-        a, b, c, d, e = (nginx.put(f"{name}.tar", content(n)) for n, name in enumerate("abcde"))
-        for url in (a, b, c):
-            cache.fetch(url)
-        process = PROCESSES.Process(target=plan_and_stay, args=(cache, [a]))
-        process.start()
-        wait_until(lambda: list(Path(cache.folder).glob("plans/*@other")))
+        descriptor = cache.open(a)
+        cache.fetch(c)
         cache.fetch(d)
+        assert [os.path.exists(cache.path(url)) for url in urls] == [True, False, True, True, False]
+        cache.fetch(e)
+        assert [os.path.exists(cache.path(url)) for url in urls] == [True, False, False, True, True]
+        os.close(descriptor)
+        cache.fetch(b)
+        assert [os.path.exists(cache.path(url)) for url in urls] == [False, True, False, True, True]
+
+    def test_a_file_that_another_process_needs_next_is_kept_until_that_process_ends(
+        self, nginx: Server, cache: ShardCache
+    ) -> None:
+        a, b, c, d, e = (nginx.put(f"{name}.tar", content(n)) for n, name in enumerate("abcde"))
+        ready = PROCESSES.Event()
+        process = PROCESSES.Process(target=prefetch_and_stay, args=(cache, a, ready))
+        process.start()
+        assert ready.wait(60)
+        for url in (b, c, d):
+            cache.fetch(url)
         assert os.path.exists(cache.path(a)) and not os.path.exists(cache.path(b))
         process.kill()
         process.join()
         cache.fetch(e)
         assert not os.path.exists(cache.path(a))
+
+    def test_everything_in_the_folder_counts(self, nginx: Server, cache: ShardCache) -> None:
+        a, b = (nginx.put(f"{name}.tar", content(n)) for n, name in enumerate("ab"))
+        kept = Path(cache.fetch_small(nginx.put("x.manifest", content(3, 350 * KB)), f"{cache.folder}/manifests/x") or "")
+        beside = Path(cache.fetch(a) + ".tokens.safetensors")
+        beside.write_bytes(content(4, 300 * KB))
+        cache.fetch(b)
+        held = sum(path.stat().st_size for path in Path(cache.folder).rglob("*") if path.is_file())
+        assert held <= cache.max_bytes and kept.exists() and os.path.exists(cache.path(b))
+
+    def test_a_file_that_is_needed_replaces_one_in_use_rather_than_wait_for_ever(
+        self, nginx: Server, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(remote, "STUCK_SECONDS", 0.5)
+        descriptors = [cache.open(nginx.put(f"{n}.tar", content(n))) for n in range(4)]  # three fit
+        assert [os.pread(descriptor, 2, 0) for descriptor in descriptors] == [b"0 ", b"1 ", b"2 ", b"3 "]
+        assert "raise data.cache_gigabytes" in caplog.text
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def test_a_file_too_large_for_the_cache_names_the_setting(self, nginx: Server, cache: ShardCache) -> None:
         kept = cache.fetch(nginx.put("a.tar", content(1)))
@@ -326,7 +354,7 @@ class TestHTTP:
     def test_the_next_files_are_fetched_while_one_is_used(self, nginx: Server, cache: ShardCache) -> None:
         urls = [nginx.put(f"{n}.tar", content(n, 200 * KB)) for n in range(8)]
         there = lambda: [os.path.exists(cache.path(url)) for url in urls]  # noqa: E731
-        prefetcher = Prefetcher(cache, ((url, 200 * KB, None) for url in urls), ahead=3)
+        prefetcher = Prefetcher(cache, ((n + 1, Wanted(url, 200 * KB)) for n, url in enumerate(urls)), ahead=3)
         try:
             wait_until(lambda: there() == [True] * 3 + [False] * 5)
             time.sleep(0.1)
@@ -338,12 +366,11 @@ class TestHTTP:
         finally:
             prefetcher.close()
         assert len(nginx.requests()) == 8
-        assert not list(Path(cache.folder).glob("plans/*"))
         assert not any(thread.is_alive() for thread in prefetcher._threads)
 
     def test_what_is_needed_sooner_makes_no_room_for_what_is_needed_later(self, nginx: Server, cache: ShardCache) -> None:
         urls = [nginx.put(f"{n}.tar", content(n, 400 * KB)) for n in range(4)]  # two fit
-        prefetcher = Prefetcher(cache, [(url, 400 * KB, None) for url in urls], ahead=4)
+        prefetcher = Prefetcher(cache, [(n + 1, Wanted(url, 400 * KB)) for n, url in enumerate(urls)], ahead=4)
         try:
             wait_until(lambda: len(whole_files(cache)) == 2)
             time.sleep(0.3)
@@ -359,7 +386,7 @@ class TestHTTP:
         self, nginx: Server, cache: ShardCache, caplog: pytest.LogCaptureFixture
     ) -> None:
         urls = [nginx.url("gone-0.tar"), nginx.url("gone-1.tar"), nginx.put("a.tar", content(1))]
-        prefetcher = Prefetcher(cache, ((url, None, None) for url in urls), threads=1)
+        prefetcher = Prefetcher(cache, ((1, Wanted(url)) for url in urls), threads=1)
         wait_until(lambda: os.path.exists(cache.path(urls[2])))
         prefetcher.close()
         assert [record.levelname for record in caplog.records if "fetched ahead" in record.message] == ["WARNING"]
@@ -368,7 +395,7 @@ class TestHTTP:
 
     def test_closing_a_prefetcher_ends_its_download(self, nginx: Server, cache: ShardCache) -> None:
         url = nginx.put("slow/a.tar", content(1, 900 * KB))  # takes four seconds
-        prefetcher = Prefetcher(cache, [(url, None, None)])
+        prefetcher = Prefetcher(cache, [(1, Wanted(url))])
         wait_until(lambda: bytes_held(cache) == 900 * KB)
         begun = time.monotonic()
         prefetcher.close()
@@ -408,12 +435,12 @@ class TestHTTP:
 def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Server, tmp_path: Path) -> None:
     import torch  # here: processes of other tests import this module, and need none of it
 
-    from pile_app.data.datamodule import PileDataModule, Source, _ShardsAhead
+    from pile_app.data.datamodule import PileDataModule, Source, shards_ahead
     from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.model.fused import make_vocabulary
 
     texts = (Document((Segment(f"text {n} " * 20),), str(n)) for n in range(600))
-    indexes = write_shards(texts, nginx.files / "set", "a", shard_bytes=30_000)
+    written = write_shards(texts, nginx.files / "set", "a", shard_bytes=30_000)
     tokenizer, here, there = ByteTokenizer(), str(nginx.files / "set/a-*.tar"), nginx.url("set/a-*.tar")
     vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, None, None)
     local, remote = (
@@ -423,17 +450,28 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
     for data in (local, remote):
         data.prepare_data()
         data.setup()
-    assert len(indexes) > 18 and whole_files(remote.cache) == []
-    ahead = _ShardsAhead(remote.train_data, remote.order, remote.cache, 0)
+    assert len(written.paths) > 18 and whole_files(remote.cache) == []
+    streams = range(remote.order.streams)
+    ahead = Prefetcher(remote.cache, shards_ahead(remote.train_data, remote.order, streams, 0, 10**6), ahead=16)
     try:
-        wait_until(lambda: len(whole_files(remote.cache)) == 16)  # two groups
-        ahead.advance_to(10**6)
-        wait_until(lambda: len(whole_files(remote.cache)) == len(indexes))
+        wait_until(lambda: len(whole_files(remote.cache)) == 16)
+        ahead.advance(10**6)
+        wait_until(lambda: len(whole_files(remote.cache)) == len(written.paths))
         for position in range(0, remote.order.packs_per_epoch, 7):
             assert torch.equal(*(data.train_dataset()[position].tokens for data in (local, remote)))
     finally:
         ahead.close()
-    assert sum(line.endswith(".tar 200") for line in nginx.requests("set/")) == len(indexes)
+    assert sum(line.endswith(".tar 200") for line in nginx.requests("set/")) == len(written.paths)
+
+
+@needs_nginx
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_each_node_fetches_its_part_of_an_epoch(tmp_path: Path, nodes: int) -> None:
+    from benchmarks.node_bytes import measure
+
+    fetched, total = measure(tmp_path, nodes, shards=48, workers=None)
+    assert max(fetched) <= 1.15 / nodes * total, [bytes_ / total for bytes_ in fetched]
+    assert sum(fetched) >= total, "every shard is read by some node"
 
 
 def fetch_whole(cache: ShardCache, url: str, expected: bytes) -> str:
@@ -442,8 +480,10 @@ def fetch_whole(cache: ShardCache, url: str, expected: bytes) -> str:
     return path
 
 
-def plan_and_stay(cache: ShardCache, urls: list[str]) -> None:
-    cache.plan(urls, "other")
+def prefetch_and_stay(cache: ShardCache, url: str, ready: Any) -> None:
+    Prefetcher(cache, [(1, Wanted(url))])
+    wait_until(lambda: os.path.exists(cache.path(url)))
+    ready.set()
     time.sleep(30)
 
 
@@ -667,3 +707,32 @@ class TestS3:
         with pytest.raises(ShardError, match=r"s3://shards/a\.tar.*tried 2 times"):
             cache.fetch("s3://shards/a.tar")
         type(s3).clear_instance_cache()
+
+    def test_pile_index_publishes_the_manifest(self, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from pile_app.cli import main
+        from pile_app.data.shards import Shards
+        from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
+
+        written = write_shards(
+            (Document((Segment(f"text {n} " * 20),), str(n)) for n in range(200)), tmp_path / "x", "x", 30_000
+        )
+        for path in written.paths:
+            s3.put(path, f"shards/published/{os.path.basename(path)}")
+        train_tokenizer(["text 1 2 3 4"] * 9, "bpe", 270, tmp_path / "t.json")
+        arguments = [
+            "s3://shards/published/x-*.tar",
+            "--tokenizer",
+            str(tmp_path / "t.json"),
+            "--cache",
+            str(tmp_path / "one"),
+            "--processes",
+            "1",
+        ]
+        main(["index", *arguments])
+        shown = capsys.readouterr().out
+        assert shown.startswith("200 samples: 200 documents; rejected: none; fields [txt]\n")
+        assert shown.endswith("s3://shards/published/x.manifest.safetensors\n")
+        other = ShardCache(tmp_path / "two", 1000 * KB)
+        found = Shards("s3://shards/published/x-*.tar", other, tokenizer=load_tokenizer(str(tmp_path / "t.json")))
+        assert len(found) == 200 and not whole_files(other), "no shard is fetched to count it"
+        assert found.document(7) == written.document(7) and len(whole_files(other)) == 1

@@ -15,19 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pile_app.data.index import load_index, save_arrays
 from pile_app.data.packing import sentence_ends
-from pile_app.data.shards import Shards, write_shards
-from pile_app.data.tar import ShardError
 from pile_app.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,
     clean_text,
     load_tokenizer,
-    text_tokens,
     train_tokenizer,
 )
-from pile_app.documents import ENCODED_EXTENSIONS, TEXT, BadSample, Codes, Document, Segment
 from pile_app.model.sampling import TextPieces
 
 CORPUS = ["The cat sat on the mat, the dog sat on the cat.", "Où est le chat ? 猫はどこ?  three\n\nthe the the"] * 4
@@ -283,97 +278,6 @@ def test_train_tokenizer_refuses_wrong_arguments(tmp_path: Path) -> None:
         train_tokenizer(CORPUS, "chars", 300, tmp_path / "t.json")  # type: ignore[arg-type]
 
 
-def _write(folder: Path, texts: list[str]) -> str:
-    image = Segment.from_image(np.zeros((4, 4, 3), np.uint8))
-    documents = [Document((image,)), *(Document((Segment(text), image, Segment("the"))) for text in texts)]
-    return write_shards(documents, folder, "a")[0].path
-
-
-def sidecars(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.tokens.*"))
-
-
-def test_token_counts_are_those_of_the_texts(tmp_path: Path, bpe: JsonTokenizer) -> None:
-    shards = Shards([_write(tmp_path, CORPUS[:2])])
-    counts = text_tokens(shards, 0, ByteTokenizer()).counts
-    assert counts.tolist() == [0, len(CORPUS[0]), 0, 3, len(CORPUS[1].encode()), 0, 3]
-    assert not sidecars(tmp_path)
-    expected = [0, bpe.count(CORPUS[0]), 0, bpe.count("the"), bpe.count(CORPUS[1]), 0, bpe.count("the")]
-    counts = text_tokens(shards, 0, bpe).counts
-    assert counts.dtype == np.int64
-    assert counts.tolist() == expected
-    assert [path.name for path in sidecars(tmp_path)] == [f"a-000000.tar.{bpe.fingerprint[:16]}.tokens.safetensors"]
-
-
-def test_training_reads_the_ids_that_were_kept_and_notices_damage(tmp_path: Path, bpe: JsonTokenizer) -> None:
-    path = _write(tmp_path, CORPUS)
-    shards = Shards([path])
-    texts = text_tokens(shards, 0, bpe)
-    for sample in range(1, len(CORPUS)):
-        read, plain = shards.document_to_train(0, sample, texts), shards.document(0, sample)
-        for segment, text in zip(read.segments, plain.segments, strict=True):
-            if text.modality == TEXT:
-                assert segment.ids is not None and segment.ids.tolist() == bpe.encode(text.text).tolist()
-            else:
-                assert segment.data == text.data
-    (sidecar,) = sidecars(tmp_path)
-    data = bytearray(sidecar.read_bytes())
-    data[data.index(texts.flat_ids.tobytes())] ^= 1  # in the first text
-    sidecar.write_bytes(data)
-    damaged = Shards([path])
-    texts = text_tokens(damaged, 0, bpe)
-    with pytest.raises(BadSample, match="damaged: remove the file"):
-        damaged.document_to_train(0, 1, texts)
-    assert damaged.document_to_train(0, 2, texts).segments[0].ids is not None
-
-
-def test_token_counts_are_read_back_until_the_shard_changes(
-    tmp_path: Path, bpe: JsonTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = _write(tmp_path, ["the cat"])
-    before = text_tokens(Shards([path]), 0, bpe).counts
-    with monkeypatch.context() as patch:
-        patch.setattr("pile_app.data.tokenizers._tokenize", lambda *_: pytest.fail("tokenized again"))
-        assert text_tokens(Shards([path]), 0, bpe).counts.tolist() == before.tolist()
-    _write(tmp_path, ["xyz wq."])  # as many samples, segments and bytes
-    after = text_tokens(Shards([path]), 0, bpe).counts
-    assert after[1] == bpe.count("xyz wq.") != before[1]
-
-
-LONG = ("Où est le chat ? The cat sat on the mat, 猫はどこ。 " * 12 + "\n\nthe the the, " * 9 + "\n") * 2
-
-
-@pytest.mark.parametrize("damage", ["cut off", "empty", "no header", "other lengths", "of another shard", "garbage"])
-def test_a_damaged_sidecar_is_made_anew(tmp_path: Path, bpe: JsonTokenizer, damage: str) -> None:
-    path = _write(tmp_path, [LONG, "the cat"])
-    right = text_tokens(Shards([path]), 0, bpe)
-    (sidecar,) = sidecars(tmp_path)
-    whole = sidecar.read_bytes()
-    few = {"counts": np.ones(2, "<u4"), "breaks": np.zeros(0, "<u4"), "crc": np.ones(2, "<u4"), "ids": np.ones(2, "<u2")}
-    many = {"counts": np.ones(7, "<u4"), "breaks": np.ones(99, "<u4"), "crc": np.ones(7, "<u4"), "ids": np.ones(7, "<u2")}
-    {
-        "cut off": lambda: sidecar.write_bytes(whole[:-3]),
-        "empty": lambda: sidecar.write_bytes(b""),
-        "no header": lambda: sidecar.write_bytes(bytes(8) + whole[8:]),
-        "other lengths": lambda: save_arrays(str(sidecar), few, {"shard": load_index(path).fingerprint}),
-        "of another shard": lambda: save_arrays(str(sidecar), many, {"shard": "0" * 32}),
-        "garbage": lambda: sidecar.write_bytes(b"\x93NUMPY" * 100),
-    }[damage]()
-    again = text_tokens(Shards([path]), 0, bpe)
-    assert again.counts.tolist() == right.counts.tolist()
-    assert {k: v.tolist() for k, v in again.breaks.items()} == {k: v.tolist() for k, v in right.breaks.items()}
-    assert sidecar.read_bytes() == whole
-
-
-def test_counting_a_damaged_shard_names_it(tmp_path: Path, bpe: JsonTokenizer) -> None:
-    path = _write(tmp_path, ["the cat sat"])
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data.replace(b"the cat sat", b"the cat sax"))
-    with pytest.raises(ShardError, match=r"a-000000\.tar.*cannot be tokenized.*pile index"):
-        text_tokens(Shards([path]), 0, bpe)
-    assert not sidecars(tmp_path)
-
-
 # Where a long text may be cut
 
 long_texts = st.lists(
@@ -394,45 +298,3 @@ def test_breaks_are_token_places_whose_prefix_is_the_text_before_them(bpe: JsonT
             else:  # a token reaches over the break, and is on its far side
                 reaching = int(tokenizer.token_bytes[ids[place]])
                 assert text[:end].startswith(before) and len(before.encode()) + reaching > len(text[:end].encode())
-
-
-def test_breaks_of_all_texts_are_kept_in_their_order(
-    tmp_path: Path, bpe: JsonTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = Segment.from_image(np.zeros((4, 4, 3), np.uint8))
-    made = bpe.encode(LONG)
-    places = np.array([[300, 600], [100, 200]])
-    codes = Codes(bpe.fingerprint, len(LONG.encode()), 0, made, places)
-    encoded = Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT])
-    documents = [
-        Document((Segment(LONG), image, Segment("short")), "a"),
-        Document((encoded, Segment(LONG[3:])), "b"),
-        Document((Segment(LONG[9:]), encoded), "c"),
-    ]
-    path = write_shards(documents, tmp_path, "a")[0].path
-    texts = {0: LONG, 4: LONG[3:], 5: LONG[9:]}
-    for at_once in (1, 1 << 20):
-        monkeypatch.setattr("pile_app.data.tokenizers.TOKENIZED_AT_ONCE", at_once)
-        for sidecar in sidecars(tmp_path):
-            sidecar.unlink()
-        found = text_tokens(Shards([path]), 0, bpe)
-        assert found.counts.tolist() == [
-            *(bpe.count(LONG), 0, bpe.count("short")),
-            *(len(made), bpe.count(LONG[3:])),
-            *(bpe.count(LONG[9:]), len(made)),
-        ]
-        assert found.breaks.keys() == {0, 3, 4, 5, 6}
-        for segment, text in texts.items():
-            ((_, expected),) = bpe.encode_all([text], [sentence_ends(text)])
-            assert len(expected) > 3 and found.breaks[segment].tolist() == expected.tolist()
-        assert found.breaks[3].tolist() == found.breaks[6].tolist() == [100, 200]
-    found = text_tokens(Shards([path]), 0, ByteTokenizer())
-    assert found.breaks[4].tolist() == [len(LONG[3 : 3 + end].encode()) for end in sentence_ends(LONG[3:])]
-
-
-def test_text_that_another_tokenizer_encoded_is_refused(tmp_path: Path, bpe: JsonTokenizer) -> None:
-    codes = Codes("ab" * 16, 3, 0, np.arange(3))
-    document = Document((Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT]),), "a")
-    path = write_shards([document], tmp_path, "a")[0].path
-    with pytest.raises(ShardError, match=r"a-000000\.tar.* encoded by tokenizer abab.*set model\.tokenizer"):
-        text_tokens(Shards([path]), 0, bpe)

@@ -22,7 +22,7 @@ SPEAKER = {marker: role for role, marker in ROLES.items()}
 def prepared(folder: Path, **options: Any) -> tuple[list[Document], list[dict[str, Any]]]:
     """The documents that `pile prepare --kind chat` makes of a folder, and what it left out."""
     output = folder.parent / "out"
-    prepare(folder, output, kind="chat", validation_share=0.0, processes=1, **options)
+    prepare(folder, output, kind="chat", validation_fraction=0.0, processes=1, **options)
     shards = Shards(expand_shards(str(output / "*.tar")))
     documents = [shards.document(shard, n) for shard in range(len(shards)) for n in range(len(shards.index(shard)))]
     return documents, [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]

@@ -1,23 +1,28 @@
-"""Own data to shards: every reader, every reason, and the promises of the split."""
+"""`pile prepare`: the balance, field maps, splits, labels and long sounds, through `prepare` and the command."""
 
-import gzip
-import io
+from __future__ import annotations
+
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from collections import Counter
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import yaml
-import zstandard
 
-from pile_app.data.index import load_index
-from pile_app.data.shards import Shards, expand_shards, write_shards
-from pile_app.documents import Codes, Document, Segment
-from pile_app.prepare.files import pieces_of
+from pile_app.documents import Document, Segment
+from pile_app.fields import document_from_sample
+from pile_app.media import audio_size
 from pile_app.prepare.pipeline import Summary, prepare
 
 RATE = 8000
@@ -32,12 +37,6 @@ def sound(number: int = 0, seconds: float = 0.1, extension: str = "flac") -> byt
     return Segment.from_audio(wave, RATE, extension).file
 
 
-def float_wav(samples: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, samples, RATE, "FLOAT", format="WAV")
-    return file.getvalue()
-
-
 def write(folder: Path, files: Mapping[str, Any]) -> Path:
     for name, data in files.items():
         path = folder / name
@@ -46,9 +45,19 @@ def write(folder: Path, files: Mapping[str, Any]) -> Path:
     return folder
 
 
+def lines(*records: Mapping[str, Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def read(output: Path, pattern: str = "*.tar") -> list[Document]:
-    shards = Shards(expand_shards(str(output / pattern)))
-    return [shards.document(shard, sample) for shard in range(len(shards)) for sample in range(len(shards.index(shard)))]
+    """The documents of shards, by `tarfile` alone."""
+    documents = []
+    for path in sorted(output.glob(pattern)):
+        with tarfile.open(path) as tar:
+            members = [(*member.name.split(".", 1), tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        for key, files in groupby(members, lambda member: member[0]):
+            documents.append(document_from_sample(key, {name: data for _, name, data in files}))
+    return documents
 
 
 def texts(output: Path, pattern: str = "*.tar") -> list[str]:
@@ -62,330 +71,340 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def rejected(output: Path) -> dict[str, str]:
     """Reason by file."""
-    lines = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
-    assert all(set(line) == {"source", "file", "reason", "detail"} for line in lines)
-    return {line["file"]: line["reason"] for line in lines}
+    found = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"source", "file", "reason", "detail", "excerpt"} for line in found)
+    return {line["file"]: line["reason"] for line in found}
 
 
 def run(folder: Path, output: Path, **options: Any) -> Summary:
-    return prepare(folder, output, **{"validation_share": 0.0, "processes": 1} | options)
+    return prepare(folder, output, **{"validation_fraction": 0.0, "processes": 1} | options)
 
 
-def test_text_files_are_documents(tmp_path: Path) -> None:
-    folder = write(tmp_path / "My Notes", {"b.txt": "two  \r\n", "a/x.md": "\ufeffe\u0301", "a.rst": "one", "a/y.bin": "?"})
-    summary = run(folder, tmp_path / "out")
-    assert texts(tmp_path / "out") == ["one", "two\n", "é"]
-    assert [document.meta["file"] for document in read(tmp_path / "out")] == ["a.rst", "b.txt", "a/x.md"]
-    assert list(summary.sources) == ["my-notes"]
-    assert summary.sources["my-notes"]["train"].text_bytes == 3 + 4 + 2
-    assert rejected(tmp_path / "out") == {"a/y.bin": "ignored_extension"}
+# -- balance
 
 
-def test_clean_can_be_turned_off(tmp_path: Path) -> None:
-    folder = write(tmp_path / "in", {"a.txt": "two  \r\n"})
-    run(folder, tmp_path / "out", clean=False)
-    assert texts(tmp_path / "out") == ["two  \r\n"]
-
-
-def test_long_text_files_are_cut_at_blank_lines(tmp_path: Path) -> None:
-    paragraphs = [f"paragraph {number}: " + "é" * (number % 40 + 1) for number in range(200)]
-    folder = write(tmp_path / "in", {"a.txt": "\n\n".join(paragraphs)})
-    run(folder, tmp_path / "out", document_bytes=512)
-    pieces = texts(tmp_path / "out")
-    assert len(pieces) > 10
-    assert "".join(pieces) == "\n\n".join(paragraphs)
-    assert all(piece.startswith("paragraph") and len(piece.encode()) <= 512 for piece in pieces)
-
-
-@pytest.mark.parametrize("data", [b"", b"ab cd\n" * 9, "猫".encode() * 40, b"x" * 64, b"\x80" * 70, b"a\n\n" + b"b" * 61])
-def test_pieces_are_the_file(data: bytes) -> None:
-    pieces = list(pieces_of(io.BytesIO(data), len(data), 16))
-    assert b"".join(pieces) == data
-    assert all(0 < len(piece) <= 16 for piece in pieces) or data == b""
-    if data[:1] != b"\x80":
-        assert all(piece.decode() for piece in pieces) or data == b""
-
-
-PILE = "".join(
-    json.dumps({"text": text, "meta": {"pile_set_name": name, "id": 7}}) + "\n"
-    for name, text in [("Pile-CC", "web one"), ("Wikipedia (en)", "wiki one"), ("Pile-CC", "web two")]
-).encode()
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("pile/00.jsonl", PILE),
-        ("pile/00.jsonl.gz", gzip.compress(PILE)),
-        ("pile/00.jsonl.zst", zstandard.compress(PILE)),
-        ("pile/00.jsonl.zst", zstandard.compress(PILE[:40]) + zstandard.compress(PILE[40:])),
-    ],
-    ids=["plain", "gz", "zst", "zst of two frames"],
-)
-def test_pile_layout_gives_a_source_a_component(tmp_path: Path, name: str, data: bytes) -> None:
-    write(tmp_path, {name: data})
-    for number, given in enumerate((tmp_path / "pile", tmp_path / name)):  # the folder, the file alone
-        output = tmp_path / f"out{number}"
-        summary = run(given, output)
-        assert sorted(summary.sources) == ["pile-cc", "wikipedia-en"]
-        assert texts(output, "pile-cc-train-*.tar") == ["web one", "web two"]
-        assert texts(output, "wikipedia-en-train-*.tar") == ["wiki one"]
-        assert read(output, "wikipedia-en-*.tar")[0].meta == {
-            "pile_set_name": "Wikipedia (en)",
-            "id": 7,
-            "file": f"{name[5:]}:2",
-        }
-
-
-def test_bad_lines_and_damaged_files_are_counted(tmp_path: Path) -> None:
-    lines = [
-        b'{"text": "good"}',
-        b"{",
-        b'{"txt": "x"}',
-        b"[1]",
-        b'{"text": "\xff"}',
-        b'{"text": " \\n"}',
-        b'{"text": "\\ud800"}',
-    ]
-    many = "".join(json.dumps({"text": f"{number} {hash(str(number))}"}) + "\n" for number in range(5000)).encode()
+def test_everything_that_was_read_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"text": f"text {n % 8}", "url": "u", "tags": ["a"]} for n in range(10)]
     files = {
-        "a.jsonl": b"\n\n".join(lines),
-        "b.jsonl.zst": zstandard.compress(many)[:-9],
-        "c.jsonl.gz": gzip.compress(many)[:-9],
-    }
-    summary = run(write(tmp_path / "in", files), tmp_path / "out")
-    reasons = rejected(tmp_path / "out")
-    expected = {3: "invalid_json", 5: "no_text", 7: "no_text", 9: "invalid_utf8", 11: "empty_text", 13: "invalid_utf8"}
-    assert {f"a.jsonl:{line}": reason for line, reason in expected.items()}.items() <= reasons.items()
-    assert reasons["b.jsonl.zst"] == reasons["c.jsonl.gz"] == "damaged_file"
-    assert texts(tmp_path / "out")[0] == "good"
-    assert summary.rejected["damaged_file"] == 2
-
-
-def test_images_with_and_without_captions(tmp_path: Path) -> None:
-    files = {"cats/a.png": image(1), "cats/a.txt": "a cat\n", "cats/b.PNG": image(2), "cats/read me.txt": "not a caption"}
-    folder = write(tmp_path / "pets", files)
-    summary = run(folder, tmp_path / "out", kind="images")
-    with_caption, alone = read(tmp_path / "out")
-    assert with_caption.segments == (Segment(image(1), "png"), Segment("a cat"))
-    assert not with_caption.ordered  # training draws the order of image and caption anew in every epoch
-    assert alone.segments == (Segment(image(2), "png"),)
-    assert load_index(str(tmp_path / "out" / "pets-train-000000.tar")).flags.tolist() == [1, 0]
-    assert summary.sources["pets"]["train"].images == 2
-    assert rejected(tmp_path / "out") == {"cats/read me.txt": "ignored_extension"}
-
-    run(folder, tmp_path / "named", kind="images", caption_from_folder=True)
-    assert texts(tmp_path / "named") == ["a cat", "cats"]
-
-
-def test_auto_joins_what_shares_a_name_and_reads_the_rest(tmp_path: Path) -> None:
-    files = {
-        "frog.png": image(1),
-        "frog.flac": sound(),
-        "frog.txt": "A frog.",
-        "story.txt": "Once ...",
-        "x.jsonl": '{"text": "y"}',
-    }
-    summary = run(write(tmp_path / "in", files), tmp_path / "out")
-    assert [[segment.extension for segment in document.segments] for document in read(tmp_path / "out")] == [
-        ["flac", "png", "txt"],
-        ["txt"],
-        ["txt"],
-    ]
-    tally = summary.sources["in"]["train"]
-    assert (tally.documents, tally.images, tally.audio_seconds) == (3, 1, pytest.approx(0.1))
-
-
-def test_recordings_with_transcripts(tmp_path: Path) -> None:
-    files = {"0.flac": sound(0), "0.txt": "zero", "1.wav": sound(1, extension="wav"), "1.txt": "one"}
-    summary = run(write(tmp_path / "in", files), tmp_path / "out", kind="audio")
-    assert [document.segments for document in read(tmp_path / "out")] == [
-        (Segment(sound(0), "flac"), Segment("zero")),
-        (Segment(sound(1, extension="wav"), "wav"), Segment("one")),
-    ]
-    assert summary.sources["in"]["train"].audio_seconds == pytest.approx(0.2)
-
-
-def test_tables_name_the_files_that_are_read(tmp_path: Path) -> None:
-    files = {
-        "train.tsv": 'client\tpath\tsentence\nx\t1.flac\tHe said "no\nx\t2.flac\tsecond\nx\tmissing.flac\tthird\nx\t\tfourth\n',
-        "clips/1.flac": sound(1),
-        "clips/2.flac": sound(2),
-        "clips/3.flac": sound(3),
-        "pictures/list.csv": 'Image,Caption\na.png,"red, green"\nb.png,\n',
-        "pictures/a.png": image(1),
-        "pictures/b.png": image(2),
-        "other.csv": "a,b\n1,2\n",
-    }
-    run(write(tmp_path / "in", files), tmp_path / "out")
-    assert sorted(texts(tmp_path / "out")) == ['He said "no', "red, green", "second"]
-    assert rejected(tmp_path / "out") == {
-        "train.tsv:4": "missing_file",
-        "train.tsv:5": "missing_file",
-        "clips/3.flac": "not_in_table",
-        "pictures/list.csv:3": "empty_text",
-        "other.csv": "no_file_column",
-    }
-    assert not any(document.ordered for document in read(tmp_path / "out"))
-
-
-def test_bad_media_and_texts_are_counted_by_reason(tmp_path: Path) -> None:
-    silence, nan = np.zeros(800, np.float32), np.full(800, np.nan, np.float32)
-    files = {
-        "good.png": image(1),
-        "broken.png": image(2)[:-20],
-        "not.jpg": b"hello",
-        "silent.wav": float_wav(silence),
-        "nan.wav": float_wav(nan),
-        "empty.wav": float_wav(silence[:0]),
-        "neither.ogg": b"hello",
-        "long.flac": sound(seconds=2.0),
-        "latin.txt": "é".encode("latin-1"),
-        "nothing.txt": "",
-        "blank.md": " \n\u00a0",
-        "captioned.png": image(3),
-        "captioned.txt": b"\xff",
-        "kind.gif": b"GIF",
-        ".git/readme.txt": "hidden",
-    }
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "link").symlink_to(tmp_path)
-    (tmp_path / "in" / "good-link.png").symlink_to("good.png")
-    summary = run(write(tmp_path / "in", files), tmp_path / "out", max_audio_seconds=1.0)
-    assert rejected(tmp_path / "out") == {
-        "broken.png": "undecodable_image",
-        "not.jpg": "undecodable_image",
-        "silent.wav": "silent_audio",
-        "nan.wav": "nan_audio",
-        "empty.wav": "empty_audio",
-        "neither.ogg": "undecodable_audio",
-        "long.flac": "audio_too_long",
-        "latin.txt": "invalid_utf8",
-        "nothing.txt": "empty_text",
-        "blank.md": "empty_text",
-        "captioned.png": "invalid_utf8",
-        "kind.gif": "ignored_extension",
-        ".git": "ignored_folder",
-        "link": "ignored_folder",
-        "good-link.png": "ignored_link",
-    }
-    assert summary.documents == 1
-    assert summary.rejected == Counter(rejected(tmp_path / "out").values())
-    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["rejected"] == dict(summary.rejected)
-
-
-def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
-    files = {
-        "a.txt": "same",
-        "b/c.txt": "same  ",
-        "d.png": image(1),
-        "e.png": image(1),
-        "f.png": image(1),
-        "f.txt": "captioned",
-    }
-    summary = run(write(tmp_path / "in", files), tmp_path / "out")
-    assert summary.documents == 3
-    assert rejected(tmp_path / "out") == {"b/c.txt": "duplicate", "e.png": "duplicate"}
-    assert run(tmp_path / "in", tmp_path / "all", exact_duplicates=False).documents == 5
-
-
-def test_rejected_samples_are_kept_for_review(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": "same"})] * 30 + ["{broken"]
-    files = {"a.jsonl": "\n".join(lines), "small.png": image(1), "small.txt": "a caption"}
-    summary = run(write(tmp_path / "in", files), tmp_path / "out", min_image_size=6)
-    assert summary.rejected == {"duplicate": 29, "invalid_json": 1, "image_too_small": 1}
-    folder = tmp_path / "out" / "rejected"
-    kept = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
-    assert {reason: len(samples) for reason, samples in kept.items()} == {
-        "duplicate": 20, "image_too_small": 1, "invalid_json": 1,
+        "a.jsonl": lines(*records) + "{broken\n",
+        "photos/0.png": image(0), "photos/0.txt": "zero", "photos/1.png": b"\x89PNG damaged", "photos/1.txt": "one",
+        "thing.docx": "?",
     }  # fmt: skip
-    assert kept["invalid_json"][0]["segments"] == [{"text": "{broken"}]
-    picture, caption = kept["image_too_small"][0]["segments"]
-    assert ((folder / picture["file"]).read_bytes(), caption) == (image(1), {"text": "a caption"})
-    assert kept["duplicate"][0]["file"] == "a.jsonl:2"
+    summary = run(write(tmp_path / "in", files), tmp_path / "out")
+    balance = json.loads((tmp_path / "out" / "dataset.json").read_text())["balance"]
+    assert balance == summary.balance()
+    assert (balance["samples"], balance["documents"], balance["rejected"]) == (13, 9, 4)
+    assert summary.rejected == {"duplicate": 2, "invalid_json": 1, "undecodable_image": 1}
+    assert balance["fields"] == balance["used"] + balance["unused"] == 10 * 3 + 4
+    assert balance["unused_fields"] == {"tags": 10, "url": 10}
+    assert sum(balance["files_not_read"].values()) == 1
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 4 + 1
+    said = capsys.readouterr().err
+    for line in (
+        "fields: [text]",
+        "fields: [png, txt, shuffle]",
+        "samples: 13 read",
+        "= 9 documents + 4 rejected",
+        "url: 10 unused",
+    ):
+        assert line in said
 
 
-def test_a_document_stays_on_its_side_whatever_is_added(tmp_path: Path) -> None:
+def test_a_sample_that_is_lost_uncounted_is_a_bug_that_ends_the_preparation(tmp_path: Path) -> None:
+    summary = Summary(tmp_path)
+    summary.counts["read:table"] = 2
+    with pytest.raises(AssertionError, match="2 samples"):
+        summary.balance()
+
+
+def test_rejected_samples_can_be_recognized(tmp_path: Path) -> None:
+    records = {"a.jsonl": lines({"text": "good"}, {"text": "good too"}, {"number": 7})}
+    run(write(tmp_path / "in", records), tmp_path / "out")
+    (line,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert line["file"] == "a.jsonl:3" and line["reason"] == "missing_field" and line["excerpt"] == "number: 7"
+
+
+# -- field maps
+
+
+def test_a_field_map_may_be_given_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"premise": f"it rains {n}", "hypothesis": "it is wet", "gold": 1, "text": "not asked for"} for n in range(3)]
+    fields = "[{text: premise, loss: false}, hypothesis, {label: gold}]"
+    run(write(tmp_path / "in", {"a.jsonl": lines(*records)}), tmp_path / "out", fields=fields)
+    first = read(tmp_path / "out")[0]
+    assert [(one.text, one.loss) for one in first.segments] == [("it rains 0", False), ("it is wet", True)]
+    assert first.meta["label"] == "1"
+    described = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert described["fields"] == [f"{fields}  (given)"] and described["balance"]["unused_fields"] == {"text": 3}
+    assert f"fields: {fields}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="fields: 'wrong: \\[' is not YAML"):
+        run(tmp_path / "in", tmp_path / "other", fields="wrong: [")
+
+
+def test_tables_of_different_columns_have_field_maps_of_their_own(tmp_path: Path) -> None:
+    files = {
+        "one.jsonl": lines({"text": "first text"}, {"text": "second text"}),
+        "two.jsonl": lines({"question": "what?", "answer": "that"}),
+        "in/three-00.jsonl": lines(*({"content": f"content {n}"} for n in range(3))),
+        "in/three-01.jsonl": lines({"content": "content 4", "extra": 1}),
+    }
+    summary = run(write(tmp_path / "in", files), tmp_path / "out")
+    assert sorted(map(len, (document.segments for document in read(tmp_path / "out")))) == [1] * 6 + [2]
+    assert {line.partition("  ")[0] for line in summary.maps} == {
+        "[text]",
+        "[{text: question, loss: false}, answer]",
+        "[content]",
+    }
+    assert summary.balance()["unused_fields"] == {"extra": 1}
+
+
+def test_pictures_and_captions_of_one_folder_and_texts_of_another(tmp_path: Path) -> None:
+    pairs = {f"photos/{n}.png": image(n) for n in range(9)} | {f"photos/{n}.txt": f"photo {n}" for n in range(8)}
+    summary = run(
+        write(tmp_path / "in", pairs | {f"stories/{n}.txt": f"Once upon a time there was a story, {n}." for n in range(3)}),
+        tmp_path / "out",
+    )
+    kinds = Counter(tuple(segment.extension for segment in document.segments) for document in read(tmp_path / "out"))
+    assert kinds == {("png", "txt"): 8, ("png",): 1, ("txt",): 3}
+    assert not any(document.ordered for document in read(tmp_path / "out") if len(document.segments) > 1)
+    assert not summary.rejected
+
+
+# -- labels
+
+
+def classes(output: Path) -> list[tuple[list[str], str]]:
+    return [([segment.text for segment in document.segments], document.meta["label"]) for document in read(output)]
+
+
+def test_a_label_is_not_learned_unless_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(
+        tmp_path / "in", {"a.jsonl": lines(*({"text": f"text {n}", "label": "no" if n % 2 else "yes"} for n in range(4)))}
+    )
+    summary = run(folder, tmp_path / "out")
+    assert classes(tmp_path / "out")[:2] == [(["text 0"], "yes"), (["text 1"], "no")]
+    assert summary.labels == ["no", "yes"]
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["objective"]["init_args"]["labels"] == ["no", "yes"]
+    assert set(printed["data"]["sources"]) == {"in"}
+    run(folder, tmp_path / "learned", learn_label=True)
+    assert classes(tmp_path / "learned")[0] == (["text 0", "yes"], "yes")
+    run(folder, tmp_path / "only", learn_label=True, label_loss_only=True)
+    assert [segment.loss for segment in read(tmp_path / "only")[0].segments] == [False, True]
+    with pytest.raises(ValueError, match="label_loss_only needs learn_label"):
+        run(folder, tmp_path / "wrong", label_loss_only=True)
+
+
+def test_names_are_given_to_the_labels_that_there_are(tmp_path: Path) -> None:
+    """AG News: labels 1 to 4; names were given to 0 to 3, and a quarter of the rows was dropped."""
+    records = [{"label": n % 4 + 1, "title": f"title {n}", "description": f"description {n}"} for n in range(12)]
+    records += [{"label": 10, "title": "last", "description": "of ten"}] * 2
+    folder = write(tmp_path / "in", {"a.jsonl": lines(*records)})
+    names = ["World", "Sports", "Business", "Sci/Tech", "Ten"]
+    summary = run(folder, tmp_path / "out", label_names=names, exact_duplicates=False)
+    found = classes(tmp_path / "out")
+    assert [label for _, label in found] == names[:4] * 3 + ["Ten"] * 2 and found[0][0] == ["title 0", "description 0"]
+    assert summary.labels == names and not summary.rejected
+    run(folder, tmp_path / "learned", label_names=names, learn_label=True)
+    assert classes(tmp_path / "learned")[1] == (["title 1", "description 1", "Sports"], "Sports")
+    with pytest.raises(ValueError, match=r"2 names \(a, b\) to 5 labels \(1, 2, 3, 4, 10\)"):
+        run(folder, tmp_path / "wrong", label_names=["a", "b"])
+    run(folder, tmp_path / "wrong", label_names=names)  # nothing has to be read again
+    assert content(tmp_path / "wrong")["in-train-000000.tar"] != b""
+
+
+def test_a_label_may_be_another_column_or_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"a.jsonl": lines({"text": "fine film", "stars": 5}, {"text": "bad film"})})
+    summary = run(tmp_path / "in", tmp_path / "out", label="stars")
+    assert classes(tmp_path / "out") == [(["fine film"], "5")] and summary.rejected == {"no_label": 1}
+    write(tmp_path / "folders", {"pos/0.txt": "fine", "neg/0.txt": "bad", "1.txt": "nowhere"})
+    summary = run(tmp_path / "folders", tmp_path / "out2", label_from_folder=True)
+    assert sorted(classes(tmp_path / "out2")) == [(["bad"], "neg"), (["fine"], "pos")] and summary.of("unread") == {
+        "no_label": 1
+    }
+
+
+# -- splits
+
+
+@pytest.mark.parametrize(("documents", "expected"), [(4, 0), (5, 1), (43, 8), (160, 32), (400, 32), (1000, 50)])
+def test_the_default_validation_split_is_useful(tmp_path: Path, documents: int, expected: int) -> None:
+    """5 %, at least 32, at most 20 %: 1 % of 43 recordings was none."""
+    folder = write(tmp_path / "in", {"a.jsonl": lines(*({"text": f"text {n}"} for n in range(documents)))})
+    sources = prepare(folder, tmp_path / "out", processes=1).sources["in"]
+    assert (sources["validation"].documents if expected else 0) == expected == documents - sources["train"].documents
+
+
+def test_a_set_without_validation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(write(tmp_path / "in", {"a.txt": "a"}), tmp_path / "out", processes=1)
+    assert "in has no validation documents: set --validation-fraction" in capsys.readouterr().err
+
+
+def test_a_group_is_in_one_split(tmp_path: Path) -> None:
+    records = [{"text": f"text {n}", "speaker": f"speaker {n % 23}"} for n in range(230)]
+    prepare(write(tmp_path / "in", {"a.jsonl": lines(*records)}), tmp_path / "out", processes=1)
+    groups = [{one.meta["group"] for one in read(tmp_path / "out", f"*-{split}-*.tar")} for split in ("train", "validation")]
+    assert len(groups[0] | groups[1]) == 23 and not groups[0] & groups[1]
+    assert 32 <= len(read(tmp_path / "out", "*-validation-*.tar")) <= 46
+
+
+def test_given_splits_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"{name}.jsonl": lines(*({"text": f"{name} {n}"} for n in range(40))) for name in ("train", "validation", "test")}
+    prepare(write(tmp_path / "in", files), tmp_path / "out", processes=1)
+    for split in ("train", "validation", "test"):
+        assert {text.split()[0] for text in texts(tmp_path / "out", f"*-{split}-*.tar")} == {split}
+    assert set(yaml.safe_load(capsys.readouterr().out)["data"]["sources"]["in"]) == {"train", "validation"}
+    mixed = prepare(tmp_path / "in", tmp_path / "mixed", processes=1, given_splits=False)
+    assert set(mixed.sources["in"]) == {"train", "validation"} and mixed.sources["in"]["validation"].documents == 24
+
+
+def test_evaluation_sets_are_not_learned_where_no_training_set_is_named(tmp_path: Path) -> None:
+    files = {f"{name}.jsonl": lines(*({"text": f"{name} {n}"} for n in range(10))) for name in ("reviews", "reviews-test")}
+    sources = prepare(write(tmp_path / "in", files), tmp_path / "out", processes=1).sources["in"]
+    assert {split: tally.documents for split, tally in sources.items()} == {"train": 8, "validation": 2, "test": 10}
+    files = {f"{name}/a.jsonl": lines({"text": name}) for name in ("dev-clean", "test-clean")}
+    assert set(prepare(write(tmp_path / "two", files), tmp_path / "out2", processes=1).sources["two"]) == {"validation", "test"}
+
+
+def test_a_column_may_name_the_split_and_a_missing_validation_split_is_drawn_from_training(tmp_path: Path) -> None:
+    records = [{"text": f"text {n}", "split": "test" if n < 10 else "train"} for n in range(110)]
+    sources = prepare(write(tmp_path / "in", {"a.jsonl": lines(*records)}), tmp_path / "out", processes=1).sources["in"]
+    assert {split: tally.documents for split, tally in sources.items()} == {"train": 80, "validation": 20, "test": 10}
+    assert sorted(texts(tmp_path / "out", "*-test-*.tar")) == [f"text {n}" for n in range(10)]
+
+
+def test_with_a_fraction_a_document_stays_in_its_split_whatever_is_added(tmp_path: Path) -> None:
     few = {f"{number}.txt": f"text {number}" for number in range(0, 200, 2)}
     many = few | {f"{number}.txt": f"text {number}" for number in range(200)}
     for name, files in {"few": few, "many": many}.items():
-        run(write(tmp_path / name, files), tmp_path / f"{name}-out", validation_share=0.3)
+        run(write(tmp_path / name, files), tmp_path / f"{name}-out", validation_fraction=0.3)
     sides = {
         name: {split: set(texts(tmp_path / f"{name}-out", f"{name}-{split}-*.tar")) for split in ("train", "validation")}
         for name in ("few", "many")
     }
-    assert sides["few"]["train"] < sides["many"]["train"]
-    assert sides["few"]["validation"] < sides["many"]["validation"]
-    assert not sides["many"]["train"] & sides["many"]["validation"]
-    assert 30 < len(sides["many"]["validation"]) < 90
-    run(tmp_path / "many", tmp_path / "other", validation_share=0.3, seed=1)
+    assert sides["few"]["train"] < sides["many"]["train"] and sides["few"]["validation"] < sides["many"]["validation"]
+    assert not sides["many"]["train"] & sides["many"]["validation"] and 30 < len(sides["many"]["validation"]) < 90
+    run(tmp_path / "many", tmp_path / "other", validation_fraction=0.3, seed=1)
     assert set(texts(tmp_path / "other", "many-validation-*.tar")) != sides["many"]["validation"]
 
 
-def test_captions_of_one_image_are_on_one_side(tmp_path: Path) -> None:
-    rows = "".join(f"{number}.png,caption {caption}\n" for number in range(12) for caption in range(5))
-    files = {"list.csv": "file,caption\n" + rows} | {f"{number}.png": image(number) for number in range(12)}
-    run(write(tmp_path / "in", files), tmp_path / "out", validation_share=0.5)
-    train, validation = (
-        Counter(document.segments[0].file for document in read(tmp_path / "out", f"in-{split}-*.tar"))
-        for split in ("train", "validation")
+def test_texts_with_two_labels_and_images_with_several_captions_are_in_one_split(tmp_path: Path) -> None:
+    rows = lines(*({"text": str(n // 2), "label": n % 2} for n in range(200)))
+    run(write(tmp_path / "in", {"all.jsonl": rows}), tmp_path / "out", validation_fraction=0.5)
+    sides = [set(texts(tmp_path / "out", f"*-{split}-*.tar")) for split in ("train", "validation")]
+    assert len(sides[0] | sides[1]) == 100 and not sides[0] & sides[1]
+    photos = {f"{caption}/{n}.png": image(n) for n in range(12) for caption in range(3)}
+    captions = {f"{caption}/{n}.txt": f"caption {caption}" for n in range(12) for caption in range(3)}
+    run(write(tmp_path / "photos", photos | captions), tmp_path / "out2", validation_fraction=0.5)
+    files = [{one.segments[0].file for one in read(tmp_path / "out2", f"*-{split}-*.tar")} for split in ("train", "validation")]
+    assert len(files[0] | files[1]) == 12 and not files[0] & files[1]
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
+    photos = {"d/d.png": image(1), "d/e.png": image(1), "d/f.png": image(1), "d/f.txt": "captioned"}
+    files = photos | {"a.txt": "same", "b/c.txt": "same  "}
+    summary = run(write(tmp_path / "in", files), tmp_path / "out")
+    assert summary.documents == 4 - 1 and sorted(summary.rejected.elements()) == ["duplicate"] * 2
+    assert run(tmp_path / "in", tmp_path / "all", exact_duplicates=False).documents == 5
+
+
+def test_of_equal_documents_that_of_the_evaluation_set_is_kept(tmp_path: Path) -> None:
+    files = {f"{name}.jsonl": lines({"text": "same"}, {"text": name}) for name in ("a-train", "b-validation", "c-test")}
+    run(write(tmp_path / "in", files), tmp_path / "out")
+    assert texts(tmp_path / "out", "*-test-*.tar") == ["same", "c-test"]
+    assert rejected(tmp_path / "out") == {"a-train.jsonl:1": "duplicate", "b-validation.jsonl:1": "duplicate"}
+
+
+# -- long sounds
+
+
+def seconds(document: Document) -> float:
+    samples, rate = audio_size(document.segments[0].file)
+    return samples / rate
+
+
+def test_a_long_sound_is_cut_with_its_part_of_the_transcript(tmp_path: Path) -> None:
+    """A Whisper-style JSON: the sound is not lost, and each piece has its words."""
+    parts = [{"start": 2.0 * n, "end": 2.0 * n + 1.6, "text": f" part {n}."} for n in range(10)]
+    whisper = {"text": "".join(part["text"] for part in parts), "segments": parts, "speaker": "ann"}
+    files = {
+        "a.flac": sound(1, 20.0),
+        "a.json": json.dumps(whisper),
+        "b.flac": sound(2, 2.0),
+        "b.json": json.dumps({"text": "short"}),
+    }
+    summary = run(write(tmp_path / "in", files), tmp_path / "out", max_audio_seconds=6.0)
+    *pieces, short = read(tmp_path / "out")
+    assert [piece.segments[1].text for piece in pieces] == ["part 0. part 1. part 2.", "part 3. part 4. part 5.",
+                                                            "part 6. part 7. part 8.", "part 9."]  # fmt: skip
+    assert all(seconds(piece) <= 6.0 for piece in pieces) and sum(map(seconds, pieces)) > 19
+    assert {piece.meta["group"] for piece in pieces} == {"ann"} and pieces[1].meta["start_seconds"] == pytest.approx(
+        5.8, abs=0.05
     )
-    assert not train.keys() & validation.keys()
-    assert set((train + validation).values()) == {5}
+    assert short.segments[1].text == "short" and summary.of("pieces").total() == 3 and not summary.rejected
+
+
+def test_a_long_sound_without_text_is_cut_at_silence(tmp_path: Path) -> None:
+    wave = np.where(np.arange(20 * RATE) % (2 * RATE) < RATE // 2, 0, 0.5) * np.sin(np.arange(20 * RATE) / 5)
+    files = {"a.flac": Segment.from_audio(wave, RATE).file, "b.flac": sound(1, 1.0)}
+    summary = run(write(tmp_path / "in", files), tmp_path / "out", max_audio_seconds=7.0)
+    lengths = [seconds(document) for document in read(tmp_path / "out")]
+    assert sum(lengths) == pytest.approx(21) and max(lengths) <= 7 and summary.of("pieces").total() == len(lengths) - 2 >= 2
+    assert len({document.meta["file"] for document in read(tmp_path / "out")}) == 2
+
+
+def test_a_part_of_a_transcript_that_is_too_long_to_be_cut_is_kept_whole_up_to_a_minute(tmp_path: Path) -> None:
+    whisper = json.dumps({"text": "a b", "segments": [{"start": 0, "end": 40, "text": "a b"}]})
+    run(write(tmp_path / "in", {"a.flac": sound(1, 40.0), "a.json": whisper}), tmp_path / "out")
+    assert texts(tmp_path / "out") == ["a b"]
+
+
+def test_a_transcript_without_times_goes_with_sounds_of_up_to_a_minute(tmp_path: Path) -> None:
+    """LibriSpeech's longest utterances take 35 s; what is longer is counted."""
+    files = {"a.flac": sound(1, 35.0), "a.txt": "long", "b.flac": sound(2, 61.0), "b.txt": "too long"}
+    summary = run(write(tmp_path / "in", files), tmp_path / "out")
+    assert texts(tmp_path / "out") == ["long"] and summary.rejected == {"audio_too_long": 1}
+    assert run(tmp_path / "in", tmp_path / "more", max_audio_seconds=70).documents == 2
+
+
+# -- the output
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {f"{number}.txt": f"text {number} " * 900 for number in range(30)}
-    folder = write(tmp_path / "in", files | {"a.png": image(1), "a.wav": sound(extension="wav"), "bad.png": b"bad"})
+    folder = write(tmp_path / "in", files | {"a.png": image(1), "b.wav": sound(extension="wav"), "bad.png": b"bad"})
     for name in "ab":
-        run(folder, tmp_path / name, validation_share=0.2, shard_megabytes=0.1)
-    contents = [content(tmp_path / name) for name in "ab"]
-    assert contents[0] == contents[1]
-    assert len([name for name in contents[0] if name.startswith("in-train-") and name.endswith(".tar")]) > 1
+        run(folder, tmp_path / name, validation_fraction=0.2, shard_megabytes=0.1)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert len(list((tmp_path / "a").glob("*.tar"))) >= 3
+    assert len(read(tmp_path / "a")) == 32
 
 
-def test_what_is_printed_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "123", {f"{number}.txt": f"text {number}" for number in range(50)})
-    output = tmp_path / "my shards, new"
-    summary = run(folder, output, validation_share=0.3)
-    printed = capsys.readouterr()
-    sources = yaml.safe_load(printed.out)["data"]["sources"]
-    assert list(sources) == ["123"]
-    found = {split: expand_shards(pattern) for split, pattern in sources["123"].items()}
-    assert {split: sum(len(load_index(path)) for path in paths) for split, paths in found.items()} == {
-        split: tally.documents for split, tally in summary.sources["123"].items()
-    }
-    assert "documents" in printed.err
-    description = json.loads((output / "dataset.json").read_text())
-    assert description["sources"]["123"]["train"]["shards"] == "123-train-*.tar"
-    assert description["options"]["validation_share"] == 0.3
-    assert sorted(path.name for path in output.iterdir() if not path.name.startswith("123-")) == [
-        "dataset.json",
-        "rejected.jsonl",
-    ]
-
-
-def test_an_output_folder_in_use_is_refused(tmp_path: Path) -> None:
+def test_the_output_is_complete_or_unchanged(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", {"a.txt": "one"})
-    foreign = write(tmp_path / "foreign", {"thesis.txt": "precious"})
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"foreign.*not the result of an earlier"):
-            run(folder, foreign, overwrite=overwrite)
-    (tmp_path / "out").mkdir()  # an empty one is fine
+    for output in (folder, folder / "out", tmp_path):
+        with pytest.raises(ValueError, match="contain each other"):
+            run(folder, output)
+    write(tmp_path / "foreign", {"precious.txt": "kept"})
+    with pytest.raises(ValueError, match="not a result of `pile prepare`"):
+        run(folder, tmp_path / "foreign", overwrite=True)
     run(folder, tmp_path / "out")
-    write(folder, {"a.txt": "changed"})
-    with pytest.raises(ValueError, match="overwrite=True"):
+    with pytest.raises(ValueError, match="--overwrite"):
         run(folder, tmp_path / "out")
-    assert texts(tmp_path / "out") == ["one"]
+    write(folder, {"a.txt": "two"})
     run(folder, tmp_path / "out", overwrite=True)
-    assert texts(tmp_path / "out") == ["changed"]
-    for inside in (folder / "out", folder, tmp_path):
-        with pytest.raises(ValueError, match="lie in each other"):
-            run(folder, inside)
+    assert texts(tmp_path / "out") == ["two"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "in", "out"]
 
 
-def test_a_failure_leaves_the_earlier_result_and_what_is_done(
+@pytest.mark.parametrize("name", ["br[0]x", "cur{a,b}", "what?", "s*r"])
+def test_an_output_whose_name_is_a_pattern_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(name) + ".*give another"):
+        run(write(tmp_path / "in", {"a.txt": "one"}), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_full_disk_leaves_the_earlier_result_and_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write(tmp_path / "in", {"a.txt": "one", "b.txt": "two"})
@@ -396,7 +415,7 @@ def test_a_failure_leaves_the_earlier_result_and_what_is_done(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pile_app.prepare.spill.build_index", full)
+        patch.setattr("pile_app.prepare.pipeline.write_shards", full)
         with pytest.raises(OSError, match="no space left"):
             run(folder, tmp_path / "out", overwrite=True)
     assert texts(tmp_path / "out") == ["one", "two"]
@@ -407,24 +426,29 @@ def test_a_failure_leaves_the_earlier_result_and_what_is_done(
     assert texts(tmp_path / "out") == ["one", "two", "three"]
     assert not list((tmp_path / "out").glob("*.tmp"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    assert "1 of 1 units are done" in capsys.readouterr().err
+    assert "1 of 1 jobs are done" in capsys.readouterr().err
 
 
-def test_long_names_and_encoded_samples_do_not_end_a_preparation(tmp_path: Path) -> None:
-    line = json.dumps({"text": "good", "meta": {"pile_set_name": "\U00010348" * 90}})
-    codes = Codes("00" * 16, 4, 0, np.array([1, 2]))
-    write_shards([Document((Segment(codes.to_bytes(), "textids"),), "x")], tmp_path / "in", "encoded")
-    run(write(tmp_path / "in", {"a.jsonl": line}), tmp_path / "out")
-    assert texts(tmp_path / "out") == ["good"]
-    assert rejected(tmp_path / "out")["encoded-000000.tar:x"] == "encoded_segment"
+# -- messages
 
 
-def test_an_input_with_nothing_usable_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
-    folder = write(tmp_path / "in", {"a.docx": "?", "b.txt": "text"})
-    with pytest.raises(ValueError, match=r"in'.*kind 'images'.*\*\.png.*found 2 ignored_extension"):
-        run(folder, tmp_path / "out", kind="images")
+def test_with_nothing_usable_the_first_row_the_option_and_the_list_of_reasons_are_shown(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", {"a.jsonl": lines({"id": 3, "x": "abc"}, {"id": 4, "x": "abd"}), "b.docx": "?"})
+    with pytest.raises(
+        ValueError, match=r"in' holds nothing usable: 2 no_fields.*a\.jsonl:1: .*'id': 3, 'x': 'abc'.*--fields"
+    ) as error:
+        run(folder, tmp_path / "out")
+    kept = tmp_path / "out.partial" / "rejected.jsonl"
+    assert str(kept) in str(error.value)
+    assert [json.loads(line)["file"] for line in kept.read_text().splitlines()] == ["a.jsonl:1", "a.jsonl:2", "b.docx"]
+    run(folder, tmp_path / "out", fields="x")  # the way that the message names is free
+    assert texts(tmp_path / "out") == ["abc", "abd"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_empty_input_and_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no file at all"):
+    with pytest.raises(ValueError, match="empty' contains no files"):
         run(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out")
@@ -433,8 +457,37 @@ def test_an_input_with_nothing_usable_is_an_error_that_says_what_was_looked_for(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kind": "video"}, {"validation_share": 1.0}, {"shard_megabytes": 0}, {"max_audio_seconds": -1}, {"document_bytes": 1}],
+    [{"kind": "video"}, {"validation_fraction": 1.0}, {"shard_megabytes": 0}, {"max_audio_seconds": -1}, {"quality": ["b4"]}],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is .*it has to be"):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is .*choose from"):
         run(write(tmp_path / "in", {"a.txt": "one"}), tmp_path / "out", **wrong)
+    with pytest.raises(ValueError, match="no option is called text_column"):
+        run(tmp_path / "in", tmp_path / "out", text_column="x")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, processes: int) -> None:
+    for n in range(6):
+        write(tmp_path / "in", {f"{n}.jsonl": lines(*({"text": f"{n} {m} " * 400} for m in range(7000)))})
+    command = [
+        sys.executable,
+        "-m",
+        "pile_app.cli",
+        "prepare",
+        tmp_path / "in",
+        tmp_path / "out",
+        "--processes",
+        str(processes),
+    ]
+    child = subprocess.Popen(list(map(str, [*command, "--repair"])), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out.partial" / "spill").glob("*/*.blocks*")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 130
+    *fields, last = said.splitlines()
+    assert all(line.startswith("fields:") for line in fields), said
+    assert re.fullmatch(r"interrupted: what is done is kept in .*out\.partial: the same command continues", last)

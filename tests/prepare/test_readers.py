@@ -1,10 +1,16 @@
-"""Every layout `pile prepare` reads, and files that were made to do harm."""
+"""What `pile prepare` reads: situations that users meet, whatever the files are called, and files that were made to do harm."""
 
+from __future__ import annotations
+
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,274 +18,495 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 import zstandard
 
 from pile_app.documents import BadSample, Document, Segment
-from pile_app.prepare import files, listing
-from pile_app.prepare.listing import Item, list_items
+from pile_app.prepare import files, readers
 from pile_app.prepare.options import Options
-from pile_app.prepare.readers import Found, evaluation_texts, read_item, read_texts
-
-RATE = 8000
+from pile_app.prepare.readers import Record, Unit, evaluation_texts, list_units, medium, read_documents, read_unit
 
 
-def image(number: int) -> bytes:
+def image(number: int, extension: str = "png") -> bytes:
     return Segment.from_image(np.full((6, 5, 3), number, np.uint8)).file
 
 
 def sound(number: int = 0) -> bytes:
-    return Segment.from_audio(0.5 * np.sin((number + 1) * np.arange(800) / 20), RATE).file
+    return Segment.from_audio(0.5 * np.sin((number + 1) * np.arange(800) / 20), 8000).file
 
 
-def write(folder: Path, files: dict[str, Any]) -> Path:
-    for name, data in files.items():
+def write(folder: Path, named: Mapping[str, Any]) -> Path:
+    for name, data in named.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.encode() if isinstance(data, str) else data)
     return folder
 
 
-def read(folder: Path, **options: Any) -> list[Found]:
+def lines(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def packed(members: Mapping[str, str | bytes], mode: str = "w") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            data = data.encode() if isinstance(data, str) else data
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def read(folder: Path, work: Path | None = None, **options: Any) -> list[Record]:
+    """The records of an input; units go through JSON, as they do between processes."""
     chosen = Options(**options)
-    items = json.loads(json.dumps(list(list_items(folder, chosen))))  # as they are kept between listing and reading
-    root = str(folder if folder.is_dir() else folder.parent)
-    return [found for item in items for found in read_item(root, Item(*item), chosen)]
+    units = json.loads(json.dumps(list(list_units(str(folder), chosen, str(work) if work else None))))
+    readers._TREES.clear()  # as in another process
+    return [record for unit in units for record in read_unit(str(folder), Unit(*unit), chosen)]
 
 
-def documents(found: list[Found]) -> dict[str, list[Any]]:
-    """File -> data of the segments."""
-    return {one.file: [s.data for s in one.content.segments] for one in found if isinstance(one.content, Document)}
+def texts(folder: Path, **options: Any) -> dict[str, list[Any]]:
+    """`file:line` -> data of the segments."""
+    found = read_documents(folder, Options(**options))
+    return {where: [s.data for s in one.segments] for where, one in found if isinstance(one, Document)}
 
 
-def reasons(found: list[Found]) -> dict[str, str]:
-    return {one.file: one.content.reason for one in found if isinstance(one.content, BadSample)}
+def samples(records: list[Record]) -> dict[str, dict[str, Any]]:
+    """Samples, media by their bytes."""
+    return {
+        record.where: {name: value.read_bytes() if isinstance(value, Path) else value for name, value in record.content.items()}
+        for record in records
+        if isinstance(record.content, Mapping)
+    }
 
 
-def layouts(found: list[Found]) -> set[str]:
-    return {one.layout for one in found if isinstance(one.content, Document)}
+def reasons(records: list[Record]) -> dict[str, str]:
+    return {record.where: record.content.reason for record in records if isinstance(record.content, BadSample)}
 
 
-# -- layouts
+# -- files that belong together
 
 
-def test_librispeech(tmp_path: Path) -> None:
-    folder = "LibriSpeech/dev-clean/84/121123/"
+def test_files_that_share_a_stem_are_one_sample(tmp_path: Path) -> None:
+    names = {
+        "a.jpg": image(1), "a.txt": "of a ", "a.json": '{"n": 1}', "b.PNG": image(2), "B.txt": "of b", "c.jpg": image(3),
+        "c.jpg.txt": "of c", "d.v1.jpg": image(4), "d.v1.txt": "of d", "e.jpg": image(5), "e.seg.png": image(6), "e.xml": "<x/>",
+        "f.wav": sound(), "f.normalized.txt": "words", "f.original.txt": "Words.", "g.jpg": image(7), "g.0.txt": "of g",
+    }  # fmt: skip
+    found = samples(read(write(tmp_path, names)))
+    assert found == {
+        "a.jpg": {"jpg": image(1), "txt": "of a", "json": b'{"n": 1}'}, "b.PNG": {"png": image(2), "txt": "of b"},
+        "c.jpg": {"jpg": image(3), "txt": "of c"}, "d.v1.jpg": {"jpg": image(4), "txt": "of d"},
+        "e.jpg": {"jpg": image(5), "seg.png": image(6), "xml": b"<x/>"}, "g.jpg": {"jpg": image(7), "txt": "of g"},
+        "f.wav": {"wav": sound(), "txt": "words", "original.txt": b"Words."},
+    }  # fmt: skip
+
+
+def test_a_caption_without_a_readable_medium_is_no_document(tmp_path: Path) -> None:
+    named = {"a.mp4": b"\0" * 20, "a.txt": "a film", "b.mkv": b"\0" * 20, "c.xyz": "?", "d.txt": "a text"}
+    records = read(write(tmp_path, named))
+    assert {record.where: record.layout for record in records if isinstance(record.content, Mapping)} == {
+        "a.mp4": "unreadable files", "d.txt": "text file",
+    }  # fmt: skip
+    assert reasons(records) == {"b.mkv": "ignored_extension", "c.xyz": "ignored_extension"}
+    assert texts(tmp_path) == {"d.txt": ["a text"]}
+
+
+def test_every_file_is_counted(tmp_path: Path) -> None:
+    """Each file of a messy folder is in a sample, or has a reason."""
     named = {
-        folder + "84-121123.trans.txt": "84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT IN LESS\n84-121123-0007 LOST\n",
-        folder + "84-121123-0000.flac": sound(0),
-        folder + "84-121123-0001.flac": sound(1),
-        folder + "84-121123-0002.flac": sound(2),
-        "LibriSpeech/README.TXT": "about",
+        "a.jpg": image(1), "a.txt": "one", "README.md": "# About", ".hidden/x.txt": "x", ".DS_Store": "x", "b.docx": "x",
+        "t.csv": "text,label\nx y,1\n", "s/train.jsonl": lines({"text": "t"}), "w.tar": packed({"1.txt": "t"}), "empty.csv": "",
+        "z.mp4": b"x", "noext": "x", "config.yaml": "a: 1\n",
+    }  # fmt: skip
+    folder = write(tmp_path, named)
+    records = read(folder)
+    mentioned = " ".join(record.where for record in records)
+    joined = {"a.txt": "a.jpg", ".hidden/x.txt": ".hidden"}
+    assert [name for name in named if joined.get(name, name) not in mentioned] == []
+    assert all(record.layout for record in records if isinstance(record.content, Mapping))
+
+
+def test_parallel_folders_of_media_and_texts(tmp_path: Path) -> None:
+    named = {f"set/images/train/{n}.png": image(n) for n in range(3)} | {
+        f"set/captions/train/{n}.txt": f"no. {n}" for n in range(3)
     }
-    for kind in ("auto", "audio"):
-        found = read(write(tmp_path / "in", named), kind=kind)
-        spoken = {name: data for name, data in documents(found).items() if "trans" in name}
-        assert list(spoken.values()) == [[sound(0), "GO DO YOU HEAR"], [sound(1), "BUT IN LESS"]]
-        missing = {folder + "84-121123.trans.txt:3": "missing_file", folder + "84-121123-0002.flac": "not_in_table"}
-        assert missing.items() <= reasons(found).items()
-        assert "LibriSpeech" in layouts(found)
+    records = read(write(tmp_path, named))
+    assert samples(records) == {f"set/images/train/{n}.png": {"png": image(n), "txt": f"no. {n}"} for n in range(3)}
+    assert {record.split for record in records} == {"train"}
 
 
-def test_common_voice_reads_validated_alone(tmp_path: Path) -> None:
-    header = "client_id\tpath\tsentence\tup_votes\n"
+# -- tables
+
+
+def test_a_table_names_its_files_however_they_are_written(tmp_path: Path) -> None:
+    """Relative to the table, to the input, by base name, by stem, by a path of another machine; with `#0` or a backslash."""
+    named = {f"sets/one/deep/{n}x.png": image(n) for n in range(7)}
+    rows = ["deep/0x.png", "sets/one/deep/1x.png", "2x.png", "/home/ann/deep/3x.png", "deep\\4x.png", "5x.png#0", "gone.png"]
+    folder = write(tmp_path, named | {"sets/one/list.tsv": "file\tcaption\n" + "".join(f"{row}\tcaption\n" for row in rows)})
+    records = read(folder)
+    assert [sample["file"] for sample in samples(records).values()] == [image(n) for n in range(6)]
+    assert reasons(records) == {"sets/one/list.tsv:8": "missing_file", "sets/one/deep/6x.png": "not_in_table"}
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ('a|Printing, "in the only|Printing\nb|the words|the words\n', ['Printing, "in the only', "the words"]),
+        ("a.png\tfirst caption\nb.png\tsecond, with a comma\n", ["first caption", "second, with a comma"]),
+        ("a.png first caption\nb.png second caption\n", ["first caption", "second caption"]),
+        ('image,text\na.png,"first, quoted"\nb.png,second\n', ["first, quoted", "second"]),
+        ("image; text\na.png; first one\nb.png; second one\n", ["first one", "second one"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["list.csv", "captions.txt"])
+def test_the_form_of_a_table_is_found_by_its_content(tmp_path: Path, name: str, table: str, expected: list[str]) -> None:
+    named = {"pictures/a.png": image(1), "pictures/b.png": image(2), name: table}
+    if name == "list.csv" and "a.png first" in table:
+        pytest.skip("a list of names and texts is no CSV")
+    found = texts(write(tmp_path, named))
+    assert list(found.values()) == [[image(1), expected[0]], [image(2), expected[1]]]
+
+
+def test_rows_of_one_image_are_one_sample_with_several_captions(tmp_path: Path) -> None:
+    rows = "".join(f"{n}.png,{k},caption {k} of {n}\n" for n in range(2) for k in range(3))
+    found = samples(
+        read(write(tmp_path, {f"im/{n}.png": image(n) for n in range(2)} | {"t.csv": "image,number,text\n" + rows}))
+    )
+    assert [sample["text"] for sample in found.values()] == [[f"caption {k} of {n}" for k in range(3)] for n in range(2)]
+
+
+def test_questions_about_one_image_stay_apart(tmp_path: Path) -> None:
+    rows = lines(*({"image": "0.png", "question": f"what is {k}?", "answer": f"it is {k}"} for k in range(2)))
+    assert len(samples(read(write(tmp_path, {"0.png": image(0), "t.jsonl": rows})))) == 2
+
+
+def test_labels_of_a_table_without_header_are_a_column(tmp_path: Path) -> None:
+    rows = "".join(f'"{n % 4 + 1}","Title {n}","A longer description, {n}."\n' for n in range(12))
+    found = samples(read(write(tmp_path, {"train.csv": rows})))
+    assert found["train.csv:1"] == {"label": "1", "title": "Title 0", "text": "A longer description, 0."}
+    assert len(found) == 12
+
+
+def test_rows_that_do_not_fit_are_rejected_and_the_next_are_read(tmp_path: Path) -> None:
+    table = 'text,label\nfine,1\ntoo, many,1\n"quoted, text\nof two lines",2\n"never closed,2\nfine too,1\nsay ""hi"",2\n'
+    records = read(write(tmp_path, {"t.csv": table}))
+    assert [sample["text"] for sample in samples(records).values()] == [
+        "fine",
+        "quoted, text\nof two lines",
+        "fine too",
+        'say ""hi""',
+    ]
+    assert reasons(records) == {"t.csv:3": "row_width", "t.csv:6": "unclosed_quote"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    named = {"a.txt": "Füße\nzwei", "b.csv": "text,label\nGrüße an alle,de\n", "c.jsonl": '{"text": "häufig"}\n'}
+    folder = write(tmp_path, {name: text.encode(encoding) for name, text in named.items()})
+    if encoding == "cp1252":
+        found = reasons(read(folder))
+        assert found == {"a.txt": "invalid_utf8", "b.csv:2": "invalid_utf8", "c.jsonl:1": "invalid_utf8"}
+        assert all("--encoding" in str(record.content) for record in read(folder))
+    found = {where.partition(":")[0]: data for where, data in texts(folder, encoding="cp1252").items()}
+    assert found == {"a.txt": ["Füße\nzwei"], "b.csv": ["Grüße an alle"], "c.jsonl": ["häufig"]}
+
+
+@pytest.mark.parametrize(
+    ("extension", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
+)
+def test_compressed_files_are_known_by_their_content(tmp_path: Path, extension: str, pack: Any) -> None:
     named = {
-        "cv/en/validated.tsv": header + 'x\tc1.flac\tHe said "no\t2\nx\tc2.flac\tsecond\t2\n',
-        "cv/en/train.tsv": header + "x\tc1.flac\tone\t2\n",
-        "cv/en/invalidated.tsv": header + "x\tc3.flac\tbad\t0\n",
-        "cv/en/clips/c1.flac": sound(1),
-        "cv/en/clips/c2.flac": sound(2),
-        "cv/en/clips/c3.flac": sound(3),
-    }
-    found = read(write(tmp_path / "in", named))
-    assert documents(found) == {
-        "cv/en/validated.tsv:2": [sound(1), 'He said "no'],
-        "cv/en/validated.tsv:3": [sound(2), "second"],
-    }
-    assert reasons(found) == {
-        "cv/en/train.tsv": "other_table",
-        "cv/en/invalidated.tsv": "other_table",
-        "cv/en/clips/c3.flac": "not_in_table",
-    }
-    assert layouts(found) == {"Common Voice"}
+        f"a.json.{extension}": pack(lines({"text": "a"}, {"text": "b"}).encode()), f"c.csv.{extension}": pack(b"text\nc c\nd d\n"),
+        f"e.txt.{extension}": pack(b"e"), "f.jsonl": pack(lines({"text": "f"}).encode()), f"g.ndjson.{extension}": pack(b'[{"text": "g"}]'),
+    }  # fmt: skip
+    assert sorted(text for (text,) in texts(write(tmp_path, named)).values()) == ["a", "b", "c c", "d d", "e", "f", "g"]
 
 
-def test_rows_of_a_table_may_go_over_several_lines(tmp_path: Path) -> None:
-    rows = "".join(f'{number}.png,"caption {number},\n2nd line"\n' for number in range(10))
-    named = {"list.csv": "\ufefffile,caption\n" + rows} | {f"{number}.png": image(number) for number in range(10)}
-    found = read(write(tmp_path / "in", named))
-    assert list(documents(found)) == [f"list.csv:{2 * number + 3}" for number in range(10)]
-    assert [data[1] for data in documents(found).values()] == [f"caption {number},\n2nd line" for number in range(10)]
+def test_columns_of_parquet_and_names_of_classes(tmp_path: Path) -> None:
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "tags": {"feature": {"names": ["O", "B-X"]}}}
+    table = pa.Table.from_pylist([{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": 0, "tags": None}])
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet", row_group_size=1)
+    with pa.OSFile(str(tmp_path / "test.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    records = read(tmp_path)
+    rows = [{"text": "a", "label": "dog", "tags": ["O", "B-X"]}, {"text": "b", "label": "cat"}]
+    assert [record.content for record in records if record.split == "train"] == rows
+    assert [record.content for record in records if record.split == "test"] == rows
 
 
-def test_parquet_texts_media_and_interleaved(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    texts = [{"text": f"text {n}", "meta": {"pile_set_name": "Wiki"}, "other": n} for n in range(7)]
-    pq.write_table(pa.Table.from_pylist([*texts, {"text": None}]), tmp_path / "in/a.parquet", row_group_size=3)
-    media = [{"image": {"bytes": image(n), "path": "a.png"}, "caption": f"picture {n}"} for n in range(2)]
-    pq.write_table(pa.Table.from_pylist(media), tmp_path / "in/b.parquet")
-    spoken = [{"audio": {"bytes": sound(1), "path": None}, "transcription": "one"}]
-    pq.write_table(pa.Table.from_pylist(spoken), tmp_path / "in/c.parquet")
-    mixed = [{"texts": ["before", None, "after"], "images": [None, {"bytes": image(9)}, None]}]
-    pq.write_table(pa.Table.from_pylist(mixed), tmp_path / "in/d.parquet")
-    (tmp_path / "in/e.parquet").write_bytes(b"PAR1" + b"\xff" * 99 + b"PAR1")
-    found = read(tmp_path / "in")
-    assert [data for name, data in documents(found).items() if name.startswith("a")] == [[f"text {n}"] for n in range(7)]
-    assert documents(found)["b.parquet:2"] == [image(1), "picture 1"]
-    assert documents(found)["c.parquet:1"] == [sound(1), "one"]
-    assert documents(found)["d.parquet:1"] == ["before", image(9), "after"]
-    assert reasons(found) == {"a.parquet:8": "no_text", "e.parquet": "damaged_file"}
-    first = found[0].content
-    assert isinstance(first, Document)
-    assert first.meta == {"pile_set_name": "Wiki"}
-    assert set(documents(read(tmp_path / "in", kind="images"))) == {"b.parquet:1", "b.parquet:2"}
-    assert set(documents(read(tmp_path / "in", kind="audio"))) == {"c.parquet:1"}
-    assert len(documents(read(tmp_path / "in", kind="text"))) == 7
+@pytest.mark.parametrize("config", ["", "#small"])
+def test_a_data_set_card_says_which_files_are_which_split(tmp_path: Path, config: str) -> None:
+    pytest.importorskip("datasets")
+    card = """---
+configs:
+- config_name: large
+  default: true
+  data_files:
+  - {split: train, path: "large/*.csv"}
+  - {split: test, path: other.csv}
+- config_name: small
+  data_files: [{split: validation, path: small.csv}]
+dataset_info:
+- config_name: large
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': bad, '1': good}}}}
+---
+"""
+    table = "text,label\na b,0\nc d,1\n"
+    named = {"README.md": card, "large/x.csv": table, "other.csv": table, "small.csv": table}
+    write(tmp_path, named)
+    records = read(Path(f"{tmp_path}{config}"))
+    splits = {record.where: record.split for record in records if isinstance(record.content, Mapping)}
+    if config:
+        assert splits == {"small.csv:2": "validation", "small.csv:3": "validation"}
+        assert reasons(records).keys() == {"README.md", "large/x.csv", "other.csv"}
+    else:
+        assert splits == {"large/x.csv:2": "train", "large/x.csv:3": "train", "other.csv:2": "test", "other.csv:3": "test"}
+        assert [sample["label"] for sample in samples(records).values()] == ["bad", "good"] * 2
 
 
-def test_interleaved_json_lines_keep_their_order(tmp_path: Path) -> None:
-    mmc4 = {
-        "text_list": ["One.", "Two.", "Three."],
-        "image_info": [
-            {"image_name": "x.png", "matched_text_index": 1},
-            {"image_name": "y.png", "matched_text_index": 0},
-            {"image_name": "gone.png", "matched_text_index": 2},
-        ],
-    }
-    obelics = {"texts": ["Title", None, "End", "More"], "images": [None, "x.png", None, None]}
-    lines = [mmc4, obelics, {"text_list": ["lost"], "image_info": [{"image_name": "gone.png"}]}, {"text": "plain"}]
+# -- splits, archives, links
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"), ("x/validation-00000-of-00001.parquet", "validation"), ("dev-clean/1/x.flac", "validation"),
+        ("test-other/1/2/x.flac", "test"), ("val2017/1.jpg", "validation"), ("a-train-000001.tar", "train"), ("eval.csv", "test"),
+        ("training/x.txt", "train"), ("train-clean-100/1/x.flac", "train"), ("captions_val2014.json", "validation"), ("dev.tsv", "validation"),
+        ("latest.csv", None), ("trains/x.txt", None), ("pictures/test1.jpg", None), ("contest/x.csv", None), ("wikipedia.jsonl", None),
+    ],
+)  # fmt: skip
+def test_names_of_splits(name: str, split: str | None) -> None:
+    from pile_app.prepare.layouts import split_of
+
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize("name", ["reviews.zip", "reviews.tar.gz", "reviews.tar.xz", "reviews.tgz", "reviews.tar"])
+def test_archives_of_files_are_read_as_folders(tmp_path: Path, name: str) -> None:
+    named = {"set/train/pos/1.txt": "good", "set/train/neg/1.txt": "bad", "set/train/neg/2.jpg": image(1)}
+    if name.endswith("zip"):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for member, data in named.items():
+                archive.writestr(member, data)
+        data = file.getvalue()
+    else:
+        data = packed(named, {"gz": "w:gz", "tgz": "w:gz", "xz": "w:xz", "tar": "w"}[name.rpartition(".")[2]])
+    records = read(write(tmp_path / "in", {name: data}), tmp_path / "work")
+    assert samples(records) == {
+        f"{name}/set/train/neg/1.txt": {"txt": "bad"}, f"{name}/set/train/neg/2.jpg": {"jpg": image(1)},
+        f"{name}/set/train/pos/1.txt": {"txt": "good"},
+    }  # fmt: skip
+    assert {record.split for record in records} == {"train"}
+    assert read(tmp_path / "in", tmp_path / "work") == records  # a second time: it is unpacked already
+    assert len(samples(read(tmp_path / "in" / name, tmp_path / "work"))) == 3
+
+
+def test_a_table_may_name_files_in_an_archive(tmp_path: Path) -> None:
+    archive = packed({"images/a.png": image(1), "images/b.png": image(2)}, "w:gz")
+    write(tmp_path / "in", {"images.tar.gz": archive, "metadata.csv": "file_name,text\na.png,of a\nimages/b.png,of b\n"})
+    found = samples(read(tmp_path / "in", tmp_path / "work"))
+    assert [sample["file_name"] for sample in found.values()] == [image(1), image(2)]
+
+
+def test_links_are_followed_only_within_the_input(tmp_path: Path) -> None:
+    write(tmp_path, {"in/blobs/1a": image(1), "outside.png": image(2), "elsewhere/x.txt": "secret"})
+    links = tmp_path / "in/snapshot"
+    links.mkdir()
+    for name, target in {
+        "a.png": "../blobs/1a",
+        "b.png": "../../outside.png",
+        "c": "../../elsewhere",
+        "d.txt": "gone",
+        "loop": "..",
+    }.items():
+        (links / name).symlink_to(target)
+    (links / "a.txt").write_text("of a")
+    refused = reasons(read(tmp_path / "in"))
+    assert (
+        refused["snapshot/a.png"] == refused["snapshot/b.png"] == "ignored_link" and refused["snapshot/d.txt"] == "broken_link"
+    )
+    records = read(tmp_path / "in", follow_links=True)
+    assert samples(records) == {"snapshot/a.png": {"png": image(1), "txt": "of a"}}
+    assert {reasons(records)[f"snapshot/{name}"] for name in ("b.png", "c", "loop")} == {"ignored_link"}
+    assert samples(read(tmp_path / "in/snapshot/a.png"))["a.png"] == {"png": image(1)}  # a link that is named is meant
+
+
+def test_a_kind_that_is_given_is_believed(tmp_path: Path) -> None:
     named = {
-        "docs/shard.jsonl": "\n".join(map(json.dumps, lines)),
-        "docs/images/x.png": image(1),
-        "docs/images/y.png": image(2),
-        "other/z.png": image(3),
+        "x.annotated": "Ann B-per\nlives O\n",
+        "chat.log": lines({"messages": [{"role": "user", "content": "a"}]}),
+        "book": "a text",
     }
-    found = read(write(tmp_path / "in", named))
-    assert documents(found) == {
-        "docs/shard.jsonl:1": [image(2), "One.", image(1), "Two. Three."],
-        "docs/shard.jsonl:2": ["Title", image(1), "End\n\nMore"],
-        "docs/shard.jsonl:4": ["plain"],
-        "other/z.png": [image(3)],  # the images of records are no documents of their own
-    }
-    assert reasons(found) == {"docs/shard.jsonl:3": "missing_file"}
-    first = found[0].content
-    assert isinstance(first, Document)
-    assert first.ordered
-    assert first.meta == {"missing_images": 1}
-    assert {"MMC4 (JSON lines)", "OBELICS (JSON lines)"} < layouts(found)
+    write(tmp_path, named)
+    (record,) = read(tmp_path / "x.annotated", kind="entities")
+    assert isinstance(record.content, Document) and record.content.meta["spans"] == [[0, 3, "per"]]
+    assert list(samples(read(tmp_path / "chat.log", kind="chat"))) == ["chat.log:1"]
+    assert samples(read(tmp_path / "book", kind="text")) == {"book": {"txt": "a text"}}
 
 
-def test_shards_are_read_as_they_are(tmp_path: Path) -> None:
-    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
-        tar.write({"__key__": "x/1", "jpg": b"not looked at here", "txt": b"caption"})
-        description = {"segments": [{"text": "Q", "loss": False}, {"file": "0.png"}], "meta": {"n": 1}}
-        tar.write({"__key__": "x/2", "json": json.dumps(description).encode(), "0.png": image(1)})
-        tar.write({"__key__": "x/3", "bin": b"?"})
-    found = read(tmp_path / "a.tar", kind="webdataset")
-    assert documents(found) == {"a.tar:x/1": [b"not looked at here", "caption"], "a.tar:x/2": ["Q", image(1)]}
-    assert reasons(found) == {"a.tar:x/3": "no_segment"}
-    second = found[1].content
-    assert isinstance(second, Document)
-    assert (second.ordered, second.meta, second.segments[0].loss) == (True, {"n": 1}, False)
+# -- WebDataset
+
+
+def test_members_of_a_tar_are_joined_by_key(tmp_path: Path) -> None:
+    members = {"1.jpg": image(1), "2.jpg": image(2), "1.txt": "one", "2.txt": "two", "a.b.jpg": image(3), "a.b.txt": "b",
+               "a.c.jpg": image(4), "a.c.txt": "c", "._1.jpg": "mac", "__MACOSX/x": "mac"}  # fmt: skip
+    records = read(write(tmp_path, {"x.tar": packed(members), "empty.tar": packed({})}))
+    assert samples(records) == {
+        "x.tar:1": {"jpg": image(1), "txt": b"one"}, "x.tar:2": {"jpg": image(2), "txt": b"two"},
+        "x.tar:a.b": {"jpg": image(3), "txt": b"b"}, "x.tar:a.c": {"jpg": image(4), "txt": b"c"},
+    }  # fmt: skip
+    assert reasons(records) == {"empty.tar": "empty_file", "x.tar:._1.jpg": "hidden_file", "x.tar:__MACOSX/x": "hidden_file"}
+
+
+# -- long files, in parts
 
 
 def test_long_files_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [json.dumps({"text": f"{n} " + "é" * (n * 7 % 60)}, ensure_ascii=False) for n in range(200)]
+    records = [{"text": f"{n} " + "é" * (n * 7 % 60)} for n in range(200)]
     prose = "\n\n".join(f"paragraph {n}: " + "word " * (n % 30) for n in range(200))
-    folder = write(tmp_path / "in", {"a.jsonl": "\n".join(lines), "b.txt": prose})
+    rows = "text,label\n" + "".join(f'"row {n},\nin two lines",{n % 2}\n' for n in range(200))
+    captions = "image,text\n" + "".join(f"{n // 5}.png,caption no. {n}\n" for n in range(100))
+    named = {"a.jsonl": lines(*records), "b.txt": prose, "c.csv": rows, "d/t.csv": captions}
+    folder = write(tmp_path, named | {f"d/{n}.png": image(n) for n in range(20)})
     whole = read(folder, document_bytes=300)
-    monkeypatch.setattr(listing, "ITEM_BYTES", 700)
+    monkeypatch.setattr(readers, "UNIT_BYTES", 700)
+    units = list(list_units(str(folder), Options()))
+    assert {name: sum(unit.arguments[0] == name for unit in units) > 3 for name in named} == dict.fromkeys(named, True)
     parts = read(folder, document_bytes=300)
-    assert [one.file for one in whole[:3]] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
-    lines_of_whole, lines_of_parts = ([one for one in found if "jsonl" in one.file] for found in (whole, parts))
-    assert [one.content for one in lines_of_whole] == [one.content for one in lines_of_parts]
-    data = (folder / "a.jsonl").read_bytes()
-    for one in lines_of_parts:
-        place = int(one.file.partition("@")[2])
-        assert isinstance(one.content, Document)
-        assert json.loads(data[place:].split(b"\n")[0])["text"] == one.content.segments[0].data
-    pieces = [one.content.segments[0].text for one in parts if one.file == "b.txt" and isinstance(one.content, Document)]
+    for name in ("a.jsonl", "c.csv", "d/t.csv"):
+        expected, found = ([one.content for one in records if one.where.startswith(name)] for records in (whole, parts))
+        assert found == expected, name
+    pieces = [one.content["txt"] for one in parts if one.where == "b.txt" and isinstance(one.content, Mapping)]
     assert "".join(pieces) == prose
     assert all(piece.startswith("paragraph") for piece in pieces)
 
 
-def test_texts_alone_and_evaluation_sets(tmp_path: Path) -> None:
-    named = {
-        "a.txt": "one  ",
-        "b.jsonl": '{"text": "two"}\n{"question": "three", "choices": ["four"]}',
-        "c.csv": "x,y\nfive,six\n",
-    }
-    folder = write(tmp_path / "in", named)
-    assert list(read_texts(folder)) == ["one", "two"]
-    assert list(evaluation_texts(str(folder / "b.jsonl"))) == ["two", "three", "four"]
-    assert list(evaluation_texts(str(folder / "c.csv"))) == ["x", "y", "five", "six"]
-    for name in ("nothing.txt", "a.docx"):
-        with pytest.raises(ValueError, match=name):
-            list(evaluation_texts(str(folder / name)))
+@pytest.mark.parametrize("data", [b"", b"ab cd\n" * 9, "猫".encode() * 40, b"x" * 64, b"\x80" * 70, b"a\n\n" + b"b" * 61])
+def test_pieces_are_the_file(data: bytes) -> None:
+    for size in (-1, len(data)):
+        pieces = list(files.pieces_of(io.BytesIO(data), size, 16))
+        assert b"".join(pieces) == data
+        assert all(len(piece) <= 16 for piece in pieces)
 
 
 # -- files that were made to do harm
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "jsonl.xz"])
 def test_a_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
     data = b'{"text": "before"}\n{"text": "' + b"x" * 5000 + b'"}\n{"text": "after"}\n'
-    pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[kind]
-    found = read(write(tmp_path / "in", {f"a.{kind}": pack(data)}))
-    assert documents(found) == {f"a.{kind}:1": ["before"], f"a.{kind}:3": ["after"]}
-    assert reasons(found) == {f"a.{kind}:2": "line_too_long"}
+    pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress, "jsonl.xz": lzma.compress}[kind]
+    records = read(write(tmp_path, {f"a.{kind}": pack(data)}))
+    assert samples(records) == {f"a.{kind}:1": {"text": "before"}, f"a.{kind}:3": {"text": "after"}}
+    assert reasons(records) == {f"a.{kind}:2": "line_too_long"}
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "csv.bz2", "txt.xz"])
 def test_a_bomb_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     import tracemalloc
 
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 20)
-    data = bytes(1 << 27)
-    pack = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[kind]
-    folder = write(tmp_path / "in", {f"a.{kind}": pack(data)})
-    assert (folder / f"a.{kind}").stat().st_size < 200_000
-    del data
+    packers = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    folder = write(tmp_path, {f"a.{kind}": packers[kind.rpartition(".")[2]](bytes(1 << 27))})
     tracemalloc.start()
-    found = read(folder, kind="text")
+    found = {record.content.reason if isinstance(record.content, BadSample) else "" for record in iterate(folder)}
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert reasons(found) == {f"a.{kind}": "line_too_long"}
-    assert peak < 80 << 20
+    assert found == {{"t": "invalid_utf8", "c": "damaged_file", "j": "line_too_long"}[kind[0]]}
+    assert peak < 120 << 20
 
 
-def test_a_zstandard_window_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=False)
-    packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj().compress(b"") or b""
-    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    packed = compressor.compress(b'{"text": "x"}\n' * 1000) + compressor.flush()
-    found = read(write(tmp_path / "in", {"a.jsonl.zst": packed}))
-    assert reasons(found) == {"a.jsonl.zst": "damaged_file"}
+def iterate(folder: Path) -> Any:
+    for unit in list_units(str(folder), Options()):
+        yield from read_unit(str(folder), unit, Options())
+
+
+def test_windows_that_are_too_large_and_files_cut_off_are_refused(tmp_path: Path) -> None:
+    compressor = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=30)).compressobj()
+    wide = compressor.compress(lines({"text": "x"}).encode() * 1000) + compressor.flush()
+    cut = {
+        f"{n}.jsonl": pack(lines({"text": "x"}).encode() * 9999)[:-5]
+        for n, pack in enumerate((gzip.compress, zstandard.compress, bz2.compress, lzma.compress))
+    }
+    found = reasons(read(write(tmp_path, {"wide.jsonl.zst": wide} | cut)))
+    assert {where.partition(":")[0]: reason for where, reason in found.items()} == dict.fromkeys(
+        ("wide.jsonl.zst", *cut), "damaged_file"
+    )
 
 
 def test_no_name_reaches_outside_the_input(tmp_path: Path) -> None:
     write(tmp_path, {"secret.png": image(7)})
-    outside = str(tmp_path / "secret.png")
-    named = {
-        "list.csv": f"file,caption\n../secret.png,one\n{outside},two\nlinked/secret.png,three\nlink.png,four\n",
-        "docs/a.jsonl": json.dumps({"texts": ["a", None], "images": [None, "../../secret.png"]}),
-    }
-    folder = write(tmp_path / "in", named)
+    table = f"file,caption\n../secret.png,one\n{tmp_path}/secret.png,two\nlinked/secret.png,three\nlink.png,four\nok.png,five\n"
+    nested = lines({"texts": ["a", None, None], "images": [None, "../../secret.png", "x.png"]})
+    folder = write(tmp_path / "in", {"list.csv": table, "docs/a.jsonl": nested, "docs/x.png": image(1), "ok.png": image(2)})
     (folder / "linked").symlink_to(tmp_path)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    found = read(folder)
-    assert documents(found) == {}
-    assert set(reasons(found).values()) == {"missing_file", "ignored_folder", "ignored_link"}
+    for follow in (False, True):
+        records = read(folder, follow_links=follow)
+        assert [name for name, sample in samples(records).items() if image(7) in sample.values()] == []
+        assert {f"list.csv:{n}": "missing_file" for n in (2, 3, 4, 5)}.items() <= reasons(records).items()
+    for name in (
+        "../secret.png",
+        "../../secret.png",
+        str(tmp_path / "secret.png"),
+        "linked/secret.png",
+        "link.png",
+        "/etc/passwd",
+    ):
+        with pytest.raises(BadSample, match="missing_file"):
+            medium(str(folder), "docs/a.jsonl:1", name)
+    assert medium(str(folder), "docs/a.jsonl:1", "x.png").file == image(1)
+
+
+def test_archives_that_do_harm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, kind, target in (("ok/a.txt", tarfile.REGTYPE, ""), ("../out.txt", tarfile.REGTYPE, ""), ("/abs.txt", tarfile.REGTYPE, ""),
+                                   ("link", tarfile.SYMTYPE, "/etc"), ("link/b.txt", tarfile.REGTYPE, ""), ("pipe", tarfile.FIFOTYPE, "")):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, target, 4 if kind == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(b"text") if member.size else None)
+    packed_bomb = io.BytesIO()
+    with zipfile.ZipFile(packed_bomb, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("x.txt", bytes(1 << 22))
+    monkeypatch.setattr(files, "MAX_ARCHIVE", (1 << 20, 10, 100))
+    write(
+        tmp_path / "in",
+        {
+            "a.tgz": file.getvalue(),
+            "b.zip": packed_bomb.getvalue(),
+            "c.zip": b"PK\3\4 no",
+            "d.tar.gz": gzip.compress(b"x" * 2000),
+        },
+    )
+    records = read(tmp_path / "in", tmp_path / "work")
+    assert samples(records) == {
+        "a.tgz/ok/a.txt": {"txt": "text"},
+        "a.tgz/link/b.txt": {"txt": "text"},
+        "a.tgz/abs.txt": {"txt": "text"},
+    }
+    assert reasons(records) == {
+        "a.tgz/../out.txt": "unsafe_member", "a.tgz/link": "unsafe_member",
+        "a.tgz/pipe": "unsafe_member", "b.zip": "archive_too_large", "c.zip": "damaged_file", "d.tar.gz": "damaged_file",
+    }  # fmt: skip
+    assert not (tmp_path / "work/out.txt").exists() and not any(path.is_symlink() for path in (tmp_path / "work").rglob("*"))
 
 
 def test_pipes_and_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.read_file, "__defaults__", (5000,))
-    folder = write(tmp_path / "in", {"a.png": image(1), "large.png": bytes(5001)})
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 5000)
+    folder = write(tmp_path, {"a.png": image(1), "large.png": bytes(5001)})
     os.mkfifo(folder / "b.txt")
-    found = read(folder)
-    assert list(documents(found)) == ["a.png"]
-    assert reasons(found) == {"b.txt": "ignored_link", "large.png": "file_too_large"}
+    records = read(folder)
+    assert reasons(records) == {"b.txt": "no_plain_file"}
+    with pytest.raises(BadSample, match="file_too_large"):
+        medium(str(folder), "large.png", folder / "large.png")
 
 
 def test_hostile_records_and_tars_are_rejected(tmp_path: Path) -> None:
@@ -293,14 +520,54 @@ def test_hostile_records_and_tars_are_rejected(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.type, member.linkname, member.size = kind, target, 4 if kind == tarfile.REGTYPE else 0
             tar.addfile(member, io.BytesIO(b"text") if member.size else None)
-    lines = [
-        "[" * 100_000,
-        '{"text": 1' + "0" * 9999 + "}",
-        '{"text_list": [1, {}], "image_info": 3}',
-        '{"texts": [[]], "images": [{}]}',
-    ]
-    found = read(write(tmp_path / "in", {"a.tar": file.getvalue(), "b.tar": b"x" * 2000, "c.jsonl": "\n".join(lines)}))
-    assert documents(found) == {"a.tar:ok": ["text"]}
-    expected = {"a.tar:a": "unsafe_member", "a.tar:../b": "unsafe_member", "b.tar": "damaged_file", "c.jsonl:1": "invalid_json"}
-    assert expected.items() <= reasons(found).items()
-    assert {f"c.jsonl:{n}" for n in (1, 2, 3, 4)} < reasons(found).keys()
+    hostile = ["[" * 100_000, '{"text": 1' + "0" * 9999 + "}", "[1, 2]", "nothing"]
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
+    )
+    named = {
+        "a.tar": file.getvalue(), "b.tar": b"x" * 2000, "c.jsonl": "\n".join(hostile) + '\n{"text": "fine"}\n', "d.yaml": bomb,
+        "e.parquet": b"PAR1" + b"\xff" * 99 + b"PAR1", "f.arrow": b"ARROW1" + b"\xff" * 99, "g.json": "{" * 9999,
+        "h.tar": packed({"1.txt": "t" * 3000})[:2000],
+    }  # fmt: skip
+    records = read(write(tmp_path, named))
+    assert samples(records) == {"a.tar:ok": {"txt": b"text"}, "c.jsonl:5": {"text": "fine"}}
+    expected = {
+        f"c.jsonl:{n}": reason for n, reason in enumerate(("invalid_json", "invalid_json", "no_object", "invalid_json"), 1)
+    }
+    expected |= {"a.tar:a": "unsafe_member", "a.tar:../b": "unsafe_member", "b.tar": "damaged_file", "h.tar": "damaged_file",
+                 "e.parquet": "damaged_file", "f.arrow": "damaged_file", "g.json": "invalid_json"}  # fmt: skip
+    assert expected.items() <= reasons(records).items()
+
+
+# -- without a pipeline
+
+
+def test_documents_of_any_input_and_evaluation_sets(tmp_path: Path) -> None:
+    named = {
+        "a.txt": "one  ",
+        "b.jsonl": '{"text": "two"}\n{"question": "three", "choices": ["four"]}',
+        "c.csv": "x,y\nfive,six\n",
+    }
+    folder = write(tmp_path, named)
+    assert texts(folder / "a.txt") == {"a.txt": ["one  "]}
+    assert list(evaluation_texts(str(folder / "b.jsonl"))) == ["two", "three", "four"]
+    assert list(evaluation_texts(str(folder / "c.csv"))) == ["x", "y", "five", "six"]
+    for name in ("nothing.txt", "a.docx"):
+        with pytest.raises(ValueError, match=name):
+            list(evaluation_texts(str(folder / name)))
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "data uri", "base64"])
+def test_media_of_records_in_every_form(tmp_path: Path, form: str) -> None:
+    import base64
+
+    encoded = base64.b64encode(image(1)).decode()
+    value = {
+        "bytes": image(1),
+        "struct": {"bytes": image(1), "path": None},
+        "data uri": f"data:image/png;base64,{encoded}",
+        "base64": encoded,
+    }[form]
+    assert medium(str(tmp_path), "x", value) == Segment(image(1), "png")
+    with pytest.raises(BadSample, match="git lfs pull"):
+        medium(str(tmp_path), "x", b"version https://git-lfs.github.com/spec/v1\n")

@@ -12,27 +12,26 @@ import pytest
 
 from pile_app.data.shards import Shards
 from pile_app.documents import BadSample, Document
-from pile_app.prepare.listing import list_items
 from pile_app.prepare.options import Options
 from pile_app.prepare.pipeline import prepare
-from pile_app.prepare.readers import Found, read_item
+from pile_app.prepare.readers import Record, list_units, read_unit
 
 CONLL = "-DOCSTART- -X- O O\n\nU.N. NNP I-NP I-ORG\nofficial NN I-NP O\nEkeus NNP I-NP I-PER\n\t\nWien\tB-LOC\nWien\tI-LOC\n"
 
 
-def found(folder: Path, name: str, data: str, **options: Any) -> list[Found]:
+def found(folder: Path, name: str, data: str, **options: Any) -> list[Record]:
     (folder / name).write_text(data)
     chosen = Options(**options)
-    return [one for item in list_items(folder / name, chosen) for one in read_item(str(folder), item, chosen)]
+    return [one for unit in list_units(str(folder / name), chosen) for one in read_unit(str(folder), unit, chosen)]
 
 
-def entities(one: Found) -> list[tuple[str, str]]:
+def entities(one: Record) -> list[tuple[str, str]]:
     assert isinstance(one.content, Document), one.content
     text = one.content.segments[0].text
     return [(text[start:stop], name) for start, stop, name in one.content.meta["spans"]]
 
 
-def reasons(given: list[Found]) -> list[str]:
+def reasons(given: list[Record]) -> list[str]:
     return [one.content.reason for one in given if isinstance(one.content, BadSample)]
 
 
@@ -46,7 +45,7 @@ def test_conll_files_of_every_scheme_become_the_same_documents(tmp_path: Path) -
     for scheme, data in written.items():
         one, other = found(tmp_path, f"{scheme}.conll", data)
         assert entities(one) == [("New York", "LOC"), ("Ada", "PER"), ("Bob", "PER")], scheme
-        assert (entities(other), one.layout, other.file) == ([("Ada", "PER")], "CoNLL", f"{scheme}.conll:7")
+        assert (entities(other), one.layout, other.where) == ([("Ada", "PER")], "CoNLL", f"{scheme}.conll:7")
         assert isinstance(one.content, Document) and one.content.meta["words"][1:3] == [[4, 8], [9, 12]]
 
 
@@ -55,7 +54,7 @@ def test_columns_document_starts_and_wrong_lines_of_conll(tmp_path: Path) -> Non
     assert entities(one) == [("U.N.", "ORG"), ("Ekeus", "PER")] and entities(other) == [("Wien Wien", "LOC")]
     first, second, third, fourth = found(tmp_path, "b.conll", "a O\nb\n\nc X-LOC\n\nI I-LOC\n\nd B-LOC\n")
     assert reasons([first, second]) == ["no_tag", "unknown_tag"]
-    assert (entities(third), third.layout, fourth.layout) == ([("I", "LOC")], "CoNLL, mended", "CoNLL")
+    assert (entities(third), third.layout, fourth.layout) == ([("I", "LOC")], "CoNLL, fixed", "CoNLL")
 
 
 def test_spans_of_records_are_checked_and_repaired(tmp_path: Path) -> None:
@@ -73,13 +72,13 @@ def test_spans_of_records_are_checked_and_repaired(tmp_path: Path) -> None:
     given = found(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records), kind="entities")
     assert reasons(given) == ["invalid_span", "invalid_span", "overlapping_spans"]
     whole, trimmed, composed, none, _ = (one for one in given if isinstance(one.content, Document))
-    assert entities(whole) == [("Ada", "PER"), ("New York-based", "LOC")] and whole.layout.endswith("mended")
-    assert entities(trimmed) == [("Ada", "PER")] and trimmed.layout == "entities (JSON lines), mended"
+    assert entities(whole) == [("Ada", "PER"), ("New York-based", "LOC")] and whole.layout.endswith("fixed")
+    assert entities(trimmed) == [("Ada", "PER")] and trimmed.layout == "entities (JSON lines), fixed"
     assert entities(composed) == [("Líon", "LOC")] and composed.layout == "entities (JSON lines)"
     assert isinstance(composed.content, Document) and composed.content.segments[0].text == "été in Líon\nx"
     assert entities(none) == []
     (plain,) = found(tmp_path, "b.jsonl", json.dumps({"text": "x", "entities": {"hashtags": []}}))
-    assert isinstance(plain.content, Document) and "spans" not in plain.content.meta
+    assert plain.content == {"text": "x", "entities": {"hashtags": []}}
     assert reasons(found(tmp_path, "b.jsonl", json.dumps({"text": "x"}), kind="entities")) == ["no_spans"]
 
 
@@ -94,19 +93,20 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(about), tmp_path / "b.parquet")
     options = Options(kind="entities")
-    (one,) = (one for item in list_items(tmp_path / "b.parquet", options) for one in read_item(str(tmp_path), item, options))
+    (one,) = (
+        one for unit in list_units(str(tmp_path / "b.parquet"), options) for one in read_unit(str(tmp_path), unit, options)
+    )
     assert entities(one) == wanted and one.layout == "entities (Parquet)"
 
 
 def test_prepare_writes_entities_to_shards_and_counts_repairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.conll").write_text(CONLL + "\nx Q-LOC\n\nI I-PER\n\nx\u0301 B-PER\n")
-    prepare(tmp_path / "in", tmp_path / "out", kind="entities", validation_share=0.0, processes=1)
+    prepare(tmp_path / "in", tmp_path / "out", kind="entities", validation_fraction=0.0, processes=1)
     said = capsys.readouterr().err
-    assert "2 CoNLL, mended" in said or "CoNLL, mended" in said, said
+    assert "2 CoNLL, fixed" in said or "CoNLL, fixed" in said, said
     assert "1 unknown_tag" in said
     (shard,) = (tmp_path / "out").glob("*.tar")
-    documents = Shards([str(shard)])
-    texts = [documents.document(0, n) for n in range(4)]
+    texts = list(Shards(str(shard)))
     spans = {one.segments[0].text: one.meta["spans"] for one in texts}
     assert spans["Wien Wien"] == [[0, 9, "LOC"]] and spans["x\u0301"] == [[0, 2, "PER"]]

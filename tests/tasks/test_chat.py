@@ -187,7 +187,9 @@ def test_a_run_learns_from_conversations_and_talks_in_the_terminal(
     chats.mkdir()
     records = ({"instruction": f"Say {number}", "output": f"{number} it is"} for number in range(40))
     (chats / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    main(["prepare", str(chats), str(tmp_path / "shards"), "--kind", "chat", "--validation-share", "0.2", "--processes", "1"])
+    main(
+        ["prepare", str(chats), str(tmp_path / "shards"), "--kind", "chat", "--validation-fraction", "0.2", "--processes", "1"]
+    )
     sources = {"chats": {split: f"{tmp_path}/shards/chats-{split}-*.tar" for split in ("train", "validation")} | {"weight": 1}}
     train(
         "--config", tiny_run.folder / "config.yaml", "--config", REPOSITORY / "conf" / "tasks" / "chat.yaml", "--name", "chat",

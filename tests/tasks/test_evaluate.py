@@ -13,8 +13,7 @@ from conftest import TinyRun
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from pile_app.cli import main
-from pile_app.data.index import build_index
-from pile_app.data.shards import write_shards
+from pile_app.data.shards import Shards, write_shards
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.media import decode_image
 from pile_app.model.score import score_answers
@@ -77,10 +76,8 @@ def test_own_sources_have_codecs_measured_and_weights(
     weighted = (media["text"]["bits_per_byte"] + prose["text"]["bits_per_byte"]) / 2
     assert result["weighted"] == {"shares": {"media": 0.5, "prose": 0.5}, "bits_per_byte": pytest.approx(weighted)}
     model = load_run(tiny_run.folder)[0].model
-    from pile_app.data.shards import Shards, expand_shards
-
-    shards = Shards(expand_shards(str(tiny_run.shards / "media-validation-*.tar")))
-    segments = [s for n in range(8) for s in shards.document(0, n).segments if s.extension == "png"]
+    shards = Shards(str(tiny_run.shards / "media-validation-*.tar"))
+    segments = [s for n in range(8) for s in shards.document(n).segments if s.extension == "png"]
     images = torch.stack([torch.from_numpy(decode_image(s.file, 1, 8, 8)).clone() for s in segments])
     assert model.image_codec is not None
     again = model.image_codec.decode(model.image_codec.encode(images))
@@ -95,7 +92,7 @@ def test_documents_that_cannot_be_used_are_named(evaluated: tuple[TinyRun, dict]
     run, _ = evaluated
     shard = run.shards / "damaged-000000.tar"
     shutil.copyfile(run.shards / "short-000000.tar", shard)
-    build_index(str(shard))
+    Shards(str(shard))
     content = bytearray(shard.read_bytes())
     content[content.index(b"another")] ^= 1
     shard.write_bytes(content)

@@ -20,7 +20,7 @@ from PIL import Image
 from pile_app.cli import main
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import segment_tokens
-from pile_app.data.tokenizers import text_tokens
+from pile_app.data.tokens import text_counts
 from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.inspect_data import inspect_data
@@ -113,15 +113,14 @@ def test_a_run_counts_media_as_its_training_does(tiny_run: TinyRun, tmp_path: Pa
     assert statistics["context"] == 128 and not statistics["notes"]
     for number, name in enumerate(("media", "prose")):
         found, source = of_source(statistics, name, "train"), data.train_data[number]
-        shards = source.shards
         counted = [
-            segment_tokens(shards.index(shard), data.vocabulary, text_tokens(shards, shard, data.tokenizer))
-            for shard in range(len(shards))
+            segment_tokens(source.index(shard), data.vocabulary, text_counts(source.index(shard), data.tokenizer)[0])
+            for shard in range(len(source.paths))
         ]
         assert found["tokens"]["all"] == sum(map(np.sum, counted)) + 2 * found["documents"]
         assert found["documents"] == len(source) == 60 and found["left_out"] == 0
         assert found["packs"] == source.order(data.seed).packs_per_epoch
-        assert found["fill"] == pytest.approx(source.tokens.tokens / (found["packs"] * 128))
+        assert found["fill"] == pytest.approx(source.tokens.tokens.sum() / (found["packs"] * 128))
     assert of_source(statistics, "media", "train")["tokens"]["image"] == 30 * 4
     assert of_source(statistics, "media", "validation")["documents"] == 8
     assert of_source(statistics, "prose", "train")["cut"] > 0
@@ -150,7 +149,7 @@ def test_a_prepared_folder_is_taken_with_its_sources_and_splits(tmp_path: Path, 
     (tmp_path / "texts").mkdir()
     for n in range(20):
         (tmp_path / "texts" / f"{n}.txt").write_text(f"text number {n}\n" * 5)
-    pile("prepare", tmp_path / "texts", tmp_path / "made", "--validation-share", "0.3")
+    pile("prepare", tmp_path / "texts", tmp_path / "made", "--validation-fraction", "0.3")
     pile("inspect", tmp_path / "made")
     statistics = json.loads((tmp_path / "made" / "inspect" / "statistics.json").read_text())
     assert {one["split"] for one in statistics["sources"]} == {"train", "validation"}
@@ -209,10 +208,9 @@ def test_duplicates_and_leaks_are_found_whatever_the_key(
 
 
 def test_damaged_documents_are_counted_and_shown_as_such(tmp_path: Path) -> None:
-    (index,) = write_shards([text(f"text {n}", str(n)) for n in range(3)], tmp_path, "a")
-    data = Path(index.path).read_bytes()
-    Path(index.path).write_bytes(data.replace(b"text 1", b"text 2"))
-    statistics = inspect_data([index.path], tmp_path / "out", duplicates=True)
+    (path,) = write_shards([text(f"text {n}", str(n)) for n in range(3)], tmp_path, "a").paths
+    Path(path).write_bytes(Path(path).read_bytes().replace(b"text 1", b"text 2"))
+    statistics = inspect_data([path], tmp_path / "out", duplicates=True)
     assert statistics["duplicates"]["unreadable"] == 1 and statistics["duplicates"]["documents"]["groups"] == 0
     assert "checksum" in (tmp_path / "out" / "documents.html").read_text()
 

@@ -172,7 +172,7 @@ def test_a_trained_model_learns_to_tag_and_tags_texts_and_files(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "names.conll").write_text("".join(map(sentence, range(200))))
-    prepare(tmp_path / "names.conll", tmp_path / "shards", kind="entities", validation_share=0.1, processes=1)
+    prepare(tmp_path / "names.conll", tmp_path / "shards", kind="entities", validation_fraction=0.1, processes=1)
     config = tmp_path / "task.yaml"
     config.write_text(CONFIG.format(shards=tmp_path / "shards"))
     command = ("--config", tiny_run.folder / "config.yaml", "--config", config, "--model.start_from", tiny_run.folder)

@@ -14,8 +14,7 @@ import numpy as np
 from attempts import Workbench
 from conftest import media_documents, prose_documents
 
-from pile_app.data.index import build_index, load_index
-from pile_app.data.shards import write_shards
+from pile_app.data.shards import Shards, write_shards
 from pile_app.documents import Document, Segment, sample_from_document
 from pile_app.training.callbacks import count_quarantined, read_ledger
 
@@ -88,7 +87,7 @@ def write_with_bad_samples(path: Path) -> tuple[set[str], Counter[str]]:
                 member = tarfile.TarInfo(f"{key}.{name}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    build_index(str(path))
+    Shards(str(path), fields="segments")
     data = path.read_bytes()  # as a disk does it in time: the texts of these samples lose a bit
     path.write_bytes(data.replace(b"a text that decays", b"a tExt that decays"))
     return {document.key for document in good}, Counter(key.split("-")[1] for key, _ in samples if key.startswith("bad-"))
@@ -111,8 +110,9 @@ def test_bad_samples_of_twelve_kinds_are_counted_and_no_good_one_is_lost(tmp_pat
     summary = json.loads((bench.run("run") / "summary.json").read_text())
     assert summary["rejected_when_indexed"] == {"mixed": {name: EACH for name in sorted(BAD) if name not in WHEN_READ}}
     assert count_quarantined(bench.run("run")) == summary["quarantined"] == {"mixed": dict.fromkeys(sorted(WHEN_READ), EACH)}
-    rejected = load_index(str(shards / "mixed-train-000000.tar")).rejected
-    assert all(key.split("-")[1] == reason for key, reason in rejected)
+    balance = Shards(str(shards / "mixed-train-000000.tar")).balance()
+    assert balance["read"] == balance["documents"] + balance["rejected"].total()
+    assert all(key.split("-")[1] == reason for reason, (keys, _) in balance["examples"].items() for key in keys)
     last = list(read_metrics(bench.run("run")))
     assert all(float(last[-1][f"data/rejected/mixed/{reason}"]) == EACH for reason in WHEN_READ)
     seen = Counter()

@@ -20,7 +20,6 @@ from ports import free_port
 from processes import start
 
 from pile_app.data.datamodule import PileDataModule, Source
-from pile_app.data.index import load_index
 from pile_app.data.shards import write_shards
 from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
 from pile_app.documents import Document, Segment
@@ -260,10 +259,9 @@ def test_sources_may_be_called_like_methods_and_with_dots(bench: Workbench, tmp_
 @pytest.mark.parametrize(("bad", "code"), [(1, 0), (40, 1)])
 def test_damaged_documents_are_counted_and_too_many_stop_the_run(bench: Workbench, tmp_path: Path, bad: int, code: int) -> None:
     damaged = Workbench(tmp_path, tmp_path / "shards")
-    write_shards((Document((Segment(f"text {n}"),), f"t-{n}") for n in range(200)), damaged.shards, "prose-train")
-    index = load_index(str(damaged.shards / "prose-train-000000.tar"))
-    with open(index.path, "r+b") as file:
-        for offset in index.offset[:bad].tolist():
+    written = write_shards((Document((Segment(f"text {n}"),), f"t-{n}") for n in range(200)), damaged.shards, "prose-train")
+    with open(written.paths[0], "r+b") as file:
+        for offset in written.index(0).offset[:bad].tolist():
             file.seek(offset + 512)
             file.write(b"\xff")
     sources = f"{{prose: {{train: '{damaged.shards}/prose-train-*.tar', validation: null, weight: null}}}}"

@@ -1,0 +1,91 @@
+"""Data sets of the Hugging Face hub: remote inputs are downloaded, data set cards say which files are which split.
+
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows, undecoded,
+because `datasets` gives up on a whole file where one row is bad.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pile_app.prepare.layouts import named_split
+from pile_app.prepare.options import require
+
+
+@dataclass
+class Card:
+    """What a data set card says. splits: file -> split, of the files that are read; classes: column -> names of its classes."""
+
+    splits: dict[str, str | None] = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def localize(input: str, work: str) -> str:
+    """The path of an input: `hf://datasets/owner/name[/path]`, the name of a hub data set (`owner/name`) or any address of fsspec
+    is downloaded below `work`, once; a path is returned as it is given.
+
+    Raises:
+        ValueError: the data set cannot be fetched.
+    """
+    path, _, config = input.partition("#")
+    hub = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", path)
+    if os.path.exists(path) or not (hub or "://" in path):
+        return input
+    target = os.path.join(work, "download")
+    try:
+        if hub:
+            name, revision, inner = hub.groups()
+            fetch = require("huggingface_hub", "prepare", "reading from the hub").snapshot_download
+            patterns = [f"{inner.strip('/')}", f"{inner.strip('/')}/*"] if inner else None
+            fetch(name, repo_type="dataset", revision=revision, local_dir=target, allow_patterns=patterns)
+        else:
+            import fsspec
+
+            system, inner = fsspec.core.url_to_fs(path)
+            target = os.path.join(target, os.path.basename(inner.rstrip("/")))
+            if not os.path.exists(target):
+                system.get(inner, f"{target}.partial", recursive=system.isdir(inner))
+                os.rename(f"{target}.partial", target)
+    except ValueError:
+        raise
+    except Exception as error:  # of any file system
+        raise ValueError(
+            f"input {input!r} is no local path, and cannot be fetched: {type(error).__name__}: {error}"[:400]
+        ) from error
+    return f"{target}#{config}" if config else target
+
+
+def read_card(root: str, config: str = "") -> Card:
+    """The card of a folder in the hub's layout: its README.md names configurations or features; else an empty one.
+
+    Raises:
+        ValueError: there are several configurations, and none is the default or asked for.
+    """
+    try:
+        with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
+            head = file.read(1 << 20)
+    except OSError:
+        return Card()
+    if not re.match(r"---\s*\n(?:.*\n)*?(configs|dataset_info):", head):
+        return Card()
+    datasets = require("datasets", "prepare", "reading data set cards")
+    try:
+        builder = datasets.load_dataset_builder(root, config or None)
+        found: Any = builder.config.data_files or {}
+    except ValueError as error:
+        if "Config name is missing" in str(error):
+            names = ", ".join(datasets.get_dataset_config_names(root))
+            raise ValueError(
+                f"{root!r} has the configurations {names}: choose one, e.g. {root}#{names.split(', ')[0]}"
+            ) from error
+        return Card()
+    except Exception:  # a card that `datasets` cannot use; the files say what they are
+        return Card()
+    splits = {
+        os.path.relpath(path, root): named_split(str(split)) or str(split) for split, paths in found.items() for path in paths
+    }
+    features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}
+    return Card(splits, {name: list(about.names) for name, about in features.items() if hasattr(about, "names")})
