@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pile_app.model.attention import Sight, attend, find_sight
+from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype, norm
 from pile_app.model.recurrent import LSTM, RNN, MinGRU
 
@@ -52,8 +52,6 @@ class Transformer(Backbone):
             (1.2 as in modded-nanogpt). 1, and no skips, are the architecture of nanochat (see `huggingface.py`).
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         width: int = 128,
@@ -77,8 +75,6 @@ class Transformer(Backbone):
             TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)
         )
-        frequencies = rope_base ** (-torch.arange(0, head_width, 2).float() / head_width)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     @staticmethod
     def check(width: int, heads: int, key_value_heads: int | None) -> None:
@@ -103,24 +99,26 @@ class Transformer(Backbone):
         cache: Cache | None = None,
         piece_starts: Tensor | None = None,
     ) -> Tensor:
-        dtype = matmul_dtype(x)
-        angles = position[:, None, :, None] * self.frequencies  # (B, 1, T, d / 2)
+        dtype, head_width = matmul_dtype(x), self.width // self.heads
+        # Not a buffer, which `bf16-true` would round: positions beyond some 256 would blur.
+        exponents = torch.arange(0, head_width, 2, device=x.device, dtype=torch.float32) / -head_width
+        angles = position[:, None, :, None] * self.rope_base**exponents  # (B, 1, T, d / 2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        tokens, past = x.size(1), cache.length if cache is not None else 0
         if cache is None:
-            sight = find_sight(document, position, piece_starts, dtype)
+            mask = make_mask(document, position, piece_starts, dtype, head_width)
+        elif tokens == 1 or not past:
+            mask = AttentionMask()
         else:
-            sight = _cache_sight(cache, x.size(1), x.device)
+            seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=x.device).tril(past)
+            mask = AttentionMask(mask=seen[None, None])
         embedding = x
-        for number, block in enumerate(self.blocks):
-            # A compiled block would be compiled anew for each number.
-            x = self.run(block, x, embedding, cos, sin, sight, number if cache is not None else 0, cache)
+        for index, block in enumerate(self.blocks):
+            # A compiled block would be compiled again for each index.
+            x = self.run(block, x, embedding, cos, sin, mask, index if cache is not None else 0, cache)
+        if cache is not None:
+            cache.length += tokens
         return norm(x)
-
-
-def _cache_sight(cache: Cache, tokens: int, device: torch.device) -> Sight:
-    """Everything in the cache, and the new tokens up to oneself."""
-    past = cache.layers[0][0].size(2) if cache.layers else 0
-    return Sight(mask=torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None])
 
 
 class TransformerBlock(nn.Module):
@@ -145,14 +143,14 @@ class TransformerBlock(nn.Module):
         nn.init.zeros_(self.contract.weight)
 
     def forward(
-        self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None
+        self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, layer: int, cache: Cache | None
     ) -> Tensor:
         if self.skips is not None:
             x = self.skips[0] * x + self.skips[1] * embedding
-        x = x + self.dropout(self.attend(norm(x), cos, sin, sight, number, cache))
+        x = x + self.dropout(self.attend(norm(x), cos, sin, mask, layer, cache))
         return x + self.dropout(self.contract(F.relu(self.expand(norm(x))).square()))
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, layer: int, cache: Cache | None) -> Tensor:
         batch, tokens, _ = x.shape
         x = x.to(matmul_dtype(x))  # once, instead of in each of the three products
 
@@ -163,11 +161,6 @@ class TransformerBlock(nn.Module):
         key = norm(rotate(heads(self.key(x)), cos, sin))
         value = heads(self.value(x))
         if cache is not None:
-            if number < len(cache.layers):
-                past_key, past_value = cache.layers[number]
-                key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-                cache.layers[number] = (key, value)
-            else:
-                cache.layers.append((key, value))
-        y = attend(query, key, value, sight, scale=self.scale)
+            key, value = cache.append(layer, key.to(value.dtype), value)
+        y = attend(query, key, value, mask, scale=self.scale)
         return self.attention_out(y.transpose(1, 2).reshape(batch, tokens, -1))  # (B, T, D)

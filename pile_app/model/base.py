@@ -14,13 +14,36 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Cache:
-    """What a backbone remembers of the tokens so far: one entry a layer, keys and values or recurrent state."""
+    """State of a backbone after `length` tokens: one entry a layer, keys and values or a recurrent state.
+
+    Keys and values are written into buffers of `capacity` tokens, which double when they are full.
+    """
 
     layers: list[tuple[Tensor, ...]] = field(default_factory=list)
+    length: int = 0
+    capacity: int = 0
+
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write the next tokens of a layer, each (B, H, T, d); return views of all tokens, (B, H, length + T, d).
+
+        The caller adds T to `length` after the last layer.
+        """
+        stop = self.length + new[0].size(2)
+        old = self.layers[layer] if layer < len(self.layers) else ()
+        if not old or old[0].size(2) < stop:
+            size = max(self.capacity, 2 * stop)
+            buffers = tuple(x.new_empty(*x.shape[:2], size, x.size(3)) for x in new)
+            for buffer, tokens in zip(buffers, old, strict=False):  # the first buffers have nothing to take over
+                buffer[:, :, : self.length] = tokens[:, :, : self.length]
+            self.layers[layer : layer + 1] = [buffers]
+        for buffer, x in zip(self.layers[layer], new, strict=True):
+            buffer[:, :, self.length : stop] = x
+        return tuple(buffer[:, :, :stop] for buffer in self.layers[layer])
 
     def select(self, rows: Tensor) -> Cache:
-        """The cache of some rows only. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
-        return Cache([tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers])
+        """Copy the cache of some rows. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
+        layers = [tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers]
+        return Cache(layers, self.length, self.capacity)
 
 
 class Backbone(nn.Module, ABC):
@@ -45,8 +68,9 @@ class Backbone(nn.Module, ABC):
         self.layers = layers
         self.dropout = dropout
 
-    def new_cache(self) -> Cache:
-        return Cache()
+    def new_cache(self, capacity: int = 0) -> Cache:
+        """An empty cache. `capacity`: tokens to reserve memory for; 0: it grows by doubling."""
+        return Cache(capacity=capacity)
 
     @abstractmethod
     def forward(

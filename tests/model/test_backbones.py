@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pile_app.model.attention import Sight, attend, find_sight
+from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
 from pile_app.model.recurrent import _recur_by_doubling, linear_recurrence
 
@@ -256,12 +256,12 @@ def test_attention_in_blocks_is_attention_with_a_mask(tokens: int, dtype: torch.
     weight = torch.randn(3, 4, tokens, 16)
     seen = document >= 0
     results = []
-    for sight in (
-        Sight(mask=(document[:, :, None] == document[:, None, :]).tril()[:, None]),
-        find_sight(document, position, None, dtype),
+    for mask in (
+        AttentionMask(mask=(document[:, :, None] == document[:, None, :]).tril()[:, None]),
+        make_mask(document, position, None, dtype, 16),
     ):
-        kind = torch.float32 if sight.mask is not None else dtype
-        y = attend(query.to(kind), key.to(kind), value.to(kind), sight, scale=0.3).float()
+        kind = torch.float32 if mask.mask is not None else dtype
+        y = attend(query.to(kind), key.to(kind), value.to(kind), mask, scale=0.3).float()
         y = y * seen[:, None, :, None]
         results.append([y, *torch.autograd.grad((y * weight).sum(), (query, key, value))])
     for own, expected in zip(results[1], results[0], strict=True):
