@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +91,7 @@ class Backbone(nn.Module, ABC):
         """
         raise ValueError(f"model.compile: torch.compile gains nothing with {type(self).__name__}, leave it false")
 
-    def run(self, block: nn.Module, *arguments: Any) -> Any:
+    def run(self, block: Callable[..., Any], *arguments: Any) -> Any:
         """What `block` makes of the arguments; with `recompute`, all that is kept for backward is them."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)

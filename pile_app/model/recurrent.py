@@ -6,6 +6,8 @@ their own, MinGRU forgets at their first token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class _Recurrent(Backbone):
     """
 
     cell: type[nn.LSTM] | type[nn.RNN]
+    step: Callable[..., tuple[Tensor, ...]]  # of one token
 
     def __init__(self, width: int = 184, layers: int = 3, dropout: float = 0.0, embedding_width: int | None = None) -> None:
         super().__init__(width, layers, dropout)
@@ -49,27 +52,38 @@ class _Recurrent(Backbone):
         cache: Cache | None = None,
         piece_starts: Tensor | None = None,
     ) -> Tensor:
-        if cache is not None:
-            return self._stack(x, cache)
+        if cache is not None or x.is_cuda:
+            # Finding the documents would wait for the device. Without a piece for each row alone, it goes step by step.
+            is_whole = cache is not None or (piece_starts is not None and len(piece_starts) == len(x) + 1)
+            return self._stack(x, cache, None if is_whole else position != 0)
         flat = x.flatten(0, 1)  # (B * T, D)
         out = flat.new_zeros(len(flat), self.width)
         for places, inside in _document_rows(document, position):
-            rows = self._stack(flat[places], None)  # (documents, longest, D); what follows a document's end is not used
+            rows = self._stack(flat[places])  # (documents, longest, D); what follows a document's end is not used
             out = out.index_put((places[inside],), rows[inside].to(out.dtype))  # autocast makes rows half precision
         return out.view(*x.shape[:2], self.width)  # (B, T, D)
 
-    def _stack(self, x: Tensor, cache: Cache | None) -> Tensor:
-        for number, cell in enumerate(self.cells):
-            state: tuple[Tensor, ...] | Tensor | None = None
-            if cache is not None and number < len(cache.layers):
-                stored = cache.layers[number]
-                state = stored if len(stored) == 2 else stored[0]
-            y, state = self.run(cell, norm(x), state)
-            if cache is not None:
-                stored = state if isinstance(state, tuple) else (state,)
-                cache.layers[number : number + 1] = [stored]
+    def _stack(self, x: Tensor, cache: Cache | None = None, continues: Tensor | None = None) -> Tensor:
+        """`continues`: (B, T) False where a document begins within a row; None: nowhere."""
+        for index, cell in enumerate(self.cells):
+            if continues is not None:
+                y = self.run(partial(self._by_steps, cell), norm(x), continues)
+            else:
+                state = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+                y, state = self.run(cell, norm(x), state[0] if state and len(state) == 1 else state)
+                if cache is not None:
+                    cache.layers[index : index + 1] = [state if isinstance(state, tuple) else (state,)]
             x = x + self.drop(y) if x.size(-1) == self.width else self.drop(y)
         return norm(x)
+
+    def _by_steps(self, cell: nn.Module, x: Tensor, continues: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, width) of a cell whose state is set to zero where a document begins."""
+        state: tuple[Tensor, ...] = (x.new_zeros(len(x), self.width),) * (1 + isinstance(cell, nn.LSTM))
+        outputs = []
+        for now, kept in zip(x.unbind(1), continues[..., None].unbind(1), strict=True):
+            state = self.step(now, tuple(part * kept for part in state), *cell.all_weights[0])
+            outputs.append(state[0])
+        return torch.stack(outputs, 1)
 
 
 class LSTM(_Recurrent):
@@ -83,6 +97,7 @@ class LSTM(_Recurrent):
     """
 
     cell = nn.LSTM
+    step = staticmethod(torch.lstm_cell)
     # On x86 CPUs without AVX-512 torch's own fails under autocast ("could not create a primitive descriptor"): float32 there.
     autocast_on_cpu: bool = torch.cpu.get_capabilities().get("avx512_bw", True)
 
@@ -105,6 +120,10 @@ class RNN(_Recurrent):
     """
 
     cell = nn.RNN
+
+    @staticmethod
+    def step(x: Tensor, state: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+        return (torch.rnn_tanh_cell(x, state[0], *weights),)
 
 
 class MinGRU(Backbone):
@@ -182,7 +201,7 @@ class _MinGRUBlock(nn.Module):
         new = (1 - forget) * self.candidate(convolved).float()
         forget = forget * (places > 0)  # nothing comes over from the document before
         if state is not None:
-            new = torch.cat([torch.addcmul(new[:, :1], forget[:, :1], state[0][:, None]), new[:, 1:]], dim=1)
+            new[:, 0].addcmul_(forget[:, 0], state[0])
         hidden = linear_recurrence(forget, new)
         if cache is not None:
             past = extended[:, extended.size(1) - before :].transpose(0, 1)  # (CONVOLUTION - 1, B, D)
