@@ -22,10 +22,13 @@ import numpy as np
 MODALITIES = ("text", "image", "audio")
 TEXT, IMAGE, AUDIO = range(3)
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tiff", "tif", "avif", "jfif", "jpe")
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "aiff", "aif")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "m4a", "aac", "webm", "weba", "wma")
+UNREADABLE_EXTENSIONS = (  # media that nothing here decodes: text that belongs to one is no document of its own
+    "mp4", "m4v", "avi", "mov", "mkv", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "svg", "heic", "heif", "jxl", "jp2", "psd",
+    "eps", "ico", "raw", "cr2", "nef", "dng", "exr", "hdr", "mid", "midi", "amr", "ape", "pdf",
+)  # fmt: skip
 ENCODED_EXTENSIONS = ("textids", "imagecodes", "audiocodes")  # by modality
-UNREADABLE_EXTENSIONS = ("mp4", "avi", "mov", "mkv", "webm", "svg", "heic", "heif", "wma", "psd", "pdf")  # media all the same
 MODALITY_OF_EXTENSION = (
     {"txt": TEXT}
     | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE)
@@ -35,7 +38,7 @@ MODALITY_OF_EXTENSION = (
 _MAGIC = (
     (b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"),
     (b"fLaC", "flac"), (b"OggS", "ogg"), (b"ID3", "mp3"), (b"\xff\xfb", "mp3"), (b"\xff\xf3", "mp3"), (b"\xff\xf2", "mp3"),
-    (b"\xff\xf1", "aac"), (b"\xff\xf9", "aac"), (b"FORM", "aiff"),
+    (b"\xff\xf1", "aac"), (b"\xff\xf9", "aac"), (b"FORM", "aiff"), (b"\x1aE\xdf\xa3", "webm"), (b"0&\xb2u\x8ef\xcf\x11", "wma"),
 )  # fmt: skip
 SAMPLE_RATES = (1_000, 768_000)  # Hz
 
@@ -185,10 +188,10 @@ def media_extension(data: bytes, name: str = "") -> str | None:
     """The kind of a media file by its first bytes, else by its name; None if it is neither an image nor a sound."""
     if data[:4] in (b"RIFF", b"RF64"):
         return {b"WAVE": "wav", b"WEBP": "webp"}.get(data[8:12])
-    if data[4:8] == b"ftyp":
-        return "avif" if data[8:12] in (b"avif", b"avis") else "m4a" if data[8:11] == b"M4A" else None
-    found = next((kind for magic, kind in _MAGIC if data.startswith(magic)), None)
     extension = name.rsplit(".", 1)[-1].lower()
+    if data[4:8] == b"ftyp":
+        return "avif" if data[8:12] in (b"avif", b"avis") else "m4a" if data[8:11] == b"M4A" or extension == "m4a" else None
+    found = next((kind for magic, kind in _MAGIC if data.startswith(magic)), None)
     return found or (extension if extension in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS else None)
 
 

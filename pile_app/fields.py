@@ -12,6 +12,7 @@ that share a stem. A dotted name leads into JSON (`json.meta.title`). `Fields.in
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,9 +55,10 @@ TEXT_NAMES = (  # of the text that a data set is about, the best first
 )  # fmt: skip
 PAIRS = {  # texts of which the first is followed by one of the others
     "question": ("answer", "answers", "multiple_choice_answer"), "article": ("highlights",), "document": ("summary",),
-    "dialogue": ("summary",), "premise": ("hypothesis",), "title": ("text", "content", "description", "body"),
+    "dialogue": ("summary",), "prompt": ("chosen",), "premise": ("hypothesis",),
+    "title": ("text", "content", "description", "body"),
 }  # fmt: skip
-CONTEXTS = ("context", "passage")  # of a question
+GIVEN = {"question": ("context", "passage", "question"), "prompt": ("prompt",)}  # texts that are not learned
 LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
 GROUP_NAMES = ("speaker", "speaker_id", "client_id")
 NEVER_LEARNED = ("rejected", "mask", "masks", "seg", "segmentation", "segmentation_mask", "depth", "depth_map")
@@ -207,7 +209,11 @@ class Fields:
                 if entry.learn:
                     labels.append(Segment(meta[entry.role]))
                 continue
+            if entry.choose:
+                found = found[0], [text for name in entry.names for value in view.values(name) for text in _listed_value(value)]
             segments += view.segments(entry, *found)
+        if any(segment.data == b"" for segment, _ in segments):
+            raise BadSample("empty_file", f"sample {key!r} holds a medium of 0 bytes, in {_listed(view.names())}")
         segments = [(segment, name) for segment, name in segments if segment.data] + [(label, "") for label in labels]
         if not segments:
             raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {_listed(view.names())}")
@@ -241,7 +247,9 @@ class Fields:
         media = [name for name in names if any(view.is_medium(name) for view in views)]
         media = [name for name in media if "." not in name or name.startswith("json.")] or media
         entries = [_required(entry, views) for entry in _media_entries(media)]
-        texts = _text_entries(names, views, bool(media))
+        roles = {"label": LABEL_NAMES, "group": GROUP_NAMES, "split": ("split",)}
+        scalars = {role: name for role, known in roles.items() if (name := _scalar_name(names, views, known))}
+        texts = _text_entries([name for name in names if name not in scalars.values()], views, len(media))
         entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
         if not entries:
             first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
@@ -251,9 +259,7 @@ class Fields:
             )
         shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
         entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
-        for role, known in (("label", LABEL_NAMES), ("group", GROUP_NAMES), ("split", ("split",))):
-            if role not in [entry.role for entry in entries] and (found := _scalar_name(names, views, known)):
-                entries.append(Field((found,), role))
+        entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
         return cls(tuple(entries), shuffle)
 
 
@@ -356,6 +362,8 @@ class _View:
         if isinstance(value, Mapping):
             value = value.get("bytes")
         kind = media_extension(value) if isinstance(value, bytes) else None
+        if value == b"":
+            raise BadSample("empty_file", f"sample {self.key!r} holds a medium of 0 bytes")
         if kind is None and isinstance(value, bytes):
             raise BadSample("unknown_medium", f"sample {self.key!r} holds {value[:8]!r}..., no kind of medium that is read")
         if kind is None:
@@ -455,13 +463,13 @@ def _media_entries(names: Sequence[str]) -> list[Field]:
     return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
 
 
-def _text_entries(names: Sequence[str], views: list[_View], with_media: bool) -> list[Field]:
+def _text_entries(names: Sequence[str], views: list[_View], with_media: int) -> list[Field]:
     """Entries for the texts of the samples: by the names that are usual, else every column of prose."""
 
     def values(name: str) -> list[Any]:
         return [value for view in views for value in view.values(name)]
 
-    def entry(name: str, loss: bool = True, choose: bool = with_media) -> Field:
+    def entry(name: str, loss: bool = True, choose: bool = with_media > 0) -> Field:
         lists = any(isinstance(value, list) for value in values(name))
         return Field((name,), "media" if loss and not lists else "text", loss, choose=lists and choose)
 
@@ -478,9 +486,11 @@ def _text_entries(names: Sequence[str], views: list[_View], with_media: bool) ->
             continue
         if first == "question" and "choices" in by_base and all(isinstance(value, int) for value in values(other)):
             return [entry(by_base[first]), entry(by_base["choices"], choose=False), Field((other,), "label")]
-        contexts = [name for name in CONTEXTS if name in by_base and first == "question"]
-        given = [entry(by_base[name], loss=first != "question") for name in (*contexts, first)]
-        return [*given, entry(other, choose=True)]
+        given = [by_base[name] for name in GIVEN.get(first, [first]) if name in by_base]
+        return [*(entry(name, loss=first not in GIVEN) for name in given), entry(other, choose=True)]
+    numbered = [name for name in texts if re.fullmatch(f"({'|'.join(TEXT_NAMES)})[_-]?[0-9]+", _base(name))]
+    if with_media == 1 and len(numbered) > 1:  # caption_1, caption_2 ... of one picture
+        return [Field(tuple(numbered), "text", choose=True)]
     usual = [name for known in TEXT_NAMES for name in texts if _base(name) == known] + ["txt"] * ("txt" in texts)
     if usual:
         return [replace(entry(usual[0]), names=tuple(sorted(usual, key=lambda name: not name.startswith("json."))))]
@@ -516,7 +526,7 @@ def _is_texts(value: Any) -> bool:
 
 def _is_prose(values: Sequence[Any]) -> bool:
     """Whether the strings of a column are texts rather than names, numbers or addresses."""
-    texts = [text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    texts = [text for value in values for text in _listed_value(value) if isinstance(text, str)]
     spaced = sum(" " in text.strip() and "://" not in text[:10] for text in texts)
     return spaced > len(texts) / 2
 
@@ -532,6 +542,10 @@ def _scalar(key: str, name: str, value: Any) -> str:
     if isinstance(value, Mapping | list) or (str(value).strip() in UNKNOWN[:2] and _base(name) not in GROUP_NAMES):
         raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number from 0 is expected")
     return str(value).strip()
+
+
+def _listed_value(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _extension(name: str) -> str:

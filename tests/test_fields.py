@@ -102,6 +102,11 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
          ["flac"], ["target"]),
         ([{"audio": {"bytes": FLAC, "path": None}, "text": "A", "normalized_text": "a", "speaker": "N/A"}],
          "[audio, normalized_text|text, {group: speaker}, shuffle]", ["flac", "a"], []),
+        ([{"audio": {"bytes": FLAC, "path": None}, "caption_1": "a b", "caption_2": "c d"}],
+         "[audio, {text: caption_1|caption_2, choose: true}, shuffle]", ["flac", "a b"], []),
+        ([{"audio": {"bytes": FLAC, "path": None}, "label": "001 - Dog bark"}], "[audio, {label: label}]", ["flac"], []),
+        ([{"prompt": "a b", "chosen": "c d", "rejected": "e f"}], "[{text: prompt, loss: false}, chosen]", ["a b", "c d"],
+         ["rejected"]),
         ([{"messages": CHAT, "id": 1}], "messages", ["\x02", "hi", "\x03", "hello", "\x02"], ["id"]),
     ],
 )  # fmt: skip
@@ -158,6 +163,18 @@ def test_alternative_captions_survive_a_shard() -> None:
 )
 def test_a_role_cannot_be_forged_from_a_raw_shard(sample: dict[str, Any]) -> None:
     assert texts(Fields.infer([sample]).read("k", sample).document) == ["ab"]
+
+
+def test_numbered_captions_are_alternatives_of_one_text() -> None:
+    sample = {"image": {"bytes": PNG, "path": None}, "caption_1": "a b", "caption_2": "", "caption_3": "c d"}
+    document = Fields.infer([sample]).read("k", sample).document
+    assert document.segments[1].choices == ("a b", "c d")
+
+
+@pytest.mark.parametrize("sample", [{"jpg": b"", "txt": b"a cat"}, {"image": {"bytes": b"", "path": None}, "text": "a cat"}])
+def test_an_empty_medium_does_not_leave_a_text_alone(sample: dict[str, Any]) -> None:
+    with pytest.raises(BadSample, match=r"missing_field|empty_file"):
+        Fields.parse("[jpg|image, txt|text]").read("k", sample)
 
 
 def test_a_chat_in_the_json_shows_the_picture_of_its_sample() -> None:

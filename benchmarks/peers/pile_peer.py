@@ -88,7 +88,7 @@ def units(batch: Any, figure: str) -> int:
     assert not batch.rejected, batch.rejected[0]
     if figure.startswith("text"):
         return sum(stop - start for pack in batch.documents for _, _, _, start, stop in pack)
-    return len(batch.images) if figure == "image" else len(batch.audio)
+    return len(batch.images) if figure == "image" else len(batch.audio_starts)
 
 
 if __name__ == "__main__":

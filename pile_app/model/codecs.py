@@ -1,20 +1,21 @@
 """Codecs: images and sounds to tokens and back, small CNNs around finite scalar quantization (FSQ, arXiv:2309.15505).
 
-    images (N, C, height, width) uint8  <->  codes (N, rows * columns) int64
-    sounds (M, S) float32, S samples    <->  codes (M, T) int64, T = ceil(S / samples_per_token)
+    images (N, C, height, width) uint8                                   <->  codes (N, rows * columns) int64
+    M sounds (A, samples_per_token) float32, A codes, sound after sound  <->  codes (A,) int64
 
 A code is the mixed-radix number of its FSQ levels, so codes that differ in one level are neighbours; the language model shares
 statistics among them (`FusedLanguageModel`). FSQ needs no code-book loss and no tricks against unused codes.
 
 Notable choices: the image codec never convolves at full resolution (patches become channels first; on a CPU ten times cheaper);
-every layer of the audio codec sees zeros past the end of a sound, so a sound's codes do not depend on what it is batched with;
-the waveform comes from magnitudes and phases through an inverse STFT (Vocos, arXiv:2306.00814), no vocoder, no discriminator.
+sounds are not padded to the longest: they form one row, with gaps of silence that no layer reaches across, so a sound's codes
+do not depend on its batch and memory grows with the seconds in it; the waveform comes from magnitudes and phases through an
+inverse STFT (Vocos, arXiv:2306.00814), no vocoder, no discriminator.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -214,9 +215,9 @@ class ImageCodec(nn.Module):
 
 
 class _ConvNeXtBlock(nn.Module):
-    """ConvNeXt for sequences (arXiv:2201.03545): depthwise convolution, then a feed-forward net at each place; (M, T, D)."""
+    """ConvNeXt for sequences (arXiv:2201.03545): depthwise convolution, then a feed-forward net at each position; (N, T, D)."""
 
-    def __init__(self, width: int, kernel: int = 7) -> None:
+    def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
         self.norm = nn.LayerNorm(width)
@@ -232,6 +233,9 @@ class _ConvNeXtBlock(nn.Module):
 class AudioCodec(nn.Module):
     """Log-mel frames -> CNN -> FSQ -> CNN -> magnitudes and phases -> inverse STFT.
 
+    Sounds are ragged: `audio` (A, samples_per_token) holds the samples of each code, sound after sound, the last code of each
+    padded with silence; `tokens` (M,) is the number of codes of each sound, A together. `decode` is the inverse of `encode`.
+
     Args:
         config: its shape.
     """
@@ -239,6 +243,8 @@ class AudioCodec(nn.Module):
     window: Tensor
     filterbank: Tensor
     FLOOR = 1e-3  # magnitudes below are silence: 16-bit noise is not to be reproduced
+    KERNEL = 7
+    SLICE = 2048  # codes that are encoded or decoded at a time: bounds the memory of spectrograms
 
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
@@ -254,133 +260,152 @@ class AudioCodec(nn.Module):
         self.register_buffer("window", torch.hann_window(config.window), persistent=False)
         self.quantizer = FiniteScalarQuantizer(config.levels)
         self.embed = nn.Linear(config.mels * config.frames_per_token, width)
-        self.encoder = nn.ModuleList(_ConvNeXtBlock(width) for _ in range(config.blocks))
+        self.encoder = nn.ModuleList(_ConvNeXtBlock(width, self.KERNEL) for _ in range(config.blocks))
         self.to_quantizer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dimensions))
         self.from_quantizer = nn.Conv1d(dimensions, width, 3, padding=1)
-        self.decoder = nn.ModuleList(_ConvNeXtBlock(width) for _ in range(config.blocks))
+        self.decoder = nn.ModuleList(_ConvNeXtBlock(width, self.KERNEL) for _ in range(config.blocks))
         self.unfold = nn.Linear(width, width * config.frames_per_token)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * bins))
-        self.frame_block = _ConvNeXtBlock(width)
+        self.frame_block = _ConvNeXtBlock(width, self.KERNEL)
+        # Codes of silence between sounds, more than a convolution or half a window reaches; and what all layers reach together.
+        self.gap = max(self.KERNEL // 2, -(-(config.window - config.hop) // (2 * config.samples_per_token)))
+        self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
+
+    # -- One row of all sounds: `audio` (A, ...) <-> (R, ...), R = A + (M + 1) * gap
+
+    def _places(self, tokens: Tensor, total: int) -> tuple[Tensor, int]:
+        """(A,) index of each code in the row of all sounds; R. The device is not waited for."""
+        sounds = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens, output_size=total)
+        return torch.arange(total, device=tokens.device) + (sounds + 1) * self.gap, total + (len(tokens) + 1) * self.gap
+
+    def _row(self, codes: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(A, ...) values of each code -> (R, ...) with zeros between sounds; (R, 1) 1 inside sounds; (A,) see `_places`."""
+        places, size = self._places(tokens, len(codes))
+        inside = torch.zeros(size, 1, device=codes.device).index_fill_(0, places, 1.0)
+        return codes.new_zeros(size, *codes.shape[1:]).index_copy_(0, places, codes), inside, places
+
+    def _in_slices(self, function: Callable[[Tensor, Tensor], Tensor], row: Tensor, inside: Tensor) -> Tensor:
+        """`function` of (R, ...) and `inside`, computed on slices that overlap by all that its layers reach."""
+        parts = []
+        for first in range(0, len(row), self.SLICE):
+            low, high = max(0, first - self.reach), min(len(row), first + self.SLICE + self.reach)
+            part = function(row[low:high], inside[low:high])
+            parts.append(part[first - low : first - low + self.SLICE].clone())  # not a view, which would keep the rest
+        return torch.cat(parts)
+
+    # -- Its parts, on a row
 
     def spectrogram(self, audio: Tensor, window: int | None = None, hop: int | None = None) -> Tensor:
-        """(M, S) samples -> (M, S / hop, bins) magnitudes; frames are centred on hops, no frame beyond the sound."""
+        """(S,) samples -> (S / hop, bins) magnitudes; frames are centred on hops, no frame beyond the sound."""
         window, hop = window or self.config.window, hop or self.config.hop
         padded = F.pad(audio, ((window - hop) // 2, (window - hop) // 2))
         weights = self.window if window == self.config.window else torch.hann_window(window, device=audio.device)
         spectrum = torch.stft(padded, window, hop, window=weights, center=False, return_complex=True)
         # abs() of a complex zero has no gradient.
-        return (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt().transpose(1, 2)
+        return (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt().T
 
     def log_mel(self, magnitudes: Tensor) -> Tensor:
-        """(M, frames, bins) -> (M, frames, mels), natural logarithm, about 0 at full scale."""
+        """(frames, bins) -> (frames, mels), natural logarithm, about 0 at full scale."""
         return ((magnitudes / (self.config.window / 4)) @ self.filterbank).clamp_min(self.FLOOR).log()
 
-    def _fit(self, audio: Tensor, tokens: int) -> Tensor:
-        """Samples cut or padded with silence to a whole number of tokens."""
-        return F.pad(audio, (0, tokens * self.config.samples_per_token - audio.size(1)))
+    def _patches(self, row: Tensor, inside: Tensor) -> Tensor:
+        """(R, samples_per_token) -> (R, frames_per_token * mels) log-mel frames of each code, in about [-1, 1]."""
+        frames = self.log_mel(self.spectrogram(row.flatten())) / -math.log(self.FLOOR) * 2 + 1
+        return frames.view(len(row), -1)
 
-    def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
-        """(M, S) samples, (M,) tokens of each sound -> (M, max tokens, frames_per_token * mels) the log-mel frames that each
-        code stands for, in about [-1, 1]."""
-        return self._group(self.log_mel(self.spectrogram(self._fit(audio, int(tokens.max())))))
-
-    def _group(self, log_mel: Tensor) -> Tensor:
-        frames = log_mel / -math.log(self.FLOOR) * 2 + 1
-        return frames.unflatten(1, (-1, self.config.frames_per_token)).flatten(2)
-
-    def _quantize(self, log_mel: Tensor, inside: Tensor) -> Tensor:
-        x = self.embed(self._group(log_mel))  # (M, T, D)
+    def _quantize(self, patches: Tensor, inside: Tensor) -> Tensor:
+        """(R, frames_per_token * mels) -> (R, d) quantized, 0 outside of sounds."""
+        x = self.embed(patches)[None]  # (1, R, D)
         for block in self.encoder:
             x = block(x, inside)
-        return self.quantizer(self.to_quantizer(x)) * inside  # (M, T, d)
+        return self.quantizer(self.to_quantizer(x[0])) * inside
 
-    def _reconstruct(self, quantized: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, T, d) -> magnitudes (M, frames, bins) and waveform (M, S)."""
-        x = self.from_quantizer(quantized.transpose(1, 2)).transpose(1, 2)
+    def _synthesize(self, quantized: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, d) -> magnitudes (frames, bins) and samples (R, samples_per_token), silent outside of sounds."""
+        x = self.from_quantizer(quantized.T[None]).transpose(1, 2)
         for block in self.decoder:
             x = block(x, inside)
-        x = self.unfold(x).unflatten(2, (self.config.frames_per_token, -1)).flatten(1, 2)  # (M, frames, D)
-        frames_inside = inside.repeat_interleave(self.config.frames_per_token, 1)
+        x = self.unfold(x).view(1, len(quantized) * self.config.frames_per_token, -1)  # (1, frames, D)
+        frames_inside = inside.repeat_interleave(self.config.frames_per_token, 0)
         x = self.frame_block(x, frames_inside)
-        log_magnitude, real, imaginary = self.head(x).float().chunk(3, dim=-1)
+        log_magnitude, real, imaginary = self.head(x[0]).float().chunk(3, dim=-1)
         magnitude = log_magnitude.clamp(max=7).exp()
         length = (real.square() + imaginary.square() + 1e-6).sqrt()
         spectrum = torch.complex(magnitude * real / length, magnitude * imaginary / length)
-        return magnitude, self._inverse_stft(spectrum, frames_inside)
+        return magnitude, self._inverse_stft(spectrum, frames_inside).view(len(inside), -1) * inside
 
     def _inverse_stft(self, spectrum: Tensor, inside: Tensor) -> Tensor:
-        """(M, frames, bins) complex -> (M, frames * hop): overlap-add of windowed frames, divided by the windows' energy.
-        `inside` (M, frames, 1): frames past the end of a sound weigh nothing, or they would sound in its last samples.
+        """(frames, bins) complex -> (frames * hop,): overlap-add of windowed frames, divided by the windows' energy.
+        `inside` (frames, 1): frames outside of sounds weigh nothing, or they would be heard at a sound's edges.
 
         `torch.istft` cannot pad this way (it wants a frame centred on the first sample).
         """
         window, hop = self.config.window, self.config.hop
-        weights = self.window * inside  # (M, frames, window)
-        size = (1, (weights.size(1) - 1) * hop + window)
+        weights = self.window * inside  # (frames, window)
+        size = (1, (len(weights) - 1) * hop + window)
 
         def overlap_add(parts: Tensor) -> Tensor:
-            return F.fold(parts.transpose(1, 2), size, (1, window), stride=(1, hop)).flatten(1)
+            return F.fold(parts.T[None], size, (1, window), stride=(1, hop)).flatten()
 
         samples = overlap_add(torch.fft.irfft(spectrum, window) * weights)
         trim = (window - hop) // 2
-        return (samples / overlap_add(weights.square()).clamp_min(1e-3))[:, trim : size[1] - trim]
+        return (samples / overlap_add(weights.square()).clamp_min(1e-3))[trim : size[1] - trim]
 
-    @staticmethod
-    def _inside(tokens: Tensor, longest: int) -> Tensor:
-        """(M, T, 1) float, 1 within each sound."""
-        return (torch.arange(longest, device=tokens.device) < tokens[:, None]).float()[..., None]
+    # -- What it is used for
+
+    @torch.no_grad()
+    def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
+        """(A, samples_per_token) -> (A, frames_per_token * mels) log-mel frames that each code represents, in about [-1, 1]."""
+        row, inside, places = self._row(audio, tokens)
+        return self._in_slices(self._patches, row, inside)[places]
 
     @torch.no_grad()
     def encode(self, audio: Tensor, tokens: Tensor) -> Tensor:
-        """(M, S) samples, (M,) tokens of each sound -> (M, max tokens) codes, valid up to each sound's tokens."""
-        longest = int(tokens.max())
-        log_mel = self.log_mel(self.spectrogram(self._fit(audio, longest)))
-        return self.quantizer.to_codes(self._quantize(log_mel, self._inside(tokens, longest)))
+        """(A, samples_per_token) samples -> (A,) codes."""
+        row, inside, places = self._row(audio, tokens)
+
+        def encode(row: Tensor, inside: Tensor) -> Tensor:
+            return self.quantizer.to_codes(self._quantize(self._patches(row, inside), inside))
+
+        return self._in_slices(encode, row, inside)[places]
 
     @torch.no_grad()
     def decode(self, codes: Tensor, tokens: Tensor) -> Tensor:
-        """(M, T) codes, (M,) tokens of each -> (M, T * samples_per_token) samples, silent past each sound's end."""
-        inside = self._inside(tokens, codes.size(1))
-        _, waveform = self._reconstruct(self.quantizer.from_codes(codes) * inside, inside)
-        return (waveform * inside.squeeze(2).repeat_interleave(self.config.samples_per_token, 1)).clamp(-1, 1)
+        """(A,) codes -> (A, samples_per_token) samples in [-1, 1]."""
+        row, inside, places = self._row(self.quantizer.from_codes(codes), tokens)
+        return self._in_slices(lambda row, inside: self._synthesize(row, inside)[1], row, inside)[places].clamp(-1, 1)
 
     @torch.no_grad()
     def decode_magnitudes(self, codes: Tensor, tokens: Tensor) -> Tensor:
-        """(M, T) codes -> (M, frames, bins) magnitudes, for Griffin-Lim as a check on the phases."""
-        inside = self._inside(tokens, codes.size(1))
-        magnitudes, _ = self._reconstruct(self.quantizer.from_codes(codes) * inside, inside)
-        return magnitudes * inside.repeat_interleave(self.config.frames_per_token, 1)
+        """(A,) codes -> (A, frames_per_token, bins) magnitudes, for Griffin-Lim as a check on the phases."""
+        row, inside, places = self._row(self.quantizer.from_codes(codes), tokens)
+
+        def magnitudes(row: Tensor, inside: Tensor) -> Tensor:
+            return self._synthesize(row, inside)[0].unflatten(0, (len(row), -1))
+
+        return self._in_slices(magnitudes, row, inside)[places]
 
     @torch.no_grad()
     def log_mel_distances(self, audio: Tensor, again: Tensor, tokens: Tensor) -> Tensor:
-        """(F,) mean absolute difference over the mel bands, in nats, of each frame within the sounds, sound after sound.
-
-        Args:
-            audio: (M, S) samples.
-            again: (M, max tokens * samples_per_token) what `decode` made of their codes.
-            tokens: (M,) of each sound.
-        """
-        longest = int(tokens.max())
-        bands, bands_again = (self.log_mel(self.spectrogram(self._fit(one, longest))) for one in (audio, again))
-        inside = self._inside(tokens, longest).squeeze(2).repeat_interleave(self.config.frames_per_token, 1) > 0
-        return (bands_again - bands).abs().mean(-1)[inside]
+        """(A * frames_per_token,) mean absolute difference over the mel bands, in nats, of each frame of two versions."""
+        difference = self.patches(again, tokens) - self.patches(audio, tokens)
+        return difference.abs().unflatten(1, (self.config.frames_per_token, -1)).mean(-1).flatten() * -math.log(self.FLOOR) / 2
 
     def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
-        """Log-mel error of the magnitudes, plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32."""
-        longest = max(2, int(tokens.max()))  # the largest window below takes two frames
-        inside = self._inside(tokens, longest)
-        audio = self._fit(audio, longest)
-        target = self.log_mel(self.spectrogram(audio))
-        magnitude, waveform = self._reconstruct(self._quantize(target, inside), inside)
-        frames_inside = inside.repeat_interleave(self.config.frames_per_token, 1)
-        per_frame = (self.log_mel(magnitude) - target).abs().mean(-1, keepdim=True)
-        loss = (per_frame * frames_inside).sum() / frames_inside.sum()
-        waveform = waveform * inside.squeeze(2).repeat_interleave(self.config.samples_per_token, 1)
+        """Log-mel error of the magnitudes plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32.
+        Errors are means over the frames of the sounds."""
+        row, inside, _ = self._row(audio, tokens)
+        frames_inside = inside.repeat_interleave(self.config.frames_per_token, 0)
+        with torch.no_grad():
+            patches = self._in_slices(self._patches, row, inside)
+            target = (patches.view(-1, self.config.mels) - 1) * -math.log(self.FLOOR) / 2
+        magnitude, waveform = self._synthesize(self._quantize(patches, inside), inside)
+        loss = ((self.log_mel(magnitude) - target).abs() * frames_inside).sum() / (len(audio) * patches.size(1))
         for scale in (0.5, 1.0, 2.0):
             window, hop = int(self.config.window * scale), int(self.config.hop * scale)
-            made, real = self.spectrogram(waveform, window, hop), self.spectrogram(audio, window, hop)
+            made, real = (self.spectrogram(samples.flatten(), window, hop) for samples in (waveform, row))
             floor = self.FLOOR * window / 4
-            log_error = (made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs().mean()
+            log_error = (made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs().sum()
             convergence = (made - real).norm() / real.norm().clamp_min(1e-5)
-            loss = loss + (log_error + convergence) / 3
+            loss = loss + (log_error / (audio.numel() / hop * made.size(1)) + convergence) / 3
         return loss

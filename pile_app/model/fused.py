@@ -161,7 +161,7 @@ class FusedLanguageModel(nn.Module):
     def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
-        `crop` cuts sounds to so many tokens at a random place, which bounds the cost of long recordings.
+        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings.
         """
         losses: dict[int, Tensor] = {}
         if self.image_codec and len(batch.images):
@@ -169,13 +169,13 @@ class FusedLanguageModel(nn.Module):
                 losses[IMAGE] = self.image_codec.loss(batch.images)
         if self.audio_codec and len(batch.audio):
             audio, tokens = batch.audio, batch.audio_tokens
-            if crop is not None and int(tokens.max()) > crop:
-                per_token = self.audio_codec.config.samples_per_token
-                spare = (tokens - crop).clamp_min(0)
-                first = (torch.rand(len(tokens), device=tokens.device) * (spare + 1)).long() * per_token
-                places = first[:, None] + torch.arange(crop * per_token, device=tokens.device)
-                padded = F.pad(audio, (0, max(0, int(places.max()) + 1 - audio.size(1))))
-                audio, tokens = padded.gather(1, places), tokens.clamp_max(crop)
+            if crop is not None and max(batch.sound_tokens) > crop:
+                kept = tokens.clamp_max(crop)
+                total = sum(min(count, crop) for count in batch.sound_tokens)
+                first = (torch.rand(len(tokens), device=tokens.device) * (tokens - kept + 1)).long()
+                starts = tokens.cumsum(0) - tokens + first - (kept.cumsum(0) - kept)  # of each sound, minus its new start
+                shift = starts.repeat_interleave(kept, output_size=total)
+                audio, tokens = audio[torch.arange(total, device=tokens.device) + shift], kept
             with full_precision(batch):
                 losses[AUDIO] = self.audio_codec.loss(audio, tokens)
         return losses
@@ -193,7 +193,7 @@ class FusedLanguageModel(nn.Module):
         if self.audio_codec and len(batch.audio):
             with full_precision(batch):
                 codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
-            flat[batch.audio_slots] = codes.flatten()[batch.audio_places] + self.vocabulary.starts[AUDIO]
+            flat[batch.audio_slots] = codes + self.vocabulary.starts[AUDIO]
         return tokens
 
     def image_places(self, batch: Batch) -> Tensor:

@@ -73,11 +73,7 @@ def decode_codes(model: FusedLanguageModel, codes: list[Tensor], to: int) -> lis
         images = model.image_codec.decode(torch.stack(codes)).cpu().numpy()
         return [Segment.from_image(np.moveaxis(image, 0, -1)) for image in images]
     assert model.audio_codec is not None
-    tokens = torch.tensor([max(1, len(row)) for row in codes], device=codes[0].device)
-    padded = torch.nn.utils.rnn.pad_sequence([row if len(row) else row.new_zeros(1) for row in codes], batch_first=True)
-    waveforms = model.audio_codec.decode(padded, tokens).cpu().numpy()
-    per_token = model.vocabulary.samples_per_token
-    return [
-        Segment.from_audio(waveform[: int(n) * per_token], model.vocabulary.sample_rate, "wav")
-        for waveform, n in zip(waveforms, tokens, strict=True)
-    ]
+    rows = [row if len(row) else row.new_zeros(1) for row in codes]  # no sound is empty
+    tokens = torch.tensor([len(row) for row in rows], device=codes[0].device)
+    waveforms = model.audio_codec.decode(torch.cat(rows), tokens).cpu().split([len(row) for row in rows])
+    return [Segment.from_audio(one.flatten().numpy(), model.vocabulary.sample_rate, "wav") for one in waveforms]

@@ -217,11 +217,10 @@ def shown_image(segment: Segment, pixels: int = 224) -> bytes:
     from PIL import Image
 
     assert segment.modality == IMAGE
-    with Image.open(io.BytesIO(segment.file), formats=media.IMAGE_FORMATS) as opened:
-        image: Image.Image = opened.convert("RGB")
-        scale = pixels // max(image.size)
-        if scale > 1:
-            image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        file = io.BytesIO()
-        image.save(file, "png")
+    image = media.load_image(segment.file, pixels).convert("RGB")
+    scale = pixels // max(image.size)
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.save(file, "png")
     return file.getvalue()

@@ -1,8 +1,8 @@
 """Classification of documents: texts, images, sounds, or any mixture of them.
 
-A labelled document ends with its label, a text: `cls` beside `txt`, `jpg` or `wav` in a shard. What stands before it is read by
-the model, and its hidden vectors, pooled, go through a linear head; or the model says itself which label comes next, of those
-there are. The label is not seen: the model is causal.
+The label of a document is `meta["label"]` (of a field `{label: cls}`), or its last segment, a text. The model reads the
+document up to the label, and a linear head classifies its pooled hidden vectors; or the model itself predicts the label, if
+that is a text. Either way the label is not seen: the model is causal.
 
     hidden (B, T, D) -> mean, maximum, deviation, last of each document (L, F) -> head -> logits (L, classes)
     and beside it, where asked for: runs of tokens, statistics of sounds -> linear -> added to the logits
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pile_app.data.annotation import NO_LABEL, Annotator, label_last
+from pile_app.data.annotation import NO_LABEL, Annotator, label_last, label_of
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, BadSample, Document, Segment
@@ -37,10 +37,17 @@ BUCKETS = 1 << 18  # that n-grams are hashed into
 
 
 class LabelAnnotator(Annotator):
-    """Every token before the label, its opener included, has the number of the label. `labels`: the labels in order."""
+    """Gives every token of the segments the number of the label, and the token after them too: `<end>`, or the opener of the
+    label where that is a text.
 
-    def __init__(self, labels: Sequence[str]) -> None:
+    Args:
+        labels: in order.
+        as_text: refuse documents whose label is not a text, to be predicted by the model itself.
+    """
+
+    def __init__(self, labels: Sequence[str], as_text: bool = False) -> None:
         self.numbers = {label: number for number, label in enumerate(labels)}
+        self.as_text = as_text
 
     def arrange(self, document: Document) -> Document:
         return label_last(document)
@@ -48,30 +55,39 @@ class LabelAnnotator(Annotator):
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
-        label = number_of_label(document, self.numbers)
+        label, is_text = number_of_label(document, self.numbers)
+        if self.as_text and not is_text:
+            raise ValueError(
+                f"objective.head language predicts labels as text, and that of document {document.key!r} is none: set "
+                "objective.head to linear, or make it a text with fields: [..., {label: <name>, learn: true}]"
+            )
         labels = np.full(length, NO_LABEL, np.int32)
-        for first, stop in spans[:-1]:
+        for first, stop in spans[: len(spans) - is_text]:
             labels[first:stop] = label
-        labels[spans[-1][0] - 1] = label
+        labels[spans[-1][0] - 1 if is_text else length - 1] = label
         return labels
 
 
-def number_of_label(document: Document, numbers: Mapping[str, int]) -> int:
-    """Raises ValueError where the last segment is not one of the labels, or the only one."""
-    last = document.segments[-1]
-    label = last.text.strip() if last.modality == TEXT else last.extension
+def number_of_label(document: Document, numbers: Mapping[str, int]) -> tuple[int, bool]:
+    """Return the number of the label, and whether it is the last segment.
+
+    Raises:
+        ValueError: the label is unknown, or nothing comes before it.
+    """
+    label, is_text = label_of(document)
     if label not in numbers:
         raise ValueError(f"document {document.key!r} has the label {label!r}, model.objective.labels names {list(numbers)}")
-    if len(document.segments) < 2:
+    if is_text and len(document.segments) < 2:
         raise ValueError(f"document {document.key!r} is nothing but the label {label!r}")
-    return numbers[label]
+    return numbers[label], is_text
 
 
 def split_label(document: Document, labels: Sequence[str]) -> tuple[Document, int]:
-    """What stands before the label, and the number of the label. Raises ValueError, see `number_of_label`."""
+    """Return the document without its label, and the number of the label. Raises ValueError, see `number_of_label`."""
     document = label_last(document)
-    number = number_of_label(document, {label: number for number, label in enumerate(labels)})
-    return replace(document, segments=document.segments[:-1]), number
+    number, is_text = number_of_label(document, {label: number for number, label in enumerate(labels)})
+    meta = {name: value for name, value in document.meta.items() if name != "label"}
+    return replace(document, segments=document.segments[: len(document.segments) - is_text], meta=meta), number
 
 
 class Classification(Objective):
@@ -98,6 +114,7 @@ class Classification(Objective):
 
     seen: Tensor
     first_tokens: Tensor
+    reads_end: Tensor
 
     def __init__(
         self,
@@ -135,7 +152,7 @@ class Classification(Objective):
 
     @property
     def annotator(self) -> Annotator:
-        return LabelAnnotator(self.labels)
+        return LabelAnnotator(self.labels, self.kind == "language")
 
     def build(self, model: FusedLanguageModel) -> None:
         from torchmetrics import MetricCollection
@@ -149,6 +166,7 @@ class Classification(Objective):
 
         super().build(model)
         classes = len(self.labels)
+        self.register_buffer("reads_end", torch.zeros((), dtype=torch.bool))  # trained on labels that are no text
         self.wide = nn.ModuleList()
         if self.ngrams:
             self.wide.append(Ngrams(self.ngrams, classes, model.vocabulary.slices[TEXT].stop))
@@ -198,6 +216,7 @@ class Classification(Objective):
 
     def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
         logits, labels = self.logits(model, hidden, batch)
+        self.reads_end |= ((batch.labels >= 0) & (batch.tokens == Vocabulary.END)).any()
         if not len(labels):
             return logits.sum()
         weights: Tensor | None = None
@@ -232,6 +251,14 @@ class Classification(Objective):
             wandb.log({"confusion": wandb.Image(str(picture))})
         return {"confusion": self.confusion.tolist()}
 
+    def _with_any_label(self, document: Document) -> Document:
+        """Give a document a label, which nothing reads, in the form that labels had in training."""
+        if not self.reads_end:
+            return Document((*document.segments, Segment(self.labels[0])), document.key)
+        last = document.segments[-1]
+        label = next(one for one in self.labels if last.modality != TEXT or one != last.text.strip())
+        return Document(document.segments, document.key, meta={"label": label})
+
     @torch.no_grad()
     def predict(self, model: FusedLanguageModel, documents: Sequence[Document]) -> Tensor:
         """(N, classes) float32 probabilities for documents without a label, read whole, however long; on the CPU.
@@ -241,8 +268,7 @@ class Classification(Objective):
         """
         from pile_app.model.generate import evaluating, segment_length
 
-        blank = Segment(self.labels[0])  # stands where a label would; nothing reads it
-        asked = [Document((*document.segments, blank), document.key) for document in documents]
+        asked = [self._with_any_label(document) for document in documents]
         lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in asked]
         order = sorted(range(len(asked)), key=lengths.__getitem__)  # rows of about one length: little padding
         result = torch.zeros(len(asked), len(self.labels))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -280,12 +281,10 @@ def decoded(model: FusedLanguageModel, segment: Segment) -> np.ndarray:
 
 
 def batch_audio(model: FusedLanguageModel, waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(M, S) samples, padded with silence, and (M,) tokens."""
-    device = model.token_bytes.device
-    rate = model.vocabulary.sample_rate
-    tokens = torch.tensor([model.vocabulary.audio_tokens(len(waveform), rate) for waveform in waveforms], device=device)
-    audio = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(waveform) for waveform in waveforms], batch_first=True)
-    return audio.to(device), tokens
+    """(A, samples_per_token) samples of each code, sound after sound, and (M,) tokens of each sound."""
+    per_token, device = model.vocabulary.samples_per_token, model.token_bytes.device
+    padded = [F.pad(torch.as_tensor(one), (0, -len(one) % per_token)).view(-1, per_token) for one in waveforms]
+    return torch.cat(padded).to(device), torch.tensor([len(one) for one in padded], device=device)
 
 
 def reconstruct(
@@ -303,10 +302,10 @@ def reconstruct(
     assert codec is not None
     audio, tokens = batch_audio(model, arrays)
     codes = codec.encode(audio, tokens)
-    inside = torch.arange(codes.size(1), device=codes.device) < tokens[:, None]
     again = codec.decode(codes, tokens)
-    waveforms = [w[: len(array)] for w, array in zip(again.cpu().numpy(), arrays, strict=True)]
-    return codes[inside], waveforms, {"audio_log_mel_distance": float(codec.log_mel_distances(audio, again, tokens).mean())}
+    apart = again.cpu().split(tokens.tolist())
+    waveforms = [one.flatten().numpy()[: len(array)] for one, array in zip(apart, arrays, strict=True)]
+    return codes, waveforms, {"audio_log_mel_distance": float(codec.log_mel_distances(audio, again, tokens).mean())}
 
 
 def griffin_lim(model: FusedLanguageModel, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -318,8 +317,7 @@ def griffin_lim(model: FusedLanguageModel, arrays: Sequence[np.ndarray]) -> list
     audio, tokens = batch_audio(model, arrays)
     magnitudes = codec.decode_magnitudes(codec.encode(audio, tokens), tokens).cpu()
     find_phases = torchaudio.transforms.GriffinLim(codec.config.window, hop_length=codec.config.hop, power=1, rand_init=False)
-    frames = tokens.cpu() * codec.config.frames_per_token
-    return [find_phases(one[:n].T).numpy() for one, n in zip(magnitudes, frames.tolist(), strict=True)]
+    return [find_phases(one.flatten(0, 1).T).numpy() for one in magnitudes.split(tokens.tolist())]
 
 
 @torch.no_grad()

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 LEDGER = "encoded.json"
 DOCUMENTS_AT_ONCE = 512
-SOUND_SECONDS = 30.0  # a batch of sounds takes no more memory than so many seconds each would
 SAME = ("flags", "first_segment", "modality", "segment_size", "sample_rate", "loss", "breaks", "break_segment", "first_break")
 NO_ENCODER = "0" * 32  # of a lost segment
 
@@ -300,23 +299,15 @@ def encode_images(images: Sequence[np.ndarray], model: FusedLanguageModel) -> li
 
 
 def encode_sounds(sounds: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
-    """float32 samples (S,) -> codes (T,) of each."""
+    """Encode sounds, float32 samples (S,), to codes (T,) each."""
     import torch
 
     assert model.audio_codec is not None
-    vocabulary, device = model.vocabulary, model.token_bytes.device
-    tokens = [-(-len(sound) // vocabulary.samples_per_token) for sound in sounds]
-    codes: list[np.ndarray] = [np.zeros(0)] * len(sounds)
-    limit = len(sounds) * SOUND_SECONDS * vocabulary.sample_rate
-    groups: list[list[int]] = []
-    for number in sorted(range(len(sounds)), key=lambda n: len(sounds[n])):  # sounds of about a length together
-        if not groups or len(sounds[number]) * (len(groups[-1]) + 1) > limit:
-            groups.append([])
-        groups[-1].append(number)
-    for group in groups:
-        audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sounds[n]) for n in group], batch_first=True)
-        lengths = torch.tensor([tokens[n] for n in group], device=device)
-        rows = model.audio_codec.encode(audio.to(device), lengths).cpu().numpy()
-        for n, row in zip(group, rows, strict=True):
-            codes[n] = row[: tokens[n]]
-    return codes
+    per_token, device = model.vocabulary.samples_per_token, model.token_bytes.device
+    tokens = [-(-len(sound) // per_token) for sound in sounds]
+    audio = np.zeros((sum(tokens), per_token), np.float32)
+    starts = np.cumsum([0, *tokens[:-1]])
+    for start, sound in zip(starts * per_token, sounds, strict=True):
+        audio.reshape(-1)[start : start + len(sound)] = sound
+    codes = model.audio_codec.encode(torch.from_numpy(audio).to(device), torch.tensor(tokens, device=device))
+    return np.split(codes.cpu().numpy(), starts[1:])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Document, Segment
-from pile_app.media import IMAGE_FORMATS, image_size
+from pile_app.media import load_image
 from pile_app.prepare.options import require
 
 if TYPE_CHECKING:
@@ -211,13 +211,9 @@ def _text_of(segment: Segment) -> str:
 
 
 def thumbnail(file: bytes) -> bytes:
-    """WebP of at most `THUMBNAIL` pixels a side, turned as EXIF says, transparent where the image is."""
-    from PIL import Image, ImageOps
-
-    image_size(file)  # a small file may claim any size
-    with Image.open(io.BytesIO(file), formats=IMAGE_FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)
-        image = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
+    """Make a WebP of at most `THUMBNAIL` pixels a side, rotated as EXIF says, transparent where the image is."""
+    image = load_image(file, THUMBNAIL)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(out := io.BytesIO(), "webp", quality=85)
     return out.getvalue()

@@ -128,11 +128,10 @@ def refuse_encoded(model: FusedLanguageModel, batch: Batch, option: str) -> None
         )
 
 
-@torch.no_grad()
 def frames_of_codes(codec: AudioCodec, batch: Batch) -> Tensor:
-    """(codes of all sounds, frames_per_token * mels) float32 log-mel frames, sound after sound; see `AudioCodec.patches`."""
+    """(A, frames_per_token * mels) float32 log-mel frames of each code; see `AudioCodec.patches`."""
     with full_precision(batch):
-        return codec.patches(batch.audio, batch.audio_tokens).flatten(0, 1)[batch.audio_places]
+        return codec.patches(batch.audio, batch.audio_tokens)
 
 
 def mean_by_piece(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -94,8 +94,10 @@ CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; t
     (r"((?:train|validation)?)/?(.+)", "Other measurements", r"\2", r"\1", r"\2"),
 )
 MIME = {
-    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
-    ".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".mp3": "audio/mpeg",
+    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif",
+    ".bmp": "image/bmp", ".avif": "image/avif", ".jpe": "image/jpeg", ".jfif": "image/jpeg", ".tiff": "image/tiff",
+    ".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".mp3": "audio/mpeg", ".opus": "audio/ogg",
+    ".m4a": "audio/mp4", ".aac": "audio/aac", ".webm": "audio/webm",
 }  # fmt: skip
 STYLE = """
 :root{color-scheme:light dark;--page:#fafaf8;--card:#fff;--ink:#20242a;--soft:#666e79;--line:#e2e4e1;--c0:#2f6fb5;--c1:#d9702b;

@@ -153,7 +153,8 @@ def test_a_pack_lays_out_tokens_positions_targets_and_slots(
     assert pack.image_slots.tolist() == [[6, 7, 8, 9]]
     assert pack.audio_slots.tolist() == [11, 12, 13]
     assert np.array_equal(pack.images[0], decode_image(both.segments[1].file, 1, 8, 8))
-    assert np.array_equal(pack.audio[0], decode_audio(both.segments[2].file, 8000))
+    assert pack.audio.shape == (3, 320) and not pack.audio[2, 60:].any()
+    assert np.array_equal(pack.audio.flatten()[:700], decode_audio(both.segments[2].file, 8000))
     assert pack.rejected == []
 
 
@@ -327,8 +328,8 @@ def test_a_batch_points_at_the_same_places_as_its_packs(image: Callable[[int], S
     slots = [slot + 32 * number for number, row in enumerate(rows) for slot in row.image_slots]
     assert np.array_equal(batch.image_slots, slots) and batch.images.shape == (3, 1, 8, 8)
     assert batch.audio_slots.tolist() == [slot + 32 * number for number, row in enumerate(rows) for slot in row.audio_slots]
-    assert batch.audio_tokens.tolist() == [3, 7] and batch.audio.shape == (2, 2000)
-    assert not batch.audio[0, 900:].any() and batch.audio[0, :900].any()
+    assert batch.audio_tokens.tolist() == batch.sound_tokens == [3, 7] and batch.audio.shape == (10, 320)
+    assert not batch.audio[2, 260:].any() and batch.audio[2, :260].any()
     assert batch.normalizer == sum(len(places) for places in batch.targets)
     assert batch.numbers == [7, 8, 9, 10]
     assert batch.documents == [*([(0, one.key, 2, 0, length_of(one))] for one in documents), []]
@@ -343,7 +344,7 @@ def test_a_batch_points_at_the_same_places_as_its_packs(image: Callable[[int], S
 def test_a_batch_without_media_has_empty_tensors() -> None:
     batch = assemble([[]], VOCABULARY, TOKENIZER, 8)
     assert batch.images.shape == (0, 1, 8, 8) and batch.image_slots.shape == (0, 4)
-    assert batch.audio.shape == (0, 0) and len(batch.audio_slots) == len(batch.audio_tokens) == 0
+    assert batch.audio.shape == (0, 320) and len(batch.audio_slots) == len(batch.audio_tokens) == 0
     assert [len(places) for places in batch.targets] == [0, 0, 0]
     moved = batch.to("meta")
     assert moved.tokens.is_meta and moved.learned.is_meta
@@ -367,7 +368,16 @@ def test_media_of_a_rejected_document_go_with_it(image: Callable[[int], Segment]
     batch = assemble([pack], VOCABULARY, TOKENIZER, 80)
     alone = assemble([[pack[0], PackedDocument(pack[1].piece, "b", BadSample("x", "")), pack[2]]], VOCABULARY, TOKENIZER, 80)
     assert [one[1:3] for one in batch.rejected] == [("b", "undecodable_image")]
-    for name in ("tokens", "learned", "document", "images", "image_slots", "audio_tokens", "audio_slots", "normalizer"):
+    for name in (
+        "tokens",
+        "learned",
+        "document",
+        "images",
+        "image_slots",
+        "audio",
+        "audio_tokens",
+        "audio_slots",
+        "normalizer",
+    ):
         assert torch.equal(getattr(batch, name), getattr(alone, name)), name
-    for found, right, length in zip(batch.audio, alone.audio, (900, 640), strict=True):
-        assert torch.equal(found[:length], right[:length]) and not found[length:].any()
+    assert batch.sound_tokens == alone.sound_tokens == [3, 2] and not batch.audio[2, 260:].any()

@@ -1,15 +1,19 @@
-"""The promises of `model/codecs.py`: codes go there and back, and hang on their own medium only."""
+"""The promises of `model/codecs.py`: codes go there and back, and depend on their own medium only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pile_app.model.codecs import (
     AudioCodec,
@@ -52,13 +56,13 @@ def images(count: int, channels: int = 3) -> Tensor:
 
 
 def sounds(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """(M, S) tones in noise, zero past their ends, and (M,) tokens."""
-    generator = torch.Generator().manual_seed(2)
-    audio = torch.zeros(len(lengths), max(lengths))
+    """(A, samples_per_token) tones in noise, (M,) tokens."""
+    generator, rows = torch.Generator().manual_seed(2), []
     for number, length in enumerate(lengths):
         tone = torch.sin(torch.arange(length) * (0.1 + 0.2 * number))
-        audio[number, :length] = 0.4 * tone + 0.1 * torch.randn(length, generator=generator)
-    return audio, torch.tensor([-(-length // AUDIO.samples_per_token) for length in lengths])
+        sound = 0.4 * tone + 0.1 * torch.randn(length, generator=generator)
+        rows.append(F.pad(sound, (0, -length % AUDIO.samples_per_token)).view(-1, AUDIO.samples_per_token))
+    return torch.cat(rows), torch.tensor([len(row) for row in rows])
 
 
 # Quantizer
@@ -120,7 +124,7 @@ def test_images_are_encoded_and_decoded_in_shape_and_range(channels: int) -> Non
     assert len(decoded.unique()) > 10
 
 
-def test_codes_of_an_image_do_not_hang_on_its_batch() -> None:
+def test_codes_of_an_image_do_not_depend_on_its_batch() -> None:
     codec, batch = image_codec(), images(6)
     together = codec.encode(batch)
     for number in range(6):
@@ -128,7 +132,7 @@ def test_codes_of_an_image_do_not_hang_on_its_batch() -> None:
         assert torch.equal(codec.decode(together[number : number + 1])[0], codec.decode(together)[number])
 
 
-def test_codes_of_an_image_stand_row_by_row() -> None:
+def test_codes_of_an_image_are_row_by_row() -> None:
     """A change in a corner changes the codes there (the convolutions do not reach across)."""
     torch.manual_seed(0)
     codec = ImageCodec(ImageCodecConfig(size=64, patch=4, width=8, blocks=1)).eval()
@@ -143,56 +147,108 @@ def test_codes_of_an_image_stand_row_by_row() -> None:
 # Sound
 
 
-def test_codes_of_a_sound_do_not_hang_on_what_it_is_padded_with() -> None:
-    codec, lengths = audio_codec(), [3000, 100, 1601, 160, 4111]
-    audio, tokens = sounds(lengths)
+NARROW = AudioCodecConfig(sample_rate=8000, hop=40, window=400, mels=20, frames_per_token=1, width=16, blocks=3)
+
+
+@pytest.mark.parametrize("config", [AUDIO, NARROW], ids=["two frames a code", "a window over many codes"])
+@pytest.mark.parametrize("size", [1 << 20, 7], ids=["at once", "in slices"])
+def test_codes_of_a_sound_do_not_depend_on_its_batch(
+    config: AudioCodecConfig, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = audio_codec(config)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.tensor([20, 1, 11, 1, 26, 60])
+    audio = torch.randn(int(tokens.sum()), config.samples_per_token, generator=generator)
+    audio *= torch.rand(len(audio), 1, generator=generator) ** 8  # loud next to quiet
+    alone = [codec.encode(part, tokens[n : n + 1]) for n, part in enumerate(audio.split(tokens.tolist()))]
+    waveforms = [codec.decode(codes, tokens[n : n + 1]) for n, codes in enumerate(alone)]
+    patches = [codec.patches(part, tokens[n : n + 1]) for n, part in enumerate(audio.split(tokens.tolist()))]
+    monkeypatch.setattr(codec, "SLICE", size)
     together = codec.encode(audio, tokens)
-    assert together.shape == (5, int(tokens.max())) and together.dtype == torch.int64
-    assert len(together.unique()) > 10 and together.max() < codec.quantizer.codes
-    for number, (length, count) in enumerate(zip(lengths, tokens.tolist(), strict=True)):
-        alone = codec.encode(audio[number : number + 1, :length], tokens[number : number + 1])
-        assert alone.shape == (1, count)
-        assert torch.equal(alone[0], together[number, :count])
+    assert together.shape == (119,) and together.dtype == torch.int64 and together.max() < codec.quantizer.codes
+    assert torch.equal(together, torch.cat(alone)) and len(together.unique()) >= 10
+    torch.testing.assert_close(codec.decode(together, tokens), torch.cat(waveforms), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(codec.patches(audio, tokens), torch.cat(patches), atol=1e-5, rtol=1e-5)
 
 
-def test_a_decoded_sound_does_not_hang_on_what_it_is_padded_with() -> None:
+class Produced(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations produce, and of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.total += tensor.numel() * tensor.itemsize
+                self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
+        return result
+
+
+def test_memory_grows_with_the_seconds_in_a_batch_not_with_the_longest_sound() -> None:
+    """One sound of 200 units with 200 of 2, against the same seconds in equal sounds: all were padded to the longest."""
     codec = audio_codec()
-    tokens = torch.tensor([9, 1, 14])
-    codes = torch.randint(0, codec.quantizer.codes, (3, 14), generator=torch.Generator().manual_seed(3))
-    together = codec.decode(codes, tokens)
-    for number, count in enumerate(tokens.tolist()):
-        alone = codec.decode(codes[number : number + 1, :count], tokens[number : number + 1])
-        torch.testing.assert_close(together[number, : count * AUDIO.samples_per_token], alone[0], atol=1e-5, rtol=1e-5)
+    mixed, equal = torch.tensor([200] + [2] * 200), torch.full((200,), 3)
+    for use in (codec.encode, codec.loss, lambda audio, tokens: codec.decode(torch.zeros(600, dtype=torch.int64), tokens)):
+        counts = []
+        for tokens in (mixed, equal):
+            with Produced() as counted:
+                use(torch.rand(600, AUDIO.samples_per_token), tokens)
+            counts.append((counted.total, counted.largest))
+        assert all(one <= 1.1 * other for one, other in zip(*counts, strict=True))
 
 
-def test_a_decoded_sound_is_as_long_as_its_codes_and_silent_behind_them() -> None:
+def test_long_sounds_are_computed_in_slices_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = audio_codec()
+    monkeypatch.setattr(codec, "SLICE", 64)
+    spectrum = 2 * (64 + 2 * codec.reach) * (AUDIO.window // 2 + 1) * 8  # complex
+    for use in (codec.encode, lambda audio, tokens: codec.decode(torch.zeros(2000, dtype=torch.int64), tokens)):
+        with Produced() as counted:
+            use(torch.rand(2000, AUDIO.samples_per_token), torch.tensor([2000]))
+        assert counted.largest <= max(2.5 * spectrum, 1.1 * 2000 * AUDIO.samples_per_token * 4)
+
+
+def test_a_decoded_sound_is_as_long_as_its_codes() -> None:
     codec, tokens = audio_codec(), torch.tensor([9, 1, 14])
-    codes = torch.randint(0, codec.quantizer.codes, (3, 14))
+    codes = torch.randint(0, codec.quantizer.codes, (24,))
     waveform = codec.decode(codes, tokens)
-    assert waveform.shape == (3, 14 * AUDIO.samples_per_token) and waveform.dtype == torch.float32
-    assert waveform.abs().max() <= 1
-    for row, count in zip(waveform, tokens.tolist(), strict=True):
-        assert row[: count * AUDIO.samples_per_token].any() and not row[count * AUDIO.samples_per_token :].any()
+    assert waveform.shape == (24, AUDIO.samples_per_token) and waveform.dtype == torch.float32
+    assert waveform.abs().max() <= 1 and waveform.any(1).all()
     magnitudes = codec.decode_magnitudes(codes, tokens)
-    assert magnitudes.shape == (3, 28, 161) and (magnitudes >= 0).all() and not magnitudes[1, 2:].any()
+    assert magnitudes.shape == (24, 2, 161) and (magnitudes >= 0).all()
+
+
+def test_the_distance_of_a_sound_to_itself_is_zero_and_grows_with_noise() -> None:
+    codec, (audio, tokens) = audio_codec(), sounds([3000, 100, 1601])
+    noisy = [audio + level * torch.randn(audio.shape, generator=torch.Generator().manual_seed(0)) for level in (0, 0.05, 0.5)]
+    distances = [codec.log_mel_distances(audio, one, tokens) for one in noisy]
+    assert distances[0].shape == (2 * len(audio),) and not distances[0].any()
+    assert 0 < distances[1].mean() < distances[2].mean() < 10
+
+
+def test_the_loss_of_equal_sounds_does_not_depend_on_their_number() -> None:
+    codec, (audio, tokens) = audio_codec(), sounds([2400])
+    torch.testing.assert_close(codec.loss(audio.repeat(5, 1), tokens.repeat(5)), codec.loss(audio, tokens), atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("hop", "window"), [(80, 320), (80, 160), (100, 300), (64, 256), (160, 640)])
 def test_the_inverse_transform_of_a_true_spectrum_is_the_waveform(hop: int, window: int) -> None:
     codec = audio_codec(AudioCodecConfig(sample_rate=8000, hop=hop, window=window, mels=20, width=16, blocks=1))
-    audio = torch.randn(2, hop * 12)
+    audio = torch.randn(hop * 12)
     padding = (window - hop) // 2
     padded = torch.nn.functional.pad(audio, (padding, padding))
-    spectrum = torch.stft(padded, window, hop, window=codec.window, center=False, return_complex=True).transpose(1, 2)
-    assert spectrum.shape[1] == codec.spectrogram(audio).shape[1] == 12
+    spectrum = torch.stft(padded, window, hop, window=codec.window, center=False, return_complex=True).T
+    assert len(spectrum) == len(codec.spectrogram(audio)) == 12
     torch.testing.assert_close(codec.spectrogram(audio), spectrum.abs(), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(codec._inverse_stft(spectrum, torch.ones(2, 12, 1)), audio, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(codec._inverse_stft(spectrum, torch.ones(12, 1)), audio, atol=1e-4, rtol=1e-4)
 
 
-def test_a_full_scale_tone_stands_in_its_mel_band_near_zero() -> None:
+def test_a_full_scale_tone_is_near_zero_in_its_mel_band() -> None:
     codec = audio_codec()
-    tone = torch.sin(torch.arange(8000) * 2 * math.pi * 1000 / 8000)[None]
-    log_mel = codec.log_mel(codec.spectrogram(tone))[0, 10]
+    tone = torch.sin(torch.arange(8000) * 2 * math.pi * 1000 / 8000)
+    log_mel = codec.log_mel(codec.spectrogram(tone))[10]
     assert -3 < log_mel.max() < 0.5
     assert log_mel.min() == pytest.approx(math.log(AudioCodec.FLOOR), abs=0.5)
     assert codec.log_mel(codec.spectrogram(0 * tone)).max() == pytest.approx(math.log(AudioCodec.FLOOR))
@@ -237,7 +293,7 @@ def test_the_shortest_and_the_silent_sound_have_a_loss(frames_per_token: int) ->
         sample_rate=8000, hop=80, window=320, mels=20, frames_per_token=frames_per_token, width=16, blocks=1
     )
     codec = AudioCodec(config)
-    for audio in (torch.randn(1, 7), torch.zeros(1, 80)):
+    for audio in (torch.randn(1, config.samples_per_token), torch.zeros(1, config.samples_per_token)):
         loss = codec.loss(audio, torch.tensor([1]))
         loss.backward()
         assert loss.isfinite()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pile_app.data.assembly import PackedDocument, assemble, whole
 from pile_app.data.batch import Batch
@@ -173,6 +175,37 @@ def test_codecs_train_on_the_media_of_a_batch(tiny_model: MakeModel, documents: 
     losses = model.codec_loss(batch_of(model, [documents], 160), crop)
     assert losses.keys() == {IMAGE, AUDIO} and all(loss.isfinite() for loss in losses.values())
     assert model.codec_loss(batch_of(model, [[documents[1]]], 32), crop) == {}
+
+
+def test_crops_are_parts_of_their_own_sounds(
+    tiny_model: MakeModel, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    batch, seen = batch_of(model, [[documents[0], documents[3], documents[0]]], 160), []
+    monkeypatch.setattr(model.audio_codec, "loss", lambda *arguments: seen.append(arguments) or torch.zeros(()))
+    for _ in range(20):
+        model.codec_loss(batch, 2)
+    assert batch.sound_tokens == [5, 1, 5]
+    first, middle, last = batch.audio.split(batch.sound_tokens)
+    starts = set()
+    for audio, tokens in seen:
+        assert tokens.tolist() == [2, 1, 2] and torch.equal(audio[2:3], middle)
+        for crop, sound in ((audio[:2], first), (audio[3:], last)):
+            (start,) = (n for n in range(4) if torch.equal(crop, sound[n : n + 2]))
+            starts.add(start)
+    assert starts == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("crop", [None, 2])
+def test_codecs_compute_without_waiting_for_the_device(
+    tiny_model: MakeModel, documents: list[Document], crop: int | None
+) -> None:
+    """Fake tensors have no values that Python could wait for."""
+    model, batch = tiny_model(), batch_of(tiny_model(), [documents], 160)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = dataclasses.replace(batch, buffer=mode.from_tensor(batch.buffer))
+        assert model.fill(fake).shape == (1, 160)
+        assert model.codec_loss(fake, crop).keys() == {IMAGE, AUDIO}
 
 
 def test_codecs_get_no_gradient_from_the_language_model(tiny_model: MakeModel, documents: list[Document]) -> None:

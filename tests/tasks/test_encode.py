@@ -155,7 +155,7 @@ def test_other_codecs_and_learning_ones_are_refused_before_training(bench: Workb
     torch.save(state, other.folder / "changed.ckpt")
     words = ("--model.codec_steps", "0", "--model.codecs_from", str(other.folder / "changed.ckpt"))
     attempt = other.start("changed", *words, *STEPS, *TOLERANT)
-    assert attempt.wait() == 1 and "the model's codec is" in attempt.text and "or encode them anew" in attempt.text
+    assert attempt.wait() == 1 and "the model's codec is" in attempt.text and "or encode again" in attempt.text
     shutil.copytree(other.run("x") if other.run("x").exists() else bench.run("raw"), bench.run("mixed"))
     attempt = bench.start("mixed", *words, *STEPS, *TOLERANT, "--trainer.max_steps", "12")
     assert attempt.wait() == 1 and "another image codec than the run began with" in attempt.text

@@ -57,7 +57,7 @@ BAD: dict[str, Callable[[int], dict[str, bytes]]] = {
     "invalid_json": lambda n: {"json": b'{"segments": ['},
     "invalid_utf8": lambda n: {"txt": b"bytes \xff\xfe that are no text"},
     "missing_file": lambda n: {"json": json.dumps({"segments": [{"file": "7.png"}]}).encode()},
-    "unknown_extension": lambda n: {"json": b'{"segments": [{"file": "0.gif"}]}', "0.gif": b"GIF89a"},
+    "unknown_medium": lambda n: {"json": b'{"segments": [{"file": "0.mp4"}]}', "0.mp4": b"film"},
     "no_segment": lambda n: {"xml": b"<nothing/>"},
     "undecodable_image": lambda n: {"png": b"\x89PNG\r\n" + bytes(40)},
     "image_too_large": lambda n: {"png": huge_image(n)},
