@@ -64,24 +64,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale
     query, key = query.to(value.dtype), key.to(value.dtype)
     if mask.blocks is not None:
         return _BlockAttention.apply(query, key, value, scale, mask.blocks)
+    options: dict[str, Any]
     groups, tokens = query.size(1) // key.size(1), query.size(2)
     if mask.starts is None:
         if groups > 1 and mask.mask is not None and query.is_cuda:  # with a mask, no fused kernel of CUDA groups queries
             key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-        is_causal = mask.mask is None and tokens > 1
-        return F.scaled_dot_product_attention(
-            query, key, value, mask.mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
-        )
+        options = {"is_causal": mask.mask is None and tokens > 1, "scale": scale, "enable_gqa": groups > 1}
+        return F.scaled_dot_product_attention(query, key, value, mask.mask, **options)
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {}
+    options = {"scale": scale, "window_size": (-1, 0)}
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, d)
     # No piece is longer than a pack: reading the true maximum would wait for the device.
-    y = varlen_attn(query, key, value, *[mask.starts] * 2, *[tokens] * 2, scale=scale, window_size=(-1, 0), **options)
+    y = varlen_attn(query, key, value, mask.starts, mask.starts, tokens, tokens, **options)
     assert isinstance(y, Tensor)
     return y.unflatten(0, (-1, tokens)).transpose(1, 2)  # (B, H, T, d)
 

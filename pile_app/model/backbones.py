@@ -68,11 +68,9 @@ class Transformer(Backbone):
         self.check(width, heads, key_value_heads)
         if not sharpness > 0:
             raise ValueError(f"backbone sharpness={sharpness} must be above 0")
-        key_value_heads = key_value_heads or heads
-        head_width = width // heads
         self.heads, self.rope_base, self.sharpness = heads, rope_base, sharpness
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
+            TransformerBlock(width, heads, key_value_heads or heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)
         )
 
@@ -92,12 +90,7 @@ class Transformer(Backbone):
         return super().flops_per_token(context) + 4.0 * self.layers * self.width * context
 
     def forward(
-        self,
-        x: Tensor,
-        document: Tensor,
-        position: Tensor,
-        cache: Cache | None = None,
-        piece_starts: Tensor | None = None,
+        self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
     ) -> Tensor:
         dtype, head_width = matmul_dtype(x), self.width // self.heads
         # Not a buffer, which `bf16-true` would round: positions beyond some 256 would blur.

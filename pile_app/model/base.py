@@ -75,12 +75,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        x: Tensor,
-        document: Tensor,
-        position: Tensor,
-        cache: Cache | None = None,
-        piece_starts: Tensor | None = None,
+        self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
     ) -> Tensor: ...
 
     def compile_blocks(self) -> None:

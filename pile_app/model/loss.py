@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pile_app.model.base import matmul_dtype
+
 CHUNK = 1 << 25  # logits in memory at a time: 64 MiB in bfloat16
 BLOCK = 1 << 19  # of them, what is worked on in float32 at a time on a CPU: it stays in the cache
 
@@ -36,8 +38,7 @@ def linear_cross_entropy(
         cap: bound of the logits, above 0 and at most 35, or probabilities underflow.
         predict: find the most likely ones as well.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = matmul_dtype(hidden)
     if torch.is_grad_enabled():
         total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, cap, dtype, predict)
     else:
@@ -86,10 +87,9 @@ def _by_chunks(
             capped_cross_entropy(some, targets_of_some, cap, with_gradients)
             for some, targets_of_some in zip(logits.split(block), target.split(block), strict=True)
         ]
-        if with_gradients:
-            slopes = logits
-            of_hidden.append(slopes @ weight)
-            part = slopes.t() @ x
+        if with_gradients:  # the logits are slopes now
+            of_hidden.append(logits @ weight)
+            part = logits.t() @ x
             of_weight = part.float() if of_weight is None else of_weight.add_(part)
     nothing = targets.new_empty(0)
     return (
@@ -101,7 +101,7 @@ def _by_chunks(
 
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> Tensor:
-    """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, a quarter of their slopes replaces the logits."""
+    """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, slopes / 4 replace the logits."""
     # Six passes over the one large thing in memory.
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()
     capped = torch.add(sigmoid.new_tensor(-cap), sigmoid, alpha=2 * cap)
