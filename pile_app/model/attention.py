@@ -6,9 +6,9 @@ CUDA, half precision   `torch.nn.attention.varlen` on sm80 and later: each piece
 CPU                    blocks of BLOCK queries against the keys from the first visible document on
 elsewhere              SDPA with a (B, 1, T, T) mask
 
-Why blocks on a CPU: torch's flash kernel multiplies at a fifth of the rate that large products reach there, and slower with a
-mask. The scores of a block are one matrix product; its probabilities are saved for backward in the type of the values, which
-takes B · H · T² bytes at most in bfloat16 (so contexts above LONGEST use SDPA). Measured in `docs/benchmarks.md`.
+Why blocks on a CPU: torch's flash kernel multiplies at a fifth of the rate of large products, and slower with a mask. A block's
+scores are one product; its probabilities are saved for backward in the type of the values, at most B · H · T² bytes in bfloat16
+(so contexts above LONGEST use SDPA). Measured in `docs/benchmarks.md`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LONGEST = 4096  # tokens of a pack whose probabilities are saved
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Each position attends to itself and to earlier positions of its document. At most one field is set, see the module.
+    """Each position attends to itself and to earlier positions of its document. At most one field is set; none: one document a
+    row, T queries against T keys, or a single query against all keys.
 
-    starts: (P + 1,) int32 flat positions where pieces begin, for varlen; blocks: of BLOCK queries, (first key, mask that is
-    added to the scores of the last keys, (B, 1, 1, queries, keys) or (queries, keys)); mask: (B or 1, 1, T, keys), True where
-    a position may attend. None set: one document a row, T queries against T keys, or a single query against all keys.
+    starts: (P + 1,) int32 flat indices where pieces begin, for varlen; blocks: of BLOCK queries, (first key, mask to add to the
+    scores of the last keys, (B, 1, 1, queries, keys) or (queries, keys)); mask: (B or 1, 1, T, keys), True: may attend.
     """
 
     starts: Tensor | None = None
@@ -64,23 +64,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale
     query, key = query.to(value.dtype), key.to(value.dtype)
     if mask.blocks is not None:
         return _BlockAttention.apply(query, key, value, scale, mask.blocks)
-    options: dict[str, Any]
+    options: dict[str, Any] = {"scale": scale}
     groups, tokens = query.size(1) // key.size(1), query.size(2)
     if mask.starts is None:
         if groups > 1 and mask.mask is not None and query.is_cuda:  # with a mask, no fused kernel of CUDA groups queries
             key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-        options = {"is_causal": mask.mask is None and tokens > 1, "scale": scale, "enable_gqa": groups > 1}
+        options |= {"is_causal": mask.mask is None and tokens > 1, "enable_gqa": groups > 1}
         return F.scaled_dot_product_attention(query, key, value, mask.mask, **options)
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scale, "window_size": (-1, 0)}
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, d)
     # No piece is longer than a pack: reading the true maximum would wait for the device.
-    y = varlen_attn(query, key, value, mask.starts, mask.starts, tokens, tokens, **options)
+    y = varlen_attn(query, key, value, mask.starts, mask.starts, tokens, tokens, window_size=(-1, 0), **options)
     assert isinstance(y, Tensor)
     return y.unflatten(0, (-1, tokens)).transpose(1, 2)  # (B, H, T, d)
 

@@ -2,18 +2,16 @@
 
     forward(x, document, position, cache, piece_starts) -> (B, T, D)
 
-x: (B, T, `embedding_width`) token vectors, of width D but for recurrent backbones that say otherwise; document: (B, T) number
-of the document of each place, equal places see each other, -1 is padding; position: (B, T) place within the document; cache:
-what `new_cache` made, for generation, where every row holds one document and each call brings its next T tokens; piece_starts:
-(P + 1,) int32 flat places where pieces begin, then B * T, for attention on CUDA.
+x: (B, T, `embedding_width`) token vectors, of width D unless a recurrent backbone is told otherwise; document: (B, T) document
+of each token, equal values see each other, -1 is padding; position: (B, T) index within the document; cache: from `new_cache`,
+for generation, where each row holds one document and each call brings its next T tokens; piece_starts: (P + 1,) int32 flat
+indices where pieces begin, then B * T, for CUDA.
 
-The Transformer is here, LSTM, RNN and MinGRU in `recurrent.py`, what they share in `base.py`; a backbone is named by its class,
-and all are known by that name once this module is imported.
+The Transformer is here, LSTM, RNN and MinGRU are in `recurrent.py`, what they share is in `base.py`.
 
 Notable choices: no biases and no learned norm gains; RoPE (arXiv:2104.09864) with QK-norm (arXiv:2010.04245); ReLU²
 (arXiv:2109.08668); output projections start at zero, so every block starts as the identity; each block may mix the embedding
-back in (modded-nanogpt's x0 skip); recurrent backbones are residual and pre-norm like the Transformer, and start anew at every
-document.
+back in (modded-nanogpt's x0 skip).
 """
 
 from __future__ import annotations

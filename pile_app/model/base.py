@@ -15,20 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Cache:
-    """State of a backbone after `length` tokens: one entry a layer, keys and values or a recurrent state.
-
-    Keys and values are written into buffers of `capacity` tokens, which double when they are full.
-    """
+    """State of a backbone after `length` tokens: one entry a layer, recurrent state, or keys and values in buffers of at least
+    `capacity` tokens, which double when they are full."""
 
     layers: list[tuple[Tensor, ...]] = field(default_factory=list)
     length: int = 0
     capacity: int = 0
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Write the next tokens of a layer, each (B, H, T, d); return views of all tokens, (B, H, length + T, d).
-
-        The caller adds T to `length` after the last layer.
-        """
+        """Write a layer's next tokens, each (B, H, T, d), and return views of all, (B, H, length + T, d). The caller adds T to
+        `length` after the last layer."""
         stop = self.length + new[0].size(2)
         old = self.layers[layer] if layer < len(self.layers) else ()
         if not old or old[0].size(2) < stop:

@@ -91,13 +91,8 @@ def _by_chunks(
             of_hidden.append(logits @ weight)
             part = logits.t() @ x
             of_weight = part.float() if of_weight is None else of_weight.add_(part)
-    nothing = targets.new_empty(0)
-    return (
-        torch.cat(each),
-        torch.cat(predictions) if predictions else nothing,
-        torch.cat(of_hidden).float() if of_hidden else None,
-        of_weight,
-    )
+    gradients = (torch.cat(of_hidden).float(), of_weight) if with_gradients else (None, None)
+    return torch.cat(each), torch.cat(predictions) if predict else targets.new_empty(0), *gradients
 
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> Tensor:
