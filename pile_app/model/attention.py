@@ -106,7 +106,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, blocks: list[tuple[int, Tensor]]) -> Tensor:
-        # Matrix products copy views that are not contiguous, each product anew.
+        # Matrix products copy views that are not contiguous, in every product.
         query, key, value = query.mul(scale).contiguous(), key.contiguous(), value.contiguous()
         out = torch.empty_like(query)
         grouped = query.unflatten(1, (key.size(1), -1)), out.unflatten(1, (key.size(1), -1))  # (B, H_kv, G, T, d)

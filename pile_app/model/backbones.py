@@ -7,7 +7,7 @@ of each token, equal values see each other, -1 is padding; position: (B, T) inde
 for generation, where each row holds one document and each call brings its next T tokens; piece_starts: (P + 1,) int32 flat
 indices where pieces begin, then B * T, for CUDA.
 
-The Transformer is here, LSTM, RNN and MinGRU are in `recurrent.py`, what they share is in `base.py`.
+The Transformer is here, LSTM, RNN and MinGRU are in `recurrent.py`, shared code is in `base.py`.
 
 Notable choices: no biases and no learned norm gains; RoPE (arXiv:2104.09864) with QK-norm (arXiv:2010.04245); ReLU²
 (arXiv:2109.08668); output projections start at zero, so every block starts as the identity; each block may mix the embedding

@@ -49,10 +49,10 @@ class Backbone(nn.Module, ABC):
     Args:
         width: D, size of the token vectors.
         layers: number of blocks.
-        dropout: share of each block's output that is dropped in training, 0 to 1.
+        dropout: dropout probability of each block's output, 0 to 1.
     """
 
-    recompute = False  # what is within a block in backward, instead of keeping it
+    recompute = False  # activation checkpointing of each block
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Backbone(nn.Module, ABC):
         raise ValueError(f"model.compile: torch.compile gains nothing with {type(self).__name__}, leave it false")
 
     def run(self, block: Callable[..., Any], *arguments: Any) -> Any:
-        """What `block` makes of the arguments; with `recompute`, all that is kept for backward is them."""
+        """Run a block, with activation checkpointing if `recompute` is set."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)

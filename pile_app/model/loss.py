@@ -21,7 +21,7 @@ from torch import Tensor
 from pile_app.model.base import matmul_dtype
 
 CHUNK = 1 << 25  # logits in memory at a time: 64 MiB in bfloat16
-BLOCK = 1 << 19  # of them, what is worked on in float32 at a time on a CPU: it stays in the cache
+BLOCK = 1 << 19  # logits processed in float32 at a time on a CPU: they stay in the cache
 
 
 def linear_cross_entropy(
@@ -97,7 +97,7 @@ def _by_chunks(
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> Tensor:
     """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, slopes / 4 replace the logits."""
-    # Six passes over the one large thing in memory.
+    # Six passes over the only large tensor.
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()
     capped = torch.add(sigmoid.new_tensor(-cap), sigmoid, alpha=2 * cap)
     probabilities, target = capped.softmax(1), targets[:, None]

@@ -45,13 +45,13 @@ class _Recurrent(Backbone):
             return self._stack(x, cache, None if is_whole else position != 0)
         flat = x.flatten(0, 1)  # (B * T, D)
         out = flat.new_zeros(len(flat), self.width)
-        for places, inside in _document_rows(document, position):
-            rows = self._stack(flat[places])  # (documents, longest, D); what follows a document's end is not used
-            out = out.index_put((places[inside],), rows[inside].to(out.dtype))  # autocast makes rows half precision
+        for indices, inside in _document_rows(document, position):
+            rows = self._stack(flat[indices])  # (documents, longest, D); the rest of a row is not used
+            out = out.index_put((indices[inside],), rows[inside].to(out.dtype))  # rows: autocast's type
         return out.view(*x.shape[:2], self.width)  # (B, T, D)
 
     def _stack(self, x: Tensor, cache: Cache | None = None, continues: Tensor | None = None) -> Tensor:
-        """`continues`: (B, T) False where a document begins within a row; None: nowhere."""
+        """`continues`: (B, T) False where a document begins; None: rows hold one document each."""
         for index, cell in enumerate(self.cells):
             if continues is not None:
                 y = self.run(partial(self._by_steps, cell), norm(x), continues)
@@ -138,9 +138,9 @@ class MinGRU(Backbone):
     def forward(
         self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
     ) -> Tensor:
-        places = position[..., None]  # (B, T, 1)
+        indices = position[..., None]  # (B, T, 1)
         for number, block in enumerate(self.blocks):
-            x = self.run(block, x, places, number, cache)
+            x = self.run(block, x, indices, number, cache)
         return norm(x)
 
 
@@ -163,22 +163,22 @@ class _MinGRUBlock(nn.Module):
         nn.init.zeros_(self.recurrence_out.weight)
         nn.init.zeros_(self.contract.weight)
 
-    def forward(self, x: Tensor, places: Tensor, number: int, cache: Cache | None) -> Tensor:
-        x = x + self.dropout(self.recur(norm(x), places, number, cache))
+    def forward(self, x: Tensor, indices: Tensor, number: int, cache: Cache | None) -> Tensor:
+        x = x + self.dropout(self.recur(norm(x), indices, number, cache))
         return x + self.dropout(self.contract(F.relu(self.expand(norm(x))).square()))
 
-    def recur(self, y: Tensor, places: Tensor, number: int, cache: Cache | None) -> Tensor:
-        """y: (B, T, D); places: (B, T, 1) position in the document."""
+    def recur(self, y: Tensor, indices: Tensor, number: int, cache: Cache | None) -> Tensor:
+        """y: (B, T, D); indices: (B, T, 1) position in the document."""
         state, past = cache.layers[number] if cache is not None and number < len(cache.layers) else (None, None)
         before = self.CONVOLUTION - 1
         extended = F.pad(y, (0, 0, before, 0)) if past is None else torch.cat([past.transpose(0, 1), y], dim=1)
         convolved = y * self.taps[0]
         for tap in range(1, self.CONVOLUTION):
             earlier = extended[:, before - tap : extended.size(1) - tap]
-            convolved = torch.addcmul(convolved, earlier * (places >= tap), self.taps[tap])
+            convolved = torch.addcmul(convolved, earlier * (indices >= tap), self.taps[tap])
         forget = torch.sigmoid(self.forget(convolved).float() + self.forget_bias)
         new = (1 - forget) * self.candidate(convolved).float()
-        forget = forget * (places > 0)  # nothing comes over from the document before
+        forget = forget * (indices > 0)  # documents start from zero
         if state is not None:
             new[:, 0].addcmul_(forget[:, 0], state[0])
         hidden = linear_recurrence(forget, new)
@@ -236,9 +236,9 @@ def _recur_by_doubling(factor: Tensor, new: Tensor) -> Tensor:
 
 
 def _document_rows(document: Tensor, position: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(places, inside) of documents as rows, grouped by length so that little is padded; twice as fast as `PackedSequence`.
+    """(indices, inside) of documents as rows, grouped by length so that little is padded; twice as fast as `PackedSequence`.
 
-    places: (documents, longest) flat indices into (B * T); inside: the same shape, False past the end of a document.
+    indices: (documents, longest) flat indices into (B * T); inside: the same shape, False past the end of a document.
     """
     flat = document.flatten()
     starts = ((position.flatten() == 0) & (flat >= 0)).nonzero().squeeze(1)

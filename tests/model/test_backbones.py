@@ -55,7 +55,7 @@ def rows_of(lengths: list[list[tuple[int, int]]], tokens: int) -> tuple[Tensor, 
     return document, position
 
 
-# Documents of one token, of a whole row, beside padding in the middle (a bad sample) and at the end; and one row of nothing.
+# Documents of one token, of a whole row, next to padding in the middle (a bad sample) and at the end; and an empty row.
 LAYOUT = [
     [(0, 40), (1, 1), (2, 17), (3, 36)],
     [(0, 96)],
@@ -301,7 +301,7 @@ def test_recomputing_and_compiling_blocks_change_no_gradient(change: str, kind: 
         if changed and change == "recompute":
             backbone.recompute = True
         elif changed:
-            for block in backbone.blocks:  # without the C++ compiler, which takes a minute: what is traced is the same
+            for block in backbone.blocks:  # without the C++ compiler, which takes a minute: the trace is the same
                 block.compile(backend="aot_eager")
         torch.manual_seed(1)
         backbone(x, document, position).square().mul(torch.rand(WIDTH)).sum().backward()

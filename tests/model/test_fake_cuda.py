@@ -44,7 +44,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 
 @contextmanager
 def fake_cuda(precision: str = "32-true", capability: tuple[int, int] = HOPPER) -> Iterator[None]:
-    """What is made here is a fake tensor on a GPU of that capability, computed with in Lightning's `precision`."""
+    """Tensors made here are fake tensors on a GPU of this capability, with Lightning's `precision`."""
     half = HALF.get(precision.partition("-")[0])
     with (
         patch("torch.cuda.get_device_capability", lambda device=None: capability),
