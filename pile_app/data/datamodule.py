@@ -46,6 +46,7 @@ from pile_app.data.order import (
 from pile_app.data.remote import Prefetcher, ShardCache, Wanted, is_remote
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer
+from pile_app.data.transforms import Transforms
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
 
@@ -73,30 +74,22 @@ class Source:
     transforms: list[str] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class PackDataset(Dataset[Batch]):
-    """Positions -> their packs, as one batch. See `PileDataModule` for the arguments.
+    """Positions -> their packs, as one batch. See `PileDataModule` for the fields.
 
     Training batches carry the normalizer of the whole optimizer step, which consists of `global_batch` packs.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceData],
-        order: TrainingOrder | ValidationOrder,
-        vocabulary: Vocabulary,
-        tokenizer: Tokenizer,
-        context: int,
-        global_batch: int,
-        annotator: Annotator | None = None,
-    ) -> None:
-        self.sources = sources
-        self.order = order
-        self.vocabulary = vocabulary
-        self.tokenizer = tokenizer
-        self.context = context
-        self.global_batch = global_batch
-        self.annotator = annotator
-        self._threads: ThreadPoolExecutor | None = None
+    sources: Sequence[SourceData]
+    order: TrainingOrder | ValidationOrder
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer
+    context: int
+    global_batch: int
+    annotator: Annotator | None = None
+    transforms: Mapping[int, Transforms] = field(default_factory=dict)  # by source
+    _threads: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_threads": None}
@@ -117,6 +110,7 @@ class PackDataset(Dataset[Batch]):
             source_tokens=tokens,
             decode=self._decode,
             annotator=self.annotator,
+            transforms=self.transforms,
         )
 
     def documents(self, position: int) -> list[PackedDocument]:
@@ -198,7 +192,7 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """SLURM signals the workers too; a worker that ends would end the run before its last step is saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -208,6 +202,19 @@ def _end_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+RESTORE = {  # part of the identity of the data -> how to resume if it has changed
+    "seed": "set data.seed back",
+    "context": "set data.context back",
+    "global_batch": "set data.global_batch back (devices and data.micro_batch may change)",
+    "sources": "name the same sources in the same order",
+    "tokenizer": "set model.tokenizer back",
+    "fingerprints": "restore the shards",
+    "streams": "restore the shards",
+    "weights": "set the weights back; data.weights_from may change them from a step on that is still to come",
+    "end": "set data.epochs back",
+}
 
 
 class PileDataModule(LightningDataModule):
@@ -275,6 +282,8 @@ class PileDataModule(LightningDataModule):
         self.prepare = prepare
         self.max_rejected_share = max_rejected_share
         self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
+        given = [source.transforms for source in sources.values()]
+        self.transforms = {number: Transforms(specs, seed) for number, specs in enumerate(given) if specs}
         self.train_data: list[SourceData] = []
         self.validation_data: list[SourceData] = []
         self._restored: dict[str, Any] | None = None
@@ -398,27 +407,19 @@ class PileDataModule(LightningDataModule):
             self._check_restored(state_dict)
 
     def _check_restored(self, state: dict[str, Any]) -> None:
-        position = state["position"]
-
-        def until_there(identity: dict[str, Any]) -> dict[str, Any]:
+        def before(identity: dict[str, Any]) -> dict[str, Any]:
             """Phases that begin, and an end that comes, after the position do not change the packs before it."""
-            phases = [phase for phase in identity["weights"] if not phase[0] or phase[0] < position]
-            end = identity.get("end")
-            return identity | {"weights": phases, "end": end if end is not None and end < position else None}
+            phases = [phase for phase in identity["weights"] if not phase[0] or phase[0] < state["position"]]
+            end = identity["end"] if identity.get("end") is not None and identity["end"] < state["position"] else None
+            return identity | {"weights": phases, "end": end}
 
-        was, now = until_there(state), until_there(self.identity())
-        for key, fix in (
-            ("order_version", "continue with the version of pile_app that the run began with"),
-            ("seed", "set data.seed back"),
-            ("context", "set data.context back"),
-            ("global_batch", "set data.global_batch back (devices and data.micro_batch may change)"),
-            ("sources", "name the same sources in the same order"),
-            ("tokenizer", "set model.tokenizer back"),
-            ("fingerprints", "restore the shards"),
-            ("streams", "restore the shards"),
-            ("weights", "set the weights back; data.weights_from may change them from a step on that is still to come"),
-            ("end", "set data.epochs back, or raise it before the run ends"),
-        ):
+        if state["order_version"] != ORDER_VERSION:
+            raise ValueError(
+                f"the checkpoint was made with order_version {state['order_version']}, now it is {ORDER_VERSION}: continue "
+                "with the version of pile_app that the run began with, or begin another run with another --name"
+            )
+        was, now = before(state), before(self.identity())
+        for key, fix in RESTORE.items():
             old, new = was[key], now[key]
             if old != new:
                 if isinstance(old, dict):  # only those that differ
@@ -433,10 +434,11 @@ class PileDataModule(LightningDataModule):
 
     def train_dataset(self) -> PackDataset:
         """The packs of all positions."""
-        return self._dataset(self.train_data, self.order)
+        return self._dataset(self.train_data, self.order, self.transforms)
 
-    def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder) -> PackDataset:
-        return PackDataset(data, order, self.vocabulary, self.tokenizer, self.context, self.global_batch, self.annotator)
+    def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, transforms: Any = None) -> PackDataset:
+        model = self.vocabulary, self.tokenizer, self.context
+        return PackDataset(data, order, *model, self.global_batch, self.annotator, transforms or {})
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
         import torch
@@ -547,35 +549,34 @@ def check_data(
     weights_from: Mapping[int, Mapping[str, float]] | None = None,
 ) -> None:
     """Raise ValueError for invalid settings."""
-    if not sources:
-        raise ValueError("data.sources is empty: name at least one, e.g. {text: {train: 'shards/train-*.tar'}}")
-    weights = [source.weight for source in sources.values()]
-    given_epochs = any(source.epochs is not None for source in sources.values())
-    given_weights = any(weight is not None for weight in weights)
-    if given_epochs + (epochs is not None) + (given_weights or bool(weights_from)) > 1:
-        raise ValueError(
+    weights = [source.weight is not None for source in sources.values()]
+    given = any(source.epochs is not None for source in sources.values()) + (epochs is not None)
+    positive = {f"sources.{name}.{key}": vars(source)[key] for name, source in sources.items() for key in ("weight", "epochs")}
+    problems = [
+        (not sources, "data.sources is empty: name at least one, e.g. {text: {train: 'shards/train-*.tar'}}"),
+        (
+            given + (any(weights) or bool(weights_from)) > 1,
             "weights and epochs exclude each other: give data.epochs (passes over all sources), or epochs to the sources, or "
-            "weights with trainer.max_steps"
-        )
+            "weights with trainer.max_steps",
+        ),
+        (any(weights) and not all(weights), "give every source of data.sources a weight, or none of them (then by their size)"),
+        (context < 8, f"data.context={context} tokens is too short: at least 8"),
+        (
+            global_batch < 1 or (micro_batch is not None and (micro_batch < 1 or global_batch % micro_batch > 0)),
+            f"data.micro_batch={micro_batch} must divide data.global_batch={global_batch}, both at least 1",
+        ),
+        (not 0 <= condition_dropout < 1, f"data.condition_dropout={condition_dropout} must be in [0, 1)"),
+    ]
+    for name, value in (positive | {"epochs": epochs}).items():
+        problems.append((value is not None and not value > 0, f"data.{name} must be above 0, not {value}"))
     for step, later in (weights_from or {}).items():
-        if step < 1:
-            raise ValueError(f"data.weights_from: step {step} must be at least 1; the first weights belong to data.sources")
-        if unknown := sorted(set(later) - set(sources)):
-            raise ValueError(f"data.weights_from.{step} names {unknown}, which data.sources does not")
-        if any(weight < 0 for weight in later.values()) or not sum(later.values()) > 0:
-            raise ValueError(f"data.weights_from.{step}: weights must be 0 or more, at least one above 0, not {dict(later)}")
-    if given_weights and any(weight is None for weight in weights):
-        raise ValueError("give every source of data.sources a weight, or none of them (then they weigh as much as they hold)")
-    for name, source in sources.items():
-        for option in ("weight", "epochs"):
-            value = getattr(source, option)
-            if value is not None and not value > 0:
-                raise ValueError(f"data.sources.{name}.{option} must be above 0, not {value}; or remove the source")
-    if context < 8:
-        raise ValueError(f"data.context={context} tokens is too short: at least 8")
-    if global_batch < 1 or (micro_batch is not None and (micro_batch < 1 or global_batch % micro_batch)):
-        raise ValueError(f"data.micro_batch={micro_batch} must divide data.global_batch={global_batch}, both at least 1")
-    if not 0 <= condition_dropout < 1:
-        raise ValueError(f"data.condition_dropout={condition_dropout} must be in [0, 1)")
-    if epochs is not None and not epochs > 0:
-        raise ValueError(f"data.epochs={epochs} must be above 0")
+        unknown = sorted(set(later) - set(sources))
+        bad = any(weight < 0 for weight in later.values()) or not sum(later.values()) > 0
+        problems += [
+            (step < 1, f"data.weights_from: step {step} must be at least 1; the first weights belong to data.sources"),
+            (bool(unknown), f"data.weights_from.{step} names {unknown}, which data.sources does not"),
+            (bad, f"data.weights_from.{step}: weights must be 0 or more, at least one above 0, not {dict(later)}"),
+        ]
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise ValueError(message)

@@ -360,7 +360,8 @@ class SourceOrder:
         window, within = _find(self._group_visits(epoch, group, low, high), within)
         start, stop = self._starts[window : window + 2].tolist()
         first = min(stop, high) - max(start, low)  # packs before the line's end; the others are at its beginning
-        n = within + max(0, low - start) if within < first else within - max(0, first)
+        n = within - max(0, first) + max(0, low - start - self.packs_per_epoch)
+        n = within + max(0, low - start) if within < first else n
         return epoch, self._packed(epoch, group, window), n
 
     def _make_visits(self, epoch: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
@@ -397,16 +398,16 @@ class SourceOrder:
 def _group_shards(tokens: np.ndarray, counts: np.ndarray, sizes: np.ndarray, streams: int) -> np.ndarray:
     """(groups + 1,) index of the first shard of each group of neighbouring shards, with these tokens, pieces and bytes.
 
-    The line, a circle, is cut into `streams` parts of equally many tokens. A shard that lies in two parts is a group of its
-    own, so that two streams share little more than that shard. The first cut is in the middle of the first shard: if shards are
-    equal, so are the others, and some packs more or less touch no further shard. The shards between are split evenly, within
-    the bounds of a group.
+    The line, a circle, is cut into `streams` parts of equally many tokens. A shard on or near a cut is a group of its own, so
+    that two streams share little more than that shard. The first cut is in the middle of the first shard: if shards are equal,
+    so are the others. The shards between are split evenly, within the bounds of a group.
     """
     ends = np.cumsum(tokens)
     starts = ends - tokens
     borders = tokens[0] // 2 + ends[-1] * np.arange(streams) // streams if streams > 1 else ends[:0]
     part = np.searchsorted(borders, starts, side="right")
-    alone = np.searchsorted(borders, ends, side="left") > part
+    margin = ends[-1] // (8 * len(ends))  # packs are not exactly as many as the tokens promise
+    alone = np.searchsorted(borders, ends + margin, side="left") > np.searchsorted(borders, starts - margin, side="right")
     begins = (np.diff(part, prepend=0) > 0) | alone | np.concatenate([[False], alone[:-1]])
     stretch = np.cumsum(begins) - begins[0]
     bounds = ((counts, GROUP_PIECES), (sizes, GROUP_BYTES), (np.ones_like(counts), GROUP_SHARDS))

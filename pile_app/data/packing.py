@@ -1,8 +1,8 @@
-"""Packing: which pieces of documents stand in a pack. Pure functions of lengths.
+"""Packing: which pieces of documents share a pack. Pure functions of lengths.
 
-A pack is `context` tokens of whole documents. A document longer than that is cut, between segments or at the end of a sentence
-where it can be, inside a text where it must be, never inside an image or a sound. A piece that continues a text repeats the
-last token of the piece before it, so that every text token and every code is predicted exactly once, whatever the context.
+A pack is `context` tokens of whole documents. A longer document is cut, between segments or at the end of a sentence if
+possible, else inside a text, never inside an image or a sound. A piece that continues a text repeats the last token of the
+piece before it, so that every text token and every code is predicted exactly once, whatever the context.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pile_app.documents import TEXT
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Bins of indices with `sum(lengths) <= capacity`: longest first, each into the fullest bin that takes it."""
     if len(lengths) and int(lengths.max()) > capacity:
-        raise ValueError(f"a piece of {int(lengths.max())} tokens cannot stand in a pack of {capacity}")
+        raise ValueError(f"a piece of {int(lengths.max())} tokens does not fit a pack of {capacity}")
     bins: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms: list[int] = []  # that some bin has left, increasing
+    rooms: list[int] = []  # the free tokens of some bin, increasing
     order = np.argsort(-lengths, kind="stable")
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms[place]
+        tightest = bisect_left(rooms, length)
+        if tightest < len(rooms):
+            room = rooms[tightest]
             number = by_room[room].pop()
             if not by_room[room]:
-                del rooms[place]
+                del rooms[tightest]
         else:
             room, number = capacity, len(bins)
             bins.append([])
@@ -39,7 +39,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         if not by_room[room - length]:
             insort(rooms, room - length)
         by_room[room - length].append(number)
-    return [np.array(one) for one in bins]
+    return [np.array(indices) for indices in bins]
 
 
 def cut_document(
@@ -47,21 +47,21 @@ def cut_document(
 ) -> list[tuple[int, int]]:
     """Ranges [start, stop) of at most `context` tokens that a document is cut into.
 
-    A cut falls on the last place that is good for one, between segments or at a break, unless that wastes more than a 32nd of
-    the context: then a text is cut where the context ends.
+    The cut is the last one between segments or at a break, unless that wastes more than a 32nd of the context: then a text is
+    cut where the context ends.
 
     Args:
         segments: (modality, tokens with opener and closing token) of each segment; `<begin>` and `<end>` come on top.
         context: tokens of a pack.
-        breaks: places in the document, in tokens, where a sentence ends; increasing.
+        breaks: token offsets in the document at which a sentence ends; increasing.
 
     Raises:
         ValueError: an image or a sound alone is longer than the context.
     """
-    openers = list(accumulate((tokens for _, tokens in segments), initial=1))  # places of the openers, then of `<end>`
+    openers = list(accumulate((tokens for _, tokens in segments), initial=1))  # offsets of the openers, then of `<end>`
     longest = max((tokens for modality, tokens in segments if modality != TEXT), default=0)
     if longest > context:
-        raise ValueError(f"a medium of {longest} tokens cannot stand in a context of {context}")
+        raise ValueError(f"a medium of {longest} tokens does not fit a context of {context}")
     length = openers[-1] + 1
     pieces: list[tuple[int, int]] = []
     start = 0
@@ -78,26 +78,24 @@ def cut_document(
         if cut > 1:  # not `<begin>` alone
             pieces.append((start, cut))
         if cut == openers[-1] and segments[-1][0] != TEXT:
-            return pieces  # nothing but `<end>` is left, and nothing in sight to predict it from
-        # A piece that goes on inside a text, or with its `<end>`, repeats the token before, to predict from.
+            return pieces  # only `<end>` remains, without a token to predict it from
+        # A piece that continues a text, or with its `<end>`, repeats the token before, to predict from.
         start = cut if cut == openers[segment] and cut != openers[-1] else cut - 1
     pieces.append((start, length))
     return pieces
 
 
 _SENTENCE_END = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u2019\u201d)\]]*(?=\s)|\n+(?=\S)|[\u3002\uff01\uff1f](?=\S)""")
-BREAK_SPACING = 128  # least characters between two of them: they are for cuts, not for grammar
+BREAK_SPACING = 128  # least characters between two of them: they serve cuts, not grammar
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Places (in characters, increasing) where a long text had best be cut: after the end of a sentence or line."""
+    """Character offsets, increasing, at which a long text may be cut: after the end of a sentence or line."""
     ends: list[int] = []
     if len(text) <= 2 * BREAK_SPACING:
         return ends
-    place = BREAK_SPACING
-    while found := _SENTENCE_END.search(text, place):
-        if found.end() >= len(text):
-            break
+    start = BREAK_SPACING
+    while (found := _SENTENCE_END.search(text, start)) and found.end() < len(text):
         ends.append(found.end())
-        place = found.end() + BREAK_SPACING
+        start = found.end() + BREAK_SPACING
     return ends

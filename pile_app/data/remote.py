@@ -21,7 +21,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import Event
@@ -235,6 +235,9 @@ class ShardCache:
         return taken + size <= self.max_bytes
 
 
+_Kept = tuple[int, tuple[float, Wanted], int]  # (number, file, open descriptor)
+
+
 class Prefetcher:
     """Fetch files in threads before they are needed. Readers fetch missing files themselves: this is an optimization.
 
@@ -249,7 +252,7 @@ class Prefetcher:
         self._files = enumerate(files)
         self._again: list[tuple[int, tuple[float, Wanted]]] = []  # found no room
         self._is_full = False  # then the file that is needed soonest is tried alone
-        self._kept: list[tuple[int, tuple[float, Wanted], int]] = []  # (number, file, open descriptor)
+        self._kept: list[_Kept] = []
         self._pending = 0
         self._changed = threading.Condition()
         self._closed = Event()
@@ -261,15 +264,13 @@ class Prefetcher:
     def advance(self, position: float) -> None:
         """Release the files that are not needed from `position` on."""
         with self._changed:
-            self._release(lambda number, end: end <= position)
+            self._release([kept for kept in self._kept if kept[1][0] <= position])
             self._changed.notify_all()
 
-    def _release(self, is_over: Callable[[int, float], bool]) -> list[tuple[int, tuple[float, Wanted]]]:
-        released = [kept for kept in self._kept if is_over(kept[0], kept[1][0])]
-        for *_, descriptor in released:
+    def _release(self, kept: Sequence[_Kept]) -> None:
+        for *_, descriptor in kept:
             os.close(descriptor)
-        self._kept = [kept for kept in self._kept if kept not in released]
-        return [(number, file) for number, file, _ in released]
+        self._kept = [other for other in self._kept if other not in kept]
 
     def close(self) -> None:
         """End the threads. A download under way is given up at its next chunk; wait for it some seconds at most."""
@@ -292,14 +293,16 @@ class Prefetcher:
                 if self._closed.is_set() or file is None:
                     return
                 self._pending += 1
-            descriptor, later = None, []
+            descriptor, later = None, list[tuple[int, tuple[float, Wanted]]]()
             try:
                 descriptor = self.cache.open(*file[1], ahead=self._closed)
             except _Later as error:
                 later = [(number, file)]
                 if isinstance(error, _NoRoom):  # files that are needed later must not take the room
                     with self._changed:
-                        later += self._release(lambda other, end, this=number: other > this)
+                        farther = [kept for kept in self._kept if kept[0] > number]
+                        later += [kept[:2] for kept in farther]
+                        self._release(farther)
             except Exception as error:
                 level = logging.DEBUG if self._warned else logging.WARNING
                 log.log(level, "a shard could not be fetched ahead; its reader will try again: %s", error)

@@ -48,7 +48,7 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     labels: list[str] = field(default_factory=list)
     maps: list[str] = field(default_factory=list)
-    first: dict[str, dict[str, str]] = field(default_factory=dict)  # the first rejected sample, and the first file not read
+    first: dict[str, dict[str, str]] = field(default_factory=dict)  # the first rejected sample, the first file not read
 
     def of(self, what: str) -> Counter[str]:
         """The counts of one kind."""
@@ -154,7 +154,9 @@ def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> l
             for entry in about["rejected"] + entries:
                 line = dict(zip(("source", "file", "reason", "detail", "excerpt"), entry, strict=True))
                 lines.write(json.dumps(line) + "\n")
-                summary.first.setdefault("unread" if f"unread:{line['reason']}" in summary.counts else "rejected", line)
+                is_usual = line["reason"].startswith(("about", "hidden"))
+                what = "rejected" if f"rejected:{line['reason']}" in summary.counts else "usual" if is_usual else "unread"
+                summary.first.setdefault(what, line)
             kept.append(np.delete(np.arange(len(rows)), list(dropped)))
     return kept
 

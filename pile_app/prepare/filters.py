@@ -47,6 +47,10 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
     if len(changed) == 1 and changed[0].modality == TEXT:
         for name in options.quality:
             changed = [replace(changed[0], data=QUALITY[name](changed[0].text))]
+    if options.clean and len(changed) > 1 and len(texts := [n for n, one in enumerate(changed) if one.modality == TEXT]) == 1:
+        caption = changed[texts[0]]
+        choices = tuple(map(str.strip, caption.choices))
+        changed[texts[0]] = replace(caption, data=caption.text.strip(), choices=choices)
     segments = tuple(segment for segment in changed if segment.modality != TEXT or segment.text.strip())
     learned = any(segment.loss for segment in document.segments)
     if not segments or (len(segments) < len(changed) and learned and not any(segment.loss for segment in segments)):

@@ -161,7 +161,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jobs, Work]:
     """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
     options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
-    samples, seen = defaultdict[str, list[Any]](list), Counter[tuple[str, ...]]()
+    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[tuple[str, ...]]()
     for unit in listed:
         if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
             jobs, weight = [*jobs, []], 0
@@ -172,6 +172,7 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
             seen.update([(unit.reader,), (unit.reader, folder)])
             for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
                 known = samples[table_of(record)] if isinstance(record.content, dict) else None
+                files.setdefault(table_of(record), record.where.partition(":")[0])
                 if known is not None and len(known) < SAMPLES:
                     known.append({name: _head(name, value) for name, value in record.content.items()})  # type: ignore[union-attr]
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
@@ -181,7 +182,9 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jo
             tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
     for line, names in tables.items():
         layout, _, path = names[0].partition(": ")
-        where = (path or "the input") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        where = (files[names[0]] if path[-1:] not in ("", "/") else path or "the input") + (
+            f" and {len(names) - 1} more" if len(names) > 1 else ""
+        )
         count = sum(len(samples[name]) for name in names)
         summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}, {layout})")
     if options.fields is not None:
@@ -238,12 +241,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_manifests(result: Path, processes: int | None) -> None:
-    """Write one manifest for each source and split, and check that every document can be read back."""
-    paths = sorted(map(str, result.glob("*.tar")))
-    for prefix in sorted({path.rpartition("-")[0] for path in paths}):
-        of_prefix = [path for path in paths if path.rpartition("-")[0] == prefix]
-        balance = Shards(of_prefix, fields=OWN, processes=processes, again="changed").balance()
-        if balance["rejected"]:
+    """Write a manifest for each source and split, and check that all documents can be read back."""
+    for prefix in sorted({path.name.rpartition("-")[0] for path in result.glob("*.tar")}):
+        shards = Shards(sorted(map(str, result.glob(f"{prefix}-*.tar"))), fields=OWN, processes=processes)
+        if (balance := shards.balance())["rejected"]:
             raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
 
 
@@ -253,7 +254,7 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
     (folder / "state.json").unlink()
     shutil.rmtree(folder / "result")
     shutil.rmtree(folder / "spill", ignore_errors=True)
-    first = summary.first.get("rejected", summary.first.get("unread"))
+    first = next((summary.first[what] for what in ("rejected", "unread", "usual") if what in summary.first), None)
     if first is None:
         (folder / "rejected.jsonl").unlink()
         raise ValueError(f"{given!r} contains no files")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pile_app.data import order
 from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import PileDataModule, Source
+from pile_app.data.files import ShardError
 from pile_app.data.shards import write_shards
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import TEXT, Document, Segment
@@ -530,6 +531,27 @@ def test_a_source_that_lost_most_samples_at_indexing_stops_the_run(tmp_path: Pat
     made = module(tmp_path, {"x": {}}, epochs=1)
     strategy = SimpleNamespace(barrier=lambda name: None)
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=0, strategy=strategy, datamodule=made)
-    with pytest.raises(RuntimeError, match=r"source 'x': 270 of 300 samples cannot be used .* data.max_rejected_share=1.0%"):
+    with pytest.raises(ShardError, match=r"'x': 270 of 300 samples cannot be used .*invalid_utf8.*data.max_rejected_share"):
         DataReport(tmp_path, 0.01).on_train_start(trainer, None)  # type: ignore[arg-type]
     DataReport(tmp_path, 0.95).on_train_start(trainer, None)  # type: ignore[arg-type]
+
+
+def test_transforms_of_a_source_change_its_training_and_not_its_validation(
+    tmp_path: Path, image: Callable[[int], Segment]
+) -> None:
+    write_shards([Document((image(n),), f"{n}") for n in range(8)], tmp_path, "x")
+    pattern, vocabulary = str(tmp_path / "*.tar"), Vocabulary(image_codes=12, image_shape=(1, 8, 8), image_grid=(2, 2))
+
+    def pixels(transforms: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        sources = {"x": Source(pattern, pattern, transforms=transforms)}
+        made = PileDataModule(sources, vocabulary, ByteTokenizer(), CONTEXT, global_batch=1, epochs=1)
+        made.setup()
+        train = np.array(made.train_dataset()[0].images)
+        made.trainer = SimpleNamespace(distributed_sampler_kwargs=None)  # type: ignore[assignment]
+        return train, np.array(next(iter(made.val_dataloader())).images)
+
+    plain, flipped = pixels([]), pixels(["flip(1.0)"])
+    assert np.array_equal(plain[0][..., ::-1], flipped[0]) or np.array_equal(plain[0][..., ::-1, :], flipped[0])
+    assert np.array_equal(plain[1], flipped[1])
+    with pytest.raises(ValueError, match="transforms: 'flop' cannot be used"):
+        pixels(["flop"])

@@ -115,8 +115,8 @@ def test_every_place_of_a_permutation_is_equally_likely() -> None:
 
 GOLDEN_HASH64 = 9026062096370171638
 GOLDEN_PERMUTATION = [7, 8, 5, 1, 6, 9, 0, 2, 3, 4]
-GOLDEN_WEIGHTS = (596_092, 302_585, 101_322)
-GOLDEN_PLAN = "a5a3ec7d6abb2dffef0bf889e3593cad"
+GOLDEN_WEIGHTS = (595_862, 302_468, 101_670)
+GOLDEN_PLAN = "80f8eaf7c180c59fd4ad51324ddb5934"
 CHANGED = (
     "the order of the training data has changed: runs that resume would repeat and miss documents. Where that is meant, "
     "increase ORDER_VERSION and put the new values here"
@@ -367,7 +367,7 @@ def test_every_document_comes_once_an_epoch_over_all_streams(
     assert set(counts.values()) == {1}, "nothing is repeated within an epoch"
 
 
-@pytest.mark.parametrize(("shards", "nodes"), [(30, 2), (30, 4), (64, 4), (200, 8)])
+@pytest.mark.parametrize(("shards", "nodes"), [(30, 2), (64, 4), (100, 4), (200, 8)])
 def test_nodes_read_different_shards(shards: int, nodes: int) -> None:
     rng = np.random.default_rng(shards)
     counts = rng.integers(60, 140, shards)
@@ -380,7 +380,8 @@ def test_nodes_read_different_shards(shards: int, nodes: int) -> None:
         documents = np.array([piece.document for piece in plan.pack(position)])
         touched[position % 64 // (64 // nodes)] |= shard_of(tokens, documents)
     assert set.union(*touched) == set(range(shards))
-    assert max(map(len, touched)) <= shards / nodes + 2
+    tokens_read = [tokens.tokens[sorted(some)].sum() / tokens.tokens.sum() for some in touched]
+    assert max(tokens_read) <= 1 / nodes + 2 / shards and max(tokens_read) <= 1.15 / nodes, tokens_read
 
 
 def test_few_or_large_shards_make_few_streams() -> None:

@@ -42,7 +42,7 @@ def test_packs_of_documents_of_natural_lengths_are_nearly_full(seed: int, count:
 
 
 def test_a_piece_longer_than_a_pack_is_refused() -> None:
-    with pytest.raises(ValueError, match="101 tokens cannot stand in a pack of 100"):
+    with pytest.raises(ValueError, match="101 tokens does not fit a pack of 100"):
         best_fit_decreasing(np.array([3, 101]), 100)
 
 
@@ -148,5 +148,5 @@ def test_a_document_that_fits_is_not_cut(segments: list[tuple[int, int]]) -> Non
 
 
 def test_a_medium_longer_than_the_context_is_refused() -> None:
-    with pytest.raises(ValueError, match="medium of 33 tokens cannot stand in a context of 32"):
+    with pytest.raises(ValueError, match="medium of 33 tokens does not fit a context of 32"):
         cut_document([(TEXT, 5), (IMAGE, 33)], 32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from torch import Generator, Tensor
 
 from pile_app.data.assembly import PackedDocument, assemble, whole
 from pile_app.data.batch import Batch
+from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.order import Piece
+from pile_app.data.shards import write_shards
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.data.transforms import AUDIO_TRANSFORMS, IMAGE_TRANSFORMS, Transforms
 from pile_app.documents import ENCODED_EXTENSIONS, IMAGE, Codes, Document, Segment
@@ -169,3 +173,27 @@ def test_encoded_media_cannot_be_augmented(image: Callable[[int], Segment]) -> N
 
 def test_all_names_have_a_test() -> None:
     assert {spec.partition("(")[0] for spec in ALL} == {*IMAGE_TRANSFORMS, *AUDIO_TRANSFORMS}
+
+
+def test_training_is_augmented_whatever_the_workers_and_validation_is_not(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_shards(documents(), tmp_path, split)
+    patterns = {"train": str(tmp_path / "train-*.tar"), "validation": str(tmp_path / "validation-*.tar")}
+
+    def batches(transforms: list[str], workers: int) -> tuple[list[Batch], list[Batch]]:
+        sources = {"media": Source(**patterns, transforms=transforms)}  # type: ignore[arg-type]
+        data = PileDataModule(sources, VOCABULARY, ByteTokenizer(), context=64, global_batch=2, num_workers=workers)
+        data.setup()
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            distributed_sampler_kwargs=None, local_rank=0, global_step=0, max_steps=6, training=True, world_size=1
+        )
+        return list(data.train_dataloader()), list(data.val_dataloader())
+
+    (plain, held_out), (made, validation), (again, _) = batches([], 0), batches(ALL, 0), batches(ALL, 2)
+    assert len(plain) == len(made) == len(again) > 2
+    for one, other, third in zip(plain, made, again, strict=True):
+        assert torch.equal(one.tokens, other.tokens) and not torch.equal(one.images, other.images)
+        assert torch.equal(other.images, third.images) and torch.equal(other.audio, third.audio)
+    assert all(torch.equal(*pair) for pair in zip((b.images for b in held_out), (b.images for b in validation), strict=True))
+    with pytest.raises(ValueError, match="transforms: 'flp' cannot be used"):
+        batches(["flp"], 0)
