@@ -1,7 +1,6 @@
 """The sequential part of `pile prepare`: from the tables of all jobs, decide on duplicates and splits, and write the shards.
 
-Memory: 24 bytes per document of `AT_ONCE` while duplicates and splits are decided; 4 kB per text with near-duplicates.
-"""
+Memory: 24 bytes per document of `AT_ONCE` while duplicates and splits are decided; 4 kB per text with near-duplicates."""
 
 from __future__ import annotations
 
@@ -11,9 +10,10 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,8 @@ FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
 MOST_LABELS = 1000  # that are printed
 
 
-@dataclass
-class Tally:
-    """Figures of a split of a source."""
+class Tally(NamedTuple):
+    """Totals of a split of a source."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -39,19 +38,18 @@ class Tally:
 
 @dataclass
 class Summary:
-    """What `prepare` wrote: `sources[source][split]`. counts: `read:<layout>`, `rejected:<reason>` (samples), `unread:<reason>`
-    (files), `used:<name>`, `unused:<name>`, `lost:<name>` (fields; lost: of rejected samples), `dropped:<reason>` (parts of
-    chats), `pieces:` (documents added by cutting long sounds), `label:<label>`; labels: in order; maps: the field maps."""
+    """The result of `prepare`: `sources[source][split]`. counts: `read:<layout>`, `rejected:<reason>` (samples),
+    `unread:<reason>` (files), `used:<name>`, `unused:<name>`, `lost:<name>` (fields; lost: of rejected samples),
+    `dropped:<reason>` (parts of chats), `pieces:` (documents added by cutting long sounds), `label:<label>`."""
 
     output: Path
-    sources: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(dict))
+    sources: dict[str, dict[str, Tally]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    labels: list[str] = field(default_factory=list)
-    maps: list[str] = field(default_factory=list)
-    first: dict[str, dict[str, str]] = field(default_factory=dict)  # the first rejected sample, the first file not read
+    labels: list[str] = field(default_factory=list)  # in order
+    maps: list[str] = field(default_factory=list)  # the field maps
 
     def of(self, what: str) -> Counter[str]:
-        """The counts of one kind."""
+        """Return the counts of one kind."""
         return Counter({name.partition(":")[2]: count for name, count in self.counts.items() if name.startswith(f"{what}:")})
 
     @property
@@ -63,42 +61,36 @@ class Summary:
         return sum(tally.documents for splits in self.sources.values() for tally in splits.values())
 
     def balance(self) -> dict[str, Any]:
-        """Samples and fields that were read, and their outcome. Raises `AssertionError` if a sample is missing: a bug."""
-        read, pieces, rejected = (self.of(what).total() for what in ("read", "pieces", "rejected"))
+        """Count samples and fields by outcome. Raises `AssertionError` if a sample is missing: a bug."""
+        kinds = ("read", "pieces", "rejected", "used", "unused", "lost")
+        read, pieces, rejected, used, unused, lost = (self.of(kind).total() for kind in kinds)
         if read + pieces != self.documents + rejected:
-            raise AssertionError(
-                f"{read:,} samples + {pieces:,} pieces != {self.documents:,} documents + {rejected:,} rejected"
-            )
-        used, unused, lost = (self.of(what) for what in ("used", "unused", "lost"))
+            raise AssertionError(f"{read} samples + {pieces} pieces != {self.documents} documents + {rejected} rejected")
         return {
             "samples": read, "pieces": pieces, "documents": self.documents, "rejected": rejected,
-            "fields": used.total() + unused.total() + lost.total(), "used": used.total(), "unused": unused.total(),
-            "of_rejected": lost.total(), "unused_fields": dict(sorted(unused.items())),
+            "fields": used + unused + lost, "used": used, "unused": unused, "of_rejected": lost,
+            "unused_fields": dict(sorted(self.of("unused").items())),
             "dropped_parts": self.of("dropped"), "files_not_read": self.of("unread"),
         }  # fmt: skip
 
-    def shards(self, source: str) -> dict[str, str]:
-        """Pattern of the shards of each split, relative to `output`."""
-        return {split: f"{source}-{split}-*.tar" for split in SPLITS if split in self.sources[source]}
-
     def description(self) -> dict[str, Any]:
-        """What `dataset.json` holds, except the options."""
+        """Return the content of `dataset.json`, except the options. Shards are relative to its folder."""
         sources = {
-            source: {split: {"shards": name, **asdict(tallies[split])} for split, name in self.shards(source).items()}
-            for source, tallies in sorted(self.sources.items())
+            source: {split: {"shards": f"{source}-{split}-*.tar", **tally._asdict()} for split, tally in splits.items()}
+            for source, splits in self.sources.items()
         }
         counts = {what: dict(sorted(self.of(what).items())) for what in ("read", "rejected")}
         labels = {"labels": self.labels} if self.labels else {}
         return {"pile_dataset": 1, "sources": sources, "fields": self.maps, **labels, **counts, "balance": self.balance()}
 
     def yaml(self) -> str:
-        """The `data.sources` of a configuration, of every source that has training data; and the labels, in order."""
+        """Return the `data.sources` of a configuration, of every source that has training data; and the labels, in order."""
         import yaml
 
         sources = {
-            source: {split: os.path.join(self.output, name) for split, name in self.shards(source).items() if split != "test"}
-            for source in sorted(self.sources)
-            if "train" in self.sources[source]
+            source: {split: os.path.join(self.output, f"{source}-{split}-*.tar") for split in splits if split != "test"}
+            for source, splits in self.sources.items()
+            if "train" in splits
         }
         description: dict[str, Any] = {"data": {"sources": sources}}
         if 1 < len(self.labels) <= MOST_LABELS:
@@ -108,62 +100,55 @@ class Summary:
 
 def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
     """Write `rejected.jsonl` and, if anything is usable, the shards to `result`."""
-    kept = _drop_duplicates(work, jobs, result, summary)
+    kept, draws = _drop_duplicates(work, jobs, result, summary)
     names = _name_labels(work, summary)
-    given, draws = set[int](), defaultdict[str, list[np.ndarray]](list)
-    for _, rows, sources in _kept_rows(work, kept):
-        given |= {*np.unique(rows["split"]).tolist()}
-        for number, source in enumerate(sources):
-            draws[source].append(rows[["draw", "split"]][rows["source"] == number])
+    given = {split for found in draws.values() for split in np.unique(found["split"]).tolist()}
     has_splits = len(given) > 1  # not if everything is in a folder `test`, say
-    chosen = {}
-    for source, found in draws.items():
-        every = np.concatenate(found)
-        chosen[source] = _choose(every["draw"][(every["split"] < 2) | (not has_splits)], work.options.validation_fraction)
-    shards: dict[str, _Shards] = {}
-    for job, rows, sources in _kept_rows(work, kept):
+    is_chosen = {
+        source: _choose(found["draw"][(found["split"] < 2) | (not has_splits)], work.options.validation_fraction)
+        for source, found in draws.items()
+        if not (has_splits and 2 in given)
+    }
+    shards, tallies = dict[tuple[str, str], _Shards](), defaultdict[tuple[str, str], Tally](Tally)
+    for job, chosen in enumerate(kept):
+        rows, sources = work.part(job, "rows")[chosen], work.part(job, "about")["sources"]
         splits = np.maximum(rows["split"], 1) if has_splits else np.ones(len(rows), np.uint8)
-        for number, source in enumerate(sources if not (has_splits and 2 in given) else ()):
-            splits[(splits == 1) & (rows["source"] == number) & chosen[source](rows["draw"])] = 2
         for number, source in enumerate(sources):
+            is_own = rows["source"] == number
+            if source in is_chosen:
+                splits[is_own & (splits == 1) & is_chosen[source](rows["draw"])] = 2
             for split, name in enumerate(SPLITS, 1):
-                if len(found := rows[(splits == split) & (rows["source"] == number)]):
-                    prefix, tally = f"{source}-{name}", summary.sources[source].setdefault(name, Tally())
-                    shards.setdefault(prefix, _Shards(result / prefix, work, names)).copy(job, found)
-                    tally.documents += len(found)
-                    for figure in ("text_bytes", "images", "audio_seconds"):
-                        setattr(tally, figure, getattr(tally, figure) + found[figure].sum().item())
-    for writer in shards.values():
-        writer.close()
+                if len(found := rows[is_own & (splits == split)]):
+                    shards.setdefault((source, name), _Shards(result / f"{source}-{name}", work, names)).copy(job, found)
+                    figures = (found[figure].sum().item() for figure in Tally._fields[1:])
+                    tallies[source, name] = Tally(*map(add, tallies[source, name], (len(found), *figures)))
+    for source, name in sorted(shards, key=lambda key: (key[0], SPLITS.index(key[1]))):
+        shards[source, name].close()
+        summary.sources.setdefault(source, {})[name] = tallies[source, name]
 
 
-def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> list[np.ndarray]:
-    """Write `rejected.jsonl` and count everything; return for each job the rows that are kept."""
-    similar = NearDuplicates(work.options.near_duplicates or 1)  # without the option there are no signatures
-    kept = []
+def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Write `rejected.jsonl` and count everything; return the kept rows of each job, and draws and splits of each source."""
+    similar = NearDuplicates(threshold) if (threshold := work.options.near_duplicates) else None
+    kept, draws = [], defaultdict[str, list[np.ndarray]](list)
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
-        for job, repeated in zip(range(jobs), _repeated(work, jobs), strict=True):
-            rows, about, sources = (work.part(job, name) for name in ("rows", "about", "sources"))
+        for job, repeated in enumerate(_repeated(work, jobs)):
+            rows, about = work.part(job, "rows"), work.part(job, "about")
+            sources, files = about["sources"], about["files"]
             dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "another document has the same content"))
-            for row, signature in enumerate(work.part(job, "signatures")):
-                first = similar.add(signature, about["files"][row]) if row not in dropped and signature.any() else None
-                dropped |= {row: ("near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}")} if first else {}
-            entries = [[sources[rows["source"][row]], about["files"][row], *why, ""] for row, why in sorted(dropped.items())]
+            for row, signature in enumerate(work.part(job, "signatures") if similar else ()):
+                if similar and row not in dropped and signature.any() and (first := similar.add(signature, files[row])):
+                    dropped[row] = "near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}"
+            entries = [[sources[rows["source"][row]], files[row], *why, ""] for row, why in sorted(dropped.items())]
             summary.counts.update(about["counts"])
             summary.counts.update(f"rejected:{entry[2]}" for entry in entries)
             for entry in about["rejected"] + entries:
                 line = dict(zip(("source", "file", "reason", "detail", "excerpt"), entry, strict=True))
                 lines.write(json.dumps(line) + "\n")
-                is_usual = line["reason"].startswith(("about", "hidden"))
-                what = "rejected" if f"rejected:{line['reason']}" in summary.counts else "usual" if is_usual else "unread"
-                summary.first.setdefault(what, line)
             kept.append(np.delete(np.arange(len(rows)), list(dropped)))
-    return kept
-
-
-def _kept_rows(work: Work, kept: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, list[str]]]:
-    for job, chosen in enumerate(kept):
-        yield job, work.part(job, "rows")[chosen], work.part(job, "sources")
+            for number, source in enumerate(sources):
+                draws[source].append(rows[["draw", "split"]][kept[-1]][rows["source"][kept[-1]] == number])
+    return kept, {source: np.concatenate(found) for source, found in draws.items()}
 
 
 def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
@@ -242,7 +227,7 @@ class _Shards:
             self._number, self._size = self._number + 1, 0
 
     def _renamed(self, block: bytes) -> bytes:
-        """A document with the name of its label."""
+        """Replace the label of a document by its name."""
         key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
         document = document_from_sample(key, files_of_block(block))
         if (label := document.meta.get("label")) not in self._names:
