@@ -1,6 +1,6 @@
 """The sequential part of `pile prepare`: from the tables of all jobs, decide on duplicates and splits, and write the shards.
 
-Memory: 24 bytes per document of `AT_ONCE` while duplicates and splits are decided; 4 kB per text with near-duplicates."""
+Memory: about 150 bytes per document; 4 kB per text with near-duplicates."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from operator import add
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from pile_app.fields import document_from_sample
 from pile_app.prepare.ngrams import NearDuplicates
 from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block
 
-AT_ONCE = 1 << 24  # documents that are sorted in memory
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
 MOST_LABELS = 1000  # that are printed
 
@@ -100,84 +99,66 @@ class Summary:
 
 def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
     """Write `rejected.jsonl` and, if anything is usable, the shards to `result`."""
-    kept, draws = _drop_duplicates(work, jobs, result, summary)
+    numbers, tables = dict[str, int](), [np.zeros(0, ROW)]
+    for job in range(jobs):
+        rows, sources = work.part(job, "rows"), work.part(job, "about")["sources"]
+        rows["source"] = np.array([numbers.setdefault(source, len(numbers)) for source in sources], int)[rows["source"]]
+        tables.append(rows)
+    rows, starts = np.concatenate(tables), np.cumsum(list(map(len, tables)))  # (N,), (jobs + 1,)
+    is_kept = _drop_duplicates(work, rows, starts, list(numbers), result, summary)
     names = _name_labels(work, summary)
-    given = {split for found in draws.values() for split in np.unique(found["split"]).tolist()}
+    given = set(np.unique(rows["split"][is_kept]).tolist())
     has_splits = len(given) > 1  # not if everything is in a folder `test`, say
-    is_chosen = {
-        source: _choose(found["draw"][(found["split"] < 2) | (not has_splits)], work.options.validation_fraction)
-        for source, found in draws.items()
-        if not (has_splits and 2 in given)
-    }
-    shards, tallies = dict[tuple[str, str], _Shards](), defaultdict[tuple[str, str], Tally](Tally)
-    for job, chosen in enumerate(kept):
-        rows, sources = work.part(job, "rows")[chosen], work.part(job, "about")["sources"]
-        splits = np.maximum(rows["split"], 1) if has_splits else np.ones(len(rows), np.uint8)
-        for number, source in enumerate(sources):
-            is_own = rows["source"] == number
-            if source in is_chosen:
-                splits[is_own & (splits == 1) & is_chosen[source](rows["draw"])] = 2
-            for split, name in enumerate(SPLITS, 1):
-                if len(found := rows[is_own & (splits == split)]):
-                    shards.setdefault((source, name), _Shards(result / f"{source}-{name}", work, names)).copy(job, found)
-                    figures = (found[figure].sum().item() for figure in Tally._fields[1:])
-                    tallies[source, name] = Tally(*map(add, tallies[source, name], (len(found), *figures)))
-    for source, name in sorted(shards, key=lambda key: (key[0], SPLITS.index(key[1]))):
-        shards[source, name].close()
-        summary.sources.setdefault(source, {})[name] = tallies[source, name]
+    splits = np.maximum(rows["split"], 1) if has_splits else np.ones(len(rows), np.uint8)
+    for source, number in sorted(numbers.items()):
+        is_own = is_kept & (rows["source"] == number)
+        if not (has_splits and 2 in given):
+            candidates = np.flatnonzero(is_own & (splits == 1))
+            splits[candidates] += _choose(rows["draw"][candidates], work.options.validation_fraction)
+        for split, name in enumerate(SPLITS, 1):
+            if len(index := np.flatnonzero(is_own & (splits == split))):
+                by_job = enumerate(np.split(index, np.searchsorted(index, starts[1:-1])))
+                parts = [(job, part) for job, part in by_job if len(part)]
+                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.options.shard_megabytes)
+                text_bytes, images = (rows[figure][index].sum().item() for figure in ("text_bytes", "images"))
+                seconds = sum(rows["audio_seconds"][part].sum().item() for _, part in parts)
+                summary.sources.setdefault(source, {})[name] = Tally(len(index), text_bytes, images, seconds)
 
 
-def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Write `rejected.jsonl` and count everything; return the kept rows of each job, and draws and splits of each source."""
+def _drop_duplicates(
+    work: Work, rows: np.ndarray, starts: np.ndarray, sources: list[str], result: Path, summary: Summary
+) -> np.ndarray:
+    """Write `rejected.jsonl` and count everything; return which rows are kept, (N,) bool."""
+    is_kept = np.ones(len(rows), bool)
+    if work.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
+        order = np.lexsort((-rows["split"].astype(int), *rows["digest"].T))  # stable
+        digests = rows["digest"][order]
+        is_kept[order[1:]] = (digests[1:] != digests[:-1]).any(axis=1)
     similar = NearDuplicates(threshold) if (threshold := work.options.near_duplicates) else None
-    kept, draws = [], defaultdict[str, list[np.ndarray]](list)
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
-        for job, repeated in enumerate(_repeated(work, jobs)):
-            rows, about = work.part(job, "rows"), work.part(job, "about")
-            sources, files = about["sources"], about["files"]
-            dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "another document has the same content"))
+        for job, (start, stop) in enumerate(pairwise(starts.tolist())):
+            about = work.part(job, "about")
+            repeated = np.flatnonzero(~is_kept[start:stop]).tolist()
+            dropped = dict.fromkeys(repeated, ("duplicate", "another document has the same content"))
             for row, signature in enumerate(work.part(job, "signatures") if similar else ()):
-                if similar and row not in dropped and signature.any() and (first := similar.add(signature, files[row])):
-                    dropped[row] = "near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}"
-            entries = [[sources[rows["source"][row]], files[row], *why, ""] for row, why in sorted(dropped.items())]
+                is_text = similar and row not in dropped and signature.any()
+                if is_text and (found := similar.add(signature, about["files"][row])):
+                    dropped[row] = "near_duplicate", f"{found[1]:.2f} of its 5-grams are those of {found[0]}"
+            is_kept[start + np.array(list(dropped), int)] = False
             summary.counts.update(about["counts"])
-            summary.counts.update(f"rejected:{entry[2]}" for entry in entries)
+            summary.counts.update(f"rejected:{reason}" for reason, _ in dropped.values())
+            entries = [(sources[rows["source"][start + n]], about["files"][n], *why, "") for n, why in sorted(dropped.items())]
             for entry in about["rejected"] + entries:
                 line = dict(zip(("source", "file", "reason", "detail", "excerpt"), entry, strict=True))
                 lines.write(json.dumps(line) + "\n")
-            kept.append(np.delete(np.arange(len(rows)), list(dropped)))
-            for number, source in enumerate(sources):
-                draws[source].append(rows[["draw", "split"]][kept[-1]][rows["source"][kept[-1]] == number])
-    return kept, {source: np.concatenate(found) for source, found in draws.items()}
+    return is_kept
 
 
-def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
-    """Yield for each job the rows whose document is kept elsewhere: in a test split, else for validation, else earlier. Digests
-    are sorted in parts that fit in memory."""
-    first = np.cumsum([0, *(len(work.part(job, "rows")) for job in range(jobs))])
-    parts = 1 + int(first[-1]) // AT_ONCE if work.options.exact_duplicates else 0
-    found = [np.zeros(0, np.int64)]
-    for part in range(parts):
-        every, index = [np.zeros(0, ROW)[["digest", "split"]]], [np.zeros(0, np.int64)]
-        for job in range(jobs):
-            rows = work.part(job, "rows")[["digest", "split"]]
-            index.append(first[job] + np.flatnonzero(rows["digest"][:, 1] % np.uint64(parts) == part))
-            every.append(rows[index[-1] - first[job]])
-        rows = np.concatenate(every)
-        order = np.lexsort((-rows["split"].astype(int), rows["digest"][:, 1], rows["digest"][:, 0]))  # stable
-        digests = rows["digest"][order]
-        found.append(np.concatenate(index)[order[1:][(digests[1:] == digests[:-1]).all(axis=1)]])
-    repeated = np.sort(np.concatenate(found))
-    for job in range(jobs):
-        yield repeated[slice(*np.searchsorted(repeated, first[job : job + 2]))] - first[job]
-
-
-def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of a draw, such as those of a
-    speaker, stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
-    if fraction is not None or len(draws) > AT_ONCE:
-        limit = np.uint64(int((FRACTION if fraction is None else fraction) * 2**64))
-        return lambda those: those < limit
+def _choose(draws: np.ndarray, fraction: float | None) -> np.ndarray:
+    """Tell which draws, (N,) uint64, are for validation: below `fraction`, else the smallest 5 %, at least 32 and at most 20 %.
+    Documents of a draw, such as those of a speaker, stay together."""
+    if fraction is not None:
+        return draws < np.uint64(int(fraction * 2**64))
     most = int(MOST * len(draws))
     wanted, taken, count = min(most, max(LEAST, round(FRACTION * len(draws)))), [], 0
     for group, size in zip(*np.unique(draws, return_counts=True), strict=True):
@@ -186,7 +167,7 @@ def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray],
         if count + size <= most:
             taken.append(group)
             count += size
-    return lambda those: np.isin(those, np.array(taken, np.uint64))
+    return np.isin(draws, np.array(taken, np.uint64))
 
 
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
@@ -201,38 +182,30 @@ def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     return dict(zip(labels, names, strict=False))
 
 
-class _Shards:
-    """Appends documents to the shards of a source and split."""
+def _blocks(work: Work, rows: np.ndarray, parts: list[tuple[int, np.ndarray]], names: dict[str, str]) -> Iterator[bytes]:
+    """Yield the blocks of rows, given as (job, indices), with new names for their labels."""
+    for job, part in parts:
+        with open(work.blocks(job), "rb") as file:
+            for offset, size in rows[["offset", "size"]][part].tolist():
+                file.seek(offset)
+                block = file.read(size)
+                yield _renamed(block, names, work.options.learn_label) if names else block
 
-    def __init__(self, prefix: Path, work: Work, names: dict[str, str]) -> None:
-        self._prefix, self._work, self._names = prefix, work, names
-        self._limit, self._number, self._size = int(work.options.shard_megabytes * 2**20), 0, 0
 
-    def copy(self, job: int, rows: np.ndarray) -> None:
-        with open(self._work.blocks(job), "rb") as blocks:
-            for offset, size in rows[["offset", "size"]].tolist():
-                block = os.pread(blocks.fileno(), size, offset)
-                self._write(self._renamed(block) if self._names else block)
-                if self._size >= self._limit:
-                    self.close()
+def _renamed(block: bytes, names: dict[str, str], learn_label: bool) -> bytes:
+    key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
+    document = document_from_sample(key, files_of_block(block))
+    if (label := document.meta.get("label")) not in names:
+        return block
+    *segments, last = document.segments
+    segments.append(replace(last, data=names[label]) if learn_label and last.data == label else last)
+    return sample_block(replace(document, segments=tuple(segments), meta={**document.meta, "label": names[label]}))
 
-    def _write(self, data: bytes) -> None:
-        with open(f"{self._prefix}-{self._number:06d}.tar", "ab") as tar:
-            tar.write(data)
-        self._size += len(data)
 
-    def close(self) -> None:
-        if self._size:
-            self._write(bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % tarfile.RECORDSIZE))
-            self._number, self._size = self._number + 1, 0
-
-    def _renamed(self, block: bytes) -> bytes:
-        """Replace the label of a document by its name."""
-        key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
-        document = document_from_sample(key, files_of_block(block))
-        if (label := document.meta.get("label")) not in self._names:
-            return block
-        name = self._names[label]
-        *segments, last = document.segments
-        segments.append(replace(last, data=name) if self._work.options.learn_label and last.data == label else last)
-        return sample_block(replace(document, segments=tuple(segments), meta={**document.meta, "label": name}))
+def _write_tars(prefix: Path, blocks: Iterator[bytes], megabytes: float) -> None:
+    for number, first in enumerate(blocks):
+        with open(f"{prefix}-{number:06d}.tar", "wb") as tar:
+            tar.write(first)
+            while tar.tell() < int(megabytes * 2**20) and (block := next(blocks, b"")):
+                tar.write(block)
+            tar.write(bytes(2 * BLOCK + -(tar.tell() + 2 * BLOCK) % tarfile.RECORDSIZE))
