@@ -52,22 +52,18 @@ def prepare(
     overwrite: bool = False,
     **options: Any,
 ) -> Summary:
-    """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`.
-
-    The field maps and the balance go to stderr, the sources to paste into a configuration to stdout.
+    """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`. Print the
+    field maps and the balance to stderr, the sources to paste into a configuration to stdout.
 
     Args:
-        input: a file or folder, the name of a data set on the Hugging Face hub, or an address that fsspec knows; `#name` after
-            it chooses a configuration of its data set card.
+        input: a file or folder, a data set on the Hugging Face hub or an address of fsspec; `#name` chooses a configuration.
         engine: processes on this machine, or Ray Data, on the cluster that `RAY_ADDRESS` names or on this machine.
         processes: default: one per core. 1: in this process.
         overwrite: replace an earlier result in `output`, and an interrupted preparation with other options.
         options: the fields of `Options`.
 
-    Raises:
-        ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
-            preparation had other options or another input.
-    """
+    Raises ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
+    preparation had other options or another input."""
     given, output = str(input), Path(output)
     fields = options.get("fields") or KIND_FIELDS.get(options.get("kind", ""))
     chosen = Options.of(options | {"fields": fields and str(Fields.parse(fields))})
@@ -113,13 +109,12 @@ def prepare(
 
 
 def _check(given: str, output: Path, options: Options, engine: str, overwrite: bool) -> None:
-    """Refuse at once what would fail after hours."""
+    """Refuse arguments that would fail after hours."""
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; choose from {', '.join(ENGINES)}")
-    if options.repair:
-        require("ftfy", "prepare", "--repair")
-    if options.near_duplicates is not None:
-        require("datasketch", "prepare", "--near-duplicates")
+    for library, option in (("ftfy", "repair"), ("datasketch", "near_duplicates")):
+        if getattr(options, option):
+            require(library, "prepare", f"--{option.replace('_', '-')}")
     if engine == "ray":
         import_ray()
     if found := sorted(set(str(output)) & set("*?[]{}")):
@@ -160,16 +155,16 @@ def _lock(folder: Path) -> Iterator[None]:
 def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[list[list[Unit]], Work]:
     """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
     options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
-    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[tuple[str, ...]]()
+    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
     for unit in listed:
         if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
             jobs, weight = [*jobs, []], 0
         jobs[-1].append(unit)
         weight += unit.weight
-        folder = os.path.dirname(str(unit.arguments[0]))
-        if options.fields is None and seen[(unit.reader,)] < 10 * SAMPLES and seen[unit.reader, folder] < SAMPLES:
-            seen.update([(unit.reader,), (unit.reader, folder)])
-            for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
+        kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
+        if options.fields is None and seen[kind] < 10 * SAMPLES and seen[kind, folder] < SAMPLES:
+            seen.update([kind, (kind, folder)])
+            for record in islice(read_unit(work.root, unit, options), None if kind == "samples" else SAMPLES):
                 table = table_of(record)
                 files.setdefault(table, record.where.partition(":")[0])
                 if isinstance(record.content, dict) and len(samples[table]) < SAMPLES:
@@ -206,15 +201,12 @@ def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
         count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
         print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
     state: dict[str, Any] = {
-        "prepare_version": PREPARE_VERSION,
-        "output": str(output.resolve()),
-        "source": work.source,
-        "field maps": work.maps,
+        "prepare_version": PREPARE_VERSION, "output": str(output.resolve()), "source": work.source, "field maps": work.maps,
         "files of the input": digest,
         "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
-        **{name: value for name, value in asdict(options).items() if name != "label_names"},  # which are given at the end
-    }
+        **asdict(options) | {"label_names": None},  # they are given at the end
+    }  # fmt: skip
     state, earlier = json.loads(json.dumps(state)), _read_json(folder / "state.json")
     if earlier and earlier != state and not overwrite:
         names = ", ".join(name for name, value in state.items() if earlier.get(name) != value)
@@ -227,10 +219,9 @@ def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError):
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
 def _refuse(folder: Path, given: str, summary: Summary) -> None:
@@ -244,13 +235,10 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
         reasons.unlink()
         raise ValueError(f"{given!r} contains no files")
     with open(reasons) as lines:
-        first = min(map(json.loads, lines), key=lambda line: (
-            line["reason"] not in summary.rejected, line["reason"].startswith(("about", "hidden"))
-        ))  # fmt: skip
-    raise ValueError(
-        f"{given!r} holds nothing usable: {_listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed in "
-        f"{reasons}. Options such as --fields, --label and --kind say how to read it"
-    )
+        rank = {reason: int(reason.startswith(("about", "hidden"))) for reason in counts} | dict.fromkeys(summary.rejected, -1)
+        first = min(map(json.loads, lines), key=lambda line: rank[line["reason"]])
+    text = f"{given!r} holds nothing usable: {_listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed"
+    raise ValueError(f"{text} in {reasons}. Options such as --fields, --label and --kind say how to read it")
 
 
 def _listed(counts: Counter[str], what: str = "") -> str:
@@ -267,15 +255,13 @@ def _print_summary(summary: Summary) -> None:
     for source, splits in summary.sources.items():
         for split, tally in splits.items():
             table.add_row(source, split, *(f"{figure:,}" for figure in tally[:3]), f"{tally.audio_seconds / 3600:,.3f}")
-    balance, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
-    pieces = f" + {balance['pieces']:,} pieces of long sounds" if balance["pieces"] else ""
-    lost = f" + {balance['of_rejected']:,} of rejected samples" if balance["of_rejected"] else ""
-    lines = [
-        f"samples: {balance['samples']:,} read ({_listed(summary.of('read'))}){pieces} = {balance['documents']:,} documents + "
-        f"{balance['rejected']:,} rejected{f' ({reasons})' if reasons else ''}",
-        f"files and fields: {balance['fields']:,} read = {balance['used']:,} used + {balance['unused']:,} unused"
-        f"{f' ({unused})' if unused else ''}{lost}",
-    ]
+    one, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
+    pieces = f" + {one['pieces']:,} pieces of long sounds" * bool(one["pieces"])
+    lost = f" + {one['of_rejected']:,} of rejected samples" * bool(one["of_rejected"])
+    found, kept = f"{one['samples']:,} read ({_listed(summary.of('read'))}){pieces}", f"{one['documents']:,} documents"
+    fields = f"{one['fields']:,} read = {one['used']:,} used + {one['unused']:,} unused"
+    lines = [f"samples: {found} = {kept} + {one['rejected']:,} rejected" + f" ({reasons})" * bool(reasons),
+             f"files and fields: {fields}" + f" ({unused})" * bool(unused) + lost]  # fmt: skip
     for name, counts in (("parts of chats dropped", summary.of("dropped")), ("files not read", summary.of("unread"))):
         lines += [f"{name}: {_listed(counts)}"] if counts else []
     lines += [f"see {summary.output / 'rejected.jsonl'}"] if reasons or summary.of("unread") else []

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,12 +133,8 @@ class _Reader:
     def __init__(self, work: Work, job: int, blocks: Any) -> None:
         self.work, self.job, self.options, self.blocks = work, job, work.options, blocks
         self.evaluation = EvaluationTexts(work.folder / "evaluation") if work.options.decontaminate else None
-        self.rows: list[tuple[Any, ...]] = []
-        self.signatures: list[np.ndarray] = []
-        self.sources: dict[str, int] = {}
-        self.files: list[str] = []
-        self.rejected: list[tuple[str, ...]] = []
-        self.counts: Counter[str] = Counter()
+        self.rows, self.signatures, self.files = list[tuple[Any, ...]](), list[np.ndarray](), list[str]()
+        self.rejected, self.sources, self.counts = list[tuple[str, ...]](), dict[str, int](), Counter[str]()
 
     def read(self, record: Record) -> None:
         source = self.work.source
@@ -170,9 +167,8 @@ class _Reader:
         if lost := sample.keys() - {"json", *reading.used, *reading.unused}:
             raise AssertionError(f"{record.where}: {sorted(lost)} are neither used nor unused")
         meta = sample.get("meta")  # may name the source: `pile_set_name`
-        meta = (
-            {name: one for name, one in meta.items() if isinstance(one, str | int | float)} if isinstance(meta, Mapping) else {}
-        )
+        items = meta.items() if isinstance(meta, Mapping) else ()
+        meta = {name: value for name, value in items if isinstance(value, str | int | float)}
         self.counts.update(f"{'used' if name == 'meta' and meta else 'unused'}:{name}" for name in reading.unused)
         self.counts.update(f"used:{name}" for name in reading.used)
         self.counts.update({f"dropped:{name}": count for name, count in reading.dropped.items()})
@@ -185,9 +181,9 @@ class _Reader:
         name, _, row = record.where.partition(":")  # the row of a table, or the name of a member of an archive
         folder = os.path.basename(os.path.dirname(row if "/" in row else name))
         if options.label_from_folder and folder:
-            meta["label"] = folder
+            meta["label"], ordered = folder, ordered or options.learn_label
             segments = tuple(replace(one, loss=one.loss and not options.label_loss_only) for one in segments)
-            segments, ordered = segments + (Segment(folder),) * options.learn_label, ordered or options.learn_label
+            segments += (Segment(folder),) * options.learn_label
         if (options.label or options.label_from_folder) and "label" not in meta:
             raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
         file = os.fsencode(record.where).decode(errors="replace")
@@ -195,11 +191,10 @@ class _Reader:
 
     def _draw(self, document: Document) -> int:
         """Hash to 64 bits, which decide the split: the group, else the media, else the texts without the label."""
-        if (group := document.meta.get("group")) is not None:
-            return _hash([Segment(str(group))], self.options.seed)[0]
-        media = [segment for segment in document.segments if segment.modality != TEXT]
-        texts = [segment for segment in document.segments if segment.data != document.meta.get("label")]
-        return _hash(media or texts or document.segments, self.options.seed)[0]
+        group, segments = document.meta.get("group"), document.segments
+        media = [segment for segment in segments if segment.modality != TEXT]
+        texts = [segment for segment in segments if segment.data != document.meta.get("label")]
+        return _hash(media or texts or segments if group is None else [Segment(str(group))], self.options.seed)[0]
 
     def _write(self, record: Record, source: str, draw: int, document: Document) -> None:
         block = sample_block(replace(document, key=f"{self.job:07d}-{len(self.files):06d}"))
@@ -214,8 +209,7 @@ class _Reader:
         number = self.sources.setdefault(source, len(self.sources))
         self.rows.append((self.blocks.tell(), self.blocks.write(block), number, given, *sizes, digest, draw))
         self.files.append(record.where)
-        if label is not None:
-            self.counts[f"label:{label}"] += 1
+        self.counts.update([] if label is None else [f"label:{label}"])
         if self.options.near_duplicates is not None:  # zeros with media, whose captions may well be alike
             is_text = len(texts) == len(segments)
             self.signatures.append(minhash("\n".join(texts)) if is_text else np.zeros(PERMUTATIONS, np.uint32))
@@ -223,10 +217,8 @@ class _Reader:
     def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
         self.counts[f"{what}:{error.reason}"] += 1
         detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
-        sample, excerpt = record.content, ""
-        if isinstance(sample, Document):
-            excerpt = describe(sample)
-        elif isinstance(sample, Mapping):
+        sample, excerpt = record.content, describe(record.content) if isinstance(record.content, Document) else ""
+        if isinstance(sample, Mapping):
             short = (f"{name}: {one[:80] if isinstance(one, str | bytes) else one!s:.80}" for name, one in sample.items())
             excerpt = ", ".join(short)[:300]
         self.rejected.append((source, record.where, error.reason, detail, excerpt))
@@ -255,7 +247,7 @@ def _hash(segments: Iterable[Segment], seed: int) -> tuple[int, int]:
         for data in segment.choices or (segment.data,):
             raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
             digest.update(f":{segment.modality}:{len(raw)}:".encode() + raw)
-    return int.from_bytes(digest.digest()[:8], "big"), int.from_bytes(digest.digest()[8:], "big")
+    return struct.unpack(">QQ", digest.digest())
 
 
 def slug(name: str) -> str:

@@ -17,6 +17,7 @@ from pile_app.prepare.text import decode_text
 
 SPAN_FIELDS = ("spans", "entities")
 TAG_FIELDS = ("ner_tags", "tags")
+KEYS = {"start", "end", "label"}  # of a span
 Clean = Callable[[str], str]
 Sentence = tuple[int, list[str], list[str]] | tuple[int, BadSample]  # number of the first line, words and tags
 
@@ -93,9 +94,8 @@ def document_of_record(record: Mapping[str, Any], clean: Clean) -> tuple[Documen
         return document_of_words(words, names, scheme_of_tags([names]), clean)
     if spans is None or not isinstance(record.get("text"), str):
         return None
-    keys = {"start", "end", "label"}
-    are_spans = (keys <= one.keys() if isinstance(one, dict) else isinstance(one, list) and len(one) == 3 for one in spans)
-    return document_of_spans(record["text"], spans, clean) if all(are_spans) else None
+    are_spans = all(len(one) == 3 if isinstance(one, list) else isinstance(one, dict) and one.keys() >= KEYS for one in spans)
+    return document_of_spans(record["text"], spans, clean) if are_spans else None
 
 
 def _span(text: str, one: Any) -> tuple[int, int, str]:
