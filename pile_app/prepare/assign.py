@@ -141,8 +141,8 @@ def _drop_duplicates(
             repeated = np.flatnonzero(~is_kept[start:stop]).tolist()
             dropped = dict.fromkeys(repeated, ("duplicate", "another document has the same content"))
             for row, signature in enumerate(work.part(job, "signatures") if similar else ()):
-                is_text = similar and row not in dropped and signature.any()
-                if is_text and (found := similar.add(signature, about["files"][row])):
+                is_text = row not in dropped and signature.any()
+                if similar and is_text and (found := similar.add(signature, about["files"][row])):
                     dropped[row] = "near_duplicate", f"{found[1]:.2f} of its 5-grams are those of {found[0]}"
             is_kept[start + np.array(list(dropped), int)] = False
             summary.counts.update(about["counts"])

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pile_app.prepare.options import require
 
-Task = Callable[[Any], None]
+Task = Callable[[Any], object]
 Run = Callable[[Task, Sequence[Any]], Iterable[Any]]
 T = TypeVar("T")
 

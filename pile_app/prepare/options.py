@@ -77,4 +77,5 @@ class Options:
         known = {option.name for option in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"no option is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**given)

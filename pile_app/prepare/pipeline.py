@@ -172,8 +172,8 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[li
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
     for table, known in samples.items():
         with suppress(ValueError):  # each record of the table is rejected with the reason
-            maps[table] = str(infer_fields(known))
-            tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
+            maps[table] = str(with_label(infer_fields(known), options))
+            tables[maps[table]].append(table)
     for line, names in tables.items():
         layout, _, path = names[0].partition(": ")
         where = files[names[0]] if path[-1:] not in ("", "/") else path or "the input"
@@ -181,7 +181,8 @@ def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[li
         count = sum(len(samples[name]) for name in names)
         summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}{more}, {layout})")
     if options.fields is not None:
-        summary.maps.append(f"{with_label(Fields.parse(options.fields), options)}  (given)")
+        maps[""] = str(with_label(Fields.parse(options.fields), options))
+        summary.maps.append(f"{maps['']}  (given)")
     for line in summary.maps:
         print(f"fields: {line}", file=sys.stderr)
     return jobs, replace(work, maps=maps)

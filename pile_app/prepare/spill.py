@@ -15,6 +15,7 @@ import struct
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,17 +35,16 @@ from pile_app.prepare.options import Options
 from pile_app.prepare.readers import Record, Unit, medium, named_split, read_unit
 
 SPLITS = ("train", "validation", "test")
-ROW = np.dtype(  # of a document: range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and split
-    [
-        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"), ("images", "<u4"),
-        ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8"),
-    ]
-)  # fmt: skip
+# Of a document: its range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and for its split
+ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"),
+                ("images", "<u4"), ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8")])  # fmt: skip
+_parse = lru_cache(1024)(Fields.parse)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A preparation in progress. root: of the input; source: name for documents that name none; maps: by `table_of`."""
+    """A preparation in progress. root: of the input; source: the name for documents without a source; maps: field maps by
+    `table_of`, or by "" for all records."""
 
     folder: Path
     root: str
@@ -61,24 +61,18 @@ class Work:
             return json.loads(file[name].tobytes()) if name == "about" else file[name]
 
     def is_read(self, job: int) -> bool:
-        try:
+        with suppress(Exception):  # of a file that is missing or damaged
             return bool(self.blocks(job).stat().st_size == self.part(job, "about")["blocks"])
-        except Exception:  # of a file that is missing or damaged
-            return False
+        return False
 
     def fields(self, record: Record) -> Fields:
         """Return the field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
-        if spec := self.options.fields or self.maps.get(table_of(record)):
-            return _parsed(spec, self.options)
+        if spec := self.maps.get("") or self.maps.get(table_of(record)):
+            return _parse(spec)
         try:  # of a table that was not sampled: by the record alone
             return with_label(infer_fields([record.content]), self.options)  # type: ignore[list-item]
         except ValueError as error:
             raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
-
-
-@lru_cache(1024)
-def _parsed(spec: str, options: Options) -> Fields:
-    return with_label(Fields.parse(spec), options)
 
 
 def table_of(record: Record) -> str:
