@@ -199,7 +199,8 @@ def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
                 holder = holder.read_bytes() if isinstance(holder, Path) else holder
                 found = (json.loads(holder) if isinstance(holder, bytes) else holder)[name]
                 parts = [
-                    (*(one.get("timestamp") or (one["start"], one["end"])), one.get("text") or one["word"]) for one in found
+                    (*(part.get("timestamp") or (part["start"], part["end"])), part.get("text") or part["word"])
+                    for part in found
                 ]
                 if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
                     return parts

@@ -45,7 +45,7 @@ class Options:
     repair: bool = _option(False, "fix wrong decoding, HTML entities and the like (ftfy)")
     quality: tuple[str, ...] = _option((), "reject texts that break these rules", choices=("gopher", "c4"))
     exact_duplicates: bool = _option(True, "keep exact duplicates", off="--keep-duplicates")
-    near_duplicates: float | None = _option(None, "drop texts this similar to an earlier one, e.g. 0.8", 0.1, 1)
+    near_duplicates: float | None = _option(None, "drop texts this similar to an earlier text, e.g. 0.8", 0.1, 1)
     decontaminate: tuple[str, ...] = _option((), "drop texts that contain a part of these evaluation sets", metavar="FILE")
     ngram: int = _option(13, "consecutive words that make a part", 1, 100)
     min_image_size: int = _option(0, "reject images with a shorter side, in pixels", 0, 100_000)
@@ -61,11 +61,11 @@ class Options:
     def __post_init__(self) -> None:
         for option in fields(self):
             value, bounds, choices = getattr(self, option.name), option.metadata["bounds"], option.metadata["choices"]
-            for one in value if isinstance(value, tuple) else () if value is None else (value,):
-                if bounds and not bounds[0] <= one <= bounds[1]:
-                    raise ValueError(f"{option.name} is {one}; choose from {bounds[0]:g} to {bounds[1]:g}")
-                if choices and one not in choices:
-                    raise ValueError(f"{option.name} is {one!r}; choose from {', '.join(choices)}")
+            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+                if bounds and not bounds[0] <= item <= bounds[1]:
+                    raise ValueError(f"{option.name} is {item}; choose from {bounds[0]:g} to {bounds[1]:g}")
+                if choices and item not in choices:
+                    raise ValueError(f"{option.name} is {item!r}; choose from {', '.join(choices)}")
         if self.label and self.label_from_folder:
             raise ValueError("label and label_from_folder exclude each other")
         if self.label_loss_only and not self.learn_label:

@@ -256,12 +256,12 @@ def _print_summary(summary: Summary) -> None:
     for source, splits in summary.sources.items():
         for split, tally in splits.items():
             table.add_row(source, split, *(f"{figure:,}" for figure in tally[:3]), f"{tally.audio_seconds / 3600:,.3f}")
-    one, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
-    pieces = f" + {one['pieces']:,} pieces of long sounds" * bool(one["pieces"])
-    lost = f" + {one['of_rejected']:,} of rejected samples" * bool(one["of_rejected"])
-    found, kept = f"{one['samples']:,} read ({_listed(summary.of('read'))}){pieces}", f"{one['documents']:,} documents"
-    fields = f"{one['fields']:,} read = {one['used']:,} used + {one['unused']:,} unused"
-    lines = [f"samples: {found} = {kept} + {one['rejected']:,} rejected" + f" ({reasons})" * bool(reasons),
+    total, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
+    pieces = f" + {total['pieces']:,} pieces of long sounds" * bool(total["pieces"])
+    lost = f" + {total['of_rejected']:,} of rejected samples" * bool(total["of_rejected"])
+    found, kept = f"{total['samples']:,} read ({_listed(summary.of('read'))}){pieces}", f"{total['documents']:,} documents"
+    fields = f"{total['fields']:,} read = {total['used']:,} used + {total['unused']:,} unused"
+    lines = [f"samples: {found} = {kept} + {total['rejected']:,} rejected" + f" ({reasons})" * bool(reasons),
              f"files and fields: {fields}" + f" ({unused})" * bool(unused) + lost]  # fmt: skip
     for name, counts in (("parts of chats dropped", summary.of("dropped")), ("files not read", summary.of("unread"))):
         lines += [f"{name}: {_listed(counts)}"] if counts else []

@@ -86,7 +86,8 @@ def with_label(fields: Fields, options: Options) -> Fields:
     entries, learn = list(fields.entries), options.learn_label
     if options.label:
         names = tuple(dict.fromkeys((options.label, f"json.{options.label.removeprefix('json.')}")))
-        entries = [one for one in entries if one.role != "label" and not set(one.names) & set(names)] + [Field(names, "label")]
+        others = (entry for entry in entries if entry.role != "label" and not set(entry.names) & set(names))
+        entries = [*others, Field(names, "label")]
     for n, entry in enumerate(entries):
         if entry.role == "label":
             entries[n] = replace(entry, learn=entry.learn or learn)
@@ -176,7 +177,7 @@ class _Reader:
         folder = os.path.basename(os.path.dirname(row if "/" in row else name))
         if options.label_from_folder and folder:
             meta["label"], ordered = folder, ordered or options.learn_label
-            segments = tuple(replace(one, loss=one.loss and not options.label_loss_only) for one in segments)
+            segments = tuple(replace(segment, loss=segment.loss and not options.label_loss_only) for segment in segments)
             segments += (Segment(folder),) * options.learn_label
         if (options.label or options.label_from_folder) and "label" not in meta:
             raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
@@ -213,8 +214,8 @@ class _Reader:
         detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
         sample, excerpt = record.content, describe(record.content) if isinstance(record.content, Document) else ""
         if isinstance(sample, Mapping):
-            short = (f"{name}: {one[:80] if isinstance(one, str | bytes) else one!s:.80}" for name, one in sample.items())
-            excerpt = ", ".join(short)[:300]
+            short = {name: value[:80] if isinstance(value, str | bytes) else value for name, value in sample.items()}
+            excerpt = ", ".join(f"{name}: {value!s:.80}" for name, value in short.items())[:300]
         self.rejected.append((source, record.where, error.reason, detail, excerpt))
 
 

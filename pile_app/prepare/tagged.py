@@ -67,7 +67,7 @@ def document_of_words(words: Sequence[str], tags: Sequence[str], scheme: str, cl
 
 def document_of_spans(text: str, given: Sequence[Any], clean: Clean) -> tuple[Document, bool]:
     """Return the document, and whether spans were repaired. Raises `BadSample`: `invalid_span`, `overlapping_spans` ..."""
-    asked = [_span(text, one) for one in given]
+    asked = [_span(text, span) for span in given]
     trimmed = [(stop - len(text[start:stop].lstrip()), start + len(text[start:stop].rstrip()), name)
                for start, stop, name in asked]  # fmt: skip
     document = _document(text, [list(span) for span in sorted(set(trimmed))], None, clean)
@@ -75,9 +75,9 @@ def document_of_spans(text: str, given: Sequence[Any], clean: Clean) -> tuple[Do
     starts, stops = [start for start, _ in words], [stop for _, stop in words]
     spans = [[starts[bisect_right(starts, start) - 1], stops[bisect_left(stops, stop)], name]
              for start, stop, name in document.meta["spans"]]  # fmt: skip
-    for one, other in pairwise(spans):
-        if other[0] < one[1]:
-            raise BadSample("overlapping_spans", f"{one} and {other}: one contains the other, or they share a word")
+    for left, right in pairwise(spans):
+        if right[0] < left[1]:
+            raise BadSample("overlapping_spans", f"{left} and {right}: one contains the other, or they share a word")
     repaired = trimmed != asked or len(spans) < len(asked) or spans != document.meta["spans"]
     return Document(document.segments, meta={"spans": spans}), repaired
 
@@ -94,16 +94,16 @@ def document_of_record(record: Mapping[str, Any], clean: Clean) -> tuple[Documen
         return document_of_words(words, names, scheme_of_tags([names]), clean)
     if spans is None or not isinstance(record.get("text"), str):
         return None
-    are_spans = all(len(one) == 3 if isinstance(one, list) else isinstance(one, dict) and one.keys() >= KEYS for one in spans)
-    return document_of_spans(record["text"], spans, clean) if are_spans else None
+    are_spans = (span.keys() >= KEYS if isinstance(span, dict) else isinstance(span, list) and len(span) == 3 for span in spans)
+    return document_of_spans(record["text"], spans, clean) if all(are_spans) else None
 
 
-def _span(text: str, one: Any) -> tuple[int, int, str]:
-    start, stop, name = [one["start"], one["end"], one["label"]] if isinstance(one, dict) else one
+def _span(text: str, span: Any) -> tuple[int, int, str]:
+    start, stop, name = [span["start"], span["end"], span["label"]] if isinstance(span, dict) else span
     if (type(start), type(stop), type(name)) != (int, int, str) or not name:
-        raise BadSample("invalid_span", f"{one!r:.100} is not a start, an end and a label")
+        raise BadSample("invalid_span", f"{span!r:.100} is not a start, an end and a label")
     if not 0 <= start < stop <= len(text) or text[start:stop].isspace():
-        raise BadSample("invalid_span", f"{one!r:.100} is empty or out of range in a text of {len(text)} characters")
+        raise BadSample("invalid_span", f"{span!r:.100} is empty or out of range in a text of {len(text)} characters")
     return start, stop, name
 
 
