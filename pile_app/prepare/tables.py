@@ -21,6 +21,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from pile_app.documents import AUDIO_EXTENSIONS, BadSample
+from pile_app.fields import as_list
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
@@ -69,9 +70,13 @@ class Table:
     lenient: bool = False
 
     @property
+    def is_index(self) -> bool:
+        return bool(self.files or self.nested)
+
+    @property
     def layout(self) -> str:
         name = "list of names and texts" if self.delimiter == " " else _LAYOUTS[self.format]
-        return f"entities ({name})" if self.tagged else f"{name} of files" if self.files or self.nested else name
+        return f"entities ({name})" if self.tagged else f"{name} of files" if self.is_index else name
 
 
 Row = tuple[str, Any, int]
@@ -331,7 +336,7 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     dialogues, images = content.get("conversations"), lists.get("images", [{}])
     if isinstance(dialogues, list) and any(isinstance(one, list) for one in dialogues):
-        return [{"exchange": one if isinstance(one, list) else [one]} for one in dialogues]
+        return [{"exchange": as_list(one)} for one in dialogues]
     if content and all(extension(key) in MEDIA and isinstance(value, str | list) for key, value in content.items()):
         return [{"file": key, "captions" if isinstance(value, list) else "text": value} for key, value in content.items()]
     if "images" in lists and "annotations" in lists:
@@ -468,7 +473,7 @@ def _is_tagged(row: Mapping[str, Any]) -> bool:
 
 def _naming(values: Sequence[Any], tree: Tree, name: str, is_list: bool = False) -> tuple[bool, bool]:
     """Whether values name files of the input, and whether they do or look as if they did."""
-    texts = [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+    texts = [one for value in values for one in as_list(value) if isinstance(one, str) and one]
     if is_list:  # of names and texts: a word is no name of a file
         texts = [text if re.search(r"[\d.]", text) else "" for text in texts]
     hits = [tree.resolve(name, text) for text in texts]

@@ -419,7 +419,7 @@ def whisper(root: Path) -> Expected:
         result = {"text": "".join(parts), "segments": segments, "language": "en"}
         extension = "flac" if number else "wav"
         members += [(f"{number:06d}.{extension}", sound(number, extension)), (f"{number:06d}.json", json.dumps(result))]
-        documents.append(doc(sound(number, extension), "".join(parts)))
+        documents.append(doc(sound(number, extension), "".join(parts).strip()))
     write(root, {"whisper-000000.tar": tar(members)})
     return Expected(documents, unused={"json.segments": 3, "json.language": 3})
 
@@ -432,7 +432,7 @@ def whisper_folder(root: Path) -> Expected:
         text = f" All of it, {number}."
         result = {"text": text, "segments": [{"id": 0, "start": 0.0, "end": 0.1, "text": text}], "language": "en"}
         write(root, {f"{number}.wav": sound(number), f"{number}.json": json.dumps(result)})
-        documents.append(doc(sound(number), text))
+        documents.append(doc(sound(number), text.strip()))
     return Expected(documents, unused={"json.segments": 2, "json.language": 2})
 
 
