@@ -121,16 +121,18 @@ class Tree:
             shutil.rmtree(f"{target}.partial", ignore_errors=True)
             try:
                 refused = _extract(file, f"{target}.partial")
+            except BadSample:
+                raise
             except (*DAMAGE, ValueError, RuntimeError, LookupError) as error:
-                raise error if isinstance(error, BadSample) else BadSample("damaged_file", str(error)) from error
+                raise BadSample("damaged_file", str(error)) from error
             Path(f"{target}.json").write_text(json.dumps(refused))
             os.rename(f"{target}.partial", target)
         inner = Tree(target)
         del self.files[name]
         self.files |= {f"{name}/{one.name}": File(f"{name}/{one.name}", one.real, one.size) for one in inner.files.values()}
         unsafe = "links, devices and names that leave the archive are not unpacked"
-        refused = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
-        self.skipped += [(f"{name}/{member}", *reason) for member, *reason in inner.skipped + refused]
+        skipped = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
+        self.skipped += [(f"{name}/{member}", reason, detail) for member, reason, detail in inner.skipped + skipped]
 
     @cached_property
     def _names(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -278,8 +280,8 @@ def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
         return file, new_frame is None
     except LookupError as error:
         raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
-    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found)
-    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False
+    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found, "surrogateescape")  # wrong bytes stay wrong
+    return io.BufferedReader(_Chunks(text.encode(errors="surrogateescape") for text in texts), 1 << 17), False
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:

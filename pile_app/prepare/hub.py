@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub: download remote inputs, and read from data set cards which files are which split.
 
-`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows, with media
-undecoded, because `datasets` gives up on a whole file where one row is bad.
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows and leaves
+media undecoded, because `datasets` gives up on a whole file where one row is bad.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def localize(input: str, work: str) -> str:
             if not os.path.exists(target):
                 system.get(inner, f"{target}.partial", recursive=system.isdir(inner))
                 os.rename(f"{target}.partial", target)
+    except ValueError:
+        raise
     except Exception as error:  # of any file system
-        message = f"input {input!r} is no local path, and cannot be fetched: {type(error).__name__}: {error}"[:400]
-        raise error if isinstance(error, ValueError) else ValueError(message) from error
+        message = f"input {input!r} is no local path, and cannot be fetched: {type(error).__name__}: {error}"
+        raise ValueError(message[:400]) from error
     return f"{target}#{config}" if config else target
 
 

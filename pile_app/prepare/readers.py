@@ -253,7 +253,8 @@ class _Listing:
         if (not is_list and format not in TABLES) or (is_list and self.is_covered(name, self.scopes)):
             return None
         if format in ("json", "parquet") and re.sub(r"(_stats)?\.\w+$", ".tar", name) in self.rest:
-            return self.skip(name, "table_of_tar", "it describes the tar with its name")
+            self.skip(name, "table_of_tar", "it describes the tar with its name")
+            return None
         try:
             table, preview = sniff(self.tree, file, "csv" if is_list else format, self.encoding)
             if is_list and not table.files:
@@ -267,7 +268,9 @@ class _Listing:
             return None
         is_dialogue = any("exchange" in row for row in preview)
         if is_list and (len(table.columns) < 2 or sum(map(_has_letters, preview)) <= len(preview) / 2):
-            return self.skip(name, "no_text", "it names files, and holds no texts") if table.files else None
+            if table.files:
+                self.skip(name, "no_text", "it names files, and holds no texts")
+            return None
         if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
             return None
         self.take(name)
@@ -423,7 +426,8 @@ def read_unit(root: str, unit: Unit, options: Options) -> Iterator[Record]:
     name, argument = str(unit.arguments[0]), unit.arguments[1]
     try:
         for record in READERS[unit.reader](options, *unit.arguments):
-            yield record._replace(where=os.fsencode(record.where).decode(errors="replace"))
+            where = record.where
+            yield record if where.isascii() else record._replace(where=os.fsencode(where).decode(errors="replace"))
     except (BadSample, *DAMAGE) as error:
         layout = LAYOUTS.get(unit.reader) or Table(**argument).layout
         yield Record(os.fsencode(name).decode(errors="replace"), _bad(error), layout)
@@ -557,6 +561,7 @@ def _joined(row: Any, other: Any, columns: Collection[str]) -> dict[str, Any] | 
 
 def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
     """Read a document a sentence."""
+    clean = partial(normalize_text, options=options)
     with open_text(path, options.encoding or "")[0] as opened:
         scheme = scheme_of_conll(opened)
     with open_text(path, options.encoding or "")[0] as opened:
@@ -564,7 +569,7 @@ def _read_conll(options: Options, name: str, path: str, split: str | None) -> It
             try:
                 if isinstance(sentence[0], BadSample):
                     raise sentence[0]
-                document, fixed = document_of_words(*sentence, scheme, partial(normalize_text, options=options))
+                document, fixed = document_of_words(sentence[0], sentence[1], scheme, clean)
                 yield Record(f"{name}:{first}", document, LAYOUTS["conll"] + ", fixed" * fixed, split)
             except BadSample as error:
                 yield Record(f"{name}:{first}", error, LAYOUTS["conll"])

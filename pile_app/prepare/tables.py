@@ -387,8 +387,10 @@ def _damage() -> Iterator[None]:
     """Turn the many kinds of errors that pyarrow raises for hostile files into one."""
     try:
         yield
+    except BadSample:
+        raise
     except Exception as error:
-        raise error if isinstance(error, BadSample) else BadSample("damaged_file", f"{error}"[:300]) from error
+        raise BadSample("damaged_file", f"{error}"[:300]) from error
 
 
 def _parquet() -> Any:
