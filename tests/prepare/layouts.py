@@ -25,7 +25,7 @@ import soundfile
 import zstandard
 from PIL import Image
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import Document, Segment
 
 NAMES: dict[bytes, str] = {}  # of the media made here, for messages
@@ -37,7 +37,7 @@ def picture(number: int, extension: str = "jpg", size: tuple[int, int] = (12, 8)
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, {"jpg": "jpeg", "jfif": "jpeg", "jpe": "jpeg", "tif": "tiff"}.get(extension, extension))
-    NAMES[file.getvalue()] = f"<{extension} {number}>"
+    NAMES.setdefault(file.getvalue(), f"<{extension} {number}>")
     return file.getvalue()
 
 
@@ -48,7 +48,7 @@ def sound(number: int, extension: str = "wav", rate: int = 16_000, seconds: floa
     file = io.BytesIO()
     container, subtype = {"opus": ("OGG", "OPUS"), "ogg": ("OGG", "VORBIS")}.get(extension, (extension.upper(), None))
     soundfile.write(file, wave, rate, subtype, format=container)
-    NAMES[file.getvalue()] = f"<{extension} {number}>"
+    NAMES.setdefault(file.getvalue(), f"<{extension} {number}>")
     return file.getvalue()
 
 
@@ -121,13 +121,11 @@ def _piece(segment: Segment) -> Any:
 
 def read_back(folder: Path) -> dict[str, list[Document]]:
     """All documents of prepared shards, by split."""
-    found: dict[str, list[Document]] = {}
-    for split in ("train", "validation", "test"):
-        if any(folder.glob(f"*-{split}-*.tar")):
-            pattern = str(folder / f"*-{split}-*.tar")
-            shards = Shards(expand_shards(pattern))
-            found[split] = [shards.document(number) for number in range(len(shards))]
-    return found
+    return {
+        split: list(Shards(str(folder / f"*-{split}-*.tar")))
+        for split in ("train", "validation", "test")
+        if any(folder.glob(f"*-{split}-*.tar"))
+    }
 
 
 @dataclass(frozen=True)
