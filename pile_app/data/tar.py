@@ -129,3 +129,16 @@ def files_of_block(block: bytes) -> dict[str, bytes]:
         return {split_name(m.name)[1]: block[m.offset_data : m.offset_data + m.size] for m in members}
     except ValueError as error:
         raise BadSample("damaged_sample", str(error)) from error
+
+
+def plain_members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, BadSample | None]]:
+    """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises ValueError: damaged or truncated."""
+    stop, size = 0, os.fstat(file.fileno()).st_size
+    for member, _, stop in _members(file):
+        if stop - BLOCK >= size:
+            raise ValueError(f"{member.name!r} is cut off")
+        member.name = os.fsencode(member.name).decode(errors="replace")  # names in other encodings do no harm
+        if not member.isdir():
+            yield member, _unsafe(member)
+    if size - stop < BLOCK or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, size, 1 << 20)):
+        raise ValueError(f"damaged or truncated at byte {stop:,}: neither a member nor the end of the archive follows")
