@@ -66,47 +66,29 @@ def assemble(
     for row, pack in enumerate(packs):
         rows.lay_out(row, pack, numbers[row] if numbers else 0, transforms or {})
     starts = np.cumsum([0, *(sound.codes for sound in rows.sounds)])  # of each sound in `audio`
-    (channels, height, width), shape = vocabulary.image_shape, (len(packs), context)
-    specs: dict[str, tuple[str, tuple[int, ...]]] = {
-        "images": ("uint8", (len(rows.images), height, width, channels)),
-        "image_starts": ("int32", (len(rows.images) + len(rows.encoded_images),)),
-        "audio": ("float32", (int(starts[-1]), vocabulary.samples_per_token)),
-        "audio_starts": ("int32", (len(rows.sounds),)),
-        "audio_tokens": ("int32", (len(rows.sounds),)),
-        "tokens": ("int32", shape),
-        "learned": ("uint8", shape),
-        "piece_starts": ("int32", (len(rows.starts) + 1,)),
-        "piece_sources": ("int32", (len(rows.starts),)),
-        "normalizer": ("float32", ()),
-    }
-    arrays, buffer, layout, memory = allocate(specs | ({"labels": ("int32", shape)} if annotator else {}))
+    (channels, height, width), tables = vocabulary.image_shape, rows.tables()
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {name: (table.dtype.name, table.shape) for name, table in tables.items()}
+    specs["images"] = ("uint8", (len(rows.images), height, width, channels))
+    specs["audio"] = ("float32", (int(starts[-1]), vocabulary.samples_per_token))
+    arrays, buffer, layout, memory = allocate(specs | {"normalizer": ("float32", ())})
     samples = np.split(arrays["audio"], starts[1:-1]) if rows.sounds else []
     media = [*zip(rows.images, arrays["images"], strict=True), *zip(rows.sounds, samples, strict=True)]
     for _ in decode(rows.decode, media[::2] + media[1::2]) if media else ():  # into the arrays; half of each kind a thread
         pass
 
-    images, encoded, sounds = map(rows.usable, (rows.images, rows.encoded_images, rows.sounds))
-    if rows.rejected:  # their media are removed, and the others move up
+    tables = rows.tables()
+    if rows.rejected:  # remove their media
         for name, some in (("images", rows.images), ("audio", rows.sounds)):
-            lengths = np.array([medium.codes if name == "audio" else 1 for medium in some], int)
-            kept = np.repeat(np.array([medium.piece not in rows.rejected for medium in some], bool), lengths)
-            arrays[name][: kept.sum()] = arrays[name][kept]
-    lists = {"image_starts": [medium.start for medium in images + encoded], "audio_starts": [sound.start for sound in sounds]}
-    lists["audio_tokens"] = [sound.codes for sound in sounds]
-    for name, values in lists.items():
-        arrays[name][: len(values)] = values
-    sizes = {"images": len(images), "audio": sum(lists["audio_tokens"])} | {name: len(lists[name]) for name in lists}
-    for name, size in sizes.items():
-        kind, shape, first = layout[name]
-        layout[name] = (kind, (size, *shape[1:]), first)
-    for name, flat in (("tokens", rows.tokens), ("learned", rows.learned), ("labels", rows.labels)):
-        if name in arrays:
-            arrays[name][:] = flat.reshape(-1, context)
-    arrays["piece_starts"][:] = [*rows.starts, len(rows.tokens)]
-    arrays["piece_sources"][:] = rows.sources
+            lengths = [medium.codes if name == "audio" else 1 for medium in some]
+            is_kept = np.array([medium.piece not in rows.rejected for medium in some], bool)
+            tables[name] = arrays[name][np.repeat(is_kept, np.array(lengths, int))]
+    for name, table in tables.items():
+        arrays[name][: len(table)] = table
+        kind, _, first = layout[name]
+        layout[name] = (kind, table.shape, first)
     text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))
     arrays["normalizer"][...] = normalizer or text + image + audio
-    batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, lists["audio_tokens"], memory)
+    batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
     batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]
     batch.numbers, batch.source_tokens = list(numbers), list(source_tokens)
     batch.documents = [[(piece.source, key, piece.epoch, piece.start, piece.stop) for piece, key, *_ in pack] for pack in packs]
@@ -165,8 +147,17 @@ class _Rows:
             self.starts.append(offset)
             self.sources.append(PADDING)
 
-    def usable(self, media: list[_Medium]) -> list[_Medium]:
-        return [medium for medium in media if medium.piece not in self.rejected]
+    def tables(self) -> dict[str, np.ndarray]:
+        """Return the arrays of the batch, without media, for the documents that are not rejected."""
+        all_media = (self.images, self.encoded_images, self.sounds)
+        images, encoded, sounds = ([medium for medium in media if medium.piece not in self.rejected] for media in all_media)
+        lists = {"image_starts": [medium.start for medium in images + encoded], "piece_sources": self.sources}
+        lists |= {"audio_starts": [sound.start for sound in sounds], "audio_tokens": [sound.codes for sound in sounds]}
+        lists["piece_starts"] = [*self.starts, len(self.tokens)]
+        tables = {name: np.array(values, np.int32) for name, values in lists.items()}
+        for name in ("tokens", "learned", *(["labels"] if self.annotator else [])):
+            tables[name] = getattr(self, name).reshape(-1, self.context)
+        return tables
 
     def decode(self, medium_and_target: tuple[_Medium, np.ndarray]) -> None:
         """Decode an image into (height, width, channels) uint8, or a sound into (codes, samples_per_token) float32."""

@@ -123,10 +123,6 @@ class Batch:
         shift = torch.repeat_interleave(self.audio_starts - before, self.audio_tokens, output_size=len(self.audio))
         return torch.arange(len(self.audio), device=shift.device) + shift
 
-    @property
-    def padding_share(self) -> float:
-        return float(self._is_padding.float().mean())
-
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.memory is not None:

@@ -26,23 +26,16 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pile_app.data import order as data_order
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
 from pile_app.data.files import cache_folder
-from pile_app.data.order import (
-    ORDER_VERSION,
-    Phase,
-    Piece,
-    SourceOrder,
-    TrainingOrder,
-    ValidationOrder,
-    count_streams,
-    pack_weights,
-)
+from pile_app.data.order import ORDER_VERSION, Phase, Piece, SourceOrder, TrainingOrder, ValidationOrder
 from pile_app.data.remote import Prefetcher, ShardCache, Wanted
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer
@@ -60,9 +53,8 @@ class Source:
         train: shards to train on: one or several paths or URLs with wildcards or braces (`data/x/train-{000..099}.tar`).
         validation: shards to validate on, if any.
         weight: fraction of the training tokens, in any unit; None, for all sources: proportional to size.
-        epochs: passes over this source instead of a weight; the run ends after all of them.
-        fields: files and JSON fields of a sample that are segments of a document, e.g. `[jpg|png, json.caption|txt]`; None:
-            inferred from the first samples and printed.
+        epochs: passes through this source instead of a weight; the run ends after all of them.
+        fields: files and JSON fields of a sample that are segments, e.g. `[jpg|png, json.caption|txt]`; None: inferred.
         transforms: augmentations of the training samples, e.g. `[flip, crop(0.8), my.module.function]`.
     """
 
@@ -144,8 +136,8 @@ class PackDataset(Dataset[Batch]):
 
 def data_parallel(trainer: Trainer) -> tuple[int, int]:
     """Return (data-parallel world size, rank). Tensor-parallel devices train on the same part."""
-    arguments = trainer.distributed_sampler_kwargs  # None on a single device
-    return (arguments["num_replicas"], arguments["rank"]) if arguments else (1, 0)
+    arguments = trainer.distributed_sampler_kwargs or {}  # None on a single device
+    return arguments.get("num_replicas", 1), arguments.get("rank", 0)
 
 
 class StepBatches(Sampler[list[int]]):
@@ -170,7 +162,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore the signals that SLURM sends to workers too: a worker's end would end the run before its last step is saved."""
+    """Ignore SLURM's signals in workers, whose end would end the run before its last step is saved."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -197,28 +189,23 @@ RESTORE = {  # key of `PileDataModule.identity` -> how to resume if its value ha
 
 
 class PileDataModule(LightningDataModule):
-    """Load text, image and audio shards as packed batches.
+    """Load text, image and audio shards as packed batches, for the vocabulary, tokenizer and annotator of the model.
 
     Args:
         sources: name -> shards of texts, images, sounds or any mixture.
-        vocabulary: of the model (set by `train.py`).
-        tokenizer: of the model (set by `train.py`).
         context: tokens of a pack.
         global_batch: packs of one optimizer step over all devices; a multiple of devices x micro_batch.
         micro_batch: packs that a device computes at once, with gradient accumulation; None: all of its part.
-        epochs: passes over all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
-        weights_from: optimizer step -> source -> weight from that step on; other sources have weight 0. Future steps may be
-            changed when a run is resumed.
+        epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
+        weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.
         seed: of the order of the data and of all random choices about documents.
-        condition_dropout: fraction of the documents whose first segments are hidden, if all of several segments are learned, to
-            train the unconditional model that guidance needs.
+        condition_dropout: fraction of documents (that learn all of several segments) with hidden first segments, for guidance.
         num_workers: loader processes; 0: the training process itself.
         prepare: a recipe (`data/<name>/prepare.py`) that is run if its shards do not exist.
         max_rejected_share: fraction of unusable documents above which the run stops.
         cache: folder for remote shards, which several runs and nodes may share; None: `~/.cache/pile/shards`.
         cache_gigabytes: limit of its size.
         allow_pipe: run the commands of `pipe:` URLs, so the author of the configuration can run programs.
-        annotator: of the model's objective (set by `train.py`).
     """
 
     def __init__(
@@ -252,38 +239,36 @@ class PileDataModule(LightningDataModule):
         self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
         specs = enumerate(source.transforms for source in sources.values())
         self.transforms = {number: Transforms(given, seed) for number, given in specs if given}
-        self.train_data: list[SourceData] = []
-        self.validation_data: list[SourceData] = []
+        self.train_data, self.validation_data = list[SourceData](), list[SourceData]()
         self._restored: dict[str, Any] | None = None
         self._prefetcher: Prefetcher | None = None
 
-    def _open(self, name: str, split: str) -> SourceData:
-        pattern, fields = getattr(self.sources[name], split), self.sources[name].fields
-        return SourceData(name, pattern, self.vocabulary, self.tokenizer, self.context, self.cache, fields=fields)
+    @property
+    def _model(self) -> tuple[Vocabulary, Tokenizer, int]:
+        return self.vocabulary, self.tokenizer, self.context
+
+    def _open(self, split: str) -> list[SourceData]:
+        given = ((name, getattr(source, split), source.fields) for name, source in self.sources.items())
+        return [SourceData(name, where, *self._model, self.cache, fields=fields) for name, where, fields in given if where]
 
     def _open_train(self) -> tuple[list[SourceData], list[SourceOrder]]:
-        data = [self._open(name, "train") for name in self.sources]
-        streams = count_streams([source.tokens for source in data], self.global_batch)
+        data = self._open("train")
+        streams = data_order.count_streams([source.tokens for source in data], self.global_batch)
         dropout = self.condition_dropout if self.annotator is None else 0.0
         return data, [source.order(self.seed, streams, dropout) for source in data]
-
-    def _open_validation(self) -> list[SourceData]:
-        return [self._open(name, "validation") for name, source in self.sources.items() if source.validation]
 
     def prepare_data(self) -> None:
         if self.prepare is not None and any(_is_unmade(source, self.prepare) for source in self.sources.values()):
             run_recipe(self.prepare)
-        opened = self._open_validation()
-        if self.trainer is None or self.trainer.state.fn != "validate":
-            opened = self._open_train()[0] + opened
-        for data in opened:
+        is_validation = self.trainer is not None and self.trainer.state.fn == "validate"
+        for data in ([] if is_validation else self._open_train()[0]) + self._open("validation"):
             print(data.describe(), file=sys.stderr, flush=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the sources; the training shards only if `stage` is not "validate"."""
         if self.train_data:
             return
-        self.validation_data = self._open_validation()
+        self.validation_data = self._open("validation")
         self.validation_names = [data.name for data in self.validation_data]
         if stage != "validate":
             self.train_data, orders = self._open_train()
@@ -296,29 +281,27 @@ class PileDataModule(LightningDataModule):
         sizes = [order.packs_per_epoch for order in orders]
         given = [source.epochs for source in self.sources.values()]
         make = partial(TrainingOrder, orders, global_batch=self.global_batch)
-        if any(epochs is not None for epochs in given):  # exact numbers of packs
+        if any(epochs is not None for epochs in given):
             packs = (math.ceil(size * (1.0 if n is None else n)) for size, n in zip(sizes, given, strict=True))
             return make([Phase(0, tuple(packs), exact=True)])
         if self.epochs is not None:  # each is a phase of whole steps, complete before the next begins
             phases = [Phase(None if epoch else 0, tuple(sizes), exact=True) for epoch in range(math.ceil(self.epochs))]
-            order = make(phases)
-            rest = self.epochs - len(phases)  # 0, or the missing part of the last epoch as a negative number
-            return make(phases, end=order.first(len(phases) - 1) + math.ceil((1 + rest) * sum(sizes))) if rest else order
+            order, last = make(phases), self.epochs - len(phases) + 1  # fraction of the last epoch
+            return make(phases, end=order.first(len(phases) - 1) + math.ceil(last * sum(sizes))) if last < 1 else order
         weights = [source.weight for source in self.sources.values() if source.weight is not None]
-        phases = [Phase(0, pack_weights(orders, weights) if weights else tuple(sizes))]
+        phases = [Phase(0, data_order.pack_weights(orders, weights) if weights else tuple(sizes))]
         for step, later in sorted(self.weights_from.items()):
             weights = [later.get(name, 0.0) for name in self.sources]
-            phases.append(Phase(step * self.global_batch, pack_weights(orders, weights)))
+            phases.append(Phase(step * self.global_batch, data_order.pack_weights(orders, weights)))
         return make(phases)
 
     def steps(self, trainer: Trainer) -> int:
         """Count the optimizer steps of the whole run, or raise ValueError if no option gives them."""
-        if self.order.length is not None:
-            in_epochs = -(-self.order.length // self.global_batch)
-            return in_epochs if trainer.max_steps < 0 else min(in_epochs, trainer.max_steps)
-        if trainer.max_steps < 0:
+        limits = [-(-self.order.length // self.global_batch)] if self.order.length is not None else []
+        limits += [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if not limits:
             raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes)")
-        return trainer.max_steps
+        return min(limits)
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Return (packs of a micro-batch, micro-batches per device and step), or raise ValueError if they do not divide."""
@@ -339,11 +322,9 @@ class PileDataModule(LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return everything that the packs of positions depend on."""
         order = self.order
-        return {
-            "global_batch": self.global_batch,
+        same = {name: getattr(self, name) for name in ("global_batch", "seed", "context")}
+        return same | {
             "order_version": ORDER_VERSION,
-            "seed": self.seed,
-            "context": self.context,
             "weights": [[order.first(number), phase.exact, *phase.weights] for number, phase in enumerate(order.phases)],
             "end": order.end,
             "streams": order.streams,
@@ -373,7 +354,7 @@ class PileDataModule(LightningDataModule):
         for key, fix in RESTORE.items():
             old, new = was[key], now[key]
             if old != new:
-                if isinstance(old, dict):  # only those that differ
+                if isinstance(old, dict):  # only the differences
                     names = sorted(name for name in old | new if old.get(name) != new.get(name))
                     old, new = ({name: values.get(name) for name in names} for values in (old, new))
                 raise ValueError(
@@ -382,26 +363,19 @@ class PileDataModule(LightningDataModule):
                 )
 
     def train_dataset(self) -> PackDataset:
-        return self._dataset(self.train_data, self.order, self.transforms)
-
-    def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, transforms: Any = None) -> PackDataset:
-        model = self.vocabulary, self.tokenizer, self.context, self.global_batch
-        return PackDataset(data, order, *model, self.annotator, transforms or {})
+        return PackDataset(self.train_data, self.order, *self._model, self.global_batch, self.annotator, self.transforms)
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
-        import torch
-
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
+        method = "forkserver" if self.num_workers and is_remote else None  # a fork would copy the locks of prefetching threads
         return DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
-            # A fork would copy the locks of the prefetching threads.
-            multiprocessing_context="forkserver" if self.num_workers and is_remote else None,
+            multiprocessing_context=method,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
         )
@@ -439,7 +413,8 @@ class PileDataModule(LightningDataModule):
         micro, _ = self.micro_batches(world_size)
         count = -(-len(self.validation_order) // (micro * world_size))  # on every rank; packs past the end are empty
         batches = [list(range(first * micro, (first + 1) * micro)) for first in range(rank * count, (rank + 1) * count)]
-        return self._loader(self._dataset(self.validation_data, self.validation_order), batches)
+        dataset = PackDataset(self.validation_data, self.validation_order, *self._model, self.global_batch, self.annotator)
+        return self._loader(dataset, batches)
 
 
 def shards_ahead(
@@ -488,8 +463,8 @@ def check_data(sources: Mapping[str, Source], data: Any) -> None:
     divides = batch >= 1 and micro >= 1 and batch % micro == 0 and data.micro_batch != 0
     problems = {
         "data.sources is empty: name at least one, e.g. {text: {train: 'shards/train-*.tar'}}": not sources,
-        "weights and epochs exclude each other: give data.epochs (passes over all sources), epochs to the sources, or weights "
-        "with trainer.max_steps": lengths + (any(weights) or bool(later)) > 1,
+        "weights and epochs exclude each other: give data.epochs (passes through all sources), epochs to the sources, or "
+        "weights with trainer.max_steps": lengths + (any(weights) or bool(later)) > 1,
         "give every source of data.sources a weight, or none of them (then by their size)": any(weights) != all(weights),
         f"data.context={data.context} tokens is too short: at least 8": data.context < 8,
         f"data.micro_batch={data.micro_batch} must divide data.global_batch={batch}, both at least 1": not divides,

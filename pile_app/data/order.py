@@ -294,8 +294,13 @@ class SourceOrder:
         """Return (epoch, packs of a window, index of the pack) for the k-th pack of a stream."""
         epoch, within = self.find(k, stream)
         low, high = self.part(epoch, stream)
-        group, within = _find(self._visits(epoch, None, low, high), within)
-        window, within = _find(self._visits(epoch, group, low, high), within)
+        found: list[Any] = [None]  # the group, then the window
+        for _ in range(2):
+            order, ends = self._visits(epoch, found[-1], low, high)
+            at = int(np.searchsorted(ends, within, side="right"))
+            found.append(int(order[at]))
+            within -= int(ends[at - 1]) if at else 0
+        _, group, window = found
         start, stop = self._starts[window : window + 2].tolist()
         first = min(stop, high) - max(start, low)  # packs before the line's end; the others are at its beginning
         n = within - max(0, first) + max(0, low - start - self.packs_per_epoch)
@@ -304,9 +309,8 @@ class SourceOrder:
 
     def _make_visits(self, epoch: int, group: int | None, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Order the groups, or the windows of a group, for the stream of [low, high), with their cumulated packs in it."""
-        starts, some, key = self._group_starts, range(self.groups), (epoch, "groups")
-        if group is not None:
-            starts, some, key = self._starts, self._windows(group), (epoch, group, "windows")
+        starts, some = (self._group_starts, range(self.groups)) if group is None else (self._starts, self._windows(group))
+        key = (epoch, "groups") if group is None else (epoch, group, "windows")
         order = some.start + permutation(len(some), *self._key, *key, low)
         turns = (np.minimum(starts[order + 1] + n, high) - np.maximum(starts[order] + n, low) for n in (0, starts[-1]))
         return order, np.cumsum(sum(np.maximum(sizes, 0) for sizes in turns))
@@ -336,8 +340,8 @@ class SourceOrder:
 def _group_shards(tokens: np.ndarray, counts: np.ndarray, sizes: np.ndarray, streams: int) -> np.ndarray:
     """Return the first shard of each group (groups + 1,) of neighbouring shards, with these tokens, pieces and bytes.
 
-    The shards form a circle, cut into `streams` parts of equal tokens, first in the middle of the first shard. A shard near a cut
-    is a group of its own, so streams overlap little; the others are split evenly, within the limits.
+    The circle of shards is cut into `streams` parts of equal tokens, first within the first shard. Shards near a cut are groups
+    alone, so streams overlap little; the others are split evenly, within the limits.
     """
     ends = np.cumsum(tokens)
     starts = ends - tokens
@@ -354,13 +358,6 @@ def _group_shards(tokens: np.ndarray, counts: np.ndarray, sizes: np.ndarray, str
     offset = starts - (np.cumsum(of_stretch) - of_stretch)[stretch]
     firsts = 1 + np.flatnonzero(np.diff(stretch) | np.diff(offset * groups[stretch] // of_stretch[stretch]))
     return np.array([0, *firsts.tolist(), len(counts)])
-
-
-def _find(visits: tuple[np.ndarray, np.ndarray], within: int) -> tuple[int, int]:
-    """Find (interval, index inside it) of an index in intervals with cumulated sizes."""
-    order, ends = visits
-    at = int(np.searchsorted(ends, within, side="right"))
-    return int(order[at]), within - (int(ends[at - 1]) if at else 0)
 
 
 class Phase(NamedTuple):
@@ -438,11 +435,8 @@ class TrainingOrder:
 
     def pack(self, position: int) -> tuple[Piece, ...]:
         """Return the pieces of the pack at a position."""
-        located = self.locate(position)
-        if located is None:
-            return ()
-        source, stream, k = located
-        return self.sources[source].pack(k, stream, source)
+        source, stream, k = self.locate(position) or (None, 0, 0)
+        return () if source is None else self.sources[source].pack(k, stream, source)
 
     def sizes(self, first: int, stop: int) -> tuple[np.ndarray, int]:
         """Count (tokens of each source (S,), targets) planned for the positions [first, stop)."""

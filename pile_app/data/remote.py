@@ -81,16 +81,12 @@ class ShardCache:
         return os.path.join(self.folder, hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), name or "shard")
 
     def fetch(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> str:
-        """Return the path of a whole local copy, downloaded by one of the processes that ask for it; it may be evicted.
+        """Return the path of a whole local copy, downloaded by one process at most; it may be evicted later.
 
         Args:
             size: in bytes; a copy of another size is replaced.
             check: called with the path of a new copy; if it raises, the copy is fetched once more.
             ahead: for prefetching: do not wait for room or for other processes, and end when this event is set.
-
-        Raises:
-            ShardError: names the URL, the last error and the fix.
-            Exception: raised by `check` the second time.
         """
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
@@ -297,11 +293,6 @@ def _is_whole(path: str, size: int | None) -> bool:
         return size in (None, os.stat(path).st_size)
     except FileNotFoundError:
         return False
-
-
-def _is_abandoned(part: str) -> bool:
-    with _locked(part.rsplit(".", 2)[0] + ".lock", wait=False) as free:
-        return free
 
 
 def _delete_unused(path: str, is_stuck: bool) -> bool:

@@ -90,16 +90,15 @@ def opened(url: str) -> Iterator[tuple[Callable[[int], bytes], int | None]]:
         return
     filesystem, path = _filesystem(url)
     filesystem.invalidate_cache()  # listings may be outdated
-    if url.startswith("http"):
-        # A plain GET: `size` only avoids a HEAD request, which signed URLs refuse.
+    options: dict[str, Any] = {"cache_type": "none"}  # S3: ranges of one version
+    if url.startswith("http"):  # a plain GET: `size` only avoids a HEAD request, which signed URLs refuse
         headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
-        with filesystem.open(path, "rb", block_size=0, size=1, headers=headers) as file:
-            length = None if "Content-Encoding" in file.r.headers else file.r.headers.get("Content-Length")
-            yield file.read, None if length is None else int(length)
-        return
-    with filesystem.open(path, "rb", cache_type="none") as file:  # S3: ranges of one version
+        options = {"block_size": 0, "size": 1, "headers": headers}
+    with filesystem.open(path, "rb", **options) as file:
         size = getattr(file, "size", None)
-        yield file.read, size if isinstance(size, int) else None
+        if url.startswith("http"):
+            size = None if "Content-Encoding" in file.r.headers else file.r.headers.get("Content-Length")
+        yield file.read, None if size is None else int(size)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -107,20 +106,20 @@ def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     scheme, options = url.partition("://")[0], dict[str, Any]()
-    is_s3, is_http = scheme in ("s3", "s3a"), scheme in ("http", "https")
+    is_s3 = scheme in ("s3", "s3a")
 
-    def merged(option: str, defaults: dict[str, Any]) -> dict[str, Any]:  # options replace those of the configuration
-        given = [fsspec.config.conf.get(name, {}) for name in (("s3", "s3a") if is_s3 else ("http", "https"))]
-        return {option: defaults | given[0].get(option, {}) | given[1].get(option, {})}
+    def merged(option: str, defaults: dict[str, Any], *names: str) -> dict[str, Any]:  # options replace the configuration's
+        given = [fsspec.config.conf.get(name, {}).get(option, {}) for name in names]
+        return {option: defaults | given[0] | given[1]}
 
-    if is_http:  # aiohttp would end any download after five minutes, and ignore proxies
+    if is_s3:  # its retries would multiply with ours
+        options = merged("config_kwargs", {"retries": {"max_attempts": 0}}, "s3", "s3a")
+    elif scheme in ("http", "https"):  # aiohttp would end any download after five minutes, and ignore proxies
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
-        options = merged("client_kwargs", {"timeout": timeout, "trust_env": True})
+        options = merged("client_kwargs", {"timeout": timeout, "trust_env": True}, "http", "https")
         options["encoded"] = "%" in url  # quoting a signature again breaks it
-    elif is_s3:  # its retries would multiply with ours
-        options = merged("config_kwargs", {"retries": {"max_attempts": 0}})
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
@@ -135,9 +134,8 @@ def _piped(command: str) -> Iterator[Callable[[int], bytes]]:
     """Run a shell command and return a function that reads its output; kill the command at the end."""
     shell = ["bash", "-o", "pipefail", "-c", command]  # else `curl | gunzip` could fail and look like a short shard
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-        )
+        options: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors, "start_new_session": True}
+        process = subprocess.Popen(shell, **options)
         output: Any = process.stdout
 
         def read(size: int) -> bytes:
