@@ -54,13 +54,9 @@ def assemble(
     """Assemble a batch with a row of T = `context` tokens for each pack of consecutive pieces.
 
     Args:
-        numbers: positions of the packs in the order.
+        numbers: positions of the packs in the order, which `transforms` (of each source) need.
         normalizer: see `Batch`; 0: the targets of these packs.
         decode: `map`, or an equivalent with several threads.
-        transforms: augmentation by source; needs `numbers`.
-
-    Raises:
-        ValueError: see `check_encoder`.
     """
     rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator)
     for row, pack in enumerate(packs):
@@ -220,8 +216,7 @@ class _Rows:
                 learned[low - 1 + shift : high - 1 + shift] = modality
 
         mark(0, Vocabulary.BEGIN)
-        length = 1
-        spans = []
+        length, spans = 1, list[tuple[int, int]]()
         for segment_number, segment in enumerate(document.segments):
             modality, opener, first = segment.modality, length, length + 1
             hidden = segment_number < packed.dropped

@@ -29,16 +29,6 @@ Layout = dict[str, tuple[str, tuple[int, ...], int]]  # name -> type, shape, fir
 class Batch:
     """B packs of T tokens with P pieces (padding included), N images, E encoded images, and M sounds of A codes.
 
-    A flat index counts the tokens of all packs, 0 to B * T. Tensors in `buffer`:
-
-    - tokens (B, T) int32, 0 for the codes of media; learned (B, T) uint8, modality of the *next* token, or `NOT_LEARNED`;
-      labels (B, T) int32, see `annotation.py`, (0, T) without an objective
-    - piece_starts (P + 1,) int32, flat indices, B * T last; piece_sources (P,) int32
-    - images (N, C, height, width) uint8; image_starts (N + E,) int32, flat index of each first code, encoded images last
-    - audio (A, samples_per_token) float32, the samples of each code, sound after sound, zero-padded; audio_starts (M,) int32,
-      flat index of each first code; audio_tokens (M,) int32, codes of each sound
-    - normalizer () float32, targets of the whole optimizer step over all ranks
-
     Args:
         target_counts: targets of each modality in this batch.
         image_tokens: codes of an image.
@@ -66,17 +56,18 @@ class Batch:
             dtype: torch.dtype = getattr(torch, kind)
             stop = first + math.prod(shape) * dtype.itemsize
             views[name] = self.buffer[first:stop].view(dtype).view(shape)
-        self.tokens: Tensor = views["tokens"]
-        self.learned: Tensor = views["learned"]
-        self.labels: Tensor = views.get("labels", self.tokens[:0])
-        self.piece_starts: Tensor = views["piece_starts"]
-        self.piece_sources: Tensor = views["piece_sources"]
-        self.images: Tensor = views["images"].permute(0, 3, 1, 2)  # decoders write channels last
-        self.image_starts: Tensor = views["image_starts"]
-        self.audio: Tensor = views["audio"]
-        self.audio_starts: Tensor = views["audio_starts"]
-        self.audio_tokens: Tensor = views["audio_tokens"]
-        self.normalizer: Tensor = views["normalizer"]
+        # Flat indices count the tokens of all packs, 0 to B * T.
+        self.tokens: Tensor = views["tokens"]  # (B, T) int32, 0 for the codes of media
+        self.learned: Tensor = views["learned"]  # (B, T) uint8, modality of the *next* token, or `NOT_LEARNED`
+        self.labels: Tensor = views.get("labels", self.tokens[:0])  # (B, T) int32, or (0, T) without an objective
+        self.piece_starts: Tensor = views["piece_starts"]  # (P + 1,) int32 flat indices, B * T last
+        self.piece_sources: Tensor = views["piece_sources"]  # (P,) int32
+        self.images: Tensor = views["images"].permute(0, 3, 1, 2)  # (N, C, height, width) uint8; decoders write channels last
+        self.image_starts: Tensor = views["image_starts"]  # (N + E,) int32, flat index of each first code, encoded images last
+        self.audio: Tensor = views["audio"]  # (A, samples_per_token) float32, the samples of each code, zero-padded
+        self.audio_starts: Tensor = views["audio_starts"]  # (M,) int32, flat index of each first code
+        self.audio_tokens: Tensor = views["audio_tokens"]  # (M,) int32, codes of each sound
+        self.normalizer: Tensor = views["normalizer"]  # () float32, targets of the whole optimizer step over all ranks
 
     @cached_property
     def piece_numbers(self) -> Tensor:

@@ -89,19 +89,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """Columns (P,) of a table of pieces, in index order; start and stop are for the longest of several texts.
-
-    targets: predicted tokens; varies: length or targets depend on the epoch (a segment has several texts, or segments in free
-    order are not all learned); hides: condition dropout applies (all of several segments are learned).
-    """
+    """Columns (P,) of a table of pieces, in index order."""
 
     document: np.ndarray
     start: np.ndarray
-    stop: np.ndarray
-    targets: np.ndarray
+    stop: np.ndarray  # of the longest of several texts
+    targets: np.ndarray  # predicted tokens
     whole: np.ndarray
-    varies: np.ndarray
-    hides: np.ndarray
+    varies: np.ndarray  # length or targets depend on the epoch: several texts, or free order and not all learned
+    hides: np.ndarray  # condition dropout applies: all of several segments are learned
 
     def __len__(self) -> int:
         return len(self.document)
@@ -120,14 +116,14 @@ class Pieces:
 
 @dataclass(frozen=True, eq=False)
 class SourceTokens:
-    """Sizes of a source. counts, tokens, bytes: (shards,) pieces, tokens and bytes of each shard; load: shard -> its pieces;
-    segments: (document, draw) -> ([(tokens, learned)], whether the order is fixed), of n texts the `draw % n`-th."""
+    """Sizes of a source."""
 
     name: str
-    counts: np.ndarray
-    tokens: np.ndarray
-    load: Callable[[int], Pieces]
-    bytes: np.ndarray | None = None
+    counts: np.ndarray  # (shards,) pieces
+    tokens: np.ndarray  # (shards,)
+    load: Callable[[int], Pieces]  # of a shard
+    bytes: np.ndarray | None = None  # (shards,)
+    # (document, draw) -> ([(tokens, learned)] of its segments, whether their order is fixed); of n texts the `draw % n`-th
     segments: Callable[[int, int], tuple[Sequence[tuple[int, bool]], bool]] | None = None
 
 

@@ -56,13 +56,8 @@ class _NoRoom(_Later):
 class ShardCache:
     """Keep local copies of remote files, shared by all processes that use the same folder, and delete the least recently used.
 
-    It has no handles and no state, so it may be pickled and used by threads.
-
-    Args:
-        folder: of the copies; created when needed.
-        max_bytes: of everything in the folder: copies, downloads and files that others write there.
-        allow_pipe: run the commands of `pipe:` URLs.
-        retries: after a first failure, after `backoff_seconds`, doubled each time.
+    It has no handles and no state, so it may be pickled and used by threads. `max_bytes` limits the whole folder: copies,
+    downloads, other files. The time before a retry starts at `backoff_seconds` and doubles.
     """
 
     def __init__(

@@ -96,15 +96,8 @@ AUDIO_TRANSFORMS = {function.__name__: function for function in (speed, noise, m
 
 
 class Transforms:
-    """Apply the transforms of a source.
-
-    Args:
-        specs: names with arguments, or the import path of a function (tensor, generator, ...) -> tensor for images and sounds.
-        seed: of the run.
-
-    Raises:
-        ValueError: a name, an argument or a value is wrong.
-    """
+    """Apply the transforms of a source: names with arguments, or import paths of functions (tensor, generator, ...) -> tensor
+    for images and sounds. Raises ValueError for a wrong name, argument or value."""
 
     def __init__(self, specs: Sequence[str], seed: int) -> None:
         self.seed = seed
