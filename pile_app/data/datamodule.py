@@ -162,8 +162,8 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SLURM's signals in workers, whose end would end the run before its last step is saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

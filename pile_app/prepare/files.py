@@ -65,18 +65,18 @@ class File(NamedTuple):
 
 
 class Tree:
-    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the files
-    around it are in the tree too, so that it can name them.
+    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the
+    files around it are in the tree, since it may name them.
 
-    follow: whether links are followed that lead to files and folders within the input (or the same cache of the hub).
+    follow: the folder that links may lead into; None: no link is followed.
     """
 
-    def __init__(self, input: str, follow: bool = False, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
+    def __init__(self, input: str, follow: str | None = None, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
         self.files: dict[str, File] = {}
         self.skipped: list[tuple[str, str, str]] = []
         self.root = os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
         self.real = os.path.realpath(self.root)
-        within = re.sub(r"/snapshots/[^/]+(/.*)?$", "", self.real) if follow else None
+        within = os.path.realpath(follow) if follow else None
         self.only = None if os.path.isdir(input) else os.path.basename(os.path.abspath(input))
         if self.only is not None:  # a link that is named is meant
             self._add(self.only, os.path.realpath(input), os.stat(input), stamp)
@@ -95,10 +95,12 @@ class Tree:
             if stat.S_ISLNK(about.st_mode):
                 path = os.path.realpath(path)
                 if not os.path.exists(path):
-                    self.skipped.append((name, "broken_link", "it leads nowhere: fetch the data (git annex get, dvc pull)"))
+                    self.skipped.append(
+                        (name, "broken_link", "its target is missing: fetch the data (git annex get, dvc pull)")
+                    )
                     continue
                 if within is None or path in parents or not is_below(path, within):
-                    hint = "links are not followed; --follow-links reads those that lead to files of the input"
+                    hint = "links are not followed; --follow-links ROOT reads those that lead into the folder ROOT"
                     self.skipped.append((name, "ignored_link", hint))
                     continue
                 about = os.stat(path)
@@ -173,6 +175,7 @@ class Tree:
         if len(found) > 1:
             fits = {name: _common_tail(os.path.join(folder, value), name) for name in found}
             found = [name for name in found if fits[name] == max(fits.values())]
+        found = [name for name in found if "train" in name.lower()] or found  # labels are of the training set
         return self.files[found[0]] if len(found) == 1 else None
 
 
@@ -208,7 +211,7 @@ def read_file(path: str, limit: int | None = None) -> bytes:
     with open_plain(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise BadSample("file_too_large", f"{path!r} has {size:,} bytes; at most {limit:,} are read")
-        return file.read(limit)
+        return file.read(size)
 
 
 def read_text(path: str, encoding: str = "", limit: int | None = None) -> bytes:
@@ -240,8 +243,7 @@ class _Chunks(io.RawIOBase):
 
 
 def _decompressed(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress frame by frame, 2 KiB at a time, since they may hold 64 MiB. Unlike the libraries' own readers, notice a file that
-    is cut off."""
+    """Decompress frame by frame, 2 KiB at a time, which may hold 64 MiB. Raises `EOFError` for a file that is cut off."""
     frame, data = None, file.read(2048)
     while data:
         if frame is None and not data.strip(b"\0"):  # padding
@@ -284,11 +286,11 @@ def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
     except LookupError as error:
         raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
     texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found)
-    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False  # type: ignore[return-value]
+    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
-    """The lines of a file; a `BadSample` for one that is too long, and the end where it is far too long."""
+    """Yield the lines of a file, and a `BadSample` for each line that is too long. Raises it for one that is far too long."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield line

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub: remote inputs are downloaded, data set cards say which files are which split.
 
-`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows, undecoded,
-because `datasets` gives up on a whole file where one row is bad.
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. Rows are read by `tables.py`, media
+undecoded, because `datasets` gives up on a whole file where one row is bad.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pile_app.prepare.options import require
 
 @dataclass
 class Card:
-    """What a data set card says. splits: file -> split, of the files that are read; classes: column -> names of its classes."""
+    """A data set card. splits: file -> split, of all files that are read; classes: column -> names of its classes."""
 
     splits: dict[str, str | None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def localize(input: str, work: str) -> str:
-    """The path of an input: `hf://datasets/owner/name[/path]`, the name of a hub data set (`owner/name`) or any address of fsspec
-    is downloaded below `work`, once; a path is returned as it is given.
+    """Download `hf://datasets/owner/name[/path]`, a data set of the hub (`owner/name`) or an address of fsspec below `work`,
+    once; returns its path. A path is returned unchanged.
 
     Raises:
         ValueError: the data set cannot be fetched.
@@ -84,7 +84,7 @@ def read_card(root: str, config: str = "") -> Card:
         return Card()
     except Exception:  # a card that `datasets` cannot use; the files say what they are
         return Card()
-    splits = {
+    splits: dict[str, str | None] = {
         os.path.relpath(path, root): named_split(str(split)) or str(split) for split, paths in found.items() for path in paths
     }
     features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}

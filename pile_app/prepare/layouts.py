@@ -17,8 +17,9 @@ from pile_app.prepare.text import decode_text
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {
-    "train": "train", "training": "train", "testa": "validation", "testb": "test", "devtest": "test", "validate": "validation", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "development": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"), **dict.fromkeys(("test", "testb", "devtest", "testing"), "test"),
+    **dict.fromkeys(("validation", "validate", "valid", "val", "dev", "development", "testa"), "validation"),
+    **dict.fromkeys(("eval", "evaluation"), "test"),
 }  # fmt: skip
 _IN_NAME = re.compile(rf"(?:^|[^a-z])(?:news)?({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:set)?(?=[^a-z]|$)")
 _ABOUT = re.compile(
@@ -100,7 +101,7 @@ def _pairs(path: str, encoding: str) -> dict[str, str]:
 
 
 def parallel_folders(listing: Any) -> None:
-    """Two folders side by side with the same names, one of media and one of texts: VCTK's `wav48` and `txt`, `images` and
+    """Join two neighboring folders with the same names, media in one and texts in the other: `wav48` and `txt`, `images` and
     `captions`. A number of the microphone (`p225_001_mic1.flac`) does not count."""
     tops: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in listing.rest:

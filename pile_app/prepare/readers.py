@@ -2,9 +2,9 @@
 
     input ──► list_units ──► Unit ──► read_unit ──► Record(where, sample, layout, split) ──► a field map makes documents
 
-Listing happens once, in one process; any process can read a unit at any time. Everything is read: files of a folder that share a
-stem are one sample, a table whose column names files is the index of those files, other tables are samples of their own, archives
-are unpacked and read as folders, tars are WebDatasets. A file that is not read is a record too, with the reason.
+Listing happens once, in one process; any process can read a unit at any time. Files of a folder that share a stem are one
+sample, a table whose column names files is their index, each row of another table is a sample, archives are unpacked, tars are
+WebDatasets. A file that is not read is a record too, with the reason.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from pile_app.prepare.options import Options
 from pile_app.prepare.tables import PREVIEW, Table, named_within, row_groups, rows, sniff
 from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
 from pile_app.prepare.text import decode_text
+from pile_app.records import chat_layout, is_interleaved
 
 __all__ = ["Record", "Unit", "evaluation_texts", "list_units", "medium", "named_split", "read_documents", "read_unit"]
 
@@ -83,8 +84,8 @@ class Unit(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What was read. where: the file, or `file:line`; content: a sample (name -> value), why there is none, or a document; layout:
-    for people, "" for a file that is not read; split: that a name gives."""
+    """A sample that was read. where: the file, or `file:line`; content: name -> value, a document, or why there is none;
+    layout: for people, "" for a file that is not read; split: that a name gives."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document
@@ -115,7 +116,7 @@ class _Listing:
         if not os.path.exists(path):
             raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
         self.options, self.encoding = options, options.encoding or ""
-        self.tree = _open_tree([path, work], options, lambda data: (stamp(data), digest.update(data)))
+        self.tree = _open_tree([path, work], options, lambda data: [stamp(data), digest.update(data)])  # type: ignore[func-returns-value]
         self.key = [path, work, digest.hexdigest()]
         _TREES[self.tree.root] = self.key, self.tree
         self.is_one_file = self.tree.only is not None and self.tree.only in self.tree.files
@@ -158,7 +159,7 @@ class _Listing:
         return name in scopes
 
     def format(self, name: str) -> str:
-        """What a file is read as, "" for nothing: by its extension, or by the kind that is asked for."""
+        """The format that a file is read as, "" for none: by its extension, or by the kind that was asked for."""
         kind, found = self.options.kind, FORMATS.get(extension(name), "")
         if kind == "auto" or found in OF_KIND[kind]:
             return found
@@ -182,12 +183,12 @@ class _Listing:
         yield from tables
         for name in list(self.rest):
             yield from self._single(name, self.rest[name], self.format(name))
-        for found in (self.bad, [(*one, "") for one in sorted(self.unread)]):
+        for found in (self.bad, [(*one, "") for one in sorted(self.unread, key=lambda one: (one[1] == "about_file", one))]):
             yield from [Unit("rejected", ["", found])] if found else []
 
     def _groups(self) -> dict[str, list[str]]:
-        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `b.0.txt` belong to
-        `c.jpg` and `b.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
+        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `c.0.txt` belong
+        to `c.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.rest:
             if extension(name) in MEDIA:
@@ -197,12 +198,12 @@ class _Listing:
         for name in list(self.rest) if groups else ():
             stem, owner = name, None
             is_medium, is_text = extension(name) in MEDIA, extension(name) in (*TEXT_EXTENSIONS, "json")
+            if is_medium:
+                stem = name.rpartition(".")[0]
             while owner is None and "." in os.path.basename(stem):
                 stem, _, part = stem.rpartition(".")
-                if not is_medium:
+                if not is_medium or part.isalpha():
                     owner = exact.get(stem, exact.get(stem.lower()))
-                elif f"{stem}.{extension(name)}" != name and part.isalpha():
-                    owner = exact.get(stem)
                 if not is_text and not is_medium:
                     break
             if owner and is_medium and len(groups.get(name.rpartition(".")[0], ())) == 1 and owner in groups:
@@ -289,7 +290,9 @@ class _Listing:
                 self.reject(self.take(name).name, bad.reason, bad.detail, format)
             return None
         is_dialogue = any("exchange" in row for row in preview)
-        if is_list and (len(table.columns) < 2 or not any(map(_has_letters, preview))):  # a list of names, of numbers ...
+        if is_list and (len(table.columns) < 2 or sum(map(_has_letters, preview)) <= len(preview) / 2):
+            if table.files:
+                self.skip(name, "no_text", "it names files, and holds no texts")
             return None
         if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
             return None
@@ -297,7 +300,7 @@ class _Listing:
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)
         values = [_file_names(table, row) for row in preview]
-        is_merged = len(table.files) == 1 and any(a == b for a, b in pairwise(values))
+        is_merged = len(table.files) == 1 and any(a and a == b for a, b in pairwise(values))
         return replace(table, classes={**(table.classes or {}), **self.card.classes}, merged=is_merged, split=self.split(name))
 
     @cached_property
@@ -388,7 +391,7 @@ def _tree(key: list[Any], options: Options) -> Tree:
 
 
 def _is_folder_tree(file: File, options: Options) -> bool:
-    """Whether a tar holds files in folders of which no two share a key, so that it is no WebDataset."""
+    """Whether a tar is a tree of folders, not a WebDataset: no two files share a key."""
     if extension(file.name) != "tar" or options.kind == "webdataset":
         return False
     try:
@@ -417,7 +420,8 @@ def _label_folder(folder: str) -> str | None:
 
 def _file_names(table: Table, row: Mapping[str, Any]) -> list[str]:
     values = [row.get(name) for name in table.files]
-    return [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    found = [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    return [re.sub(r"#\d+$", "", one) for one in found]
 
 
 def _names_in_sample(names: Iterable[str], stem: str) -> dict[str, str]:
@@ -506,7 +510,7 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
     clean = partial(normalize_text, options=options)
     split, where = table.split, table.name
     try:
-        for where, row, _ in _merged(table) if table.merged else rows(table):
+        for where, row, _end in _merged(table) if table.merged else rows(table):
             try:
                 if isinstance(row, BadSample):
                     raise row
@@ -516,16 +520,13 @@ def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any]
                         raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
                     yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], split)
                     continue
+                if table.nested and tree and not chat_layout(row) and not is_interleaved(row):
+                    row = row | _lifted(tree, table.name, row)
                 named = {name: _named_files(tree, table.name, row[name]) for name in table.files if name in row} if tree else {}
                 first = next((file for found in named.values() for file in found), None)
-                if (
-                    table.files
-                    and first is None
-                    and options.kind != "chat"
-                    and not any(_is_held(value) for value in row.values())
-                ):
-                    if not any(isinstance(row.get(name), list) for name in ("messages", "conversations")):
-                        raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
+                is_chat = options.kind == "chat" or chat_layout(row)
+                if table.files and first is None and not is_chat and not any(map(_is_held, row.values())):
+                    raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
                 paths = {
                     name: Path(found[0].real) if len(found) == 1 else [Path(one.real) for one in found]
                     for name, found in named.items()
@@ -543,6 +544,23 @@ def _is_held(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
+def _lifted(tree: Tree, table: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The file and the text that lie deep in a record, such as a cut of Lhotse."""
+    found = {
+        ("audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"): file for file in named_within(tree, table, row)
+    }
+    texts = [text for value in row.values() if isinstance(value, list | Mapping) for text in _texts_in(value)]
+    return {name: Path(file.real) for name, file in found.items()} | ({"text": texts[0]} if len(texts) == 1 else {})
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if name == "text" and isinstance(one, str):
+            yield one
+        elif isinstance(one, list | Mapping):
+            yield from _texts_in(one)
+
+
 def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
     found = []
     for name in value if isinstance(value, list) else [value]:
@@ -556,7 +574,7 @@ def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
 
 
 def _merged(table: Table) -> Iterator[tuple[str, Any, int]]:
-    """Rows, of which neighbours that differ only in a text (and in numbers) are one row with a list of texts: captions of one image."""
+    """Join neighbours that differ only in a text (and in numbers) to a row with a list of texts: the captions of an image."""
     held: tuple[str, Any, int] | None = None
     for where, row, position in rows(table):
         if held and isinstance(row, dict) and isinstance(held[1], dict) and (joined := _joined(held[1], row, table.files)):
@@ -574,8 +592,10 @@ def _joined(one: dict[str, Any], other: dict[str, Any], columns: Iterable[str]) 
         re.sub(r"#\d+$", "", str(one.get(c))) != re.sub(r"#\d+$", "", str(other.get(c))) for c in columns
     ):
         return None
+    if not any(one.get(column) for column in columns):
+        return None
     differs = [name for name in one if name not in columns and one[name] != other[name]]
-    texts = [name for name in differs if name.lower() in TEXT_NAMES or " " in str(other[name])]
+    texts = [n for n in differs if isinstance(other[n], str) and (n.lower() in TEXT_NAMES or " " in other[n])]
     if len(texts) != 1 or any(not str(other[name]).isdecimal() for name in differs if name not in texts):
         return None
     earlier = one[texts[0]]
@@ -601,7 +621,7 @@ def _read_conll(options: Options, name: str, path: str, split: str | None) -> It
         yield Record(name, _bad(error), "CoNLL")
 
 
-def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
+def _read_tar(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
     """The samples of a WebDataset: members with one key, adjacent or not, in the order of their first member."""
     groups: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     bad: dict[str, BadSample] = {}
@@ -624,6 +644,11 @@ def _read_tar(_: Options, name: str, path: str, split: str | None) -> Iterator[R
             if key not in bad and size > files.MAX_FILE_BYTES:
                 bad[key] = BadSample("sample_too_large", f"the sample has {size:,} bytes")
             sample: Any = bad.get(key) or {one: os.pread(file.fileno(), size, at) for one, (at, size) in found.items()}
+            if isinstance(sample, dict) and "txt" in sample and len(sample) > 1:  # a caption
+                try:
+                    sample["txt"] = decode_text(sample["txt"], options.encoding).strip()
+                except BadSample as error:
+                    sample = error
             yield Record(where, sample, "WebDataset", split)
     if damage:
         yield Record(name, _bad(damage), "WebDataset")
@@ -635,7 +660,7 @@ HOSTILE = (*DAMAGE, ValueError, ArithmeticError, LookupError, RecursionError, At
 
 
 def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """The members of a tar that are no folders, each with what is unsafe about it. Raises one of `HOSTILE`."""
+    """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises one of `HOSTILE`."""
     stop, end = 0, os.fstat(file.fileno()).st_size
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:

@@ -2,7 +2,7 @@
 
     sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample, bytes read)
 
-A table whose column names files that exist is the index of those files. Rows that do not fit their header, a quote that is never
+A table whose column names files that exist is the index of those files. Rows that do not fit their header, quotes that are not
 closed, records that are no objects: each is one `BadSample` with its line, and the rows after it are read.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from pile_app.documents import AUDIO_EXTENSIONS, BadSample
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
-from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_text
+from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
 from pile_app.prepare.options import require
 from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS
 from pile_app.prepare.text import decode_text
@@ -49,9 +49,9 @@ csv.field_size_limit(files.MAX_LINE_BYTES)
 
 @dataclass(frozen=True)
 class Table:
-    """A table, or the part of one from byte `start` (line `line`) to `stop`. format: csv, lines, json, yaml, parquet or arrow;
+    """A table, or its part from byte `start` (after `line` lines) to `stop`. format: csv, lines, json, yaml, parquet or arrow;
     columns: of a CSV file; files: columns that name files; nested: records name files somewhere within; group: of Parquet;
-    classes: column -> names of its classes; tagged: rows are texts with entities; key: of the tree that names are looked up in."""
+    classes: column -> names of its classes; tagged: rows are texts with entities; merged: rows of one image become one."""
 
     name: str
     real: str
@@ -127,8 +127,9 @@ def _csv_rows(table: Table) -> Iterator[tuple[str, Any, int]]:
                     wanted = f"{len(table.columns)}: {', '.join(table.columns)}"
                     cells = BadSample("row_width", f"the row has {len(cells)} cells instead of {wanted:.200}. Quote the texts")
                 else:
-                    cells = dict(zip(table.columns, cells, strict=True))
-            yield number, cells, table.start + position
+                    yield number, dict(zip(table.columns, cells, strict=True)), table.start + position
+            if not isinstance(cells, list) or len(cells) != len(table.columns):
+                yield number, cells, table.start + position
             if table.stop and table.start + position >= table.stop:
                 return
 
@@ -217,11 +218,10 @@ def _sniff_csv(table: Table, tree: Tree) -> Table:
             found = _try_rows(lines, trial)
             width = len(found[0]) if found else 0
             fits = sum(len(row) == width for row in found) / max(1, len(found))
-            names = any(
-                map(partial(_names_files, tree, table.name), zip(*(row for row in found if len(row) == width), strict=True))
-            )
-            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and (names, width > 1, fits) > best[0]:
-                best = ((names, width > 1, fits), trial, found)
+            columns = zip(*(row for row in found if len(row) == width), strict=True)
+            names_files = any(_names_files(tree, table.name, cells) for cells in columns)
+            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and (names_files, width > 1, fits) > best[0]:
+                best = ((names_files, width > 1, fits), trial, found)
     table, found = best[1], best[2] or _try_rows(lines, best[1])
     if not found:
         raise BadSample("empty_file", "the table holds no row")
@@ -351,7 +351,7 @@ def json_content(table: Table) -> Any:
 
 
 def _records_of(content: dict[str, Any]) -> list[Any]:
-    """The records in an object: COCO's captions, dialogues of ChatterBot, `{"data": [...]}`, an object for each key, else itself."""
+    """The records in an object: captions of COCO, dialogues of ChatterBot, `{"data": [...]}`, an object a key, or itself."""
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     dialogues = content.get("conversations")
     if isinstance(dialogues, list) and any(isinstance(one, list) for one in dialogues):
@@ -403,7 +403,7 @@ def _columnar_rows(table: Table) -> Iterator[tuple[str, Any, int]]:
                     yield f":{number}", row, 0
     except BadSample:
         raise
-    except Exception as error:  # of pyarrow, whatever a hostile file makes of it
+    except Exception as error:  # pyarrow raises many kinds for hostile files
         raise BadSample("damaged_file", f"{error}"[:300]) from error
 
 
@@ -451,6 +451,8 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         BadSample, OSError, EOFError: the file cannot be read.
     """
     table = Table(file.name, file.real, format, encoding)
+    if file.size < 1024 and read_file(file.real).startswith(b"version https://git-lfs"):
+        raise BadSample("lfs_pointer", "it is a pointer of Git LFS: fetch the data with git lfs pull")
     if format == "csv":
         table = _sniff_csv(table, tree)
     elif format == "list":
@@ -472,7 +474,9 @@ def _is_lines(table: Table) -> bool:
         first = next((line for line in iter(partial(opened.readline, files.MAX_LINE_BYTES), b"") if line.strip()), b"")
         more = opened.read(1 << 16).strip()
     if not isinstance(_parsed(first), BadSample):
-        return bool(more)
+        return bool(more) or (
+            extension(table.name) in ("jsonl", "ndjson") and first.lstrip(codecs.BOM_UTF8 + b" ").startswith(b"{")
+        )
     if extension(table.name) in ("jsonl", "ndjson") and len(first.strip()) > 2:  # its first line is damaged
         return True
     return first.removeprefix(codecs.BOM_UTF8).startswith(b"{") and more.startswith(b"{")

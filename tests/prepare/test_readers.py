@@ -90,7 +90,7 @@ def reasons(records: list[Record]) -> dict[str, str]:
 def test_files_that_share_a_stem_are_one_sample(tmp_path: Path) -> None:
     names = {
         "a.jpg": image(1), "a.txt": "of a ", "a.json": '{"n": 1}', "b.PNG": image(2), "B.txt": "of b", "c.jpg": image(3),
-        "c.jpg.txt": "of c", "d.v1.jpg": image(4), "d.v1.txt": "of d", "e.jpg": image(5), "e.seg.png": image(6), "e.xml": "<x/>",
+        "c.jpg.txt": "of c", "d.v1.jpg": image(4), "d.v1.txt": "of d", "e.jpg": image(5), "e.seg.png": image(6), "e.xml": "<x/>",  # noqa: E501
         "f.wav": sound(), "f.normalized.txt": "words", "f.original.txt": "Words.", "g.jpg": image(7), "g.0.txt": "of g",
     }  # fmt: skip
     found = samples(read(write(tmp_path, names)))
@@ -217,8 +217,8 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
 )
 def test_compressed_files_are_known_by_their_content(tmp_path: Path, extension: str, pack: Any) -> None:
     named = {
-        f"a.json.{extension}": pack(lines({"text": "a"}, {"text": "b"}).encode()), f"c.csv.{extension}": pack(b"text\nc c\nd d\n"),
-        f"e.txt.{extension}": pack(b"e"), "f.jsonl": pack(lines({"text": "f"}).encode()), f"g.ndjson.{extension}": pack(b'[{"text": "g"}]'),
+        f"a.json.{extension}": pack(lines({"text": "a"}, {"text": "b"}).encode()), f"c.csv.{extension}": pack(b"text\nc c\nd d\n"),  # noqa: E501
+        f"e.txt.{extension}": pack(b"e"), "f.jsonl": pack(lines({"text": "f"}).encode()), f"g.ndjson.{extension}": pack(b'[{"text": "g"}]'),  # noqa: E501
     }  # fmt: skip
     assert sorted(text for (text,) in texts(write(tmp_path, named)).values()) == ["a", "b", "c c", "d d", "e", "f", "g"]
 
@@ -275,9 +275,9 @@ dataset_info:
     ("name", "split"),
     [
         ("train.jsonl", "train"), ("x/validation-00000-of-00001.parquet", "validation"), ("dev-clean/1/x.flac", "validation"),
-        ("test-other/1/2/x.flac", "test"), ("val2017/1.jpg", "validation"), ("a-train-000001.tar", "train"), ("eval.csv", "test"),
-        ("training/x.txt", "train"), ("train-clean-100/1/x.flac", "train"), ("captions_val2014.json", "validation"), ("dev.tsv", "validation"),
-        ("latest.csv", None), ("trains/x.txt", None), ("pictures/test1.jpg", None), ("contest/x.csv", None), ("wikipedia.jsonl", None),
+        ("test-other/1/2/x.flac", "test"), ("val2017/1.jpg", "validation"), ("a-train-000001.tar", "train"), ("eval.csv", "test"),  # noqa: E501
+        ("training/x.txt", "train"), ("train-clean-100/1/x.flac", "train"), ("captions_val2014.json", "validation"), ("dev.tsv", "validation"),  # noqa: E501
+        ("latest.csv", None), ("trains/x.txt", None), ("pictures/test1.jpg", None), ("contest/x.csv", None), ("wikipedia.jsonl", None),  # noqa: E501
     ],
 )  # fmt: skip
 def test_names_of_splits(name: str, split: str | None) -> None:
@@ -331,7 +331,7 @@ def test_links_are_followed_only_within_the_input(tmp_path: Path) -> None:
     assert (
         refused["snapshot/a.png"] == refused["snapshot/b.png"] == "ignored_link" and refused["snapshot/d.txt"] == "broken_link"
     )
-    records = read(tmp_path / "in", follow_links=True)
+    records = read(tmp_path / "in", follow_links=str(tmp_path / "in"))
     assert samples(records) == {"snapshot/a.png": {"png": image(1), "txt": "of a"}}
     assert {reasons(records)[f"snapshot/{name}"] for name in ("b.png", "c", "loop")} == {"ignored_link"}
     assert samples(read(tmp_path / "in/snapshot/a.png"))["a.png"] == {"png": image(1)}  # a link that is named is meant
@@ -358,8 +358,8 @@ def test_members_of_a_tar_are_joined_by_key(tmp_path: Path) -> None:
                "a.c.jpg": image(4), "a.c.txt": "c", "._1.jpg": "mac", "__MACOSX/x": "mac"}  # fmt: skip
     records = read(write(tmp_path, {"x.tar": packed(members), "empty.tar": packed({})}))
     assert samples(records) == {
-        "x.tar:1": {"jpg": image(1), "txt": b"one"}, "x.tar:2": {"jpg": image(2), "txt": b"two"},
-        "x.tar:a.b": {"jpg": image(3), "txt": b"b"}, "x.tar:a.c": {"jpg": image(4), "txt": b"c"},
+        "x.tar:1": {"jpg": image(1), "txt": "one"}, "x.tar:2": {"jpg": image(2), "txt": "two"},
+        "x.tar:a.b": {"jpg": image(3), "txt": "b"}, "x.tar:a.c": {"jpg": image(4), "txt": "c"},
     }  # fmt: skip
     assert reasons(records) == {"empty.tar": "empty_file", "x.tar:._1.jpg": "hidden_file", "x.tar:__MACOSX/x": "hidden_file"}
 
@@ -448,7 +448,7 @@ def test_no_name_reaches_outside_the_input(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", {"list.csv": table, "docs/a.jsonl": nested, "docs/x.png": image(1), "ok.png": image(2)})
     (folder / "linked").symlink_to(tmp_path)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    for follow in (False, True):
+    for follow in (None, str(folder)):
         records = read(folder, follow_links=follow)
         assert [name for name, sample in samples(records).items() if image(7) in sample.values()] == []
         assert {f"list.csv:{n}": "missing_file" for n in (2, 3, 4, 5)}.items() <= reasons(records).items()
@@ -468,8 +468,8 @@ def test_no_name_reaches_outside_the_input(tmp_path: Path) -> None:
 def test_archives_that_do_harm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, kind, target in (("ok/a.txt", tarfile.REGTYPE, ""), ("../out.txt", tarfile.REGTYPE, ""), ("/abs.txt", tarfile.REGTYPE, ""),
-                                   ("link", tarfile.SYMTYPE, "/etc"), ("link/b.txt", tarfile.REGTYPE, ""), ("pipe", tarfile.FIFOTYPE, "")):  # fmt: skip
+        for name, kind, target in (("ok/a.txt", tarfile.REGTYPE, ""), ("../out.txt", tarfile.REGTYPE, ""), ("/abs.txt", tarfile.REGTYPE, ""),  # noqa: E501
+                                   ("link", tarfile.SYMTYPE, "/etc"), ("link/b.txt", tarfile.REGTYPE, ""), ("pipe", tarfile.FIFOTYPE, "")):  # fmt: skip  # noqa: E501
             member = tarfile.TarInfo(name)
             member.type, member.linkname, member.size = kind, target, 4 if kind == tarfile.REGTYPE else 0
             archive.addfile(member, io.BytesIO(b"text") if member.size else None)
@@ -487,13 +487,9 @@ def test_archives_that_do_harm_are_refused(tmp_path: Path, monkeypatch: pytest.M
         },
     )
     records = read(tmp_path / "in", tmp_path / "work")
-    assert samples(records) == {
-        "a.tgz/ok/a.txt": {"txt": "text"},
-        "a.tgz/link/b.txt": {"txt": "text"},
-        "a.tgz/abs.txt": {"txt": "text"},
-    }
+    assert samples(records) == {"a.tgz/ok/a.txt": {"txt": "text"}, "a.tgz/link/b.txt": {"txt": "text"}}
     assert reasons(records) == {
-        "a.tgz/../out.txt": "unsafe_member", "a.tgz/link": "unsafe_member",
+        "a.tgz/../out.txt": "unsafe_member", "a.tgz//abs.txt": "unsafe_member", "a.tgz/link": "unsafe_member",
         "a.tgz/pipe": "unsafe_member", "b.zip": "archive_too_large", "c.zip": "damaged_file", "d.tar.gz": "damaged_file",
     }  # fmt: skip
     assert not (tmp_path / "work/out.txt").exists() and not any(path.is_symlink() for path in (tmp_path / "work").rglob("*"))
