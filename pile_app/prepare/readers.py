@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -120,9 +121,6 @@ class _Listing:
     def skip(self, name: str, reason: str, detail: str) -> None:
         self.rest.pop(name, None)
         self.unread.append((name, reason, detail))
-
-    def reject(self, where: str, reason: str, detail: str, layout: str) -> None:
-        self.bad.append((where, reason, detail, layout))
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
@@ -264,10 +262,12 @@ class _Listing:
             if bad.reason == "no_caption":
                 self.skip(name, bad.reason, bad.detail)
             elif not is_list:
-                self.reject(self.take(name).name, bad.reason, bad.detail, format)
+                self.bad.append((self.take(name).name, bad.reason, bad.detail, format))
             return None
         is_dialogue = any("exchange" in row for row in preview)
-        if is_list and (len(table.columns) < 2 or sum(map(_has_letters, preview)) <= len(preview) / 2):
+        texts = [list(map(str, row.values()))[1:] for row in preview if is_list]
+        has_text = [any(re.search(r"[^\W\d_]", text) and "://" not in text for text in some) for some in texts]
+        if is_list and sum(has_text) <= len(preview) / 2:
             if table.files:
                 self.skip(name, "no_text", "it names files, and holds no texts")
             return None
@@ -287,7 +287,7 @@ class _Listing:
         cuts, parts = [(0, 0)], [table]
         if table.is_index or (table.format == "csv" and is_plain and size > UNIT_BYTES):
             folders, weight, before, end = {os.path.dirname(table.name)}, 0, None, 0
-            try:
+            with suppress(BadSample, *DAMAGE):  # the reader reports the damage
                 for where, row, position in rows(replace(table, lenient=True)):
                     values = _file_names(table, row) if isinstance(row, dict) else []
                     hits = [file for value in values if (file := self.tree.resolve(table.name, value))]
@@ -300,8 +300,6 @@ class _Listing:
                     before, end = values, position
                     named |= {file.name for file in hits}
                     folders |= {os.path.dirname(file.name) for file in hits}
-            except (BadSample, *DAMAGE):
-                pass  # the reader reports the damage
             if table.is_index:
                 self.scopes.add(_common(folders))
                 self.folders |= {*folders, _common(folders)}
@@ -375,11 +373,6 @@ def _is_folder_tree(file: File, options: Options) -> bool:
 
 def _common(folders: Collection[str]) -> str:
     return os.path.commonpath(folders) if "" not in folders else ""
-
-
-def _has_letters(row: Mapping[str, Any]) -> bool:
-    texts = list(row.values())[1:]
-    return any(isinstance(text, str) and re.search(r"[^\W\d_]", text) and "://" not in text for text in texts)
 
 
 def _label_folder(folder: str) -> str | None:
@@ -664,13 +657,12 @@ def medium(root: str, where: str, value: Any) -> Segment:
 def _decoded(text: str) -> bytes | None:
     """Decode a data URI, or base64 that holds a medium."""
     is_uri = text.startswith("data:")
-    if not is_uri and len(text) < 100:
-        return None
-    try:
-        data = base64.b64decode(text.partition(",")[2] if is_uri else text, validate=True)
-    except ValueError:
-        return None
-    return data if media_extension(data) else None
+    with suppress(ValueError):
+        data = (
+            base64.b64decode(text.partition(",")[2] if is_uri else text, validate=True) if is_uri or len(text) >= 100 else b""
+        )
+        return data if media_extension(data) else None
+    return None
 
 
 # -- documents without a pipeline

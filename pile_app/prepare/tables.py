@@ -384,7 +384,7 @@ def _columnar_rows(table: Table) -> Iterator[Row]:
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Turn the many kinds of errors that pyarrow raises for hostile files into one."""
+    """Raise `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
     try:
         yield
     except BadSample:
