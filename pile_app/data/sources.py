@@ -233,7 +233,7 @@ class SourceData(Shards):
         if span and not all(n.file_offset[row] and (is_bytes or n.file[row] != TXT) for row in in_tar):
             return self._long(shard, sample)
         block, parsed = b"", dict[int, Any]()
-        if in_tar and (not span or (shard, sample) not in self._checked):  # once for all pieces of a long document
+        if (shard, sample) not in self._checked if span else in_tar:  # once for all pieces of a long document
             block = self.block(shard, sample)
             self._checked |= {(shard, sample)} if span else set()
         if in_tar and not span:
