@@ -2,15 +2,14 @@
 
     <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
 
-Codes of media stay empty, for the model's codecs to fill. The tokens of a document that cannot be used are masked, so that
-nothing else moves.
+The model's codecs fill in the codes of media. The tokens of an unusable document are masked, so nothing else moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,18 +17,15 @@ from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import NOT_LEARNED, PADDING, Batch, allocate
 from pile_app.data.index import segment_size
 from pile_app.data.order import Piece
+from pile_app.data.tokenizers import Tokenizer
+from pile_app.data.transforms import Transforms
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
 from pile_app.media import decode_audio, decode_image
 from pile_app.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from pile_app.data.tokenizers import Tokenizer
-    from pile_app.data.transforms import Transforms
-
 
 class PackedDocument(NamedTuple):
-    """A piece of a document in a pack: segments in the order they are seen in, the first `dropped` hidden behind `<null>`
-    (condition dropout). `document` is a `BadSample` if it could not be read."""
+    """A piece of a document in a pack; condition dropout hides its first `dropped` segments behind `<null>`."""
 
     piece: Piece
     key: str
@@ -38,7 +34,7 @@ class PackedDocument(NamedTuple):
 
 
 def whole(document: Document, length: int, dropped: int = 0) -> PackedDocument:
-    """Pack a document of no source, such as a prompt, from its first token up to `length`."""
+    """Pack the first `length` tokens of a document without a source, such as a prompt."""
     return PackedDocument(Piece(0, 0, 0, 0, length, True), document.key, document, dropped)
 
 
@@ -47,10 +43,10 @@ def assemble(
     vocabulary: Vocabulary,
     tokenizer: Tokenizer,
     context: int,
-    *,
     numbers: Sequence[int] = (),
     normalizer: float = 0.0,
     source_tokens: Sequence[int] = (),
+    *,
     decode: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
     annotator: Annotator | None = None,
     transforms: Mapping[int, Transforms] | None = None,
@@ -58,77 +54,45 @@ def assemble(
     """Assemble a batch with a row of T = `context` tokens for each pack of consecutive pieces.
 
     Args:
-        numbers: positions of the packs in the order.
+        numbers: positions of the packs in the order, which `transforms` (of each source) need.
         normalizer: see `Batch`; 0: the targets of these packs.
         decode: `map`, or an equivalent with several threads.
-        transforms: augmentation by source; needs `numbers`.
-
-    Raises:
-        ValueError: an encoded segment is not of the model's encoder, or should be augmented.
     """
-    rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator, transforms or {})
+    rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator)
     for row, pack in enumerate(packs):
-        rows.lay_out(row, pack, numbers[row] if numbers else 0)
-    channels, height, width = vocabulary.image_shape
+        rows.lay_out(row, pack, numbers[row] if numbers else 0, transforms or {})
     starts = np.cumsum([0, *(sound.codes for sound in rows.sounds)])  # of each sound in `audio`
-    arrays, buffer, layout, memory = allocate(
-        {
-            "images": ("uint8", (len(rows.images), height, width, channels)),
-            "image_starts": ("int32", (len(rows.images) + len(rows.encoded_images),)),
-            "audio": ("float32", (int(starts[-1]), vocabulary.samples_per_token)),
-            "audio_starts": ("int32", (len(rows.sounds),)),
-            "audio_tokens": ("int32", (len(rows.sounds),)),
-            "tokens": ("int32", (len(packs), context)),
-            "learned": ("uint8", (len(packs), context)),
-            "piece_starts": ("int32", (len(rows.starts) + 1,)),
-            "piece_sources": ("int32", (len(rows.starts),)),
-            "normalizer": ("float32", ()),
-        }
-        | ({"labels": ("int32", (len(packs), context))} if annotator else {})
-    )
-    pixels, samples = list(arrays["images"]), np.split(arrays["audio"], starts[1:-1]) if rows.sounds else []
-    media = [*zip(rows.images, pixels, strict=True), *zip(rows.sounds, samples, strict=True)]
+    (channels, height, width), tables = vocabulary.image_shape, rows.tables()
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {name: (table.dtype.name, table.shape) for name, table in tables.items()}
+    specs["images"] = ("uint8", (len(rows.images), height, width, channels))
+    specs["audio"] = ("float32", (int(starts[-1]), vocabulary.samples_per_token))
+    arrays, buffer, layout, memory = allocate(specs | {"normalizer": ("float32", ())})
+    samples = np.split(arrays["audio"], starts[1:-1]) if rows.sounds else []
+    media = [*zip(rows.images, arrays["images"], strict=True), *zip(rows.sounds, samples, strict=True)]
     for _ in decode(rows.decode, media[::2] + media[1::2]) if media else ():  # into the arrays; half of each kind a thread
         pass
 
-    images, encoded, sounds = map(rows.usable, (rows.images, rows.encoded_images, rows.sounds))
-    if rows.rejected:  # their media are removed, and the others move up
+    tables = rows.tables()
+    if rows.rejected:  # remove their media
         for name, some in (("images", rows.images), ("audio", rows.sounds)):
-            lengths = np.array([medium.codes if name == "audio" else 1 for medium in some], int)
-            kept = np.repeat(np.array([medium.piece not in rows.rejected for medium in some], bool), lengths)
-            arrays[name][: kept.sum()] = arrays[name][kept]
-    lists = {"image_starts": [medium.start for medium in images + encoded], "audio_starts": [sound.start for sound in sounds]}
-    lists["audio_tokens"] = [sound.codes for sound in sounds]
-    for name, values in lists.items():
-        arrays[name][: len(values)] = values
-    sizes = {"images": len(images), "audio": sum(lists["audio_tokens"])} | {name: len(lists[name]) for name in lists}
-    for name, size in sizes.items():
-        kind, shape, first = layout[name]
-        layout[name] = (kind, (size, *shape[1:]), first)
-    arrays["tokens"][:] = rows.tokens.reshape(-1, context)
-    arrays["learned"][:] = rows.learned.reshape(-1, context)
-    if annotator is not None:
-        arrays["labels"][:] = rows.labels.reshape(-1, context)
-    arrays["piece_starts"][:] = [*rows.starts, len(rows.tokens)]
-    arrays["piece_sources"][:] = rows.sources
+            lengths = [medium.codes if name == "audio" else 1 for medium in some]
+            is_kept = np.array([medium.piece not in rows.rejected for medium in some], bool)
+            tables[name] = arrays[name][np.repeat(is_kept, np.array(lengths, int))]
+    for name, table in tables.items():
+        arrays[name][: len(table)] = table
+        kind, _, first = layout[name]
+        layout[name] = (kind, table.shape, first)
     text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))
     arrays["normalizer"][...] = normalizer or text + image + audio
-    return Batch(
-        buffer,
-        layout,
-        (text, image, audio),
-        vocabulary.image_tokens,
-        lists["audio_tokens"],
-        memory,
-        rejected=[rows.rejected[number] for number in sorted(rows.rejected)],
-        numbers=list(numbers),
-        documents=[[(one.source, key, one.epoch, one.start, one.stop) for one, key, *_ in pack] for pack in packs],
-        source_tokens=list(source_tokens),
-    )
+    batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
+    batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]
+    batch.numbers, batch.source_tokens = list(numbers), list(source_tokens)
+    batch.documents = [[(piece.source, key, piece.epoch, piece.start, piece.stop) for piece, key, *_ in pack] for pack in packs]
+    return batch
 
 
 class _Medium(NamedTuple):
-    """An image or a sound. piece: number of its piece; start: flat index of its first code; file: b"" if it came encoded."""
+    """An image or sound. piece: number of its piece; start: flat index of its first code; file: b"" if encoded."""
 
     piece: int
     start: int
@@ -138,48 +102,40 @@ class _Medium(NamedTuple):
 
 
 class _Rows:
-    """The packs of a batch, laid out in flat arrays of rows * context tokens."""
+    """Lay out the packs of a batch in flat arrays of rows * context tokens."""
 
     def __init__(
-        self,
-        rows: int,
-        context: int,
-        vocabulary: Vocabulary,
-        tokenizer: Tokenizer,
-        annotator: Annotator | None,
-        transforms: Mapping[int, Transforms],
+        self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer, annotator: Annotator | None
     ) -> None:
-        self.context, self.vocabulary, self.tokenizer = context, vocabulary, tokenizer
-        self.annotator, self.transforms = annotator, transforms
+        self.context, self.vocabulary, self.tokenizer, self.annotator = context, vocabulary, tokenizer, annotator
         self.tokens = np.zeros(rows * context, np.int32)
         self.learned = np.full(rows * context, NOT_LEARNED, np.uint8)
         self.labels = np.full(rows * context if annotator else 0, NO_LABEL, np.int32)
-        self.starts: list[int] = []  # of pieces, by number, padding included
-        self.sources: list[int] = []
+        self.starts, self.sources = list[int](), list[int]()  # of pieces, by number, padding included
         self.pieces: dict[int, PackedDocument] = {}
-        self.images: list[_Medium] = []
-        self.encoded_images: list[_Medium] = []
-        self.sounds: list[_Medium] = []
+        self.images, self.encoded_images, self.sounds = list[_Medium](), list[_Medium](), list[_Medium]()
         self.rejected: dict[int, tuple[int, str, str, str]] = {}
 
-    def lay_out(self, row: int, pack: Sequence[PackedDocument], position: int) -> None:
+    def lay_out(self, row: int, pack: Sequence[PackedDocument], position: int, transforms: Mapping[int, Transforms]) -> None:
         offset, end = row * self.context, (row + 1) * self.context
         for index, packed in enumerate(pack):
-            number, start, stop = len(self.starts), packed.piece.start, packed.piece.stop
+            number, start, stop, source = len(self.starts), packed.piece.start, packed.piece.stop, packed.piece.source
             self.starts.append(offset)
-            self.sources.append(packed.piece.source)
+            self.sources.append(source)
             self.pieces[number] = packed
             try:
-                if isinstance(packed.document, BadSample):
-                    raise packed.document
-                spans, length = self._lay_out(number, offset, packed.document, packed, position, index)
+                document, given = packed.document, transforms.get(source)
+                if isinstance(document, BadSample):
+                    raise document
+                augment = partial(given, position=position, piece=index) if given else None
+                spans, length = self._lay_out(number, offset, document, packed, augment)
                 if self.annotator is not None:
-                    labels = self.annotator.labels(packed.document, spans, length, number, self.tokenizer)
+                    labels = self.annotator.labels(document, spans, length, number, self.tokenizer)
                     self.labels[offset : offset + stop - start] = labels[start:stop]
                     if self.annotator.splits_segments:
                         firsts = [first for first, _ in (*spans, (length, length)) if start < first - 1 < stop]
                         self.starts += [offset + first - 1 - start for first in firsts]
-                        self.sources += [packed.piece.source] * len(firsts)
+                        self.sources += [source] * len(firsts)
             except BadSample as error:
                 self._reject(number, error)
             offset += stop - start
@@ -187,8 +143,17 @@ class _Rows:
             self.starts.append(offset)
             self.sources.append(PADDING)
 
-    def usable(self, media: list[_Medium]) -> list[_Medium]:
-        return [medium for medium in media if medium.piece not in self.rejected]
+    def tables(self) -> dict[str, np.ndarray]:
+        """Return the arrays of the batch, without media, for the documents that are not rejected."""
+        all_media = (self.images, self.encoded_images, self.sounds)
+        images, encoded, sounds = ([medium for medium in media if medium.piece not in self.rejected] for media in all_media)
+        lists = {"image_starts": [medium.start for medium in images + encoded], "piece_sources": self.sources}
+        lists |= {"audio_starts": [sound.start for sound in sounds], "audio_tokens": [sound.codes for sound in sounds]}
+        lists["piece_starts"] = [*self.starts, len(self.tokens)]
+        tables = {name: np.array(values, np.int32) for name, values in lists.items()}
+        for name in ("tokens", "learned", *(["labels"] if self.annotator else [])):
+            tables[name] = getattr(self, name).reshape(-1, self.context)
+        return tables
 
     def decode(self, medium_and_target: tuple[_Medium, np.ndarray]) -> None:
         """Decode an image into (height, width, channels) uint8, or a sound into (codes, samples_per_token) float32."""
@@ -214,23 +179,21 @@ class _Rows:
         piece, key, *_ = self.pieces[number]
         self.rejected[number] = (piece.source, key, error.reason, error.detail)
         span = slice(self.starts[number], self.starts[number] + piece.stop - piece.start)
-        self.tokens[span] = 0
-        self.learned[span] = NOT_LEARNED
-        if self.annotator is not None:
-            self.labels[span] = NO_LABEL
+        for array, empty in ((self.tokens, 0), (self.learned, NOT_LEARNED), (self.labels, NO_LABEL)):
+            array[span] = empty  # `labels` is empty without an objective
         self.sources[number] = PADDING
 
     def _lay_out(
-        self, number: int, offset: int, document: Document, packed: PackedDocument, position: int, index: int
+        self, number: int, offset: int, document: Document, packed: PackedDocument, augment: Callable[..., np.ndarray] | None
     ) -> tuple[list[tuple[int, int]], int]:
-        """Lay out the tokens [start, stop) of a document from `offset` on: ([first, stop) of its segments, its length)."""
+        """Lay out a piece of a document from `offset` on and return ([first, stop) of the document's segments, its length)."""
         start, stop, vocabulary = packed.piece.start, packed.piece.stop, self.vocabulary
         shift = offset - start  # from the document's indices to flat indices
-        tokens, learned, transforms = self.tokens, self.learned, self.transforms.get(packed.piece.source)
+        tokens, learned = self.tokens, self.learned
         if len(document.segments) == 1 and not packed.dropped and self.annotator is None:
             segment = document.segments[0]
             if segment.ids is not None and segment.loss and (start, stop) == (0, len(segment.ids) + 3):
-                # A fast path for whole texts, the most frequent documents; the code below does the same.
+                # Fast path for whole texts, the most frequent documents; the code below is equivalent.
                 end = offset + stop - 1
                 tokens[offset], tokens[offset + 1], tokens[end] = Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END
                 np.add(segment.ids, Vocabulary.SPECIALS, out=tokens[offset + 2 : end], casting="unsafe")
@@ -253,8 +216,7 @@ class _Rows:
                 learned[low - 1 + shift : high - 1 + shift] = modality
 
         mark(0, Vocabulary.BEGIN)
-        length = 1
-        spans = []
+        length, spans = 1, list[tuple[int, int]]()
         for segment_number, segment in enumerate(document.segments):
             modality, opener, first = segment.modality, length, length + 1
             hidden = segment_number < packed.dropped
@@ -265,17 +227,15 @@ class _Rows:
                 if not hidden:
                     put(first, ids, Vocabulary.SPECIALS)
             else:
-                media, codes = self._codes_of(segment, transforms is not None)
+                media, codes = self._codes_of(segment, augment is not None)
                 length = first + (len(codes) if isinstance(codes, np.ndarray) else codes)
                 if not hidden and start <= first < stop:  # media are never cut
                     if isinstance(codes, np.ndarray):
                         put(first, codes, vocabulary.starts[modality])
                     if media is not None:
-                        augment = None
-                        if transforms is not None:
-                            augment = partial(transforms, position=position, piece=index, segment=segment_number)
+                        change = partial(augment, segment=segment_number) if augment else None
                         file = b"" if segment.is_encoded else segment.file
-                        media.append(_Medium(number, first + shift, file, length - first, augment))
+                        media.append(_Medium(number, first + shift, file, length - first, change))
                 if modality == AUDIO:
                     if not hidden:
                         mark(length, vocabulary.audio_end)
@@ -297,13 +257,12 @@ class _Rows:
     def _text_ids(self, segment: Segment) -> np.ndarray:
         if segment.ids is not None:
             return segment.ids
-        if not segment.is_encoded:
-            return self.tokenizer.encode(segment.text)
-        codes = segment.codes
-        return self._checked(codes, TEXT, len(codes.values))
+        if segment.is_encoded:
+            return self._checked(codes := segment.codes, TEXT, len(codes.values))
+        return self.tokenizer.encode(segment.text)
 
     def _codes_of(self, segment: Segment, augmented: bool) -> tuple[list[_Medium] | None, np.ndarray | int]:
-        """(the list it belongs to if the model has to see it, its codes or their number)."""
+        """Return (the list for media that the model reads, the codes of a medium or their number)."""
         vocabulary, modality = self.vocabulary, segment.modality
         if modality not in vocabulary.modalities:
             name = MODALITIES[modality]
@@ -317,7 +276,7 @@ class _Rows:
         return self.encoded_images if modality == IMAGE else None, self._checked(encoded, modality, codes, augmented)
 
     def _checked(self, codes: Codes, modality: int, promised: int, augmented: bool = False) -> np.ndarray:
-        """The ids of an encoded segment, if they are what the model's encoder would make."""
+        """Return the ids of an encoded segment after checks."""
         if codes.is_lost:
             raise BadSample("checksum", "the sample was damaged before it was encoded")
         check_encoder(codes, modality, self.vocabulary, self.tokenizer, augmented)
@@ -339,9 +298,11 @@ def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer
         return
     if modality == TEXT:
         raise ValueError(f"{what}the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again")
-    if not encoder:
+    if encoder:
         raise ValueError(
-            f"{what}the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
-            "model.codec_steps to 0, or train on the original shards"
+            f"{what}the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again"
         )
-    raise ValueError(f"{what}the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again")
+    raise ValueError(
+        f"{what}the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
+        "model.codec_steps to 0, or train on the original shards"
+    )

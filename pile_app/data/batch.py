@@ -1,8 +1,7 @@
 """Batches: B packs of T tokens, in one block of memory.
 
-A worker writes only the tokens, which modality is predicted after each of them, and where pieces of documents and media begin.
-Document numbers, positions, sources and targets are derived on the device that uses the batch, without waiting for it: a fifth
-of the bytes to copy.
+A worker writes only the tokens, the modality predicted after each, and where pieces and media begin. The device derives
+document numbers, positions, sources and targets, without waiting: a fifth of the bytes to copy.
 """
 
 from __future__ import annotations
@@ -28,25 +27,15 @@ Layout = dict[str, tuple[str, tuple[int, ...], int]]  # name -> type, shape, fir
 
 @dataclass
 class Batch:
-    """B packs of T tokens with P pieces (each run of padding is one), N images, E encoded images, and M sounds of A codes.
-
-    A flat index counts the tokens of all packs, 0 to B * T. Tensors in `buffer`:
-
-    - tokens (B, T) int32, 0 where the codes of a medium belong; learned (B, T) uint8, the modality of the *next* token, or
-      `NOT_LEARNED`; labels (B, T) int32, see `annotation.py`, (0, T) without an objective
-    - piece_starts (P + 1,) int32, flat indices, B * T last; piece_sources (P,) int32
-    - images (N, C, height, width) uint8; image_starts (N + E,) int32, flat index of each first code, encoded images last
-    - audio (A, samples_per_token) float32, the samples of each code, sound after sound, the last code of each padded with
-      silence; audio_starts (M,) int32, flat index of each first code; audio_tokens (M,) int32, codes of each sound
-    - normalizer () float32, targets of the whole optimizer step over all ranks
+    """B packs of T tokens with P pieces (padding included), N images, E encoded images, and M sounds of A codes.
 
     Args:
         target_counts: targets of each modality in this batch.
         image_tokens: codes of an image.
-        sound_tokens: codes of each sound, as `audio_tokens`, for whoever cannot wait for the device.
+        sound_tokens: `audio_tokens` on the host.
         numbers: positions of the packs in the order.
-        documents: (source, key, epoch, start, stop) of the pieces that are planned in each pack.
-        rejected: (source, key, reason, detail) of documents that could not be used; their tokens are masked.
+        documents: (source, key, epoch, start, stop) of the pieces planned in each pack.
+        rejected: (source, key, reason, detail) of unusable documents, which are masked.
         source_tokens: planned tokens of each source in the whole optimizer step, over all ranks.
     """
 
@@ -67,23 +56,22 @@ class Batch:
             dtype: torch.dtype = getattr(torch, kind)
             stop = first + math.prod(shape) * dtype.itemsize
             views[name] = self.buffer[first:stop].view(dtype).view(shape)
-        self.tokens: Tensor = views["tokens"]
-        self.learned: Tensor = views["learned"]
-        self.piece_starts: Tensor = views["piece_starts"]
-        self.piece_sources: Tensor = views["piece_sources"]
-        self.images: Tensor = views["images"].permute(0, 3, 1, 2)  # decoders write channels last
-        self.image_starts: Tensor = views["image_starts"]
-        self.audio: Tensor = views["audio"]
-        self.audio_starts: Tensor = views["audio_starts"]
-        self.audio_tokens: Tensor = views["audio_tokens"]
-        self.normalizer: Tensor = views["normalizer"]
-        self.labels: Tensor = views.get("labels", self.tokens[:0])
-
-    # -- Derived tensors
+        # Flat indices count the tokens of all packs, 0 to B * T.
+        self.tokens: Tensor = views["tokens"]  # (B, T) int32, 0 for the codes of media
+        self.learned: Tensor = views["learned"]  # (B, T) uint8, modality of the *next* token, or `NOT_LEARNED`
+        self.labels: Tensor = views.get("labels", self.tokens[:0])  # (B, T) int32, or (0, T) without an objective
+        self.piece_starts: Tensor = views["piece_starts"]  # (P + 1,) int32 flat indices, B * T last
+        self.piece_sources: Tensor = views["piece_sources"]  # (P,) int32
+        self.images: Tensor = views["images"].permute(0, 3, 1, 2)  # (N, C, height, width) uint8; decoders write channels last
+        self.image_starts: Tensor = views["image_starts"]  # (N + E,) int32, flat index of each first code, encoded images last
+        self.audio: Tensor = views["audio"]  # (A, samples_per_token) float32, the samples of each code, zero-padded
+        self.audio_starts: Tensor = views["audio_starts"]  # (M,) int32, flat index of each first code
+        self.audio_tokens: Tensor = views["audio_tokens"]  # (M,) int32, codes of each sound
+        self.normalizer: Tensor = views["normalizer"]  # () float32, targets of the whole optimizer step over all ranks
 
     @cached_property
     def piece_numbers(self) -> Tensor:
-        """(B, T) int64 number of the piece of each token."""
+        """Number of the piece of each token, (B, T) int64."""
         lengths = self.piece_starts.diff()
         numbers = torch.arange(len(lengths), device=lengths.device)
         return torch.repeat_interleave(numbers, lengths, output_size=self.tokens.numel()).view(self.tokens.shape)
@@ -94,49 +82,40 @@ class Batch:
 
     @cached_property
     def document(self) -> Tensor:
-        """(B, T) int64 number of the piece, different for all pieces of the batch, or `PADDING`."""
+        """Number of the piece of each token, or `PADDING`, (B, T) int64."""
         return self.piece_numbers.masked_fill(self._is_padding, PADDING)
 
     @cached_property
     def position(self) -> Tensor:
-        """(B, T) int64 index within the piece, 0 in padding."""
+        """Index within the piece, 0 in padding, (B, T) int64."""
         indices = torch.arange(self.tokens.numel(), device=self.tokens.device).view(self.tokens.shape)
         return (indices - self.piece_starts[self.piece_numbers]).masked_fill(self._is_padding, 0)
 
     @cached_property
     def source(self) -> Tensor:
-        """(B, T) int32 number of the source, 0 in padding."""
+        """Number of the source, 0 in padding, (B, T) int32."""
         return self.piece_sources[self.piece_numbers].clamp_min(0)
 
     @cached_property
     def targets(self) -> tuple[Tensor, ...]:
-        """Per modality (K,) int64, increasing flat indices of tokens whose next token is predicted."""
-        learned = self.learned.flatten()
-        return tuple(
-            torch.nonzero_static(learned == modality, size=count).squeeze(1)
-            for modality, count in enumerate(self.target_counts)
-        )
+        """Flat indices of the tokens whose next token is predicted, (K,) int64 per modality."""
+        learned, counts = self.learned.flatten(), enumerate(self.target_counts)
+        return tuple(torch.nonzero_static(learned == modality, size=count).squeeze(1) for modality, count in counts)
 
     @cached_property
     def image_slots(self) -> Tensor:
-        """(N + E, codes of an image) int64 flat indices of the codes."""
+        """Flat indices of the codes of images, (N + E, codes of an image) int64."""
         return self.image_starts[:, None] + torch.arange(self.image_tokens, device=self.image_starts.device)
 
     @cached_property
     def audio_slots(self) -> Tensor:
-        """(A,) int64 flat indices of the codes of all sounds."""
+        """Flat indices of the codes of all sounds, (A,) int64."""
         before = self.audio_tokens.cumsum(0) - self.audio_tokens  # codes of the sounds before
         shift = torch.repeat_interleave(self.audio_starts - before, self.audio_tokens, output_size=len(self.audio))
         return torch.arange(len(self.audio), device=shift.device) + shift
 
-    @property
-    def padding_share(self) -> float:
-        return float(self._is_padding.float().mean())
-
-    # -- From process to process, and to the device, as one block
-
     def __getstate__(self) -> dict[str, Any]:
-        state = {one.name: getattr(self, one.name) for one in fields(self)}
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.memory is not None:
             state |= {"memory": None, "buffer": self.memory.reference(len(self.buffer))}
         return state
@@ -154,9 +133,7 @@ class Batch:
         return replace(self, buffer=self.buffer.pin_memory(), memory=None)
 
 
-def allocate(
-    arrays: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> tuple[dict[str, np.ndarray], Tensor, Layout, transport.Memory | None]:
+def allocate(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, np.ndarray], Tensor, Layout, Any]:
     """Allocate arrays of these (type, shape) in one block, uninitialized: (name -> array, buffer, layout, memory)."""
     from torch.utils.data import get_worker_info
 

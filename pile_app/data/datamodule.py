@@ -1,8 +1,8 @@
 """The data module: sources of shards in, batches out, on the ordinary PyTorch `DataLoader`.
 
-A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank, starting at the optimizer
-step that is resumed. No worker holds state and the sampler has a length, so Lightning neither fetches a batch ahead that a
-resumed run would lose, nor saves a loader state that only fits rank 0.
+A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on. No
+worker has state and the sampler has a length, so Lightning neither prefetches a batch that a resumed run would lose nor saves a
+loader state.
 
     global batch of step s = positions [s * G, (s + 1) * G); rank r of W takes the r-th of W equal parts, in micro-batches
 """
@@ -26,43 +26,35 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pile_app.data import order as data_order
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
 from pile_app.data.files import cache_folder
-from pile_app.data.order import (
-    ORDER_VERSION,
-    Phase,
-    Piece,
-    SourceOrder,
-    TrainingOrder,
-    ValidationOrder,
-    count_streams,
-    pack_weights,
-)
-from pile_app.data.remote import Prefetcher, ShardCache, Wanted, is_remote
+from pile_app.data.order import ORDER_VERSION, Phase, Piece, SourceOrder, TrainingOrder, ValidationOrder
+from pile_app.data.remote import Prefetcher, ShardCache, Wanted
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.transforms import Transforms
+from pile_app.data.urls import is_remote
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
 
 
 @dataclass
 class Source:
-    """A named set of shards.
+    """Name a set of shards.
 
     Args:
-        train: shards to train on: paths or URLs with wildcards or braces (`data/x/train-{000..099}.tar`, `s3://bucket/x/*.tar`),
-            one pattern or several.
-        validation: shards to validate on; None: none.
-        weight: fraction of the training tokens, in any unit; None (then for all sources): its size.
-        epochs: passes over this source, 0.5 for half of it; the run ends when all sources have had theirs. Instead of weights.
-        fields: which files and JSON fields of a sample are the segments of a document, e.g. `[jpg|png, json.caption|txt]`;
-            None: inferred from the first samples and printed.
+        train: shards to train on: one or several paths or URLs with wildcards or braces (`data/x/train-{000..099}.tar`).
+        validation: shards to validate on, if any.
+        weight: fraction of the training tokens, in any unit; None, for all sources: proportional to size.
+        epochs: passes through this source instead of a weight; the run ends after all of them.
+        fields: files and JSON fields of a sample that are segments, e.g. `[jpg|png, json.caption|txt]`; None: inferred.
         transforms: augmentations of the training samples, e.g. `[flip, crop(0.8), my.module.function]`.
     """
 
@@ -76,10 +68,7 @@ class Source:
 
 @dataclass(eq=False)
 class PackDataset(Dataset[Batch]):
-    """Positions -> their packs, as one batch. See `PileDataModule` for the fields.
-
-    Training batches carry the normalizer of the whole optimizer step, which consists of `global_batch` packs.
-    """
+    """Map positions to a batch of packs, with the normalizer of the whole optimizer step when training."""
 
     sources: Sequence[SourceData]
     order: TrainingOrder | ValidationOrder
@@ -100,25 +89,16 @@ class PackDataset(Dataset[Batch]):
     def __getitems__(self, positions: list[int]) -> Batch:
         tokens, targets = self._step_sizes(positions[0] // self.global_batch)
         read = SourceData.document_to_train if self.annotator is None else SourceData.document_or_reason
-        return assemble(
-            [[self._arranged(piece, read) for piece in self.order.pack(position)] for position in positions],
-            self.vocabulary,
-            self.tokenizer,
-            self.context,
-            numbers=positions,
-            normalizer=targets,
-            source_tokens=tokens,
-            decode=self._decode,
-            annotator=self.annotator,
-            transforms=self.transforms,
-        )
+        packs = [[self._arranged(piece, read) for piece in self.order.pack(position)] for position in positions]
+        model, step = (self.vocabulary, self.tokenizer, self.context), (positions, targets, tokens)
+        return assemble(packs, *model, *step, decode=self._decode, annotator=self.annotator, transforms=self.transforms)
 
     def documents(self, position: int) -> list[PackedDocument]:
-        """The pieces in the pack of a position, in order, as they are read there; with their texts, for people."""
+        """Read the pieces in the pack of a position, in order, with their texts."""
         return [self._arranged(piece, SourceData.document_or_reason) for piece in self.order.pack(position)]
 
     def _arranged(self, piece: Piece, read: Callable[..., tuple[str, Document | BadSample]]) -> PackedDocument:
-        """A piece with the texts, the order and the hidden segments that are drawn for its epoch."""
+        """Read a piece with the texts, order and hidden segments drawn for its epoch."""
         draw, epoch, number = self.order.draws[piece.source], piece.epoch, piece.document
         span = None if piece.whole else (piece.start, piece.stop)
         key, document = read(self.sources[piece.source], number, partial(draw.text, epoch, number), span)
@@ -138,17 +118,14 @@ class PackDataset(Dataset[Batch]):
 
     @lru_cache(8)  # noqa: B019 (lives as long as the run)
     def _step_sizes(self, step: int) -> tuple[list[int], int]:
-        """(tokens of each source, targets) of an optimizer step; nothing while validating."""
+        """Count (tokens of each source, targets) of an optimizer step; nothing in validation."""
         if isinstance(self.order, ValidationOrder):
             return [], 0
         tokens, targets = self.order.sizes(step * self.global_batch, (step + 1) * self.global_batch)
         return tokens.tolist(), max(1, targets)
 
     def _decode(self, function: Callable[[Any], Any], media: Iterable[Any]) -> Iterable[Any]:
-        """In a worker, two threads decode media: decoders release Python's lock, so this hides the time of the Python code.
-
-        Not in the training process, whose threads are the model's.
-        """
+        """Decode media in two threads of a worker, as decoders release the GIL."""
         if get_worker_info() is None:
             return map(function, media)
         self._threads = self._threads or ThreadPoolExecutor(2)
@@ -158,32 +135,26 @@ class PackDataset(Dataset[Batch]):
 
 
 def data_parallel(trainer: Trainer) -> tuple[int, int]:
-    """(number of parts that each step is divided into, the part of this device). Devices that share the layers of the model
-    (tensor parallel) train on the same part."""
-    arguments = trainer.distributed_sampler_kwargs  # None on a single device
-    return (arguments["num_replicas"], arguments["rank"]) if arguments else (1, 0)
+    """Return (data-parallel world size, rank). Tensor-parallel devices train on the same part."""
+    arguments = trainer.distributed_sampler_kwargs or {}  # None on a single device
+    return arguments.get("num_replicas", 1), arguments.get("rank", 0)
 
 
 class StepBatches(Sampler[list[int]]):
-    """Positions of each micro-batch of one rank, from optimizer step `start` up to `steps`.
-
-    Its length counts all steps, including those before `start`, as Lightning counts them.
-    """
+    """List the positions of each micro-batch of a rank in steps [start, steps); the length counts all steps, for Lightning."""
 
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
-        self.start, self.steps = start, steps
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world_size = rank, world_size
+        self.start, self.steps, self.global_batch, self.micro_batch = start, steps, global_batch, micro_batch
+        self.rank, self.per_rank = rank, global_batch // world_size
 
     def __len__(self) -> int:
-        return self.steps * (self.global_batch // self.world_size // self.micro_batch)
+        return self.steps * (self.per_rank // self.micro_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_rank = self.global_batch // self.world_size
         for step in range(self.start, self.steps):
-            first = step * self.global_batch + self.rank * per_rank
-            for offset in range(0, per_rank, self.micro_batch):
-                yield list(range(first + offset, first + offset + self.micro_batch))
+            first = step * self.global_batch + self.rank * self.per_rank
+            for begin in range(first, first + self.per_rank, self.micro_batch):
+                yield list(range(begin, begin + self.micro_batch))
 
 
 def _unchanged(batch: Any) -> Any:
@@ -191,20 +162,20 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """SLURM signals the workers too; a worker that ends would end the run before its last step is saved."""
+    """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
-    """At the end of the process: Python would send SIGTERM to them, which they ignore, and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a killed worker as an accident
+    """Kill the workers at exit: Python would wait for their end after a SIGTERM, which they ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
-RESTORE = {  # part of the identity of the data -> how to resume if it has changed
+RESTORE = {  # key of `PileDataModule.identity` -> how to resume if its value has changed
     "seed": "set data.seed back",
     "context": "set data.context back",
     "global_batch": "set data.global_batch back (devices and data.micro_batch may change)",
@@ -212,36 +183,29 @@ RESTORE = {  # part of the identity of the data -> how to resume if it has chang
     "tokenizer": "set model.tokenizer back",
     "fingerprints": "restore the shards",
     "streams": "restore the shards",
-    "weights": "set the weights back; data.weights_from may change them from a step on that is still to come",
+    "weights": "set the weights back; data.weights_from may change them from a future step on",
     "end": "set data.epochs back",
 }
 
 
 class PileDataModule(LightningDataModule):
-    """Text, image and audio shards as packed batches.
+    """Load text, image and audio shards as packed batches, for the vocabulary, tokenizer and annotator of the model.
 
     Args:
-        sources: name -> shards. One of text, one of images, one of sounds, or any mixture.
-        vocabulary: of the model (set by `train.py`).
-        tokenizer: of the model (set by `train.py`).
+        sources: name -> shards of texts, images, sounds or any mixture.
         context: tokens of a pack.
-        global_batch: packs of one optimizer step, over all devices.
-        micro_batch: packs that one device computes at once; None: all of its part. Gradients of the micro-batches are
-            accumulated. `global_batch` must be a multiple of devices x micro_batch.
-        epochs: length of the run in passes over all sources, each document once in each; None: given by `trainer.max_steps`, or
-            by the `epochs` of each source.
-        weights_from: optimizer step -> source -> weight from that step on, for mixtures that change during the run. A source
-            that is not named has weight 0. Steps that are still to come may be changed when a run is resumed.
+        global_batch: packs of one optimizer step over all devices; a multiple of devices x micro_batch.
+        micro_batch: packs that a device computes at once, with gradient accumulation; None: all of its part.
+        epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
+        weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.
         seed: of the order of the data and of all random choices about documents.
-        condition_dropout: fraction of the documents with several segments, all of them learned, whose first ones are hidden, so
-            that guidance has an unconditional model to compare with, 0 to 1.
+        condition_dropout: fraction of documents (that learn all of several segments) with hidden first segments, for guidance.
         num_workers: loader processes; 0: the training process itself.
-        prepare: a recipe (`data/<name>/prepare.py`) that is run if it has not made its shards yet.
-        max_rejected_share: the run stops when more than this fraction of its documents cannot be used.
+        prepare: a recipe (`data/<name>/prepare.py`) that is run if its shards do not exist.
+        max_rejected_share: fraction of unusable documents above which the run stops.
         cache: folder for remote shards, which several runs and nodes may share; None: `~/.cache/pile/shards`.
-        cache_gigabytes: bound on its size.
-        allow_pipe: run the commands of `pipe:` URLs. The author of the configuration can then run programs.
-        annotator: of the model's objective (set by `train.py`).
+        cache_gigabytes: limit of its size.
+        allow_pipe: run the commands of `pipe:` URLs, so the author of the configuration can run programs.
     """
 
     def __init__(
@@ -265,135 +229,103 @@ class PileDataModule(LightningDataModule):
         annotator: Annotator | None = None,
     ) -> None:
         super().__init__()
-        check_data(sources, context, global_batch, micro_batch, condition_dropout, epochs, weights_from)
         assert vocabulary is not None and tokenizer is not None
-        self.sources = sources
-        self.vocabulary = vocabulary
-        self.tokenizer = tokenizer
-        self.annotator = annotator
-        self.context = context
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
-        self.epochs = epochs
-        self.weights_from = weights_from or {}
-        self.seed = seed
-        self.condition_dropout = condition_dropout
-        self.num_workers = num_workers
-        self.prepare = prepare
-        self.max_rejected_share = max_rejected_share
+        self.sources, self.vocabulary, self.tokenizer, self.annotator = sources, vocabulary, tokenizer, annotator
+        self.context, self.global_batch, self.micro_batch = context, global_batch, micro_batch
+        self.epochs, self.weights_from, self.seed = epochs, weights_from or {}, seed
+        self.condition_dropout, self.num_workers, self.source_names = condition_dropout, num_workers, list(sources)
+        check_data(sources, self)
+        self.prepare, self.max_rejected_share = prepare, max_rejected_share
         self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
-        given = [source.transforms for source in sources.values()]
-        self.transforms = {number: Transforms(specs, seed) for number, specs in enumerate(given) if specs}
-        self.train_data: list[SourceData] = []
-        self.validation_data: list[SourceData] = []
+        specs = enumerate(source.transforms for source in sources.values())
+        self.transforms = {number: Transforms(given, seed) for number, given in specs if given}
+        self.train_data, self.validation_data = list[SourceData](), list[SourceData]()
         self._restored: dict[str, Any] | None = None
         self._prefetcher: Prefetcher | None = None
 
-    # -- Before training: one process per node makes missing files.
+    @property
+    def _model(self) -> tuple[Vocabulary, Tokenizer, int]:
+        return self.vocabulary, self.tokenizer, self.context
 
-    def _open(self, name: str, split: str) -> SourceData:
-        pattern, fields = getattr(self.sources[name], split), self.sources[name].fields
-        return SourceData(name, pattern, self.vocabulary, self.tokenizer, self.context, self.cache, fields=fields)
+    def _open(self, split: str) -> list[SourceData]:
+        given = ((name, getattr(source, split), source.fields) for name, source in self.sources.items())
+        return [SourceData(name, where, *self._model, self.cache, fields=fields) for name, where, fields in given if where]
 
     def _open_train(self) -> tuple[list[SourceData], list[SourceOrder]]:
-        data = [self._open(name, "train") for name in self.sources]
-        streams = count_streams([source.tokens for source in data], self.global_batch)
+        data = self._open("train")
+        streams = data_order.count_streams([source.tokens for source in data], self.global_batch)
         dropout = self.condition_dropout if self.annotator is None else 0.0
         return data, [source.order(self.seed, streams, dropout) for source in data]
 
-    def _open_validation(self) -> list[SourceData]:
-        return [self._open(name, "validation") for name, source in self.sources.items() if source.validation]
-
     def prepare_data(self) -> None:
-        if self.prepare is not None and any(_is_unmade(one, self.prepare) for one in self.sources.values()):
+        if self.prepare is not None and any(_is_unmade(source, self.prepare) for source in self.sources.values()):
             run_recipe(self.prepare)
-        opened = self._open_validation()
-        if self.trainer is None or self.trainer.state.fn != "validate":
-            opened = self._open_train()[0] + opened
-        for data in opened:
+        is_validation = self.trainer is not None and self.trainer.state.fn == "validate"
+        for data in ([] if is_validation else self._open_train()[0]) + self._open("validation"):
             print(data.describe(), file=sys.stderr, flush=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the sources. With `stage` "validate" the shards of training are not opened, unless they are already."""
+        """Open the sources; the training shards only if `stage` is not "validate"."""
         if self.train_data:
             return
-        self.validation_data = self._open_validation()
+        self.validation_data = self._open("validation")
         self.validation_names = [data.name for data in self.validation_data]
         if stage != "validate":
             self.train_data, orders = self._open_train()
             self.order = self._make_order(orders)
         self.validation_order = ValidationOrder([data.tokens for data in self.validation_data], self.context)
         if self._restored is not None:
-            self._check_restored(self._restored)
+            self.load_state_dict(self._restored)
 
     def _make_order(self, orders: list[SourceOrder]) -> TrainingOrder:
         sizes = [order.packs_per_epoch for order in orders]
         given = [source.epochs for source in self.sources.values()]
         make = partial(TrainingOrder, orders, global_batch=self.global_batch)
-        if any(epochs is not None for epochs in given):  # exactly so many packs of each, then nothing
+        if any(epochs is not None for epochs in given):
             packs = (math.ceil(size * (1.0 if n is None else n)) for size, n in zip(sizes, given, strict=True))
             return make([Phase(0, tuple(packs), exact=True)])
-        if self.epochs is not None:  # each is a phase of whole steps, so that it is complete before the next begins
+        if self.epochs is not None:  # each is a phase of whole steps, complete before the next begins
             phases = [Phase(None if epoch else 0, tuple(sizes), exact=True) for epoch in range(math.ceil(self.epochs))]
-            order = make(phases)
-            rest = self.epochs - len(phases)  # 0, or the missing part of the last epoch as a negative number
-            return make(phases, end=order.first(len(phases) - 1) + math.ceil((1 + rest) * sum(sizes))) if rest else order
+            order, last = make(phases), self.epochs - len(phases) + 1  # fraction of the last epoch
+            return make(phases, end=order.first(len(phases) - 1) + math.ceil(last * sum(sizes))) if last < 1 else order
         weights = [source.weight for source in self.sources.values() if source.weight is not None]
-        phases = [Phase(0, pack_weights(orders, weights) if weights else tuple(sizes))]
+        phases = [Phase(0, data_order.pack_weights(orders, weights) if weights else tuple(sizes))]
         for step, later in sorted(self.weights_from.items()):
             weights = [later.get(name, 0.0) for name in self.sources]
-            phases.append(Phase(step * self.global_batch, pack_weights(orders, weights)))
+            phases.append(Phase(step * self.global_batch, data_order.pack_weights(orders, weights)))
         return make(phases)
 
-    @property
-    def source_names(self) -> list[str]:
-        return list(self.sources)
-
     def steps(self, trainer: Trainer) -> int:
-        """Optimizer steps of the whole run.
-
-        Raises:
-            ValueError: neither `data.epochs`, nor those of the sources, nor `trainer.max_steps` is given.
-        """
-        if self.order.length is not None:
-            in_epochs = -(-self.order.length // self.global_batch)
-            return in_epochs if trainer.max_steps < 0 else min(in_epochs, trainer.max_steps)
-        if trainer.max_steps < 0:
+        """Count the optimizer steps of the whole run, or raise ValueError if no option gives them."""
+        limits = [-(-self.order.length // self.global_batch)] if self.order.length is not None else []
+        limits += [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if not limits:
             raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes)")
-        return trainer.max_steps
+        return min(limits)
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """(packs of a micro-batch, micro-batches that one device accumulates for one optimizer step).
-
-        Raises:
-            ValueError: the global batch cannot be divided like that.
-        """
+        """Return (packs of a micro-batch, micro-batches per device and step), or raise ValueError if they do not divide."""
         per_device, rest = divmod(self.global_batch, world_size)
         micro = self.micro_batch or per_device
         if rest or not per_device or per_device % micro:
             fitting = [w for w in range(1, self.global_batch + 1) if self.global_batch % (w * (self.micro_batch or 1)) == 0]
-            raise ValueError(
-                f"data.global_batch={self.global_batch} packs cannot be shared by {world_size} devices in micro-batches of "
-                f"{micro}: devices x data.micro_batch must divide it (possible numbers of devices: {fitting})"
+            wrong = (
+                f"data.global_batch={self.global_batch} cannot be shared by {world_size} devices in micro-batches of {micro}"
             )
+            raise ValueError(f"{wrong}: devices x data.micro_batch must divide it (possible numbers of devices: {fitting})")
         return micro, per_device // micro
-
-    # -- The checkpoint holds the position; it is derived from optimizer steps, never from a loader's state.
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         return {"position": self.trainer.global_step * self.global_batch, **self.identity()}
 
     def identity(self) -> dict[str, Any]:
-        """Everything that the order of the data depends on: if it is the same, the same positions hold the same packs."""
+        """Return everything that the packs of positions depend on."""
         order = self.order
-        phases = [[order.first(number), phase.exact, *phase.weights] for number, phase in enumerate(order.phases)]
-        return {
-            "global_batch": self.global_batch,
+        same = {name: getattr(self, name) for name in ("global_batch", "seed", "context")}
+        return same | {
             "order_version": ORDER_VERSION,
-            "seed": self.seed,
-            "context": self.context,
-            "weights": phases,
+            "weights": [[order.first(number), phase.exact, *phase.weights] for number, phase in enumerate(order.phases)],
             "end": order.end,
             "streams": order.streams,
             "sources": self.source_names,
@@ -402,58 +334,48 @@ class PileDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state and, once the sources are open, raise ValueError if the data would not continue where it stopped."""
         self._restored = state_dict
-        if self.train_data:
-            self._check_restored(state_dict)
+        if not self.train_data:
+            return
+        version, position = state_dict["order_version"], state_dict["position"]
+        if version != ORDER_VERSION:
+            raise ValueError(
+                f"the checkpoint was made with order_version {version}, now it is {ORDER_VERSION}: continue with the pile_app "
+                "that the run began with, or begin another run with another --name"
+            )
 
-    def _check_restored(self, state: dict[str, Any]) -> None:
-        def before(identity: dict[str, Any]) -> dict[str, Any]:
-            """Phases that begin, and an end that comes, after the position do not change the packs before it."""
-            phases = [phase for phase in identity["weights"] if not phase[0] or phase[0] < state["position"]]
-            end = identity["end"] if identity.get("end") is not None and identity["end"] < state["position"] else None
+        def before(identity: dict[str, Any]) -> dict[str, Any]:  # later phases and ends do not change the packs before
+            phases = [phase for phase in identity["weights"] if not phase[0] or phase[0] < position]
+            end = identity["end"] if identity.get("end") is not None and identity["end"] < position else None
             return identity | {"weights": phases, "end": end}
 
-        if state["order_version"] != ORDER_VERSION:
-            raise ValueError(
-                f"the checkpoint was made with order_version {state['order_version']}, now it is {ORDER_VERSION}: continue "
-                "with the version of pile_app that the run began with, or begin another run with another --name"
-            )
-        was, now = before(state), before(self.identity())
+        was, now = before(state_dict), before(self.identity())
         for key, fix in RESTORE.items():
             old, new = was[key], now[key]
             if old != new:
-                if isinstance(old, dict):  # only those that differ
+                if isinstance(old, dict):  # only the differences
                     names = sorted(name for name in old | new if old.get(name) != new.get(name))
                     old, new = ({name: values.get(name) for name in names} for values in (old, new))
                 raise ValueError(
-                    f"the checkpoint was made with {key} {old}, now it is {new}: the data would not continue where "
-                    f"it stopped. To resume, {fix}; or begin another run with another --name"
+                    f"the checkpoint was made with {key} {old}, now it is {new}: the data would not continue where it stopped. "
+                    f"To resume, {fix}; or begin another run with another --name"
                 )
 
-    # -- Loaders.
-
     def train_dataset(self) -> PackDataset:
-        """The packs of all positions."""
-        return self._dataset(self.train_data, self.order, self.transforms)
-
-    def _dataset(self, data: list[SourceData], order: TrainingOrder | ValidationOrder, transforms: Any = None) -> PackDataset:
-        model = self.vocabulary, self.tokenizer, self.context
-        return PackDataset(data, order, *model, self.global_batch, self.annotator, transforms or {})
+        return PackDataset(self.train_data, self.order, *self._model, self.global_batch, self.annotator, self.transforms)
 
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
-        import torch
-
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
+        method = "forkserver" if self.num_workers and is_remote else None  # a fork would copy the locks of prefetching threads
         return DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
-            # A fork would copy the locks of the threads that fetch.
-            multiprocessing_context="forkserver" if self.num_workers and is_remote else None,
+            multiprocessing_context=method,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
         )
@@ -468,20 +390,20 @@ class PileDataModule(LightningDataModule):
             nodes = getattr(self.trainer, "num_nodes", 1)
             per_rank, run = self.global_batch // world_size, self.global_batch // self.order.streams
             stop = min((rank + -(-world_size // nodes)) * per_rank, self.global_batch)
-            streams = range(rank * per_rank // run, -(-stop // run))  # of this node: its ranks are numbered from this one on
+            streams = range(rank * per_rank // run, -(-stop // run))  # of the ranks of this node
             ahead = shards_ahead(self.train_data, self.order, streams, start * self.global_batch, steps * self.global_batch)
             self._prefetcher = Prefetcher(self.cache, ahead, ahead=4 * max(16, len(streams)))
         return self._loader(self.train_dataset(), StepBatches(start, steps, self.global_batch, micro, rank, world_size))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self._prefetcher is not None and self.trainer is not None and self.trainer.training:
-            self._prefetcher.advance(min(batch.numbers) - 2 * self.global_batch)  # the positions of shards are estimates
+            self._prefetcher.advance(min(batch.numbers) - 2 * self.global_batch)  # shard positions are estimates
         return batch
 
     def teardown(self, stage: str | None = None) -> None:
         if self._prefetcher is not None:
             self._prefetcher.close()
-        self._prefetcher = None
+            self._prefetcher = None
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not len(self.validation_order):
@@ -489,15 +411,16 @@ class PileDataModule(LightningDataModule):
         assert self.trainer is not None
         world_size, rank = data_parallel(self.trainer)
         micro, _ = self.micro_batches(world_size)
-        count = -(-len(self.validation_order) // (micro * world_size))  # every rank has as many; past the end, packs are empty
+        count = -(-len(self.validation_order) // (micro * world_size))  # on every rank; packs past the end are empty
         batches = [list(range(first * micro, (first + 1) * micro)) for first in range(rank * count, (rank + 1) * count)]
-        return self._loader(self._dataset(self.validation_data, self.validation_order), batches)
+        dataset = PackDataset(self.validation_data, self.validation_order, *self._model, self.global_batch, self.annotator)
+        return self._loader(dataset, batches)
 
 
 def shards_ahead(
     sources: Sequence[SourceData], order: TrainingOrder, streams: range, position: int, stop: int
 ) -> Iterator[tuple[float, Wanted]]:
-    """(about the position after its last use, file) of the remote shards of some streams, in the order of their first use."""
+    """Yield (approximate position after the last use, file) of the remote shards of some streams, in the order of first use."""
 
     def of_stream(source: int, stream: int) -> Iterator[tuple[float, float, int, int]]:
         for (first, group), (end, _) in pairwise(order.upcoming_shards(source, stream, position)):
@@ -512,26 +435,18 @@ def shards_ahead(
 
 
 def _is_unmade(source: Source, recipe: str) -> bool:
-    """Whether a pattern of the source is in the folder of the recipe, and there is no shard where it points.
-
-    Where there are other shards, the pattern is mistyped.
-    """
-    given = [pattern for pattern in (source.train, source.validation) if pattern]
-    for pattern in chain.from_iterable([pattern] if isinstance(pattern, str) else pattern for pattern in given):
-        folder = Path(re.split(r"[*?\[{]", pattern, maxsplit=1)[0] + "x").parent
-        is_recipes = Path(recipe).resolve().parent in folder.resolve().parents
-        if not is_remote(pattern) and is_recipes and not any(folder.glob("*.tar")):
-            return True
+    """Tell whether a pattern is in the recipe's folder and no shard is there (other shards: the pattern is mistyped)."""
+    for given in (source.train, source.validation or []):
+        for pattern in [given] if isinstance(given, str) else given:
+            folder = Path(re.split(r"[*?\[{]", pattern, maxsplit=1)[0] + "x").parent
+            is_recipes = Path(recipe).resolve().parent in folder.resolve().parents
+            if not is_remote(pattern) and is_recipes and not any(folder.glob("*.tar")):
+                return True
     return False
 
 
 def run_recipe(recipe: str) -> None:
-    """Run `python <recipe>` in a process of its own (speech synthesis has global state).
-
-    Raises:
-        FileNotFoundError: there is no such recipe.
-        RuntimeError: it failed; its output says why.
-    """
+    """Run `python <recipe>`; raise FileNotFoundError if it does not exist, RuntimeError if it fails."""
     if not Path(recipe).is_file():
         raise FileNotFoundError(f"data.prepare names the recipe {recipe!r}, which does not exist in {os.getcwd()}")
     print(f"preparing data: python {recipe}", flush=True)
@@ -539,44 +454,32 @@ def run_recipe(recipe: str) -> None:
         raise RuntimeError(f"the recipe {recipe!r} failed; see its message above")
 
 
-def check_data(
-    sources: dict[str, Source],
-    context: int,
-    global_batch: int,
-    micro_batch: int | None,
-    condition_dropout: float,
-    epochs: float | None,
-    weights_from: Mapping[int, Mapping[str, float]] | None = None,
-) -> None:
-    """Raise ValueError for invalid settings."""
+def check_data(sources: Mapping[str, Source], data: Any) -> None:
+    """Raise ValueError for invalid settings. data: `PileDataModule` or its part of the configuration."""
     weights = [source.weight is not None for source in sources.values()]
-    given = any(source.epochs is not None for source in sources.values()) + (epochs is not None)
+    later: Mapping[int, Mapping[str, float]] = data.weights_from or {}
+    lengths = any(source.epochs is not None for source in sources.values()) + (data.epochs is not None)
+    batch, micro, dropout = data.global_batch, data.micro_batch or 1, data.condition_dropout
+    divides = batch >= 1 and micro >= 1 and batch % micro == 0 and data.micro_batch != 0
+    problems = {
+        "data.sources is empty: name at least one, e.g. {text: {train: 'shards/train-*.tar'}}": not sources,
+        "weights and epochs exclude each other: give data.epochs (passes through all sources), epochs to the sources, or "
+        "weights with trainer.max_steps": lengths + (any(weights) or bool(later)) > 1,
+        "give every source of data.sources a weight, or none of them (then by their size)": any(weights) != all(weights),
+        f"data.context={data.context} tokens is too short: at least 8": data.context < 8,
+        f"data.micro_batch={data.micro_batch} must divide data.global_batch={batch}, both at least 1": not divides,
+        f"data.condition_dropout={dropout} must be in [0, 1)": not 0 <= dropout < 1,
+    }
     positive = {f"sources.{name}.{key}": vars(source)[key] for name, source in sources.items() for key in ("weight", "epochs")}
-    problems = [
-        (not sources, "data.sources is empty: name at least one, e.g. {text: {train: 'shards/train-*.tar'}}"),
-        (
-            given + (any(weights) or bool(weights_from)) > 1,
-            "weights and epochs exclude each other: give data.epochs (passes over all sources), or epochs to the sources, or "
-            "weights with trainer.max_steps",
-        ),
-        (any(weights) and not all(weights), "give every source of data.sources a weight, or none of them (then by their size)"),
-        (context < 8, f"data.context={context} tokens is too short: at least 8"),
-        (
-            global_batch < 1 or (micro_batch is not None and (micro_batch < 1 or global_batch % micro_batch > 0)),
-            f"data.micro_batch={micro_batch} must divide data.global_batch={global_batch}, both at least 1",
-        ),
-        (not 0 <= condition_dropout < 1, f"data.condition_dropout={condition_dropout} must be in [0, 1)"),
-    ]
-    for name, value in (positive | {"epochs": epochs}).items():
-        problems.append((value is not None and not value > 0, f"data.{name} must be above 0, not {value}"))
-    for step, later in (weights_from or {}).items():
-        unknown = sorted(set(later) - set(sources))
-        bad = any(weight < 0 for weight in later.values()) or not sum(later.values()) > 0
-        problems += [
-            (step < 1, f"data.weights_from: step {step} must be at least 1; the first weights belong to data.sources"),
-            (bool(unknown), f"data.weights_from.{step} names {unknown}, which data.sources does not"),
-            (bad, f"data.weights_from.{step}: weights must be 0 or more, at least one above 0, not {dict(later)}"),
-        ]
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise ValueError(message)
+    for name, value in (positive | {"epochs": data.epochs}).items():
+        problems[f"data.{name} must be above 0, not {value}"] = value is not None and not value > 0
+    for step, named in later.items():
+        where, unknown = f"data.weights_from.{step}", sorted(set(named) - set(sources))
+        valid = all(weight >= 0 for weight in named.values()) and sum(named.values()) > 0
+        problems |= {
+            f"{where}: the step must be at least 1; the first weights belong to data.sources": step < 1,
+            f"{where} names {unknown}, which data.sources does not": bool(unknown),
+            f"{where}: weights must be 0 or more, at least one above 0, not {dict(named)}": not valid,
+        }
+    for message in (message for message, is_wrong in problems.items() if is_wrong):
+        raise ValueError(message)

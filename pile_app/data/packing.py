@@ -1,8 +1,8 @@
 """Packing: which pieces of documents share a pack. Pure functions of lengths.
 
-A pack is `context` tokens of whole documents. A longer document is cut, between segments or at the end of a sentence if
-possible, else inside a text, never inside an image or a sound. A piece that continues a text repeats the last token of the
-piece before it, so that every text token and every code is predicted exactly once, whatever the context.
+A pack holds up to `context` tokens of whole documents. A longer document is cut between segments or sentences if possible, else
+inside a text, never inside a medium. A piece that continues a text repeats the last token of the previous piece, so that every
+text token and every code is predicted exactly once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pile_app.documents import TEXT
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Bins of indices with `sum(lengths) <= capacity`: longest first, each into the fullest bin that takes it."""
+    """Pack indices into bins with `sum(lengths) <= capacity`: longest first, each into the fullest bin with room."""
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"a piece of {int(lengths.max())} tokens does not fit a pack of {capacity}")
     bins: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms: list[int] = []  # the free tokens of some bin, increasing
+    rooms: list[int] = []  # free tokens of the bins, distinct, increasing
     order = np.argsort(-lengths, kind="stable")
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         tightest = bisect_left(rooms, length)
@@ -45,18 +45,16 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
 def cut_document(
     segments: Sequence[tuple[int, int]], context: int, breaks: Sequence[int] | np.ndarray = ()
 ) -> list[tuple[int, int]]:
-    """Ranges [start, stop) of at most `context` tokens that a document is cut into.
+    """Cut a document into ranges [start, stop) of at most `context` tokens.
 
-    The cut is the last one between segments or at a break, unless that wastes more than a 32nd of the context: then a text is
-    cut where the context ends.
+    The cut is the last between segments or at a break, unless that wastes more than a 32nd of the context: then inside a text.
 
     Args:
-        segments: (modality, tokens with opener and closing token) of each segment; `<begin>` and `<end>` come on top.
-        context: tokens of a pack.
+        segments: (modality, tokens with opener and closing token) of each segment, without `<begin>` and `<end>`.
         breaks: token offsets in the document at which a sentence ends; increasing.
 
     Raises:
-        ValueError: an image or a sound alone is longer than the context.
+        ValueError: an image or a sound is longer than the context.
     """
     openers = list(accumulate((tokens for _, tokens in segments), initial=1))  # offsets of the openers, then of `<end>`
     longest = max((tokens for modality, tokens in segments if modality != TEXT), default=0)
@@ -79,18 +77,18 @@ def cut_document(
             pieces.append((start, cut))
         if cut == openers[-1] and segments[-1][0] != TEXT:
             return pieces  # only `<end>` remains, without a token to predict it from
-        # A piece that continues a text, or with its `<end>`, repeats the token before, to predict from.
+        # A piece that continues a text, or with its `<end>`, repeats the previous token, to predict from.
         start = cut if cut == openers[segment] and cut != openers[-1] else cut - 1
     pieces.append((start, length))
     return pieces
 
 
 _SENTENCE_END = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u2019\u201d)\]]*(?=\s)|\n+(?=\S)|[\u3002\uff01\uff1f](?=\S)""")
-BREAK_SPACING = 128  # least characters between two of them: they serve cuts, not grammar
+BREAK_SPACING = 128  # minimum of characters between two breaks
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Character offsets, increasing, at which a long text may be cut: after the end of a sentence or line."""
+    """Find the character offsets, increasing, where a long text may be cut: after sentences and lines."""
     ends: list[int] = []
     if len(text) <= 2 * BREAK_SPACING:
         return ends

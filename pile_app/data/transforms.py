@@ -3,7 +3,7 @@
     transforms: [flip, "crop(0.8)", "speed(0.9, 1.1)", "mask(time=0.1)", "my_package.my_module.function(option=1)"]
 
 Images are uint8 (C, H, W) before they are resized for the codec, sounds float32 (S,) at the codec's sample rate. Parameters are
-drawn from (seed, position, piece, segment): a position has the same augmentation in every run, whatever workers and ranks.
+drawn from (seed, position, piece, segment), so augmentation does not depend on workers and ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def draw(generator: Generator, low: float, high: float) -> float:
 
 
 def crop(image: Tensor, generator: Generator, scale: float = 0.8) -> Tensor:
-    """Keep a random part, whose sides are `scale` to 1 of the image's."""
+    """Crop a random part, whose sides are `scale` to 1 of the image's."""
     part = draw(generator, scale, 1)
     height, width = (max(1, round(side * part)) for side in image.shape[1:])
     top, left = (int(draw(generator, 0, image.size(axis) - kept + 1)) for axis, kept in ((1, height), (2, width)))
@@ -57,8 +57,7 @@ def color(image: Tensor, generator: Generator, strength: float = 0.2) -> Tensor:
 
 
 def speed(sound: Tensor, generator: Generator, low: float = 0.9, high: float = 1.1) -> Tensor:
-    """Play faster or slower, pitch included. The number of codes was planned from the manifest: a sound that gets longer is cut
-    at its end, a shorter one ends in silence."""
+    """Play faster or slower, pitch included; the sound is then cut, or ends in silence, as its number of codes is fixed."""
     return torch.from_numpy(resample(sound.numpy(), round(100 * draw(generator, low, high)), 100))
 
 
@@ -92,21 +91,13 @@ BOUNDS = {  # of the options above
     "scale": (0.01, 1), "chance": (0, 1), "degrees": (0, 180), "strength": (0, 1), "low": (0.5, 2), "high": (0.5, 2),
     "decibels": (-20, 100), "time": (0, 1), "freq": (0, 1), "fraction": (0, 1),
 }  # fmt: skip
-IMAGE_TRANSFORMS = {one.__name__: one for one in (crop, flip, rotate, color)}
-AUDIO_TRANSFORMS = {one.__name__: one for one in (speed, noise, mask, shift)}
+IMAGE_TRANSFORMS = {function.__name__: function for function in (crop, flip, rotate, color)}
+AUDIO_TRANSFORMS = {function.__name__: function for function in (speed, noise, mask, shift)}
 
 
 class Transforms:
-    """The transforms of a source.
-
-    Args:
-        specs: names with arguments, or the import path of a function (medium, generator, ...) -> medium, which gets images and
-            sounds alike, as tensors.
-        seed: of the run.
-
-    Raises:
-        ValueError: a name, an argument or a value is wrong.
-    """
+    """Apply the transforms of a source: names with arguments, or import paths of functions (tensor, generator, ...) -> tensor
+    for images and sounds. Raises ValueError for a wrong name, argument or value."""
 
     def __init__(self, specs: Sequence[str], seed: int) -> None:
         self.seed = seed
@@ -115,16 +106,15 @@ class Transforms:
         self.audio = [step for name, *step in steps if name not in IMAGE_TRANSFORMS]
 
     def __call__(self, medium: np.ndarray, position: int, piece: int, segment: int) -> np.ndarray:
-        """Augment pixels (H, W, C) or samples (S,): the `segment`-th of the `piece`-th document in the pack at `position`."""
+        """Augment pixels (H, W, C) or samples (S,) of a segment of a piece of the pack at `position`."""
         generator = Generator().manual_seed(int(hash64(self.seed, position, piece, segment, "transforms")) >> 1)
-        tensor = torch.from_numpy(medium)
-        tensor = tensor.permute(2, 0, 1) if medium.ndim == 3 else tensor
+        tensor = torch.from_numpy(medium).permute((2, 0, 1) if medium.ndim == 3 else (0,))
         for function, values, options in self.image if medium.ndim == 3 else self.audio:
             made = function(tensor, generator, *values, **options)
             if not isinstance(made, Tensor) or (made.dtype, made.ndim) != (tensor.dtype, tensor.ndim) or not made.numel():
                 raise ValueError(f"transforms: {function.__name__} must return a {tensor.ndim}-d tensor of {tensor.dtype}")
             tensor = made
-        return (tensor.permute(1, 2, 0) if medium.ndim == 3 else tensor).numpy()
+        return tensor.permute((1, 2, 0) if medium.ndim == 3 else (0,)).numpy()
 
 
 def _parse(spec: str) -> tuple[Any, ...]:
@@ -137,8 +127,8 @@ def _parse(spec: str) -> tuple[Any, ...]:
         if not all(part.isidentifier() for part in name.split(".")) or not (module or name in known):
             raise ValueError(f"known are {', '.join(known)}, and import paths such as my_package.my_module.function")
         function = getattr(importlib.import_module(module), attribute) if module else known[name]
-        values = [ast.literal_eval(one) for one in call.args]
-        options = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+        values = [ast.literal_eval(value) for value in call.args]
+        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
         given = inspect.signature(function).bind(None, None, *values, **options).arguments
         for option, value in [] if module else [*given.items()][2:]:
             low, high = BOUNDS[option]

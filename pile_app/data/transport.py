@@ -1,11 +1,10 @@
 """Shared memory in which loading workers hand batches to the training process, reused.
 
-PyTorch's `DataLoader` hands over every tensor in new shared memory, whose pages the kernel has to find and clear: for decoded
-images that costs half as much as the decoding. Here a worker keeps a few anonymous files (a killed process leaves nothing
-behind) and reuses each of them when the training process has released all of its tensors.
+`DataLoader` sends every tensor in new shared memory, whose pages the kernel has to clear, at half the cost of decoding. Here
+a worker reuses a few anonymous files, each once the training process has released all of its tensors:
 
     worker    take(size) -- fills it -- pickled: a number, and the first time the file descriptor -->
-    trainer   receive() -- tensors over it; when the last one dies, the first byte becomes 0: free --> worker reuses it
+    trainer   receive() -- tensors over it; after the last is freed, the first byte becomes 0 --> worker reuses it
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import mmap
 import os
 import uuid
 import weakref
-from dataclasses import dataclass, field
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -24,25 +22,21 @@ HEADER = 64  # bytes before the data; the first is 1 while the memory is in use
 IS_POSSIBLE = hasattr(os, "memfd_create")  # Linux; elsewhere PyTorch's own way
 
 
-@dataclass(eq=False)
 class Memory:
-    """A memory file of this process, with `size` bytes of data."""
+    """Hold a memory file of this process, with `size` bytes of data."""
 
-    size: int
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    was_sent: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size, self.name, self.was_sent = size, uuid.uuid4().hex, False
         self.descriptor = os.memfd_create("pile-batch")
-        os.ftruncate(self.descriptor, HEADER + self.size)
-        self.map = mmap.mmap(self.descriptor, HEADER + self.size)
+        os.ftruncate(self.descriptor, HEADER + size)
+        self.map = mmap.mmap(self.descriptor, HEADER + size)
         weakref.finalize(self, os.close, self.descriptor)
 
     def data(self, size: int) -> np.ndarray:
         return np.frombuffer(self.map, np.uint8, size, HEADER)
 
     def reference(self, size: int) -> tuple[Any, ...]:
-        """Return what another process needs to `receive` it."""
+        """Return the arguments for `receive` in another process."""
         first, self.was_sent = not self.was_sent, True
         return os.getpid(), self.name, size, DupFd(self.descriptor) if first else None
 
@@ -52,19 +46,18 @@ _received: dict[tuple[int, str], mmap.mmap] = {}  # (process, name) -> memory of
 
 
 def take(size: int) -> Memory:
-    """Return memory for `size` bytes that is not in use."""
+    """Return unused memory for `size` bytes."""
     free = [memory for memory in _own if not memory.map[0]]
     fitting = next((memory for memory in free if memory.size >= size), None)
     if fitting is None:
-        _own[:] = [memory for memory in _own if memory not in free]  # too small: batches have grown
         fitting = Memory(size + size // 4)
-        _own.append(fitting)
+        _own[:] = [*(memory for memory in _own if memory not in free), fitting]  # free memory is too small
     fitting.map[0] = 1
     return fitting
 
 
 def receive(reference: tuple[Any, ...]) -> np.ndarray:
-    """Return (size,) uint8 over memory of another process, released when this array and all views of it are gone."""
+    """Map memory of another process as (size,) uint8, released with the last view of it."""
     process, name, size, descriptor = reference
     if descriptor is not None:
         for key in [key for key in _received if not os.path.exists(f"/proc/{key[0]}")]:

@@ -1,7 +1,7 @@
 """Read URLs and the output of commands as streams of bytes: `pipe:<command>`, and every scheme that fsspec knows.
 
-Credentials, endpoints, headers and proxies come from the libraries' own configuration: `AWS_ENDPOINT_URL`, `AWS_PROFILE` etc.
-for S3, `HTTPS_PROXY` and `.netrc` for HTTP, `~/.config/fsspec/*.json` for all.
+Credentials, endpoints and proxies come from the environment (`AWS_ENDPOINT_URL`, `HTTPS_PROXY`), `.netrc` and
+`~/.config/fsspec/*.json`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,22 @@ from pile_app.data.files import ShardError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SILENT_SECONDS = 60  # without a byte, after which a server counts as dead
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-TRY_AGAIN = (408, 425, 429)  # HTTP statuses below 500 that are temporary
+SILENT_SECONDS = 60  # timeout for a connection, and for the next byte
+TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 that are retried
 CANNOT_RUN = (126, 127)  # exit statuses of a shell that finds no such command
 
 
 class MissingError(ShardError):
-    """The server says that the file does not exist, or denies access."""
+    """The file does not exist, or the server denies access."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is a URL (`file://` is not remote) or a `pipe:`."""
+    """Tell whether `path` is a URL, except `file://`, or a `pipe:`."""
     return path.startswith("pipe:") or (not path.startswith("file://") and bool(re.match(r"[A-Za-z][\w+.:-]*://", path)))
 
 
 def expand_remote(url: str) -> list[str]:
-    """The URLs that match the wildcards in `url`, sorted; [url] if it has none. HTTP servers have to list their folders.
-
-    Raises:
-        ShardError: the server cannot be reached.
-    """
+    """List the URLs that match the wildcards in `url`, sorted; HTTP servers have to list their folders."""
     scheme, _, rest = url.partition("://")
     path = rest.partition("/")[2]  # without the host, which may be [::1]
     if url.startswith("pipe:") or not glob.has_magic(path.replace("?", "") if scheme.startswith("http") else path):
@@ -64,75 +59,71 @@ def expand_remote(url: str) -> list[str]:
 def with_retries(
     url: str, action: Callable[[], T], retries: int, backoff_seconds: float, pause: Callable[[float], object]
 ) -> T:
-    """The result of `action`, which is retried after errors that may be temporary."""
-    for attempt in itertools.count():
+    """Return the result of `action`, retried after errors that may be temporary; raise ShardError with the fix otherwise."""
+    for attempt in itertools.count(1):
         try:
             return action()
         except ShardError:
             raise
         except Exception as error:
             said = f"{url!r} cannot be fetched: {type(error).__name__}: {error}"
-            status = getattr(error, "status", 0)  # aiohttp.ClientResponseError
-            if isinstance(error, FileNotFoundError) or status in (404, 410):
-                raise MissingError(f"{said}. There is no such file: check the URL") from error
-            if isinstance(error, PermissionError) or status in (401, 403):
-                raise MissingError(f"{said}. The server refuses: check the credentials and the URL") from error
-            if isinstance(error, ValueError | TypeError) or (400 <= status < 500 and status not in TRY_AGAIN):
+            status = getattr(error, "status", 0)  # of aiohttp
+            if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403, 404, 410):
+                raise MissingError(f"{said}. No such file, or no access: check the URL and the credentials") from error
+            if isinstance(error, ValueError | TypeError) or (400 <= status < 500 and status not in TEMPORARY):
                 raise ShardError(f"{said}. Check the URL") from error
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
                 raise ShardError(f"{said}. Lower data.cache_gigabytes below the free space of the disk") from error
-            if attempt >= retries:
-                raise ShardError(f"{said} (tried {attempt + 1} times). Check the URL, and that the server runs") from error
-            log.info("%s; attempt %d of %d", said, attempt + 2, retries + 1)
-            pause(backoff_seconds * 2**attempt)
+            if attempt > retries:
+                raise ShardError(f"{said} (tried {attempt} times). Check the URL, and that the server runs") from error
+            log.info("%s; attempt %d of %d", said, attempt + 1, retries + 1)
+            pause(backoff_seconds * 2 ** (attempt - 1))
     raise AssertionError
 
 
 @contextmanager
 def opened(url: str) -> Iterator[tuple[Callable[[int], bytes], int | None]]:
-    """(read, size): `read(n)` returns up to n of the next bytes of a URL or pipe; size: as the server says."""
+    """Open a URL or pipe as (read, size): `read(n)` returns up to n of the next bytes; size: as the server says."""
     if url.startswith("pipe:"):
         with _piped(url.removeprefix("pipe:")) as read:
             yield read, None
         return
     filesystem, path = _filesystem(url)
-    filesystem.invalidate_cache()  # cached listings may be of another version
-    if url.startswith("http"):
-        # One plain GET: `size` only avoids a HEAD request, which signed URLs refuse.
+    filesystem.invalidate_cache()  # listings may be outdated
+    options: dict[str, Any] = {"cache_type": "none"}  # S3: ranges of one version
+    if url.startswith("http"):  # a plain GET: `size` only avoids a HEAD request, which signed URLs refuse
         headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
-        with filesystem.open(path, "rb", block_size=0, size=1, headers=headers) as file:
-            length = None if "Content-Encoding" in file.r.headers else file.r.headers.get("Content-Length")
-            yield file.read, None if length is None else int(length)
-        return
-    with filesystem.open(path, "rb", cache_type="none") as file:  # S3: ranges, all of the version that was first seen
+        options = {"block_size": 0, "size": 1, "headers": headers}
+    with filesystem.open(path, "rb", **options) as file:
         size = getattr(file, "size", None)
-        yield file.read, size if isinstance(size, int) else None
+        if url.startswith("http"):
+            size = None if "Content-Encoding" in file.r.headers else file.r.headers.get("Content-Length")
+        yield file.read, None if size is None else int(size)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it)."""
+    """Return (fsspec filesystem, path in it)."""
     import fsspec
 
-    scheme = url.partition("://")[0]
+    scheme, options = url.partition("://")[0], dict[str, Any]()
+    is_s3 = scheme in ("s3", "s3a")
 
-    def given(option: str) -> dict[str, Any]:
-        names = {"http": ("http", "https"), "https": ("http", "https"), "s3": ("s3", "s3a"), "s3a": ("s3", "s3a")}[scheme]
-        return {key: value for name in names for key, value in fsspec.config.conf.get(name, {}).get(option, {}).items()}
+    def merged(option: str, defaults: dict[str, Any], *names: str) -> dict[str, Any]:  # options replace the configuration's
+        given = [fsspec.config.conf.get(name, {}).get(option, {}) for name in names]
+        return {option: defaults | given[0] | given[1]}
 
-    options: dict[str, Any] = {}
-    if scheme in ("http", "https"):
+    if is_s3:  # its retries would multiply with ours
+        options = merged("config_kwargs", {"retries": {"max_attempts": 0}}, "s3", "s3a")
+    elif scheme in ("http", "https"):  # aiohttp would end any download after five minutes, and ignore proxies
         import aiohttp
 
-        # aiohttp would end any download after five minutes, and ignore proxies.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
-        options["client_kwargs"] = {"timeout": timeout, "trust_env": True, **given("client_kwargs")}
+        options = merged("client_kwargs", {"timeout": timeout, "trust_env": True}, "http", "https")
         options["encoded"] = "%" in url  # quoting a signature again breaks it
-    elif scheme in ("s3", "s3a"):  # its retries would multiply with ours and s3fs's
-        options["config_kwargs"] = {"retries": {"max_attempts": 0}, **given("config_kwargs")}
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        fix = "run `uv sync --extra s3` or `pip install 'pile-app[s3]'`" if scheme in ("s3", "s3a") else f"{error}"
+        fix = "run `uv sync --extra s3` or `pip install 'pile-app[s3]'`" if is_s3 else f"{error}"
         raise ShardError(f"{url!r} needs a package that is not installed: {fix}") from error
     except ValueError as error:
         raise ShardError(f"{url!r} cannot be read: {error}") from error
@@ -140,15 +131,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _piped(command: str) -> Iterator[Callable[[int], bytes]]:
+    """Run a shell command and return a function that reads its output; kill the command at the end."""
+    shell = ["bash", "-o", "pipefail", "-c", command]  # else `curl | gunzip` could fail and look like a short shard
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", command],  # else `curl | gunzip` could fail and look like a short shard
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
+        options: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors, "start_new_session": True}
+        process = subprocess.Popen(shell, **options)
         output: Any = process.stdout
 
         def read(size: int) -> bytes:
@@ -163,7 +150,7 @@ def _piped(command: str) -> Iterator[Callable[[int], bytes]]:
         try:
             yield read
         finally:
-            if process.poll() is None:  # abandoned, or this process ends
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             output.close()
             process.wait()

@@ -75,7 +75,7 @@ class Summary:
     def description(self) -> dict[str, Any]:
         """Return the content of `dataset.json`, except the options. Shards are relative to its folder."""
         sources = {
-            source: {split: {"shards": f"{source}-{split}-*.tar", **tally._asdict()} for split, tally in splits.items()}
+            source: {split: {"shards": f"{source}-{split}-[0-9]*.tar", **tally._asdict()} for split, tally in splits.items()}
             for source, splits in self.sources.items()
         }
         counts = {what: dict(sorted(self.of(what).items())) for what in ("read", "rejected")}
@@ -87,7 +87,7 @@ class Summary:
         import yaml
 
         sources = {
-            source: {split: os.path.join(self.output, f"{source}-{split}-*.tar") for split in splits if split != "test"}
+            source: {split: os.path.join(self.output, f"{source}-{split}-[0-9]*.tar") for split in splits if split != "test"}
             for source, splits in self.sources.items()
             if "train" in splits
         }

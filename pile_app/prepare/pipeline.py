@@ -94,7 +94,7 @@ def prepare(
         for prefix in sorted(
             {path.name.rpartition("-")[0] for path in result.glob("*.tar")}
         ):  # manifests; all can be read back
-            shards = Shards(sorted(map(str, result.glob(f"{prefix}-*.tar"))), fields=OWN, processes=processes)
+            shards = Shards(sorted(map(str, result.glob(f"{prefix}-[0-9]*.tar"))), fields=OWN, processes=processes)
             if (balance := shards.balance())["rejected"]:
                 raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
         description = summary.description() | {"input": given, "options": asdict(chosen)}

@@ -210,9 +210,7 @@ def check_config(config: Namespace) -> None:
         sizes = model.backbone.init_args
         Transformer.check(sizes.width, sizes.heads, sizes.key_value_heads)
     sources = {name: Source(**vars(source)) for name, source in data.sources.items()}
-    check_data(
-        sources, data.context, data.global_batch, data.micro_batch, data.condition_dropout, data.epochs, data.weights_from
-    )
+    check_data(sources, data)
     if image and vocabulary.image_tokens + 3 > data.context:
         raise ValueError(
             f"data.context={data.context} is shorter than an image: model.image takes {vocabulary.image_tokens} codes "

@@ -335,7 +335,7 @@ def test_a_batch_points_at_the_same_places_as_its_packs(image: Callable[[int], S
     assert batch.documents == [*([(0, one.key, 2, 0, length_of(one))] for one in documents), []]
     planned = assemble(packs, VOCABULARY, TOKENIZER, 32, normalizer=123.0, source_tokens=[3, 4])
     assert planned.normalizer == 123 and planned.source_tokens == [3, 4] and batch.source_tokens == []
-    assert batch.padding_share == 1 - sum(map(length_of, documents)) / 128
+    assert float((batch.document == PADDING).float().mean()) == 1 - sum(map(length_of, documents)) / 128
     lengths = [length_of(documents[0]), 32 - length_of(documents[0])]
     assert batch.piece_starts[:3].tolist() == [0, lengths[0], 32] and batch.piece_starts[-1] == 128
     assert batch.piece_sources.tolist() == [0, PADDING, 0, PADDING, 0, PADDING, PADDING]

@@ -24,7 +24,7 @@ def prepared(folder: Path, **options: Any) -> tuple[list[Document], list[dict[st
     output = folder.parent / "out"
     prepare(folder, output, kind="chat", validation_fraction=0.0, processes=1, **options)
     shards = Shards(expand_shards(str(output / "*.tar")))
-    documents = [shards.document(number) for number in range(len(shards))]
+    documents = list(shards)
     return documents, [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
 
 
