@@ -44,7 +44,7 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
             if program := COMPRESSED.get(file.read(2)):
                 raise ShardError(f"shard {path!r} is compressed: {program} it first, samples are read at random offsets")
             file.seek(0)
-            for member, start, stop in _members(file):
+            for member, start, stop in _checked_members(file):
                 if is_ignored(member):
                     ignored["._* (macOS)"] += not member.isdir()
                     continue
@@ -54,10 +54,6 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
                 sample = samples[-1]
                 sample.files[name], sample.stop = (member.offset_data - sample.start, member.size), stop
                 sample.error = sample.error or _unsafe(member)
-            size = os.fstat(file.fileno()).st_size
-            rest = (os.pread(file.fileno(), 1 << 20, offset) for offset in range(stop, size, 1 << 20))
-            if size - stop < BLOCK or any(part.strip(b"\0") for part in rest):
-                raise ValueError("neither a member nor the end of the archive follows")
     except OSError as error:
         raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
     except ValueError as error:
@@ -80,6 +76,18 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
                 yield member, start, stop
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, AttributeError) as error:  # hostile headers
         raise ValueError(str(error)) from error
+
+
+def _checked_members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
+    """Yield the members of a whole tar. Raises ValueError for a member that is cut off, and where the end is missing."""
+    stop, size = 0, os.fstat(file.fileno()).st_size
+    for member, start, stop in _members(file):
+        if stop - BLOCK >= size:
+            raise ValueError(f"{member.name!r} is cut off")
+        yield member, start, stop
+    rest = (os.pread(file.fileno(), 1 << 20, offset) for offset in range(stop, size, 1 << 20))
+    if size - stop < BLOCK or any(part.strip(b"\0") for part in rest):
+        raise ValueError("neither a member nor the end of the archive follows")
 
 
 def _unsafe(member: tarfile.TarInfo) -> BadSample | None:
@@ -133,12 +141,7 @@ def files_of_block(block: bytes) -> dict[str, bytes]:
 
 def plain_members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, BadSample | None]]:
     """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises ValueError: damaged or truncated."""
-    stop, size = 0, os.fstat(file.fileno()).st_size
-    for member, _, stop in _members(file):
-        if stop - BLOCK >= size:
-            raise ValueError(f"{member.name!r} is cut off")
+    for member, *_ in _checked_members(file):
         member.name = os.fsencode(member.name).decode(errors="replace")  # names in other encodings do no harm
         if not member.isdir():
             yield member, _unsafe(member)
-    if size - stop < BLOCK or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, size, 1 << 20)):
-        raise ValueError(f"damaged or truncated at byte {stop:,}: neither a member nor the end of the archive follows")

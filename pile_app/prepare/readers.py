@@ -584,7 +584,7 @@ def _read_tar(options: Options, name: str, path: str, split: str | None) -> Iter
                     bad.setdefault(key, unsafe or BadSample("duplicate_key", f"two samples are called {key!r}"))
                 groups[key].setdefault(rest, (member.offset_data, member.size))
         except (ValueError, *DAMAGE) as error:
-            damage = _bad(error)
+            damage = BadSample("damaged_file", f"damaged or truncated: {error}")
         for key, found in _regrouped(groups):
             try:
                 if key in bad:
