@@ -133,6 +133,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     base = tmp_path_factory.mktemp("tiny")
     shards = base / "shards"
     write_tiny_shards(shards)
+    (base / "conf").mkdir()
+    (base / "conf" / "default.yaml").write_text("{}")  # `pile plan` lays the configuration over it
     config = base / "config.yaml"
     config.write_text(TINY_CONFIG.format(shards=shards))
     train("--config", config, "--name", "x", "--runs", base / "runs", "--wandb", "null", cwd=base)

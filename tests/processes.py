@@ -101,4 +101,5 @@ def _run(words: list[str], folder: Path, environment: dict[str, str], output: st
     if words[0] == "pile":
         main(words[1:])
     else:
-        runpy.run_path(str(TESTS.parent / words[0]), run_name="__main__")
+        here = folder / words[0]  # a clone's; else the one that lays configurations over nothing
+        runpy.run_path(str(here if here.exists() else TESTS / words[0]), run_name="__main__")

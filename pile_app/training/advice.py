@@ -1,6 +1,4 @@
-"""What is said of a plan: its figures, and what an experienced engineer warns of before it burns a week of GPUs
-(rules of thumb, each with its number and mend).
-"""
+"""What `pile plan` prints: the figures of a plan, and warnings by rules of thumb, each with its number and a fix."""
 
 from __future__ import annotations
 
@@ -12,40 +10,41 @@ from pile_app.training.plan import NODE, Plan
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
-    """The plan as (what, figure) lines."""
+    """The plan as (name, figure) lines."""
     config, layout, memory = plan.config, plan.layout, plan.memory
-    rows: list[tuple[str, str]] = []
-
-    def add(what: str, figure: Any) -> None:
-        rows.append((what, str(figure)))
-
-    add("parameters", ", ".join(f"{part} {size:,}" for part, size in plan.parts.items() if size))
-    add("language model", f"{plan.language_parameters:,} parameters")
     shares = ", ".join(f"{MODALITIES[m]} {plan.data.shares[m]:.0%}" for m in plan.vocabulary.modalities)
     source = "from 64 packs" if plan.data.measured else "assumed, --read-data measures"
-    add("data", f"fill {plan.data.fill:.1%}, {plan.data.attended:,.0f} tokens attended to, targets {shares} ({source})")
     codecs = f", codecs {plan.codec_flops_per_token / 1e6:,.1f} M" if plan.codec_flops_per_token else ""
-    add("FLOPs a token", f"{plan.flops_per_token / 1e6:,.1f} M forward and backward{codecs}")
     batch = f"{plan.micro_batch} x {plan.accumulated} x {layout.data_parallel}"
-    add("step", f"{config.data.global_batch} packs ({batch}) of {config.data.context:,}: {plan.tokens_per_step:,} tokens")
     parallel = f", tensor parallel {layout.tensor_parallel}" if layout.tensor_parallel > 1 else ""
-    add("devices", f"{layout.devices} x {plan.device_name}, {layout.strategy}{parallel}, {plan.precision}")
     names = ("weights", "gradients", "optimizer", "activations", "parallel")
     each = ", ".join(f"{name} {_bytes(getattr(memory, name))}" for name in names if getattr(memory, name))
-    add("memory of a device", f"{_bytes(memory.peak)} at the peak: {each} (gradients come as activations go)")
-    reserved = "what malloc keeps" if plan.device_name == "cpu" else "CUDA's own and fragments"
-    add("needed of a device", f"{_bytes(plan.peak_bytes)} of {_bytes(plan.device.memory)}, with {reserved}")
-    add("a checkpoint", _bytes(plan.checkpoint_bytes))
+    reserved = "memory that malloc keeps" if plan.device_name == "cpu" else "CUDA's own and fragments"
     speed = plan.tokens_per_step / plan.seconds_per_step
     sending = f"; {plan.seconds_sending:.3g} s of sending to hide behind it" if plan.seconds_sending else ""
-    add("speed", f"{speed:,.0f} tokens/s at {plan.utilization:.0%} utilization, {plan.seconds_per_step:.3g} s a step{sending}")
+    rows: list[tuple[str, Any]] = [
+        ("parameters", ", ".join(f"{part} {size:,}" for part, size in plan.parts.items() if size)),
+        ("language model", f"{plan.language_parameters:,} parameters"),
+        ("data", f"fill {plan.data.fill:.1%}, {plan.data.attended:,.0f} tokens attended to, targets {shares} ({source})"),
+        ("FLOPs a token", f"{plan.flops_per_token / 1e6:,.1f} M forward and backward{codecs}"),
+        ("step", f"{config.data.global_batch} packs ({batch}) of {config.data.context:,}: {plan.tokens_per_step:,} tokens"),
+        ("devices", f"{layout.devices} x {plan.device_name}, {layout.strategy}{parallel}, {plan.precision}"),
+        ("memory of a device", f"{_bytes(memory.peak)} at the peak: {each} (gradients come as activations go)"),
+        ("needed of a device", f"{_bytes(plan.peak_bytes)} of {_bytes(plan.device.memory)}, with {reserved}"),
+        ("a checkpoint", _bytes(plan.checkpoint_bytes)),
+        (
+            "speed",
+            f"{speed:,.0f} tokens/s at {plan.utilization:.0%} utilization, {plan.seconds_per_step:.3g} s a step{sending}",
+        ),
+    ]
     if plan.tokens is not None and plan.steps is not None:
-        optimal = 20 * plan.language_parameters
-        add("tokens", f"{plan.tokens:,.0f} in {plan.steps:,} steps, {plan.tokens / optimal:.2f} x Chinchilla's 20 a parameter")
-        seconds = plan.steps * plan.seconds_per_step
-        add("time", f"{_duration(seconds)} ({seconds * layout.devices / 3600:,.1f} device hours)")
+        ratio, seconds = plan.tokens / (20 * plan.language_parameters), plan.steps * plan.seconds_per_step
+        rows += [
+            ("tokens", f"{plan.tokens:,.0f} in {plan.steps:,} steps, {ratio:.2f} x Chinchilla's 20 a parameter"),
+            ("time", f"{_duration(seconds)} ({seconds * layout.devices / 3600:,.1f} device hours)"),
+        ]
         if plan.data.tokens:
-            add("passes over the data", f"{plan.tokens / plan.data.tokens:.2f} ({plan.data.tokens:,} tokens)")
+            rows.append(("passes over the data", f"{plan.tokens / plan.data.tokens:.2f} ({plan.data.tokens:,} tokens)"))
     return rows
 
 
@@ -54,42 +53,34 @@ def _bytes(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} seconds"
+    units = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
+    return next((f"{seconds / size:,.1f} {unit}" for unit, size in units if seconds >= size), f"{seconds:,.0f} seconds")
 
 
 def format_plan(plan: Plan) -> str:
     rows = describe(plan)
-    width = max(len(what) for what, _ in rows)
-    lines = [f"{what:<{width}}  {figure}" for what, figure in rows]
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in advise(plan))])
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:<{width}}  {figure}" for name, figure in rows), *(f"warning: {one}" for one in advise(plan))])
 
 
 def advise(plan: Plan) -> list[str]:
-    """Warnings, most pressing first; empty where nothing is to be said."""
+    """Warnings, most pressing first."""
     return [warning for rule in RULES for warning in rule(plan)]
 
 
 def memory(plan: Plan) -> Iterator[str]:
-    needed, there = plan.peak_bytes, plan.device.memory
+    needed, there, devices = plan.peak_bytes, plan.device.memory, plan.layout.devices
     if needed > there:
-        mends = []
-        if plan.micro_batch > 1:
-            mends.append(f"a smaller data.micro_batch (now {plan.micro_batch})")
-        if plan.layout.strategy != "fsdp" and plan.layout.devices > 1:
-            mends.append("trainer.strategy fsdp2")
-        if plan.memory.activations > 0.4 * needed:
-            if not plan.config.model.recompute:
-                mends.append("model.recompute true")
-            if plan.layout.tensor_parallel == 1 and plan.layout.devices > 1:
-                mends.append("tensor parallelism within a node")
-        if plan.precision == "32-true" and plan.device_name != "cpu":
-            mends.append("trainer.precision bf16-mixed")
-        yield (
-            f"a step needs {needed / 1e9:.0f} GB of a device with {there / 1e9:.0f} GB: {', '.join(mends) or 'a smaller model'}"
-        )
+        much = plan.memory.activations > 0.4 * needed
+        fixes = {
+            f"a smaller data.micro_batch (now {plan.micro_batch})": plan.micro_batch > 1,
+            "trainer.strategy fsdp2": plan.layout.strategy != "fsdp" and devices > 1,
+            "model.recompute true": much and not plan.config.model.recompute,
+            "tensor parallelism within a node": much and plan.layout.tensor_parallel == 1 and devices > 1,
+            "trainer.precision bf16-mixed": plan.precision == "32-true" and plan.device_name != "cpu",
+        }
+        fitting = ", ".join(fix for fix, fits in fixes.items() if fits) or "a smaller model"
+        yield f"a step needs {needed / 1e9:.0f} GB of a device with {there / 1e9:.0f} GB: {fitting}"
     elif needed > 0.9 * there:
         yield f"a step needs {needed / there:.0%} of the device's memory: the first longer sound or fragment may be too much"
     elif plan.accumulated > 1 and needed < 0.4 * there and plan.device_name != "cpu":
@@ -98,10 +89,7 @@ def memory(plan: Plan) -> Iterator[str]:
             f"data.micro_batch (now {plan.micro_batch}) is faster"
         )
     if plan.layout.strategy == "ddp" and plan.memory.parallel > 1e9:
-        yield (
-            f"DDP's buckets take {plan.memory.parallel / 1e9:.1f} GB beside the gradients: gradient_as_bucket_view=true of "
-            "lightning.pytorch.strategies.DDPStrategy saves them"
-        )
+        yield f"DDP's buckets take another {plan.memory.parallel / 1e9:.1f} GB: set gradient_as_bucket_view=true of DDPStrategy"
 
 
 def batch_size(plan: Plan) -> Iterator[str]:
@@ -109,14 +97,11 @@ def batch_size(plan: Plan) -> Iterator[str]:
     usual = 524_288 * (plan.language_parameters / 130e6) ** 0.5
     ratio = plan.tokens_per_step / usual
     if ratio > 4:
-        yield (
-            f"{plan.tokens_per_step:,} tokens a step are {ratio:.0f} times what pays at this size (about {usual:,.0f}): steps "
-            "are wasted; lower data.global_batch"
-        )
+        yield f"{plan.tokens_per_step:,} tokens a step waste steps (usual is {usual:,.0f}): lower data.global_batch"
     if ratio < 1 / 4 and plan.layout.devices > 1:
         yield (
-            f"{plan.tokens_per_step:,} tokens a step are 1/{1 / ratio:.0f} of what a model of this size can use (about "
-            f"{usual:,.0f}): with several devices a larger data.global_batch is as good for each token and much faster"
+            f"{plan.tokens_per_step:,} tokens a step are few for a model of this size (usual is {usual:,.0f}): with several "
+            "devices a larger data.global_batch is as good for each token and much faster"
         )
 
 
@@ -127,11 +112,11 @@ def devices(plan: Plan) -> Iterator[str]:
         yield f"{each:,.0f} tokens a step and device cannot keep it busy: too many devices for data.global_batch"
     if plan.seconds_sending > plan.seconds_per_step:
         yield (
-            f"sending takes {plan.seconds_sending:.2g} s of a step that computes for {plan.seconds_per_step:.2g} s: the "
-            f"utilization of {plan.utilization:.0%} will not be reached; fewer devices, or a larger data.micro_batch"
+            f"sending takes {plan.seconds_sending:.2g} s of a step that computes for {plan.seconds_per_step:.2g} s, so the "
+            f"utilization stays below {plan.utilization:.0%}: fewer devices, or a larger data.micro_batch"
         )
     if layout.tensor_parallel > NODE:
-        yield f"tensor_parallel={layout.tensor_parallel} goes beyond a node of {NODE}: it belongs inside one"
+        yield f"tensor_parallel={layout.tensor_parallel} exceeds a node of {NODE}: it belongs inside a node"
     if layout.strategy == "fsdp" and plan.language_parameters < 300e6:
         yield f"{plan.language_parameters / 1e6:,.0f} M parameters fit every device: ddp is simpler and sends less than fsdp"
 
@@ -151,7 +136,7 @@ def training_length(plan: Plan) -> Iterator[str]:
     if warmup > 0.1 * steps:
         yield f"{warmup} of {steps:,} steps are warm-up: lower model.optimizer.warmup_steps"
     if plan.language_parameters > 100e6 and warmup < 100:
-        yield f"a warm-up of {warmup} steps is short for {plan.language_parameters / 1e6:,.0f} M parameters: some hundred"
+        yield f"a warm-up of {warmup} steps is short for {plan.language_parameters / 1e6:,.0f} M parameters: use some hundred"
     if codecs >= steps:
         yield f"model.codec_steps={codecs} leaves nothing of {steps:,} steps for the language model"
 
@@ -173,8 +158,6 @@ def learning_rate(plan: Plan) -> Iterator[str]:
 def precision(plan: Plan) -> Iterator[str]:
     if plan.precision == "32-true" and plan.device_name != "cpu":
         yield f"float32 leaves {1 - plan.device.float32 / plan.device.bf16:.0%} of the {plan.device_name} unused: bf16-mixed"
-    if plan.precision == "bf16-true" and plan.config.model.optimizer.name != "sgd":
-        yield "bf16-true keeps weights and moments in 8 bits of mantissa: small updates vanish; bf16-mixed keeps float32"
     if plan.precision.startswith("16"):
         yield "float16 overflows where bfloat16 does not: trainer.precision bf16-mixed"
 
@@ -183,40 +166,27 @@ def matrix_sizes(plan: Plan) -> Iterator[str]:
     if plan.device_name == "cpu":
         return
     sizes = plan.config.model.backbone.init_args
-    width = sizes.width
+    width, heads = sizes.width, getattr(sizes, "heads", None)
     if width % 128:
-        yield f"width {width} is no multiple of 128: matrix units work in such tiles, the rest of the last one is wasted"
-    heads = getattr(sizes, "heads", None)
+        yield f"width {width} is no multiple of 128: matrix units work in such tiles, the rest of the last tile is wasted"
     if heads and width // heads not in (64, 128):
         yield f"heads of {width // heads} numbers: attention kernels are fastest with 64 or 128"
-    if heads:
-        hidden = int(sizes.feed_forward * width)
-        if hidden % 128:
-            yield f"a feed-forward net of {hidden} is no multiple of 128"
-        cut = hidden // plan.layout.tensor_parallel
-        if cut % 128 and not hidden % 128:
-            yield f"tensor_parallel={plan.layout.tensor_parallel} cuts the feed-forward net into {cut} each, no multiple of 128"
+    if heads and (hidden := int(sizes.feed_forward * width)) // plan.layout.tensor_parallel % 128:
+        yield f"a feed-forward net of {hidden} on {plan.layout.tensor_parallel} devices is no multiple of 128 on each"
     for modality in plan.vocabulary.modalities:
-        piece = plan.vocabulary.slices[modality]
-        size = piece.stop - piece.start
+        size = plan.vocabulary.slices[modality].stop - plan.vocabulary.slices[modality].start
         if size > 8192 and size % 8:
-            yield (
-                f"the softmax over {MODALITIES[modality]} has {size:,} entries, no multiple of 8: up to "
-                f"{-size % 8} tokens more make it faster"
-            )
+            yield f"the softmax over {MODALITIES[modality]} has {size:,} entries, no multiple of 8: {-size % 8} more are faster"
 
 
 def data(plan: Plan) -> Iterator[str]:
-    context = plan.config.data.context
+    context, spec = plan.config.data.context, plan.config.model.tokenizer
     if not plan.tokenizer_is_there:
-        yield (
-            f"{plan.config.model.tokenizer} is not there yet: planned with {plan.vocabulary.text_tokens:,} text tokens "
-            "(--text-tokens)"
-        )
+        yield f"{spec} is not there yet: planned with {plan.vocabulary.text_tokens:,} text tokens (--text-tokens)"
     if not plan.data.measured:
         return
     if plan.data.fill < 0.95:
-        yield f"{1 - plan.data.fill:.0%} of the places are padding: a context of {context:,} does not suit these documents"
+        yield f"{1 - plan.data.fill:.0%} of the positions are padding: a context of {context:,} does not suit these documents"
     if plan.data.attended < context / 8:
         yield (
             f"a token sees {plan.data.attended:,.0f} tokens of a context of {context:,}: documents are short; a shorter "

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,14 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import data_parallel
+from pile_app.data.files import ShardError
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
 
 log = logging.getLogger(__name__)
+MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
 
 class DataReport(Callback):
@@ -67,10 +69,10 @@ class DataReport(Callback):
         trainer.strategy.barrier("quarantine")
         for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
             count = sum(data.rejected().values())
-            if count > self.max_rejected_share * max(100, count + len(data)):
-                raise RuntimeError(
-                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}), "
-                    f"more than data.max_rejected_share={self.max_rejected_share:.1%}: fix the data, or raise that limit"
+            if count > max(MOST_REJECTED_AT_INDEXING, self.max_rejected_share) * (count + len(data)):
+                raise ShardError(
+                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}): "
+                    "fix the data or its `fields`, or raise data.max_rejected_share above that fraction"
                 )
 
     def on_train_batch_end(
@@ -163,11 +165,7 @@ class Ledger(Callback):
 
 
 def read_ledger(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's ledger, by position.
-
-    Raises:
-        ValueError: a position stands there twice or is missing.
-    """
+    """The entries of a run's ledger, by position. Raises ValueError: a position stands there twice or is missing."""
     paths = sorted((run / "ledger").glob("*.jsonl"))
     entries = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     entries.sort(key=lambda entry: entry["position"])
@@ -199,7 +197,6 @@ class Throughput(Callback):
 
     def _reset(self) -> None:
         self.tokens = [0, 0, 0]
-        self.media = [0, 0]
         self.attended: list[torch.Tensor] = []  # (2,) of each batch: places that hold something, tokens that they look at
         self.waited = 0.0
         self.began = self.ended = time.perf_counter()
@@ -338,30 +335,22 @@ class SampleGeneration(Callback):
         A document of several segments gives its first as the prompt and its second as the reference; a plain text gives its
         beginning.
         """
-        kinds: dict[tuple[int, int], tuple[list[Document], list[Segment | None]]] = {}
+        kinds: dict[tuple[int, int], tuple[list[Document], list[Segment | None]]] = defaultdict(lambda: ([], []))
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
-                try:
-                    stored = data.document(number).segments
-                    # Codes of a medium are the better prompt: they need not be made again.
-                    segments = [plain(model, one) if one.modality == TEXT else one for one in stored]
-                    if any(one.is_encoded and one.codes.is_lost for one in segments):
-                        continue
+                try:  # codes of a medium are the better prompt: they need not be made again
+                    prompt, *rest = (plain(model, s) if s.modality == TEXT else s for s in data.document(number).segments)
                 except ValueError:
                     continue  # bad samples are counted where they are read for training
-                if len(segments) > 1 and not segments[1].loss:
-                    continue  # given as well: no answer to set beside
-                if len(segments) > 1:
-                    pair = (segments[0].modality, segments[1].modality)
-                    prompt, reference = segments[0], segments[1]
-                elif segments[0].modality == TEXT and len(segments[0].text) > 80:
-                    pair, prompt, reference = (TEXT, TEXT), Segment(segments[0].text[:60]), None
-                else:
+                if any(segment.is_encoded and segment.codes.is_lost for segment in (prompt, *rest)):
                     continue
-                if pair == (TEXT, TEXT) and len(segments) > 1:
+                reference = rest[0] if rest else None
+                if reference is None and prompt.modality == TEXT and len(prompt.text) > 80:
+                    prompt = Segment(prompt.text[:60])
+                elif reference is None or not reference.loss or prompt.modality == reference.modality == TEXT:
                     continue
-                prompts, references = kinds.setdefault(pair, ([], []))
-                if len(prompts) < (self.count if pair[1] != TEXT or pair[0] != TEXT else 2):
+                prompts, references = kinds[prompt.modality, reference.modality if reference else TEXT]
+                if len(prompts) < (self.count if reference else 2):
                     prompts.append(Document((prompt,)))
                     references.append(reference)
         return [
@@ -381,27 +370,25 @@ def plain_example(
 def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segment | None]]) -> None:
     """Prompts, answers and references as PNG, WAV and TXT, with `samples.json` saying which is which (see `report.py`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = []
-    for number, (title, prompt, answer, reference) in enumerate(entries):
 
-        def keep(segment: Segment, role: str, number: int = number) -> dict[str, str]:
-            modality = MODALITIES[segment.modality]
-            name = f"{number:03d}-{role}.{segment.extension}"
-            if segment.modality == TEXT:
-                if role == "output":
-                    (folder / name).write_text(segment.text)
-                return {"modality": modality, "text": segment.text}
-            (folder / name).write_bytes(segment.file)
-            return {"modality": modality, "file": name}
+    def keep(number: int, role: str, *segments: Segment | None) -> list[dict[str, str]]:
+        parts = []
+        for segment in filter(None, segments):
+            name, is_text = f"{number:03d}-{role}.{segment.extension}", segment.modality == TEXT
+            if role == "output" or not is_text:
+                (folder / name).write_bytes(segment.text.encode() if is_text else segment.file)
+            parts.append({"modality": MODALITIES[segment.modality], **({"text": segment.text} if is_text else {"file": name})})
+        return parts
 
-        described.append(
-            {
-                "title": title,
-                "prompt": [keep(segment, "prompt") for segment in prompt.segments],
-                "outputs": [keep(answer, "output")],
-                "references": [keep(reference, "reference")] if reference else [],
-            }
-        )
+    described = [
+        {
+            "title": title,
+            "prompt": keep(number, "prompt", *prompt.segments),
+            "outputs": keep(number, "output", answer),
+            "references": keep(number, "reference", reference),
+        }
+        for number, (title, prompt, answer, reference) in enumerate(entries)
+    ]
     (folder / "samples.json").write_text(json.dumps(described, indent=1, ensure_ascii=False))
 
 
@@ -422,12 +409,7 @@ def log_samples_to_wandb(trainer: Trainer, folder: Path) -> None:
 
     rows = json.loads((folder / "samples.json").read_text())
     for title in dict.fromkeys(row["title"] for row in rows):
-        table = wandb.Table(columns=["prompt", "answer"])
-        media = []
-        for row in (row for row in rows if row["title"] == title):
-            table.add_data(cell(row["prompt"][-1]), cell(row["outputs"][0]))
-            if row["outputs"][0]["modality"] != "text":
-                media.append(cell(row["outputs"][0]))
-        loggers[0].experiment.log({f"samples/{title}": table, "trainer/global_step": trainer.global_step})
-        if media:
-            loggers[0].experiment.log({f"media/{title}": media, "trainer/global_step": trainer.global_step})
+        pairs = [(row["prompt"][-1], row["outputs"][0]) for row in rows if row["title"] == title]
+        table = wandb.Table(["prompt", "answer"], [[cell(prompt), cell(answer)] for prompt, answer in pairs])
+        media = {f"media/{title}": [cell(answer) for _, answer in pairs]} if pairs[0][1]["modality"] != "text" else {}
+        loggers[0].experiment.log({f"samples/{title}": table, "trainer/global_step": trainer.global_step} | media)

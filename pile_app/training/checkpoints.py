@@ -1,78 +1,38 @@
-"""Checkpoints that survive, and runs that stop and resume exactly. Which checkpoint a run resumes from: `resume.py`.
+"""Checkpoints that survive, and runs that stop exactly. What a run resumes from: `resume.py`.
 
     save → last.ckpt.next, durably → ranks meet → last.ckpt becomes previous.ckpt → last.ckpt.next becomes last.ckpt
 
-so that whatever happens, one of the three is whole; files and folders (sharded checkpoints) alike.
+so that one of the three is always whole; files and folders (sharded checkpoints) alike. Gaps of Lightning 2.6 that only show
+after a kill, each with its answer here and a test in `tests/training/test_resume.py`:
 
-Lightning 2.6 has gaps that only show after a kill; each has its answer here, and a test in `tests/training/test_resume.py`:
-
-* a checkpoint is staged in /tmp and moved, not synced, and a full disk may leave half of one: `DurableCheckpointIO`;
+* a checkpoint is staged in /tmp and moved, not synced, and a full disk may leave half of it: `DurableCheckpointIO`;
 * there is one last checkpoint, overwritten in place where it is a folder: `LastCheckpoint` keeps the one before;
 * a checkpoint due together with a validation is written before it, and the resumed run skips that validation: `LastCheckpoint`
-  waits for the validation, and what that decided (best checkpoint, early stopping) is in it;
-* counters are in micro-batches, wrong after a change of devices, and a resumed run saves again after its first micro-batch,
-  over the checkpoint it came from: `ExactResume`;
-* SIGTERM starts a collective inside the signal handler and can deadlock: `GracefulStop` only sets a flag there; and a run that
-  is told to stop first validates once more: not here.
+  waits for the validation, and the best score and early stopping are in it;
+* counters are in micro-batches, wrong after a change of devices: `PileModule.on_load_checkpoint`; and a resumed run saves again
+  after its first micro-batch, over the checkpoint it came from: not `LastCheckpoint`;
+* SIGTERM starts a collective inside the signal handler and can deadlock, and a run that is told to stop validates once more:
+  not `GracefulStop`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pile_app.data.datamodule import data_parallel
-from pile_app.training.sharded import read_checkpoint, remove_leftovers
+from pile_app.training.sharded import read_checkpoint, remove_leftovers, sync_folder, write_durably
 from pile_app.training.strategy import ShardedStrategy
 
-log = logging.getLogger(__name__)
-
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-
-
-def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """A file that is there as a whole or not at all: written beside its place, synced to disk, renamed.
-
-    What a killed process left of an earlier try is removed; a path has one writer at a time.
-
-    Raises:
-        OSError: it cannot be written (disk full, say). What was at `path` is there still.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{str(path)!r} could not be written ({error}); the checkpoint before it is whole. Free some space and run the "
-            "same command again: it resumes from there"
-        ) from error
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Renames in a folder reach the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    os.fsync(opened)
-    os.close(opened)
 
 
 def remove(path: Path) -> None:
@@ -139,6 +99,9 @@ class LastCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self.dirpath) / LAST
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_global_step_saved = trainer.global_step
+
     def _due(self, trainer: Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and self._last_global_step_saved != trainer.global_step
 
@@ -167,56 +130,39 @@ def validation_every(trainer: Trainer) -> int:
     return every // trainer.accumulate_grad_batches
 
 
-class ExactResume(Callback):
-    """Puts Lightning's counters where they belong: all follow from the optimizer steps in the checkpoint."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Everything people set is in optimizer steps; Lightning counts some of it in micro-batches."""
-        if stage != "fit":
-            return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError("set data.global_batch and data.micro_batch; trainer.accumulate_grad_batches follows from them")
-        _, trainer.accumulate_grad_batches = data.micro_batches(data_parallel(trainer)[0])
-        trainer.fit_loop.epoch_loop.max_steps = data.steps(trainer)
-        if isinstance(trainer.val_check_interval, int):
-            trainer.val_check_interval *= trainer.accumulate_grad_batches
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for part in ("total", "current"):
-            unfinished = progress[part]["processed"] - progress[part]["completed"]  # 1 within on_train_batch_end
-            progress[part] |= dict.fromkeys(("ready", "started", "processed"), batches)
-            progress[part]["completed"] = batches - unfinished
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            # Not the best one: a validation that was broken off comes at once, and may be the best.
-            if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps:
-                callback._last_global_step_saved = trainer.global_step
-
-
 class StoppedInValidation(Exception):
-    """A validation was left because of a signal; the checkpoint knows that it is due."""
+    """Validation was interrupted; the checkpoint records that it is due."""
 
 
 class GracefulStop(Callback):
-    """On SIGTERM or SIGUSR1: finish the optimizer step, write `last.ckpt`, stop. A validation is broken off, and begun again by
-    the resumed run.
+    """Stop after the current optimizer step and write `last.ckpt`, on SIGTERM, SIGUSR1 or Ctrl-C, or after `max_time`.
 
-    The handler sets a flag; a collective inside of it could meet another one half way. Ranks agree once an optimizer step, with
-    the figures that `StepGuard` averages anyway, and after each batch of a validation.
+    Validation is interrupted, and repeated by the resumed run. A second Ctrl-C ends the process at once. The handler only sets
+    a flag: a collective inside it could meet another one half way. Ranks agree once per optimizer step, together with the
+    figures that `StepGuard` averages anyway, and after each batch of validation.
+
+    Args:
+        max_time: as in Lightning's `Trainer`, for each start of the run.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
-    def __init__(self) -> None:
+    def __init__(self, max_time: Any = None) -> None:
+        self.timer = Timer(max_time)
         self.received: int | None = None
-        self.agreed = False  # a rank has received a signal, and all know it
+        self.agreed = False  # a rank has to stop, and all know it
         self.stopped = False
         self.in_validation = False
         self._original: dict[int, Any] = {}
+
+    @property
+    def is_due(self) -> bool:
+        return self.received is not None or (self.timer.time_remaining() or 1) <= 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, 143 for one that another rank received; 0 after `max_time`."""
+        return 128 + (self.received or signal.SIGTERM) if self.received or not self.is_due else 0
 
     @property
     def state_key(self) -> str:
@@ -226,7 +172,7 @@ class GracefulStop(Callback):
         return {"in_validation": self.in_validation}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A validation that was left is due before anything else; to Lightning it is one that has just begun."""
+        """Begin with the validation that was interrupted; to Lightning it has just started."""
         if checkpoint["callbacks"].get(self.state_key, {}).get("in_validation"):
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -234,6 +180,9 @@ class GracefulStop(Callback):
                 progress[part] |= begun
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = number
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -251,27 +200,25 @@ class GracefulStop(Callback):
             signal.signal(number, handler)
         self._original = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.timer.on_train_start(trainer, pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         micro_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if micro_batch % trainer.accumulate_grad_batches or not self.agreed:
             return
         every = validation_every(trainer)
         if every and trainer.global_step % every == 0:
-            return  # the validation that is due begins and is broken off, which leaves it due
+            return  # the validation that is due begins and is interrupted, so that it stays due
         self.stopped = trainer.should_stop = True
         trainer.limit_val_batches = 0
-        self._say(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.is_due, all=False):
             self.stopped = self.in_validation = True
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, LastCheckpoint):
                     callback.save(trainer)
-            self._say(trainer)
             raise StoppedInValidation
-
-    def _say(self, trainer: Trainer) -> None:
-        log.warning("stopping after step %d because of a signal; the same command resumes the run", trainer.global_step)

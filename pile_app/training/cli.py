@@ -6,23 +6,34 @@ cannot be is refused before data or model are built.
 
 from __future__ import annotations
 
-import gc
+import logging
 import os
+import re
+import shlex
+import signal
+import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import IO, Any, Literal, NoReturn
 
 # Lightning's own advice on its internals, of no use to whoever trains a model.
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
 warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
 
-from jsonargparse import Namespace  # noqa: E402
+logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402, F401
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
+from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
@@ -69,46 +80,62 @@ class PileCLI(LightningCLI):
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.config.runs) / self.config.name
+        return Path(self.scratch.name if self.config.trainer.fast_dev_run else self.config.runs) / self.config.name
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(default_config_files=[str(find_default_config())], **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        from pile_app.training.resume import choose_checkpoint, read_skipped
-        from pile_app.training.run import check_writable, completed_steps
+        from pile_app.training.resume import TOKENIZER, check_complete, check_origin, check_resume, choose_checkpoint
+        from pile_app.training.run import lock
 
-        is_first = is_first_process()
-        try:
-            check_config(self.config)
-            if is_first:
-                check_writable(self.run_folder)
-            self.config.guard.skip_steps = tuple(
-                sorted({tuple(one) for one in (*self.config.guard.skip_steps, *read_skipped(self.run_folder))})
-            )
-            self.checkpoint = choose_checkpoint(self.run_folder / "checkpoints", self.config.guard.skip_steps, is_first)
-        except (ValueError, OSError) as error:
-            self.parser.error(str(error))
-        steps = completed_steps(self.run_folder, self.config.trainer.max_steps, self.config.data.epochs)
+        config, model, is_first = self.config, self.config.model, is_first_process()
+        check_config(config)
+        group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
+        PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))
+        self.checkpoint: Path | None = None
+        self.lock: IO[str] | None = None
+        self.dumped = self.parser.dump(config, skip_link_targets=True, skip_none=False)
+        if config.trainer.fast_dev_run:
+            self.scratch = TemporaryDirectory(prefix="pile-")
+            self.run_folder.mkdir()
+            # Both phases where there are steps for both.
+            model.codec_steps = min(model.codec_steps, int(config.trainer.fast_dev_run) - 1)
+            return
+        run, asked = self.run_folder, yaml.safe_load(self.dumped)
+        if is_first:
+            self.lock = lock(run)
+        steps = check_complete(run, asked)
         if steps is not None:
             if is_first:
                 print(
-                    f"{self.run_folder} is complete ({steps} steps): open {self.run_folder / 'report.html'}; to train longer "
-                    "raise trainer.max_steps, or choose another --name"
+                    f"{run} is complete ({steps} steps): open {run / 'report.html'}; to train longer raise trainer.max_steps, "
+                    "or choose another --name"
                 )
             raise SystemExit
+        config.guard.skip_steps = tuple(sorted({tuple(one) for one in config.guard.skip_steps}))
+        self.checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
+        if self.checkpoint is None:
+            check_origin(asked["model"])
+            return
+        was = check_resume(run, self.checkpoint, asked)["model"]
+        if model.start_from or model.codecs_from:  # the run has them now, and does without the files that it began with
+            model.start_from, model.codecs_from = None, str(self.checkpoint) if model.image or model.audio else None
+        if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
+            model.tokenizer = str(run / TOKENIZER)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, Throughput
-        from pile_app.training.checkpoints import DurableCheckpointIO, ExactResume, GracefulStop, LastCheckpoint
+        from pile_app.training.checkpoints import DurableCheckpointIO, GracefulStop, LastCheckpoint
         from pile_app.training.guards import StepGuard
         from pile_app.training.run import RunFolder, make_loggers
 
-        run = self.run_folder
-        config = self.parser.dump(self.config, skip_link_targets=True, skip_none=False)
-        self.run = RunFolder(run, config)
-        self.stop = GracefulStop()
+        run, asked = self.run_folder, self.config.trainer
+        self.run = RunFolder(run, self.dumped)
+        self.stop = GracefulStop(asked.max_time)
         callbacks: list[Callback] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
             *([Ledger(run)] if self.config.ledger else []),
-            ExactResume(),
             self.stop,
             self.run,
             StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop),
@@ -126,24 +153,30 @@ class PileCLI(LightningCLI):
             ),
             LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),  # after the best one, whose score it keeps
         ]
-        if self.config.trainer.fast_dev_run:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        unwanted: list[type[Callback]] = []
+        if asked.fast_dev_run:
+            unwanted += [Ledger, ModelCheckpoint]
+        if asked.logger is False or asked.fast_dev_run:
+            unwanted.append(LearningRateMonitor)
+        if asked.enable_progress_bar is False:
+            unwanted.append(PileProgressBar)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, tuple(unwanted))]
         chosen = {
             "callbacks": [*callbacks, *(self.config_init.trainer.callbacks or [])],
             "default_root_dir": str(run),
+            "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
             "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
         }
-        if self.config.trainer.precision is None:
-            chosen["precision"] = fast_precision(self.config.trainer.accelerator)
-        if self.config.trainer.logger is None:
-            chosen["logger"] = make_loggers(run, self.config.wandb)
+        if asked.precision is None:
+            chosen["precision"] = fast_precision(asked.accelerator)
+        if asked.logger is None:
+            project = self.config.wandb if is_first_process() else None  # others log nothing
+            chosen["logger"] = make_loggers(run, project) if not asked.fast_dev_run else []
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
 
 
 def fast_precision(accelerator: Any) -> str:
     """bf16-mixed (weights stay float32) where the hardware multiplies bfloat16, for the demo a third faster; else 32-true."""
-    import torch
-
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
@@ -166,9 +199,12 @@ def make_model_parser() -> LightningArgumentParser:
 
 def check_config(config: Namespace) -> None:
     """Raises ValueError for values that cannot be, alone or together; builds nothing."""
-    model, data = config.model, config.data
-    image = ImageCodecConfig(**vars(model.image)) if model.image else None
-    audio = AudioCodecConfig(**vars(model.audio)) if model.audio else None
+    model, data, trainer = config.model, config.data, config.trainer
+    Timer(trainer.max_time)
+    for switch, (allowed, fix) in SWITCHES.items():
+        if str(value := getattr(trainer, switch)) not in allowed.split():
+            raise ValueError(f"trainer.{switch}={value} is not possible: {fix}")
+    image, audio = codec_configs(config)
     vocabulary = make_vocabulary(256, "bytes", image, audio)
     if model.backbone.class_path.rsplit(".", 1)[-1] == "Transformer":
         sizes = model.backbone.init_args
@@ -185,15 +221,65 @@ def check_config(config: Namespace) -> None:
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 optimizer step")
     in_epochs = data.epochs is not None or any(source.epochs is not None for source in sources.values())
-    if not in_epochs and config.trainer.max_steps < 0:
+    if not in_epochs and trainer.max_steps < 0:
         raise ValueError("how long to train? Set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)")
+
+
+def codec_configs(config: Namespace) -> tuple[ImageCodecConfig | None, AudioCodecConfig | None]:
+    image, audio = config.model.image, config.model.audio
+    return ImageCodecConfig(**vars(image)) if image else None, AudioCodecConfig(**vars(audio)) if audio else None
+
+
+def count_devices(trainer: Namespace) -> int:
+    """Devices of all nodes that the configuration asks for."""
+    devices = trainer.devices
+    if str(devices) in ("auto", "-1"):
+        devices = 1 if trainer.accelerator == "cpu" else torch.cuda.device_count()
+    elif isinstance(devices, list) or "," in str(devices):
+        devices = len(re.findall(r"\d+", str(devices)))
+    return max(1, int(devices)) * trainer.num_nodes
+
+
+# Switches of Lightning's that a run cannot follow: the values that it can, and the fix.
+IN_STEPS = "set trainer.max_steps (optimizer steps) or data.epochs (passes over the data)"
+SWITCHES = {
+    "accumulate_grad_batches": ("1", "set data.global_batch and data.micro_batch, it follows from them"),
+    "barebones": ("False", "it excludes checkpoints and metrics, without which there is no run"),
+    "enable_checkpointing": (
+        "None True",
+        "a run resumes from its checkpoints; checkpoint_every says how often they are written",
+    ),
+    "limit_train_batches": ("None 1.0", IN_STEPS),
+    "max_epochs": ("None -1", IN_STEPS),
+    "min_epochs": ("None", IN_STEPS),
+    "overfit_batches": ("0.0 0", "take few documents with data.sources, and " + IN_STEPS),
+    "precision": (
+        "None 32-true 32 bf16-mixed bf16 16-mixed 16",
+        "choose 32-true, bf16-mixed or 16-mixed, which keep weights and sums in float32",
+    ),
+    "reload_dataloaders_every_n_epochs": ("0", "the order of the data is fixed"),
+    "use_distributed_sampler": ("False", "the data module shares out each step itself"),
+}
+
+
+def find_default_config() -> Path:
+    """`conf/default.yaml`, which every configuration is laid over: next to `train.py`, in the working folder, or ours.
+    Raises FileNotFoundError: there is none."""
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    folders = [*([main.parent] if main.name == "train.py" else []), Path(), Path(__file__).parents[2]]
+    found = [path for folder in folders if (path := folder / "conf" / "default.yaml").is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"no conf/default.yaml, which configurations are laid over, in {' or '.join(map(str, folders))}"
+        )
+    return found[0]
 
 
 CLI_OPTIONS: dict[str, Any] = {
     "save_config_callback": None,
     "seed_everything_default": 0,
     "trainer_defaults": TRAINER_DEFAULTS,
-    "parser_kwargs": {"default_config_files": ["conf/default.yaml"], "description": __doc__},
+    "parser_kwargs": {"exit_on_error": False, "description": __doc__},
     "auto_configure_optimizers": False,
     "run": False,
 }
@@ -210,87 +296,77 @@ class _ParsingCLI(PileCLI):
 
 
 def parse_config(arguments: list[str]) -> Namespace:
-    """The configuration that training would have with these arguments.
-
-    Raises:
-        ValueError: values that cannot be together. (For what does not parse the process ends with exit code 2.)
-    """
+    """The configuration that training would have with these arguments. Raises ValueError: it does not parse, or has values
+    that cannot be together."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        cli = _ParsingCLI(PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments)
-    return cli.config
+        try:
+            return _ParsingCLI(
+                PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments
+            ).config
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
 
 
+REFUSED = 2  # exit code: the configuration cannot be
 DIVERGED = 3  # exit code: the same command would come to the same end
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains. `arguments`: None takes the command line's.
-
-    Raises:
-        SystemExit: 143 or 138 after SIGTERM or SIGUSR1, with a checkpoint (run the same command again); 3 where too many
-            steps in a row could not be taken (do not, before something is changed); 2 for a configuration that cannot be.
-    """
-    while not train(arguments):
-        gc.collect()  # the model that went astray is held by cycles, and its place on the device is needed
-
-
-def train(arguments: list[str] | None) -> bool:
-    """One attempt: False where the run goes back to a checkpoint, and has to begin once more."""
+    """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
+    Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
+    could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
     from pile_app.training.checkpoints import StoppedInValidation
     from pile_app.training.run import keep_freed_memory
 
-    cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
-    if cli.trainer.strategy.root_device.type == "cpu":
-        keep_freed_memory()
+    cli: PileCLI = None  # type: ignore[assignment]
     try:
-        cli.trainer.fit(
-            cli.model, datamodule=cli.datamodule, ckpt_path=str(cli.checkpoint) if cli.checkpoint else None, weights_only=True
-        )
+        cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
+        if cli.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
+        checkpoint = str(cli.checkpoint) if cli.checkpoint else None
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except StoppedInValidation:
         pass
+    except KeyboardInterrupt:  # before training
+        raise SystemExit(128 + signal.SIGINT) from None
     except DivergedError as error:
-        return go_back(cli, error)
-    if cli.stop.stopped:
-        # Only the first one says so: Lightning kills all processes that are left when one that it started fails.
-        raise SystemExit(128 + (cli.stop.received or 15) if cli.trainer.is_global_zero else 0)
-    finish(cli)
-    return True
+        stop_diverged(cli, error)
+    except (ArgumentError, ValueError, OSError, ShardError, MisconfigurationException) as error:
+        if cli is not None and cli.run.has_begun:
+            raise
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(REFUSED) from error
+    if cli.config.trainer.fast_dev_run:
+        print(f"fast_dev_run: {cli.trainer.global_step} optimizer steps; nothing is kept")
+        return
+    if not cli.stop.stopped:
+        try:
+            return finish(cli)
+        except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
+            cli.stop.received = signal.SIGINT
+    if not cli.trainer.is_global_zero:
+        raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
+    command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
+    print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
+    raise SystemExit(cli.stop.exit_code)
 
 
-def go_back(cli: PileCLI, error: DivergedError) -> bool:
-    """False where the run shall pass over the steps that were rejected, which is then written down; else it ends here."""
-    from pile_app.training.resume import add_skipped, range_to_skip, read_skipped
+def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
+    """Say how the run can go on."""
+    from pile_app.training.resume import range_to_skip
 
-    guard, run, strategy = cli.config.guard, cli.run_folder, cli.trainer.strategy
+    guard, run = cli.config.guard, cli.run_folder
     skipped = range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
-    goes_back = skipped is not None and len(read_skipped(run)) < guard.rewinds
-    strategy.barrier("went astray")  # all have read what is there
-    if cli.trainer.is_global_zero:
-        print(f"{run}: {error}", flush=True)
-        if skipped is None:
-            print(
-                "Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name"
-            )
-        elif goes_back:
-            add_skipped(run, *skipped)
-            print(f"Going back to pass over steps {skipped[0]} to {skipped[1]}", flush=True)
-        else:
-            ranges = [list(one) for one in (*guard.skip_steps, skipped)]
-            print(
-                "Lower the learning rate, or go back and pass over those data: the same command with "
-                f"--guard.skip_steps '{ranges}' (--guard.rewinds 3 would have done that by itself, three times)"
-            )
-    strategy.barrier("written down")
-    if goes_back:
-        import wandb
-
-        cli.stop.teardown(cli.trainer, cli.model, "fit")  # Lightning leaves that out after an exception
-
-        if wandb.run is not None:
-            wandb.finish()  # the next attempt goes on with it
-        return False
-    raise SystemExit(DIVERGED if cli.trainer.is_global_zero else 0)
+    ranges = [list(one) for one in (*guard.skip_steps, *([skipped] if skipped else []))]
+    if not cli.trainer.is_global_zero:
+        raise SystemExit
+    print(f"{run}: {error}")
+    if skipped is None:
+        print("Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name")
+    else:
+        print(f"Lower the learning rate, or skip those data: the same command with --guard.skip_steps '{ranges}'")
+    raise SystemExit(DIVERGED)
 
 
 def is_first_process() -> bool:

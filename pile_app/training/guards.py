@@ -1,17 +1,15 @@
 """Which optimizer steps are not taken, and what happens when there are too many of them.
 
-After the last backward pass of a step its loss and the norm of its gradient are known. A step is *rejected* where one of them
-is not finite, where it is an outlier (`spike_sigmas`), or where its data are to be passed over (`skip_steps`). Its gradients
-are dropped before the optimizer sees them, and torch's optimizers leave a parameter without gradient alone: weights, momenta
-and step counts stay to the bit what they were. The schedule and the position of the data go on, so position = steps x global
-batch holds as ever, and a resumed run rejects the same steps.
+After the last backward pass of a step its loss and the norm of its gradient are known. A step is *rejected* if one of them is
+not finite, or if its data are to be skipped (`skip_steps`). Its gradients are dropped before the optimizer sees them, and
+torch's optimizers leave a parameter without gradient alone: weights, momenta and step counts stay the same to the bit. The
+schedule and the position of the data go on, so position = steps x global batch still holds, and a resumed run rejects the same
+steps.
 
 All ranks decide alike, from numbers that were averaged over them: one all-reduce of three floats and one wait for the device
-in an optimizer step. A signal to stop (`GracefulStop`) travels with them.
-
-A run that has rejected `max_rejected` steps in a row has data that the model cannot take, or a model that is beyond repair. It
-stops, before anything of it reaches a checkpoint, or goes back (`rewinds`): as PaLM did (arXiv:2204.02311, 5.1), to a
-checkpoint from before the trouble, to pass over the data from `rewind_steps` before it up to its end.
+per optimizer step. A signal to stop (`GracefulStop`) travels with them. A run that has rejected more than `max_rejected` steps
+in a row stops before any of them reaches a checkpoint, and prints the option that skips their data, from `rewind_steps` before
+them, as PaLM did (arXiv:2204.02311, 5.1).
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import statistics
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils._pytree import tree_leaves_with_path
 
 from pile_app.data.batch import Batch
 from pile_app.training.callbacks import keep_lines
@@ -45,42 +43,27 @@ class GuardConfig:
     """Which optimizer steps are not taken. See `guards.py`.
 
     Args:
-        max_rejected: steps in a row that may be rejected; with one more the run stops, or goes back.
-        spike_sigmas: reject a step, too, whose loss or gradient norm is so many standard deviations above the mean of the
-            `spike_window` steps before (OLMo 2, arXiv:2501.00656, takes 6 of 128); null: only what is not finite.
-        spike_window: steps that a spike is measured against; there are none before half of them were taken.
-        rewinds: how often a run that would stop goes back by itself.
-        rewind_steps: optimizer steps before the first rejected one that are passed over too when the run goes back.
+        max_rejected: steps in a row that may be rejected; with one more the run stops.
+        rewind_steps: optimizer steps before the first rejected one that a run that stops advises to pass over too.
         skip_steps: first and last of the optimizer steps, counted from 1, whose data are passed over. A range that begins
             before `last.ckpt` takes the run back to the checkpoint before.
     """
 
     max_rejected: int = 10
-    spike_sigmas: float | None = None
-    spike_window: int = 128
-    rewinds: int = 0
     rewind_steps: int = 100
     skip_steps: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("max_rejected", 0), ("spike_window", 4), ("rewinds", 0), ("rewind_steps", 0)):
+        for name, least in (("max_rejected", 0), ("rewind_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"guard.{name}={getattr(self, name)} must be at least {least}")
-        if self.spike_sigmas is not None and not self.spike_sigmas > 0:
-            raise ValueError(f"guard.spike_sigmas={self.spike_sigmas} must be above 0, or null to reject no spikes")
         for first, last in self.skip_steps:
             if not 1 <= first <= last:
                 raise ValueError(f"guard.skip_steps: [{first}, {last}] is no range of steps: 1 <= first <= last")
 
 
 class DivergedError(FloatingPointError):
-    """Too many steps were rejected in a row.
-
-    Args:
-        message: what was wrong with the last one.
-        first: the first of them.
-        last: the last of them.
-    """
+    """Too many steps were rejected in a row, from `first` to `last`."""
 
     def __init__(self, message: str, first: int, last: int) -> None:
         super().__init__(message)
@@ -95,10 +78,7 @@ class StepGuard(Callback):
     A line of `rejected.jsonl` is what one device had of a rejected step: {"step": from 1, "reason", "loss", "gradient_norm",
     "positions": of its packs, "documents": [[source, key, epoch, first token, stop], ...]}.
 
-    Args:
-        run: the run's folder.
-        config: what is rejected.
-        stop: whose signal the ranks agree on along with the step.
+    Ranks agree on `stop` together with the step.
 
     Raises:
         DivergedError: more than `max_rejected` steps in a row.
@@ -111,14 +91,9 @@ class StepGuard(Callback):
         self.stop = stop
         self.counts: Counter[str] = Counter()  # of rejected steps, by reason
         self.in_a_row = 0
-        self.before: dict[str, deque[float]] = {}
-        self._forget()
         self.reason = ""  # why the step under way was rejected
         self.step: dict[str, float] = {}
         self.packs: list[tuple[int, list[Any]]] = []  # (position, documents) of the step under way
-
-    def _forget(self) -> None:
-        self.before = {name: deque(maxlen=self.config.spike_window) for name in ("loss", "gradient_norm")}
 
     @property
     def state_key(self) -> str:
@@ -128,15 +103,12 @@ class StepGuard(Callback):
         return {
             "counts": dict(self.counts),
             "in_a_row": self.in_a_row,
-            "before": {name: list(values) for name, values in self.before.items()},
             "skip_steps": [list(one) for one in self.config.skip_steps],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts = Counter(state_dict["counts"])
         self.in_a_row = state_dict["in_a_row"]
-        for name, values in state_dict["before"].items():
-            self.before[name].extend(values)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, PileModule)
@@ -161,28 +133,16 @@ class StepGuard(Callback):
             gradient_norm: () of all gradients, before they are clipped.
         """
         trainer = module.trainer
-        signalled = torch.full((), float(self.stop.received is not None), device=loss.device)
+        signalled = torch.full((), float(self.stop.is_due), device=loss.device)
         figures = torch.stack([loss.float(), gradient_norm.float(), signalled])
         if trainer.world_size > 1:
             figures = trainer.strategy.reduce(figures, reduce_op="mean")
         mean_loss, norm, stopping = figures.tolist()
         self.stop.agreed = stopping > 0
         self.step = {"loss": mean_loss, "gradient_norm": norm}
-        self.reason = PASSED_OVER if self.passes_over(trainer.global_step + 1) else self._find_fault(self.step)
+        wrong = [f"{name} not finite" for name, value in self.step.items() if not math.isfinite(value)]
+        self.reason = PASSED_OVER if self.passes_over(trainer.global_step + 1) else "".join(wrong[:1])
         return bool(self.reason)
-
-    def _find_fault(self, step: dict[str, float]) -> str:
-        for name, value in step.items():
-            if not math.isfinite(value):
-                return f"{name} not finite"
-        if self.config.spike_sigmas is None:
-            return ""
-        for name, value in step.items():
-            if is_spike(value, self.before[name], self.config.spike_sigmas):
-                return f"{name} spike"
-        for name, value in step.items():
-            self.before[name].append(value)
-        return ""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -192,8 +152,6 @@ class StepGuard(Callback):
             return
         assert isinstance(pl_module, PileModule)
         step, packs, self.packs = trainer.global_step, self.packs, []
-        if self._changes_what_is_lost(trainer, pl_module, step):
-            self._forget()
         if self.reason:
             self.counts[self.reason] += 1
             self._write(trainer, step, packs)
@@ -209,12 +167,6 @@ class StepGuard(Callback):
                 step - self.in_a_row + 1,
                 step,
             )
-
-    @staticmethod
-    def _changes_what_is_lost(trainer: Trainer, module: PileModule, step: int) -> bool:
-        """Whether the losses after `step` cannot be compared with those up to it."""
-        shares: dict[int, Any] = trainer.datamodule.weights_from  # type: ignore[attr-defined]
-        return step == module.codec_steps or step in shares
 
     def _write(self, trainer: Trainer, step: int, packs: Sequence[tuple[int, list[Any]]]) -> None:
         sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
@@ -236,41 +188,19 @@ class StepGuard(Callback):
             )
 
 
-def is_spike(value: float, before: Sequence[float], sigmas: float) -> bool:
-    """Whether a value is more than so many standard deviations above the mean of those before; not while they are few.
-
-    `before`: at most `maxlen` of them, where it is a deque.
-    """
-    enough = (getattr(before, "maxlen", None) or len(before)) / 2
-    if len(before) < max(2.0, enough):
-        return False
-    mean = statistics.fmean(before)
-    return value > mean + sigmas * statistics.stdev(before, mean)
-
-
 def find_not_finite(state: Any) -> str:
     """The path of a tensor in nested dictionaries and lists that holds nan or inf, "" where there is none.
 
-    One wait for the device, however many there are. Of a sharded tensor the part of this rank counts.
+    Waits once for each device, however many tensors it holds. Of a sharded tensor the part of this rank counts.
     """
-    found: list[tuple[str, Tensor]] = []
-
-    def collect(path: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            local = value.to_local() if hasattr(value, "to_local") else value
-            if local.is_floating_point():
-                found.append((path, local.isfinite().all()))
-        elif isinstance(value, dict | list | tuple):
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                collect(f"{path}.{key}" if path else str(key), part)
-
-    collect("", state)
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for path, finite in found:
-        by_device.setdefault(finite.device, []).append((path, finite))
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+    for keys, value in tree_leaves_with_path(state):
+        local = value.to_local() if hasattr(value, "to_local") else value
+        if isinstance(local, Tensor) and local.is_floating_point():
+            path = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+            by_device[local.device].append((path, local.isfinite().all()))
     for entries in by_device.values():
-        flags = torch.stack([finite for _, finite in entries]).tolist()
-        for (path, _), finite in zip(entries, flags, strict=True):
+        for (path, _), finite in zip(entries, torch.stack([flag for _, flag in entries]).tolist(), strict=True):
             if not finite:
                 return path
     return ""

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError
 from pile_app.data.datamodule import PileDataModule
 from pile_app.training.cli import make_model_parser
 from pile_app.training.module import PileModule, check_shapes
-from pile_app.training.resume import find_damage
+from pile_app.training.resume import TOKENIZER, find_damage
 from pile_app.training.sharded import read_checkpoint
 
 
@@ -41,12 +41,18 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     except ValueError as error:
         raise ValueError(f"{str(path)!r} does not fit {str(run / 'config.yaml')!r}: {error}") from error
     module.load_state_dict(state)
+    trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
+    if module.tokenizer.fingerprint != trained:
+        raise ValueError(
+            f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
+            f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
+        )
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """`config.yaml` of a run folder."""
+    """`config.yaml` of a run folder, with the run's own copy of its tokenizer."""
     path = run / "config.yaml"
     if not run.is_dir():
         raise ValueError(f"there is no run folder {str(run)!r} (working folder {os.getcwd()})")
@@ -58,6 +64,8 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
     if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
         raise ValueError(f"{str(path)!r} has no model and data: it is not the config.yaml of a run")
+    if config["model"].get("tokenizer", "bytes") != "bytes" and (run / TOKENIZER).is_file():
+        config["model"]["tokenizer"] = str(run / TOKENIZER)
     return config
 
 

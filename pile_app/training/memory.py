@@ -146,15 +146,13 @@ def plan_memory(
         context: tokens of a pack.
         shares: of the modalities in the targets.
         accumulated: several micro-batches make one step, so that gradients are there when forward begins.
-        precision: Lightning's: 32-true, bf16-mixed or bf16-true.
+        precision: Lightning's: 32-true or bf16-mixed.
         layout: how the run is shared out.
         codec_steps: of the run; the codecs' optimizer state stays after their phase.
         device: attention on a CPU keeps its probabilities.
     """
     if layout.tensor_parallel > 1:
         cut_matrices(model, layout.tensor_parallel)
-    if precision == "bf16-true":
-        model.to(torch.bfloat16)
     codecs = {id(p) for codec in model.codecs.values() for p in codec.parameters()}
     trained = [p for p in model.parameters() if id(p) not in codecs]
     optimizer, _ = make_optimizer(model, config, codec_steps, codec_steps + 1)

@@ -49,11 +49,7 @@ class TokenMetrics(Metric):
             self.table[:, modality].index_add_(0, source, torch.stack([c.double() for c in columns], 1))
 
     def compute(self) -> Tensor:
-        """The table over all devices.
-
-        Raises:
-            RuntimeError: a loss was not a number.
-        """
+        """The table over all devices. Raises RuntimeError: a loss was not a number."""
         if bool(self.table.isnan().any()):
             raise RuntimeError("a loss of the validation is not a number: the weights of the model are damaged, or diverged")
         return self.table

@@ -10,12 +10,13 @@ however the global batch is shared out. All losses are in nats a target token.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,14 +24,14 @@ from torch.distributed.tensor import DTensor
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import check_encoder
 from pile_app.data.batch import Batch
-from pile_app.data.datamodule import data_parallel
+from pile_app.data.datamodule import PileDataModule, data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.fused import FusedLanguageModel, ModalityLoss, codec_fingerprint
+from pile_app.model.fused import FusedLanguageModel, ModalityLoss
 from pile_app.training.metrics import TokenMetrics, validation_values
 from pile_app.training.objective import Objective
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
@@ -123,6 +124,7 @@ class PileModule(LightningModule):
         self.sums: dict[str, Tensor] = {}
         self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the optimizer step under way
         self.guard: StepGuard | None = None  # says which steps are not taken; it enters itself here
+        self.counted: Trainer | None = None  # whose settings are in optimizer steps
         self.whole: WholeModel | None = None  # of a model that is cut over the devices
         if codecs_from is not None:
             load_codecs(self.model, codecs_from)
@@ -150,12 +152,15 @@ class PileModule(LightningModule):
 
     @property
     def in_codec_phase(self) -> bool:
-        return self.global_step < self.codec_steps
+        return self.global_step < self.codec_steps and self.trainer.state.fn == "fit"
 
     def setup(self, stage: str) -> None:
         import torchmetrics
 
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
+            self._count_in_steps()
+            self.counted = self.trainer
         for source in data.train_data:
             check_encoded(source, bool(data.sources[source.name].transforms))
         for source in data.validation_data:
@@ -164,6 +169,36 @@ class PileModule(LightningModule):
         self.codec_losses = torch.nn.ModuleDict(
             {MODALITIES[m]: torchmetrics.MeanMetric(nan_strategy="error") for m in self.model.codecs}
         )
+
+    def _count_in_steps(self) -> None:
+        """Let every setting of the trainer be in optimizer steps; Lightning counts some of them in micro-batches.
+        Raises ValueError: the trainer cannot train this module."""
+        trainer = self.trainer
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, PileDataModule):
+            raise ValueError("PileModule trains on a PileDataModule: trainer.fit(module, datamodule=PileDataModule(...))")
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("the data module shares out each step itself: Trainer(use_distributed_sampler=False)")
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError("set data.global_batch and data.micro_batch; trainer.accumulate_grad_batches follows from them")
+        _, trainer.accumulate_grad_batches = data.micro_batches(data_parallel(trainer)[0])
+        trainer.fit_loop.epoch_loop.max_steps = data.steps(trainer)
+        if isinstance(trainer.val_check_interval, int):
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.limit_train_batches *= trainer.accumulate_grad_batches
+        for callback in trainer.callbacks if self.codec_steps else ():  # type: ignore[attr-defined]
+            if getattr(callback, "monitor", None) is not None:
+                callback.on_validation_end = self._after_codecs(callback.on_validation_end)
+
+    def _after_codecs(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """Early stopping and the best checkpoint wait for the language model; until then there is nothing to compare."""
+
+        def call(trainer: Trainer, module: LightningModule) -> None:
+            if not self.in_codec_phase:
+                hook(trainer, module)
+
+        return call
 
     def configure_model(self) -> None:
         """Cuts the language model over the devices, where the strategy says so. Lightning calls it before every stage."""
@@ -183,6 +218,12 @@ class PileModule(LightningModule):
         return self.model if self.trainer.is_global_zero else None
 
     def on_train_start(self) -> None:
+        """The checkpoint holds the optimizer's settings as they were; those that are asked for now are followed."""
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, torch.optim.Optimizer) and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        for group, asked, factor in zip(optimizer.param_groups, self.groups, schedule.lr_lambdas, strict=True):
+            group.update(asked, lr=asked["initial_lr"] * factor(schedule.last_epoch))
+        schedule.base_lrs = [asked["initial_lr"] for asked in self.groups]
         if not self.in_codec_phase:
             for codec in self.model.codecs.values():
                 codec.eval()
@@ -361,6 +402,8 @@ class PileModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for modality, codec_loss in self.model.codec_loss(batch).items():
             self.codec_losses[MODALITIES[modality]].update(codec_loss)  # type: ignore[operator]
+        if self.in_codec_phase:
+            return
         if self.objective is None:
             losses = self.model(batch, predict=True)
         else:
@@ -371,10 +414,11 @@ class PileModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sources: list[str] = self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
-        values = validation_values(_compute(self.token_metrics), sources, self.vocabulary)
-        values |= {f"{name}_codec_loss": float(_compute(metric)) for name, metric in self.codec_losses.items()}
-        if self.objective is not None:
-            values |= {name: float(value) for name, value in self.objective.compute().items()}
+        values = {f"{name}_codec_loss": float(_compute(metric)) for name, metric in self.codec_losses.items()}
+        if not self.in_codec_phase:
+            values |= validation_values(_compute(self.token_metrics), sources, self.vocabulary)
+            if self.objective is not None:
+                values |= {name: float(value) for name, value in self.objective.compute().items()}
         self.log_dict({f"validation/{name}": value for name, value in values.items() if math.isfinite(value)})
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -385,17 +429,20 @@ class PileModule(LightningModule):
                 "model"
             )
         optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps, self.objective)
+        self.groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks the shapes, and sets Lightning's counters: all follow from the optimizer steps in the checkpoint."""
         check_shapes(self, checkpoint["state_dict"])
-        for modality, codec in self.model.codecs.items():
-            expected = (None, self.vocabulary.image_codec, self.vocabulary.audio_codec)[modality]
-            if expected and expected != codec_fingerprint(codec, codec_weights(checkpoint["state_dict"], modality)):
-                raise ValueError(
-                    f"model.codecs_from holds another {MODALITIES[modality]} codec than the run began with: set it back, or "
-                    "begin another run with another --name"
-                )
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            unfinished = progress[part]["processed"] - progress[part]["completed"]  # 1 within on_train_batch_end
+            progress[part] |= dict.fromkeys(("ready", "started", "processed"), batches)
+            progress[part]["completed"] = batches - unfinished
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_state_dict(state_dict, *args, **kwargs)
@@ -454,11 +501,8 @@ def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
 
 
 def load_model(model: FusedLanguageModel, path: str) -> None:
-    """Takes the weights of a run's model.
-
-    Raises:
-        ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
-    """
+    """Takes the weights of a run's model. Raises ValueError: there is no such checkpoint, or its model has another shape or
+    another tokenizer."""
     from pile_app.training.load import find_checkpoint
 
     found = (
@@ -475,12 +519,7 @@ def load_model(model: FusedLanguageModel, path: str) -> None:
         )
     prefix = "model."
     state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    try:
-        check_shapes(model, state)
-    except ValueError as error:
-        raise ValueError(
-            f"model.start_from={path!r}: {error}. (`--config {path}/config.yaml` before your own takes the model as it was)"
-        ) from error
+    check_shapes(model, state)
     model.load_state_dict(state)
 
 

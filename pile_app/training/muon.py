@@ -12,7 +12,6 @@ sent are two bfloat16 copies of the matrices a step, whatever W is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,14 +37,11 @@ class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, in float32 where the CPU does not multiply bfloat16."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         device = self.param_groups[0]["params"][0].device
         if compute_dtype(device) == torch.bfloat16:
-            return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            super().step()
+            return
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -54,18 +50,13 @@ class Muon(torch.optim.Muon):
                         state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                     update = momentum_update(parameter.grad, state["momentum_buffer"], group)
                     move(parameter, newton_schulz(update, group), parameter.shape, group)
-        return loss
 
 
 class ShardedMuon(torch.optim.Muon):
     """The groups, the state ("momentum_buffer") and the steps of `torch.optim.Muon` on whole matrices."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_mesh: dict[DeviceMesh, list[DTensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -74,7 +65,6 @@ class ShardedMuon(torch.optim.Muon):
             for mesh, parameters in by_mesh.items():
                 for first in range(0, len(parameters), mesh.size()):
                     self._step_together(group, mesh, parameters[first : first + mesh.size()])
-        return loss
 
     def _step_together(self, group: dict[str, Any], mesh: DeviceMesh, parameters: list[DTensor]) -> None:
         """One step of at most as many matrices as devices; the i-th device orthogonalizes the i-th."""

@@ -130,15 +130,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(
     model: FusedLanguageModel, config: OptimizerConfig, codec_steps: int, steps: int, objective: Objective | None = None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Optimizer and its schedule, to be stepped once an optimizer step.
-
-    Args:
-        model: whose parameters move.
-        config: how.
-        codec_steps: first steps, which train the codecs; the language model's schedule begins after them.
-        steps: of the whole run.
-        objective: whose head moves too.
-    """
+    """Optimizer and its schedule, to be stepped once an optimizer step. The first `codec_steps` of `steps` train the codecs;
+    then the language model's schedule begins."""
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
     layers = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]

@@ -140,11 +140,7 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 class WholeModel:
-    """The language model in one piece, for what only one device does (writing samples, evaluation).
-
-    Args:
-        model: before it is cut; a copy without weights is kept.
-    """
+    """The language model in one piece, for writing samples and evaluation, which one device does. Made before it is cut."""
 
     def __init__(self, model: FusedLanguageModel) -> None:
         self.copy = copy.deepcopy(model).to("meta") if dist.get_rank() == 0 else None

@@ -20,10 +20,10 @@ from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES
 from pile_app.model.backbones import Backbone
-from pile_app.model.codecs import AudioCodec, AudioCodecConfig, ImageCodec, ImageCodecConfig
+from pile_app.model.codecs import AudioCodec, ImageCodec
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import measure_matmul_flops
-from pile_app.training.cli import fast_precision, parse_config
+from pile_app.training.cli import codec_configs, count_devices, fast_precision, parse_config
 from pile_app.training.memory import Layout, Memory, plan_memory
 from pile_app.training.optim import OptimizerConfig
 from pile_app.vocabulary import Vocabulary
@@ -129,8 +129,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Weights and optimizer of all devices (too much under tensor parallel: its devices hold some of it alike)."""
-        weights = sum(self.parts.values()) * (2 if self.precision == "bf16-true" else 4)
-        return weights + self.memory.optimizer * self.layout.shards * self.layout.tensor_parallel
+        return 4 * sum(self.parts.values()) + self.memory.optimizer * self.layout.shards * self.layout.tensor_parallel
 
     @property
     def peak_bytes(self) -> float:
@@ -169,7 +168,7 @@ def make_plan(
     layout = make_layout(config, devices, strategy, tensor_parallel)
     precision = config.trainer.precision or (fast_precision("cpu") if device == "cpu" else "bf16-mixed")
     precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(str(precision), str(precision))
-    micro_batch, accumulated = share_out(config, layout)
+    micro_batch, accumulated = PileDataModule.micro_batches(config.data, layout.data_parallel)
     tokenizer, is_there = find_tokenizer(config.model.tokenizer, text_tokens)
     model = meta_model(config, tokenizer)
     data = look_at_data(config, model, tokenizer) if read_data else assume_data(config, model.vocabulary)
@@ -206,9 +205,7 @@ def find_device(name: str) -> Device:
 def make_layout(config: Namespace, devices: int | None, strategy: str | None, tensor_parallel: int | None) -> Layout:
     """From the trainer's options, unless they are given."""
     trainer = config.trainer
-    if devices is None:
-        given = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else 1
-        devices = given * trainer.num_nodes
+    devices = count_devices(trainer) if devices is None else devices
     chosen = trainer.strategy
     options = {} if isinstance(chosen, str) else vars(getattr(chosen, "init_args", None) or Namespace())
     name = (chosen if isinstance(chosen, str) else chosen.class_path).lower()
@@ -224,23 +221,6 @@ def make_layout(config: Namespace, devices: int | None, strategy: str | None, te
     if strategy == "single" and devices > 1:
         raise ValueError(f"{devices} devices need a strategy: ddp or fsdp")
     return Layout(strategy, devices, parallel, bool(options.get("gradient_as_bucket_view", False)))  # type: ignore[arg-type]
-
-
-def share_out(config: Namespace, layout: Layout) -> tuple[int, int]:
-    """(packs of a micro-batch, micro-batches a step) of one device."""
-    per_device, rest = divmod(config.data.global_batch, layout.data_parallel)
-    micro = config.data.micro_batch or per_device
-    if rest or not per_device or per_device % micro:
-        batch, unit = config.data.global_batch, config.data.micro_batch or 1
-        fitting = [w for w in range(1, batch // unit + 1) if batch % (w * unit) == 0]
-        near = sorted(sorted(fitting, key=lambda w: abs(w - layout.data_parallel))[:4])
-        whole = layout.data_parallel * unit
-        raise ValueError(
-            f"data.global_batch={batch} packs cannot be shared by {layout.data_parallel} data-parallel devices in "
-            f"micro-batches of {micro}: devices x data.micro_batch must divide it. Nearest numbers of devices: {near}; or set "
-            f"data.global_batch to {max(1, round(batch / whole)) * whole}"
-        )
-    return micro, per_device // micro
 
 
 class _PlannedTokenizer(ByteTokenizer):
@@ -268,11 +248,6 @@ def meta_model(config: Namespace, tokenizer: Tokenizer) -> FusedLanguageModel:
         backbone = parser.instantiate_classes(Namespace(backbone=config.model.backbone)).backbone
         backbone.recompute = config.model.recompute
         return FusedLanguageModel(backbone, tokenizer, image, audio, config.model.dropout)
-
-
-def codec_configs(config: Namespace) -> tuple[ImageCodecConfig | None, AudioCodecConfig | None]:
-    image, audio = config.model.image, config.model.audio
-    return ImageCodecConfig(**vars(image)) if image else None, AudioCodecConfig(**vars(audio)) if audio else None
 
 
 def count_parts(model: FusedLanguageModel) -> dict[str, int]:
@@ -325,8 +300,7 @@ def codec_flops(config: Namespace, data: DataShape) -> float:
             total = data.shares[IMAGE] * counter.get_total_flops() / codes.numel()
     with FlopCounterMode(display=False) as counter:
         if audio:
-            codes = AudioCodec(audio).encode(
-                torch.zeros(1, audio.sample_rate), torch.tensor([audio.sample_rate // audio.samples_per_token])
-            )
+            count = audio.sample_rate // audio.samples_per_token
+            codes = AudioCodec(audio).encode(torch.zeros(count, audio.samples_per_token), torch.tensor([count]))
             total += data.shares[AUDIO] * counter.get_total_flops() / codes.numel()
     return total

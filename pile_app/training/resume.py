@@ -1,4 +1,5 @@
-"""Which checkpoint a run resumes from: the newest that can be read and has seen nothing that the run is to pass over.
+"""The checkpoint that a run resumes from, the newest that can be read and is from before the steps to skip; and the settings
+that may change when it does.
 
 A checkpoint file is torch's zip archive, which holds the CRC-32 of every record; torch does not look at them when it loads.
 Here they are checked first, so a file that was cut off, zeroed in part or has a flipped bit is refused, not loaded.
@@ -10,19 +11,23 @@ import json
 import logging
 import os
 import pickle
+import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+import yaml
 
-from pile_app.training.checkpoints import LAST, PREVIOUS, write_durably
+from pile_app.training.checkpoints import LAST, PREVIOUS
 from pile_app.training.sharded import META, find_missing
 
 log = logging.getLogger(__name__)
 
 ASIDE = "aside.ckpt"
+TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
 Steps = tuple[tuple[int, int], ...]
 
 
@@ -105,25 +110,6 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, writes: bool) -> Path | N
     return None
 
 
-# -- Steps that a run has decided to pass over, when it went back by itself: `skip_steps.json` in its folder.
-
-
-def read_skipped(run: Path) -> Steps:
-    """Ranges that the run has added."""
-    path = run / "skip_steps.json"
-    return tuple((first, last) for first, last in json.loads(path.read_text())) if path.exists() else ()
-
-
-def add_skipped(run: Path, first: int, last: int) -> None:
-    """Adds a range, durably."""
-    content = json.dumps([*read_skipped(run), [first, last]]).encode()
-
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-
-    write_durably(run / "skip_steps.json", write)
-
-
 def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int, int] | None:
     """Steps to pass over after `first` to `last` were rejected, so that a checkpoint is left to resume from.
 
@@ -137,3 +123,87 @@ def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int
     steps = [read_state(path)[0] for path in (folder / LAST, folder / PREVIOUS) if path.exists() and not find_damage(path)]
     fitting = [step for step in steps or [0] if step < first]
     return (max(first - before, min(fitting) + 1, 1), last) if fitting else None
+
+
+# -- Configurations, as `config.yaml` holds them: compared by setting, since tensors of another model may have the same shapes.
+
+# Settings that a resumed run follows when they change; all others of `model` must stay.
+FOLLOWED = re.compile(
+    r"model\.(optimizer\.(?!name$)|weights\.|(dropout|word_dropout|code_dropout|l1|recompute|compile|codec_crop|tokenizer)$|"
+    r"backbone\.init_args\.dropout$|objective\.init_args\.(learning_rate|language_weight)$)"
+)
+# Settings that say how a run is computed, not what it learns.
+EXECUTION = re.compile(
+    r"data\.(micro_batch|num_workers|prepare|cache|allow_pipe)|trainer\.(?!precision|gradient_clip|callbacks)"
+)
+
+
+def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted name, old value, new value) of each setting that differs and that both have."""
+    if isinstance(was, dict) and isinstance(now, dict) and was.get("class_path") == now.get("class_path"):
+        for key in was | now if name == "data.sources" else was.keys() & now.keys():
+            yield from differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield name, was, now
+
+
+def describe(changes: list[tuple[str, Any, Any]]) -> str:
+    """`name was a, now b` of each change."""
+
+    def short(value: Any) -> str:
+        path: str | None = value.get("class_path") if isinstance(value, dict) else None
+        return path.rpartition(".")[2] if path else str(value)[:80]
+
+    return "; ".join(f"{name} was {short(was)}, now it is {short(now)}" for name, was, now in sorted(changes, key=str))
+
+
+def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration that the run had. Raises ValueError where the new one has another model, or fewer steps than
+    were trained."""
+    steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
+    if 0 <= wanted < steps:
+        raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
+    path = run / "config.yaml"
+    was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"model": {}}
+    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # and, of the data, what makes positions comparable
+    changes = list(differences(was, fixed | {"data": {key: asked["data"][key] for key in ("context", "global_batch", "seed")}}))
+    unused = ("model.start_from", "model.codecs_from")
+    changes = [one for one in changes if not FOLLOWED.match(one[0]) and not (one[0] in unused and one[2] is None)]
+    if changes:
+        raise ValueError(f"{run} cannot resume: {describe(changes)}. Set it back, or begin another run with another --name")
+    return was
+
+
+def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
+    """Optimizer steps of a run that is complete; None where there is more to do. Raises ValueError: it is complete for
+    another configuration."""
+    if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
+        return None
+    was = yaml.safe_load((run / "config.yaml").read_text())
+    for length in (("trainer", "max_steps"), ("data", "epochs")):
+        if was[length[0]].get(length[1]) != asked[length[0]].get(length[1]):
+            return None
+    steps = int(json.loads((run / "summary.json").read_text())["steps"])
+    parts = ("seed_everything", "model", "data", "trainer")
+    changes = [one for part in parts for one in differences(was.get(part), asked[part], part) if not EXECUTION.match(one[0])]
+    if changes:
+        raise ValueError(
+            f"{run} is complete ({steps} steps) with another configuration: {describe(changes)}. Choose another --name, or "
+            "raise trainer.max_steps to train it longer"
+        )
+    return steps
+
+
+def check_origin(model: dict[str, Any]) -> None:
+    """Raises ValueError where `start_from` or `codecs_from` names a run whose model or codecs differ."""
+    for option, parts in (("start_from", ("backbone", "image", "audio")), ("codecs_from", ("image", "audio"))):
+        path = Path(model.get(option) or os.devnull)
+        config = next((c for f in (path, *path.absolute().parents[1:2]) if (c := f / "config.yaml").is_file()), None)
+        was = yaml.safe_load(config.read_text())["model"] if config else {}
+        parts_now = [part for part in parts if option == "start_from" or model.get(part)]
+        changes = [one for p in parts_now if p in was for one in differences(was[p], model.get(p), f"model.{p}")]
+        if changes := [one for one in changes if not FOLLOWED.match(one[0])]:
+            raise ValueError(
+                f"model.{option}={str(path)!r} holds another model: {describe(changes)}. (`--config {config}` before "
+                "your own takes the model as it was)"
+            )

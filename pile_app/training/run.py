@@ -1,6 +1,7 @@
 """A run is a folder: `runs/<name>/`. What is in it, and how it is picked up again.
 
-config.yaml  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quarantine.jsonl  summary.json  report.html
+config.yaml  tokenizer.json  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quarantine.jsonl  summary.json
+report.html
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import uuid
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -30,9 +32,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from pile_app.data.files import whole_file
 from pile_app.training.callbacks import count_quarantined
 from pile_app.training.module import PileModule
+from pile_app.training.resume import TOKENIZER
+from pile_app.training.sharded import write_durably
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -76,8 +79,7 @@ class _MetricsFile(ExperimentWriter):
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
         writer.writerows(kept)
-        with whole_file(self.metrics_file_path) as file:
-            file.write(text.getvalue().encode())
+        write_durably(Path(self.metrics_file_path), text.getvalue().encode())
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -123,12 +125,7 @@ def make_wandb_logger(run: Path, project: str) -> WandbLogger:
 
 
 class RunFolder(Callback):
-    """Keeps the resolved config and the time spent, over all attempts.
-
-    Args:
-        run: the folder.
-        config: the resolved config as YAML.
-    """
+    """Keeps the resolved config (YAML) and the time spent, over all attempts."""
 
     def __init__(self, run: Path, config: str) -> None:
         self.run = run
@@ -137,6 +134,7 @@ class RunFolder(Callback):
         self.tokens = 0
         self._uncounted: torch.Tensor | None = None  # on the device: to read it is to wait for it
         self._began: float | None = None
+        self.has_begun = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self._elapsed(), "tokens": self._count()}
@@ -155,10 +153,13 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Not before: a run that is refused leaves the folder as it is."""
-        self._began = time.perf_counter()
+        self._began, self.has_begun = time.perf_counter(), True
         if not trainer.is_global_zero:
             return
         (self.run / "config.yaml").write_text(self.config)
+        tokenizer, copy = Path(yaml.safe_load(self.config)["model"]["tokenizer"]), self.run / TOKENIZER
+        if tokenizer.is_file() and not (trainer.global_step and copy.exists()):
+            shutil.copyfile(tokenizer, copy)
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
@@ -207,16 +208,6 @@ class RunFolder(Callback):
         return path
 
 
-def completed_steps(run: Path, max_steps: int, epochs: float | None) -> int | None:
-    """Optimizer steps of a run that has ended and is asked for no other length than it had; None where there is more to do."""
-    if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
-        return None
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    if (config["trainer"].get("max_steps"), config["data"].get("epochs")) != (max_steps, epochs):
-        return None
-    return int(json.loads((run / "summary.json").read_text())["steps"])
-
-
 def git_revision() -> str:
     """Of the working folder, "-dirty" after it where files differ, "unknown" outside git."""
     try:
@@ -228,12 +219,33 @@ def git_revision() -> str:
     return described.stdout.strip()
 
 
-def check_writable(run: Path) -> None:
-    """Raises OSError where a run cannot write into its folder."""
+def lock(run: Path) -> IO[str]:
+    """A file that is locked until it is closed, or this process ends; one process trains in a run folder at a time.
+
+    Raises:
+        ValueError: another process does.
+        OSError: the folder cannot be written.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
+        file = open(run.with_name(f".{run.name}.lock"), "a+")  # noqa: SIM115 (kept open)
     except OSError as error:
         raise OSError(
             f"the run folder {str(run)!r} cannot be written: {error}. Choose another with --runs or --name"
         ) from error
+    with suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(
+                f"{run} is being trained by {file.read().strip() or 'another process'}: wait for it, or choose another --name"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s is not locked (%s): start it once only", run, error)
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    return file

@@ -17,10 +17,10 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -74,11 +74,8 @@ def put_tensors(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint, of one file or in parts, as a whole and on the CPU.
-
-    Raises:
-        OSError, RuntimeError, EOFError, pickle.UnpicklingError: it cannot be read.
-    """
+    """A checkpoint, of one file or in parts, as a whole and on the CPU. Raises OSError, RuntimeError, EOFError,
+    pickle.UnpicklingError: it cannot be read."""
     path = Path(path)
     if path.is_dir():
         whole = {name: torch.empty(size.size, dtype=size.properties.dtype) for name, size in tensor_sizes(path).items()}
@@ -119,15 +116,44 @@ class _Descriptions(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def write_durably(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Write a file that is there as a whole or not at all: next to its final path, synced to disk, renamed.
+
+    Files that a killed process left are removed; a path has one writer at a time.
+
+    Raises:
+        OSError: it cannot be written (disk full, say). The file that was at `path` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with saying_how_to_go_on(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content) if isinstance(content, bytes) else content(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames in a folder reach the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
+
+
 def publish(folder: Path, path: Path) -> None:
     """Makes a complete folder the checkpoint `path`, at once: there is always one, the old or the new."""
     link = path.with_name(f".{path.name}.link")
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     os.replace(link, path)
-    parent = os.open(path.parent, os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
+    sync_folder(path.parent)
     remove_leftovers(path.parent)
 
 
@@ -158,6 +184,6 @@ def saying_how_to_go_on(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
         raise OSError(
-            f"checkpoint {str(path)!r} could not be written ({error}); the one before it is whole. Free some space and run the "
+            f"{str(path)!r} could not be written ({error}); the checkpoint before it is whole. Free some space and run the "
             "same command again: it resumes from there"
         ) from error

@@ -28,6 +28,7 @@ from pile_app.training.sharded import (
     saying_how_to_go_on,
     take_tensors,
     tensor_sizes,
+    write_durably,
 )
 
 
@@ -90,11 +91,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent)
-            folder.mkdir()
-            with saying_how_to_go_on(path), open(folder / META, "wb") as file:
-                torch.save(rest, file)
-                file.flush()
-                os.fsync(file.fileno())
+            write_durably(folder / META, lambda file: torch.save(rest, file))
         self.barrier("checkpoint folder")
         written = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=self._group)
         assert isinstance(written, Future)
@@ -107,11 +104,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 publish(folder, path)
 
     def finish_saving(self) -> None:
-        """Waits for the checkpoint that is being written.
-
-        Raises:
-            OSError: it could not be written, on this or another device. The one before it stays.
-        """
+        """Waits for the checkpoint that is being written. Raises OSError: it could not be written, on this or another
+        device. The one before it stays."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

@@ -530,7 +530,7 @@ def test_a_source_that_lost_most_samples_at_indexing_stops_the_run(tmp_path: Pat
     made = module(tmp_path, {"x": {}}, epochs=1)
     strategy = SimpleNamespace(barrier=lambda name: None)
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=0, strategy=strategy, datamodule=made)
-    with pytest.raises(RuntimeError, match=r"source 'x': 270 of 300 samples cannot be used .* data.max_rejected_share=1.0%"):
+    with pytest.raises(ShardError, match=r"'x': 270 of 300 samples cannot be used .*invalid_utf8.*data.max_rejected_share"):
         DataReport(tmp_path, 0.01).on_train_start(trainer, None)  # type: ignore[arg-type]
     DataReport(tmp_path, 0.95).on_train_start(trainer, None)  # type: ignore[arg-type]
 

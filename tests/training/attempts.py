@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,12 @@ PASSING = ("throughput/", "epoch")  # columns of metrics.csv that hang on the cl
 class Watch(Callback):
     """Writes down what each micro-batch held and lost, and meddles where the environment says so.
 
-    KILL_AT, STOP_AT: number of the micro-batch after which rank 0 gets SIGKILL or SIGTERM, its loading workers too;
+    KILL_AT, STOP_AT, INTERRUPT_AT: number of the micro-batch after which rank 0 gets SIGKILL, SIGTERM or SIGINT (Ctrl-C), its
+    loading workers too; INTERRUPT_AGAIN: the same once more;
     KILL_IN_VALIDATION, STOP_IN_VALIDATION: step in whose validation it does; POISON: "first last rank" of the micro-batches
     whose loss becomes nan; POISON_WEIGHTS: number of the one after which the weights are; FILE_LIMIT: "number bytes", after
-    which no file can grow beyond so many bytes, as on a full disk; KILL_IN_WRITE: the same, but whoever tries is killed.
+    which no file can grow beyond so many bytes, as on a full disk; KILL_IN_WRITE: the same, but whoever tries is killed;
+    SLEEP: seconds that each micro-batch takes longer; INTERRUPT_IN_LAST_VALIDATION: SIGINT in that after training.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,6 +64,7 @@ class Watch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         vars(pl_module).pop("_language_step", None)
+        time.sleep(float(os.environ.get("SLEEP", "0")))
         if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
             next(pl_module.model.backbone.parameters()).data.fill_(math.nan)
         for name, action in (("FILE_LIMIT", signal.SIG_IGN), ("KILL_IN_WRITE", signal.SIG_DFL)):
@@ -68,12 +72,15 @@ class Watch(Callback):
             if int(number) == batch_idx:
                 signal.signal(signal.SIGXFSZ, action)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-        for name, number in (("KILL_AT", signal.SIGKILL), ("STOP_AT", signal.SIGTERM)):
+        ctrl_c = (("INTERRUPT_AT", signal.SIGINT), ("INTERRUPT_AGAIN", signal.SIGINT))
+        for name, number in (("KILL_AT", signal.SIGKILL), ("STOP_AT", signal.SIGTERM), *ctrl_c):
             if os.environ.get(name) == str(batch_idx) and trainer.is_global_zero:
                 for process in (*(worker.pid for worker in multiprocessing.active_children()), os.getpid()):
                     os.kill(process, number)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if "INTERRUPT_IN_LAST_VALIDATION" in os.environ and trainer.state.fn == "validate":
+            os.kill(os.getpid(), signal.SIGINT)
         for name, number in (("KILL_IN_VALIDATION", signal.SIGKILL), ("STOP_IN_VALIDATION", signal.SIGTERM)):
             if os.environ.get(name) == str(trainer.global_step):
                 os.kill(os.getpid(), number)

@@ -103,7 +103,7 @@ def test_train_py_starts_its_processes_and_torchrun_resumes_the_run(bench: Workb
     arguments = ["train.py", "--config", str(bench.config), "--name", "launched", "--runs", str(bench.folder / "runs")]
     arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     environment = os.environ | surroundings()
-    command = [sys.executable, str(REPOSITORY / arguments[0]), *arguments[1:]]
+    command = [sys.executable, str(REPOSITORY / "tests" / arguments[0]), *arguments[1:]]
     stopped = subprocess.run(command, cwd=bench.folder, env=environment | {"STOP_AT": "6"}, capture_output=True, text=True)
     assert stopped.returncode == 143, stopped.stderr[-4000:]
     assert checkpoint(bench.run("launched"))["global_step"] == 8

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 from attempts import Workbench, assert_same_run, checkpoint, is_same, losses, make_bench
 
-from pile_app.training.guards import GuardConfig, find_not_finite, is_spike
+from pile_app.training.guards import GuardConfig, find_not_finite
 from pile_app.training.resume import choose_checkpoint, find_damage, range_to_skip
 
 DIVERGED = 3
@@ -49,7 +48,7 @@ def test_run_that_rejects_steps_resumes_exactly(bench: Workbench) -> None:
 
 
 def test_too_many_rejected_steps_stop_the_run_and_their_data_can_be_passed_over(bench: Workbench) -> None:
-    """By hand and by itself alike; and as if the run had passed over them from the start."""
+    """As if the run had passed over them from the start."""
     words = ("--guard.max_rejected", "1", "--guard.rewind_steps", "1")
     attempt = bench.start("by-hand", *words, POISON="7 8 0")
     assert attempt.wait() == DIVERGED, attempt.text[-3000:]
@@ -59,27 +58,15 @@ def test_too_many_rejected_steps_stop_the_run_and_their_data_can_be_passed_over(
     assert saved["global_step"] == 6
     assert find_not_finite({name: saved[name] for name in ("state_dict", "optimizer_states")}) == ""
     bench.train("by-hand", *words, "--guard.skip_steps", "[[7, 9]]", POISON="7 8 0")
-    said = bench.train("by-itself", *words, "--guard.rewinds", "1", POISON="7 8 0")
-    assert "Going back to pass over steps 7 to 9" in said
-    assert json.loads((bench.run("by-itself") / "skip_steps.json").read_text()) == [[7, 9]]
     bench.train("from-the-start", *words, "--guard.skip_steps", "[[7, 9]]")
-    for name in ("by-hand", "by-itself"):
-        assert_same_run(bench.run(name), bench.run("from-the-start"))
-        assert [entry["reason"] for entry in rejected(bench.run(name))] == ["passed over"] * 3
-
-
-def test_spike_is_far_above_what_came_before_and_never_judged_early() -> None:
-    draw = random.Random(0)
-    before = deque((draw.gauss(3, 0.1) for _ in range(128)), maxlen=128)
-    assert is_spike(3.7, before, 6) and not is_spike(3.5, before, 6) and not is_spike(1.0, before, 6)
-    assert not is_spike(100.0, deque([3.0, 3.1] * 10, maxlen=128), 6)
+    assert_same_run(bench.run("by-hand"), bench.run("from-the-start"))
+    assert [entry["reason"] for entry in rejected(bench.run("by-hand"))] == ["passed over"] * 3
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"max_rejected": -1}, "guard.max_rejected=-1"),
-        ({"spike_sigmas": 0.0}, "guard.spike_sigmas=0.0"),
         ({"skip_steps": ((5, 4),)}, "[5, 4]"),
     ],
 )
