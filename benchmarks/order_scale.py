@@ -52,7 +52,7 @@ def write_indexes(folder: Path, documents: int) -> None:
             "tokens": {},
             "rows": [SHARD, SHARD, 0, sum(map(len, keys))],
         }
-        indexes.append(ShardIndex(str(path), about, arrays))
+        indexes.append(ShardIndex(str(path), about, arrays, OWN))
     save_manifest(str(folder / f"text{SUFFIX}"), OWN, indexes)
 
 

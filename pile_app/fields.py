@@ -48,7 +48,7 @@ SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
 META_ROLES = ("label", "group", "split", "key")
 OPTIONS = ("loss", "optional", "choose", "learn")
-UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of a label or group that is not known
+UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first two of an unknown label
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 OWN_KEYS = {"text", "file", "loss"}  # of an entry of Pile's own `segments`
 
@@ -189,13 +189,10 @@ class Fields:
                 raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {listing(view.names())}")
             if entry.role in META_ROLES:
                 value = _scalar(key, *found)
-                if value.lower() in UNKNOWN and entry.role == "group":
+                if value.lower() in UNKNOWN[: None if entry.role == "group" else 2]:  # None is the name of a class
                     continue
-                if value in UNKNOWN[:2]:
-                    raise BadSample("no_label", f"{found[0]} of sample {key!r} is {value!r}")
                 meta[entry.role] = value
-                if entry.learn:
-                    labels.append(Segment(meta[entry.role]))
+                labels += [Segment(value)] if entry.learn else []
                 continue
             if entry.choose:
                 found = found[0], [text for name in entry.names for value in view.values(name) for text in as_list(value)]
@@ -289,10 +286,7 @@ class SampleView:
             )
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
-        for kind, extensions in (
-            ("images", IMAGE_EXTENSIONS),
-            ("audios", AUDIO_EXTENSIONS),
-        ):  # not named
+        for kind, extensions in {"images": IMAGE_EXTENSIONS, "audios": AUDIO_EXTENSIONS}.items():  # that the JSON does not name
             files = [name for name in self.sample if extension(name) in extensions and is_json]
             if files and not {kind, kind[:-1]} & found.keys():
                 found = {**found, kind: files}
@@ -300,10 +294,9 @@ class SampleView:
 
     def is_medium(self, name: str) -> bool:
         value = self.raw(name)
+        value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, Path):
             return extension(value.name) in MEDIA_EXTENSIONS
-        if isinstance(value, list) and value:
-            value = value[0]
         if isinstance(value, Mapping):
             return isinstance(value.get("bytes"), bytes) or (value.keys() <= {"bytes", "path"} and bool(value.get("path")))
         return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)

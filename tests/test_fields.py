@@ -186,6 +186,11 @@ def test_a_chat_in_the_json_shows_the_picture_of_its_sample() -> None:
     assert reading.unused == ()
 
 
+@pytest.mark.parametrize("label", [-1, None, ""])  # as GLUE's test sets have it
+def test_a_document_whose_label_is_unknown_has_none(label: Any) -> None:
+    assert Fields.parse("[text, {label: label}]").read("k", {"text": "a b", "label": label}).document.meta == {}
+
+
 def test_nothing_to_learn_shows_the_names_the_first_sample_and_the_option() -> None:
     with pytest.raises(ValueError, match=r"among id, x; the first sample is \{'id': 3, 'x': 'abc'\}.*--fields"):
         infer_fields([{"id": 3, "x": "abc"}])

@@ -155,7 +155,7 @@ def test_a_conversation_comes_back_from_a_shard_as_it_was(tmp_path: Path, image:
 
     document = conversation([said("user", "a", image(0)), said("assistant", "b")], "k")
     (index,) = write_shards([document], tmp_path, "chat")
-    assert not index.rejected
+    assert not index.about["rejected"]
     found = Shards([index.path]).document(0, 0)
     assert isinstance(found, Document) and found.segments == document.segments and found.ordered
 

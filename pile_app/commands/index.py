@@ -70,9 +70,9 @@ def differing(shards: Shards, shard: int) -> list[str]:
     from pile_app.documents import BadSample
 
     keys = []
-    for sample, key in enumerate(shards.index(shard).keys):
+    for sample in range(len(shards.index(shard))):
         try:
             shards.block(shard, sample)
         except BadSample:
-            keys.append(key)
+            keys.append(shards.index(shard).key(sample))
     return keys

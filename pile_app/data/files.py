@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
+
 
 class ShardError(RuntimeError):
     """A shard or its manifest is missing, damaged or stale. The message names the file and the fix."""
@@ -58,67 +60,48 @@ def locked(path: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def save_arrays(path: str, arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]], header: Mapping[str, Any]) -> None:
-    """Write a safetensors file; the same arrays and header give the same bytes.
-
-    Args:
-        arrays: one-dimensional; a sequence of arrays is written as their concatenation, which is never in memory.
-        header: JSON values, kept as one string under the metadata key `pile`, with its CRC-32.
-    """
+def save_arrays(path: str, arrays: Mapping[str, Sequence[np.ndarray]], header: Mapping[str, Any]) -> None:
+    """Write the concatenations of one-dimensional arrays as a safetensors file, its JSON header as the metadata `pile`."""
     text = json.dumps(dict(sorted(header.items())))
-    described: dict[str, Any] = {"__metadata__": {"pile": text, "crc": str(zlib.crc32(text.encode()))}}
-    parts = {name: [array] if isinstance(array, np.ndarray) else list(array) for name, array in arrays.items()}
-    kinds = {name: some[0].dtype for name, some in parts.items()}
-    names = sorted(parts, key=lambda name: (-kinds[name].itemsize, name))  # large items first, so that all are aligned
+    description: dict[str, Any] = {"__metadata__": {"pile": text, "crc": str(zlib.crc32(text.encode()))}}
+    dtypes = {name: parts[0].dtype for name, parts in arrays.items()}
+    names = sorted(arrays, key=lambda name: (-dtypes[name].itemsize, name))  # large items first, so that all are aligned
     stop = 0
     for name in names:
-        kind = {"b": "BOOL", "u": "U{}", "i": "I{}", "f": "F{}"}[kinds[name].kind].format(8 * kinds[name].itemsize)
-        first, length = stop, sum(map(len, parts[name]))
-        stop += length * kinds[name].itemsize
-        described[name] = {"dtype": kind, "shape": [length], "data_offsets": [first, stop]}
-    first_bytes = json.dumps(described).encode()
-    first_bytes += b" " * (-len(first_bytes) % 8)
+        start, length = stop, sum(map(len, arrays[name]))
+        stop += length * dtypes[name].itemsize
+        dtype = next(key for key, value in DTYPES.items() if dtypes[name] == value)
+        description[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, stop]}
+    encoded = json.dumps(description).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with whole_file(path) as file:
-        file.write(len(first_bytes).to_bytes(8, "little") + first_bytes)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:
-            for array in parts[name]:
-                file.write(np.ascontiguousarray(array, kinds[name]).data)
+            for part in arrays[name]:
+                file.write(np.ascontiguousarray(part, dtypes[name]).data)
 
 
-def map_arrays(path: str, types: Mapping[str, str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Map the arrays of a safetensors file into memory. Returns read-only views and the header.
-
-    Args:
-        types: name -> dtype of the arrays that are needed; None: all arrays, as the file describes them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or lacks an array.
-    """
+def map_arrays(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Map the arrays of a safetensors file into memory, and read its header. Raises OSError, or ValueError if it is damaged."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise ValueError("the file is too short")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    length = int.from_bytes(mapped[:8], "little")
-    if length > size - 8:
+    begin = 8 + int.from_bytes(mapped[:8], "little")
+    if begin > size:
         raise ValueError("the file is truncated")
     try:
-        described = json.loads(mapped[8 : 8 + length])
-        if types is None:
-            kinds = {"BOOL": "|b1"} | {f"{k}{8 * n}": f"<{k.lower()}{n}" for k in "UIF" for n in (1, 2, 4, 8)}
-            types = {name: kinds[one["dtype"]] for name, one in described.items() if name != "__metadata__"}
-        arrays = {}
-        for name, kind in types.items():
-            first, stop = described[name]["data_offsets"]
-            item = np.dtype(kind).itemsize
-            if not 0 <= first <= stop <= size - 8 - length or (stop - first) % item:
+        description = json.loads(mapped[8:begin])
+        metadata, arrays = description.pop("__metadata__"), {}
+        for name, about in description.items():
+            (start, stop), dtype = about["data_offsets"], np.dtype(DTYPES[about["dtype"]])
+            if not 0 <= start <= stop <= size - begin or (stop - start) % dtype.itemsize:
                 raise ValueError("the file is truncated")
-            arrays[name] = np.frombuffer(mapped, kind, (stop - first) // item, 8 + length + first)
-        text = described["__metadata__"]["pile"]
-        if zlib.crc32(text.encode()) != int(described["__metadata__"]["crc"]):
+            arrays[name] = np.frombuffer(mapped, dtype, (stop - start) // dtype.itemsize, begin + start)
+        if zlib.crc32(metadata["pile"].encode()) != int(metadata["crc"]):
             raise ValueError("the header is damaged")
-        return arrays, dict(json.loads(text))
+        return arrays, dict(json.loads(metadata["pile"]))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"missing array or value: {error}") from error
 

@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -23,8 +23,8 @@ import numpy as np
 from pile_app.data.files import ShardError
 from pile_app.data.packing import sentence_ends
 from pile_app.data.tar import MAX_SAMPLE_BYTES, TarSample, files_of_block, read_samples
-from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
-from pile_app.fields import OWN, Fields
+from pile_app.documents import ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
+from pile_app.fields import OWN, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.media import audio_size, image_size
 
@@ -47,18 +47,20 @@ NAMES = 100  # of unused files and fields that are counted for each shard
 
 @dataclass(eq=False)
 class ShardIndex:
-    """The rows of one shard. path: for messages; about: its JSON entry in the manifest; columns: see `docs/data-format.md`.
+    """The rows of one shard. Each column (`COLUMNS`, see `docs/data-format.md`) is an attribute.
 
-    about: name, size of the tar, fingerprint (changes with any row), rows (S, G, breaks, key bytes), read (samples), rejected
+    path: of the tar, for messages; fields: the field map that it was read with; about: the shard's JSON entry in the manifest:
+    name, size of the tar, fingerprint (changes with any row), rows (S, G, breaks, key bytes), read (samples), rejected
     (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32).
     """
 
     path: str
     about: dict[str, Any]
     columns: dict[str, np.ndarray]
+    fields: Fields
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardIndex, (self.path, self.about, self.columns)
+        return ShardIndex, (self.path, self.about, self.columns, self.fields)
 
     def __len__(self) -> int:
         return int(self.about["rows"][0])
@@ -75,61 +77,61 @@ class ShardIndex:
         return starts(self.segments)
 
     @cached_property
-    def first_key(self) -> np.ndarray:
-        return starts(self.key_size)
-
-    @cached_property
     def numbers(self) -> SimpleNamespace:
         """The columns as memoryviews, which give single numbers in a third of the time."""
-        firsts = {"first_segment": self.first_segment, "first_key": self.first_key}
-        return SimpleNamespace(**{name: column.data for name, column in (self.columns | firsts).items()})
+        columns = self.columns | {"first_segment": self.first_segment, "first_key": starts(self.key_size)}
+        return SimpleNamespace(**{name: column.data for name, column in columns.items()})
+
+    def rows(self, sample: int) -> range:
+        """The segments of a sample."""
+        return range(self.numbers.first_segment[sample], self.numbers.first_segment[sample + 1])
 
     def key(self, sample: int) -> str:
         first, stop = self.numbers.first_key[sample], self.numbers.first_key[sample + 1]
         return str(self.numbers.key_bytes[first:stop], "utf-8", "replace")
 
-    @property
-    def keys(self) -> list[str]:
-        return [self.key(sample) for sample in range(len(self))]
-
-    @property
-    def rejected(self) -> dict[str, int]:
-        """Reason -> number of samples that cannot be used."""
-        return {reason: count for reason, (count, *_) in self.about["rejected"].items()}
-
     def check(self) -> None:
         """Raise `ShardError` if the rows are not those that were written."""
-        sizes = (int(self.segments.sum()), int(self.break_count.sum()), int(self.key_size.sum()))
-        if sizes != tuple(self.about["rows"][1:]) or fingerprint(self.about["size"], self.columns) != self.about["fingerprint"]:
+        sizes = [int(self.segments.sum()), int(self.break_count.sum()), int(self.key_size.sum())]
+        if sizes != self.about["rows"][1:] or fingerprint(self.about["size"], self.columns) != self.about["fingerprint"]:
             raise ShardError(f"the manifest is damaged in the rows of shard {self.path!r}: run `pile index {self.path}`")
 
     def check_tar(self, path: str) -> None:
-        """Raise `ShardError` if the tar at `path` is not the one that was indexed, in any sample."""
+        """Raise `ShardError` if the tar at `path` differs from the indexed tar in any sample."""
         with open(path, "rb") as file:
-            for sample, (offset, size, crc) in enumerate(zip(self.offset, self.size, self.crc, strict=True)):
-                if zlib.crc32(os.pread(file.fileno(), int(size), int(offset))) != crc:
-                    raise ShardError(
-                        f"sample {self.key(sample)!r} of shard {self.path!r} differs from the manifest: fetch the shard again, "
-                        f"or run `pile index --overwrite {self.path}` to accept it"
-                    )
+            try:
+                for sample in range(len(self)):
+                    self.block(sample, lambda offset, size: os.pread(file.fileno(), size, offset))
+            except BadSample as error:
+                raise ShardError(f"{error}{self.fix}") from error
 
-    def contents(self, sample: int, block: bytes, fields: Fields, rows: Iterable[int]) -> list[str | bytes]:
-        """The text or file of some rows of a sample: byte ranges of its `block`, or read through the field map."""
-        n = self.numbers
-        rows = list(rows)
+    @property
+    def fix(self) -> str:
+        return f". Fetch the shard again, or run `pile index --overwrite {self.path}` to accept it"
+
+    def block(self, sample: int, read: Callable[[int, int], bytes]) -> bytes:
+        """The bytes of a sample, from a function of offset and size. Raises `BadSample` if they are not as indexed."""
+        block = read(self.numbers.offset[sample], self.numbers.size[sample])
+        if zlib.crc32(block) != self.numbers.crc[sample]:
+            raise BadSample("checksum", f"sample {self.key(sample)!r} of shard {self.path!r} differs from the manifest")
+        return block
+
+    def document(self, sample: int, block: bytes) -> Document:
+        """The document of a sample, from its bytes in the tar. Raises `BadSample`."""
+        return self.fields.read(self.key(sample), files_of_block(block)).document
+
+    def contents(self, sample: int, block: bytes) -> dict[int, str | bytes]:
+        """Row -> text or file of each segment of a sample: byte ranges of its `block`, or read through the field map."""
+        n, rows = self.numbers, self.rows(sample)
         if all(n.file_offset[row] for row in rows):
-            files = [(EXTENSIONS[n.file[row]], block[n.file_offset[row] :][: n.file_size[row]]) for row in rows]
-            return [data.decode() if kind == "txt" else data for kind, data in files]
+            files = {row: block[n.file_offset[row] :][: n.file_size[row]] for row in rows}
+            return {row: file.decode() if EXTENSIONS[n.file[row]] == "txt" else file for row, file in files.items()}
         found: list[str | bytes] = []
-        for segment in self.document(sample, block, fields).segments:
+        for segment in self.document(sample, block).segments:
             found += segment.choices or (segment.data,)
-        first, stop = n.first_segment[sample], n.first_segment[sample + 1]
-        if len(found) != stop - first:
-            raise BadSample("other_fields", f"{self.key(sample)!r} has {len(found)} segments, {stop - first} were indexed")
-        return [found[row - first] for row in rows]
-
-    def document(self, sample: int, block: bytes, fields: Fields) -> Document:
-        return fields.read(self.key(sample), files_of_block(block)).document
+        if len(found) != len(rows):
+            raise BadSample("other_fields", f"{self.key(sample)!r} has {len(found)} segments, {len(rows)} were indexed")
+        return dict(zip(rows, found, strict=True))
 
 
 def starts(sizes: np.ndarray) -> np.ndarray:
@@ -138,6 +140,7 @@ def starts(sizes: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(tar_size: int, columns: Mapping[str, np.ndarray]) -> str:
+    """32 hexadecimal digits that change with any row."""
     digest = hashlib.blake2b(str(tar_size).encode(), digest_size=16)
     for name in TYPES:
         digest.update(np.ascontiguousarray(columns[name]).data)
@@ -148,24 +151,21 @@ def fingerprint(tar_size: int, columns: Mapping[str, np.ndarray]) -> str:
 
 
 def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
-    """Index the tar at `path`. Samples that cannot be used are counted by reason.
-
-    Raises:
-        ShardError: the tar is missing, damaged or compressed.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in TYPES}
-    keys = bytearray()
+    """Index the tar at `path`, and count unusable samples by reason. Raises `ShardError` as `read_samples`."""
+    rows: dict[str, list[tuple[int, ...]]] = {"samples": [], "segments": []}
+    keys, breaks = bytearray(), list[int]()
     rejected: dict[str, list[Any]] = {}
     unused, dropped = Counter[str](), Counter[str]()
+    named = {name for entry in fields.entries for name in entry.names}
     samples, ignored = read_samples(path)
     with open(path, "rb") as file:
         for sample in samples:
             try:
                 block = _read_block(file.fileno(), sample)
-                files = {name: block[first : first + size] for name, (first, size) in sample.files.items()}
-                _check_names(sample, fields)
-                reading = fields.read(sample.key, files)
-                rows = [row for pair in zip(reading.document.segments, reading.files, strict=True) for row in _rows(*pair)]
+                if not (fields.is_own and "json" in sample.files) and (error := _ambiguity(sample, named)):
+                    raise error
+                reading = fields.read(sample.key, {n: block[at : at + size] for n, (at, size) in sample.files.items()})
+                segments = _segment_rows(reading, sample.files)
             except BadSample as error:
                 detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address varies
                 count = rejected.setdefault(error.reason, [0, [], detail[:300]])
@@ -174,33 +174,21 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
                 continue
             unused.update(reading.unused)
             dropped.update(reading.dropped)
-            key = sample.key.encode()
+            key, flags = sample.key.encode(), 0 if reading.document.ordered else UNORDERED
             keys += key
-            flags = 0 if reading.document.ordered else UNORDERED
-            values = (sample.start, len(block), zlib.crc32(block), flags, len(rows), len(key))
-            for column, value in zip(COLUMNS["samples"], values, strict=True):
-                columns[column].append(value)
-            for segment, size, is_choice, file_name, breaks in rows:
-                kind = (segment.modality, *size, segment.loss, is_choice, EXTENSIONS.index(segment.extension))
-                for column, value in zip(
-                    COLUMNS["segments"], (*kind, *sample.files.get(file_name, (0, 0)), len(breaks)), strict=True
-                ):
-                    columns[column].append(value)
-                columns["break_bytes"] += breaks
-    arrays = {name: np.array(columns[name], kind) for name, kind in TYPES.items()}
-    arrays["key_bytes"] = np.frombuffer(bytes(keys), np.uint8)
-    about = {
-        "name": name,
-        "size": os.path.getsize(path),
-        "fingerprint": fingerprint(os.path.getsize(path), arrays),
-        "rows": [len(arrays[next(iter(group))]) for group in COLUMNS.values()],
-        "read": len(samples),
-        "rejected": rejected,
-        "unused": dict((unused + ignored).most_common(NAMES)),
-        "dropped": dict(dropped),
-        "tokens": {},
-    }
-    return ShardIndex(shown, about, arrays)
+            rows["samples"].append((sample.start, len(block), zlib.crc32(block), flags, len(segments), len(key)))
+            for row, ends in segments:
+                rows["segments"].append((*row, len(ends)))
+                breaks += ends
+    arrays = {"break_bytes": np.array(breaks, "<u4"), "key_bytes": np.frombuffer(bytes(keys), np.uint8)}
+    for group, table in rows.items():
+        columns: Iterable[Any] = zip(*table, strict=True) if table else [()] * len(COLUMNS[group])
+        for (column, kind), values in zip(COLUMNS[group].items(), columns, strict=True):
+            arrays[column] = np.array(values, kind)
+    size = os.path.getsize(path)
+    about = {"name": name, "size": size, "fingerprint": fingerprint(size, arrays), "read": len(samples), "rejected": rejected}
+    about |= {"rows": [len(arrays[next(iter(group))]) for group in COLUMNS.values()], "tokens": {}, "dropped": dict(dropped)}
+    return ShardIndex(shown, about | {"unused": dict((unused + ignored).most_common(NAMES))}, arrays, fields)
 
 
 def infer_from_shard(path: str) -> tuple[Fields, int]:
@@ -210,10 +198,12 @@ def infer_from_shard(path: str) -> tuple[Fields, int]:
     usable = usable[:: max(1, len(usable) // INFERRED_FROM)][:INFERRED_FROM]
     names = Counter(name for sample in usable for name in sample.files)
     usual = {name for name, count in names.items() if 1 < count >= len(usable) / 2}
-    clear = [sample for sample in usable if "json" in sample.files or not _alike(sample, usual)]
+    clear = [sample for sample in usable if "json" in sample.files or not _ambiguity(sample, usual)]
     if not clear:
-        why = next((str(sample.error) for sample in samples if sample.error), str(_ambiguous(usable[0])) if usable else "")
-        raise ShardError(f"shard {path!r} holds no usable sample" + (f": {why}" if why else ", the archive is empty"))
+        errors = filter(None, (sample.error or _ambiguity(sample, usual) for sample in samples))
+        raise ShardError(
+            f"shard {path!r} holds no usable sample, {next((f'e.g. {e}' for e in errors), 'the archive is empty')}"
+        )
     if any(name.rsplit(".", 1)[-1] in ENCODED_EXTENSIONS for name in names):
         return OWN, len(clear)
     with open(path, "rb") as file:
@@ -234,35 +224,26 @@ def _read_block(descriptor: int, sample: TarSample) -> bytes:
     return os.pread(descriptor, sample.stop - sample.start, sample.start)
 
 
-def _alike(sample: TarSample, named: Iterable[str]) -> list[str]:
-    """Files of one kind that differ in the part of the name before it, and are not `named`: probably of several samples."""
-    dotted = [name for name in sample.files if "." in name and name not in named]
-    kinds = Counter(name.rsplit(".", 1)[1].lower() for name in dotted)
-    return [name for name in dotted if kinds[name.rsplit(".", 1)[1].lower()] > 1]
-
-
-def _check_names(sample: TarSample, fields: Fields) -> None:
-    named = {name for entry in fields.entries for name in entry.names}
-    if not (fields.is_own and "json" in sample.files) and _alike(sample, named):
-        raise _ambiguous(sample)
-
-
-def _ambiguous(sample: TarSample) -> BadSample:
-    names = ", ".join(_alike(sample, ())[:4])
-    return BadSample(
-        "ambiguous_names",
-        f"sample {sample.key!r} holds {names}: a key ends at the first dot of a name, so these may be several samples. Rename "
-        "the files, or name them in `fields`",
+def _ambiguity(sample: TarSample, named: Collection[str]) -> BadSample | None:
+    """An error if files of one kind differ in the part of the name before it, and are not `named`."""
+    kinds = {name: name.rsplit(".", 1)[1].lower() for name in sample.files if "." in name and name not in named}
+    counts = Counter(kinds.values())
+    alike = [name for name, kind in kinds.items() if counts[kind] > 1]
+    detail = (
+        "a key ends at the first dot of a name, so these may be several samples. Rename the files, or name them in `fields`"
     )
+    return BadSample("ambiguous_names", f"sample {sample.key!r} holds {', '.join(alike[:4])}: {detail}") if alike else None
 
 
-def _rows(segment: Segment, file_name: str) -> list[tuple[Segment, tuple[int, int], bool, str, list[int]]]:
-    """(segment, size, is a choice, file, breaks) of a segment and of each of its alternatives."""
-    parts = [replace(segment, data=text) for text in segment.choices] or [segment]
-    return [
-        (part, segment_size(part), number > 0, "" if segment.choices else file_name, segment_breaks(part))
-        for number, part in enumerate(parts)
-    ]
+def _segment_rows(reading: Reading, files: Mapping[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """(values of the columns of "segments" but `break_count`, breaks) of each segment and alternative."""
+    rows: list[tuple[tuple[int, ...], list[int]]] = []
+    for segment, name in zip(reading.document.segments, reading.files, strict=True):
+        kind, offset = EXTENSIONS.index(segment.extension), (0, 0) if segment.choices else files.get(name, (0, 0))
+        for number, part in enumerate([replace(segment, data=text) for text in segment.choices] or [segment]):
+            row = (part.modality, *segment_size(part), part.loss, number > 0, kind, *offset)
+            rows.append((row, segment_breaks(part)))
+    return rows
 
 
 def segment_size(segment: Segment) -> tuple[int, int]:
@@ -279,7 +260,6 @@ def segment_size(segment: Segment) -> tuple[int, int]:
     if segment.modality == IMAGE:
         height, width = image_size(segment.file)
         return height * width, 0
-    assert segment.modality == AUDIO
     return audio_size(segment.file)
 
 

@@ -1,7 +1,7 @@
 """Shards: WebDataset tar files. `write_shards` writes documents, `Shards` reads them by number.
 
-A sample is read by its byte range (`pread`: no shared file position, safe after a fork) and checked against its CRC-32. Each
-process opens manifests and tars when it first needs them.
+A sample is read by its byte range (`pread`: no shared file position, safe in threads and after a fork) and checked against its
+CRC-32. Tars are opened when they are first needed.
 """
 
 from __future__ import annotations
@@ -9,67 +9,69 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import threading
-import zlib
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import numpy as np
 
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, whole_file
 from pile_app.data.index import ShardIndex
 from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
+from pile_app.data.remote import ShardCache, expand_remote, is_remote
 from pile_app.data.tar import split_name
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
-from pile_app.data.urls import expand_remote, is_remote
 from pile_app.documents import BadSample, Document, sample_from_document
 from pile_app.fields import OWN, Fields
-
-if TYPE_CHECKING:
-    import io
-
-    from pile_app.data.remote import ShardCache
 
 OPEN_SHARDS = 64  # files that a process holds open: an evicted shard frees its disk when its last reader closes it
 
 
 def expand_shards(pattern: str | Sequence[str]) -> list[str]:
-    """Paths or URLs from a pattern: brace expansion as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
+    """Paths or URLs from a pattern: braces as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
 
-    Raises:
-        ShardError: nothing matches, a shard is named twice, or braces do not match. A missing URL shows when it is fetched.
+    Raises `ShardError` if nothing matches, a shard is named twice, or braces do not match. URLs are not looked up.
     """
     import braceexpand
 
+    where = f"(from {pattern!r}, working folder {os.getcwd()})"
     paths: list[str] = []
     for one in [pattern] if isinstance(pattern, str) else pattern:
         try:
             expansions = [one] if one.startswith("pipe:") else list(braceexpand.braceexpand(one))
         except ValueError as error:  # UnbalancedBracesError
             raise ShardError(f"{one!r} has an unmatched brace: write e.g. 'train-{{000..007}}.tar'") from error
-        for expanded in expansions:
-            if is_remote(expanded):
-                found = expand_remote(expanded)
-            else:
-                expanded = expanded.removeprefix("file://")
-                found = sorted(glob.glob(expanded)) if glob.has_magic(expanded) and not os.path.exists(expanded) else [expanded]
+        for expanded in (expansion.removeprefix("file://") for expansion in expansions):
+            found = expand_remote(expanded) if is_remote(expanded) else [expanded]
+            if not is_remote(expanded) and glob.has_magic(expanded) and not os.path.exists(expanded):
+                found = sorted(glob.glob(expanded))
             if not found:
-                raise ShardError(f"no shard matches {expanded!r} (from {one!r}, working folder {os.getcwd()})")
+                raise ShardError(f"no shard matches {expanded!r} {where}")
             paths += found
-    folders = {os.path.dirname(path) for path in paths if not is_remote(path)}
-    names = {folder: set(os.listdir(folder or ".")) for folder in folders if os.path.isdir(folder or ".")}
-    for path in paths:  # by one listing for each folder, not a request for each shard
-        if not is_remote(path) and os.path.basename(path) not in names.get(os.path.dirname(path), ()):
-            raise ShardError(f"shard {path!r} does not exist (from {pattern!r}, working folder {os.getcwd()})")
+    local = [os.path.split(path) for path in paths if not is_remote(path)]
+    folders = {folder for folder, _ in local}  # one listing for each, not a request for each shard
+    listed = {folder: set(os.listdir(folder or ".")) for folder in folders if os.path.isdir(folder or ".")}
+    if missing := [os.path.join(folder, name) for folder, name in local if name not in listed.get(folder, ())]:
+        raise ShardError(f"shard {missing[0]!r} does not exist {where}")
     real = {folder: os.path.realpath(folder) for folder in folders}
-    same = [path if is_remote(path) else os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+    same = [os.path.join(real[folder], name) for folder, name in local] + list(filter(is_remote, paths))
     if twice := [path for path, count in Counter(same).items() if count > 1]:
         raise ShardError(f"{pattern!r} names a shard twice: {twice[:3]}")
     return paths
+
+
+class _OpenFile:
+    """A file descriptor that is closed when nothing refers to it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class Shards:
@@ -77,12 +79,12 @@ class Shards:
 
     Args:
         pattern: of paths or URLs, see `expand_shards`.
-        cache: of remote shards; None where there are none.
-        fields: the field map; None: that of the manifest, or inferred.
-        tokenizer: whose token counts the manifest has to hold.
+        cache: of remote shards.
+        fields, tokenizer, again: see `open_manifest`.
         processes: that index new shards; None: one for each core.
-        again: shards to index again, see `open_manifest`.
     """
+
+    CACHES: tuple[str, ...] = ("index", "_file", "_fetched_again")  # attributes that are not pickled
 
     def __init__(
         self,
@@ -94,51 +96,34 @@ class Shards:
         again: Again = "",
     ) -> None:
         self.paths = expand_shards(pattern)
-        self.cache, self.tokenizer = cache, tokenizer or ByteTokenizer()
         self.remote = [is_remote(path) for path in self.paths]
-        self._forget()
-        self._manifest_files: list[tuple[str, str]] = []  # path and folder of each
-        self._where = [(0, "")] * len(self.paths)  # manifest and name of each shard
-        wanted = Fields.parse(fields) if fields else None
-        for number, ((folder, stem), shards) in enumerate(group_shards(self.paths).items()):
-            paths = [self.paths[shard] for shard in shards]
-            found = self._manifests[number] = open_manifest(paths, stem, cache, wanted, tokenizer, processes, again)
-            self._manifest_files.append((found.path, folder))
-            for shard in shards:
-                self._where[shard] = number, split_path(self.paths[shard])[1]
-        abouts = [self._about(shard) for shard in range(len(self.paths))]
+        if cache is None and any(self.remote):
+            raise ShardError(f"{pattern!r} is remote and has to be read through a cache")
+        self.cache, self.tokenizer = cache, tokenizer or ByteTokenizer()
+        options = cache, Fields.parse(fields) if fields else None, self.tokenizer, processes, again
+        self.manifests: list[Manifest] = []
+        self._manifest_of: dict[int, Manifest] = {}
+        for (_, stem), shards in group_shards(self.paths).items():
+            self.manifests.append(open_manifest(stem, [self.paths[shard] for shard in shards], *options))
+            self._manifest_of |= dict.fromkeys(shards, self.manifests[-1])
+        abouts = self._abouts()
         self.sizes = [int(about["size"]) for about in abouts]  # of the tars, in bytes
         self.first_document: list[int] = [0, *np.cumsum([about["rows"][0] for about in abouts]).tolist()]
-        prints = [about["fingerprint"] for about in abouts] + [
-            str(one.fields) for one in self._manifests.values() if one.fields != OWN
-        ]
+        prints = [about["fingerprint"] for about in abouts] + [str(m.fields) for m in self.manifests if m.fields != OWN]
         self.fingerprint = hashlib.blake2b("".join(prints).encode(), digest_size=16).hexdigest()
+        self._open_caches()
 
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._manifests: dict[int, Manifest] = {}
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+    def _open_caches(self) -> None:
+        self.index = lru_cache(OPEN_SHARDS)(self._load_index)
+        self._file = lru_cache(OPEN_SHARDS)(self._open)
         self._fetched_again: set[int] = set()
-        self._lock = threading.RLock()  # the thread that prefetches asks for indexes too
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = (
-            "_process",
-            "_manifests",
-            "_indexes",
-            "_descriptors",
-            "_lock",
-            "_fetched_again",
-            "_kept_ids",
-            "_last_long",
-            "_checked",
-        )
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
+        return {name: value for name, value in vars(self).items() if name not in self.CACHES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        vars(self).update(state)
+        self._open_caches()
 
     def __len__(self) -> int:
         return self.first_document[-1]
@@ -147,26 +132,14 @@ class Shards:
         """Yield all documents. Raises `BadSample` at a damaged one."""
         return map(self.document, range(len(self)))
 
-    def manifest(self, shard: int) -> Manifest:
-        number, _ = self._where[shard]
-        if number not in self._manifests:
-            self._manifests[number] = Manifest(*self._manifest_files[number])
-        return self._manifests[number]
+    def _abouts(self) -> list[dict[str, Any]]:
+        return [self._manifest_of[shard].about(split_path(path)[1]) for shard, path in enumerate(self.paths)]
 
-    def _about(self, shard: int) -> dict[str, Any]:
-        return self.manifest(shard).entries[self._where[shard][1]][1]
-
-    def index(self, shard: int) -> ShardIndex:
+    def _load_index(self, shard: int) -> ShardIndex:
         """The rows of a shard. Raises `ShardError` if they are damaged."""
-        with self._lock:
-            index = self._indexes.get(shard)
-            if index is None:
-                index = self._indexes[shard] = self.manifest(shard).index(self._where[shard][1])
-                index.check()
-                if len(self._indexes) > OPEN_SHARDS:
-                    self._indexes.popitem(last=False)
-            self._indexes.move_to_end(shard)
-            return index
+        index = self._manifest_of[shard].index(split_path(self.paths[shard])[1])
+        index.check()
+        return index
 
     def place(self, number: int) -> tuple[int, int]:
         """(shard, sample in it) of a document."""
@@ -178,73 +151,53 @@ class Shards:
         return self.index(shard).key(sample)
 
     def document(self, number: int) -> Document:
-        """Read a document.
-
-        Raises:
-            BadSample: its bytes are not those that were indexed, or make no document.
-            ShardError: the shard cannot be opened or fetched any more.
-        """
+        """Read a document. Raises `BadSample`, or `ShardError` if the shard cannot be opened or fetched any more."""
         shard, sample = self.place(number)
-        return self.index(shard).document(sample, self.block(shard, sample), self.manifest(shard).fields)
+        return self.index(shard).document(sample, self.block(shard, sample))
 
     def block(self, shard: int, sample: int) -> bytes:
         """The bytes of a sample. Raises `BadSample` if they are not those that were indexed."""
-        index = self.index(shard)
-        while True:
-            block = self.read(shard, index.numbers.offset[sample], index.numbers.size[sample])
-            if zlib.crc32(block) == index.numbers.crc[sample]:
-                return block
-            if not self._forget_copy(shard):
-                raise BadSample("checksum", f"sample {index.key(sample)!r} of {index.path!r} is not what was indexed")
-
-    def _forget_copy(self, shard: int) -> bool:
-        """Remove the local copy of a remote shard, which may be of an earlier version; once."""
-        if self.cache is None or not self.remote[shard] or shard in self._fetched_again:
-            return False
-        with self._lock:
-            self._fetched_again.add(shard)
-            os.close(self._descriptors.pop(shard))
-            Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
-        return True
+        read = partial(self.read, shard)
+        try:
+            return self.index(shard).block(sample, read)
+        except BadSample:
+            if self.cache is None or not self.remote[shard] or shard in self._fetched_again:
+                raise
+        self._fetched_again.add(shard)  # the copy may be of an earlier version: fetch it once more
+        Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
+        self._file.cache_clear()
+        return self.index(shard).block(sample, read)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Read bytes of a tar, which is fetched if it is remote."""
-        with self._lock:
-            if self._process != os.getpid():  # after a fork
-                self._forget()
-            if shard not in self._descriptors:
-                self._descriptors[shard] = self._open(shard)
-                if len(self._descriptors) > OPEN_SHARDS:
-                    os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors.move_to_end(shard)
-            return os.pread(self._descriptors[shard], size, offset)
+        file = self._file(shard)  # held, so that another thread does not close it
+        return os.pread(file.descriptor, size, offset)
 
-    def _open(self, shard: int) -> int:
-        path = self.paths[shard]
-        if self.remote[shard] and self.cache is not None:
-            return self.cache.open(path, self.sizes[shard], self.index(shard).check_tar)
+    def _open(self, shard: int) -> _OpenFile:
+        path, size = self.paths[shard], self.sizes[shard]
+        if self.remote[shard]:
+            assert self.cache is not None
+            return _OpenFile(self.cache.open(path, size, self.index(shard).check_tar))
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            file = _OpenFile(os.open(path, os.O_RDONLY))
         except OSError as error:
             raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
-        if (size := os.fstat(descriptor).st_size) != self.sizes[shard]:
-            os.close(descriptor)
-            raise ShardError(f"shard {path!r} has {size:,} bytes, {self.sizes[shard]:,} were indexed: run `pile index {path}`")
-        return descriptor
+        if (found := os.fstat(file.descriptor).st_size) != size:
+            raise ShardError(f"shard {path!r} has {found:,} bytes, {size:,} were indexed: run `pile index {path}`")
+        return file
 
     def publish(self) -> list[str]:
         """Upload the manifests of remote folders next to the shards. Returns where the manifests are."""
-        found = []
-        for path, folder in self._manifest_files:
-            url = f"{folder}/{os.path.basename(path)}"
+        found = [manifest.path for manifest in self.manifests]
+        for number, path in enumerate(found):
+            folder, url = self.manifests[number].folder, f"{self.manifests[number].folder}/{os.path.basename(path)}"
             if is_remote(folder) and not path.endswith(".published"):
                 try:
                     with fsspec.open(url, "wb") as file:
                         file.write(Path(path).read_bytes())
-                    path = url
+                    found[number] = url
                 except Exception as error:
-                    path += f" (cannot be written to {url}, so upload it there: {type(error).__name__} {error})"
-            found.append(path)
+                    found[number] += f" (cannot be written to {url}, so upload it there: {type(error).__name__} {error})"
         return found
 
     def balance(self) -> dict[str, Any]:
@@ -252,16 +205,20 @@ class Shards:
 
         `examples`: reason -> the first keys and the first message; `unused`, `dropped`: name of a file, field or part -> count.
         """
-        found: dict[str, Any] = {"fields": str(self.manifest(0).fields), "read": 0, "documents": len(self), "examples": {}}
-        found |= {name: Counter() for name in ("rejected", "unused", "dropped")}
-        for about in map(self._about, range(len(self.paths))):
-            found["read"] += about["read"]
+        abouts, examples = self._abouts(), dict[str, tuple[list[str], str]]()
+        counts = {name: Counter[str]() for name in ("rejected", "unused", "dropped")}
+        for about in abouts:
             for reason, (count, keys, detail) in about["rejected"].items():
-                found["rejected"][reason] += count
-                found["examples"].setdefault(reason, (keys, detail))
+                counts["rejected"][reason] += count
+                examples.setdefault(reason, (keys, detail))
             for name in ("unused", "dropped"):
-                found[name].update(about[name])
-        return found
+                counts[name].update(about[name])
+        found = {
+            "fields": str(self.manifests[0].fields),
+            "read": sum(about["read"] for about in abouts),
+            "documents": len(self),
+        }
+        return found | counts | {"examples": examples}
 
 
 def describe_balance(balance: Mapping[str, Any]) -> str:
@@ -271,62 +228,31 @@ def describe_balance(balance: Mapping[str, Any]) -> str:
     ]
     parts = [f"{balance['read']:,} samples: {balance['documents']:,} documents", f"rejected: {', '.join(rejected) or 'none'}"]
     for name in ("unused", "dropped"):
-        told = [f"{count:,} {what}" for what, count in balance[name].most_common(8)]
-        parts += [f"{name}: {', '.join(told)}" + ", ..." * (len(balance[name]) > 8)] if told else []
+        listed = [f"{count:,} {what}" for what, count in balance[name].most_common(8)]
+        parts += [f"{name}: {', '.join(listed)}" + ", ..." * (len(balance[name]) > 8)] if listed else []
     return "; ".join([*parts, f"fields {balance['fields']}"])
 
 
-class ShardWriter:
-    """Writes documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
+def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
+    """Write documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
 
     A shard gets its name when it is complete. Documents without a key are numbered. The same documents give the same bytes.
+    Documents that cannot be read back are rejected in the manifest. Raises ValueError for a key that WebDataset would change.
     """
+    import webdataset
 
-    def __init__(self, folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> None:
-        self.folder, self.prefix, self.shard_bytes = Path(folder), prefix, shard_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._paths: list[str] = []
-        self._count = 0
-        self._file: io.BufferedWriter | None = None
-        self._tar: Any = None
-
-    def write(self, document: Document) -> None:
-        """Add a document. Raises ValueError if its key would be read back as another one."""
-        import webdataset
-
-        if split_name(f"{document.key}.json")[0] != document.key:
-            raise ValueError(f"document key {document.key!r}: WebDataset ends a key at the first dot; use another character")
-        if self._file is None:
-            path = self.folder / f"{self.prefix}-{len(self._paths):06d}.tar.{os.getpid()}.tmp"
-            self._file = open(path, "wb")  # noqa: SIM115 (closed by finish_shard)
-            # mtime=0: with the float default, webdataset writes a kilobyte of PAX header a member, different in every run.
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
-        sample = sample_from_document(document)
-        sample["__key__"] = document.key or f"{self.prefix}-{self._count:09d}"
-        self._tar.write(sample)
-        self._count += 1
-        if self._file.tell() >= self.shard_bytes:
-            self.finish_shard()
-
-    def finish_shard(self) -> None:
-        """Complete the current shard; the next document opens another."""
-        if self._file is None:
-            return
-        self._tar.close()
-        self._file.close()
-        self._paths.append(str(self.folder / f"{self.prefix}-{len(self._paths):06d}.tar"))
-        os.replace(self._file.name, self._paths[-1])
-        self._file = None
-
-    def close(self) -> Shards:
-        """Complete the last shard and write the manifest."""
-        self.finish_shard()
-        return Shards(self._paths, fields=OWN, again="all")
-
-
-def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
-    """Write all documents through a `ShardWriter`. Documents that cannot be read back are rejected in the manifest."""
-    writer = ShardWriter(folder, prefix, shard_bytes)
-    for document in documents:
-        writer.write(document)
-    return writer.close()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths: list[str] = []
+    numbered = enumerate(documents)
+    entry = next(numbered, None)
+    while entry is not None:
+        paths.append(str(Path(folder) / f"{prefix}-{len(paths):06d}.tar"))
+        # mtime=0: with the float default, webdataset writes a kilobyte of PAX header a member, different in every run.
+        with whole_file(paths[-1]) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+            while entry is not None and (file.tell() < shard_bytes):
+                number, document = entry
+                if split_name(f"{document.key}.json")[0] != document.key:
+                    raise ValueError(f"document key {document.key!r}: a key ends at the first dot; use another character")
+                tar.write(sample_from_document(document) | {"__key__": document.key or f"{prefix}-{number:09d}"})
+                entry = next(numbered, None)
+    return Shards(paths, fields=OWN, again="all")

@@ -1,7 +1,7 @@
 """Read WebDataset samples from tar files: their byte ranges, and the files in each.
 
 `tarfile` parses the headers, when a shard is indexed only. It takes a damaged header for the end of the archive, so the bytes
-after the last member must be the zeros that end a tar.
+after the last member must be the zeros that end a tar. Nothing is ever extracted.
 """
 
 from __future__ import annotations
@@ -25,27 +25,22 @@ COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\
 
 @dataclass
 class TarSample:
-    """Files that share a key. key: the name up to the first dot of its last part; start, stop: bytes in the tar; files: rest of
-    the name -> (offset from `start`, size); error: why the sample cannot be used."""
+    """Files that share a key. start, stop: bytes in the tar; files: rest of the name -> (offset from `start`, size)."""
 
     key: str
     start: int
     stop: int
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    error: BadSample | None = None
+    error: BadSample | None = None  # why it cannot be used
 
 
-def read_samples(path: str, opened: BinaryIO | None = None) -> tuple[list[TarSample], Counter[str]]:
-    """List the samples of a tar, and count members that are ignored. opened: the file, where the caller has checked it.
-
-    Raises:
-        ShardError: the tar is missing, damaged, truncated or compressed.
-    """
+def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
+    """List the samples of a tar, and count ignored members. Raises `ShardError` if it is missing, damaged or compressed."""
     samples: list[TarSample] = []
     ignored: Counter[str] = Counter()
     stop = 0
     try:
-        with opened or open(path, "rb") as file:
+        with open(path, "rb") as file:
             if program := COMPRESSED.get(file.read(2)):
                 raise ShardError(f"shard {path!r} is compressed: {program} it first, samples are read at random offsets")
             file.seek(0)
@@ -59,18 +54,20 @@ def read_samples(path: str, opened: BinaryIO | None = None) -> tuple[list[TarSam
                 sample = samples[-1]
                 sample.files[name], sample.stop = (member.offset_data - sample.start, member.size), stop
                 sample.error = sample.error or _unsafe(member)
-            _check_end(file, stop)
+            size = os.fstat(file.fileno()).st_size
+            rest = (os.pread(file.fileno(), 1 << 20, offset) for offset in range(stop, size, 1 << 20))
+            if size - stop < BLOCK or any(part.strip(b"\0") for part in rest):
+                raise ValueError("neither a member nor the end of the archive follows")
     except OSError as error:
         raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
     except ValueError as error:
-        raise ShardError(
-            f"shard {path!r} is damaged or truncated at byte {stop:,}: {error}. Fetch or write it again"
-        ) from error
+        message = f"shard {path!r} is damaged or truncated at byte {stop:,}: {error}. Fetch or write it again"
+        raise ShardError(message) from error
     return _check_keys(samples), +ignored
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """Yield each member with the bytes [start, stop) that it takes with its headers. Raises ValueError."""
+    """Yield each member and the bytes [start, stop) of its headers and content. Raises ValueError."""
     stop = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -85,14 +82,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
         raise ValueError(str(error)) from error
 
 
-def _check_end(file: BinaryIO, stop: int) -> None:
-    size = os.fstat(file.fileno()).st_size
-    if size - stop < BLOCK or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, size, 1 << 20)):
-        raise ValueError("neither a member nor the end of the archive follows")
-
-
 def _unsafe(member: tarfile.TarInfo) -> BadSample | None:
-    """Refuse members that no data set needs and an attack may use. (Nothing is ever extracted.)"""
+    """Refuse members that no data set needs and an attack may use."""
     reason = ""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) or member.issparse():
         reason = f"is no plain file (tar type {member.type!r})"
@@ -104,7 +95,7 @@ def _unsafe(member: tarfile.TarInfo) -> BadSample | None:
 
 
 def _check_keys(samples: list[TarSample]) -> list[TarSample]:
-    """Reject the second of two samples with the same key and file, and a sample whose files are not adjacent, as one."""
+    """Reject the second of two samples with the same key and file, and join and reject a sample in several parts."""
     first: dict[str, TarSample] = {}
     for sample in samples:
         earlier = first.setdefault(sample.key, sample)
@@ -113,9 +104,7 @@ def _check_keys(samples: list[TarSample]) -> list[TarSample]:
         if earlier.files.keys() & sample.files.keys():
             sample.error = BadSample("duplicate_key", f"two samples are called {sample.key!r}")
         else:
-            earlier.error = BadSample(
-                "scattered_key", f"the files of {sample.key!r} are not adjacent: `pile prepare` joins them"
-            )
+            earlier.error = BadSample("scattered_key", f"files of {sample.key!r} are not adjacent: `pile prepare` joins them")
             earlier.files |= sample.files
             sample.files.clear()
     return [sample for sample in samples if sample.files]
@@ -134,9 +123,22 @@ def is_ignored(member: tarfile.TarInfo) -> bool:
 
 
 def files_of_block(block: bytes) -> dict[str, bytes]:
-    """Name -> content of the files of a sample, `block` being its bytes in the tar. Raises `BadSample`."""
+    """Name -> content of the files of a sample, from its bytes in the tar. Raises `BadSample`."""
     try:
         members = [member for member, *_ in _members(io.BytesIO(block)) if not is_ignored(member)]
         return {split_name(m.name)[1]: block[m.offset_data : m.offset_data + m.size] for m in members}
     except ValueError as error:
         raise BadSample("damaged_sample", str(error)) from error
+
+
+def plain_members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, BadSample | None]]:
+    """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises ValueError: damaged or truncated."""
+    stop, size = 0, os.fstat(file.fileno()).st_size
+    for member, _, stop in _members(file):
+        if stop - BLOCK >= size:
+            raise ValueError(f"{member.name!r} is cut off")
+        member.name = os.fsencode(member.name).decode(errors="replace")  # names in other encodings do no harm
+        if not member.isdir():
+            yield member, _unsafe(member)
+    if size - stop < BLOCK or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, size, 1 << 20)):
+        raise ValueError(f"damaged or truncated at byte {stop:,}: neither a member nor the end of the archive follows")

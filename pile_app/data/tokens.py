@@ -17,7 +17,6 @@ from pile_app.data.index import EXTENSIONS, ShardIndex, starts
 from pile_app.data.packing import sentence_ends
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT, BadSample, Codes
-from pile_app.fields import Fields
 
 TOKENIZED_AT_ONCE = 1 << 20  # characters
 
@@ -31,112 +30,90 @@ def text_counts(index: ShardIndex, tokenizer: Tokenizer) -> tuple[np.ndarray, np
     """((G,) int64 tokens of each text, 0 for media; breaks in tokens) of a shard. Raises `ShardError` if they are damaged."""
     if tokenizer.fingerprint == "bytes":
         return np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64), index.break_bytes
-    if _checksum(index, tokenizer) != index.about["tokens"].get(tokenizer.fingerprint[:16]):
-        raise ShardError(f"the token counts of shard {index.path!r} are damaged: run `pile index --overwrite {index.path}`")
     counts, breaks = (index.columns[name] for name in columns_of(tokenizer))
+    if _checksum(counts, breaks) != index.about["tokens"].get(tokenizer.fingerprint[:16]):
+        raise ShardError(f"the token counts of shard {index.path!r} are damaged: run `pile index --overwrite {index.path}`")
     return counts.astype(np.int64), breaks
 
 
-class KeptIds:
-    """The ids of the texts of a local shard. Raises OSError or ValueError if they are not kept, or those of another shard."""
-
-    def __init__(self, index: ShardIndex, path: str, tokenizer: Tokenizer) -> None:
-        self.arrays, header = map_arrays(_path(path, tokenizer), {"crc": "<u4", "ids": _kind(tokenizer)})
-        self.path = index.path
-        in_files = index.file == EXTENSIONS.index("txt")  # the shard itself holds the ids of encoded texts
-        self.first = starts(np.where(in_files, text_counts(index, tokenizer)[0], 0))
-        is_whole = len(self.arrays["crc"]) == len(in_files) and len(self.arrays["ids"]) == self.first[-1]
-        if header.get("shard") != index.about["fingerprint"] or not is_whole:
-            raise ValueError("these are the ids of another shard")
-
-    def ids(self, row: int, is_checked: bool = False) -> np.ndarray:
-        """(tokens,) ids of a text. Raises `BadSample` if they are damaged."""
-        ids = self.arrays["ids"][self.first[row] : self.first[row + 1]]
-        if not is_checked and zlib.crc32(ids.data) != self.arrays["crc"][row]:
-            raise BadSample("checksum", f"the token ids that were kept for {self.path!r} are damaged: remove the file")
-        return ids
-
-
-def count_tokens(index: ShardIndex, path: str, fields: Fields, tokenizer: Tokenizer, keep: bool) -> None:
-    """Add the columns of a tokenizer to an index.
-
-    Args:
-        path: of the tar.
-        keep: whether the ids are written next to it, if the folder can be written.
-
-    Raises:
-        ShardError: a sample differs from the index, or another tokenizer encoded it.
-    """
-    arrays = _tokenize(index, path, fields, tokenizer)
-    for name in columns_of(tokenizer):
-        index.columns[name] = arrays.pop(name.partition(".")[0])
-    index.about["tokens"][tokenizer.fingerprint[:16]] = _checksum(index, tokenizer)
-    if keep and os.access(os.path.dirname(path) or ".", os.W_OK):
-        with suppress(OSError):
-            save_arrays(_path(path, tokenizer), arrays, {"shard": index.about["fingerprint"]})
-
-
-def _checksum(index: ShardIndex, tokenizer: Tokenizer) -> int:
-    counts, breaks = (index.columns[name] for name in columns_of(tokenizer))
+def _checksum(counts: np.ndarray, breaks: np.ndarray) -> int:
     return zlib.crc32(breaks.tobytes(), zlib.crc32(counts.tobytes()))
 
 
-def _path(path: str, tokenizer: Tokenizer) -> str:
-    return f"{path}.{tokenizer.fingerprint[:16]}.tokens.safetensors"
+class KeptIds:
+    """The ids of the texts of a local shard. Raises OSError or ValueError if they are missing, or those of another shard."""
+
+    def __init__(self, index: ShardIndex, path: str, tokenizer: Tokenizer) -> None:
+        arrays, header = map_arrays(_path(path, tokenizer))
+        in_files = index.file == EXTENSIONS.index("txt")  # the shard itself holds the ids of encoded texts
+        self.first = starts(np.where(in_files, text_counts(index, tokenizer)[0], 0))
+        lengths = [len(arrays.get(name, ())) for name in ("crc", "ids")]
+        if header.get("shard") != index.about["fingerprint"] or lengths != [len(in_files), self.first[-1]]:
+            raise ValueError("these are the ids of another shard")
+        self.path, self.crc, self.ids_of_all = index.path, arrays["crc"], arrays["ids"]
+        self.is_checked = bytearray(len(in_files))
+
+    def ids(self, row: int) -> np.ndarray:
+        """(tokens,) ids of a text, whose checksum is compared once. Raises `BadSample` if they are damaged."""
+        ids = self.ids_of_all[self.first[row] : self.first[row + 1]]
+        if not self.is_checked[row] and zlib.crc32(ids.data) != self.crc[row]:
+            raise BadSample("checksum", f"the token ids that were kept for {self.path!r} are damaged: remove the file")
+        self.is_checked[row] = True
+        return ids
 
 
-def _kind(tokenizer: Tokenizer) -> str:
-    return "<u2" if tokenizer.size <= 1 << 16 else "<u4"
+def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool) -> None:
+    """Add the columns of a tokenizer to an index. keep: write the ids next to the tar at `path`, if the folder can be written.
 
-
-def _tokenize(index: ShardIndex, path: str, fields: Fields, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    Raises `ShardError` if a sample differs from the index, or another tokenizer encoded it.
+    """
+    kind = "<u2" if tokenizer.size <= 1 << 16 else "<u4"
     counts, crc = np.zeros(len(index.modality), "<u4"), np.zeros(len(index.modality), "<u4")
-    ids, breaks = [np.zeros(0, _kind(tokenizer))], [np.zeros(0, "<u4")]
-    waiting: list[tuple[int, str]] = []
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row -> ids (none if the shard holds them), breaks
+    waiting: dict[int, str] = {}
     size = 0
 
     def tokenize() -> None:
-        found = tokenizer.encode_all([text for _, text in waiting], [sentence_ends(text) for _, text in waiting])
-        for (row, _), (of_text, ends) in zip(waiting, found, strict=True):
-            ids.append(of_text.astype(_kind(tokenizer)))
-            counts[row], crc[row] = len(of_text), zlib.crc32(ids[-1].data)
-            breaks.append(ends.astype("<u4"))
+        texts = list(waiting.values())
+        for row, (ids, ends) in zip(waiting, tokenizer.encode_all(texts, list(map(sentence_ends, texts))), strict=True):
+            found[row] = ids.astype(kind), ends.astype("<u4")
+            counts[row], crc[row] = len(ids), zlib.crc32(found[row][0].data)
         waiting.clear()
 
     with open(path, "rb") as file:
         for sample in range(len(index)):
-            rows = np.arange(*index.first_segment[sample : sample + 2])
-            rows = rows[index.modality[rows] == TEXT].tolist()
-            block = os.pread(file.fileno(), int(index.size[sample]), int(index.offset[sample])) if rows else b""
+            if not any(index.numbers.modality[row] == TEXT for row in index.rows(sample)):
+                continue
             try:
-                if rows and zlib.crc32(block) != index.crc[sample]:
-                    raise BadSample("checksum", f"sample {index.key(sample)!r} differs from the manifest")
-                for row, text in zip(rows, index.contents(sample, block, fields, rows), strict=True):
-                    if isinstance(text, str):
-                        waiting.append((row, text))
-                        size += len(text)
-                        continue
-                    tokenize()  # breaks are in the order of the rows
-                    codes = check_encoded(Codes.from_bytes(text), tokenizer, index.path)
-                    counts[row] = len(codes.values)
-                    breaks.append(codes.breaks[1].astype("<u4"))
+                block = index.block(sample, lambda offset, size: os.pread(file.fileno(), size, offset))
+                for row, content in index.contents(sample, block).items():
+                    if isinstance(content, str):
+                        waiting[row] = content
+                        size += len(content)
+                    elif index.modality[row] == TEXT:
+                        codes = Codes.from_bytes(content)
+                        if codes.encoder != tokenizer.fingerprint:
+                            raise ShardError(
+                                f"{index.path!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is "
+                                f"{tokenizer.fingerprint}: set model.tokenizer to that tokenizer, or encode the shards again"
+                            )
+                        counts[row] = len(codes.values)
+                        found[row] = np.zeros(0, kind), codes.breaks[1].astype("<u4")
             except BadSample as error:
-                raise ShardError(
-                    f"the texts of shard {index.path!r} cannot be tokenized: {error}. Fetch the shard again, or run "
-                    f"`pile index --overwrite {index.path}` to accept it"
-                ) from error
+                raise ShardError(f"the texts of shard {index.path!r} cannot be tokenized: {error}{index.fix}") from error
             if size > TOKENIZED_AT_ONCE:
                 tokenize()
                 size = 0
     tokenize()
-    return {"tokens": counts, "breaks": np.concatenate(breaks), "crc": crc, "ids": np.concatenate(ids)}
+    in_order = [(np.zeros(0, kind), np.zeros(0, "<u4")), *(found[row] for row in sorted(found))]
+    breaks = np.concatenate([ends for _, ends in in_order])
+    index.columns |= dict(zip(columns_of(tokenizer), (counts, breaks), strict=True))
+    index.about["tokens"][tokenizer.fingerprint[:16]] = _checksum(counts, breaks)
+    if keep and os.access(os.path.dirname(path) or ".", os.W_OK):
+        with suppress(OSError):
+            arrays = {"crc": [crc], "ids": [ids for ids, _ in in_order]}
+            save_arrays(_path(path, tokenizer), arrays, {"shard": index.about["fingerprint"]})
 
 
-def check_encoded(codes: Codes, tokenizer: Tokenizer, where: str) -> Codes:
-    """Raise `ShardError` if another tokenizer encoded a text."""
-    if codes.encoder != tokenizer.fingerprint:
-        raise ShardError(
-            f"{where!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is {tokenizer.fingerprint}: set "
-            "model.tokenizer to the one that encoded it, or encode the shards again"
-        )
-    return codes
+def _path(path: str, tokenizer: Tokenizer) -> str:
+    return f"{path}.{tokenizer.fingerprint[:16]}.tokens.safetensors"

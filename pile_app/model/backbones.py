@@ -2,18 +2,16 @@
 
     forward(x, document, position, cache, piece_starts) -> (B, T, D)
 
-x: (B, T, `embedding_width`) token vectors, of width D but for recurrent backbones that say otherwise; document: (B, T) number
-of the document of each place, equal places see each other, -1 is padding; position: (B, T) place within the document; cache:
-what `new_cache` made, for generation, where every row holds one document and each call brings its next T tokens; piece_starts:
-(P + 1,) int32 flat places where pieces begin, then B * T, for attention on CUDA.
+x: (B, T, `embedding_width`) token vectors, of width D unless a recurrent backbone is told otherwise; document: (B, T) document
+of each token, equal values see each other, -1 is padding; position: (B, T) index within the document; cache: from `new_cache`,
+for generation, where each row holds one document and each call brings its next T tokens; piece_starts: (P + 1,) int32 flat
+indices where pieces begin, then B * T, for CUDA.
 
-The Transformer is here, LSTM, RNN and MinGRU in `recurrent.py`, what they share in `base.py`; a backbone is named by its class,
-and all are known by that name once this module is imported.
+The Transformer is here, LSTM, RNN and MinGRU are in `recurrent.py`, shared code is in `base.py`.
 
 Notable choices: no biases and no learned norm gains; RoPE (arXiv:2104.09864) with QK-norm (arXiv:2010.04245); ReLU²
 (arXiv:2109.08668); output projections start at zero, so every block starts as the identity; each block may mix the embedding
-back in (modded-nanogpt's x0 skip); recurrent backbones are residual and pre-norm like the Transformer, and start anew at every
-document.
+back in (modded-nanogpt's x0 skip).
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pile_app.model.attention import Sight, attend, find_sight
+from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype, norm
 from pile_app.model.recurrent import LSTM, RNN, MinGRU
 
@@ -52,8 +50,6 @@ class Transformer(Backbone):
             (1.2 as in modded-nanogpt). 1, and no skips, are the architecture of nanochat (see `huggingface.py`).
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         width: int = 128,
@@ -70,15 +66,11 @@ class Transformer(Backbone):
         self.check(width, heads, key_value_heads)
         if not sharpness > 0:
             raise ValueError(f"backbone sharpness={sharpness} must be above 0")
-        key_value_heads = key_value_heads or heads
-        head_width = width // heads
         self.heads, self.rope_base, self.sharpness = heads, rope_base, sharpness
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
+            TransformerBlock(width, heads, key_value_heads or heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)
         )
-        frequencies = rope_base ** (-torch.arange(0, head_width, 2).float() / head_width)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     @staticmethod
     def check(width: int, heads: int, key_value_heads: int | None) -> None:
@@ -96,31 +88,28 @@ class Transformer(Backbone):
         return super().flops_per_token(context) + 4.0 * self.layers * self.width * context
 
     def forward(
-        self,
-        x: Tensor,
-        document: Tensor,
-        position: Tensor,
-        cache: Cache | None = None,
-        piece_starts: Tensor | None = None,
+        self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
     ) -> Tensor:
-        dtype = matmul_dtype(x)
-        angles = position[:, None, :, None] * self.frequencies  # (B, 1, T, d / 2)
+        dtype, head_width = matmul_dtype(x), self.width // self.heads
+        # Not a buffer, which `bf16-true` would round: positions beyond some 256 would blur.
+        exponents = torch.arange(0, head_width, 2, device=x.device, dtype=torch.float32) / -head_width
+        angles = position[:, None, :, None] * self.rope_base**exponents  # (B, 1, T, d / 2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        tokens, past = x.size(1), cache.length if cache is not None else 0
         if cache is None:
-            sight = find_sight(document, position, piece_starts, dtype)
+            mask = make_mask(document, position, piece_starts, dtype, head_width)
+        elif tokens == 1 or not past:
+            mask = AttentionMask()
         else:
-            sight = _cache_sight(cache, x.size(1), x.device)
+            seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=x.device).tril(past)
+            mask = AttentionMask(mask=seen[None, None])
         embedding = x
-        for number, block in enumerate(self.blocks):
-            # A compiled block would be compiled anew for each number.
-            x = self.run(block, x, embedding, cos, sin, sight, number if cache is not None else 0, cache)
+        for index, block in enumerate(self.blocks):
+            # A compiled block would be compiled again for each index.
+            x = self.run(block, x, embedding, cos, sin, mask, index if cache is not None else 0, cache)
+        if cache is not None:
+            cache.length += tokens
         return norm(x)
-
-
-def _cache_sight(cache: Cache, tokens: int, device: torch.device) -> Sight:
-    """Everything in the cache, and the new tokens up to oneself."""
-    past = cache.layers[0][0].size(2) if cache.layers else 0
-    return Sight(mask=torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None])
 
 
 class TransformerBlock(nn.Module):
@@ -145,14 +134,14 @@ class TransformerBlock(nn.Module):
         nn.init.zeros_(self.contract.weight)
 
     def forward(
-        self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None
+        self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, layer: int, cache: Cache | None
     ) -> Tensor:
         if self.skips is not None:
             x = self.skips[0] * x + self.skips[1] * embedding
-        x = x + self.dropout(self.attend(norm(x), cos, sin, sight, number, cache))
+        x = x + self.dropout(self.attend(norm(x), cos, sin, mask, layer, cache))
         return x + self.dropout(self.contract(F.relu(self.expand(norm(x))).square()))
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight, number: int, cache: Cache | None) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, layer: int, cache: Cache | None) -> Tensor:
         batch, tokens, _ = x.shape
         x = x.to(matmul_dtype(x))  # once, instead of in each of the three products
 
@@ -163,11 +152,6 @@ class TransformerBlock(nn.Module):
         key = norm(rotate(heads(self.key(x)), cos, sin))
         value = heads(self.value(x))
         if cache is not None:
-            if number < len(cache.layers):
-                past_key, past_value = cache.layers[number]
-                key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-                cache.layers[number] = (key, value)
-            else:
-                cache.layers.append((key, value))
-        y = attend(query, key, value, sight, scale=self.scale)
+            key, value = cache.append(layer, key.to(value.dtype), value)
+        y = attend(query, key, value, mask, scale=self.scale)
         return self.attention_out(y.transpose(1, 2).reshape(batch, tokens, -1))  # (B, T, D)

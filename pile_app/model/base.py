@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,32 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Cache:
-    """What a backbone remembers of the tokens so far: one entry a layer, keys and values or recurrent state."""
+    """State of a backbone after `length` tokens: one entry a layer, recurrent state, or keys and values in buffers of at least
+    `capacity` tokens, which double when they are full."""
 
     layers: list[tuple[Tensor, ...]] = field(default_factory=list)
+    length: int = 0
+    capacity: int = 0
+
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write a layer's next tokens, each (B, H, T, d), and return views of all, (B, H, length + T, d). The caller adds T to
+        `length` after the last layer."""
+        stop = self.length + new[0].size(2)
+        old = self.layers[layer] if layer < len(self.layers) else ()
+        if not old or old[0].size(2) < stop:
+            size = max(self.capacity, 2 * stop)
+            buffers = tuple(x.new_empty(*x.shape[:2], size, x.size(3)) for x in new)
+            for buffer, tokens in zip(buffers, old, strict=False):  # the first buffers have nothing to take over
+                buffer[:, :, : self.length] = tokens[:, :, : self.length]
+            self.layers[layer : layer + 1] = [buffers]
+        for buffer, x in zip(self.layers[layer], new, strict=True):
+            buffer[:, :, self.length : stop] = x
+        return tuple(buffer[:, :, :stop] for buffer in self.layers[layer])
 
     def select(self, rows: Tensor) -> Cache:
-        """The cache of some rows only. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
-        return Cache([tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers])
+        """Copy the cache of some rows. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
+        layers = [tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers]
+        return Cache(layers, self.length, self.capacity)
 
 
 class Backbone(nn.Module, ABC):
@@ -29,10 +49,10 @@ class Backbone(nn.Module, ABC):
     Args:
         width: D, size of the token vectors.
         layers: number of blocks.
-        dropout: share of each block's output that is dropped in training, 0 to 1.
+        dropout: dropout probability of each block's output, 0 to 1.
     """
 
-    recompute = False  # what is within a block in backward, instead of keeping it
+    recompute = False  # activation checkpointing of each block
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -45,17 +65,13 @@ class Backbone(nn.Module, ABC):
         self.layers = layers
         self.dropout = dropout
 
-    def new_cache(self) -> Cache:
-        return Cache()
+    def new_cache(self, capacity: int = 0) -> Cache:
+        """An empty cache. `capacity`: tokens to reserve memory for; 0: it grows by doubling."""
+        return Cache(capacity=capacity)
 
     @abstractmethod
     def forward(
-        self,
-        x: Tensor,
-        document: Tensor,
-        position: Tensor,
-        cache: Cache | None = None,
-        piece_starts: Tensor | None = None,
+        self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
     ) -> Tensor: ...
 
     def compile_blocks(self) -> None:
@@ -66,8 +82,8 @@ class Backbone(nn.Module, ABC):
         """
         raise ValueError(f"model.compile: torch.compile gains nothing with {type(self).__name__}, leave it false")
 
-    def run(self, block: nn.Module, *arguments: Any) -> Any:
-        """What `block` makes of the arguments; with `recompute`, all that is kept for backward is them."""
+    def run(self, block: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a block, with activation checkpointing if `recompute` is set."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False)
         return block(*arguments)

@@ -6,9 +6,9 @@ The K x V logits are made for some rows at a time, and with them, still in the f
 (as in Liger, arXiv:2410.10989): the sum has one number as its gradient, which backward only multiplies in. So the K x V values
 cost the memory of CHUNK, and no logit is computed twice.
 
-Written for a soft cap (arXiv:2408.00118), which `torch.nn.functional.linear_cross_entropy` does not know. It pays twice: capped
-logits cannot overflow `exp`, so the softmax needs no maximum; and as tanh(x) = 2 sigmoid(2x) - 1, the sigmoid gives both logit
-and slope (it is ten times as fast as tanh on CPUs).
+Written for a soft cap (arXiv:2408.00118), which `torch.nn.functional.linear_cross_entropy` does not know. As
+tanh(x) = 2 sigmoid(2x) - 1, the sigmoid gives both logit and slope (it is ten times as fast as tanh on CPUs). Capped logits
+cannot underflow the softmax, so the logarithm of a probability is exact.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pile_app.model.base import matmul_dtype
+
 CHUNK = 1 << 25  # logits in memory at a time: 64 MiB in bfloat16
-BLOCK = 1 << 19  # of them, what is worked on in float32 at a time on a CPU: it stays in the cache
+BLOCK = 1 << 19  # logits processed in float32 at a time on a CPU: they stay in the cache
 
 
 def linear_cross_entropy(
@@ -33,11 +35,10 @@ def linear_cross_entropy(
         hidden: (K, D).
         weight: (V, D) of the head.
         targets: (K,) int64, below V.
-        cap: bound of the logits, above 0 and at most 80.
+        cap: bound of the logits, above 0 and at most 35, or probabilities underflow.
         predict: find the most likely ones as well.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = matmul_dtype(hidden)
     if torch.is_grad_enabled():
         total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, cap, dtype, predict)
     else:
@@ -64,6 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("backward through linear_cross_entropy twice: its gradients are given away once")
         of_hidden, of_weight = ctx.gradients
         ctx.gradients = None
+        gradient = 4 * gradient  # see `capped_cross_entropy`
         hidden_dtype, weight_dtype = ctx.dtypes
         return (of_hidden * gradient).to(hidden_dtype), of_weight.mul_(gradient).to(weight_dtype), None, None, None, None
 
@@ -85,33 +87,23 @@ def _by_chunks(
             capped_cross_entropy(some, targets_of_some, cap, with_gradients)
             for some, targets_of_some in zip(logits.split(block), target.split(block), strict=True)
         ]
-        if with_gradients:
-            slopes = logits
-            of_hidden.append(slopes @ weight)
-            part = slopes.t() @ x
+        if with_gradients:  # the logits are slopes now
+            of_hidden.append(logits @ weight)
+            part = logits.t() @ x
             of_weight = part.float() if of_weight is None else of_weight.add_(part)
-    nothing = targets.new_empty(0)
-    return (
-        torch.cat(each),
-        torch.cat(predictions) if predictions else nothing,
-        torch.cat(of_hidden).float() if of_hidden else None,
-        of_weight,
-    )
+    gradients = (torch.cat(of_hidden).float(), of_weight) if with_gradients else (None, None)
+    return torch.cat(each), torch.cat(predictions) if predict else targets.new_empty(0), *gradients
 
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> Tensor:
-    """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, derivatives by the logits take their place."""
-    # In place: this is the one large thing in memory.
+    """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, slopes / 4 replace the logits."""
+    # Six passes over the only large tensor.
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()
-    capped = (sigmoid * (2 * cap)).sub_(cap)
-    target = targets[:, None]
-    at_target = capped.gather(1, target)
-    exponential = capped.exp_()
-    total = exponential.sum(1, keepdim=True)
-    nats = (total.log() - at_target).squeeze(1)
+    capped = torch.add(sigmoid.new_tensor(-cap), sigmoid, alpha=2 * cap)
+    probabilities, target = capped.softmax(1), targets[:, None]
+    at_target = probabilities.gather(1, target)
     if with_gradients:
         # (softmax - one-hot) · d capped / d logit, the latter being 1 - tanh² = 4 sigmoid (1 - sigmoid)
-        slopes = exponential.mul_(4 / total)
-        slopes.scatter_add_(1, target, torch.full_like(at_target, -4.0))
-        logits.copy_(slopes.mul_(sigmoid.addcmul_(sigmoid, sigmoid, value=-1)))
-    return nats
+        probabilities.scatter_(1, target, at_target - 1)
+        torch.ops.aten.sigmoid_backward.grad_input(probabilities, sigmoid, grad_input=logits)
+    return at_target.log().neg_().squeeze(1)

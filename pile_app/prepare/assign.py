@@ -1,7 +1,6 @@
 """The sequential part of `pile prepare`: from the tables of all jobs, decide on duplicates and splits, and write the shards.
 
-Memory: 24 bytes per document of `AT_ONCE` while duplicates and splits are decided; 4 kB per text with near-duplicates.
-"""
+Memory: about 150 bytes per document; 4 kB per text with near-duplicates."""
 
 from __future__ import annotations
 
@@ -9,11 +8,12 @@ import json
 import os
 import re
 import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,14 +22,12 @@ from pile_app.fields import document_from_sample
 from pile_app.prepare.ngrams import NearDuplicates
 from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block
 
-AT_ONCE = 1 << 24  # documents that are sorted in memory
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
 MOST_LABELS = 1000  # that are printed
 
 
-@dataclass
-class Tally:
-    """Figures of a split of a source."""
+class Tally(NamedTuple):
+    """Totals of a split of a source."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -39,19 +37,18 @@ class Tally:
 
 @dataclass
 class Summary:
-    """What `prepare` wrote: `sources[source][split]`. counts: `read:<layout>`, `rejected:<reason>` (samples), `unread:<reason>`
-    (files), `used:<name>`, `unused:<name>`, `lost:<name>` (fields; lost: of rejected samples), `dropped:<reason>` (parts of
-    chats), `pieces:` (documents added by cutting long sounds), `label:<label>`; labels: in order; maps: the field maps."""
+    """The result of `prepare`: `sources[source][split]`. counts: `read:<layout>`, `rejected:<reason>` (samples),
+    `unread:<reason>` (files), `used:<name>`, `unused:<name>`, `lost:<name>` (fields; lost: of rejected samples),
+    `dropped:<reason>` (parts of chats), `pieces:` (documents added by cutting long sounds), `label:<label>`."""
 
     output: Path
-    sources: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(dict))
+    sources: dict[str, dict[str, Tally]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    labels: list[str] = field(default_factory=list)
-    maps: list[str] = field(default_factory=list)
-    first: dict[str, dict[str, str]] = field(default_factory=dict)  # the first rejected sample, the first file not read
+    labels: list[str] = field(default_factory=list)  # in order
+    maps: list[str] = field(default_factory=list)  # the field maps
 
     def of(self, what: str) -> Counter[str]:
-        """The counts of one kind."""
+        """Return the counts of one kind."""
         return Counter({name.partition(":")[2]: count for name, count in self.counts.items() if name.startswith(f"{what}:")})
 
     @property
@@ -63,42 +60,36 @@ class Summary:
         return sum(tally.documents for splits in self.sources.values() for tally in splits.values())
 
     def balance(self) -> dict[str, Any]:
-        """Samples and fields that were read, and their outcome. Raises `AssertionError` if a sample is missing: a bug."""
-        read, pieces, rejected = (self.of(what).total() for what in ("read", "pieces", "rejected"))
+        """Count samples and fields by outcome. Raises `AssertionError` if a sample is missing: a bug."""
+        kinds = ("read", "pieces", "rejected", "used", "unused", "lost")
+        read, pieces, rejected, used, unused, lost = (self.of(kind).total() for kind in kinds)
         if read + pieces != self.documents + rejected:
-            raise AssertionError(
-                f"{read:,} samples + {pieces:,} pieces != {self.documents:,} documents + {rejected:,} rejected"
-            )
-        used, unused, lost = (self.of(what) for what in ("used", "unused", "lost"))
+            raise AssertionError(f"{read} samples + {pieces} pieces != {self.documents} documents + {rejected} rejected")
         return {
             "samples": read, "pieces": pieces, "documents": self.documents, "rejected": rejected,
-            "fields": used.total() + unused.total() + lost.total(), "used": used.total(), "unused": unused.total(),
-            "of_rejected": lost.total(), "unused_fields": dict(sorted(unused.items())),
+            "fields": used + unused + lost, "used": used, "unused": unused, "of_rejected": lost,
+            "unused_fields": dict(sorted(self.of("unused").items())),
             "dropped_parts": self.of("dropped"), "files_not_read": self.of("unread"),
         }  # fmt: skip
 
-    def shards(self, source: str) -> dict[str, str]:
-        """Pattern of the shards of each split, relative to `output`."""
-        return {split: f"{source}-{split}-*.tar" for split in SPLITS if split in self.sources[source]}
-
     def description(self) -> dict[str, Any]:
-        """What `dataset.json` holds, except the options."""
+        """Return the content of `dataset.json`, except the options. Shards are relative to its folder."""
         sources = {
-            source: {split: {"shards": name, **asdict(tallies[split])} for split, name in self.shards(source).items()}
-            for source, tallies in sorted(self.sources.items())
+            source: {split: {"shards": f"{source}-{split}-*.tar", **tally._asdict()} for split, tally in splits.items()}
+            for source, splits in self.sources.items()
         }
         counts = {what: dict(sorted(self.of(what).items())) for what in ("read", "rejected")}
         labels = {"labels": self.labels} if self.labels else {}
         return {"pile_dataset": 1, "sources": sources, "fields": self.maps, **labels, **counts, "balance": self.balance()}
 
     def yaml(self) -> str:
-        """The `data.sources` of a configuration, of every source that has training data; and the labels, in order."""
+        """Return the `data.sources` of a configuration, of every source that has training data; and the labels, in order."""
         import yaml
 
         sources = {
-            source: {split: os.path.join(self.output, name) for split, name in self.shards(source).items() if split != "test"}
-            for source in sorted(self.sources)
-            if "train" in self.sources[source]
+            source: {split: os.path.join(self.output, f"{source}-{split}-*.tar") for split in splits if split != "test"}
+            for source, splits in self.sources.items()
+            if "train" in splits
         }
         description: dict[str, Any] = {"data": {"sources": sources}}
         if 1 < len(self.labels) <= MOST_LABELS:
@@ -108,91 +99,66 @@ class Summary:
 
 def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
     """Write `rejected.jsonl` and, if anything is usable, the shards to `result`."""
-    kept = _drop_duplicates(work, jobs, result, summary)
+    numbers, tables = dict[str, int](), [np.zeros(0, ROW)]
+    for job in range(jobs):
+        rows, sources = work.part(job, "rows"), work.part(job, "about")["sources"]
+        rows["source"] = np.array([numbers.setdefault(source, len(numbers)) for source in sources], int)[rows["source"]]
+        tables.append(rows)
+    rows, starts = np.concatenate(tables), np.cumsum(list(map(len, tables)))  # (N,), (jobs + 1,)
+    is_kept = _drop_duplicates(work, rows, starts, list(numbers), result, summary)
     names = _name_labels(work, summary)
-    given, draws = set[int](), defaultdict[str, list[np.ndarray]](list)
-    for _, rows, sources in _kept_rows(work, kept):
-        given |= {*np.unique(rows["split"]).tolist()}
-        for number, source in enumerate(sources):
-            draws[source].append(rows[["draw", "split"]][rows["source"] == number])
+    given = set(np.unique(rows["split"][is_kept]).tolist())
     has_splits = len(given) > 1  # not if everything is in a folder `test`, say
-    chosen = {}
-    for source, found in draws.items():
-        every = np.concatenate(found)
-        chosen[source] = _choose(every["draw"][(every["split"] < 2) | (not has_splits)], work.options.validation_fraction)
-    shards: dict[str, _Shards] = {}
-    for job, rows, sources in _kept_rows(work, kept):
-        splits = np.maximum(rows["split"], 1) if has_splits else np.ones(len(rows), np.uint8)
-        for number, source in enumerate(sources if not (has_splits and 2 in given) else ()):
-            splits[(splits == 1) & (rows["source"] == number) & chosen[source](rows["draw"])] = 2
-        for number, source in enumerate(sources):
-            for split, name in enumerate(SPLITS, 1):
-                if len(found := rows[(splits == split) & (rows["source"] == number)]):
-                    prefix, tally = f"{source}-{name}", summary.sources[source].setdefault(name, Tally())
-                    shards.setdefault(prefix, _Shards(result / prefix, work, names)).copy(job, found)
-                    tally.documents += len(found)
-                    for figure in ("text_bytes", "images", "audio_seconds"):
-                        setattr(tally, figure, getattr(tally, figure) + found[figure].sum().item())
-    for writer in shards.values():
-        writer.close()
+    splits = np.maximum(rows["split"], 1) if has_splits else np.ones(len(rows), np.uint8)
+    for source, number in sorted(numbers.items()):
+        is_own = is_kept & (rows["source"] == number)
+        if not (has_splits and 2 in given):
+            candidates = np.flatnonzero(is_own & (splits == 1))
+            splits[candidates] += _choose(rows["draw"][candidates], work.options.validation_fraction)
+        for split, name in enumerate(SPLITS, 1):
+            if len(index := np.flatnonzero(is_own & (splits == split))):
+                by_job = enumerate(np.split(index, np.searchsorted(index, starts[1:-1])))
+                parts = [(job, part) for job, part in by_job if len(part)]
+                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.options.shard_megabytes)
+                text_bytes, images = (rows[figure][index].sum().item() for figure in ("text_bytes", "images"))
+                seconds = sum(rows["audio_seconds"][part].sum().item() for _, part in parts)
+                summary.sources.setdefault(source, {})[name] = Tally(len(index), text_bytes, images, seconds)
 
 
-def _drop_duplicates(work: Work, jobs: int, result: Path, summary: Summary) -> list[np.ndarray]:
-    """Write `rejected.jsonl` and count everything; return for each job the rows that are kept."""
-    similar = NearDuplicates(work.options.near_duplicates or 1)  # without the option there are no signatures
-    kept = []
+def _drop_duplicates(
+    work: Work, rows: np.ndarray, starts: np.ndarray, sources: list[str], result: Path, summary: Summary
+) -> np.ndarray:
+    """Write `rejected.jsonl` and count everything; return which rows are kept, (N,) bool."""
+    is_kept = np.ones(len(rows), bool)
+    if work.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
+        order = np.lexsort((-rows["split"].astype(int), *rows["digest"].T))  # stable
+        digests = rows["digest"][order]
+        is_kept[order[1:]] = (digests[1:] != digests[:-1]).any(axis=1)
+    similar = NearDuplicates(threshold) if (threshold := work.options.near_duplicates) else None
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
-        for job, repeated in zip(range(jobs), _repeated(work, jobs), strict=True):
-            rows, about, sources = (work.part(job, name) for name in ("rows", "about", "sources"))
-            dropped = dict.fromkeys(repeated.tolist(), ("duplicate", "another document has the same content"))
-            for row, signature in enumerate(work.part(job, "signatures")):
-                first = similar.add(signature, about["files"][row]) if row not in dropped and signature.any() else None
-                dropped |= {row: ("near_duplicate", f"{first[1]:.2f} of its 5-grams are those of {first[0]}")} if first else {}
-            entries = [[sources[rows["source"][row]], about["files"][row], *why, ""] for row, why in sorted(dropped.items())]
+        for job, (start, stop) in enumerate(pairwise(starts.tolist())):
+            about = work.part(job, "about")
+            repeated = np.flatnonzero(~is_kept[start:stop]).tolist()
+            dropped = dict.fromkeys(repeated, ("duplicate", "another document has the same content"))
+            for row, signature in enumerate(work.part(job, "signatures") if similar else ()):
+                is_text = row not in dropped and signature.any()
+                if similar and is_text and (found := similar.add(signature, about["files"][row])):
+                    dropped[row] = "near_duplicate", f"{found[1]:.2f} of its 5-grams are those of {found[0]}"
+            is_kept[start + np.array(list(dropped), int)] = False
             summary.counts.update(about["counts"])
-            summary.counts.update(f"rejected:{entry[2]}" for entry in entries)
+            summary.counts.update(f"rejected:{reason}" for reason, _ in dropped.values())
+            entries = [(sources[rows["source"][start + n]], about["files"][n], *why, "") for n, why in sorted(dropped.items())]
             for entry in about["rejected"] + entries:
                 line = dict(zip(("source", "file", "reason", "detail", "excerpt"), entry, strict=True))
                 lines.write(json.dumps(line) + "\n")
-                is_usual = line["reason"].startswith(("about", "hidden"))
-                what = "rejected" if f"rejected:{line['reason']}" in summary.counts else "usual" if is_usual else "unread"
-                summary.first.setdefault(what, line)
-            kept.append(np.delete(np.arange(len(rows)), list(dropped)))
-    return kept
+    return is_kept
 
 
-def _kept_rows(work: Work, kept: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray, list[str]]]:
-    for job, chosen in enumerate(kept):
-        yield job, work.part(job, "rows")[chosen], work.part(job, "sources")
-
-
-def _repeated(work: Work, jobs: int) -> Iterator[np.ndarray]:
-    """Yield for each job the rows whose document is kept elsewhere: in a test split, else for validation, else earlier. Digests
-    are sorted in parts that fit in memory."""
-    first = np.cumsum([0, *(len(work.part(job, "rows")) for job in range(jobs))])
-    parts = 1 + int(first[-1]) // AT_ONCE if work.options.exact_duplicates else 0
-    found = [np.zeros(0, np.int64)]
-    for part in range(parts):
-        every, index = [np.zeros(0, ROW)[["digest", "split"]]], [np.zeros(0, np.int64)]
-        for job in range(jobs):
-            rows = work.part(job, "rows")[["digest", "split"]]
-            index.append(first[job] + np.flatnonzero(rows["digest"][:, 1] % np.uint64(parts) == part))
-            every.append(rows[index[-1] - first[job]])
-        rows = np.concatenate(every)
-        order = np.lexsort((-rows["split"].astype(int), rows["digest"][:, 1], rows["digest"][:, 0]))  # stable
-        digests = rows["digest"][order]
-        found.append(np.concatenate(index)[order[1:][(digests[1:] == digests[:-1]).all(axis=1)]])
-    repeated = np.sort(np.concatenate(found))
-    for job in range(jobs):
-        yield repeated[slice(*np.searchsorted(repeated, first[job : job + 2]))] - first[job]
-
-
-def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function of draws (N,) uint64 that tells which are for validation. Documents of a draw, such as those of a
-    speaker, stay together. By default 5 %, at least 32 and at most 20 % of the documents are chosen, by the smallest draws."""
-    if fraction is not None or len(draws) > AT_ONCE:
-        limit = np.uint64(int((FRACTION if fraction is None else fraction) * 2**64))
-        return lambda those: those < limit
+def _choose(draws: np.ndarray, fraction: float | None) -> np.ndarray:
+    """Tell which draws, (N,) uint64, are for validation: below `fraction`, else the smallest 5 %, at least 32 and at most 20 %.
+    Documents of a draw, such as those of a speaker, stay together."""
+    if fraction is not None:
+        return draws < np.uint64(int(fraction * 2**64))
     most = int(MOST * len(draws))
     wanted, taken, count = min(most, max(LEAST, round(FRACTION * len(draws)))), [], 0
     for group, size in zip(*np.unique(draws, return_counts=True), strict=True):
@@ -201,7 +167,7 @@ def _choose(draws: np.ndarray, fraction: float | None) -> Callable[[np.ndarray],
         if count + size <= most:
             taken.append(group)
             count += size
-    return lambda those: np.isin(those, np.array(taken, np.uint64))
+    return np.isin(draws, np.array(taken, np.uint64))
 
 
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
@@ -216,38 +182,30 @@ def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     return dict(zip(labels, names, strict=False))
 
 
-class _Shards:
-    """Appends documents to the shards of a source and split."""
+def _blocks(work: Work, rows: np.ndarray, parts: list[tuple[int, np.ndarray]], names: dict[str, str]) -> Iterator[bytes]:
+    """Yield the blocks of rows, given as (job, indices), with new names for their labels."""
+    for job, part in parts:
+        with open(work.blocks(job), "rb") as file:
+            for offset, size in rows[["offset", "size"]][part].tolist():
+                file.seek(offset)
+                block = file.read(size)
+                yield _renamed(block, names, work.options.learn_label) if names else block
 
-    def __init__(self, prefix: Path, work: Work, names: dict[str, str]) -> None:
-        self._prefix, self._work, self._names = prefix, work, names
-        self._limit, self._number, self._size = int(work.options.shard_megabytes * 2**20), 0, 0
 
-    def copy(self, job: int, rows: np.ndarray) -> None:
-        with open(self._work.blocks(job), "rb") as blocks:
-            for offset, size in rows[["offset", "size"]].tolist():
-                block = os.pread(blocks.fileno(), size, offset)
-                self._write(self._renamed(block) if self._names else block)
-                if self._size >= self._limit:
-                    self.close()
+def _renamed(block: bytes, names: dict[str, str], learn_label: bool) -> bytes:
+    key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
+    document = document_from_sample(key, files_of_block(block))
+    if (label := document.meta.get("label")) not in names:
+        return block
+    *segments, last = document.segments
+    segments.append(replace(last, data=names[label]) if learn_label and last.data == label else last)
+    return sample_block(replace(document, segments=tuple(segments), meta={**document.meta, "label": names[label]}))
 
-    def _write(self, data: bytes) -> None:
-        with open(f"{self._prefix}-{self._number:06d}.tar", "ab") as tar:
-            tar.write(data)
-        self._size += len(data)
 
-    def close(self) -> None:
-        if self._size:
-            self._write(bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % tarfile.RECORDSIZE))
-            self._number, self._size = self._number + 1, 0
-
-    def _renamed(self, block: bytes) -> bytes:
-        """A document with the name of its label."""
-        key = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict").name.partition(".")[0]
-        document = document_from_sample(key, files_of_block(block))
-        if (label := document.meta.get("label")) not in self._names:
-            return block
-        name = self._names[label]
-        *segments, last = document.segments
-        segments.append(replace(last, data=name) if self._work.options.learn_label and last.data == label else last)
-        return sample_block(replace(document, segments=tuple(segments), meta={**document.meta, "label": name}))
+def _write_tars(prefix: Path, blocks: Iterator[bytes], megabytes: float) -> None:
+    for number, first in enumerate(blocks):
+        with open(f"{prefix}-{number:06d}.tar", "wb") as tar:
+            tar.write(first)
+            while tar.tell() < int(megabytes * 2**20) and (block := next(blocks, b"")):
+                tar.write(block)
+            tar.write(bytes(2 * BLOCK + -(tar.tell() + 2 * BLOCK) % tarfile.RECORDSIZE))

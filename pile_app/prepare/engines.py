@@ -1,8 +1,7 @@
-"""Where `pile prepare` runs: in processes on this machine, or on a cluster through Ray Data.
+"""Run jobs of `pile prepare` in processes on this machine, or on a cluster through Ray Data.
 
 An engine is a context of `run(task, items)`, which calls `task(item)` for each item, in any order and possibly twice, and
-yields once for each that is done.
-"""
+yields after each."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ from typing import Any, TypeVar
 
 from pile_app.prepare.options import require
 
-Run = Callable[[Callable[[Any], None], Sequence[Any]], Iterable[Any]]
+Task = Callable[[Any], object]
+Run = Callable[[Task, Sequence[Any]], Iterable[Any]]
 T = TypeVar("T")
 
 
@@ -42,12 +42,8 @@ def _local(processes: int) -> Iterator[Run]:
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, args=[multiprocessing.parent_process()], daemon=True).start()
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
@@ -59,14 +55,10 @@ def _ray(processes: int) -> Iterator[Run]:
         ray.init(log_to_driver=False, logging_level="ERROR", **here)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Callable[[Any], None], items: Sequence[Any]) -> Iterator[Any]:
-        def run_one(row: dict[str, Any]) -> dict[str, Any]:
-            task(pickle.loads(row["item"]))
-            return {"done": True}
-
+    def run(task: Task, items: Sequence[Any]) -> Iterator[Any]:
         if items:
             rows = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
-            yield from rows.map(run_one).iter_rows()
+            yield from rows.map(lambda row: {"done": task(pickle.loads(row["item"])) is None}).iter_rows()
 
     try:
         yield run

@@ -1,9 +1,9 @@
-"""The files of an input as an untrusted tree: names, bytes, lines and pieces of text, all bounded; archives are unpacked.
+"""List and read the files of an untrusted input: names, bytes, lines and pieces of text, all bounded; unpack archives.
 
-    Tree(root) ──► name -> File          compressed and UTF-16 files are read as UTF-8 bytes: `open_text`
+    Tree(root) ──► name -> File          `open_text` reads compressed and UTF-16 files as UTF-8 bytes
 
-Links are not followed unless asked for, and then only within a root; devices and pipes are never opened. A name in a table
-reaches a file only through the tree (`Tree.resolve`), so never a file outside the input.
+Links are only followed on request, within a given folder; devices and pipes are never opened. A name in a table reaches a file
+only through `Tree.resolve`, so never a file outside the input.
 """
 
 from __future__ import annotations
@@ -44,16 +44,9 @@ COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 CUTS = (b"\n\n", b"\n", b" ")  # where a text is best cut: after a paragraph, a line, a word
 MEDIA = frozenset((*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS))
 DAMAGE = (
-    EOFError,
-    OSError,
-    zlib.error,
-    lzma.LZMAError,
-    zstandard.ZstdError,
-    UnicodeError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
+    EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, UnicodeError, tarfile.TarError, zipfile.BadZipFile,
     csv.Error,
-)
+)  # fmt: skip
 
 
 class File(NamedTuple):
@@ -65,25 +58,25 @@ class File(NamedTuple):
 
 
 class Tree:
-    """All plain files below a folder; `skipped` holds (name, reason, detail) of everything else. If the input is a table, the
-    files around it are in the tree, since it may name them.
+    """List all plain files below a folder; `skipped` holds (name, reason, detail) of everything else.
 
-    follow: the folder that links may lead into; None: no link is followed.
+    A file as input is in the tree with the files around it (`around`), which a table may name. follow: the folder that links
+    may lead into; stamp: called with the name, size and time of change of each file.
     """
 
     def __init__(self, input: str, follow: str | None = None, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
         self.files: dict[str, File] = {}
         self.skipped: list[tuple[str, str, str]] = []
-        self.root = os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
+        self.root = root_of(input)
         self.real = os.path.realpath(self.root)
-        within = os.path.realpath(follow) if follow else None
+        self._follow, self._stamp = follow and os.path.realpath(follow), stamp
         self.only = None if os.path.isdir(input) else os.path.basename(os.path.abspath(input))
-        if self.only is not None:  # a link that is named is meant
-            self._add(self.only, os.path.realpath(input), os.stat(input), stamp)
+        if self.only is not None:  # a link that the user names is followed
+            self._add(self.only, os.path.realpath(input), os.stat(input))
         if self.only is None or around:
-            self._walk(self.root, "", {self.real}, within, stamp)
+            self._walk(self.root, "", {self.real})
 
-    def _walk(self, folder: str, prefix: str, parents: set[str], within: str | None, stamp: Callable[[bytes], Any]) -> None:
+    def _walk(self, folder: str, prefix: str, parents: set[str]) -> None:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -95,11 +88,9 @@ class Tree:
             if stat.S_ISLNK(about.st_mode):
                 path = os.path.realpath(path)
                 if not os.path.exists(path):
-                    self.skipped.append(
-                        (name, "broken_link", "its target is missing: fetch the data (git annex get, dvc pull)")
-                    )
+                    self.skipped.append((name, "broken_link", "its target is missing: git annex get or dvc pull fetches it"))
                     continue
-                if within is None or path in parents or not is_below(path, within):
+                if self._follow is None or path in parents or not is_below(path, self._follow):
                     hint = "links are not followed; --follow-links ROOT reads those that lead into the folder ROOT"
                     self.skipped.append((name, "ignored_link", hint))
                     continue
@@ -109,20 +100,20 @@ class Tree:
             elif stat.S_ISDIR(about.st_mode):
                 folders.append((path, f"{name}/"))
             elif name != self.only:
-                self._add(name, path, about, stamp)
+                self._add(name, path, about)
         for path, name in folders:
             if self.only is None or len(self.files) < MAX_AROUND:
-                self._walk(path, name, parents | {os.path.realpath(path)}, within, stamp)
+                self._walk(path, name, parents | {os.path.realpath(path)})
 
-    def _add(self, name: str, real: str, about: os.stat_result, stamp: Callable[[bytes], Any]) -> None:
+    def _add(self, name: str, real: str, about: os.stat_result) -> None:
         if not stat.S_ISREG(about.st_mode):
             self.skipped.append((name, "no_plain_file", "devices and pipes are not read"))
             return
         self.files[name] = File(name, real, about.st_size)
-        stamp(os.fsencode(name) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
+        self._stamp(os.fsencode(name) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
 
     def unpack(self, name: str, folder: str) -> None:
-        """Replace an archive by the files in it, which are written below `folder` once. Raises `BadSample`."""
+        """Replace an archive by its files, which are written below `folder` once. Raises `BadSample`."""
         file, about = self.files[name], os.stat(self.files[name].real)
         key = hashlib.sha256(f"{file.real}\0{about.st_size}\0{about.st_mtime_ns}".encode()).hexdigest()[:16]
         target = os.path.join(folder, key)
@@ -139,13 +130,13 @@ class Tree:
         inner = Tree(target)
         del self.files[name]
         self.files |= {f"{name}/{one.name}": File(f"{name}/{one.name}", one.real, one.size) for one in inner.files.values()}
-        self.skipped += [(f"{name}/{one}", reason, detail) for one, reason, detail in inner.skipped]
         unsafe = "links, devices and names that leave the archive are not unpacked"
-        self.skipped += [(f"{name}/{one}", "unsafe_member", unsafe) for one in json.loads(Path(f"{target}.json").read_text())]
+        skipped = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
+        self.skipped += [(f"{name}/{member}", reason, detail) for member, reason, detail in inner.skipped + skipped]
 
     @cached_property
     def _names(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """Names of media by their base name, and by it without extension."""
+        """Names of files by base name, and of media by base name without extension."""
         bases, stems = defaultdict(list), defaultdict(list)
         for name in self.files:
             base = name.rpartition("/")[2]
@@ -155,9 +146,9 @@ class Tree:
         return bases, stems
 
     def resolve(self, table: str, value: str) -> File | None:
-        """The file that a value in a table (or record) means.
+        """Find the file that a value in a table means.
 
-        The value is tried relative to the table, then to the input; else the one file with that base name, or the one medium
+        The value is relative to the table or to the input; else it means the one file with that base name, or the one medium
         with that name and any extension, whose folders fit best.
         """
         if not value or len(value) > 4096 or "\n" in value:
@@ -167,11 +158,9 @@ class Tree:
         for name in (os.path.normpath(os.path.join(folder, value)), os.path.normpath(value)):
             if name in self.files:
                 return self.files[name]
-        base = value.rpartition("/")[2]
-        bases, stems = self._names
+        base, (bases, stems) = value.rpartition("/")[2], self._names
         found = bases.get(base) or stems.get(base) or []
-        below = [name for name in found if name.startswith(f"{folder}/")] if folder else found
-        found = below or found
+        found = [name for name in found if is_below(name, folder)] or found
         if len(found) > 1:
             fits = {name: _common_tail(os.path.join(folder, value), name) for name in found}
             found = [name for name in found if fits[name] == max(fits.values())]
@@ -179,10 +168,15 @@ class Tree:
         return self.files[found[0]] if len(found) == 1 else None
 
 
-def _common_tail(one: str, other: str) -> int:
-    """Number of last path components, without extension, that two paths share."""
-    parts = [os.path.splitext(path)[0].split("/")[::-1] for path in (one, other)]
+def _common_tail(first: str, second: str) -> int:
+    """Count the last path components, without extension, that two paths share."""
+    parts = [os.path.splitext(path)[0].split("/")[::-1] for path in (first, second)]
     return next((n for n, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), min(map(len, parts)))
+
+
+def root_of(input: str) -> str:
+    """Return the folder that names of files are relative to: the input, or the folder of a file."""
+    return os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -190,7 +184,7 @@ def is_below(path: str, folder: str) -> bool:
 
 
 def extension(name: str) -> str:
-    """The extension in small letters, "" if there is none; `c.jsonl.zst` has `jsonl`."""
+    """The extension in lower case, "" if there is none; `c.jsonl.zst` has `jsonl`."""
     parts = name.rpartition("/")[2].lower().split(".")
     if len(parts) > 2 and parts[-1] in COMPRESSIONS:
         parts.pop()
@@ -206,16 +200,15 @@ def open_plain(path: str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_file(path: str, limit: int | None = None) -> bytes:
-    limit = limit or MAX_FILE_BYTES
+def read_file(path: str) -> bytes:
     with open_plain(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise BadSample("file_too_large", f"{path!r} has {size:,} bytes; at most {limit:,} are read")
+        if (size := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
+            raise BadSample("file_too_large", f"{path!r} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
         return file.read(size)
 
 
 def read_text(path: str, encoding: str = "", limit: int | None = None) -> bytes:
-    """The text of a file as UTF-8, decompressed."""
+    """Read a text file as UTF-8, decompressed."""
     limit = limit or MAX_FILE_BYTES
     with open_text(path, encoding)[0] as file:
         if len(data := file.read(limit + 1)) > limit:
@@ -269,43 +262,45 @@ FRAMES: dict[bytes, Callable[[], Any]] = {
 
 
 def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
-    """Open a file as UTF-8 bytes, by its content: gzip, zstd, bzip2 and xz are decompressed, UTF-16 and `encoding` are decoded.
-    Returns the stream, and whether its offsets are those of the file."""
+    """Open a file as UTF-8 bytes: its content says whether it is compressed or UTF-16, `encoding` is that of other files.
+
+    Returns:
+        The stream, and whether its offsets are those of the file.
+    """
     file: Any = io.BufferedReader(open_plain(path).detach(), 1 << 17)  # type: ignore[attr-defined]
-    head, is_plain = file.peek(6)[: 1 << 12], True
-    for magic, new_frame in FRAMES.items():
-        if head.startswith(magic):
-            file, is_plain = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17), False
-            head = file.peek(6)[: 1 << 12]
+    new_frame = next((new_frame for magic, new_frame in FRAMES.items() if file.peek(6).startswith(magic)), None)
+    if new_frame:
+        file = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17)
+    head = file.peek(6)[: 1 << 12]
     try:
         found = encoding_of(head, whole=False) if not encoding or head.startswith(tuple(BOMS)) else encoding
         if codecs.lookup(found).name == "utf-8":
-            return file, is_plain
-    except BadSample:  # whoever decodes it says where it is damaged
-        return file, is_plain
+            return file, new_frame is None
+    except BadSample:  # decoding the lines says where the damage is
+        return file, new_frame is None
     except LookupError as error:
         raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
-    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found)
-    return io.BufferedReader(_Chunks(text.encode() for text in texts), 1 << 17), False
+    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found, "surrogateescape")  # wrong bytes stay wrong
+    return io.BufferedReader(_Chunks(text.encode(errors="surrogateescape") for text in texts), 1 << 17), False
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
-    """Yield the lines of a file, and a `BadSample` for each line that is too long. Raises it for one that is far too long."""
+    """Yield the lines of a file, and a `BadSample` for each line that is too long. Raises it beyond 16 times that length."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield line
             continue
-        for _ in range(16):
-            line = file.readline(MAX_LINE_BYTES)
-            if not line or line.endswith(b"\n"):
-                break
-        else:
+        if all(map(_is_cut, (file.readline(MAX_LINE_BYTES) for _ in range(16)))):
             raise BadSample("line_too_long", f"a line has more than {16 * MAX_LINE_BYTES:,} bytes: the rest is not read")
         yield BadSample("line_too_long", f"a line has more than {MAX_LINE_BYTES:,} bytes")
 
 
+def _is_cut(line: bytes) -> bool:
+    return bool(line) and not line.endswith(b"\n")
+
+
 def next_cut(file: BinaryIO, position: int, limit: int) -> int:
-    """The first position from `position` on, within `limit` bytes, where a paragraph, line, word or character begins."""
+    """Find the first beginning of a paragraph, line, word or character within `limit` bytes from `position`."""
     if position in (0, os.fstat(file.fileno()).st_size):
         return position
     file.seek(position)
@@ -316,17 +311,18 @@ def next_cut(file: BinaryIO, position: int, limit: int) -> int:
 
 
 def pieces_of(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:
-    """The next `size` bytes (-1: all) in pieces of at most `limit`, cut after a paragraph, else a line, word or character."""
-    rest = 1 << 62 if size < 0 else size
-    piece = file.read(min(limit, rest))
-    rest -= len(piece)
-    while len(piece) == limit and rest and (following := file.read(1)):
-        cuts = (at + len(mark) for mark in CUTS if (at := piece.rfind(mark, limit // 2)) >= 0)
-        characters = (at for at in range(limit - 1, limit - 5, -1) if piece[at] & 0xC0 != 0x80)
+    """Yield the next `size` bytes (-1: all) in pieces of at most `limit`, cut after a paragraph, line, word or character."""
+    rest, piece = 1 << 62 if size < 0 else size, b""
+    while True:
+        more = file.read(min(limit + 1 - len(piece), rest))
+        piece, rest = piece + more, rest - len(more)
+        if len(piece) <= limit:
+            break
+        cuts = (at + len(mark) for mark in CUTS if (at := piece.rfind(mark, limit // 2, limit)) >= 0)
+        characters = (at for at in range(limit, limit - 4, -1) if piece[at] & 0xC0 != 0x80)
         cut = next(cuts, 0) or next(characters, 0) or limit
         yield piece[:cut]
-        following += file.read(min(cut, rest) - 1)
-        piece, rest = piece[cut:] + following, rest - len(following)
+        piece = piece[cut:]
     yield piece
 
 
@@ -335,7 +331,7 @@ def _extract(file: File, target: str) -> list[str]:
     refused, count, size, most = list[str](), 0, 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
     os.makedirs(target)
     with ExitStack() as stack:
-        if file.name.lower().endswith(".zip"):
+        if is_zip := file.name.lower().endswith(".zip"):
             archive: Any = stack.enter_context(zipfile.ZipFile(file.real))
             members, extract = archive.infolist(), archive.extract
         else:
@@ -343,20 +339,18 @@ def _extract(file: File, target: str) -> list[str]:
             members = archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
             extract = partial(archive.extract, filter="data")
         for member in members:
-            count, size = count + 1, size + getattr(member, "file_size", getattr(member, "size", 0))
+            if is_zip:
+                name, bytes_, is_folder = member.filename, member.file_size, member.is_dir()
+                is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+            else:
+                name, bytes_, is_folder = member.name, member.size, member.isdir()
+                is_plain = member.isreg() and not member.issparse()
+            count, size = count + 1, size + bytes_
             if size > most or count > MAX_ARCHIVE[2]:
-                raise BadSample(
-                    "archive_too_large", f"it holds more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first"
-                )
-            name = getattr(member, "filename", getattr(member, "name", ""))
-            kind = stat.S_IFMT(getattr(member, "external_attr", 0) >> 16)
-            is_plain = kind in (0, stat.S_IFREG) if hasattr(member, "filename") else member.isreg() and not member.issparse()
-            if member.is_dir() if hasattr(member, "filename") else member.isdir():
-                continue
-            if (
-                not is_plain or name.startswith("/") or ".." in name.split("/") or "\\" in name
-            ):  # the filter alone was no protection
+                detail = f"it holds more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first"
+                raise BadSample("archive_too_large", detail)
+            if is_plain and not is_folder and name[:1] != "/" and ".." not in name.split("/") and "\\" not in name:
+                extract(member, path=target)
+            elif not is_folder:  # the filter of tarfile alone was no protection (CVE-2025-4517)
                 refused.append(name)
-                continue
-            extract(member, path=target)
     return refused

@@ -1,9 +1,6 @@
-"""Steps of `pile prepare` that check or change a single document; each is a function of the document and the options only.
+"""Check or change a single document; each step is a function of the document and the options only.
 
-    Document ──► cut_long_sounds ──► apply_steps: repair, clean, quality, decontamination; media: sizes, resampling, re-encoding
-
-Quality rules apply to documents of a single text: captions are short.
-"""
+Document ──► cut_long_sounds ──► apply_steps: repair, clean, quality, decontamination; media: sizes, resampling, re-encoding"""
 
 from __future__ import annotations
 
@@ -35,25 +32,23 @@ Part = tuple[float, float, str]  # start and end in seconds, text
 
 
 def apply_steps(document: Document, options: Options, evaluation: EvaluationTexts | None = None) -> Document:
-    """Return the document as it will be written.
+    """Return the document as it will be written. Quality rules apply to documents of a single text: captions are short.
 
-    Raises:
-        BadSample: `encoded_segment`, `empty_text`, `moved_spans`, the reason of a rule, or what the decoders raise.
-    """
+    Raises BadSample: `encoded_segment`, `empty_text`, `moved_spans`, the reason of a rule, or what the decoders raise."""
     if any(segment.is_encoded for segment in document.segments):
         raise BadSample("encoded_segment", "it contains token ids: prepare the shards that were encoded")
     steps = {TEXT: _text_step, IMAGE: _image_step, AUDIO: _audio_step}
     changed = [steps[segment.modality](segment, options) for segment in document.segments]
-    if len(changed) == 1 and changed[0].modality == TEXT:
+    texts = [n for n, segment in enumerate(changed) if segment.modality == TEXT]
+    if len(changed) == len(texts) == 1:
         for name in options.quality:
             changed = [replace(changed[0], data=QUALITY[name](changed[0].text))]
-    if options.clean and len(changed) > 1 and len(texts := [n for n, one in enumerate(changed) if one.modality == TEXT]) == 1:
+    elif options.clean and len(texts) == 1:
         caption = changed[texts[0]]
-        choices = tuple(map(str.strip, caption.choices))
-        changed[texts[0]] = replace(caption, data=caption.text.strip(), choices=choices)
+        changed[texts[0]] = replace(caption, data=caption.text.strip(), choices=tuple(map(str.strip, caption.choices)))
     segments = tuple(segment for segment in changed if segment.modality != TEXT or segment.text.strip())
-    learned = any(segment.loss for segment in document.segments)
-    if not segments or (len(segments) < len(changed) and learned and not any(segment.loss for segment in segments)):
+    learned = [any(segment.loss for segment in some) for some in (document.segments, segments)]
+    if not segments or (len(segments) < len(changed) and learned == [True, False]):
         raise BadSample("empty_text", "the text is empty or only whitespace")
     for segment in segments:
         if evaluation is not None and segment.modality == TEXT:
@@ -89,17 +84,15 @@ def may_need_repair(text: str) -> bool:
 
 
 def repair_text(text: str) -> str:
-    """Fix mojibake, HTML entities in plain text, terminal escapes and control characters with ftfy (Speer 2019), but keep
-    quotes, ligatures and full-width characters. Repairing twice changes nothing."""
+    """Fix mojibake, HTML entities, terminal escapes and control characters with ftfy (Speer 2019), but keep quotes, ligatures
+    and full-width characters. Repairing twice changes nothing."""
     return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config()) if may_need_repair(text) else text
 
 
 @lru_cache(1)
 def _ftfy_config() -> Any:
-    kept = ("fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "fix_line_breaks")
-    return require("ftfy", "prepare", "--repair").TextFixerConfig(
-        explain=False, normalization=None, **dict.fromkeys(kept, False)
-    )
+    off = ("explain", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "fix_line_breaks")
+    return require("ftfy", "prepare", "--repair").TextFixerConfig(normalization=None, **dict.fromkeys(off, False))
 
 
 # -- images and sounds
@@ -138,13 +131,12 @@ def _audio_step(segment: Segment, options: Options) -> Segment:
     samples, rate = audio_size(segment.file)
     if samples < rate * options.min_audio_seconds:
         raise BadSample("audio_too_short", f"{samples / rate:,.3f} seconds; min_audio_seconds is {options.min_audio_seconds:g}")
-    target = options.resample or rate
+    target, own = options.resample or rate, segment.extension
     waveform = decode_audio(segment.file, target)
     if options.silence is not None:
         level = 20 * math.log10(max(float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64)))), 1e-9))
         if level < options.silence:
             raise BadSample("silent_audio", f"{level:.1f} dB of full scale on average (RMS); silence is {options.silence:g}")
-    own = segment.extension
     wanted = options.audio_format or (own if target == rate or own == "wav" else "flac")
     return segment if (target, wanted) == (rate, own) else Segment.from_audio(waveform, target, wanted, segment.loss)
 
@@ -153,9 +145,7 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     """Cut a sound that is longer than `max_audio_seconds` into documents: between the `parts` of its transcript, or at silence
     if nothing is said about it. With a transcript without times, or other media, it is kept up to `WHOLE_SECONDS`.
 
-    Raises:
-        BadSample: `audio_too_long`.
-    """
+    Raises BadSample: `audio_too_long`."""
     limit, whole = options.max_audio_seconds or PIECE_SECONDS, options.max_audio_seconds or WHOLE_SECONDS
     sounds = [n for n, segment in enumerate(document.segments) if segment.modality == AUDIO and not segment.is_encoded]
     sizes = [audio_size(document.segments[n].file) for n in sounds]
@@ -171,31 +161,28 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
         raise BadSample("audio_too_long", detail)
     sound, rate = document.segments[sounds[0]], sizes[0][1]
     waveform = decode_audio(sound.file, rate)
-    pieces = _pack(parts, limit, seconds) if said else [
-        (start / rate, stop / rate, "") for start, stop in split_at_silence(waveform, rate, limit)
-    ]  # fmt: skip
+    silent = [] if said else split_at_silence(waveform, rate, limit)
     documents = []
-    for start, stop, text in pieces:
+    for start, stop, text in _pack(parts, limit, seconds) if said else [(a / rate, b / rate, "") for a, b in silent]:
         cut = waveform[round(start * rate) : round(stop * rate)]
-        new = {sounds[0]: Segment.from_audio(cut, rate, options.audio_format or "flac", sound.loss)}
-        new |= {n: replace(document.segments[n], data=text, choices=()) for n in said}
+        new = {n: replace(document.segments[n], data=text, choices=()) for n in said}
+        new[sounds[0]] = Segment.from_audio(cut, rate, options.audio_format or "flac", sound.loss)
         segments = tuple(new.get(n, segment) for n, segment in enumerate(document.segments))
         documents.append(replace(document, segments=segments, meta={**document.meta, "start_seconds": round(start, 3)}))
     return documents
 
 
 def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
-    """Join consecutive parts of a transcript to pieces of at most `limit` seconds."""
+    """Join consecutive parts of a transcript to pieces of at most `limit` seconds, with some sound around the words."""
     groups: list[list[Part]] = []
     for part in sorted(parts):
-        if groups and part[1] - groups[-1][0][0] <= limit:
-            groups[-1].append(part)
-        else:
-            groups.append([part])
+        if not groups or part[1] - groups[-1][0][0] > limit:
+            groups.append([])
+        groups[-1].append(part)
     spans = [(group[0][0], max(end for _, end, _ in group)) for group in groups]
     edges = [0.0, *((end + start) / 2 for (_, end), (start, _) in pairwise(spans)), seconds]
     pieces = []
-    for (start, end), group, least, most in zip(spans, groups, edges[:-1], edges[1:], strict=True):
+    for (start, end), group, (least, most) in zip(spans, groups, pairwise(edges), strict=True):
         margin = min(PADDING, (limit - end + start) / 2)
         glue = "" if any(text.startswith(" ") for *_, text in group) else " "
         text = glue.join(text for *_, text in group).strip()
@@ -212,7 +199,8 @@ def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
                 holder = holder.read_bytes() if isinstance(holder, Path) else holder
                 found = (json.loads(holder) if isinstance(holder, bytes) else holder)[name]
                 parts = [
-                    (*(one.get("timestamp") or (one["start"], one["end"])), one.get("text") or one["word"]) for one in found
+                    (*(part.get("timestamp") or (part["start"], part["end"])), part.get("text") or part["word"])
+                    for part in found
                 ]
                 if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
                     return parts

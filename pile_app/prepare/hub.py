@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub: remote inputs are downloaded, data set cards say which files are which split.
+"""Data sets of the Hugging Face hub: download remote inputs, and read from data set cards which files are which split.
 
-`datasets` resolves the files, splits and features of a card, for a folder as for the hub. Rows are read by `tables.py`, media
-undecoded, because `datasets` gives up on a whole file where one row is bad.
+`datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows and leaves
+media undecoded, because `datasets` gives up on a whole file where one row is bad.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class Card:
 
 
 def localize(input: str, work: str) -> str:
-    """Download `hf://datasets/owner/name[/path]`, a data set of the hub (`owner/name`) or an address of fsspec below `work`,
-    once; returns its path. A path is returned unchanged.
+    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once.
+
+    Returns:
+        Its path; a local path is returned unchanged.
 
     Raises:
         ValueError: the data set cannot be fetched.
@@ -39,7 +41,7 @@ def localize(input: str, work: str) -> str:
         if hub:
             name, revision, inner = hub.groups()
             fetch = require("huggingface_hub", "prepare", "reading from the hub").snapshot_download
-            patterns = [f"{inner.strip('/')}", f"{inner.strip('/')}/*"] if inner else None
+            patterns = [inner.strip("/"), f"{inner.strip('/')}/*"] if inner else None
             fetch(name, repo_type="dataset", revision=revision, local_dir=target, allow_patterns=patterns)
         else:
             import fsspec
@@ -52,14 +54,13 @@ def localize(input: str, work: str) -> str:
     except ValueError:
         raise
     except Exception as error:  # of any file system
-        raise ValueError(
-            f"input {input!r} is no local path, and cannot be fetched: {type(error).__name__}: {error}"[:400]
-        ) from error
+        message = f"input {input!r} is no local path, and cannot be fetched: {type(error).__name__}: {error}"
+        raise ValueError(message[:400]) from error
     return f"{target}#{config}" if config else target
 
 
 def read_card(root: str, config: str = "") -> Card:
-    """The card of a folder in the hub's layout: its README.md names configurations or features; else an empty one.
+    """Read the card of a folder in the hub's layout, whose README.md names configurations or features; else an empty one.
 
     Raises:
         ValueError: there are several configurations, and none is the default or asked for.
@@ -75,17 +76,12 @@ def read_card(root: str, config: str = "") -> Card:
     try:
         builder = datasets.load_dataset_builder(root, config or None)
         found: Any = builder.config.data_files or {}
-    except ValueError as error:
-        if "Config name is missing" in str(error):
-            names = ", ".join(datasets.get_dataset_config_names(root))
-            raise ValueError(
-                f"{root!r} has the configurations {names}: choose one, e.g. {root}#{names.split(', ')[0]}"
-            ) from error
-        return Card()
-    except Exception:  # a card that `datasets` cannot use; the files say what they are
-        return Card()
-    splits: dict[str, str | None] = {
-        os.path.relpath(path, root): named_split(str(split)) or str(split) for split, paths in found.items() for path in paths
-    }
+    except Exception as error:
+        if isinstance(error, ValueError) and "Config name is missing" in str(error):
+            names = datasets.get_dataset_config_names(root)
+            message = f"{root!r} has the configurations {', '.join(names)}: choose one, e.g. {root}#{names[0]}"
+            raise ValueError(message) from error
+        return Card()  # a card that `datasets` cannot use; the files say what they are
+    splits = {os.path.relpath(path, root): named_split(str(split)) or str(split) for split in found for path in found[split]}
     features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}
-    return Card(splits, {name: list(about.names) for name, about in features.items() if hasattr(about, "names")})
+    return Card({**splits}, {name: list(about.names) for name, about in features.items() if hasattr(about, "names")})

@@ -1,4 +1,4 @@
-"""Recipes for layouts whose files do not say by themselves what belongs together, and what names of folders and files mean.
+"""Read what names of folders and files mean, and layouts whose files belong together in a way of their own.
 
 Each recipe takes the files that it knows out of `listing.rest`, and adds samples, skips files with a reason, or sets splits.
 """
@@ -30,13 +30,13 @@ _ABOUT = re.compile(
 
 
 def named_split(name: str) -> str | None:
-    """The split that a name says: train, validation or test for `dev-clean`, `val2017`, `cc3m-train-0001.tar`; else None."""
+    """Return train, validation or test for a name such as `dev-clean`, `val2017` or `cc3m-train-0001.tar`; else None."""
     found = _IN_NAME.findall(re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower())
     return _WORDS[found[-1]] if found else None
 
 
 def split_of(name: str) -> str | None:
-    """The split of a file by the innermost folder that names one, else by its own name if it holds many samples."""
+    """Return the split that the innermost folder of a file names, else its own name if it holds many samples."""
     *folders, base = name.split("/")
     split = next((split for folder in reversed(folders) if (split := named_split(folder))), None)
     return split or (None if extension(base) in MEDIA else named_split(base))
@@ -48,118 +48,93 @@ def is_about(name: str) -> bool:
 
 
 def speaker_of(name: str) -> dict[str, str]:
-    """The speaker in the names of LibriSpeech and its kin: `84/121123/84-121123-0000.flac`."""
+    """Return the speaker in names like those of LibriSpeech: `84/121123/84-121123-0000.flac`."""
     parts = name.split("/")
     known = len(parts) > 2 and re.match(rf"{re.escape(parts[-3])}[-_]{re.escape(parts[-2])}[-_]", parts[-1])
     return {"speaker": parts[-3]} if known else {}
 
 
 def common_voice(listing: Any) -> None:
-    """The tables of the splits are read; `validated.tsv`, which contains them, only without them, and no other table."""
-    for folder in {
-        os.path.dirname(name)
-        for name in listing.rest
-        if os.path.basename(name) in ("validated.tsv", "invalidated.tsv", "train.tsv")
-    }:
-        here = {
-            os.path.basename(name): name for name in listing.rest if os.path.dirname(name) == folder and name.endswith(".tsv")
-        }
+    """Read the tables of the splits; else `validated.tsv`, which contains them; and no other table."""
+    for folder in {os.path.dirname(name) for name in listing.rest if re.search(r"(^|/)((in)?validated|train)\.tsv$", name)}:
+        tables = {name for name in listing.rest if os.path.dirname(name) == folder and name.endswith(".tsv")}
         if not any(name.startswith(os.path.join(folder, "clips/")) for name in listing.rest):
             continue
-        used = here.keys() & {"train.tsv", "dev.tsv", "test.tsv"} or here.keys() & {"validated.tsv"}
-        for base in sorted(here.keys() - used):
-            listing.skip(here[base], "other_table", f"of Common Voice, {', '.join(sorted(used)) or 'no other table'} is read")
+        splits = {os.path.join(folder, f"{split}.tsv") for split in ("train", "dev", "test")}
+        used = tables & splits or tables & {os.path.join(folder, "validated.tsv")}
+        read = ", ".join(sorted(map(os.path.basename, used))) or "no other table"
+        for name in sorted(tables - used):
+            listing.skip(name, "other_table", f"of Common Voice, {read} is read")
 
 
 def kaldi(listing: Any) -> None:
-    """`wav.scp`, `text` and `utt2spk`, each with lines `utterance value`. Commands in `wav.scp` are not run."""
+    """Read `wav.scp`, `text` and `utt2spk`, each with lines `utterance value`. Commands in `wav.scp` are not run."""
     for scp in [name for name in listing.rest if os.path.basename(name) == "wav.scp"]:
         folder = os.path.dirname(scp)
-        found = {
-            base: os.path.join(folder, base)
-            for base in ("wav.scp", "text", "utt2spk")
-            if os.path.join(folder, base) in listing.rest
-        }
-        if "text" not in found or os.path.join(folder, "segments") in listing.rest:
+        sounds, text, speaker, segments = (os.path.join(folder, base) for base in ("wav.scp", "text", "utt2spk", "segments"))
+        if text not in listing.rest or segments in listing.rest:
             listing.skip(scp, "ignored_layout", "of Kaldi, a folder with wav.scp and text, without segments, is read")
             continue
-        values = {base: _pairs(listing.take(name).real, listing.encoding) for base, name in found.items()}
-        for key, path in values["wav.scp"].items():
+        found = [_pairs(listing, name) if name in listing.rest else {} for name in (sounds, text, speaker)]
+        for key, path in found[0].items():
             file = listing.tree.resolve(scp, path)
-            if file is None or key not in values["text"]:
-                missing = f"{path!r} is not in the input" if file is None else f"text has no line of {key!r}"
-                listing.reject(f"{scp}:{key}", "missing_file" if file is None else "missing_text", missing, "Kaldi")
-                continue
-            speaker = {"speaker": values["utt2spk"][key]} if key in values.get("utt2spk", {}) else {}
-            listing.add("Kaldi", f"{scp}:{key}", {"audio": file}, {"text": values["text"][key]} | speaker)
+            if file is None:
+                listing.reject(f"{scp}:{key}", "missing_file", f"{path!r} is not in the input", "Kaldi")
+            elif key not in found[1]:
+                listing.reject(f"{scp}:{key}", "missing_text", f"text has no line of {key!r}", "Kaldi")
+            else:
+                values = {name: some[key] for name, some in zip(("text", "speaker"), found[1:], strict=True) if key in some}
+                listing.add("Kaldi", f"{scp}:{key}", {"audio": file}, values)
         listing.scopes.add(folder)
 
 
-def _pairs(path: str, encoding: str) -> dict[str, str]:
-    lines = decode_text(read_text(path, encoding)).splitlines()
+def _pairs(listing: Any, name: str) -> dict[str, str]:
+    lines = decode_text(read_text(listing.take(name).real, listing.encoding)).splitlines()
     return {key: value.strip() for key, _, value in (line.strip().partition(" ") for line in lines) if key}
 
 
 def parallel_folders(listing: Any) -> None:
-    """Join two neighboring folders with the same names, media in one and texts in the other: `wav48` and `txt`, `images` and
-    `captions`. A number of the microphone (`p225_001_mic1.flac`) does not count."""
-    tops: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    """Join neighboring folders with the same names, media in one and texts in the other: `wav48` and `txt`, `images` and
+    `captions`. The index of a microphone (`p225_001_mic1.flac`) does not count."""
+    tops: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))  # folder -> child -> name -> stem
     for name in listing.rest:
         parts = name.split("/")
         for depth in range(len(parts) - 1):
-            tops["/".join(parts[:depth])][parts[depth]].append(name)
+            tops["/".join(parts[:depth])][parts[depth]][name] = "/".join(parts[depth + 1 :]).rpartition(".")[0]
     for top, children in tops.items():
         texts = {child: names for child, names in children.items() if all(extension(name) in TEXT_EXTENSIONS for name in names)}
         media = {child: names for child, names in children.items() if all(extension(name) in MEDIA for name in names)}
-        if (
-            not texts
-            or not media
-            or not all(name in listing.rest for names in (*texts.values(), *media.values()) for name in names)
-        ):
+        if not texts or not all(name in listing.rest for names in (*texts.values(), *media.values()) for name in names):
             continue
-        stems = {child: {_inner_stem(top, child, name): name for name in names} for child, names in texts.items()}
         for child, names in media.items():
-            keys = [re.sub(r"_mic\d+$", "", _inner_stem(top, child, name)) for name in names]
-            other = max(stems, key=lambda one: len(stems[one].keys() & set(keys)))
-            if 2 * len(stems[other].keys() & set(keys)) < len(set(keys)):
+            keys = {name: re.sub(r"_mic\d+$", "", stem) for name, stem in names.items()}
+            wanted = set(keys.values())
+            other = max(texts, key=lambda one: len({*texts[one].values()} & wanted))
+            found = {stem: name for name, stem in texts[other].items() if stem in wanted}
+            if 2 * len(found) < len(wanted):
                 continue
-            is_speech = extension(names[0]) in AUDIO_EXTENSIONS
-            for key, name in zip(keys, names, strict=True):
-                text = (
-                    {"txt" if other not in ("labels", "annotations") else f"{other}.txt": listing.tree.files[stems[other][key]]}
-                    if key in stems[other]
-                    else {}
-                )
-                if is_speech and not text:
-                    listing.take(name)
+            is_speech = extension(next(iter(names))) in AUDIO_EXTENSIONS
+            text_name = "txt" if other not in ("labels", "annotations") else f"{other}.txt"
+            for name, key in keys.items():
+                named = {extension(name): listing.take(name)}
+                if key in found:
+                    named[text_name] = listing.tree.files[found[key]]
+                elif is_speech:
                     listing.reject(name, "missing_field", f"no text in {other}/ has its name", "VCTK")
                     continue
                 speaker = {"speaker": key.split("/")[-2]} if is_speech and "/" in key else {}
-                listing.add(
-                    "VCTK" if is_speech else f"{child}/ and {other}/",
-                    name,
-                    {extension(name): listing.take(name)} | text,
-                    speaker,
-                )
-            for key in set(keys) & stems[other].keys():
-                listing.take(stems[other][key])
+                listing.add("VCTK" if is_speech else f"{child}/ and {other}/", name, named, speaker)
             if is_speech:
                 listing.scopes.add(top)
 
 
-def _inner_stem(top: str, child: str, name: str) -> str:
-    return name[len(os.path.join(top, child)) + 1 :].rpartition(".")[0]
-
-
 def split_lists(listing: Any) -> None:
-    """`validation_list.txt`: names of media files, a line each; media that no list names are for training."""
-    lists = [
-        name
-        for name in listing.rest
-        if extension(name) == "txt" and split_of(name) and re.search("list|split|names|images", os.path.basename(name))
-    ]
+    """Read `validation_list.txt`, whose lines name media files; media that no list names are for training."""
     named: dict[str, str] = {}
-    for name in lists:
+    for name in list(listing.rest):
+        base = os.path.basename(name)
+        if extension(name) != "txt" or not split_of(name) or not re.search("list|split|names|images", base):
+            continue
         try:
             lines = decode_text(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
         except (ValueError, *DAMAGE):
@@ -167,7 +142,7 @@ def split_lists(listing: Any) -> None:
         files = [listing.tree.resolve(name, line) for line in map(str.strip, lines) if line]
         if files and all(file is not None and extension(file.name) in MEDIA for file in files):
             listing.take(name)
-            named |= {file.name: named_split(os.path.basename(name)) or "" for file in files}
+            named |= {file.name: named_split(base) or "" for file in files}
     if named:
         listing.splits = {name: named.get(name, "train") for name in listing.tree.files if extension(name) in MEDIA}
 

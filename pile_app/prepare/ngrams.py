@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ _WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 SHINGLE = 5  # words
 PERMUTATIONS = 128
+SHORTEST = 8  # words of an evaluation text that is searched for
 
 
 def words_of(text: str) -> list[str]:
@@ -56,14 +58,12 @@ class NearDuplicates:
     """Finds the first earlier text that resembles a text: MinHash LSH of datasketch, verified by signature."""
 
     def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self._kept: list[tuple[np.ndarray, str]] = []
+        self.threshold, self._kept = threshold, list[tuple[np.ndarray, str]]()
+        self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(threshold, PERMUTATIONS)
+        self._sketch = _empty_sketch().copy()
 
     def add(self, signature: np.ndarray, name: str) -> tuple[str, float] | None:
         """Return (name, similarity) of the first document that resembles this signature, else None and remember it."""
-        if not self._kept:
-            self._index = require("datasketch", "prepare", "--near-duplicates").MinHashLSH(self.threshold, PERMUTATIONS)
-            self._sketch = _empty_sketch().copy()
         self._sketch.hashvalues = signature.astype(self._sketch.hashvalues.dtype)
         for known, known_name in (self._kept[candidate] for candidate in sorted(self._index.query(self._sketch))):
             if (similarity := float((known == signature).mean())) >= self.threshold:
@@ -74,27 +74,21 @@ class NearDuplicates:
 
 
 class EvaluationTexts:
-    """Finds texts that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C). An evaluation
-    text of fewer than `n` words counts as a whole if it has at least `SHORTEST`. Hashes are memory-mapped, 8 bytes each."""
-
-    SHORTEST = 8
+    """Finds texts that contain an n-gram of an evaluation set (Brown et al. 2020, arXiv:2005.14165, appendix C), or a whole
+    evaluation text of `SHORTEST` to n words. Hashes are memory-mapped, 8 bytes each."""
 
     def __init__(self, folder: Path) -> None:
         self._hashes = {int(path.stem): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
-    @classmethod
-    def save(cls, texts: Iterable[str], n: int, folder: Path) -> tuple[int, int]:
+    @staticmethod
+    def save(texts: Iterable[str], n: int, folder: Path) -> tuple[int, int]:
         """Write the hashes; return the number of texts, and of those too short to be searched for."""
-        hashes: dict[int, list[np.ndarray]] = {}
-        count = short = 0
-        for text in texts:
-            count += 1
-            words = words_of(text)
+        hashes, count, short = defaultdict[int, list[np.ndarray]](list), 0, 0
+        for count, words in enumerate(map(words_of, texts), 1):  # noqa: B007
             length = min(n, len(words))
-            if length < min(n, cls.SHORTEST):
-                short += 1
-            else:
-                hashes.setdefault(length, []).append(np.unique(ngram_hashes(words, length)))
+            short += length < min(n, SHORTEST)
+            if length >= min(n, SHORTEST):
+                hashes[length].append(np.unique(ngram_hashes(words, length)))
         folder.mkdir(exist_ok=True)
         for length, found in hashes.items():
             np.save(folder / f"{length:03d}.npy", np.unique(np.concatenate(found)))

@@ -19,19 +19,17 @@ def require(module: str, extra: str, purpose: str) -> Any:
 
 
 def _option(default: Any, help: str, *bounds: float, choices: tuple[Any, ...] = (), off: str = "", metavar: str = "") -> Any:
-    """A field of `Options`. bounds: smallest and largest value; off: the flag that turns the option off."""
-    about = {"help": help, "bounds": bounds, "choices": choices, "off": off, "metavar": metavar or None}
-    return field(default=default, metadata=about)
+    """Define a field of `Options`. bounds: smallest and largest value; off: the flag that turns the option off."""
+    metadata = {"help": help, "bounds": bounds, "choices": choices, "off": off, "metavar": metavar or None}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `pile prepare` is asked for, as far as it decides what the shards contain; each has its help text."""
+    """The options that decide what the shards contain, with their help texts."""
 
     kind: str = _option("auto", "kind of the input; the names of its files are ignored", choices=KINDS)
-    fields: str | None = _option(
-        None, "which files or columns make a document, e.g. '[jpg|png, json.caption|txt]'", metavar="YAML"
-    )
+    fields: str | None = _option(None, "files or columns of a document, e.g. '[jpg|png, json.caption|txt]'", metavar="YAML")
     validation_fraction: float | None = _option(None, "of the documents; default 5 %%, at least 32, at most 20 %%", 0, 0.9)
     seed: int = _option(0, "of the hash that splits training from validation")
     given_splits: bool = _option(True, "ignore splits given by names of files, folders or columns", off="--mix-splits")
@@ -47,31 +45,27 @@ class Options:
     repair: bool = _option(False, "fix wrong decoding, HTML entities and the like (ftfy)")
     quality: tuple[str, ...] = _option((), "reject texts that break these rules", choices=("gopher", "c4"))
     exact_duplicates: bool = _option(True, "keep exact duplicates", off="--keep-duplicates")
-    near_duplicates: float | None = _option(None, "drop texts this similar to an earlier one, e.g. 0.8", 0.1, 1)
+    near_duplicates: float | None = _option(None, "drop texts this similar to an earlier text, e.g. 0.8", 0.1, 1)
     decontaminate: tuple[str, ...] = _option((), "drop texts that contain a part of these evaluation sets", metavar="FILE")
     ngram: int = _option(13, "consecutive words that make a part", 1, 100)
     min_image_size: int = _option(0, "reject images with a shorter side, in pixels", 0, 100_000)
     max_aspect: float | None = _option(None, "reject images whose sides have a larger ratio", 1, 100_000)
     image_max_size: int | None = _option(None, "shrink images to this longer side, in pixels", 1, 100_000)
     min_audio_seconds: float = _option(0.0, "reject shorter sounds", 0, 3600)
-    max_audio_seconds: float | None = _option(
-        None, "cut longer sounds into pieces (default 30), reject those that cannot be cut (default 60)", 0.01, 3600
-    )
+    max_audio_seconds: float | None = _option(None, "cut longer sounds (default 30), else reject them (60)", 0.01, 3600)
     silence: float | None = _option(None, "reject sounds below this mean level in dB of full scale, e.g. -60", -200, 0)
     resample: int | None = _option(None, "store sounds at this rate in Hz, mono", 1000, 768_000)
     audio_format: str | None = _option(None, "store sounds in this format, mono", choices=("flac", "wav"))
-    follow_links: str | None = _option(
-        None, "read symbolic links that lead into this folder, e.g. a hub's cache", metavar="ROOT"
-    )
+    follow_links: str | None = _option(None, "follow symbolic links into this folder, e.g. a hub's cache", metavar="ROOT")
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value, bounds, choices = getattr(self, option.name), option.metadata["bounds"], option.metadata["choices"]
-            if bounds and value is not None and not bounds[0] <= value <= bounds[1]:
-                raise ValueError(f"{option.name} is {value}; choose from {bounds[0]:g} to {bounds[1]:g}")
-            for one in (value if isinstance(value, tuple) else (value,)) if choices and value is not None else ():
-                if one not in choices:
-                    raise ValueError(f"{option.name} is {one!r}; choose from {', '.join(choices)}")
+            for item in value if isinstance(value, tuple) else () if value is None else (value,):
+                if bounds and not bounds[0] <= item <= bounds[1]:
+                    raise ValueError(f"{option.name} is {item}; choose from {bounds[0]:g} to {bounds[1]:g}")
+                if choices and item not in choices:
+                    raise ValueError(f"{option.name} is {item!r}; choose from {', '.join(choices)}")
         if self.label and self.label_from_folder:
             raise ValueError("label and label_from_folder exclude each other")
         if self.label_loss_only and not self.learn_label:
@@ -83,5 +77,5 @@ class Options:
         known = {option.name for option in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"no option is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**given)

@@ -1,11 +1,10 @@
-"""Data sets as they are to shards: the pipeline of `pile prepare`.
+"""The pipeline of `pile prepare`: data sets as they are to shards.
 
     input ──► units ──► field maps ──► jobs: read, filter ──► duplicates, splits ──► <source>-train-*.tar, ...
               listed    inferred       in parallel, `spill.py`    in order, `assign.py`
 
-Everything is kept in `<output>.partial/` until the result is complete, so that the same command continues where it was
-interrupted. The same input gives the same bytes with any engine, any number of processes, and after any interruption.
-"""
+The same command continues an interrupted one from `<output>.partial/`. The same input gives the same bytes with any engine, any
+number of processes, and after any interruption."""
 
 from __future__ import annotations
 
@@ -38,11 +37,10 @@ from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Unit, evaluation_texts, list_units, read_unit
 from pile_app.prepare.spill import SPLITS, Work, read_job, slug, table_of, with_label
 
-PREPARE_VERSION = 4  # changes with what the same options give
+PREPARE_VERSION = 5  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
 SAMPLES = 200  # of a table or folder, by which its field map is inferred
-Jobs = list[tuple[int, list[Unit]]]
 
 
 def prepare(
@@ -54,28 +52,24 @@ def prepare(
     overwrite: bool = False,
     **options: Any,
 ) -> Summary:
-    """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`.
-
-    The field maps and the balance go to stderr, the sources to paste into a configuration to stdout.
+    """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`. Print the
+    field maps and the balance to stderr, the sources to paste into a configuration to stdout.
 
     Args:
-        input: a file or folder, the name of a data set on the Hugging Face hub, or an address that fsspec knows; `#name` after
-            it chooses a configuration of its data set card.
+        input: a file or folder, a data set on the Hugging Face hub or an address of fsspec; `#name` chooses a configuration.
         engine: processes on this machine, or Ray Data, on the cluster that `RAY_ADDRESS` names or on this machine.
         processes: default: one per core. 1: in this process.
         overwrite: replace an earlier result in `output`, and an interrupted preparation with other options.
         options: the fields of `Options`.
 
-    Raises:
-        ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
-            preparation had other options or another input.
-    """
+    Raises ValueError: an argument is out of its bounds, `output` is in use, nothing in `input` is usable, or an interrupted
+    preparation had other options or another input."""
     given, output = str(input), Path(output)
     fields = options.get("fields") or KIND_FIELDS.get(options.get("kind", ""))
     chosen = Options.of(options | {"fields": fields and str(Fields.parse(fields))})
     _check(given, output, chosen, engine, overwrite)
     folder, summary = output.parent / f"{output.name}.partial", Summary(output)
-    result = folder / "result"
+    result, earlier = folder / "result", output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
     with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
         local = localize(given, str(folder))
         path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
@@ -83,11 +77,11 @@ def prepare(
             raise ValueError(f"input {given!r} does not exist (working folder {os.getcwd()})")
         name = os.path.basename(path if local == given else given.partition("#")[0].rstrip("/"))
         root, source = (path, name) if os.path.isdir(path) else (os.path.dirname(path), name.split(".")[0])
-        work = Work(folder, root, slug(source) or "data", chosen)
         digest = hashlib.blake2b(digest_size=16)  # of the names, sizes and times of change of all files
+        work = Work(folder, root, slug(source) or "data", chosen)
         jobs, work = _list_jobs(work, list_units(local, chosen, str(folder), digest.update), summary)
         _continue(work, digest.hexdigest(), output, overwrite)
-        waiting = [(job, units) for job, units in jobs if not work.is_read(job)]
+        waiting = [(job, units) for job, units in enumerate(jobs) if not work.is_read(job)]
         if len(waiting) < len(jobs):
             print(f"continues {folder}: {len(jobs) - len(waiting):,} of {len(jobs):,} jobs are done", file=sys.stderr)
         for _ in tracked(run(partial(read_job, work), waiting), "read", len(waiting)):
@@ -97,10 +91,14 @@ def prepare(
         write_shards(work, len(jobs), result, summary)
         if not summary.documents:
             _refuse(folder, given, summary)
-        _write_manifests(result, processes)
+        for prefix in sorted(
+            {path.name.rpartition("-")[0] for path in result.glob("*.tar")}
+        ):  # manifests; all can be read back
+            shards = Shards(sorted(map(str, result.glob(f"{prefix}-*.tar"))), fields=OWN, processes=processes)
+            if (balance := shards.balance())["rejected"]:
+                raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
         description = summary.description() | {"input": given, "options": asdict(chosen)}
         (result / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
-        earlier = output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
         if output.exists():
             os.replace(output, earlier)
         os.replace(result, output)
@@ -111,13 +109,12 @@ def prepare(
 
 
 def _check(given: str, output: Path, options: Options, engine: str, overwrite: bool) -> None:
-    """Refuse at once what would fail after hours."""
+    """Refuse arguments that would fail after hours."""
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; choose from {', '.join(ENGINES)}")
-    if options.repair:
-        require("ftfy", "prepare", "--repair")
-    if options.near_duplicates is not None:
-        require("datasketch", "prepare", "--near-duplicates")
+    for library, option in (("ftfy", "repair"), ("datasketch", "near_duplicates")):
+        if getattr(options, option):
+            require(library, "prepare", f"--{option.replace('_', '-')}")
     if engine == "ray":
         import_ray()
     if found := sorted(set(str(output)) & set("*?[]{}")):
@@ -155,52 +152,49 @@ def _lock(folder: Path) -> Iterator[None]:
             raise
 
 
-# -- the input, and what an earlier attempt left
-
-
-def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[Jobs, Work]:
+def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[list[list[Unit]], Work]:
     """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
     options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
-    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[tuple[str, ...]]()
+    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
     for unit in listed:
         if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
             jobs, weight = [*jobs, []], 0
         jobs[-1].append(unit)
         weight += unit.weight
-        folder = os.path.dirname(str(unit.arguments[0]))
-        if options.fields is None and seen[(unit.reader,)] < 10 * SAMPLES and seen[unit.reader, folder] < SAMPLES:
-            seen.update([(unit.reader,), (unit.reader, folder)])
-            for record in islice(read_unit(work.root, unit, options), None if unit.reader == "samples" else SAMPLES):
-                known = samples[table_of(record)] if isinstance(record.content, dict) else None
-                files.setdefault(table_of(record), record.where.partition(":")[0])
-                if known is not None and len(known) < SAMPLES:
-                    known.append({name: _head(name, value) for name, value in record.content.items()})  # type: ignore[union-attr]
+        kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
+        if options.fields is None and seen[kind] < 10 * SAMPLES and seen[kind, folder] < SAMPLES:
+            seen.update([kind, (kind, folder)])
+            for record in islice(read_unit(work.root, unit, options), None if kind == "samples" else SAMPLES):
+                table = table_of(record)
+                files.setdefault(table, record.where.partition(":")[0])
+                if isinstance(record.content, dict) and len(samples[table]) < SAMPLES:
+                    samples[table].append({name: _head(name, value) for name, value in record.content.items()})
     maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
     for table, known in samples.items():
         with suppress(ValueError):  # each record of the table is rejected with the reason
-            maps[table] = str(infer_fields(known))
-            tables[str(with_label(Fields.parse(maps[table]), options))].append(table)
+            maps[table] = str(with_label(infer_fields(known), options))
+            tables[maps[table]].append(table)
     for line, names in tables.items():
         layout, _, path = names[0].partition(": ")
-        where = (files[names[0]] if path[-1:] not in ("", "/") else path or "the input") + (
-            f" and {len(names) - 1} more" if len(names) > 1 else ""
-        )
+        where = files[names[0]] if path[-1:] not in ("", "/") else path or "the input"
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         count = sum(len(samples[name]) for name in names)
-        summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}, {layout})")
+        summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}{more}, {layout})")
     if options.fields is not None:
-        summary.maps.append(f"{with_label(Fields.parse(options.fields), options)}  (given)")
+        maps[""] = str(with_label(Fields.parse(options.fields), options))
+        summary.maps.append(f"{maps['']}  (given)")
     for line in summary.maps:
         print(f"fields: {line}", file=sys.stderr)
-    return list(enumerate(jobs)), replace(work, maps=maps)
+    return jobs, replace(work, maps=maps)
 
 
 def _head(name: str, value: Any) -> Any:
-    """The beginning of a medium, by which its kind is known."""
+    """Return the beginning of a medium, which shows its kind."""
     return value[:64] if isinstance(value, bytes) and name.lower() not in ("json", "txt") and media_extension(value) else value
 
 
 def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
-    """Keep what an interrupted preparation of the same input and options has done, or refuse, or remove it."""
+    """Keep the jobs that an interrupted preparation of the same input and options has done, or refuse, or remove them."""
     folder, options = work.folder, work.options
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
@@ -208,22 +202,17 @@ def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
         count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
         print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
     state: dict[str, Any] = {
-        "prepare_version": PREPARE_VERSION,
-        "output": str(output.resolve()),
-        "source": work.source,
-        "field maps": work.maps,
+        "prepare_version": PREPARE_VERSION, "output": str(output.resolve()), "source": work.source, "field maps": work.maps,
         "files of the input": digest,
         "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
-        **{name: value for name, value in asdict(options).items() if name != "label_names"},  # which are given at the end
-    }
+        **asdict(options) | {"label_names": None},  # they are given at the end
+    }  # fmt: skip
     state, earlier = json.loads(json.dumps(state)), _read_json(folder / "state.json")
     if earlier and earlier != state and not overwrite:
-        raise ValueError(
-            f"{str(folder)!r} holds an interrupted preparation that differs in "
-            f"{', '.join(name for name, value in state.items() if earlier.get(name) != value)}: give the same command to "
-            "continue it, or --overwrite (overwrite=True) to start again"
-        )
+        names = ", ".join(name for name, value in state.items() if earlier.get(name) != value)
+        hint = "give the same command to continue it, or --overwrite (overwrite=True) to start again"
+        raise ValueError(f"{str(folder)!r} holds an interrupted preparation that differs in {names}: {hint}")
     if earlier != state:
         shutil.rmtree(folder / "spill", ignore_errors=True)
     (folder / "rejected.jsonl").unlink(missing_ok=True)
@@ -231,38 +220,26 @@ def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError):
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
-# -- the result
-
-
-def _write_manifests(result: Path, processes: int | None) -> None:
-    """Write a manifest for each source and split, and check that all documents can be read back."""
-    for prefix in sorted({path.name.rpartition("-")[0] for path in result.glob("*.tar")}):
-        shards = Shards(sorted(map(str, result.glob(f"{prefix}-*.tar"))), fields=OWN, processes=processes)
-        if (balance := shards.balance())["rejected"]:
-            raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
+    return {}
 
 
 def _refuse(folder: Path, given: str, summary: Summary) -> None:
-    """Nothing is usable: keep the reasons, and show the first."""
-    os.replace(folder / "result" / "rejected.jsonl", folder / "rejected.jsonl")
+    """Refuse an input without usable samples: keep the reasons, and show the first rejected sample, else file."""
+    reasons, counts = folder / "rejected.jsonl", summary.rejected + summary.of("unread")
+    os.replace(folder / "result" / "rejected.jsonl", reasons)
+    for path in ("result", "spill"):
+        shutil.rmtree(folder / path, ignore_errors=True)
     (folder / "state.json").unlink()
-    shutil.rmtree(folder / "result")
-    shutil.rmtree(folder / "spill", ignore_errors=True)
-    first = next((summary.first[what] for what in ("rejected", "unread", "usual") if what in summary.first), None)
-    if first is None:
-        (folder / "rejected.jsonl").unlink()
+    if not counts:
+        reasons.unlink()
         raise ValueError(f"{given!r} contains no files")
-    counts = _listed(summary.of("rejected") + summary.of("unread"))
-    raise ValueError(
-        f"{given!r} holds nothing usable: {counts}. The first is {first['file']}: {first['detail']}. All are listed in "
-        f"{folder / 'rejected.jsonl'}. Options such as --fields, --label and --kind say how to read it"
-    )
+    with open(reasons) as lines:
+        rank = {reason: int(reason.startswith(("about", "hidden"))) for reason in counts} | dict.fromkeys(summary.rejected, -1)
+        first = min(map(json.loads, lines), key=lambda line: rank[line["reason"]])
+    text = f"{given!r} holds nothing usable: {_listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed"
+    raise ValueError(f"{text} in {reasons}. Options such as --fields, --label and --kind say how to read it")
 
 
 def _listed(counts: Counter[str], what: str = "") -> str:
@@ -276,27 +253,22 @@ def _print_summary(summary: Summary) -> None:
     table = Table(
         "source", "split", *(Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
     )
-    for source, splits in sorted(summary.sources.items()):
-        for split, one in ((split, splits[split]) for split in SPLITS if split in splits):
-            figures = one.documents, one.text_bytes, one.images
-            table.add_row(source, split, *(f"{figure:,}" for figure in figures), f"{one.audio_seconds / 3600:,.3f}")
-    balance, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
-    pieces = f" + {balance['pieces']:,} pieces of long sounds" if balance["pieces"] else ""
-    lost = f" + {balance['of_rejected']:,} of rejected samples" if balance["of_rejected"] else ""
-    lines = [
-        f"samples: {balance['samples']:,} read ({_listed(summary.of('read'))}){pieces} = {balance['documents']:,} documents + "
-        f"{balance['rejected']:,} rejected{f' ({reasons})' if reasons else ''}",
-        f"files and fields: {balance['fields']:,} read = {balance['used']:,} used + {balance['unused']:,} unused"
-        f"{f' ({unused})' if unused else ''}{lost}",
-    ]
+    for source, splits in summary.sources.items():
+        for split, tally in splits.items():
+            table.add_row(source, split, *(f"{figure:,}" for figure in tally[:3]), f"{tally.audio_seconds / 3600:,.3f}")
+    total, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
+    pieces = f" + {total['pieces']:,} pieces of long sounds" * bool(total["pieces"])
+    lost = f" + {total['of_rejected']:,} of rejected samples" * bool(total["of_rejected"])
+    found, kept = f"{total['samples']:,} read ({_listed(summary.of('read'))}){pieces}", f"{total['documents']:,} documents"
+    fields = f"{total['fields']:,} read = {total['used']:,} used + {total['unused']:,} unused"
+    lines = [f"samples: {found} = {kept} + {total['rejected']:,} rejected" + f" ({reasons})" * bool(reasons),
+             f"files and fields: {fields}" + f" ({unused})" * bool(unused) + lost]  # fmt: skip
     for name, counts in (("parts of chats dropped", summary.of("dropped")), ("files not read", summary.of("unread"))):
         lines += [f"{name}: {_listed(counts)}"] if counts else []
     lines += [f"see {summary.output / 'rejected.jsonl'}"] if reasons or summary.of("unread") else []
-    missing = [
-        (source, split) for source, splits in sorted(summary.sources.items()) for split in SPLITS[:2] if split not in splits
-    ]
+    missing = [f"{source} has no {split} documents" for source, splits in summary.sources.items()
+               for split in SPLITS[:2] if split not in splits]  # fmt: skip
     hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
-    lines += [f"{', '.join(f'{source} has no {split} documents' for source, split in missing)}: {hint}"] if missing else []
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    console.print(table, *lines, sep="\n")
+    lines += [f"{', '.join(missing)}: {hint}"] if missing else []
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(table, *lines, sep="\n")
     print(summary.yaml())

@@ -1,13 +1,13 @@
 """Quality rules for prose: those of Gopher and C4, without the rules that only hold for English.
 
-A rule takes a text and returns it, possibly without some lines, or raises `BadSample` with the rule that was broken.
-"""
+A rule takes a text and returns it, possibly without some lines, or raises `BadSample` with the rule that was broken."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from statistics import fmean
 
 from pile_app.documents import BadSample
 
@@ -16,7 +16,6 @@ _ELLIPSES = ("...", "\u2026")
 TOP_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 _SENTENCE = re.compile(r"[^\s.!?\u2026\u3002\uff01\uff1f\u0964\u061f][.!?\u2026\u3002\uff01\uff1f\u0964\u061f]+")
-_CITATION = re.compile(r"\[\d+\]")
 
 
 def gopher(text: str) -> str:
@@ -36,9 +35,9 @@ def _gopher_figures(text: str, words: list[str]) -> Iterator[tuple[str, float, f
     symbols = max(text.count("#"), text.count("...") + text.count("\u2026"))
     yield "symbols", symbols / count, 0, 0.1, "hashes or ellipses per word"
     lines = [line for line in text.split("\n") if line.strip()]
-    yield "bullet_lines", _mean(line.lstrip().startswith(_BULLETS) for line in lines), 0, 0.9, "of the lines have a bullet"
-    yield "ellipsis_lines", _mean(line.rstrip().endswith(_ELLIPSES) for line in lines), 0, 0.3, "of the lines have an ellipsis"
-    yield "alphabetic", _mean(any(map(str.isalpha, word)) for word in words), 0.8, 1, "of the words have a letter"
+    yield "bullet_lines", fmean(line.lstrip().startswith(_BULLETS) for line in lines), 0, 0.9, "of the lines have a bullet"
+    yield "ellipsis_lines", fmean(line.rstrip().endswith(_ELLIPSES) for line in lines), 0, 0.3, "of the lines have an ellipsis"
+    yield "alphabetic", fmean(any(map(str.isalpha, word)) for word in words), 0.8, 1, "of the words have a letter"
     paragraphs = [part for part in re.split(r"\n{2,}", text.strip()) if part]
     for name, parts in (("duplicate_lines", lines), ("duplicate_paragraphs", paragraphs)):
         repeated = {part: times - 1 for part, times in Counter(parts).items()}
@@ -55,20 +54,13 @@ def _gopher_figures(text: str, words: list[str]) -> Iterator[tuple[str, float, f
             return  # without a repeated 5-gram there is no repeated 6-gram
 
 
-def _mean(claims: Iterable[bool]) -> float:
-    values = list(claims)
-    return sum(values) / len(values)
-
-
 def _duplicate_characters(words: list[str], n: int) -> int:
     """Count the characters in n-grams that were seen before, none twice."""
-    seen: set[tuple[str, ...]] = set()
-    characters = index = 0
+    seen, characters, index = set[tuple[str, ...]](), 0, 0
     while index <= len(words) - n:
         ngram = tuple(words[index : index + n])
-        repeated = ngram in seen
-        characters += len(" ".join(ngram)) if repeated else 0
-        index += n if repeated else 1
+        characters += len(" ".join(ngram)) if ngram in seen else 0
+        index += n if ngram in seen else 1
         seen.add(ngram)
     return characters
 
@@ -78,13 +70,12 @@ def c4(text: str) -> str:
 
     Lines of fewer than 5 words, with a word of more than 1000 characters, or that name Javascript are removed, as are citation
     marks such as `[1]`. English terminal punctuation, policy phrases, bad words and repeated spans of sentences are not judged.
-    Raises BadSample: `c4_...`, the first rule that is broken.
-    """
+    Raises BadSample: `c4_...`, the first rule that is broken."""
     if "lorem ipsum" in text.lower():
         raise BadSample("c4_lorem_ipsum", "the text contains 'lorem ipsum'")
     if "{" in text:
         raise BadSample("c4_curly_bracket", "the text contains a curly bracket, as code does")
-    lines = [line for line in _CITATION.sub("", text).split("\n") if not line.strip() or _is_prose(line)]
+    lines = [line for line in re.sub(r"\[\d+\]", "", text).split("\n") if not line.strip() or _is_prose(line)]
     kept = re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
     if (sentences := len(_SENTENCE.findall(kept))) < 3:
         raise BadSample("c4_sentences", f"{sentences} sentences remain; at least 3 are needed")

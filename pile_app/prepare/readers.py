@@ -1,9 +1,9 @@
-"""The reading half of `pile prepare`: an input becomes units of some megabytes, and units become samples.
+"""Read the input of `pile prepare`: an input becomes units of some megabytes, and units become samples.
 
     input ──► list_units ──► Unit ──► read_unit ──► Record(where, sample, layout, split) ──► a field map makes documents
 
-Listing happens once, in one process; any process can read a unit at any time. Files of a folder that share a stem are one
-sample, a table whose column names files is their index, each row of another table is a sample, archives are unpacked, tars are
+One process lists the input; any process can read a unit at any time. Files of a folder that share a stem are one sample, a
+table whose column names files is their index, each row of another table is a sample, archives are unpacked, tars are
 WebDatasets. A file that is not read is a record too, with the reason.
 """
 
@@ -13,46 +13,26 @@ import base64
 import hashlib
 import os
 import re
-import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pile_app.documents import (
-    AUDIO_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    UNREADABLE_EXTENSIONS,
-    BadSample,
-    Document,
-    Segment,
-    media_extension,
-)
-from pile_app.fields import Fields
+from pile_app.data.tar import plain_members, split_name
+from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, BadSample, Document, Segment, media_extension
+from pile_app.fields import Fields, as_list
 from pile_app.infer import TEXT_NAMES, infer_fields
 from pile_app.prepare import files
-from pile_app.prepare.files import (
-    ARCHIVES,
-    DAMAGE,
-    MEDIA,
-    File,
-    Tree,
-    extension,
-    is_below,
-    open_plain,
-    open_text,
-    read_file,
-    read_text,
-)
+from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, open_plain, open_text, read_file, read_text, root_of
 from pile_app.prepare.filters import normalize_text
 from pile_app.prepare.hub import Card, read_card
 from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
 from pile_app.prepare.options import Options
-from pile_app.prepare.tables import PREVIEW, Table, named_within, row_groups, rows, sniff
+from pile_app.prepare.tables import PREVIEW, Table, is_held, named_within, row_groups, rows, sniff
 from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
 from pile_app.prepare.text import decode_text
 from pile_app.records import chat_layout, is_interleaved
@@ -76,7 +56,7 @@ FORCED_FILE = {"images": "image", "audio": "audio"}  # of a single file with ano
 
 
 class Unit(NamedTuple):
-    """A part of the input: the name of its reader, JSON arguments, and bytes to read."""
+    """A part of the input: the name of its reader, JSON arguments (the first names the file), and bytes to read."""
 
     reader: str
     arguments: list[Any]
@@ -84,8 +64,8 @@ class Unit(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A sample that was read. where: the file, or `file:line`; content: name -> value, a document, or why there is none;
-    layout: for people, "" for a file that is not read; split: that a name gives."""
+    """A sample that was read. where: the file, or `file:line`; content: name -> value, a document, or an error; layout: shown
+    to people, "" for a file that is not read; split: given by a name."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document
@@ -107,8 +87,11 @@ def list_units(input: str, options: Options, work: str | None = None, stamp: Cal
 
 
 class _Listing:
-    """The files of an input while they are dealt to units. rest: those not dealt yet; scopes: folders with an index, in which
-    media and texts that it does not name are not read; splits: of media, by a card or a list; samples: layout -> samples."""
+    """Deal the files of an input to units.
+
+    rest: files that are not dealt yet; scopes: folders with an index, which decides about texts and tables; folders: those of
+    files in an index; splits: of media, by a card or a list; samples: layout -> samples; unread, bad: (file, reason, detail).
+    """
 
     def __init__(self, input: str, options: Options, work: str | None, stamp: Callable[[bytes], Any]) -> None:
         digest = hashlib.sha256()
@@ -119,9 +102,10 @@ class _Listing:
         self.tree = _open_tree([path, work], options, lambda data: [stamp(data), digest.update(data)])  # type: ignore[func-returns-value]
         self.key = [path, work, digest.hexdigest()]
         _TREES[self.tree.root] = self.key, self.tree
-        self.is_one_file = self.tree.only is not None and self.tree.only in self.tree.files
+        self.is_one_file = self.tree.only in self.tree.files
         self.rest = {name: file for name, file in self.tree.files.items() if not self.is_one_file or name == self.tree.only}
-        self.unread = [one for one in self.tree.skipped if self.tree.only is None or is_below(one[0], self.tree.only)]
+        self.has_media = any(extension(name) in MEDIA for name in self.tree.files)
+        self.unread = [one for one in self.tree.skipped if files.is_below(one[0], self.tree.only or "")]
         self.card = read_card(path, config) if os.path.isdir(path) else Card()
         self.scopes: set[str] = set()
         self.folders: set[str] = set()
@@ -141,8 +125,7 @@ class _Listing:
         self.bad.append((where, reason, detail, layout))
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
-        first = next(iter(named.values())).name
-        split = self.split(where.partition(":")[0]) or self.split(first)
+        split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
         paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
         self.samples[layout].append((where, split, paths, dict(values), size))
         for file in named.values():
@@ -151,65 +134,65 @@ class _Listing:
     def split(self, name: str) -> str | None:
         return self.splits.get(name) or split_of(name)
 
-    def is_covered(self, name: str, scopes: Collection[str] | None = None) -> bool:
-        """Whether an index decides about the texts and tables of the folder."""
-        scopes = self.scopes if scopes is None else scopes
+    def is_covered(self, name: str, scopes: Collection[str]) -> bool:
         while name.strip("/") and (name := os.path.dirname(name)) not in scopes:
             pass
         return name in scopes
 
     def format(self, name: str) -> str:
-        """The format that a file is read as, "" for none: by its extension, or by the kind that was asked for."""
+        """Return the format to read a file as, "" for none: by its extension, or by the given kind."""
         kind, found = self.options.kind, FORMATS.get(extension(name), "")
         if kind == "auto" or found in OF_KIND[kind]:
             return found
-        if found not in ("", "text") or extension(name) in UNREADABLE_EXTENSIONS or (is_about(name) and not self.is_one_file):
+        if found not in ("", "text") or extension(name) in MEDIA or (is_about(name) and not self.is_one_file):
             return ""
         return FORCED.get(kind) or (FORCED_FILE[kind] if self.is_one_file else "")
 
     def units(self) -> Iterator[Unit]:
-        for name in [name for name in self.rest if self.card.splits and name not in self.card.splits and not is_about(name)]:
-            self.skip(name, "other_config", "the configuration of the data set card does not name it")
+        for name in list(self.rest):
+            if self.card.splits and name not in self.card.splits and not is_about(name):
+                self.skip(name, "other_config", "the configuration of the data set card does not name it")
         if not self.is_one_file and not all(map(is_about, self.rest)):
             for name in filter(is_about, list(self.rest)):
                 self.skip(name, "about_file", "it describes the data set")
         for recipe in RECIPES if self.options.kind == "auto" else ():
             recipe(self)
         groups = self._groups()
-        tables = list(self._tables({name for names in groups.values() for name in names}))
+        tables = self._tables({name for names in groups.values() for name in names})
         self._add_groups(groups)
         for layout, found in self.samples.items():
             yield from _units_of_samples(layout, found)
         yield from tables
-        for name in list(self.rest):
-            yield from self._single(name, self.rest[name], self.format(name))
+        for name, file in list(self.rest.items()):
+            yield from self._single(name, file, self.format(name))
         for found in (self.bad, [(*one, "") for one in sorted(self.unread, key=lambda one: (one[1] == "about_file", one))]):
             yield from [Unit("rejected", ["", found])] if found else []
 
     def _groups(self) -> dict[str, list[str]]:
-        """Media files with the files that share their stem: path without extension -> names. `c.jpg.txt` and `c.0.txt` belong
-        to `c.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`."""
+        """Group media files with the files that share their stem: path without extension -> names.
+
+        `c.jpg.txt` and `c.0.txt` belong to `c.jpg`, `E.txt` to `e.jpg`, and `frog.seg.png` to `frog.jpg`.
+        """
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.rest:
             if extension(name) in MEDIA:
                 groups[name.rpartition(".")[0]].append(name)
-        lower = Counter(stem.lower() for stem in groups)
-        exact = {stem.lower(): stem for stem in groups if lower[stem.lower()] == 1} | {stem: stem for stem in groups}
+        lower = Counter(map(str.lower, groups))
+        owners = {stem.lower(): stem for stem in groups if lower[stem.lower()] == 1} | {stem: stem for stem in groups}
         for name in list(self.rest) if groups else ():
-            stem, owner = name, None
             is_medium, is_text = extension(name) in MEDIA, extension(name) in (*TEXT_EXTENSIONS, "json")
-            if is_medium:
-                stem = name.rpartition(".")[0]
+            own = name.rpartition(".")[0] if is_medium else ""
+            stem, owner = own or name, None
             while owner is None and "." in os.path.basename(stem):
                 stem, _, part = stem.rpartition(".")
                 if not is_medium or part.isalpha():
-                    owner = exact.get(stem, exact.get(stem.lower()))
+                    owner = owners.get(stem, owners.get(stem.lower()))
                 if not is_text and not is_medium:
                     break
-            if owner and is_medium and len(groups.get(name.rpartition(".")[0], ())) == 1 and owner in groups:
-                groups[owner] += groups.pop(name.rpartition(".")[0])
-            elif owner and not is_medium and owner in groups:
+            if owner in groups and not is_medium:
                 groups[owner].append(name)
+            elif owner in groups and len(groups.get(own, ())) == 1:
+                groups[owner] += groups.pop(own)
         return groups
 
     def _add_groups(self, groups: Mapping[str, list[str]]) -> None:
@@ -218,60 +201,56 @@ class _Listing:
         labels = self._class_folders([stem for stem in groups if kinds[stem]], groups)
         for stem, names in groups.items():
             names = [name for name in names if name in self.rest]
-            folder, texts = os.path.dirname(stem), any(extension(name) in TEXT_EXTENSIONS for name in names)
+            media = [name for name in names if extension(name) in MEDIA]
+            folder, has_text = os.path.dirname(stem), any(extension(name) in TEXT_EXTENSIONS for name in names)
             if folder in self.folders or self.is_covered(stem, self.list_scopes):
                 reason = "not_in_table", "no row of a table names it"
-            elif not kinds[stem] and not (texts and self.options.kind == "auto"):
+            elif not kinds[stem] and not (has_text and self.options.kind == "auto"):
                 reason = "ignored_extension", f"kind is {self.options.kind}: no such file is read"
+            elif media:
+                named = {key: self.tree.files[name] for key, name in _names_in_sample(names, stem).items()}
+                values = ({"label": labels[folder]} if folder in labels else {}) | speaker_of(media[0])
+                self.add(f"{' and '.join(sorted(kinds[stem])) or 'unreadable'} files", media[0], named, values)
+                continue
             else:
-                media = [name for name in names if extension(name) in MEDIA]
-                if media:
-                    named = {key: self.tree.files[name] for key, name in _names_in_sample(names, stem).items()}
-                    values = ({"label": labels[folder]} if folder in labels else {}) | speaker_of(media[0])
-                    self.add(f"{' and '.join(sorted(kinds[stem])) or 'unreadable'} files", media[0], named, values)
                 continue
             for name in names:
                 self.skip(name, *reason)
 
     def _class_folders(self, stems: Iterable[str], groups: Mapping[str, list[str]]) -> dict[str, str]:
-        """Folder -> label, if the media lie in folders of classes, all at one depth, and have no texts."""
+        """Return folder -> label, if the media lie in folders of classes, all at one depth, and have no texts."""
         folders = {os.path.dirname(stem): _label_folder(os.path.dirname(stem)) for stem in stems}
         has_texts = any(extension(name) in TEXT_EXTENSIONS for stem in stems for name in groups[stem])
         is_even = len({folder.count("/") for folder in folders}) == 1 and all(folders.values())
         if self.scopes or has_texts or not is_even or not 2 <= len({*folders.values()}) <= 1000:
             return {}
-        parents = defaultdict(set)  # of equal labels: characters of several alphabets, say
-        for folder, label in folders.items():
-            parents[label].add(_label_folder(os.path.dirname(folder)))
-        return {
-            folder: f"{_label_folder(os.path.dirname(folder))}/{label}" if len(parents[label]) > 1 else str(label)
-            for folder, label in folders.items()
-        }
+        parents = {folder: _label_folder(os.path.dirname(folder)) for folder in folders}
+        pairs = Counter(label for label, _ in {(label, parents[folder]) for folder, label in folders.items()})
+        repeated = {label for label, count in pairs.items() if count > 1}  # characters of several alphabets, say
+        return {f: f"{parents[f]}/{label}" if label in repeated else str(label) for f, label in folders.items()}
 
-    def _tables(self, grouped: set[str]) -> Iterator[Unit]:
-        """Units of all tables. Those that name files come first, since they decide which other files are read."""
+    def _tables(self, grouped: set[str]) -> list[Unit]:
+        """List the units of all tables, first of those that name files, since they decide which other files are read."""
         found = [table for name in list(self.rest) if name not in grouped and (table := self._sniff(name))]
         named: set[str] = set()
-        units = [unit for table in found if table.files or table.nested for unit in self._parts(table, named)]
+        units = [unit for table in found if table.is_index for unit in self._parts(table, named)]
         if lists := [os.path.dirname(table.name) for table in found if table.delimiter == " "]:  # a list a chapter
             self.list_scopes.add(_common(lists))
             self.scopes |= self.list_scopes
         for name in named:
             self.rest.pop(name, None)
         for table in found:
-            if table.files or table.nested:
-                continue
-            if self.is_covered(table.name):
+            if not table.is_index and self.is_covered(table.name, self.scopes):
                 self.skip(table.name, "other_table", "another table names the files here")
-            else:
+            elif not table.is_index:
                 units += self._parts(table, named)
-        yield from units
+        return units
 
     def _sniff(self, name: str) -> Table | None:
-        """The table that a file is; a text, or a file without extension, is one if it names media."""
+        """Return the table in a file; a text, or a file without extension, is a table if it names media."""
         format, file = self.format(name), self.tree.files[name]
         is_list = self.has_media and (format == "text" or (not extension(name) and self.options.kind == "auto"))
-        if (not is_list and format not in TABLES) or (is_list and self.is_covered(name)):
+        if (not is_list and format not in TABLES) or (is_list and self.is_covered(name, self.scopes)):
             return None
         if format in ("json", "parquet") and re.sub(r"(_stats)?\.\w+$", ".tar", name) in self.rest:
             self.skip(name, "table_of_tar", "it describes the tar with its name")
@@ -281,12 +260,10 @@ class _Listing:
             if is_list and not table.files:
                 table, preview = sniff(self.tree, file, "list", self.encoding)
         except (BadSample, *DAMAGE) as error:
-            if is_list:
-                return None
             bad = _bad(error)
             if bad.reason == "no_caption":
                 self.skip(name, bad.reason, bad.detail)
-            else:
+            elif not is_list:
                 self.reject(self.take(name).name, bad.reason, bad.detail, format)
             return None
         is_dialogue = any("exchange" in row for row in preview)
@@ -301,21 +278,17 @@ class _Listing:
             table = replace(table, files=(), nested=False)
         values = [_file_names(table, row) for row in preview]
         is_merged = len(table.files) == 1 and any(a and a == b for a, b in pairwise(values))
-        return replace(table, classes={**(table.classes or {}), **self.card.classes}, merged=is_merged, split=self.split(name))
-
-    @cached_property
-    def has_media(self) -> bool:
-        return any(extension(name) in MEDIA for name in self.tree.files)
+        return replace(table, classes={**table.classes, **self.card.classes}, merged=is_merged, split=self.split(name))
 
     def _parts(self, table: Table, named: set[str]) -> Iterator[Unit]:
-        """Units of a table; the files that it names are added to `named`, their folders to the scopes."""
+        """Yield the units of a table; add the files that it names to `named`, and their folders to the scopes."""
         size, is_plain = self.tree.files[table.name].size, open_text(table.real, self.encoding)[1]
-        is_index, cuts = bool(table.files or table.nested), [(0, 0)]
-        key = self.key if is_index or table.format in ("json", "lines", "parquet") else None
-        if is_index or (table.format == "csv" and is_plain and size > UNIT_BYTES):
+        key = self.key if table.is_index or table.format in ("json", "lines", "parquet") else None
+        cuts, parts = [(0, 0)], [table]
+        if table.is_index or (table.format == "csv" and is_plain and size > UNIT_BYTES):
             folders, weight, before, end = {os.path.dirname(table.name)}, 0, None, 0
             try:
-                for where, row, position in rows(table):
+                for where, row, position in rows(replace(table, lenient=True)):
                     values = _file_names(table, row) if isinstance(row, dict) else []
                     hits = [file for value in values if (file := self.tree.resolve(table.name, value))]
                     if table.nested and isinstance(row, dict):
@@ -328,11 +301,10 @@ class _Listing:
                     named |= {file.name for file in hits}
                     folders |= {os.path.dirname(file.name) for file in hits}
             except (BadSample, *DAMAGE):
-                pass  # the reader says what is damaged
-            if is_index:
+                pass  # the reader reports the damage
+            if table.is_index:
                 self.scopes.add(_common(folders))
                 self.folders |= {*folders, _common(folders)}
-        parts = [table]
         if table.format == "csv" and is_plain:
             parts = [replace(table, start=a, line=line, stop=b) for (a, line), (b, _) in pairwise([*cuts, (0, 0)])]
         elif table.format == "lines" and is_plain and (count := size // UNIT_BYTES) > 1:
@@ -343,10 +315,9 @@ class _Listing:
             yield Unit("table", [table.name, asdict(part), key], size // len(parts))
 
     def _single(self, name: str, file: File, format: str) -> Iterator[Unit]:
-        folder = os.path.dirname(name)
-        if format == "text" and self.is_covered(name):
+        if format == "text" and self.is_covered(name, self.scopes):
             self.skip(name, "not_in_table", "no row of a table names it")
-        elif format == "text" and self.options.label_from_folder and not _label_folder(folder):
+        elif format == "text" and self.options.label_from_folder and not _label_folder(os.path.dirname(name)):
             self.skip(name, "no_label", "it lies in no folder whose name could be its label")
         elif format == "text":
             parts = max(1, file.size // UNIT_BYTES)
@@ -361,14 +332,23 @@ class _Listing:
             self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}; --kind says what it is")
 
 
+_TREES: dict[str, tuple[list[Any], Tree]] = {}  # root of the input -> its newest tree in this process
+
+
+def _tree(key: list[Any], options: Options) -> Tree:
+    root = root_of(key[0])
+    if root not in _TREES or _TREES[root][0] != key:
+        _TREES[root] = key, _open_tree(key, options)
+    return _TREES[root][1]
+
+
 def _open_tree(key: list[Any], options: Options, stamp: Callable[[bytes], Any] = len) -> Tree:
-    """The files of an input, with its archives unpacked below the folder `work`."""
+    """List the files of an input, with its archives unpacked below the folder `work`."""
     path, work = key[:2]
     tree = Tree(path, options.follow_links, stamp, around=FORMATS.get(extension(path)) in TABLES)
     for _ in range(2):  # archives in archives
         for name, file in list(tree.files.items()):
-            is_archive = name.lower().endswith(ARCHIVES) or _is_folder_tree(file, options)
-            if not is_archive or tree.only not in (None, name):
+            if tree.only not in (None, name) or not (name.lower().endswith(files.ARCHIVES) or _is_folder_tree(file, options)):
                 continue
             try:
                 if work is None:
@@ -380,27 +360,17 @@ def _open_tree(key: list[Any], options: Options, stamp: Callable[[bytes], Any] =
     return tree
 
 
-_TREES: dict[str, tuple[list[Any], Tree]] = {}  # root of the input -> its newest tree in this process
-
-
-def _tree(key: list[Any], options: Options) -> Tree:
-    root = os.path.abspath(key[0] if os.path.isdir(key[0]) else os.path.dirname(os.path.abspath(key[0])))
-    if root not in _TREES or _TREES[root][0] != key:
-        _TREES[root] = key, _open_tree(key, options)
-    return _TREES[root][1]
-
-
 def _is_folder_tree(file: File, options: Options) -> bool:
     """Whether a tar is a tree of folders, not a WebDataset: no two files share a key."""
     if extension(file.name) != "tar" or options.kind == "webdataset":
         return False
     try:
         with open_plain(file.real) as opened:
-            names = [member.name for member, _ in islice(_members(opened), 2000) if not _is_hidden(member.name)]
-    except (BadSample, *HOSTILE):
+            names = [member.name.removeprefix("./") for member, _ in islice(plain_members(opened), 2000)]
+    except (ValueError, *DAMAGE):
         return False
-    keys = {split_name(name)[0] for name in names}
-    return len(keys) == len(names) > 0 and all("/" in name.removeprefix("./") for name in names)
+    names = [name for name in names if not _is_hidden(name)]
+    return len({split_name(name)[0] for name in names}) == len(names) > 0 and all("/" in name for name in names)
 
 
 def _common(folders: Collection[str]) -> str:
@@ -419,13 +389,12 @@ def _label_folder(folder: str) -> str | None:
 
 
 def _file_names(table: Table, row: Mapping[str, Any]) -> list[str]:
-    values = [row.get(name) for name in table.files]
-    found = [one for value in values for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+    found = [one for name in table.files for one in as_list(row.get(name)) if isinstance(one, str)]
     return [re.sub(r"#\d+$", "", one) for one in found]
 
 
 def _names_in_sample(names: Iterable[str], stem: str) -> dict[str, str]:
-    """The names that files get in their sample: the extension, `txt` for the text, `normalized.txt` before `original.txt`."""
+    """Name the files of a sample: by extension, `txt` for the text, `normalized.txt` before `original.txt`."""
     found: dict[str, str] = {}
     for name in sorted(names, key=lambda name: ("original" in name, len(name), name)):
         full = name[len(stem) + 1 :].lower()
@@ -450,15 +419,18 @@ def _units_of_samples(layout: str, found: Iterable[Any]) -> Iterator[Unit]:
 
 
 def read_unit(root: str, unit: Unit, options: Options) -> Iterator[Record]:
-    """Read the records of a unit, in order: the same in any process, at any time. Rows after damage to a file are lost, and the
-    damage is a record."""
-    for record in READERS[unit.reader](options, *unit.arguments):
-        yield (record if record.where.isascii() else record._replace(where=os.fsencode(record.where).decode(errors="replace")))
+    """Read the records of a unit, in order: the same in any process, at any time.
 
-
-def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
-    for where, reason, detail, layout in found:
-        yield Record(where, BadSample(reason, detail), layout)
+    Damage to a file is a record; rows after it are lost.
+    """
+    name, argument = str(unit.arguments[0]), unit.arguments[1]
+    try:
+        for record in READERS[unit.reader](options, *unit.arguments):
+            where = record.where
+            yield record if where.isascii() else record._replace(where=os.fsencode(where).decode(errors="replace"))
+    except (BadSample, *DAMAGE) as error:
+        layout = LAYOUTS.get(unit.reader) or Table(**argument).layout
+        yield Record(os.fsencode(name).decode(errors="replace"), _bad(error), layout)
 
 
 def _bad(error: Exception) -> BadSample:
@@ -467,90 +439,80 @@ def _bad(error: Exception) -> BadSample:
     return BadSample("unreadable_file" if getattr(error, "errno", None) else "damaged_file", str(error))
 
 
+def _read_rejected(_: Options, __: str, found: list[Any]) -> Iterator[Record]:
+    for where, reason, detail, layout in found:
+        yield Record(where, BadSample(reason, detail), layout)
+
+
 def _read_samples(options: Options, _: str, layout: str, found: list[Any]) -> Iterator[Record]:
     for where, split, named, values in found:
         try:
             sample = {name: _content(name, path, options) for name, path in named.items()}
+            yield Record(where, sample | values, layout, split)
         except (BadSample, *DAMAGE) as error:
             yield Record(where, _bad(error), layout)
-        else:
-            yield Record(where, sample | values, layout, split)
 
 
 def _content(name: str, path: str, options: Options) -> Any:
-    """A file of a sample: text is decoded, JSON is read, other files stay paths."""
+    """Decode the text of a sample, and read its JSON; other files stay paths."""
     if name == "txt":
         return decode_text(read_text(path, options.encoding or "", files.MAX_LINE_BYTES)).strip()
     return read_file(path) if name == "json" else Path(path)
 
 
 def _read_text(options: Options, name: str, path: str, split: str | None, start: int, stop: int) -> Iterator[Record]:
-    """One sample, or several where the file is longer than `document_bytes`."""
-    layout = "text file"
-    try:
-        file, is_plain = open_text(path, options.encoding or "")
-        with file:
-            if is_plain:
-                start, stop = (files.next_cut(file, cut, options.document_bytes) for cut in (start, stop))
-                file.seek(start)
-            elif start:
-                return
-            for piece in files.pieces_of(file, stop - start if is_plain else -1, options.document_bytes):
-                try:
-                    yield Record(name, {"txt": decode_text(piece)}, layout, split)
-                except BadSample as error:
-                    yield Record(name, error, layout)
-    except (BadSample, *DAMAGE) as error:
-        yield Record(name, _bad(error), layout)
+    """Read one sample, or several if the file is longer than `document_bytes`."""
+    file, is_plain = open_text(path, options.encoding or "")
+    with file:
+        if is_plain:
+            start, stop = (files.next_cut(file, cut, options.document_bytes) for cut in (start, stop))
+            file.seek(start)
+        elif start:
+            return
+        for piece in files.pieces_of(file, stop - start if is_plain else -1, options.document_bytes):
+            try:
+                yield Record(name, {"txt": decode_text(piece)}, LAYOUTS["text"], split)
+            except BadSample as error:
+                yield Record(name, error, LAYOUTS["text"])
 
 
 def _read_table(options: Options, _: str, fields: dict[str, Any], key: list[Any] | None) -> Iterator[Record]:
     table = Table(**fields)
     tree = key and _tree(key, options)
-    clean = partial(normalize_text, options=options)
-    split, where = table.split, table.name
-    try:
-        for where, row, _end in _merged(table) if table.merged else rows(table):
-            try:
-                if isinstance(row, BadSample):
-                    raise row
-                if table.tagged or options.kind == "entities":
-                    tagged = document_of_record(row, clean)
-                    if tagged is None:
-                        raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
-                    yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], split)
-                    continue
-                if table.nested and tree and not chat_layout(row) and not is_interleaved(row):
-                    row = row | _lifted(tree, table.name, row)
-                named = {name: _named_files(tree, table.name, row[name]) for name in table.files if name in row} if tree else {}
-                first = next((file for found in named.values() for file in found), None)
-                is_chat = options.kind == "chat" or chat_layout(row)
-                if table.files and first is None and not is_chat and not any(map(_is_held, row.values())):
-                    raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
-                paths = {
-                    name: Path(found[0].real) if len(found) == 1 else [Path(one.real) for one in found]
-                    for name, found in named.items()
-                }
-                given = split or (first and split_of(first.name))
-                more = speaker_of(first.name) if first else {}
-                yield Record(where, more | row | paths, table.layout, given)
-            except BadSample as error:
-                yield Record(where, error, table.layout)
-    except (BadSample, *DAMAGE) as error:
-        yield Record(table.name if where == table.name else where, _bad(error), table.layout)
+    for where, row, _end in _merged(table) if table.merged else rows(table):
+        try:
+            if isinstance(row, BadSample):
+                raise row
+            if table.tagged or options.kind == "entities":
+                tagged = document_of_record(row, partial(normalize_text, options=options))
+                if tagged is None:
+                    raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
+                yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], table.split)
+            else:
+                sample, split = _with_files(table, row, tree, options) if tree else (row, None)
+                yield Record(where, sample, table.layout, table.split or split)
+        except BadSample as error:
+            yield Record(where, error, table.layout)
 
 
-def _is_held(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
-
-
-def _lifted(tree: Tree, table: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The file and the text that lie deep in a record, such as a cut of Lhotse."""
-    found = {
-        ("audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"): file for file in named_within(tree, table, row)
-    }
-    texts = [text for value in row.values() if isinstance(value, list | Mapping) for text in _texts_in(value)]
-    return {name: Path(file.real) for name, file in found.items()} | ({"text": texts[0]} if len(texts) == 1 else {})
+def _with_files(table: Table, row: Mapping[str, Any], tree: Tree, options: Options) -> tuple[dict[str, Any], str | None]:
+    """Replace names of files in a row by their paths; returns the row, and the split that the first file's name gives."""
+    sample, first = dict(row), None
+    if table.nested and not chat_layout(row) and not is_interleaved(row):  # such as a cut of Lhotse
+        for file in named_within(tree, table.name, row):
+            sample["audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"] = Path(file.real)
+        texts = [text for value in row.values() if isinstance(value, list | Mapping) for text in _texts_in(value)]
+        sample |= {"text": texts[0]} if len(texts) == 1 else {}
+    for name in table.files:
+        if name in row:
+            found = [_resolve(tree, table.name, value) for value in as_list(row[name])]
+            first = first or next(iter(found), None)
+            paths = [Path(file.real) for file in found]
+            sample[name] = paths[0] if len(paths) == 1 else paths
+    is_chat = options.kind == "chat" or chat_layout(row)
+    if table.files and first is None and not is_chat and not any(map(is_held, row.values())):
+        raise BadSample("missing_file", f"the row names no file: {', '.join(table.files)} is empty")
+    return (speaker_of(first.name) | sample, split_of(first.name)) if first else (sample, None)
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -561,143 +523,102 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(one)
 
 
-def _named_files(tree: Tree, table: str, value: Any) -> list[File]:
-    found = []
-    for name in value if isinstance(value, list) else [value]:
-        file = tree.resolve(table, name) if isinstance(name, str) else None
-        if file is None and isinstance(name, str) and "://" in name[:10]:
-            raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
-        if file is None:
-            raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
-        found.append(file)
-    return found
+def _resolve(tree: Tree, table: str, name: Any) -> File:
+    """Return the file that a table names. Raises BadSample: `remote_medium` or `missing_file`."""
+    if isinstance(name, str) and (file := tree.resolve(table, name)):
+        return file
+    if isinstance(name, str) and "://" in name[:10]:
+        raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
+    raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
 
 
 def _merged(table: Table) -> Iterator[tuple[str, Any, int]]:
-    """Join neighbours that differ only in a text (and in numbers) to a row with a list of texts: the captions of an image."""
+    """Join neighbors that differ only in a text (and in numbers) to a row with a list of texts: the captions of an image."""
     held: tuple[str, Any, int] | None = None
     for where, row, position in rows(table):
-        if held and isinstance(row, dict) and isinstance(held[1], dict) and (joined := _joined(held[1], row, table.files)):
-            held = held[0], joined, position
-            continue
-        if held:
+        joined = _joined(held[1], row, table.files) if held else None
+        if held and joined is None:
             yield held
-        held = where, row, position
-    if held:
-        yield held
+        held = (held[0], joined, position) if held and joined else (where, row, position)
+    yield from [held] if held else []
 
 
-def _joined(one: dict[str, Any], other: dict[str, Any], columns: Iterable[str]) -> dict[str, Any] | None:
-    if one.keys() != other.keys() or any(
-        re.sub(r"#\d+$", "", str(one.get(c))) != re.sub(r"#\d+$", "", str(other.get(c))) for c in columns
+def _joined(row: Any, other: Any, columns: Collection[str]) -> dict[str, Any] | None:
+    if not isinstance(row, dict) or not isinstance(other, dict) or row.keys() != other.keys():
+        return None
+    names, others = ([re.sub(r"#\d+$", "", str(one.get(name) or "")) for name in columns] for one in (row, other))
+    differs = [name for name in row if name not in columns and row[name] != other[name]]
+    texts = [n for n in differs if isinstance(other[n], str) and (n.lower() in TEXT_NAMES or " " in other[n])]
+    if (
+        names != others
+        or not any(names)
+        or len(texts) != 1
+        or not all(str(other[n]).isdecimal() for n in {*differs} - {*texts})
     ):
         return None
-    if not any(one.get(column) for column in columns):
-        return None
-    differs = [name for name in one if name not in columns and one[name] != other[name]]
-    texts = [n for n in differs if isinstance(other[n], str) and (n.lower() in TEXT_NAMES or " " in other[n])]
-    if len(texts) != 1 or any(not str(other[name]).isdecimal() for name in differs if name not in texts):
-        return None
-    earlier = one[texts[0]]
-    return one | {texts[0]: [*(earlier if isinstance(earlier, list) else [earlier]), other[texts[0]]]}
+    return row | {texts[0]: [*as_list(row[texts[0]]), other[texts[0]]]}
 
 
 def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
-    """A document a sentence."""
+    """Read a document a sentence."""
     clean = partial(normalize_text, options=options)
-    try:
-        with open_text(path, options.encoding or "")[0] as opened:
-            scheme = scheme_of_conll(opened)
-        with open_text(path, options.encoding or "")[0] as opened:
-            for first, *sentence in sentences_of_conll(opened):
-                try:
-                    if isinstance(sentence[0], BadSample):
-                        raise sentence[0]
-                    document, fixed = document_of_words(sentence[0], sentence[1], scheme, clean)
-                    yield Record(f"{name}:{first}", document, "CoNLL" + ", fixed" * fixed, split)
-                except BadSample as error:
-                    yield Record(f"{name}:{first}", error, "CoNLL")
-    except (BadSample, *DAMAGE) as error:
-        yield Record(name, _bad(error), "CoNLL")
+    with open_text(path, options.encoding or "")[0] as opened:
+        scheme = scheme_of_conll(opened)
+    with open_text(path, options.encoding or "")[0] as opened:
+        for first, *sentence in sentences_of_conll(opened):
+            try:
+                if isinstance(sentence[0], BadSample):
+                    raise sentence[0]
+                document, fixed = document_of_words(sentence[0], sentence[1], scheme, clean)
+                yield Record(f"{name}:{first}", document, LAYOUTS["conll"] + ", fixed" * fixed, split)
+            except BadSample as error:
+                yield Record(f"{name}:{first}", error, LAYOUTS["conll"])
 
 
 def _read_tar(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
-    """The samples of a WebDataset: members with one key, adjacent or not, in the order of their first member."""
+    """Read the samples of a WebDataset: members with one key, adjacent or not, in the order of their first member."""
     groups: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     bad: dict[str, BadSample] = {}
-    damage: Exception | None = None
+    damage = None
     with open_plain(path) as file:
         try:
-            for member, unsafe in _members(file):
-                key, rest = split_name(member.name)
+            for member, unsafe in plain_members(file):
+                key, rest = split_name(member.name.removeprefix("./"))
                 if _is_hidden(member.name):
                     yield Record(f"{name}:{member.name}", BadSample("hidden_file", "hidden files are not read"))
-                elif rest in groups[key] or unsafe:
-                    detail = unsafe or f"two samples are called {key!r}"
-                    bad.setdefault(key, BadSample("unsafe_member" if unsafe else "duplicate_key", detail))
-                else:
-                    groups[key][rest] = member.offset_data, member.size
-        except HOSTILE as error:
-            damage = error
+                    continue
+                if unsafe or rest in groups[key]:
+                    bad.setdefault(key, unsafe or BadSample("duplicate_key", f"two samples are called {key!r}"))
+                groups[key].setdefault(rest, (member.offset_data, member.size))
+        except (ValueError, *DAMAGE) as error:
+            damage = _bad(error)
         for key, found in _regrouped(groups):
-            size, where = sum(size for _, size in found.values()), f"{name}:{key}"
-            if key not in bad and size > files.MAX_FILE_BYTES:
-                bad[key] = BadSample("sample_too_large", f"the sample has {size:,} bytes")
-            sample: Any = bad.get(key) or {one: os.pread(file.fileno(), size, at) for one, (at, size) in found.items()}
-            if isinstance(sample, dict) and "txt" in sample and len(sample) > 1:  # a caption
-                try:
+            try:
+                if key in bad:
+                    raise bad[key]
+                if (size := sum(size for _, size in found.values())) > files.MAX_FILE_BYTES:
+                    raise BadSample("sample_too_large", f"the sample has {size:,} bytes")
+                sample: dict[str, Any] = {rest: os.pread(file.fileno(), size, at) for rest, (at, size) in found.items()}
+                if "txt" in sample and len(sample) > 1:  # a caption
                     sample["txt"] = decode_text(sample["txt"], options.encoding).strip()
-                except BadSample as error:
-                    sample = error
-            yield Record(where, sample, "WebDataset", split)
-    if damage:
-        yield Record(name, _bad(damage), "WebDataset")
-    elif not groups:
-        yield Record(name, BadSample("empty_file", "the tar holds no file"))
-
-
-HOSTILE = (*DAMAGE, ValueError, ArithmeticError, LookupError, RecursionError, AttributeError)  # what tarfile raises
-
-
-def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises one of `HOSTILE`."""
-    stop, end = 0, os.fstat(file.fileno()).st_size
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]
-            size = member.size if member.isreg() else 0
-            if size < 0 or member.offset < stop or member.offset_data - member.offset > 1 << 20:
-                raise ValueError(f"the header of {member.name!r} gives an impossible size")
-            stop = member.offset_data + -(-size // 512) * 512
-            unsafe = "" if member.isreg() and not member.issparse() else f"it is no plain file (tar type {member.type!r})"
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                unsafe = f"the name {member.name!r} leaves the archive"
-            if stop - 511 > end:
-                raise ValueError(f"{member.name!r} is cut off")
-            if not member.isdir():
-                yield member, unsafe
-    if end - stop < 512 or any(os.pread(file.fileno(), 1 << 20, at).strip(b"\0") for at in range(stop, end, 1 << 20)):
-        raise ValueError(f"damaged or truncated at byte {stop:,}: neither a member nor the end of the archive follows")
+                yield Record(f"{name}:{key}", sample, LAYOUTS["tar"], split)
+            except BadSample as error:
+                yield Record(f"{name}:{key}", error, LAYOUTS["tar"])
+    if damage or not groups:
+        raise damage or BadSample("empty_file", "the tar holds no file")
 
 
 def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".") or "__MACOSX" in name.split("/")
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """(key, rest) of a member's name: the key ends at the first dot of the last part, as in WebDataset."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, rest = base.partition(".")
-    return folder + slash + stem, rest
-
-
 def _regrouped(groups: Mapping[str, dict[str, tuple[int, int]]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Split groups that are several samples with dots in their names (`a.b.jpg a.b.txt a.c.jpg a.c.txt`)."""
     for key, found in groups.items():
         parts: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
-        for rest, place in found.items():
+        for rest, position in found.items():
             stem, _, last = rest.rpartition(".")
-            parts[stem][last] = place
+            parts[stem][last] = position
         alike = len({frozenset(part) for part in parts.values()}) == 1 and all(len(part) > 1 for part in parts.values())
         yield from ((f"{key}.{stem}", part) for stem, part in parts.items()) if len(parts) > 1 and alike else [(key, found)]
 
@@ -706,57 +627,47 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "rejected": _read_rejected, "samples": _read_samples, "text": _read_text, "table": _read_table, "conll": _read_conll,
     "tar": _read_tar,
 }  # fmt: skip
+LAYOUTS = {"text": "text file", "conll": "CoNLL", "tar": "WebDataset"}
 
 
 def medium(root: str, where: str, value: Any) -> Segment:
-    """The segment of a medium: a path, bytes, `{"bytes", "path"}`, a data URI, base64, or the name of a file of the input.
+    """Read a medium: a path, bytes, `{"bytes", "path"}`, a data URI, base64, or the name of a file of the input.
 
     Raises:
-        BadSample: `missing_file`, `unknown_medium`, `file_too_large` or `unreadable_file`.
+        BadSample: `missing_file`, `remote_medium`, `unknown_medium`, `empty_file`, `file_too_large` or `unreadable_file`.
     """
     name = ""
     if isinstance(value, Mapping):
         name = str(value.get("path") or "")
         value = value.get("bytes") or name
     if isinstance(value, str):
-        table = re.sub(r":@?\d+$", "", where)
         tree = _TREES[root][1] if root in _TREES else _tree([root, None], Options())
-        file = tree.resolve(table, value)
-        data = None if file else _decoded(value)
-        if "://" in value[:10] and file is None and data is None:
-            raise BadSample("remote_medium", f"{value!r:.200} is an address: nothing is fetched, img2dataset can do that")
-        if file is None and data is None:
-            raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
-        value = Path(file.real) if file else data
+        table = re.sub(r":@?\d+$", "", where)
+        value = _decoded(value) or Path(_resolve(tree, table, value).real)
     if isinstance(value, Path):
         name = value.name
         try:
             value = read_file(str(value))
         except OSError as error:
             raise BadSample("unreadable_file", str(error)) from error
-    if value == b"":
+    if not isinstance(value, bytes):
+        raise BadSample("unknown_medium", f"{value!r:.80} is no image or sound")
+    if not value:
         raise BadSample("empty_file", f"{name or 'the medium'} is empty")
-    kind = media_extension(value, name) if isinstance(value, bytes) else None
-    if kind is None:
-        hint = (
-            "a Git LFS pointer: git lfs pull"
-            if str(value).startswith("b'version https://git-lfs")
-            else "no known image or sound"
-        )
-        raise BadSample(
-            "unknown_medium", f"{name or 'it'} is {hint}; it begins with {value[:12]!r}" if value else "there is no file"
-        )
-    return Segment(value, kind)
+    if kind := media_extension(value, name):
+        return Segment(value, kind)
+    is_pointer = value.startswith(b"version https://git-lfs")
+    found = "a Git LFS pointer: git lfs pull" if is_pointer else f"no known image or sound; it begins with {value[:12]!r}"
+    raise BadSample("unknown_medium", f"{name or 'it'} is {found}")
 
 
 def _decoded(text: str) -> bytes | None:
-    """The bytes of a data URI, or of base64 that holds a medium."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    elif len(text) < 100:
+    """Decode a data URI, or base64 that holds a medium."""
+    is_uri = text.startswith("data:")
+    if not is_uri and len(text) < 100:
         return None
     try:
-        data = base64.b64decode(text, validate=True)
+        data = base64.b64decode(text.partition(",")[2] if is_uri else text, validate=True)
     except ValueError:
         return None
     return data if media_extension(data) else None
@@ -766,33 +677,26 @@ def _decoded(text: str) -> bytes | None:
 
 
 def read_documents(input: str | Path, options: Options | None = None) -> Iterator[tuple[str, Document | BadSample]]:
-    """Yield (file or `file:line`, its document or why there is none) of an input, by inferred field maps.
+    """Yield (file or `file:line`, its document or the error) of an input, by inferred field maps.
 
     Raises:
         ValueError: there is no such input.
     """
-    options, maps = options or Options(), dict[str, Fields]()
+    options, maps, root = options or Options(), dict[str, Fields](), root_of(str(input))
     with tempfile.TemporaryDirectory() as work:
         for unit in list_units(str(input), options, work):
-            root = os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
             records = read_unit(root, unit, options)
             head = list(islice(records, PREVIEW))
-            for record in chain(head, records):
-                content = record.content
+            for where, content, layout, _ in chain(head, records):
                 try:
                     if isinstance(content, Mapping):
-                        if record.layout not in maps:
-                            alike = [r.content for r in head if r.layout == record.layout and isinstance(r.content, Mapping)]
-                            maps[record.layout] = (
-                                Fields.parse(options.fields) if options.fields else infer_fields(alike or [content])
-                            )
-                        read = partial(medium, root, record.where)
-                        content = maps[record.layout].read(record.where, content, read).document
-                except BadSample as error:
-                    content = error
+                        if layout not in maps:
+                            alike = [r.content for r in head if r.layout == layout and isinstance(r.content, Mapping)]
+                            maps[layout] = Fields.parse(options.fields) if options.fields else infer_fields(alike or [content])
+                        content = maps[layout].read(where, content, partial(medium, root, where)).document
                 except ValueError as error:
-                    content = BadSample("no_fields", str(error))
-                yield record.where, content
+                    content = error if isinstance(error, BadSample) else BadSample("no_fields", str(error))
+                yield where, content
 
 
 def evaluation_texts(path: str) -> Iterator[str]:
@@ -801,13 +705,12 @@ def evaluation_texts(path: str) -> Iterator[str]:
     Raises:
         ValueError: the file cannot be read, or is of another kind.
     """
-    format = FORMATS.get(extension(path), "")
+    format, real = FORMATS.get(extension(path), ""), os.path.realpath(path)
     try:
         if format == "text":
-            yield decode_text(read_text(os.path.realpath(path)))
+            yield decode_text(read_text(real))
         elif format in TABLES:
-            file = File(os.path.basename(path), os.path.realpath(path), 0)
-            table = sniff(Tree(path, around=False), file, format)[0]
+            table = sniff(Tree(path, around=False), File(os.path.basename(path), real, 0), format)[0]
             yield from table.columns if table.has_header else ()
             for _, row, _ in rows(table):
                 if isinstance(row, BadSample):
@@ -820,8 +723,8 @@ def evaluation_texts(path: str) -> Iterator[str]:
 
 
 def _strings_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
+    if isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _strings_in(one)
+    elif isinstance(value, str):
+        yield value

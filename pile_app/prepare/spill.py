@@ -1,10 +1,9 @@
 """The parallel part of `pile prepare`: jobs, which are some megabytes of the input, become blocks and a table.
 
-    job ──► read_job ──► spill/0000/0000012.blocks   documents as they are written to a shard, one after another
+    job ──► read_job ──► spill/0000/0000012.blocks   documents in the bytes of a shard, one after another
                          spill/0000/0000012.npz      a row per document; rejected samples, and all counts
 
-Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result.
-"""
+Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result."""
 
 from __future__ import annotations
 
@@ -12,9 +11,11 @@ import hashlib
 import json
 import os
 import re
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from pile_app.data.files import whole_file
 from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
-from pile_app.fields import Field, Fields, Sample
+from pile_app.fields import Field, Fields
 from pile_app.infer import infer_fields
 from pile_app.media import audio_size
 from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
@@ -34,17 +35,16 @@ from pile_app.prepare.options import Options
 from pile_app.prepare.readers import Record, Unit, medium, named_split, read_unit
 
 SPLITS = ("train", "validation", "test")
-ROW = np.dtype(  # of a document: range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and split
-    [
-        ("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"), ("images", "<u4"),
-        ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8"),
-    ]
-)  # fmt: skip
+# Of a document: its range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and for its split
+ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"),
+                ("images", "<u4"), ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8")])  # fmt: skip
+_parse = lru_cache(1024)(Fields.parse)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A preparation in progress. root: of the input; source: name for documents that name none; maps: by `table_of`."""
+    """A preparation in progress. root: of the input; source: the name for documents without a source; maps: field maps by
+    `table_of`, or by "" for all records."""
 
     folder: Path
     root: str
@@ -56,29 +56,23 @@ class Work:
         return self.folder / "spill" / f"{job // 1000:04d}" / f"{job:07d}.blocks"
 
     def part(self, job: int, name: str) -> Any:
-        """`rows`, `signatures`, `sources` or `about` (files, rejected, counts, blocks) of a job's table."""
+        """Load `rows`, `signatures` or `about` (sources, files, rejected, counts, blocks) of a job's table."""
         with np.load(self.blocks(job).with_suffix(".npz")) as file:
-            return json.loads(file[name].tobytes()) if name in ("sources", "about") else file[name]
+            return json.loads(file[name].tobytes()) if name == "about" else file[name]
 
     def is_read(self, job: int) -> bool:
-        try:
+        with suppress(Exception):  # of a file that is missing or damaged
             return bool(self.blocks(job).stat().st_size == self.part(job, "about")["blocks"])
-        except Exception:  # of a file that is missing or damaged
-            return False
+        return False
 
     def fields(self, record: Record) -> Fields:
-        """The field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
-        spec = self.options.fields or self.maps.get(table_of(record))
+        """Return the field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
+        if spec := self.maps.get("") or self.maps.get(table_of(record)):
+            return _parse(spec)
         try:  # of a table that was not sampled: by the record alone
-            sample: Any = record.content
-            return _parsed(spec, self.options) if spec else with_label(infer_fields([sample]), self.options)
+            return with_label(infer_fields([record.content]), self.options)  # type: ignore[list-item]
         except ValueError as error:
             raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
-
-
-@lru_cache(1024)
-def _parsed(spec: str, options: Options) -> Fields:
-    return with_label(Fields.parse(spec), options)
 
 
 def table_of(record: Record) -> str:
@@ -89,15 +83,17 @@ def table_of(record: Record) -> str:
 
 def with_label(fields: Fields, options: Options) -> Fields:
     """Apply the options about labels to a field map."""
-    entries = list(fields.entries)
+    entries, learn = list(fields.entries), options.learn_label
     if options.label:
         names = tuple(dict.fromkeys((options.label, f"json.{options.label.removeprefix('json.')}")))
-        entries = [one for one in entries if one.role != "label" and not set(one.names) & set(names)] + [Field(names, "label")]
+        others = (entry for entry in entries if entry.role != "label" and not set(entry.names) & set(names))
+        entries = [*others, Field(names, "label")]
     for n, entry in enumerate(entries):
-        is_label = entry.role == "label"
-        loss = entry.loss and (is_label or not options.label_loss_only)
-        entries[n] = replace(entry, learn=entry.learn or (is_label and options.learn_label), loss=loss)
-    return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not options.learn_label)
+        if entry.role == "label":
+            entries[n] = replace(entry, learn=entry.learn or learn)
+        elif options.label_loss_only:
+            entries[n] = replace(entry, loss=False)
+    return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not learn)
 
 
 def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
@@ -117,12 +113,11 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
         for unit in units:
             for record in read_unit(work.root, unit, work.options):
                 reader.read(record)
-        about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")} | {"blocks": blocks.tell()}
-    json_parts = {"sources": list(reader.sources), "about": about}
-    parts: dict[str, Any] = {name: np.frombuffer(json.dumps(part).encode(), np.uint8) for name, part in json_parts.items()}
-    parts |= {"rows": np.array(reader.rows, ROW), "signatures": np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)}
+        about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")}
+        about |= {"sources": list(reader.sources), "blocks": blocks.tell()}
+    rows, signatures = np.array(reader.rows, ROW), np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)
     with whole_file(path.with_suffix(".npz")) as file:
-        np.savez(file, **parts)
+        np.savez(file, rows=rows, signatures=signatures, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
     if work.options.resample:
         torch.set_num_threads(threads)
 
@@ -133,24 +128,18 @@ class _Reader:
     def __init__(self, work: Work, job: int, blocks: Any) -> None:
         self.work, self.job, self.options, self.blocks = work, job, work.options, blocks
         self.evaluation = EvaluationTexts(work.folder / "evaluation") if work.options.decontaminate else None
-        self.rows: list[tuple[Any, ...]] = []
-        self.signatures: list[np.ndarray] = []
-        self.sources: dict[str, int] = {}
-        self.files: list[str] = []
-        self.rejected: list[tuple[str, ...]] = []
-        self.counts: Counter[str] = Counter()
+        self.rows, self.signatures, self.files = list[tuple[Any, ...]](), list[np.ndarray](), list[str]()
+        self.rejected, self.sources, self.counts = list[tuple[str, ...]](), dict[str, int](), Counter[str]()
 
     def read(self, record: Record) -> None:
         source = self.work.source
-        if isinstance(record.content, BadSample) and not record.layout:
-            return self._reject(record, record.content, source, "unread")
-        self.counts[f"read:{record.layout}"] += 1
+        self.counts.update([f"read:{record.layout}"] * bool(record.layout))
         try:
             document, parts = self._document(record)
             source = slug(str(document.meta.get("pile_set_name", ""))) or source
             pieces = cut_long_sounds(document, self.options, parts)
         except BadSample as error:
-            return self._reject(record, error, source)
+            return self._reject(record, error, source, "rejected" if record.layout else "unread")
         self.counts["pieces:"] += len(pieces) - 1
         for piece in pieces:
             try:
@@ -159,7 +148,7 @@ class _Reader:
                 self._reject(record, error, source)
 
     def _document(self, record: Record) -> tuple[Document, list[Any]]:
-        """The document of a record, and the timed parts of its transcript."""
+        """Return the document of a record, and the timed parts of its transcript."""
         sample = record.content
         if isinstance(sample, BadSample):
             raise sample
@@ -172,7 +161,9 @@ class _Reader:
             raise
         if lost := sample.keys() - {"json", *reading.used, *reading.unused}:
             raise AssertionError(f"{record.where}: {sorted(lost)} are neither used nor unused")
-        meta = _plain_meta(sample)
+        meta = sample.get("meta")  # may name the source: `pile_set_name`
+        items = meta.items() if isinstance(meta, Mapping) else ()
+        meta = {name: value for name, value in items if isinstance(value, str | int | float)}
         self.counts.update(f"{'used' if name == 'meta' and meta else 'unused'}:{name}" for name in reading.unused)
         self.counts.update(f"used:{name}" for name in reading.used)
         self.counts.update({f"dropped:{name}": count for name, count in reading.dropped.items()})
@@ -180,26 +171,25 @@ class _Reader:
         return self._complete(document, record), transcript_parts(sample)
 
     def _complete(self, document: Document, record: Record) -> Document:
-        """Add what the folder of a file says, and the name of the file."""
+        """Add the label that a folder gives, and the name of the file."""
         options, meta, segments, ordered = self.options, dict(document.meta), document.segments, document.ordered
         name, _, row = record.where.partition(":")  # the row of a table, or the name of a member of an archive
         folder = os.path.basename(os.path.dirname(row if "/" in row else name))
         if options.label_from_folder and folder:
-            meta["label"] = folder
-            segments = tuple(replace(one, loss=one.loss and not options.label_loss_only) for one in segments)
-            segments, ordered = segments + (Segment(folder),) * options.learn_label, ordered or options.learn_label
+            meta["label"], ordered = folder, ordered or options.learn_label
+            segments = tuple(replace(segment, loss=segment.loss and not options.label_loss_only) for segment in segments)
+            segments += (Segment(folder),) * options.learn_label
         if (options.label or options.label_from_folder) and "label" not in meta:
             raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
         file = os.fsencode(record.where).decode(errors="replace")
         return replace(document, segments=segments, ordered=ordered, meta={"file": file} | meta)
 
     def _draw(self, document: Document) -> int:
-        """64 bits that decide the split: of the group, else of the media, else of the texts without the label."""
-        if (group := document.meta.get("group")) is not None:
-            return _hash([Segment(str(group))], self.options.seed)[0]
-        media = [segment for segment in document.segments if segment.modality != TEXT]
-        texts = [segment for segment in document.segments if segment.data != document.meta.get("label")]
-        return _hash(media or texts or document.segments, self.options.seed)[0]
+        """Hash to 64 bits, which decide the split: the group, else the media, else the texts without the label."""
+        group, segments = document.meta.get("group"), document.segments
+        media = [segment for segment in segments if segment.modality != TEXT]
+        texts = [segment for segment in segments if segment.data != document.meta.get("label")]
+        return _hash(media or texts or segments if group is None else [Segment(str(group))], self.options.seed)[0]
 
     def _write(self, record: Record, source: str, draw: int, document: Document) -> None:
         block = sample_block(replace(document, key=f"{self.job:07d}-{len(self.files):06d}"))
@@ -207,15 +197,14 @@ class _Reader:
         texts = [segment.text for segment in segments if segment.modality == TEXT]
         images = sum(segment.modality == IMAGE for segment in segments)
         sounds = [audio_size(segment.file) for segment in segments if segment.modality > IMAGE]
+        sizes = sum(len(text.encode()) for text in texts), images, sum(samples / rate for samples, rate in sounds)
         split = named_split(str(document.meta.get("split", ""))) or record.split
         given = SPLITS.index(split) + 1 if split and self.options.given_splits else 0
-        sizes = sum(len(text.encode()) for text in texts), images, sum(samples / rate for samples, rate in sounds)
         digest = _hash([*segments, Segment(str(label))], self.options.seed)
         number = self.sources.setdefault(source, len(self.sources))
         self.rows.append((self.blocks.tell(), self.blocks.write(block), number, given, *sizes, digest, draw))
         self.files.append(record.where)
-        if label is not None:
-            self.counts[f"label:{label}"] += 1
+        self.counts.update([] if label is None else [f"label:{label}"])
         if self.options.near_duplicates is not None:  # zeros with media, whose captions may well be alike
             is_text = len(texts) == len(segments)
             self.signatures.append(minhash("\n".join(texts)) if is_text else np.zeros(PERMUTATIONS, np.uint32))
@@ -223,11 +212,15 @@ class _Reader:
     def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
         self.counts[f"{what}:{error.reason}"] += 1
         detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
-        self.rejected.append((source, record.where, error.reason, detail, _excerpt(record.content)))
+        sample, excerpt = record.content, describe(record.content) if isinstance(record.content, Document) else ""
+        if isinstance(sample, Mapping):
+            short = {name: value[:80] if isinstance(value, str | bytes) else value for name, value in sample.items()}
+            excerpt = ", ".join(f"{name}: {value!s:.80}" for name, value in short.items())[:300]
+        self.rejected.append((source, record.where, error.reason, detail, excerpt))
 
 
 def sample_block(document: Document) -> bytes:
-    """The members of a tar that hold a document, whose key is set. Raises BadSample: `invalid_utf8`, `file_too_large`."""
+    """Return the tar members of a document with a key. Raises BadSample: `invalid_utf8`, `file_too_large`."""
     try:
         sample = sample_from_document(document)
     except UnicodeEncodeError as error:
@@ -243,27 +236,13 @@ def sample_block(document: Document) -> bytes:
 
 
 def _hash(segments: Iterable[Segment], seed: int) -> tuple[int, int]:
-    """Two times 64 bits of the contents of segments."""
+    """Hash the contents of segments to two times 64 bits."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=16)
     for segment in segments:
         for data in segment.choices or (segment.data,):
             raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
             digest.update(f":{segment.modality}:{len(raw)}:".encode() + raw)
-    return int.from_bytes(digest.digest()[:8], "big"), int.from_bytes(digest.digest()[8:], "big")
-
-
-def _plain_meta(sample: Sample) -> dict[str, Any]:
-    """The plain values of a sample's `meta`, which may name its source (`pile_set_name`)."""
-    meta = sample.get("meta")
-    plain = (str, int, float, bool)
-    return {name: value for name, value in meta.items() if isinstance(value, plain)} if isinstance(meta, Mapping) else {}
-
-
-def _excerpt(sample: Sample | Document | BadSample) -> str:
-    if not isinstance(sample, Mapping):
-        return describe(sample) if isinstance(sample, Document) else ""
-    short = (f"{name}: {value[:80] if isinstance(value, str | bytes) else value!s:.80}" for name, value in sample.items())
-    return ", ".join(short)[:300]
+    return struct.unpack(">QQ", digest.digest())
 
 
 def slug(name: str) -> str:

@@ -1,13 +1,7 @@
-"""Read published texts with named entities as tagged documents (described in `tasks/entities.py`).
+"""Read published texts with named entities as tagged documents (described in `tasks/entities.py`): CoNLL files, a word and its
+tag in each line; and records, `text` with `spans` or `entities`, or `tokens` with `ner_tags` or `tags`.
 
-* CoNLL files: a word in each line, its tag in the last column, a blank line after each sentence; BIO, IOB1, BIOES or BILOU.
-  A sentence is a document, its words separated by a space. `-DOCSTART-` lines are skipped.
-* Records: `text` with `spans` or `entities`, each {"start", "end", "label"} or [start, end, label] in characters; or `tokens`
-  with `ner_tags` or `tags`.
-
-Errors with a single reading are repaired: invalid tags, whitespace at the ends of spans, spans that end within a word (they
-are extended to its end), duplicate spans. Spans out of range or overlapping reject the document.
-"""
+Errors with a single reading are repaired: invalid tags, spans that end in whitespace or within a word, duplicate spans."""
 
 from __future__ import annotations
 
@@ -23,14 +17,14 @@ from pile_app.prepare.text import decode_text
 
 SPAN_FIELDS = ("spans", "entities")
 TAG_FIELDS = ("ner_tags", "tags")
-MAX_SENTENCE_BYTES = MAX_LINE_BYTES
+KEYS = {"start", "end", "label"}  # of a span
 Clean = Callable[[str], str]
 Sentence = tuple[int, list[str], list[str]] | tuple[int, BadSample]  # number of the first line, words and tags
 
 
 def sentences_of_conll(file: BinaryIO) -> Iterator[Sentence]:
-    first, size, error = 0, 0, None
-    rows: list[list[str]] = []
+    """Yield the sentences, which blank lines or `-DOCSTART-` separate; words are in the first column, tags in the last."""
+    first, size, error, rows = 0, 0, None, list[list[str]]()
     for number, line in enumerate(chain(lines_of(file), [b""]), start=1):
         try:
             if isinstance(line, BadSample):
@@ -47,8 +41,8 @@ def sentences_of_conll(file: BinaryIO) -> Iterator[Sentence]:
             size += len(text)
             if len(columns) < 2 or not columns[0]:
                 raise BadSample("no_tag", f"line {number} holds {text!r:.100}, not a word and its tag")
-            if size > MAX_SENTENCE_BYTES:
-                raise BadSample("line_too_long", f"a sentence is longer than {MAX_SENTENCE_BYTES:,} bytes")
+            if size > MAX_LINE_BYTES:
+                raise BadSample("line_too_long", f"a sentence is longer than {MAX_LINE_BYTES:,} bytes")
             rows += [columns] if error is None else []
         except BadSample as found:
             error = error or found
@@ -63,60 +57,53 @@ def document_of_words(words: Sequence[str], tags: Sequence[str], scheme: str, cl
     """Return the document, and whether tags were repaired. Raises `BadSample`: `no_tag`, `unknown_tag` or `moved_spans`."""
     if len(words) != len(tags):
         raise BadSample("no_tag", f"{len(words)} words and {len(tags)} tags")
-    found, invalid = spans_of_tags(tags, scheme)
-    ends = accumulate(len(word) + 1 for word in words)
-    offsets = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
+    kept = [(word.strip(), tag) for word, tag in zip(words, tags, strict=True) if word.strip()]
+    found, invalid = spans_of_tags([tag for _, tag in kept], scheme)
+    ends = accumulate(len(word) + 1 for word, _ in kept)
+    offsets = [(end - 1 - len(word), end - 1) for (word, _), end in zip(kept, ends, strict=True)]
     spans = [[offsets[first][0], offsets[stop - 1][1], name] for first, stop, name in found]
-    return _document(" ".join(words), spans, offsets, clean), bool(invalid)
+    return _document(" ".join(word for word, _ in kept), spans, offsets, clean), bool(invalid)
 
 
 def document_of_spans(text: str, given: Sequence[Any], clean: Clean) -> tuple[Document, bool]:
     """Return the document, and whether spans were repaired. Raises `BadSample`: `invalid_span`, `overlapping_spans` ..."""
-    asked = [_span(text, one) for one in given]
-    trimmed = [
-        (stop - len(text[start:stop].lstrip()), start + len(text[start:stop].rstrip()), name) for start, stop, name in asked
-    ]
+    asked = [_span(text, span) for span in given]
+    trimmed = [(stop - len(text[start:stop].lstrip()), start + len(text[start:stop].rstrip()), name)
+               for start, stop, name in asked]  # fmt: skip
     document = _document(text, [list(span) for span in sorted(set(trimmed))], None, clean)
     words = word_offsets(document.segments[0].text)
     starts, stops = [start for start, _ in words], [stop for _, stop in words]
-    spans = [
-        [starts[bisect_right(starts, start) - 1], stops[bisect_left(stops, stop)], name]
-        for start, stop, name in document.meta["spans"]
-    ]
-    for one, other in pairwise(spans):
-        if other[0] < one[1]:
-            raise BadSample("overlapping_spans", f"{one} and {other}: one contains the other, or they share a word")
+    spans = [[starts[bisect_right(starts, start) - 1], stops[bisect_left(stops, stop)], name]
+             for start, stop, name in document.meta["spans"]]  # fmt: skip
+    for left, right in pairwise(spans):
+        if right[0] < left[1]:
+            raise BadSample("overlapping_spans", f"{left} and {right}: one contains the other, or they share a word")
     repaired = trimmed != asked or len(spans) < len(asked) or spans != document.meta["spans"]
     return Document(document.segments, meta={"spans": spans}), repaired
 
 
 def document_of_record(record: Mapping[str, Any], clean: Clean) -> tuple[Document, bool] | None:
     """Read a tagged record; None if it has another layout. Raises `BadSample`."""
-    tags = next((record[name] for name in TAG_FIELDS if isinstance(record.get(name), list)), None)
+    spans, tags = (next((record[name] for name in names if isinstance(record.get(name), list)), None)
+                   for names in (SPAN_FIELDS, TAG_FIELDS))  # fmt: skip
     words = record.get("tokens")
     if tags is not None and isinstance(words, list) and all(isinstance(word, str) for word in words):
         if any(isinstance(tag, int) for tag in tags):
             raise BadSample("unknown_tag", "its tags are numbers without names: write names, such as B-person")
-        if len(words) != len(tags):
-            raise BadSample("no_tag", f"{len(words)} words and {len(tags)} tags")
-        names = [tag if isinstance(tag, str) else repr(tag) for tag in tags]
-        kept = [(word.strip(), tag) for word, tag in zip(words, names, strict=True) if word.strip()]
-        return document_of_words([word for word, _ in kept], [tag for _, tag in kept], scheme_of_tags([names]), clean)
-    spans = next((record[name] for name in SPAN_FIELDS if isinstance(record.get(name), list)), None)
+        names = list(map(str, tags))
+        return document_of_words(words, names, scheme_of_tags([names]), clean)
     if spans is None or not isinstance(record.get("text"), str):
         return None
-    keys = {"start", "end", "label"}
-    are_spans = (keys <= one.keys() if isinstance(one, dict) else isinstance(one, list) and len(one) == 3 for one in spans)
+    are_spans = (span.keys() >= KEYS if isinstance(span, dict) else isinstance(span, list) and len(span) == 3 for span in spans)
     return document_of_spans(record["text"], spans, clean) if all(are_spans) else None
 
 
-def _span(text: str, one: Any) -> tuple[int, int, str]:
-    values = [one["start"], one["end"], one["label"]] if isinstance(one, dict) else one
-    if [type(value) for value in values] != [int, int, str] or not values[2]:
-        raise BadSample("invalid_span", f"{one!r:.100} is not a start, an end and a label")
-    start, stop, name = values
+def _span(text: str, span: Any) -> tuple[int, int, str]:
+    start, stop, name = [span["start"], span["end"], span["label"]] if isinstance(span, dict) else span
+    if (type(start), type(stop), type(name)) != (int, int, str) or not name:
+        raise BadSample("invalid_span", f"{span!r:.100} is not a start, an end and a label")
     if not 0 <= start < stop <= len(text) or text[start:stop].isspace():
-        raise BadSample("invalid_span", f"{one!r:.100} is empty or out of range in a text of {len(text)} characters")
+        raise BadSample("invalid_span", f"{span!r:.100} is empty or out of range in a text of {len(text)} characters")
     return start, stop, name
 
 

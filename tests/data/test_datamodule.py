@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pile_app.data import order
 from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import PileDataModule, Source
+from pile_app.data.files import ShardError
 from pile_app.data.shards import write_shards
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import TEXT, Document, Segment

@@ -258,7 +258,7 @@ def test_another_field_map_gets_a_manifest_of_its_own(tmp_path: Path) -> None:
 def test_the_field_map_is_inferred_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [(f"{n}.{kind}", data) for n in range(3) for kind, data in (("png", IMAGE.file), ("txt", b"caption"))]
     pattern = write_tar(tmp_path / "x-0.tar", files)
-    (line,) = {str(Shards(pattern).manifest(0).fields) for _ in range(2)}
+    (line,) = {str(Shards(pattern).index(0).fields) for _ in range(2)}
     assert line == "[png, txt, shuffle]"
     assert capsys.readouterr().err == f"{pattern}: fields {line} (inferred from 3 samples)\n"
 

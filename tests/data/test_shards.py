@@ -8,7 +8,7 @@ import io
 import os
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from pile_app.data.files import ShardError
 from pile_app.data.index import UNORDERED, starts
 from pile_app.data.manifest import SUFFIX
 from pile_app.data.packing import sentence_ends
-from pile_app.data.shards import Shards, ShardWriter, expand_shards, write_shards
+from pile_app.data.shards import Shards, expand_shards, write_shards
 from pile_app.documents import AUDIO, ENCODED_EXTENSIONS, IMAGE, TEXT, BadSample, Codes, Document, Segment
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8)
@@ -120,10 +120,11 @@ def test_documents_without_a_key_are_numbered(tmp_path: Path) -> None:
 
 
 def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "test")
-    writer.write(DOCUMENTS[0])
-    assert not list(tmp_path.glob("*.tar"))
-    writer.close()
+    def documents() -> Iterator[Document]:
+        yield DOCUMENTS[0]
+        assert not list(tmp_path.glob("*.tar"))
+
+    write_shards(documents(), tmp_path, "test")
     assert [path.name for path in tmp_path.glob("*.tar*")].count("test-000000.tar") == 1
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -131,7 +132,8 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["v1.2", "folder/a.b", ".hidden"])
 def test_a_key_that_would_be_read_back_as_another_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="first dot"):
-        ShardWriter(tmp_path, "test").write(Document((Segment("x"),), key))
+        write_shards([Document((Segment("x"),), key)], tmp_path, "test")
+    assert not list(tmp_path.iterdir())
 
 
 def told(reader: Shards) -> dict[str, tuple[int, list[str]]]:
@@ -321,12 +323,8 @@ def test_a_reader_survives_pickling_and_forking(shard: str) -> None:
 
 def test_a_reader_holds_only_some_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
-    documents = [Document((Segment(f"{n}" * 3000),), f"d-{n}") for n in range(10)]
-    writer = ShardWriter(tmp_path, "x")
-    for document in documents:
-        writer.write(document)
-        writer.finish_shard()
-    reader = writer.close()
+    documents = [Document((Segment(f"{n}" * 12_000),), f"d-{n}") for n in range(10)]
+    reader = write_shards(documents, tmp_path, "x", shard_bytes=1)
     assert len(reader.paths) == 10
     before = len(os.listdir("/proc/self/fd"))
     for number in [*range(10), *reversed(range(10)), 0, 5, 0, 5]:

@@ -3,14 +3,16 @@ the cache changes nothing."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from pile_app.model.attention import Sight, attend, find_sight
-from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
+from pile_app.model.attention import AttentionMask, attend, make_mask
+from pile_app.model.backbones import LSTM, RNN, Backbone, Cache, MinGRU, Transformer
 from pile_app.model.recurrent import _recur_by_doubling, linear_recurrence
 
 WIDTH = 32
@@ -53,7 +55,7 @@ def rows_of(lengths: list[list[tuple[int, int]]], tokens: int) -> tuple[Tensor, 
     return document, position
 
 
-# Documents of one token, of a whole row, beside padding in the middle (a bad sample) and at the end; and one row of nothing.
+# Documents of one token, of a whole row, next to padding in the middle (a bad sample) and at the end; and an empty row.
 LAYOUT = [
     [(0, 40), (1, 1), (2, 17), (3, 36)],
     [(0, 96)],
@@ -120,6 +122,33 @@ def test_the_cache_changes_nothing(backbone: Backbone, chunks: list[int]) -> Non
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("capacity", [0, 4, 21, 100])
+def test_a_cache_of_any_capacity_gives_what_concatenation_gives_to_the_bit(
+    backbone: Backbone, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def concatenate(cache: Cache, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        old = cache.layers[layer : layer + 1]
+        cache.layers[layer : layer + 1] = [tuple(map(partial(torch.cat, dim=2), zip(*old, new, strict=True)))]
+        return cache.layers[layer]
+
+    x, (document, position) = torch.randn(3, 21, WIDTH), one_document(21, 3)
+
+    @torch.no_grad()
+    def generate(cache: Cache) -> tuple[Tensor, int]:
+        parts = [part.split([4, 2, *[1] * 15], 1) for part in (x, document, position)]
+        addresses, outputs = set(), []
+        for step in zip(*parts, strict=True):
+            outputs.append(backbone(*(part.contiguous() for part in step), cache))
+            addresses.add(cache.layers[0][0].data_ptr())
+        return torch.cat(outputs, 1), len(addresses)
+
+    reserved, allocations = generate(backbone.new_cache(capacity))
+    if isinstance(backbone, Transformer):
+        assert allocations == {0: 3, 4: 3, 21: 1, 100: 1}[capacity]
+    monkeypatch.setattr(Cache, "append", concatenate)
+    assert torch.equal(reserved, generate(backbone.new_cache())[0])
+
+
 def test_rows_of_a_cache_can_be_chosen(backbone: Backbone) -> None:
     x = torch.randn(4, 10, WIDTH)
     document, position = one_document(10, 4)
@@ -128,6 +157,46 @@ def test_rows_of_a_cache_can_be_chosen(backbone: Backbone) -> None:
     rows = torch.tensor([2, 0])
     chosen = backbone(x[rows, 9:], document[rows, 9:], position[rows, 9:], cache.select(rows))
     torch.testing.assert_close(chosen[:, 0], backbone(x, document, position)[rows, 9], atol=1e-5, rtol=1e-5)
+
+
+class OnGPU(Tensor):
+    """Takes the way of a GPU, on the CPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("name", ["lstm", "narrow-embedding", "rnn"])
+@pytest.mark.parametrize("layout", [LAYOUT, [[(0, 96)], [(1, 96)]]])
+def test_recurrent_backbones_give_the_same_where_finding_documents_would_wait(
+    name: str, layout: list[list[tuple[int, int]]]
+) -> None:
+    torch.manual_seed(0)
+    backbone = MAKE[name]()
+    document, position = rows_of(layout, 96)
+    starts = torch.tensor([0, 96, 192], dtype=torch.int32) if len(layout) == 2 else None
+    x, weight = torch.randn(len(layout), 96, WIDTH), torch.randn(len(layout), 96, 1)
+    weight[document < 0] = 0
+    results = []
+    for way in (x, x.as_subclass(OnGPU)):
+        y = backbone(way, document, position, None, starts).as_subclass(Tensor) * weight
+        results.append([y, *torch.autograd.grad(y.sum(), list(backbone.parameters()))])
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_late_positions_do_not_blur_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    backbone = Transformer(64, 1, heads=1)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    half = copy.deepcopy(backbone).to(dtype)  # as Lightning's `bf16-true`
+    x, document, position = torch.randn(1, 64, 64).to(dtype), *one_document(64)
+    exact = backbone(x.float(), document, position)
+    for first in (0, 1000, 30_000):
+        y = half(x, document, position + first).float()  # only distances count
+        assert (y - exact).norm() < 0.02 * exact.norm()
 
 
 def test_every_parameter_is_trained(backbone: Backbone) -> None:
@@ -232,7 +301,7 @@ def test_recomputing_and_compiling_blocks_change_no_gradient(change: str, kind: 
         if changed and change == "recompute":
             backbone.recompute = True
         elif changed:
-            for block in backbone.blocks:  # without the C++ compiler, which takes a minute: what is traced is the same
+            for block in backbone.blocks:  # without the C++ compiler, which takes a minute: the trace is the same
                 block.compile(backend="aot_eager")
         torch.manual_seed(1)
         backbone(x, document, position).square().mul(torch.rand(WIDTH)).sum().backward()
@@ -256,12 +325,12 @@ def test_attention_in_blocks_is_attention_with_a_mask(tokens: int, dtype: torch.
     weight = torch.randn(3, 4, tokens, 16)
     seen = document >= 0
     results = []
-    for sight in (
-        Sight(mask=(document[:, :, None] == document[:, None, :]).tril()[:, None]),
-        find_sight(document, position, None, dtype),
+    for mask in (
+        AttentionMask(mask=(document[:, :, None] == document[:, None, :]).tril()[:, None]),
+        make_mask(document, position, None, dtype, 16),
     ):
-        kind = torch.float32 if sight.mask is not None else dtype
-        y = attend(query.to(kind), key.to(kind), value.to(kind), sight, scale=0.3).float()
+        kind = torch.float32 if mask.mask is not None else dtype
+        y = attend(query.to(kind), key.to(kind), value.to(kind), mask, scale=0.3).float()
         y = y * seen[:, None, :, None]
         results.append([y, *torch.autograd.grad((y * weight).sum(), (query, key, value))])
     for own, expected in zip(results[1], results[0], strict=True):

@@ -25,7 +25,7 @@ import soundfile
 import zstandard
 from PIL import Image
 
-from pile_app.data.shards import Shards, expand_shards
+from pile_app.data.shards import Shards
 from pile_app.documents import Document, Segment
 
 NAMES: dict[bytes, str] = {}  # of the media made here, for messages
@@ -37,7 +37,7 @@ def picture(number: int, extension: str = "jpg", size: tuple[int, int] = (12, 8)
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, {"jpg": "jpeg", "jfif": "jpeg", "jpe": "jpeg", "tif": "tiff"}.get(extension, extension))
-    NAMES[file.getvalue()] = f"<{extension} {number}>"
+    NAMES.setdefault(file.getvalue(), f"<{extension} {number}>")
     return file.getvalue()
 
 
@@ -48,7 +48,7 @@ def sound(number: int, extension: str = "wav", rate: int = 16_000, seconds: floa
     file = io.BytesIO()
     container, subtype = {"opus": ("OGG", "OPUS"), "ogg": ("OGG", "VORBIS")}.get(extension, (extension.upper(), None))
     soundfile.write(file, wave, rate, subtype, format=container)
-    NAMES[file.getvalue()] = f"<{extension} {number}>"
+    NAMES.setdefault(file.getvalue(), f"<{extension} {number}>")
     return file.getvalue()
 
 
@@ -121,13 +121,11 @@ def _piece(segment: Segment) -> Any:
 
 def read_back(folder: Path) -> dict[str, list[Document]]:
     """All documents of prepared shards, by split."""
-    found: dict[str, list[Document]] = {}
-    for split in ("train", "validation", "test"):
-        if any(folder.glob(f"*-{split}-*.tar")):
-            pattern = str(folder / f"*-{split}-*.tar")
-            shards = Shards(expand_shards(pattern))
-            found[split] = [shards.document(number) for number in range(len(shards))]
-    return found
+    return {
+        split: list(Shards(str(folder / f"*-{split}-*.tar")))
+        for split in ("train", "validation", "test")
+        if any(folder.glob(f"*-{split}-*.tar"))
+    }
 
 
 @dataclass(frozen=True)
@@ -419,7 +417,7 @@ def whisper(root: Path) -> Expected:
         result = {"text": "".join(parts), "segments": segments, "language": "en"}
         extension = "flac" if number else "wav"
         members += [(f"{number:06d}.{extension}", sound(number, extension)), (f"{number:06d}.json", json.dumps(result))]
-        documents.append(doc(sound(number, extension), "".join(parts)))
+        documents.append(doc(sound(number, extension), "".join(parts).strip()))
     write(root, {"whisper-000000.tar": tar(members)})
     return Expected(documents, unused={"json.segments": 3, "json.language": 3})
 
@@ -432,7 +430,7 @@ def whisper_folder(root: Path) -> Expected:
         text = f" All of it, {number}."
         result = {"text": text, "segments": [{"id": 0, "start": 0.0, "end": 0.1, "text": text}], "language": "en"}
         write(root, {f"{number}.wav": sound(number), f"{number}.json": json.dumps(result)})
-        documents.append(doc(sound(number), text))
+        documents.append(doc(sound(number), text.strip()))
     return Expected(documents, unused={"json.segments": 2, "json.language": 2})
 
 

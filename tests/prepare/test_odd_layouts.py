@@ -16,6 +16,8 @@ from test_public_bugs import expect, run
 
 from pile_app.prepare.pipeline import prepare
 
+OPEN = pytest.mark.xfail(reason="not fixed yet")
+
 
 def test_a_label_is_no_caption(tmp_path: Path) -> None:
     """ESC-10's folders have names that read like texts."""
@@ -52,7 +54,7 @@ def test_kaggle_names_files_without_extension(tmp_path: Path) -> None:
     """Dog Breed Identification: labels.csv with `id` and `breed`, train/<id>.jpg, test/<id>.jpg without labels."""
     breeds = ["boston_bull", "dingo"] * 3
     table = commas([("id", "breed"), *((f"{n:032x}", breed) for n, breed in enumerate(breeds))])
-    files = {f"train/{n:032x}.jpg": picture(n) for n in range(6)} | {f"test/{n:032x}.jpg": picture(50 + n) for n in range(2)}
+    files = {f"train/{n:032x}.jpg": picture(n) for n in range(6)} | {f"test/{n:032x}.jpg": picture(n) for n in (50, 51)}
     write(tmp_path, {"in/sample_submission.csv": commas([("id", *breeds[:2]), (f"{50:032x}", 0.5, 0.5)])})
     documents, balance = run(tmp_path, {"labels.csv": table} | files, label="breed")
     labelled = [doc(picture(n), label=breed) for n, breed in enumerate(breeds)]
@@ -103,7 +105,7 @@ def test_a_table_of_a_few_files_does_not_hide_the_others(tmp_path: Path) -> None
     }
     files["val_solution.csv"] = commas([("ImageId", "label"), *((f"v{n}", "n0144") for n in range(2))])
     documents, _ = run(tmp_path, files)
-    assert sum("<jpg" in line for line in documents) == 8
+    assert sum(line.startswith("<") for line in documents) == 8
 
 
 def test_a_file_is_counted_once(tmp_path: Path) -> None:
@@ -281,3 +283,40 @@ def test_links_in_archives_are_refused(tmp_path: Path, kind: str) -> None:
     documents, balance = run(tmp_path, {f"a.{kind}": file.getvalue()})
     assert documents == expect(doc("a good text"))
     assert set(balance.unread) == {"link.txt"} | ({"hard.txt"} if kind == "tar.gz" else set())
+
+
+@OPEN
+def test_lists_of_pictures_are_no_documents(tmp_path: Path) -> None:
+    """CUB-200 and Pascal VOC: text files in other folders than the pictures list their numbers."""
+    cub: dict[str, str | bytes] = {f"images/00{n % 2}.Bird/x_{n}.jpg": picture(n) for n in range(4)}
+    cub["images.txt"] = "".join(f"{n + 1} 00{n % 2}.Bird/x_{n}.jpg\n" for n in range(4))
+    cub["image_class_labels.txt"] = cub["train_test_split.txt"] = "".join(f"{n + 1} {n % 2}\n" for n in range(4))
+    voc: dict[str, str | bytes] = {f"JPEGImages/2007_{n:06d}.jpg": picture(n) for n in range(4)}
+    voc |= {f"Annotations/2007_{n:06d}.xml": "<annotation/>" for n in range(4)}
+    voc |= {f"ImageSets/Main/{name}.txt": f"2007_{n:06d}\n" for n, name in enumerate(("train", "val"))}
+    for name, files in (("cub", cub), ("voc", voc)):
+        documents, _ = run(tmp_path / name, files)
+        assert len(documents) == 4 and all(line.startswith("<jpg") for line in documents), name
+
+
+@pytest.mark.parametrize(
+    ("named", "stored"),
+    [
+        pytest.param("é{}.jpg", "images/e\u0301{}.jpg", marks=OPEN),  # macOS decomposes letters in names of files
+        pytest.param("{}.JPG", "images/{}.jpg", marks=OPEN),
+        ("images\\{}.jpg", "images/{}.jpg"),
+        ("/home/alice/data/images/{}.jpg", "images/{}.jpg"),
+        ("./images/{}.jpg", "images/{}.jpg"),
+    ],
+    ids=["unicode", "case", "backslash", "other machine", "dot"],
+)
+def test_names_in_tables_as_people_write_them(tmp_path: Path, named: str, stored: str) -> None:
+    table = commas([("filename", "caption"), *((named.format(n), f"caption {n}") for n in range(3))])
+    documents, _ = run(tmp_path, {"meta.csv": table} | {stored.format(n): picture(n) for n in range(3)})
+    assert documents == expect(*(doc(picture(n), f"caption {n}") for n in range(3)))
+
+
+def test_a_row_may_name_several_pictures(tmp_path: Path) -> None:
+    records = [{"images": [f"{2 * n}.jpg", f"{2 * n + 1}.jpg"], "text": f"two pictures {n}"} for n in range(2)]
+    documents, _ = run(tmp_path, {"a.jsonl": lines(records)} | {f"{n}.jpg": picture(n) for n in range(4)})
+    assert documents == expect(*(doc(picture(2 * n), picture(2 * n + 1), f"two pictures {n}") for n in range(2)))

@@ -212,6 +212,31 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
     assert found == {"a.txt": ["Füße\nzwei"], "b.csv": ["Grüße an alle"], "c.jsonl": ["häufig"]}
 
 
+@pytest.mark.parametrize("form", ["csv", "tsv", "txt", "list", "jsonl", "json", "coco"])
+def test_media_of_a_table_in_an_unknown_encoding_are_refused_with_it(tmp_path: Path, form: str) -> None:
+    """They do not become documents without their captions; with `--encoding` all is read."""
+    captions = [f"Füße und Straßen, {n}" for n in range(3)]
+    records = [{"image": f"grün{n}.png", "text": text} for n, text in enumerate(captions)]
+    coco = {"images": [{"id": n, "file_name": f"grün{n}.png"} for n in range(3)],
+            "annotations": [{"image_id": n, "caption": text} for n, text in enumerate(captions)]}  # fmt: skip
+    table = {
+        "csv": "image;text\n" + "".join(f"grün{n}.png;{text}\n" for n, text in enumerate(captions)),
+        "tsv": "image\ttext\n" + "".join(f"grün{n}.png\t{text}\n" for n, text in enumerate(captions)),
+        "txt": "".join(f"grün{n}.png\t{text}\n" for n, text in enumerate(captions)),
+        "list": "".join(f"grün{n}.png {text}\n" for n, text in enumerate(captions)),
+        "jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        "json": json.dumps(records, ensure_ascii=False),
+        "coco": json.dumps(coco, ensure_ascii=False),
+    }[form]
+    name = f"table.{ {'list': 'txt', 'coco': 'json'}.get(form, form) }"
+    folder = write(tmp_path, {f"images/grün{n}.png": image(n) for n in range(3)} | {name: table.encode("cp1252")})
+    for wrong in ("", "ascii"):
+        found = read(folder, encoding=wrong)
+        assert samples(found) == {} and list(reasons(found).values()) == ["invalid_utf8"] * 3
+        assert all(record.layout and "--encoding" in str(record.content) for record in found)
+    assert [data for _, data in texts(folder, encoding="cp1252").values()] == captions
+
+
 @pytest.mark.parametrize(
     ("extension", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
 )
