@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 
 from pile_app.data.shards import Shards
 from pile_app.documents import AUDIO, IMAGE, TEXT
+from pile_app.fields import Fields
 
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 
@@ -37,10 +38,10 @@ def test_links_and_named_tests_exist(page: Path) -> None:
         assert f"def {name}(" in tests, name
 
 
-def test_the_rooms_of_the_architecture_are_those_of_the_package() -> None:
-    text = (REPOSITORY / "docs" / "architecture.md").read_text()
-    (tree,) = re.findall(r"## Rooms\n\n```\n.*?\npile_app/\n(.*?)```", text, re.DOTALL)
-    named = set(re.findall(r"(\w+\.py)", tree))
-    paths = [path for path in (REPOSITORY / "pile_app").rglob("*.py") if path.parent.name != "commands"]
-    files = {path.name for path in paths} - {"__init__.py"}
-    assert named == files, named ^ files
+@pytest.mark.parametrize("page", ["data-format", "prepare"])
+def test_field_maps_on_the_pages_are_valid(page: str) -> None:
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text().replace("\\|", "|")
+    shown = re.findall(r"`(\[[a-z{].*?\])`|^--fields '(.*?)'|fields: (\[.*\])[},]", text, re.MULTILINE)
+    assert len(shown) > 5
+    for spec in map("".join, shown):
+        Fields.parse(spec)
