@@ -20,6 +20,7 @@ import re
 import shutil
 import stat
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
@@ -135,15 +136,16 @@ class Tree:
         self.skipped += [(f"{name}/{member}", reason, detail) for member, reason, detail in inner.skipped + skipped]
 
     @cached_property
-    def _names(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """Names of files by base name, and of media by base name without extension."""
-        bases, stems = defaultdict(list), defaultdict(list)
+    def _names(self) -> tuple[dict[str, list[str]], ...]:
+        """Names of files by base name, of media by base name without extension, and of files by base name folded."""
+        bases, stems, folded = defaultdict(list), defaultdict(list), defaultdict(list)
         for name in self.files:
             base = name.rpartition("/")[2]
             bases[base].append(name)
+            folded[_fold(base)].append(name)
             if extension(base) in MEDIA:
                 stems[base.rpartition(".")[0]].append(name)
-        return bases, stems
+        return bases, stems, folded
 
     def resolve(self, table: str, value: str) -> File | None:
         """Find the file that a value in a table means.
@@ -158,14 +160,19 @@ class Tree:
         for name in (os.path.normpath(os.path.join(folder, value)), os.path.normpath(value)):
             if name in self.files:
                 return self.files[name]
-        base, (bases, stems) = value.rpartition("/")[2], self._names
-        found = bases.get(base) or stems.get(base) or []
+        base, (bases, stems, folded) = value.rpartition("/")[2], self._names
+        found = bases.get(base) or stems.get(base) or folded.get(_fold(base)) or []
         found = [name for name in found if is_below(name, folder)] or found
         if len(found) > 1:
             fits = {name: _common_tail(os.path.join(folder, value), name) for name in found}
             found = [name for name in found if fits[name] == max(fits.values())]
         found = [name for name in found if "train" in name.lower()] or found  # labels are of the training set
         return self.files[found[0]] if len(found) == 1 else None
+
+
+def _fold(name: str) -> str:
+    """A name as a file system compares it that ignores case (Windows) or decomposes letters (macOS)."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _common_tail(first: str, second: str) -> int:
