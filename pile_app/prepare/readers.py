@@ -315,6 +315,8 @@ class _Listing:
     def _single(self, name: str, file: File, format: str) -> Iterator[Unit]:
         if format == "text" and self.is_covered(name, self.scopes):
             self.skip(name, "not_in_table", "no row of a table names it")
+        elif format == "text" and self.has_media and self.options.kind == "auto" and _lists_numbers(file.real):
+            self.skip(name, "no_text", "it lists numbers or names; --kind text reads it as a text")
         elif format == "text" and self.options.label_from_folder and not _label_folder(os.path.dirname(name)):
             self.skip(name, "no_label", "it lies in no folder whose name could be its label")
         elif format == "text":
@@ -379,6 +381,13 @@ def _label_folder(folder: str) -> str | None:
     base = os.path.basename(folder)
     is_label = base and not re.fullmatch(r"(?i)(data|images?|audio|wavs?|clips)", base) and named_split(base) is None
     return base if is_label else None
+
+
+def _lists_numbers(path: str) -> bool:
+    """Whether the first lines of a file are all a name with a number in it and further numbers, as lists of pictures are."""
+    with open_plain(path) as file:
+        lines = file.read(4096).decode(errors="replace").split("\n")
+    return all(re.fullmatch(r"[\w./-]*\d[\w./-]*(\s+[-+.\d]+)*\s*", line) for line in lines[:-1] or lines)
 
 
 def _file_names(table: Table, row: Mapping[str, Any]) -> list[str]:

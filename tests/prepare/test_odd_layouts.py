@@ -16,8 +16,6 @@ from test_public_bugs import expect, run
 
 from pile_app.prepare.pipeline import prepare
 
-OPEN = pytest.mark.xfail(reason="not fixed yet")
-
 
 def test_a_label_is_no_caption(tmp_path: Path) -> None:
     """ESC-10's folders have names that read like texts."""
@@ -285,7 +283,6 @@ def test_links_in_archives_are_refused(tmp_path: Path, kind: str) -> None:
     assert set(balance.unread) == {"link.txt"} | ({"hard.txt"} if kind == "tar.gz" else set())
 
 
-@OPEN
 def test_lists_of_pictures_are_no_documents(tmp_path: Path) -> None:
     """CUB-200 and Pascal VOC: text files in other folders than the pictures list their numbers."""
     cub: dict[str, str | bytes] = {f"images/00{n % 2}.Bird/x_{n}.jpg": picture(n) for n in range(4)}
