@@ -161,9 +161,8 @@ def test_a_table_names_its_files_however_they_are_written(tmp_path: Path) -> Non
 )
 @pytest.mark.parametrize("name", ["list.csv", "captions.txt"])
 def test_the_form_of_a_table_is_found_by_its_content(tmp_path: Path, name: str, table: str, expected: list[str]) -> None:
+    name = "list.txt" if "a.png first" in table else name  # separated by spaces, which no CSV is
     named = {"pictures/a.png": image(1), "pictures/b.png": image(2), name: table}
-    if name == "list.csv" and "a.png first" in table:
-        pytest.skip("a list of names and texts is no CSV")
     found = texts(write(tmp_path, named))
     assert list(found.values()) == [[image(1), expected[0]], [image(2), expected[1]]]
 
