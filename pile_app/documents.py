@@ -24,7 +24,7 @@ TEXT, IMAGE, AUDIO = range(3)
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "m4a", "aac", "webm", "weba", "wma")
-UNREADABLE_EXTENSIONS = (  # media that nothing here decodes: text that belongs to one is no document of its own
+UNREADABLE_EXTENSIONS = (  # media that nothing here decodes: a text with such a file is no document of its own
     "mp4", "m4v", "avi", "mov", "mkv", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "svg", "heic", "heif", "jxl", "jp2", "psd",
     "eps", "ico", "raw", "cr2", "nef", "dng", "exr", "hdr", "mid", "midi", "amr", "ape", "pdf",
 )  # fmt: skip
@@ -153,7 +153,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Document:
-    """Segments in order. `ordered` is False where training draws their order anew for each epoch. `meta` is kept, not learned:
+    """Segments in order. `ordered` is False if training shuffles them in each epoch. `meta` is kept, not learned:
     `label`, `group` (a speaker, say, that must not be in two splits) and `split` have a meaning, any other key has none."""
 
     segments: tuple[Segment, ...]

@@ -70,7 +70,7 @@ class Field:
     learn: bool = False
 
     def spec(self) -> Any:
-        """The entry as it is written in YAML."""
+        """The entry in YAML."""
         options = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != (name == "loss")}
         names = "|".join(self.names)
         if self.role in RECORD_ROLES:
@@ -117,7 +117,7 @@ class Fields:
     """A field map. `str()` gives its YAML in one line, which `parse` reads back."""
 
     entries: tuple[Field, ...]
-    shuffle: bool = False  # training draws the order of the segments anew for each epoch
+    shuffle: bool = False  # training shuffles the segments in each epoch
 
     @classmethod
     def parse(cls, spec: Any) -> Fields:

@@ -32,7 +32,7 @@ TEXT_NAMES = (  # of the text that a data set is about, the best first
     "caption", "captions", "normalized_text", "text_normalized", "text", "transcript", "transcription", "sentence", "sentences",
     "content", "description", "alt_text", "review", "body", "article", "abstract", "document", "chosen",
 )  # fmt: skip
-PAIRS = {  # texts of which the first is followed by one of the others
+PAIRS = {  # a text -> the text that follows it
     "question": ("answer", "answers", "multiple_choice_answer"), "article": ("highlights",), "document": ("summary",),
     "dialogue": ("summary",), "prompt": ("chosen",), "premise": ("hypothesis",),
     "title": ("text", "content", "description", "body"),

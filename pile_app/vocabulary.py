@@ -49,7 +49,7 @@ class Vocabulary:
     BEGIN = 0  # opens a document
     END = 1  # closes a document
     OPENERS = (2, 3, 4)  # of a text, an image, a sound: `OPENERS[modality]`
-    NULL = 5  # stands where a condition was dropped (classifier-free guidance)
+    NULL = 5  # replaces a dropped condition (classifier-free guidance)
     SPECIALS = 6
 
     @cached_property
