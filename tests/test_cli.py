@@ -103,7 +103,7 @@ def test_prepare_then_index_then_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert description["options"]["clean"] is False and description["options"]["seed"] == 1
     counts = {split: one["documents"] for split, one in description["sources"]["notes"].items()}
     assert sum(counts.values()) == 20 and 0 < counts["validation"] < 10
-    assert "notes-train-*.tar" in capsys.readouterr().out
+    assert "notes-train-[0-9]*.tar" in capsys.readouterr().out
 
     shard = tmp_path / "out" / "notes-train-000000.tar"
     stored = (tmp_path / "out" / "notes-train.manifest.safetensors").read_bytes()

@@ -79,7 +79,7 @@ def test_every_command_of_the_guide_runs(folder: Path) -> None:
         for command in block.replace("\\\n", " ").strip().splitlines():
             printed[command] = run(shlex.split(command), folder)
     said = "\n".join(printed.values())
-    assert "shards/mine/my-texts-train-*.tar" in said and "[negative, positive]" in said  # what the next command takes
+    assert "shards/mine/my-texts-train-[0-9]*.tar" in said and "[negative, positive]" in said  # as the next commands
     assert '"label"' in said and (folder / "runs/big/checkpoints/last.ckpt").exists()
     (python,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     subprocess.run([sys.executable, "-c", python], cwd=folder, check=True)
