@@ -46,7 +46,7 @@ from pile_app.records import (
 Sample = Mapping[str, Any]
 SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
-META_ROLES = ("label", "group", "split", "key")
+META_ROLES = ("label", "group", "split")
 OPTIONS = ("loss", "optional", "choose", "learn")
 UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first two of an unknown label
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
@@ -205,7 +205,7 @@ class Fields:
         self._check_media(key, view, segments)
         used, unused = view.balance(self)
         parts, files = zip(*segments, strict=True)
-        document = Document(parts, str(meta.pop("key", key)), ordered or (len(parts) < 2 and not self.is_own), meta)
+        document = Document(parts, key, ordered or (len(parts) < 2 and not self.is_own), meta)
         return Reading(document, files, used, unused, dropped)
 
     @staticmethod
