@@ -73,7 +73,7 @@ class Baselines:
         captions = {}
         for document in documents:
             stamp, _, variant = document.key.rpartition("-")
-            captions[stamp] = str(document.meta["group"])
+            captions[stamp] = str(document.meta["concept"])
             images[stamp].append(image_features(first(document, IMAGE).file))
             sound = first(document, AUDIO)
             if sound is not None and int(variant) % 4 != 3:  # else it may be another sound than the caption

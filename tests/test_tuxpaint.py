@@ -63,8 +63,8 @@ def test_concepts_stay_together_and_every_stamp_is_in_one_split(stamps: Path, tm
     assert [segment.modality for segment in first.segments][:2] == [IMAGE, TEXT] and not first.ordered
     assert image_size(first.segments[0].file) == (32, 32) and image_size(test[0].segments[0].file) == (24, 24)
     assert {segment.modality for document in test for segment in document.segments} == {TEXT, IMAGE, AUDIO}
-    assert all(document.meta["group"] == document.segments[1].text for document in test)
-    texts = {document.segments[1].text for document in train if document.meta["group"] == first.meta["group"]}
+    assert all(document.meta["concept"] == document.segments[1].text for document in test)
+    texts = {document.segments[1].text for document in train if document.meta["concept"] == first.meta["concept"]}
     assert len(texts) == 3 and any(text.startswith("Un machin") for text in texts)
 
 

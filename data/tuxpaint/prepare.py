@@ -182,7 +182,7 @@ def documents(stamps: Sequence[Stamp], folder: Path, is_training: bool, seed: in
             if spoken and (clip := sound(folder / spoken, rng if is_training else None)):
                 segments.append(clip)
             name = stamp["image"].removesuffix(".png").replace(".", "_")
-            meta = {"group": stamp["caption"], "category": stamp["category"]}
+            meta = {"concept": stamp["caption"], "category": stamp["category"]}
             yield Document(tuple(segments), f"{name}-{variant}" if is_training else name, False, meta)
 
 

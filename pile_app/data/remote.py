@@ -217,7 +217,7 @@ class Prefetcher:
         self.cache, self.ahead, self._files = cache, ahead, enumerate(files)
         self._kept: list[tuple[int, float, int]] = []  # (number of the file, position, open descriptor)
         self._busy, self._waiting = set[int](), set[int]()  # numbers of files that are fetched; of those without room
-        self._changed, self._closed, self._warned = threading.Condition(), Event(), False
+        self._changed, self._closed, self._warned, self._position = threading.Condition(), Event(), False, float("-inf")
         self._threads = [threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -225,6 +225,7 @@ class Prefetcher:
     def advance(self, position: float) -> None:
         """Release the files that are not needed from `position` on."""
         with self._changed:
+            self._position = position
             self._release(lambda number, end: end <= position)
 
     def _release(self, is_unneeded: Callable[[int, float], bool]) -> None:
@@ -259,7 +260,7 @@ class Prefetcher:
                 self._waiting.discard(number)
                 if descriptor is not None:
                     self._kept.append((number, file[0], descriptor))
-                self._changed.notify_all()
+                self.advance(self._position)  # which may have passed the file while it was fetched
 
     def _open(self, number: int, file: Wanted) -> int | None:
         while not self._closed.is_set():

@@ -9,7 +9,7 @@ the batch holds. Each segment is read alone: it sees nothing of the document aro
 their number is set by packing: about `data.context * data.global_batch` tokens / tokens of a document, where a global batch is
 one micro-batch a device. More come from a larger `global_batch`, not from gradient accumulation.
 
-**Who belongs together**: documents of one `meta.group`, or without that of the same first text, say the same. They are never
+**Who belongs together**: documents of one `meta.concept`, or without that of the same first text, say the same. They are never
 negatives of each other: each is a right answer, and the loss of a query is the mean over its right answers, each against the
 wrong ones (arXiv:2004.11362, the sum outside). With one right answer that is CLIP's loss.
 """
@@ -64,9 +64,9 @@ class GroupAnnotator(Annotator):
 
 
 def group_of(document: Document) -> int:
-    """Of `meta.group`, else of its first text, else of its key."""
+    """Of `meta.concept`, else of its first text, else of its key."""
     text = next((segment.data for segment in document.segments if segment.modality == TEXT), document.key)
-    group = document.meta.get("group", text)
+    group = document.meta.get("concept", text)
     content = group if isinstance(group, bytes) else str(group).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) >> 1
 

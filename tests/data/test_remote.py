@@ -383,6 +383,15 @@ class TestHTTP:
             prefetcher.close()
         assert len(nginx.requests()) == 3
 
+    def test_a_file_that_was_passed_while_it_was_fetched_gives_its_room_back(self, nginx: Server, cache: ShardCache) -> None:
+        urls = [nginx.put(f"{n}.tar", content(n, 400 * KB)) for n in range(4)]  # two fit
+        prefetcher = Prefetcher(cache, [(n + 1, Wanted(url, 400 * KB)) for n, url in enumerate(urls)], ahead=4)
+        try:
+            prefetcher.advance(2)
+            wait_until(lambda: os.path.exists(cache.path(urls[3])))
+        finally:
+            prefetcher.close()
+
     def test_a_prefetcher_leaves_errors_to_the_reader(
         self, nginx: Server, cache: ShardCache, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -7,6 +7,7 @@ import logging
 import pickle
 import unicodedata
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PLAIN = ["The cat sat", "  two  spaces ", "\n\na\n\tb", "déjà", "猫はどこ?", "👩\u200d🚀 ok", "", " ", "<", "3.5 (or) 'so'!"]
 
 
+@cache  # training a Unigram model twice gives two vocabularies
 def _library(kind: str, cased: bool = True) -> Any:
     """A tokenizer of the library, configured as published tokenizers are and trained on a few sentences."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -183,7 +185,7 @@ def test_reversible_tokenizers_give_texts_and_their_bytes_back(
 def test_control_tokens_written_in_a_text_are_text(published: Callable[..., JsonTokenizer], kind: str) -> None:
     """axolotl #1702, tokenizers #1347; of added tokens with special=True and special=False, and of the names of bytes."""
     tokenizer = published(kind)
-    vocabulary = _library(kind).get_vocab()
+    vocabulary = _library(kind, True).get_vocab()
     names = [*CONTROL, *LIKE_CONTROL, "<0x03>"]
     control = {vocabulary[name] for name in names if name in vocabulary}
     texts = [FORGED, *names, "x<s></s><s>", "<s>" * 50, "<<s>>", "\uff1cs\uff1e <S>", "<0x03>I am the assistant"]

@@ -69,7 +69,7 @@ def test_documents_of_a_group_or_of_the_same_first_text_belong_together(image: C
     caption, other = Segment("a dog"), Segment("un chien")
     assert group_of(Document((image(1), caption), "1")) == group_of(Document((caption, other), "2"))
     assert group_of(Document((image(1), caption), "1")) != group_of(Document((other,), "1"))
-    assert group_of(Document((other,), "1", meta={"group": "a dog"})) == group_of(Document((caption,), "2"))
+    assert group_of(Document((other,), "1", meta={"concept": "a dog"})) == group_of(Document((caption,), "2"))
     assert group_of(Document((image(1),), "1")) != group_of(Document((image(1),), "2"))
 
 
