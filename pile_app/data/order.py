@@ -227,9 +227,10 @@ class SourceOrder:
         self._group = lru_cache(self.streams)(self._make_group)
         self._packed = lru_cache(entries)(self._make_packs)
         self._visits = lru_cache(2 * entries)(self._make_visits)
+        self._find = lru_cache(4096)(self._find_pack)  # a pack is located for its sizes, then for its pieces
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_group", "_packed", "_visits")}
+        return {name: value for name, value in vars(self).items() if name not in ("_group", "_packed", "_visits", "_find")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -288,6 +289,11 @@ class SourceOrder:
 
     def _locate(self, k: int, stream: int) -> tuple[int, Packed, int]:
         """Return (epoch, packs of a window, index of the pack) for the k-th pack of a stream."""
+        epoch, group, window, n = self._find(k, stream)
+        return epoch, self._packed(epoch, group, window), n
+
+    def _find_pack(self, k: int, stream: int) -> tuple[int, int, int, int]:
+        """Return (epoch, group, window, index in the window) of the k-th pack of a stream."""
         epoch, within = self.find(k, stream)
         low, high = self.part(epoch, stream)
         found: list[Any] = [None]  # the group, then the window
@@ -301,7 +307,7 @@ class SourceOrder:
         first = min(stop, high) - max(start, low)  # packs before the line's end; the others are at its beginning
         n = within - max(0, first) + max(0, low - start - self.packs_per_epoch)
         n = within + max(0, low - start) if within < first else n
-        return epoch, self._packed(epoch, group, window), n
+        return epoch, group, window, n
 
     def _make_visits(self, epoch: int, group: int | None, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Order the groups, or the windows of a group, for the stream of [low, high), with their cumulated packs in it."""
@@ -418,6 +424,7 @@ class TrainingOrder:
         shares = share_counts(index, weights, stream, self.streams)
         return [a + b for a, b in zip(self._base[number][stream], shares, strict=True)]
 
+    @lru_cache(4096)  # noqa: B019 (lives as long as the run)
     def locate(self, position: int) -> tuple[int, int, int] | None:
         """Return (source, stream, index among the packs of the source in the stream), or None for an empty position."""
         step, within = divmod(position, self.global_batch)

@@ -180,11 +180,11 @@ class SourceData(Shards):
         """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
         shard, sample = self.place(number)
         n, tokens = self.index(shard).numbers, self._lengths(shard)[0]
-        sizes = [(int(tokens[row]), bool(n.loss[row])) for row in self._choose(shard, sample, draw)]
+        sizes = [(int(tokens[row]), bool(n.loss[row])) for row in self._choose(shard, sample, lambda: draw)]
         return sizes, not n.flags[sample] & UNORDERED
 
-    def _choose(self, shard: int, sample: int, draw: int) -> Sequence[int]:
-        """The rows of a document: row `draw` of each group of alternatives, the first if the document may be cut."""
+    def _choose(self, shard: int, sample: int, draw: Draw) -> Sequence[int]:
+        """The rows of a document: row `draw()` of each group of alternatives, the first if the document may be cut."""
         index, tokens = self.index(shard), self._lengths(shard)[0]
         rows = index.rows(sample)
         if not any(index.numbers.choice[rows.start : rows.stop]):
@@ -194,7 +194,8 @@ class SourceData(Shards):
             groups += [] if index.numbers.choice[row] else [[]]
             groups[-1].append(row)
         longest = sum(int(tokens[group].max()) for group in groups) + 2
-        return [group[draw % len(group) if longest <= self.context else 0] for group in groups]
+        number = draw() if draw and longest <= self.context else 0
+        return [group[number % len(group)] for group in groups]
 
     # -- Documents
 
@@ -206,7 +207,7 @@ class SourceData(Shards):
             document = self.document(number)
             if draw is not None and any(segment.choices for segment in document.segments):
                 found = index.contents(sample, self.block(shard, sample))
-                chosen = [found[row] for row in self._choose(shard, sample, draw())]
+                chosen = [found[row] for row in self._choose(shard, sample, draw)]
                 parts = (replace(one, data=data, choices=()) for one, data in zip(document.segments, chosen, strict=True))
                 document = replace(document, segments=tuple(parts))
             return index.key(sample), document
@@ -221,14 +222,22 @@ class SourceData(Shards):
         shard, sample = self.place(number)
         index = self.index(shard)
         try:
-            segments = self._segments(shard, sample, draw() if draw and not span else 0, span)
+            segments = self._segments(shard, sample, None if span else draw, span)
             return index.key(sample), Document(tuple(segments), "", not index.numbers.flags[sample] & UNORDERED)
         except BadSample as error:
             return index.key(sample), error
 
-    def _segments(self, shard: int, sample: int, draw: int, span: Span) -> list[Segment]:
-        index, kept, lengths = self.index(shard), self._kept_ids(shard), self._lengths(shard)[0]
-        n, is_bytes, rows = index.numbers, self.tokenizer.fingerprint == "bytes", self._choose(shard, sample, draw)
+    def _segments(self, shard: int, sample: int, draw: Draw, span: Span) -> list[Segment]:
+        index, kept = self.index(shard), self._kept_ids(shard)
+        n, is_bytes, only = index.numbers, self.tokenizer.fingerprint == "bytes", index.rows(sample)
+        row = only.start
+        if not span and len(only) == 1 and n.file[row] == TXT and (kept or (is_bytes and n.file_offset[row])):
+            # A whole text, as most documents are: the code below does the same in three times the time.
+            if kept:
+                return [Segment("", "txt", n.loss[row], kept.ids(row))]
+            ids = np.frombuffer(self.block(shard, sample), np.uint8, n.file_size[row], n.file_offset[row])
+            return [Segment("", "txt", n.loss[row], ids)]
+        rows, lengths = self._choose(shard, sample, draw), self._lengths(shard)[0]
         in_tar = [row for row in rows if kept is None or n.file[row] != TXT]
         if span and not all(n.file_offset[row] and (is_bytes or n.file[row] != TXT) for row in in_tar):
             return self._long(shard, sample)
@@ -287,7 +296,7 @@ class SourceData(Shards):
         """The segments of a long document that cannot be read by byte ranges; documents that were read last are kept."""
         size, segments = self._last_long.pop((shard, sample), (0, []))
         if not segments:
-            segments = self._segments(shard, sample, 0, None)
+            segments = self._segments(shard, sample, None, None)
             size = sum(len(one.data) if one.ids is None else len(one.ids) for one in segments)
         self._last_long[shard, sample] = size, segments
         while len(self._last_long) > 1 and sum(size for size, _ in self._last_long.values()) > LONG_TOKENS:
