@@ -86,7 +86,7 @@ def decode_image(
 
 
 def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
-    """Decode a JPEG that has the wanted size in place: Pillow's pixels, in 1/6 (32 pixels) to 3/4 (512) of its time.
+    """Decode a JPEG of the wanted size into `out`: the same pixels as Pillow, in 1/6 (32 pixels) to 3/4 (512) of its time.
 
     Returns False, for Pillow to do it, where Exif data may rotate the image, for CMYK, for grey from color, and for damage.
     """

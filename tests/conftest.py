@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,3 +171,13 @@ def prose_documents(count: int, split: str) -> Iterator[Document]:
     """Texts of 20 to 300 bytes, the longer ones of which are cut in a context of 128."""
     for n in range(count):
         yield Document((Segment(f"{split} text {n}: " + "lorem ipsum " * (1 + n % 24)),), f"{split}-{n}")
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> str:
+    """Write a tar as another program would; returns its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)

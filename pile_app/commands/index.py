@@ -59,7 +59,7 @@ def shard_cache(folder: str | None = None) -> ShardCache:
 
 
 def open_shards(patterns: str | Sequence[str]) -> Shards:
-    """Open shards; remote ones are fetched into the default cache."""
+    """Open shards; remote shards are fetched into the default cache."""
     from pile_app.data.shards import Shards
 
     return Shards(patterns, shard_cache())

@@ -72,8 +72,8 @@ def assemble(
     for _ in decode(rows.decode, media[::2] + media[1::2]) if media else ():  # into the arrays; half of each kind a thread
         pass
 
-    tables = rows.tables()
     if rows.rejected:  # remove their media
+        tables = rows.tables()
         for name, some in (("images", rows.images), ("audio", rows.sounds)):
             lengths = [medium.codes if name == "audio" else 1 for medium in some]
             is_kept = np.array([medium.piece not in rows.rejected for medium in some], bool)

@@ -124,7 +124,8 @@ class ShardIndex:
         """Row -> text or file of each segment of a sample: byte ranges of its `block`, or read through the field map."""
         n, rows = self.numbers, self.rows(sample)
         if all(n.file_offset[row] for row in rows):
-            files = {row: block[n.file_offset[row] :][: n.file_size[row]] for row in rows}
+            ends = {row: n.file_offset[row] + n.file_size[row] for row in rows}
+            files = {row: block[n.file_offset[row] : end] for row, end in ends.items()}
             return {row: file.decode() if EXTENSIONS[n.file[row]] == "txt" else file for row, file in files.items()}
         found: list[str | bytes] = []
         for segment in self.document(sample, block).segments:

@@ -282,10 +282,10 @@ class SourceOrder:
         while True:
             first = k - within
             groups, ends = self._visits(epoch, None, *self.part(epoch, stream))
-            for group, start, end in zip(groups.tolist(), [0, *ends.tolist()], ends.tolist(), strict=False):
+            for group, start, end in zip(groups, [0, *ends], ends, strict=False):
                 if end > max(start, within):
                     yield first + start, self.shards_of_group(group)
-            k, epoch, within = first + (int(ends[-1]) if len(ends) else 0), epoch + 1, 0
+            k, epoch, within = first + (ends[-1] if ends else 0), epoch + 1, 0
 
     def _locate(self, k: int, stream: int) -> tuple[int, Packed, int]:
         """Return (epoch, packs of a window, index of the pack) for the k-th pack of a stream."""
@@ -299,23 +299,23 @@ class SourceOrder:
         found: list[Any] = [None]  # the group, then the window
         for _ in range(2):
             order, ends = self._visits(epoch, found[-1], low, high)
-            at = int(np.searchsorted(ends, within, side="right"))
-            found.append(int(order[at]))
-            within -= int(ends[at - 1]) if at else 0
+            at = bisect_right(ends, within)
+            found.append(order[at])
+            within -= ends[at - 1] if at else 0
         _, group, window = found
-        start, stop = self._starts[window : window + 2].tolist()
+        start, stop = int(self._starts[window]), int(self._starts[window + 1])
         first = min(stop, high) - max(start, low)  # packs before the line's end; the others are at its beginning
         n = within - max(0, first) + max(0, low - start - self.packs_per_epoch)
         n = within + max(0, low - start) if within < first else n
         return epoch, group, window, n
 
-    def _make_visits(self, epoch: int, group: int | None, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_visits(self, epoch: int, group: int | None, low: int, high: int) -> tuple[list[int], list[int]]:
         """Order the groups, or the windows of a group, for the stream of [low, high), with their cumulated packs in it."""
         starts, some = (self._group_starts, range(self.groups)) if group is None else (self._starts, self._windows(group))
         key = (epoch, "groups") if group is None else (epoch, group, "windows")
         order = some.start + permutation(len(some), *self._key, *key, low)
         turns = (np.minimum(starts[order + 1] + n, high) - np.maximum(starts[order] + n, low) for n in (0, starts[-1]))
-        return order, np.cumsum(sum(np.maximum(sizes, 0) for sizes in turns))
+        return order.tolist(), np.cumsum(sum(np.maximum(sizes, 0) for sizes in turns)).tolist()
 
     def _make_group(self, group: int) -> Pieces:
         pieces = Pieces.concatenate([self.source.load(shard) for shard in self.shards_of_group(group)])
@@ -417,6 +417,7 @@ class TrainingOrder:
         """Return the index in each stream after the last phase so far, which is exact."""
         return self._firsts[-1] + -(-max(map(sum, self._weights[-1])) // self.run) * self.run
 
+    @lru_cache(4096)  # noqa: B019 (lives as long as the run); `locate` asks for neighbors
     def _counts(self, number: int, stream: int, index: int) -> list[int]:
         """Count the packs of each source in a stream before an index in phase `number`."""
         weights, index = self._weights[number][stream], index - self._firsts[number]

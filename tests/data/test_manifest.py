@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,15 +41,6 @@ IMAGE = Segment.from_image(np.zeros((4, 4, 3), np.uint8))
 
 def texts(count: int, first: int = 0) -> list[Document]:
     return [Document((Segment(f"text number {n} " * (n % 7 + 1)),), f"t-{n:04d}") for n in range(first, first + count)]
-
-
-def write_tar(path: Path, files: list[tuple[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
 
 
 def source(pattern: str, tokenizer: Tokenizer | None = None, context: int = 64, **options: Any) -> SourceData:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import io
 import os
 import pickle
 import tarfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,16 +51,6 @@ def flip(place: int) -> Callable[[bytearray], bytearray]:
         return data
 
     return change
-
-
-def tar_of(path: Path, files: list[tuple[str, bytes]]) -> str:
-    """A tar as another program writes it."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
 
 
 def test_documents_come_back_from_shards_unchanged(tmp_path: Path) -> None:
@@ -159,14 +149,14 @@ def test_shards_of_other_programs_are_read_and_their_bad_samples_listed(tmp_path
     files = [("./a/1.png", png), ("./a/1.txt", b"caption"), ("./a/2.png", b"no image"), ("./a/2.txt", b"x")]
     files += [("./a/3.png", png), ("./a/3.txt", b"\xff"), ("./a/4.txt", b"a caption without its picture")]
     files += [(f"./a/{n}.{kind}", data) for n in range(5, 9) for kind, data in (("png", png), ("txt", b"caption"))]
-    reader = Shards(tar_of(tmp_path / "foreign.tar", files))
+    reader = Shards(write_tar(tmp_path / "foreign.tar", files))
     assert keys(reader) == ["./a/1", *(f"./a/{n}" for n in range(5, 9))]
     assert told(reader) == {
         "undecodable_image": (1, ["./a/2"]), "invalid_utf8": (1, ["./a/3"]), "missing_field": (1, ["./a/4"])
     }  # fmt: skip
     assert [segment.data for segment in reader.document(0).segments] == [png, "caption"]
     assert not reader.document(0).ordered
-    spoken = Shards(tar_of(tmp_path / "b.tar", [("1.flac", flac), ("1.json", b'{"text": "spoken"}')]))
+    spoken = Shards(write_tar(tmp_path / "b.tar", [("1.flac", flac), ("1.json", b'{"text": "spoken"}')]))
     assert [segment.data for segment in spoken.document(0).segments] == [flac, "spoken"]
 
 
@@ -179,7 +169,7 @@ def test_what_is_not_used_is_counted_by_name(tmp_path: Path) -> None:
         ("._0.txt", b"macOS"),
         ("__MACOSX/0.txt", b"macOS"),
     ]
-    reader = Shards(tar_of(tmp_path / "x.tar", files), fields="[txt]")
+    reader = Shards(write_tar(tmp_path / "x.tar", files), fields="[txt]")
     assert reader.balance()["unused"] == {"json.url": 3, "json.text": 3, "npy": 1, "._* (macOS)": 2}
     assert told(reader) == {"missing_field": (1, ["README"])}
 
@@ -188,16 +178,18 @@ def test_captions_survive_archives_made_on_macos(tmp_path: Path) -> None:
     png = Segment.from_image(GREY).file
     both = [("png", png), ("txt", b"caption")]
     files = [(f"{mark}{n}.{kind}", data) for n in range(3) for kind, data in both for mark in ("._", "")]
-    reader = Shards(tar_of(tmp_path / "x.tar", files))
+    reader = Shards(write_tar(tmp_path / "x.tar", files))
     assert [[segment.data for segment in document.segments] for document in reader] == [[png, "caption"]] * 3
 
 
 def test_samples_whose_files_are_not_adjacent_are_counted_and_not_torn(tmp_path: Path) -> None:
     png = Segment.from_image(GREY).file
-    path = tar_of(tmp_path / "x.tar", [("1.png", png), ("2.png", png), ("1.txt", b"one"), ("2.txt", b"two")])
+    path = write_tar(tmp_path / "x.tar", [("1.png", png), ("2.png", png), ("1.txt", b"one"), ("2.txt", b"two")])
     with pytest.raises(ShardError, match=r"x\.tar.*scattered_key.*`pile prepare` joins them"):
         Shards(path)
-    path = tar_of(tmp_path / "y.tar", [("1.png", png), ("2.png", png), ("1.txt", b"one"), ("3.png", png), ("3.txt", b"three")])
+    path = write_tar(
+        tmp_path / "y.tar", [("1.png", png), ("2.png", png), ("1.txt", b"one"), ("3.png", png), ("3.txt", b"three")]
+    )
     reader = Shards(path)
     assert keys(reader) == ["2", "3"] and told(reader) == {"scattered_key": (1, ["1"])}
 
@@ -205,19 +197,19 @@ def test_samples_whose_files_are_not_adjacent_are_counted_and_not_torn(tmp_path:
 def test_names_with_dots_that_join_several_samples_are_ambiguous(tmp_path: Path) -> None:
     png = Segment.from_image(GREY).file
     pairs = [(f"{name}.{kind}", data) for name in ("a.b", "a.c", "d") for kind, data in (("png", png), ("txt", b"cap"))]
-    reader = Shards(tar_of(tmp_path / "x.tar", pairs))
+    reader = Shards(write_tar(tmp_path / "x.tar", pairs))
     assert keys(reader) == ["d"] and told(reader) == {"ambiguous_names": (1, ["a"])}
-    reader = Shards(tar_of(tmp_path / "x.tar", pairs), fields="[b.png, c.png, b.txt|c.txt]")  # the field map names them
+    reader = Shards(write_tar(tmp_path / "x.tar", pairs), fields="[b.png, c.png, b.txt|c.txt]")  # the field map names them
     assert len(reader.document(0).segments) == 3
     views = [(f"{n}.{side}.png", png) for n in range(3) for side in ("left", "right")]
-    assert [len(document.segments) for document in Shards(tar_of(tmp_path / "views.tar", views))] == [2, 2, 2]
+    assert [len(document.segments) for document in Shards(write_tar(tmp_path / "views.tar", views))] == [2, 2, 2]
 
 
 def test_a_tar_without_samples_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tar_of(tmp_path / "a-0.tar", [])
+    write_tar(tmp_path / "a-0.tar", [])
     with pytest.raises(ShardError, match=r"a-0\.tar.*holds no usable sample, the archive is empty"):
         Shards(str(tmp_path / "a-0.tar"))
-    tar_of(tmp_path / "a-1.tar", [("1.txt", b"text")])
+    write_tar(tmp_path / "a-1.tar", [("1.txt", b"text")])
     assert len(Shards(str(tmp_path / "a-*.tar"))) == 1
     assert "a-0.tar" in caplog.text and "holds no sample" in caplog.text
 
@@ -489,5 +481,5 @@ def test_long_names_and_sizes_in_base_256_are_read(tmp_path: Path) -> None:
 def test_a_sample_larger_than_allowed_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "MAX_SAMPLE_BYTES", 4096)
     files = [("a.txt", b"a"), ("b.txt", b"b" * 3000), ("b.png", b"b" * 3000), ("c.txt", b"c")]
-    reader = Shards(tar_of(tmp_path / "x.tar", files), fields="[txt]")
+    reader = Shards(write_tar(tmp_path / "x.tar", files), fields="[txt]")
     assert keys(reader) == ["a", "c"] and told(reader) == {"sample_too_large": (1, ["b"])}
