@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ def sound() -> Callable[..., Segment]:
 
 
 REPOSITORY = Path(__file__).parents[1]
+# Background jobs of a shell ignore SIGINT, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Parts of the configurations of tiny runs, here and in `training/attempts.py`.
 TINY_CODECS = """
