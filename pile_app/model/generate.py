@@ -167,10 +167,11 @@ class Decoder:
         position = torch.arange(self.length, self.length + size[1], device=self.never.device).expand(size)
         document = torch.zeros_like(position)
         self.length += size[1]
-        return [
-            self.model.hidden(tokens, indices, document, position, cache)
-            for (tokens, indices), cache in zip(self.unread, self.caches, strict=True)
-        ]
+        with self.model.autocast():
+            return [
+                self.model.hidden(tokens, indices, document, position, cache)
+                for (tokens, indices), cache in zip(self.unread, self.caches, strict=True)
+            ]
 
     def append(self, tokens: Tensor, image_indices: Tensor) -> None:
         """Continue every context by (B, n) tokens."""
@@ -185,9 +186,12 @@ class Decoder:
 
     def logits(self, to: int) -> Tensor:
         """(B, slice of modality `to`) logits of the next token."""
-        each = [self.model.logits(hidden[:, -1], to) for hidden in self.read()]
-        logits = guide(*each, self.guidance) if len(each) > 1 else each[0]
+        logits = self.guided([self.model.logits(hidden[:, -1], to) for hidden in self.read()])[0]
         return logits.index_fill_(-1, self.never, -torch.inf) if to == TEXT else logits
+
+    def guided(self, logits: list[Tensor]) -> list[Tensor]:
+        """The logits of each context; one mixture of them, with guidance."""
+        return logits if self.guidance == 1 else [guide(*logits, self.guidance)]
 
     def draw_among(self, tokens: Sequence[int], sampling: Sampling) -> Tensor:
         """(B,) text tokens, each one of `tokens`, which the rows are continued by."""
