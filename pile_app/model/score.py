@@ -243,7 +243,7 @@ def score_paths(
     prior: float = 0.0,
     beam: int | None = None,
 ) -> list[dict[int, Score]]:
-    """Score the paths of each laid out prompt, within `model.inference`: index of the path -> score; none if the beam dropped it.
+    """Score the paths of each laid out prompt, within `model.inference`: index of the path -> score, if not dropped.
 
     A row of the cache holds what some paths of a prompt begin with. All rows advance together, up to the next branch of any.
     """

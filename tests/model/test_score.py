@@ -13,12 +13,12 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
 from pile_app.documents import AUDIO, TEXT, Document, Segment
 from pile_app.model import score
-from pile_app.model.segments import prompt_tokens
-from pile_app.vocabulary import Vocabulary
 from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, segment_length
 from pile_app.model.score import choose, rolling_scores, score_answers, score_choices, score_continuations
+from pile_app.model.segments import prompt_tokens
+from pile_app.vocabulary import Vocabulary
 
 Model = Callable[..., FusedLanguageModel]
 Make = Callable[..., Segment]
@@ -160,7 +160,8 @@ def test_a_prior_is_subtracted_and_a_wide_beam_changes_nothing(backbone: str, ti
     for tail in ((Segment("en: "),), ()):
         prompts = [Document((image(n), *tail)) for n in range(3)]
         expected = [
-            [log_likelihood(model, p, t, TEXT) - 0.5 * log_likelihood(model, p, t, TEXT, masked=1) for t in texts] for p in prompts
+            [log_likelihood(model, p, t, TEXT) - 0.5 * log_likelihood(model, p, t, TEXT, masked=1) for t in texts]
+            for p in prompts
         ]
         for beam in (None, len(NAMES)):
             found = score_choices(model, prompts, texts, prior=0.5, beam=beam)
@@ -176,7 +177,9 @@ def test_a_narrow_beam_follows_the_likeliest_beginnings_only(tiny_model: Model, 
         kept = found.isfinite()
         torch.testing.assert_close(found[kept], everything[kept], atol=1e-4, rtol=1e-6)
         assert (kept.sum(1) >= 1).all() and not kept.all(1).any()
-        firsts = [{name[0] for name, is_kept in zip(NAMES, row, strict=True) if is_kept and name not in "€"} for row in kept.tolist()]
+        firsts = [
+            {name[0] for name, is_kept in zip(NAMES, row, strict=True) if is_kept and name not in "€"} for row in kept.tolist()
+        ]
         assert max(map(len, firsts)) <= beam
 
 
