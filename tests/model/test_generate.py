@@ -237,9 +237,11 @@ def test_a_text_is_continued(tiny_model: MakeModel) -> None:
 
 
 def test_after_a_medium_a_text_is_opened(tiny_model: MakeModel, image: MakeSegment) -> None:
-    tokens, places, hidden = prompt_tokens(tiny_model(), Document((Segment("a"), image(0))), TEXT)
+    prompt = Document((Segment("a"), image(0)))
+    tokens, indices = prompt_tokens(tiny_model(), prompt, TEXT)
+    hidden, _ = prompt_tokens(tiny_model(), prompt, TEXT, 2)
     assert tokens[-1] == Vocabulary.OPENERS[TEXT]
-    assert places.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 0]
+    assert indices.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 0]
     null = Vocabulary.NULL
     assert hidden.tolist() == [Vocabulary.BEGIN, 2, null, 3, null, null, null, null, Vocabulary.OPENERS[TEXT]]
 
