@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pile_app.data.tokenizers import Tokenizer
 
 LOGIT_CAP = 15.0
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Lightning's precision
 
 
 class FactoredTable(nn.Module):
@@ -270,8 +271,8 @@ class FusedLanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
-        table = self.tables[2][modality] if self.tables else self.heads[modality]()
-        logits = F.linear(hidden, table.to(hidden.dtype)).float()
+        table = self.tables[2][modality] if self.tables else self.heads[modality]().to(hidden.dtype)
+        logits = F.linear(hidden.to(table.dtype), table).float()
         return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
 
     @contextmanager

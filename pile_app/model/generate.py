@@ -39,18 +39,11 @@ TEXT_ENDS = (Vocabulary.END, *Vocabulary.OPENERS)  # what may follow a text
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated segment.
-
-    Args:
-        segment: what was written.
-        codes: (K,) drawn ids within the modality's slice of the vocabulary, including the one that ended the segment.
-        log_probabilities: (K,) of each by the model at temperature 1, with guidance; on the CPU.
-        ended_by: the "model", a "stop" string, or the "limit" of the sampling.
-    """
+    """A generated segment, and how it was drawn."""
 
     segment: Segment
-    codes: Tensor
-    log_probabilities: Tensor
+    codes: Tensor  # (K,) ids within the modality's slice of the vocabulary, including the one that ended the segment
+    log_probabilities: Tensor  # (K,) of each code by the model at temperature 1, with guidance
     ended_by: Literal["model", "stop", "limit"]
 
 
@@ -59,9 +52,7 @@ def generate(
 ) -> list[Segment]:
     """Write a segment of modality `to` for each prompt. A text at the end of a prompt is continued by text.
 
-    Raises:
-        ValueError: the model does not know a modality.
-        BadSample: a medium of a prompt cannot be decoded.
+    Raises ValueError if the model does not know a modality, BadSample if a medium of a prompt cannot be decoded.
     """
     return [answer.segment for answer in answer_prompts(model, prompts, to, sampling)]
 
@@ -112,11 +103,8 @@ def generate_document(
     """Continue a document as the model sees fit, segment by segment of any modality, until `<end>` or a stop string.
 
     Yields pieces of a text while it is written, and an `Answer` for every finished segment. A text that reaches `max_text` is
-    the last segment; empty texts are left out.
-
-    Args:
-        most_segments: most segments to write.
-        continue_text: False: a text at the end of the prompt is complete, and a new segment follows.
+    the last segment; empty texts are left out. Without `continue_text` a text at the end of the prompt is complete, and a new
+    segment follows.
     """
     sampling = sampling or Sampling()
     check_modalities(model, set(), [prompt])

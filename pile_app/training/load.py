@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError
 
 from pile_app.data.datamodule import PileDataModule
+from pile_app.model.fused import AUTOCAST
 from pile_app.training.cli import make_model_parser
 from pile_app.training.module import PileModule, check_shapes
 from pile_app.training.resume import TOKENIZER, find_damage
@@ -47,6 +48,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
             f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
+    module.model.autocast_dtype = AUTOCAST.get(str((config.get("trainer") or {}).get("precision")))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
 
@@ -80,7 +82,7 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
 
 
 def _build(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
-    model = config["model"] | {"codecs_from": None, "start_from": None}  # the checkpoint holds all; these may be gone
+    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
     parser = make_model_parser()
     try:
         built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))

@@ -31,7 +31,7 @@ from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.fused import FusedLanguageModel, ModalityLoss
+from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.training.metrics import TokenMetrics, validation_values
 from pile_app.training.objective import Objective
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
@@ -157,6 +157,7 @@ class PileModule(LightningModule):
     def setup(self, stage: str) -> None:
         import torchmetrics
 
+        self.model.autocast_dtype = AUTOCAST.get(str(self.trainer.precision))
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
