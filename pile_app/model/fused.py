@@ -49,14 +49,8 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Light
 
 
 class FactoredTable(nn.Module):
-    """One vector per code: its own plus the sum of its levels' vectors; then `extra` plain ones.
-
-    Args:
-        quantizer: knows the levels of a code; None for a plain table.
-        extra: rows after the codes (or all rows).
-        width: D.
-        std: of the normal initialization; 0 for zeros.
-    """
+    """One vector per code of the quantizer: its own plus the sum of its levels' vectors; then `extra` plain vectors. Normally
+    distributed with `std` at first."""
 
     level_rows: Tensor
 
@@ -90,12 +84,12 @@ class FactoredTable(nn.Module):
 
 @dataclass
 class ModalityLoss:
-    """Of one modality in one batch: summed nats, nats of each target (K,), targets (K,), most likely codes (K,) if asked."""
+    """Of one modality in one batch."""
 
-    total: Tensor
-    each: Tensor
-    targets: Tensor
-    predictions: Tensor | None
+    total: Tensor  # summed nats
+    each: Tensor  # (K,) nats of each target
+    targets: Tensor  # (K,)
+    predictions: Tensor | None  # (K,) most likely codes
 
 
 register_dataclass(ModalityLoss)  # FSDP2 looks into it for what gradients will come back through
@@ -148,7 +142,7 @@ class FusedLanguageModel(nn.Module):
         rows, columns = self.vocabulary.image_grid
         self.image_rows = nn.Parameter(torch.empty(rows, width))
         self.image_columns = nn.Parameter(torch.empty(columns, width))
-        self.register_buffer("token_bytes", torch.empty(len(self.heads[TEXT].weight), dtype=torch.int64), persistent=False)
+        self.register_buffer("token_bytes", torch.empty(self.vocabulary.slices[TEXT].stop, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -158,17 +152,12 @@ class FusedLanguageModel(nn.Module):
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
         self.token_bytes.copy_(F.pad(token_bytes, (Vocabulary.SPECIALS, 0)))
 
-    def initialize(self) -> None:
-        """Initialize all parameters and buffers: after `to_empty`, for a model that was built on the meta device."""
-        initialize(self)
+    initialize = initialize
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone_class: type[Backbone] | None = None) -> FusedLanguageModel:
         """Load the model of a folder that `pile export` wrote, in evaluation mode on the CPU; no code of the folder runs.
-
-        Raises:
-            ValueError: the folder is none of Pile's, or its parts do not belong together.
-        """
+        Raises ValueError if it is no such folder, or its parts do not belong together."""
         arguments, weights = read_pretrained(Path(folder), backbone_class)
         try:
             model = cls(**arguments)

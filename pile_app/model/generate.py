@@ -77,7 +77,7 @@ def _result(writing: Generator[str, None, list[Answer]]) -> list[Answer]:
         try:
             next(writing)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            return end.value
 
 
 @torch.no_grad()
@@ -132,15 +132,12 @@ def generate_document(
 
 
 class Decoder:
-    """Rows of one length that are read and continued together, with a cache of fixed size.
+    """Rows of one length that are read and continued together, within `model.inference`, with a cache of fixed size.
 
     Args:
-        model: see `FusedLanguageModel`, within `inference`.
         context: the rows; and the same rows without the prompt, where guidance or a prior needs them.
         room: tokens that may follow; beyond it the cache grows.
-        guidance: weight of the prompt in the logits; with 1 the second context does not change them.
-        seed: of the draws. Each row has a generator of its own, so that its draws depend on neither its batch nor the device.
-        indices: of the rows, for their generators.
+        seed, indices: of the rows' generators. Each row has its own, so that draws depend on neither the batch nor the device.
     """
 
     def __init__(
@@ -188,7 +185,7 @@ class Decoder:
 
     def guided(self, logits: list[Tensor]) -> list[Tensor]:
         """The logits of each context; with guidance, their mixture."""
-        return logits if self.guidance == 1 else [guide(*logits, self.guidance)]
+        return logits if self.guidance == 1 else [guide(logits[0], logits[1], self.guidance)]
 
     def logits(self, to: int) -> Tensor:
         """(B, slice of modality `to`) logits of the next token."""

@@ -44,7 +44,7 @@ def linear_cross_entropy(
     if torch.is_grad_enabled():
         total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, options)
     else:
-        each, predictions, _, _ = _by_chunks(hidden, weight, targets, *options, with_gradients=False)
+        each, predictions, _, _ = _by_chunks(hidden, weight, targets, options, with_gradients=False)
         total = each.sum()
     return total, each, predictions if predict else None
 
@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        each, predictions, *gradients = _by_chunks(hidden, weight, targets, *options, with_gradients=True)
+        each, predictions, *gradients = _by_chunks(hidden, weight, targets, options, with_gradients=True)
         ctx.mark_non_differentiable(each, predictions)
         ctx.set_materialize_grads(False)
         ctx.gradients = gradients
@@ -73,16 +73,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _by_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    cap: float,
-    dtype: torch.dtype,
-    predict: bool,
-    cross_entropy: Callable[..., Tensor],
-    with_gradients: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[Any, ...], with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Nats (K,), predictions (K,) or (0,), gradients of their sum by hidden (K, D) and weight (V, D), float32."""
+    cap, dtype, predict, cross_entropy = options
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
     rows = max(1, CHUNK // len(weight))
     block = max(1, BLOCK // len(weight)) if weight.device.type == "cpu" else rows

@@ -33,15 +33,10 @@ CODECS = {"image": ImageCodecConfig, "audio": AudioCodecConfig}
 
 
 def load_weights(model: nn.Module, source: Mapping[str, Tensor] | Path, prefix: str = "") -> None:
-    """Copy weights into a model, or into a part of one.
+    """Copy weights into a model, or into a part of one, from tensors by name or a folder that `pile export` wrote.
 
-    Args:
-        model: every tensor of its state has to be in the source, and no other.
-        source: tensors by name, or a folder that `pile export` wrote.
-        prefix: of the names in the source; tensors with other names are ignored ("model.", "model.image_codec.").
-
-    Raises:
-        ValueError: tensors are missing, unknown, or of another shape; the message lists them.
+    `prefix` of the names in the source ("model.", "model.image_codec."); tensors with other names are ignored. Raises
+    ValueError if tensors are missing, unknown, or of another shape; the message lists them.
     """
     weights = _read_folder(source)[1] if isinstance(source, Path) else source
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -56,16 +51,8 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | Path, prefix: 
 
 
 def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """Write the folder.
-
-    Args:
-        model: a `FusedLanguageModel`, whose weights are written in their own precision.
-        config: the `model` section of a run's config.yaml, which it was built from.
-        folder: new, or empty.
-
-    Raises:
-        ValueError: the folder is not empty.
-    """
+    """Write a `FusedLanguageModel`, weights in their own precision, into a new or empty folder. `config`: the `model` section
+    of the run's config.yaml. Raises ValueError if the folder is not empty."""
     make_empty(folder)
     values = {name: config[name] for name in inspect.signature(type(model)).parameters if name in config}
     backbone = config["backbone"]

@@ -253,7 +253,7 @@ def score_paths(
                 runs = [os.path.commonprefix([paths[prompt][m][stop - 1 : -1] for m in group]) for prompt, _, group in part]  # noqa: RUF071
                 branching = [len(run) for run, (_, _, group) in zip(runs, part, strict=True) if len(group) > 1]
                 count = min(branching) if branching else max(map(len, runs))
-                tokens = torch.tensor([(run + [(0, 0)] * count)[:count] for run in runs], device=decoder.device)
+                tokens = torch.tensor([[*run, *[(0, 0)] * count][:count] for run in runs], device=decoder.device)
                 next_decoder = decoder.select([row for _, row, _ in part])
                 next_decoder.append(tokens[..., 0], tokens[..., 1])
                 pending.append((next_decoder, [(prompt, group) for prompt, _, group in part], stop, count))
