@@ -52,7 +52,7 @@ class EvaluateCrossModal(Callback):
         separator: what stands in a name between its language, which is given when it is asked for, and what is to be answered:
             ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: all of a name is to be
             answered.
-        prior: where names are ranked by how much likelier a medium makes them (`rank_names`): figures `..._raised_...`.
+        prior: where names are ranked by how much likelier a medium makes them (`score_choices`): figures `..._raised_...`.
         sampling: how they are drawn (names are always read greedily).
     """
 
