@@ -100,7 +100,8 @@ def check_levels(levels: Sequence[int]) -> None:
 def full_precision(media: Any) -> Iterator[None]:
     """Compute in float32 without autocast and TF32. `media`: a tensor, or a batch, on the device."""
     kind = getattr(media, "tokens", media).device.type
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, vars(torch.backends.cudnn)["conv"]) if kind == "cuda" else ()
+    cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    flags = cuda if kind == "cuda" else ()
     before = [flag.fp32_precision for flag in flags]
     try:
         for flag in flags:
