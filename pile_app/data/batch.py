@@ -122,7 +122,7 @@ class Batch:
         Any division of a step into devices and micro-batches draws the same numbers. (A batch without positions draws from
         torch's generator.)
         """
-        rows, length = self.tokens.shape
+        length = self.tokens.size(1)
         if not self.numbers:
             return torch.rand(len(indices), width, device=indices.device)
         starts = torch.stack([torch.full((), number * length, device=indices.device) for number in self.numbers])

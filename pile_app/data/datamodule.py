@@ -153,7 +153,7 @@ class StepBatches(Sampler[list[int]]):
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self.start, self.steps, self.global_batch = start, steps, global_batch
         first, stop = (r * global_batch // world_size for r in (rank, rank + 1))
-        count = -(-(-(-global_batch // world_size)) // micro_batch)
+        count = math.ceil(math.ceil(global_batch / world_size) / micro_batch)
         self.bounds = [first + (stop - first) * number // count for number in range(count + 1)]
 
     def __len__(self) -> int:

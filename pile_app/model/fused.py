@@ -161,8 +161,8 @@ class FusedLanguageModel(nn.Module):
     def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
-        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. The losses are means,
-        over images and over the codes of sounds (see `codec_counts`).
+        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. The losses are
+        means over images, and over the codes of sounds (see `codec_counts`).
         """
         losses: dict[int, Tensor] = {}
         if self.image_codec and len(batch.images):

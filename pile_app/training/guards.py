@@ -120,7 +120,7 @@ class StepGuard(Callback):
             keep_lines(self.path, lambda entry: entry["step"] <= trainer.global_step)
         trainer.strategy.barrier("rejected")
 
-    def passes_over(self, step: int) -> bool:
+    def skips(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 1, is not trained on at all."""
         return any(first <= step <= last for first, last in self.config.skip_steps)
 
@@ -141,7 +141,7 @@ class StepGuard(Callback):
         self.stop.agreed = stopping > 0
         self.step = {"loss": mean_loss, "gradient_norm": norm}
         wrong = [f"{name} not finite" for name, value in self.step.items() if not math.isfinite(value)]
-        self.reason = PASSED_OVER if self.passes_over(trainer.global_step + 1) else "".join(wrong[:1])
+        self.reason = PASSED_OVER if self.skips(trainer.global_step + 1) else "".join(wrong[:1])
         return bool(self.reason)
 
     def on_train_batch_end(
