@@ -83,7 +83,9 @@ class PileCLI(LightningCLI):
         return Path(self.scratch.name if self.config.trainer.fast_dev_run else self.config.runs) / self.config.name
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(default_config_files=[str(find_default_config())], **kwargs)
+        default = find_default_config()
+        sys.path.append(str(default.absolute().parents[1]))  # callbacks of `data/`
+        return super().init_parser(default_config_files=[str(default)], **kwargs)
 
     def before_instantiate_classes(self) -> None:
         from pile_app.training.resume import TOKENIZER, check_complete, check_origin, check_resume, choose_checkpoint
@@ -375,7 +377,6 @@ def is_first_process() -> bool:
 
 def finish(cli: PileCLI) -> None:
     """The last validation, the evaluations the config asks for, `summary.json` and `report.html`."""
-    from pile_app.tasks.cross_modal import EvaluateCrossModal
     from pile_app.training.report import write_report
 
     trainer, module = cli.trainer, cli.model
@@ -395,7 +396,7 @@ def finish(cli: PileCLI) -> None:
     if module.objective is not None:
         figures |= module.objective.report(cli.run_folder)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EvaluateCrossModal):
+        if hasattr(callback, "evaluate"):
             figures |= callback.evaluate(trainer, module)
     cli.run.write_summary(trainer, module, figures)
     for logger in trainer.loggers:

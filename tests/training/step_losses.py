@@ -20,7 +20,7 @@ model:
 {TINY_CODECS}
   codec_crop: 3
   word_dropout: 0.1
-  optimizer: {{{{name: sgd, learning_rate: 0.1, codec_learning_rate: 0.1, warmup_steps: 0, schedule: constant}}}}
+  optimizer: {{{{name: sgd}}}}
 data:
   sources: {{{{mixed: {{{{train: "{{shards}}/mixed-*.tar", validation: "{{shards}}/mixed-*.tar"}}}}}}}}
   context: 96
@@ -43,12 +43,12 @@ KINDS = {  # name -> the options of a run
         *("--model.objective", f"{TASKS}.classification.Classification", "--model.objective.labels", "[a, b, c]"),
         *("--model.objective.pooling", "[mean, max, deviation, last]", "--model.objective.ngrams", "2"),
         *("--model.objective.sound_statistics", "true", "--model.objective.class_weights", "balanced"),
-        *("--model.objective.language_weight", "0.2", "--model.objective.learning_rate", "0.1"),
+        *("--model.objective.language_weight", "0.2"),
     ),
     "retrieval": ("--model.objective", f"{TASKS}.retrieval.Contrastive", "--model.objective.unrounded", "true"),
     "tagging": (
         *("--model.objective", f"{TASKS}.tagging.Tagging", "--model.objective.types", "[person, place]"),
-        *("--model.objective.width", "16", "--model.objective.learning_rate", "0.1"),
+        *("--model.objective.width", "16"),
     ),
 }
 

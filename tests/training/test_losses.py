@@ -14,6 +14,11 @@ NAMES = {
     "tagging": {"objective_loss"},
 }
 
+FAST = (
+    *("--model.optimizer.warmup_steps", "0", "--model.optimizer.learning_rate", "0.1"),
+    *("--model.optimizer.codec_learning_rate", "0.1"),
+)
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -23,8 +28,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_the_same_on_one_device_and_in_micro_batches_on_three(bench: Bench, kind: str) -> None:
     """Four packs: one, one and two for the three devices, which run two micro-batches each."""
-    one = train_losses(bench.train(f"{kind}-1", kind))
-    three = train_losses(bench.train(f"{kind}-3", kind, "--data.micro_batch", "1", ranks=3))
+    one = train_losses(bench.train(f"{kind}-1", kind, *FAST))
+    three = train_losses(bench.train(f"{kind}-3", kind, *FAST, "--data.micro_batch", "1", ranks=3))
     assert NAMES[kind] <= {name.removeprefix("train/") for _, name in one}
     assert len({step for step, _ in one}) == 6
     assert difference(one, three) < 1e-5, (one, three)
@@ -37,8 +42,8 @@ def test_losses_are_the_same_on_one_device_and_in_micro_batches_on_three(bench: 
 
 def test_run_of_one_device_goes_on_with_three_that_do_not_divide_its_batch(bench: Bench) -> None:
     """Fault 17: 8 devices -> 6 was refused."""
-    bench.train("grown", "codecs", codes=(143,), STOP_AT="2")
-    grown = bench.train("grown", "codecs", ranks=3)
-    whole = bench.train("codecs-1", "codecs")
+    bench.train("grown", "codecs", *FAST, codes=(143,), STOP_AT="2")
+    grown = bench.train("grown", "codecs", *FAST, ranks=3)
+    whole = bench.train("codecs-1", "codecs", *FAST)
     assert documents(grown) == documents(whole) and len(documents(whole)) == 6
     assert difference(train_losses(whole), train_losses(grown)) < 1e-5

@@ -1,15 +1,15 @@
-"""Does the model name what it sees and hears, and draw and say what it is told? Measured by judges that never saw its output.
+"""The demos' evaluation: does the model name images and sounds, and draw and say what it is told?
 
 Labelled media (documents of one image or sound and its name, or its names in several languages) are split into training and
 held-out shards. The judges, classifiers of pixels and of log-mel frames, are trained on real media only. Every generative
-figure stands beside two others: the judge on real held-out media, and on the codec's reconstruction of them, which is the
-ceiling of the model.
+figure has two references: the judge on real held-out media, and on the codec's reconstruction of them, which bounds the model.
 """
 
 from __future__ import annotations
 
 import lzma
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from data.judges import MANY, Judge, Labelled, audio_features, image_features
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.sources import SourceData
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.media import decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
-from pile_app.tasks.judges import MANY, Judge, Labelled, audio_features, image_features
 from pile_app.tasks.rank import rank_names
 from pile_app.training.callbacks import log_samples_to_wandb, plain_example, write_samples
 from pile_app.training.module import PileModule
@@ -45,7 +45,8 @@ class EvaluateCrossModal(Callback):
         heldout: shards of labelled held-out media.
         unseen: shards of labelled media whose labels were held out of training altogether; null: none. Their figures begin
             with `unseen_`.
-        text_source: source whose held-out text is also given to `xz -9e` and `zstd -19`; null: none.
+        text_source: source whose held-out text is also compressed by `xz -9e` and `zstd -19`; null, or a source that the run
+            does not validate on: none.
         draws: media generated for each kind of request.
         reads: media that are named, more than once where there are fewer; null: each once.
         separator: what stands in a name between its language, which is given when it is asked for, and what is to be answered:
@@ -105,8 +106,10 @@ class EvaluateCrossModal(Callback):
                     found |= self._image_to_audio(model, judges[AUDIO], media, sets[""][AUDIO])
                 figures |= {prefix + key: value for key, value in found.items()}
         figures |= self._conditioning_gains(model, sets[""])
-        if self.text_source is not None:
+        if self.text_source and self.text_source in trainer.datamodule.validation_names:  # type: ignore[attr-defined]
             figures |= self._text_figures(trainer, model)
+        elif self.text_source:
+            print(f"no source {self.text_source!r} is validated on: no comparison with xz and zstd", file=sys.stderr)
         folder = Path(trainer.default_root_dir) / "samples" / "evaluation"
         write_samples(folder, [plain_example(model, *example) for example in self._examples])
         log_samples_to_wandb(trainer, folder)
