@@ -122,7 +122,7 @@ def rectangle(matrix: Tensor, rank: int) -> Rectangle:
 
 
 def exchange(sent: list[Tensor], expected: list[Rectangle], like: Tensor, group: Any) -> list[Tensor]:
-    """Send the i-th matrix to the i-th device; return what the devices sent here, in their order, in `like`'s type and device."""
+    """Send the i-th matrix to the i-th device; return what the devices sent here, in their order, as `like`."""
     shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in expected]
     world = dist.get_world_size(group)
     out_sizes = [tensor.numel() for tensor in sent] + [0] * (world - len(sent))
