@@ -24,18 +24,18 @@ from attempts import (
 )
 from conftest import REPOSITORY
 from mesh import clip_whole, clipped, make_blocks, moved_by_muon, on_mesh, save_from_mesh
+from pile_app.training.checkpoints import find_damage
+from pile_app.training.sharded import META, publish, put_tensors, read_checkpoint, remove_leftovers, take_tensors
 from ports import free_port
 from processes import surroundings
 
 from pile_app.training import muon
 from pile_app.training.callbacks import read_ledger
 from pile_app.training.muon import Muon
-from pile_app.training.resume import find_damage
-from pile_app.training.sharded import META, publish, put_tensors, read_checkpoint, remove_leftovers, take_tensors
 
 FSDP2 = ("--trainer.strategy", "fsdp2")
 TENSOR_PARALLEL = (
-    *("--trainer.strategy", "pile_app.training.strategy.ShardedStrategy"),
+    *("--trainer.strategy", "pile_app.training.parallel.ShardedStrategy"),
     *("--trainer.strategy.tensor_parallel_size", "2"),
 )
 
