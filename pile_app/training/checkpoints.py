@@ -2,9 +2,9 @@
 
     save -> a new file or folder, synced to disk -> last.ckpt becomes previous.ckpt -> the new one becomes last.ckpt
 
-A checkpoint is a file of `torch.save` or, for a sharded model, a link to a folder `.1a2b3c4d.parts/`. `part-0.pt`, ... hold the parts
-that devices have of the tensors of model and optimizer, as name -> (whole shape, offset, part), `meta.pt` the rest. Any number of
-devices reads what any other number wrote. Files are read with `weights_only`, which executes nothing.
+A checkpoint is a file of `torch.save` or, for a sharded model, a link to a folder `.1a2b3c4d.parts/`: `part-N.pt` holds what
+device N has of the tensors of model and optimizer, as name -> (whole shape, offset, part), and `meta.pt` everything else.
+Any number of devices reads what any other number wrote. Files are read with `weights_only`, which executes nothing.
 """
 
 from __future__ import annotations

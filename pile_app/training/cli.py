@@ -1,7 +1,7 @@
 """What `train.py` does: read and check the configuration, build, train or resume, evaluate, report.
 
-The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line. Invalid
-settings fail before data or model are built.
+The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line.
+Invalid settings fail before data or model are built.
 """
 
 from __future__ import annotations
@@ -400,7 +400,7 @@ def finish(cli: PileCLI) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "evaluate"):
             figures |= callback.evaluate(trainer, module)
-    warned = find_divergence(trainer, module, logged | metrics[0] if metrics else logged, cli.config.monitor)
+    warned = find_divergence(trainer, module, {**logged, **(metrics[0] if metrics else {})}, cli.config.monitor)
     cli.run.write_summary(trainer, module, figures | ({"warnings": warned} if warned else {}))
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=trainer.global_step)
