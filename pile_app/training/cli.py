@@ -6,6 +6,8 @@ cannot be is refused before data or model are built.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import re
@@ -24,10 +26,12 @@ warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trai
 
 logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 
+gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
+
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
-from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402, F401
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402, F401
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
@@ -42,6 +46,9 @@ from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.muon import cpu_multiplies_bfloat16  # noqa: E402
 from pile_app.training.sharded import read_checkpoint  # noqa: E402
 from pile_app.training.strategy import ShardedStrategy  # noqa: E402, F401 (registers `fsdp2`)
+
+gc.freeze()
+gc.enable()
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -143,7 +150,7 @@ class PileCLI(LightningCLI):
             Throughput(),
             PileProgressBar(),
             LearningRateMonitor("step"),
-            ModelCheckpoint(
+            BestCheckpoint(
                 run / "checkpoints",
                 filename="best",
                 monitor=self.config.monitor,
@@ -173,6 +180,13 @@ class PileCLI(LightningCLI):
             project = self.config.wandb if is_first_process() else None  # others log nothing
             chosen["logger"] = make_loggers(run, project) if not asked.fast_dev_run else []
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Skip Lightning's warning about files in the folder: a resumed run has some, and it imports s3fs to look for them."""
 
 
 def fast_precision(accelerator: Any) -> str:
@@ -317,6 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     from pile_app.training.checkpoints import StoppedInValidation
     from pile_app.training.run import keep_freed_memory
 
+    atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
     try:
         cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
@@ -381,11 +396,14 @@ def finish(cli: PileCLI) -> None:
     trainer, module = cli.trainer, cli.model
     figures: dict[str, Any] = {}
     best = cli.run_folder / "checkpoints" / "best.ckpt"
+    step, metrics = cli.run.validation
     if module.objective is not None and best.exists():  # with little data, the last weights are seldom those to use
         module.load_state_dict(read_checkpoint(best)["state_dict"])
         print(f"{cli.run_folder}: the figures are those of best.ckpt, by {cli.config.monitor}")
-    metrics = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-    for name, value in (metrics[0] if metrics else {}).items():
+        step = -1
+    if step != trainer.global_step or module.whole is not None:  # not yet of these weights; a sharded model leaves its devices
+        metrics = dict((trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0])
+    for name, value in metrics.items():
         figures[name.removeprefix("validation/").replace("source/", "")] = value
     whole = module.whole_model()
     if whole is None:

@@ -135,6 +135,7 @@ class RunFolder(Callback):
         self._uncounted: torch.Tensor | None = None  # on the device: to read it is to wait for it
         self._began: float | None = None
         self.has_begun = False
+        self.validation: tuple[int, dict[str, float]] = (-1, {})  # the last one: its optimizer step, its metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self._elapsed(), "tokens": self._count()}
@@ -173,6 +174,10 @@ class RunFolder(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             targets = batch.normalizer.double()
             self._uncounted = targets if self._uncounted is None else self._uncounted + targets
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics.items()
+        self.validation = trainer.global_step, {name: float(v) for name, v in metrics if name.startswith("validation/")}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
