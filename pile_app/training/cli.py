@@ -330,6 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
     from pile_app.training.checkpoints import StoppedInValidation
     from pile_app.training.run import keep_freed_memory
+    from pile_app.training.wandb_run import close
 
     atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
@@ -360,6 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
             cli.stop.received = signal.SIGINT
     if not cli.trainer.is_global_zero:
         raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
+    close(cli.trainer)
     command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
     raise SystemExit(cli.stop.exit_code)
@@ -392,6 +394,7 @@ def finish(cli: PileCLI) -> None:
     """The last validation, the evaluations the config asks for, `summary.json` and `report.html`."""
     from pile_app.tasks.cross_modal import EvaluateCrossModal
     from pile_app.training.report import write_report
+    from pile_app.training.wandb_run import close
 
     trainer, module = cli.trainer, cli.model
     figures: dict[str, Any] = {}
@@ -403,6 +406,9 @@ def finish(cli: PileCLI) -> None:
         step = -1
     if step != trainer.global_step or module.whole is not None:  # not yet of these weights; a sharded model leaves its devices
         metrics = dict((trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0])
+    else:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
     for name, value in metrics.items():
         figures[name.removeprefix("validation/").replace("source/", "")] = value
     whole = module.whole_model()
@@ -419,5 +425,6 @@ def finish(cli: PileCLI) -> None:
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=trainer.global_step)
         logger.save()
+    close(trainer)
     report = write_report(cli.run_folder)
     print(f"\n{cli.run_folder} is complete: open {report}")

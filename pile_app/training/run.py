@@ -19,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -36,9 +35,7 @@ from pile_app.training.callbacks import count_quarantined
 from pile_app.training.module import PileModule
 from pile_app.training.resume import TOKENIZER
 from pile_app.training.sharded import write_durably
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+from pile_app.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -98,30 +95,7 @@ class ResumableCSVLogger(CSVLogger):
 
 def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
     """The CSV logger and, where a project is named, W&B's."""
-    return [ResumableCSVLogger(run), *([make_wandb_logger(run, wandb_project)] if wandb_project is not None else [])]
-
-
-def make_wandb_logger(run: Path, project: str) -> WandbLogger:
-    """Online with a key, offline without, never asking. The same run folder is the same W&B run."""
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    if mode == "offline":
-        os.environ.setdefault("WANDB_SILENT", "true")
-    identity = run / "wandb" / "id"
-    if not identity.exists():
-        identity.parent.mkdir(parents=True, exist_ok=True)
-        identity.write_text(uuid.uuid4().hex[:8])
-    return WandbLogger(
-        name=run.name,
-        project=project,
-        id=identity.read_text(),
-        save_dir=str(run),
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        settings=wandb.Settings(silent=mode != "online", console="off"),
-    )
+    return [ResumableCSVLogger(run), *([WandbRun(run, wandb_project)] if wandb_project is not None else [])]
 
 
 class RunFolder(Callback):
@@ -165,6 +139,8 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
                 logger.experiment.keep_until(trainer.global_step)
+            elif isinstance(logger, WandbRun):  # after metrics.csv, from which it takes the steps before
+                logger.start(yaml.safe_load(self.config), trainer.global_step)
             else:
                 logger.log_hyperparams(yaml.safe_load(self.config))
 
