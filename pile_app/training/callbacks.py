@@ -22,6 +22,7 @@ from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
+from pile_app.training.wandb_run import log_samples, step_of
 
 MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
@@ -292,7 +293,7 @@ class SampleGeneration(Callback):
             triples = zip(prompts, answers, references, strict=True)
             entries += [plain_example(model, title, *triple) for triple in triples]
         write_samples(folder, entries)
-        log_samples_to_wandb(trainer, folder)
+        log_samples(trainer, folder, step_of(folder))
 
     def _prompts(
         self, trainer: Trainer, model: FusedLanguageModel
@@ -356,26 +357,3 @@ def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segm
         for number, (title, prompt, answer, reference) in enumerate(entries)
     ]
     (folder / "samples.json").write_text(json.dumps(described, indent=1, ensure_ascii=False))
-
-
-def log_samples_to_wandb(trainer: Trainer, folder: Path) -> None:
-    """Log the samples of a folder as W&B tables with pictures and players."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    if not loggers:
-        return
-    import wandb
-
-    def cell(part: dict[str, str]) -> Any:
-        if part["modality"] == "text":
-            return part["text"]
-        kind = wandb.Image if part["modality"] == "image" else wandb.Audio
-        return kind(str(folder / part["file"]))
-
-    rows = json.loads((folder / "samples.json").read_text())
-    for title in dict.fromkeys(row["title"] for row in rows):
-        pairs = [(row["prompt"][-1], row["outputs"][0]) for row in rows if row["title"] == title]
-        table = wandb.Table(["prompt", "answer"], [[cell(prompt), cell(answer)] for prompt, answer in pairs])
-        media = {f"media/{title}": [cell(answer) for _, answer in pairs]} if pairs[0][1]["modality"] != "text" else {}
-        loggers[0].experiment.log({f"samples/{title}": table, "trainer/global_step": trainer.global_step} | media)

@@ -6,6 +6,8 @@ Invalid settings fail before data or model are built.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import re
@@ -25,10 +27,12 @@ warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trai
 
 logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 
+gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
+
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
-from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402, F401
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402, F401
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
@@ -63,9 +67,13 @@ from pile_app.training.run import (  # noqa: E402
     lock,
     make_loggers,
 )
+from pile_app.training.wandb_run import close  # noqa: E402
 
 REFUSED = 2  # exit code: the configuration is invalid
 DIVERGED = 3  # exit code: the same command would end in the same way
+
+gc.freeze()
+gc.enable()
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -165,7 +173,7 @@ class PileCLI(LightningCLI):
             Throughput(),
             PileProgressBar(),
             LearningRateMonitor("step"),
-            ModelCheckpoint(
+            BestCheckpoint(
                 run / "checkpoints",
                 filename="best",
                 monitor=self.config.monitor,
@@ -195,6 +203,13 @@ class PileCLI(LightningCLI):
             project = self.config.wandb if is_first_process() else None  # others log nothing
             chosen["logger"] = make_loggers(run, project) if not asked.fast_dev_run else []
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Skip Lightning's warning about files in the folder: a resumed run has some, and it imports s3fs to look for them."""
 
 
 def is_sharded(trainer: Namespace) -> bool:
@@ -322,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
     Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
     could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
+    atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
     try:
         cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
@@ -350,6 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
             cli.stop.received = signal.SIGINT
     if not cli.trainer.is_global_zero:
         raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
+    close(cli.trainer)
     command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
     raise SystemExit(cli.stop.exit_code)
@@ -382,14 +399,17 @@ def finish(cli: PileCLI) -> None:
 
     trainer, module, run = cli.trainer, cli.model, cli.run_folder
     logged, best = dict(trainer.callback_metrics), run / "checkpoints" / "best.ckpt"
+    step, metrics = cli.run.validation
     if module.objective is not None and best.exists():  # with little data, the last weights are seldom the best
         module.load_state_dict(read_checkpoint(best, optimizer=False)["state_dict"])
         print(f"{run}: the figures are those of best.ckpt, by {cli.config.monitor}")
-    metrics = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-    figures: dict[str, Any] = {
-        name.removeprefix("validation/").replace("source/", ""): value
-        for name, value in (metrics[0] if metrics else {}).items()
-    }
+        step = -1
+    if step != trainer.global_step or module.whole is not None:  # not yet of these weights; a sharded model leaves its devices
+        metrics = dict((trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0])
+    else:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+    figures: dict[str, Any] = {n.removeprefix("validation/").replace("source/", ""): value for n, value in metrics.items()}
     whole = module.whole_model()
     if whole is None:
         return
@@ -400,10 +420,11 @@ def finish(cli: PileCLI) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "evaluate"):
             figures |= callback.evaluate(trainer, module)
-    warned = find_divergence(trainer, module, {**logged, **(metrics[0] if metrics else {})}, cli.config.monitor)
+    warned = find_divergence(trainer, module, {**logged, **metrics}, cli.config.monitor)
     cli.run.write_summary(trainer, module, figures | ({"warnings": warned} if warned else {}))
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=trainer.global_step)
         logger.save()
+    close(trainer)
     report = write_report(run)
     print("".join(f"\n{run}: {text}" for text in warned), f"\n{run} is complete: open {report}", sep="")

@@ -20,12 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -40,9 +39,7 @@ from pile_app.training.callbacks import count_quarantined, ends_step
 from pile_app.training.checkpoints import read_state
 from pile_app.training.load import TOKENIZER
 from pile_app.training.module import PileModule
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+from pile_app.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -102,30 +99,7 @@ class ResumableCSVLogger(CSVLogger):
 
 def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
     """Return the CSV logger and, if a project is named, the one of W&B."""
-    return [ResumableCSVLogger(run), *([make_wandb_logger(run, wandb_project)] if wandb_project is not None else [])]
-
-
-def make_wandb_logger(run: Path, project: str) -> WandbLogger:
-    """Return a logger that is online with a key and offline without, and never asks. A run folder is one W&B run."""
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    if mode == "offline":
-        os.environ.setdefault("WANDB_SILENT", "true")
-    identity = run / "wandb" / "id"
-    if not identity.exists():
-        identity.parent.mkdir(parents=True, exist_ok=True)
-        identity.write_text(uuid.uuid4().hex[:8])
-    return WandbLogger(
-        name=run.name,
-        project=project,
-        id=identity.read_text(),
-        save_dir=str(run),
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        settings=wandb.Settings(silent=mode != "online", console="off"),
-    )
+    return [ResumableCSVLogger(run), *([WandbRun(run, wandb_project)] if wandb_project is not None else [])]
 
 
 class RunFolder(Callback):
@@ -137,6 +111,7 @@ class RunFolder(Callback):
         self._uncounted: torch.Tensor | None = None  # stays on the device, since reading it would wait
         self._began: float | None = None
         self.has_begun = False
+        self.validation: tuple[int, dict[str, float]] = (-1, {})  # the last one: its optimizer step, its metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self._elapsed(), "tokens": self._count()}
@@ -165,6 +140,8 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
                 logger.experiment.keep_until(trainer.global_step)
+            elif isinstance(logger, WandbRun):  # after metrics.csv, from which it takes the steps before
+                logger.start(yaml.safe_load(self.config), trainer.global_step)
             else:
                 logger.log_hyperparams(yaml.safe_load(self.config))
 
@@ -174,6 +151,10 @@ class RunFolder(Callback):
         if ends_step(trainer, batch_idx):
             targets = batch.normalizer.long()
             self._uncounted = targets if self._uncounted is None else self._uncounted + targets
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics.items()
+        self.validation = trainer.global_step, {name: float(v) for name, v in metrics if name.startswith("validation/")}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
