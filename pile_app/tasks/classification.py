@@ -218,13 +218,13 @@ class Classification(Objective):
         labels = labelled_pieces(batch)[1]
         ends = ((batch.labels >= 0) & (batch.tokens == Vocabulary.END)).any()
         counts = torch.zeros_like(self.weights).index_add(0, labels, torch.ones_like(labels, dtype=torch.float32))
-        return torch.cat([ends.float()[None], counts, *(wide.count(model, batch) for wide in self.wide)])
+        return torch.cat([ends.float()[None], counts, *(wide.count(model, batch) for wide in self.wide)])  # type: ignore[operator]
 
     def begin_step(self, total: Tensor) -> tuple[Tensor, Tensor]:
         ends, counts, *more = total.split([1, len(self.labels), *(wide.counted for wide in self.wide)])
         self.reads_end |= ends[0] > 0
         for wide, of_wide in zip(self.wide, more, strict=True):
-            wide.see(of_wide)
+            wide.see(of_wide)  # type: ignore[operator]
         weights = self.weights
         if self.class_weights == "balanced":
             self.seen += counts

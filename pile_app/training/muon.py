@@ -73,6 +73,7 @@ class Muon(torch.optim.Muon):
     def _update(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
         """Update the momentum; return the local part of what is orthogonalized."""
         state = self.state[parameter]
+        assert parameter.grad is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
@@ -80,8 +81,7 @@ class Muon(torch.optim.Muon):
         return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
 
-def local(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
+def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from attempts import Watch
 from conftest import TINY_CODECS
+from lightning.pytorch import LightningModule, Trainer
 from processes import start, start_ranks
+from torch.optim import Optimizer
 
 from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
@@ -31,7 +34,7 @@ trainer:
   val_check_interval: 1000
   log_every_n_steps: 1
   accelerator: cpu
-  callbacks: [{{{{class_path: attempts.Watch}}}}]
+  callbacks: [{{{{class_path: step_losses.Check}}}}]
 checkpoint_every: 1000
 ledger: true
 wandb: null
@@ -63,6 +66,14 @@ def documents(count: int) -> Iterator[Document]:
         name, place = ("Ada", "Bob", "Eve")[n % 3], ("Oslo", "Rome")[n % 2]
         text, spans = f"{name} saw {place}" + " again" * (n % 3), [[0, 3, "person"], [8, 12, "place"]]
         yield Document((medium, Segment(text)), f"{n}", True, {"label": "abca"[n % 4], "spans": spans, "concept": f"{n % 11}"})
+
+
+class Check(Watch):
+    """Checks that devices exchange gradients only of what a phase trains: DDP leaves a gradient wherever it averages."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if pl_module.in_codec_phase:
+            assert all(p.grad is None for p in pl_module.model.backbone.parameters())
 
 
 class Bench:

@@ -7,6 +7,8 @@ import torch
 from attempts import documents
 from step_losses import KINDS, Bench, difference, train_losses
 
+from pile_app.training.metrics import TokenMetrics, sum_dtype
+
 NAMES = {
     "codecs": {"image_codec_loss", "audio_codec_loss", "text_loss", "image_loss", "audio_loss"},
     "classification": {"objective_loss", "text_loss"},
@@ -32,12 +34,20 @@ def test_losses_are_the_same_on_one_device_and_in_micro_batches_on_three(bench: 
     three = train_losses(bench.train(f"{kind}-3", kind, *FAST, "--data.micro_batch", "1", ranks=3))
     assert NAMES[kind] <= {name.removeprefix("train/") for _, name in one}
     assert len({step for step, _ in one}) == 6
+    if kind != "codecs":
+        best = bench.folder / f"runs/{kind}-1/checkpoints/best.ckpt"
+        assert best.exists(), "a short run with an objective is validated once, whatever val_check_interval"
     assert difference(one, three) < 1e-5, (one, three)
     states = [
         torch.load(bench.folder / f"runs/{kind}-{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in (1, 3)
     ]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_sums_on_apples_gpus_have_no_float64() -> None:
+    table = TokenMetrics(2, sum_dtype(torch.device("mps"))).table
+    assert table.dtype == torch.float32 and sum_dtype(torch.device("cuda")) == torch.float64
 
 
 def test_run_of_one_device_goes_on_with_three_that_do_not_divide_its_batch(bench: Bench) -> None:
