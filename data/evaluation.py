@@ -50,9 +50,9 @@ class EvaluateCrossModal(Callback):
             does not validate on: none.
         draws: media generated for each kind of request.
         reads: media that are named, more than once where there are fewer; null: each once.
-        separator: what stands in a name between its language, which is given when it is asked for, and what is to be answered:
-            ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: all of a name is to be
-            answered.
+        separator: between the language of a name, which is given in the prompt, and the name to be answered:
+            ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: the whole name is to
+            be answered.
         prior: where names are ranked by how much likelier a medium makes them (`rank_names`): figures `..._raised_...`.
         sampling: how they are drawn (names are always read greedily).
     """
@@ -79,7 +79,7 @@ class EvaluateCrossModal(Callback):
         self.prior = prior
         self.sampling = sampling
         self._examples: list[tuple[str, Document, Segment, Segment | None]] = []
-        self._choices: dict[str, list[str]] = {}  # what is asked ("fr:") -> the names there are to choose from
+        self._choices: dict[str, list[str]] = {}  # prompt ("fr:") -> the names to choose from
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """All figures, by their names in `summary.json`."""
@@ -158,8 +158,8 @@ class EvaluateCrossModal(Callback):
         return figures
 
     def _read(self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str) -> dict[str, float]:
-        """Medium -> name: share of names read letter by letter as they should be, in every language in turn; where there are
-        many names, whether the right one is among the five likeliest of its language, too."""
+        """Medium -> name: fraction of names generated without an error, in every language in turn; with many names also the
+        fraction that are among the five likeliest of their language."""
         count = len(media.segments)
         chosen = spread(count, self.reads or count)
         turns = [turn // count + turn for turn in range(len(chosen))]  # another language when a medium comes once more
@@ -230,7 +230,7 @@ class EvaluateCrossModal(Callback):
         return judge.figures("image_to_audio", [decoded(model, answer) for answer in answers], labels)
 
     def _conditioning_gains(self, model: FusedLanguageModel, heldout: dict[int, Labelled]) -> dict[str, float]:
-        """Nats a token that the right condition saves over one of another document: near 0, it is ignored."""
+        """Return the nats per token saved by the right condition over another document's; near 0, the condition is ignored."""
         gains: dict[int, list[float]] = {}
         for modality, media in heldout.items():
             names = [Segment(several[0]) for several in media.names]
@@ -261,7 +261,7 @@ class EvaluateCrossModal(Callback):
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` places of `length`, evenly spread; where there are fewer, all of them again and again."""
+    """Return `count` evenly spread indices below `length`, each several times if `count` is larger."""
     return [place * length // count if count < length else place % length for place in range(count)]
 
 
@@ -274,7 +274,7 @@ def first_of_each(
 
 
 def decoded(model: FusedLanguageModel, segment: Segment) -> np.ndarray:
-    """What the codecs see of a medium, or make of its codes: uint8 (C, H, W) pixels or float32 samples."""
+    """Return the codec's input for a medium, or its output for codes: uint8 (C, H, W) pixels or float32 samples."""
     segment = plain(model, segment)
     if segment.modality == IMAGE:
         return decode_image(segment.file, *model.vocabulary.image_shape)

@@ -202,7 +202,7 @@ class PileDataModule(LightningDataModule):
     Args:
         sources: name -> shards of texts, images, sounds or any mixture.
         context: tokens of a pack.
-        global_batch: packs of one optimizer step over all devices, of which there may be at most as many.
+        global_batch: packs of one optimizer step over all devices; the largest number of devices.
         micro_batch: most packs that a device computes at once, with gradient accumulation; None: all of its part.
         epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
         weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.

@@ -103,7 +103,7 @@ def gather_words(hidden: Tensor, batch: Batch) -> Words:
 
 
 class Tagging(Objective):
-    """Find which words are entities of which type. Metrics: micro `precision`, `recall` and `f1` of entities, and `<type>_f1`.
+    """Find entities and their types. Metrics: micro `precision`, `recall` and `f1` of entities, and `<type>_f1`.
 
     Args:
         types: of entities, in the order of the tags.

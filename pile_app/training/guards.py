@@ -155,7 +155,7 @@ class StepGuard(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         name = find_not_finite({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")})
-        # All devices raise together: one that stopped alone would leave the others waiting.
+        # All devices raise together, or the others would wait.
         if trainer.strategy.reduce_boolean_decision(bool(name), all=False):
             raise FloatingPointError(
                 f"after step {trainer.global_step} {name or 'the part of another device'} holds values that are not finite: "

@@ -83,8 +83,8 @@ class PileModule(LightningModule):
         codec_crop: audio tokens of each sound that the codec trains on at a time.
         codecs_from: checkpoint of another run to take codecs of this shape from.
         start_from: run folder (its last checkpoint) or checkpoint to take all weights from, of a model of this shape. Training
-            begins anew.
-        objective: what is learned instead of the next token, or besides it; null: the next token.
+            starts at step 0.
+        objective: trained instead of the next token, or in addition; null: the next token.
         optimizer: optimizer and schedule.
         weights: of the modalities in the loss.
         dropout: fraction of the embeddings that is dropped in training (blocks: `backbone.dropout`).

@@ -115,8 +115,8 @@ class Objective(nn.Module, ABC):
 class Unrounded(nn.Module):
     """Add the pixels or log-mel frames of each code to its embedding, through a linear map that starts at zero.
 
-    This is the patch embedding of ViT (arXiv:2010.11929) and AST (arXiv:2104.01778). Codes keep what is needed to draw or
-    speak; who is speaking, or the exact shape of a stroke, is lost in them. Codes that the model generates have no media.
+    This is the patch embedding of ViT (arXiv:2010.11929) and AST (arXiv:2104.01778). Codes keep enough to draw or
+    speak, but lose the speaker or the exact shape of a stroke. Codes that the model generates have no media.
     """
 
     def __init__(self, model: FusedLanguageModel) -> None:

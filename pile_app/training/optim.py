@@ -29,7 +29,7 @@ class OptimizerConfig:
         learning_rate: peak rate of AdamW or SGD.
         matrix_learning_rate: peak rate of Muon.
         codec_learning_rate: peak rate of AdamW for the codecs, in their phase.
-        weight_decay: L2, on matrices only; decoupled from the gradient but for sgd.
+        weight_decay: L2, on matrices only; decoupled from the gradient except with sgd.
         momentum: of SGD and Muon.
         betas: of AdamW.
         schedule: wsd (warm-up, stable, linear decay; arXiv:2404.06395), cosine or constant.
@@ -141,7 +141,7 @@ def make_optimizer(
     }
     groups = {name: {"params": list[nn.Parameter](), **options, "name": name} for name, options in by_name.items()}
     for name, parameter in model.named_parameters():
-        # Tables of modalities that the model does not have are empty, which a fused step refuses beside sharded ones.
+        # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
         if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
             continue
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"
