@@ -256,9 +256,15 @@ class Classification(Objective):
         """Write `confusion.png`, also into the W&B run that is open."""
         if self.confusion is None:
             return {}
-        picture = folder / "confusion.png"
-        draw_confusion(self.confusion, self.labels, picture)
         import wandb
+        from matplotlib.pyplot import close
+        from torchmetrics.utilities.plot import plot_confusion_matrix
+
+        picture = folder / "confusion.png"
+        figure, _ = plot_confusion_matrix(self.confusion, labels=self.labels, add_text=len(self.labels) <= 40, cmap="Blues")
+        figure.set_size_inches(*[3.5 + 0.55 * min(len(self.labels), 40)] * 2)
+        figure.savefig(picture, bbox_inches="tight")
+        close(figure)
 
         if wandb.run is not None:
             wandb.log({"confusion": wandb.Image(str(picture))})
@@ -414,26 +420,3 @@ def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> Tensor:
 
     found: dict[str, Callable[[], Tensor]] = {"mean": lambda: means, "max": maximum, "deviation": deviation, "last": last}
     return torch.cat([found[kind]() for kind in kinds], dim=-1)
-
-
-def draw_confusion(counts: Tensor, labels: Sequence[str], path: Path) -> None:
-    """Draw (true, predicted) counts: fractions of each true label as colors, and the counts where they can be read."""
-    from matplotlib.figure import Figure
-
-    fractions = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
-    side = 2.5 + 0.55 * min(len(labels), 40)
-    figure = Figure((side + 1, side), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    shown = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(shown, ax=axes, label="fraction of the true label")
-    ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=90)
-    axes.set_yticks(ticks, labels)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(labels) <= 40:
-        for (row, column), count in np.ndenumerate(counts.numpy()):
-            if count:
-                dark = bool(fractions[row, column] > 0.5)
-                axes.text(column, row, f"{count}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
-    figure.savefig(path)
