@@ -122,12 +122,12 @@ class Batch:
         Any division of a step into devices and micro-batches draws the same numbers. (A batch without positions draws from
         torch's generator.)
         """
-        rows, length = self.tokens.shape
+        length = self.tokens.size(1)
         if not self.numbers:
             return torch.rand(len(indices), width, device=indices.device)
         starts = torch.stack([torch.full((), number * length, device=indices.device) for number in self.numbers])
         key = (starts[indices // length] + indices % length)[:, None] * width + torch.arange(width, device=indices.device)
-        key = key * 2 + purpose * 0x632BE59BD9B4E019
+        key = key ^ (purpose << 56)
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # SplitMix64
             key = (key ^ ((key >> shift) & ((1 << 64 - shift) - 1))) * factor
         return ((key >> 40) & 0xFFFFFF).float() / (1 << 24)

@@ -153,7 +153,7 @@ class StepBatches(Sampler[list[int]]):
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self.start, self.steps, self.global_batch = start, steps, global_batch
         first, stop = (r * global_batch // world_size for r in (rank, rank + 1))
-        count = -(-(-(-global_batch // world_size)) // micro_batch)
+        count = math.ceil(math.ceil(global_batch / world_size) / micro_batch)
         self.bounds = [first + (stop - first) * number // count for number in range(count + 1)]
 
     def __len__(self) -> int:
@@ -202,7 +202,7 @@ class PileDataModule(LightningDataModule):
     Args:
         sources: name -> shards of texts, images, sounds or any mixture.
         context: tokens of a pack.
-        global_batch: packs of one optimizer step over all devices, of which there may be at most as many.
+        global_batch: packs of one optimizer step over all devices; the largest number of devices.
         micro_batch: most packs that a device computes at once, with gradient accumulation; None: all of its part.
         epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
         weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.

@@ -14,8 +14,7 @@ Codecs compute in float32 without TF32 whatever the run does: rounding would mov
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -96,28 +95,22 @@ def check_levels(levels: Sequence[int]) -> None:
         raise ValueError(f"FSQ needs at least 3 levels in each dimension, not {list(levels)}")
 
 
-@contextmanager
-def full_precision(media: Any) -> Iterator[None]:
-    """Compute in float32 without autocast and TF32. `media`: a tensor, or a batch, on the device."""
-    kind = getattr(media, "tokens", media).device.type
-    cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    flags = cuda if kind == "cuda" else ()
-    before = [flag.fp32_precision for flag in flags]
-    try:
-        for flag in flags:
-            flag.fp32_precision = "ieee"
-        with torch.autocast(kind, enabled=False):
-            yield
-    finally:
-        for flag, precision in zip(flags, before, strict=True):
-            flag.fp32_precision = precision
-
-
 def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method of a codec compute in float32, without autocast and TF32."""
+
     @wraps(method)
     def call(codec: nn.Module, media: Tensor, *arguments: Tensor) -> Tensor:
-        with full_precision(media):
-            return method(codec, media, *arguments)
+        cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+        flags = cuda if media.device.type == "cuda" else ()
+        before = [flag.fp32_precision for flag in flags]
+        try:
+            for flag in flags:
+                flag.fp32_precision = "ieee"
+            with torch.autocast(media.device.type, enabled=False):
+                return method(codec, media, *arguments)
+        finally:
+            for flag, precision in zip(flags, before, strict=True):
+                flag.fp32_precision = precision
 
     return call
 

@@ -35,7 +35,6 @@ from pile_app.model.codecs import (
     FiniteScalarQuantizer,
     ImageCodec,
     ImageCodecConfig,
-    full_precision,  # noqa: F401
 )
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained

@@ -33,12 +33,11 @@ from pile_app.data.batch import Batch
 from pile_app.data.datamodule import Source
 from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES, TEXT
-from pile_app.model.fused import full_precision
 from pile_app.training.cli import fast_precision
 from pile_app.training.load import find_checkpoint, load_run, read_config
 from pile_app.training.metrics import likelihoods, validation_values
 from pile_app.training.module import PileModule
-from pile_app.training.run import make_wandb_logger
+from pile_app.training.wandb_run import WandbRun
 
 
 class SourceFigures(Callback):
@@ -63,17 +62,13 @@ class SourceFigures(Callback):
         self.documents.update(source for pack in batch.documents for source, _, _, start, _ in pack if start == 0)
         self.rejected.update((source, reason) for source, _, reason, _ in batch.rejected)
         if model.image_codec is not None and len(batch.images):
-            with full_precision(batch):
-                again = model.image_codec.decode(model.image_codec.encode(batch.images)).float()
+            again = model.image_codec.decode(model.image_codec.encode(batch.images)).float()
             of = batch.source.flatten()[batch.image_starts[: len(batch.images)].long()]
             for number in of.unique().tolist():
                 self.psnr[number].update(again[of == number], batch.images[of == number].float())
         if model.audio_codec is not None and len(batch.audio):
             codec, tokens = model.audio_codec, batch.audio_tokens
-            with full_precision(batch):
-                distances = codec.log_mel_distances(
-                    batch.audio, codec.decode(codec.encode(batch.audio, tokens), tokens), tokens
-                )
+            distances = codec.log_mel_distances(batch.audio, codec.decode(codec.encode(batch.audio, tokens), tokens), tokens)
             of = batch.source.flatten()[batch.audio_starts.long()]
             of_frames = of.repeat_interleave(tokens * codec.config.frames_per_token)
             for number in of.unique().tolist():
@@ -192,7 +187,7 @@ def keep(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run
     with whole_file(str(file)) as written:
         written.write(json.dumps(result, indent=1).encode())
     if project is not None:
-        experiment = make_wandb_logger(run, project).experiment
+        experiment = WandbRun(run, project, "evaluation").experiment
         experiment.summary.update({f"evaluation/{name}": value for name, value in values.items()})
         experiment.finish()
 
