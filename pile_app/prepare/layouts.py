@@ -79,9 +79,9 @@ def kaldi(listing: Any) -> None:
         for key, path in found[0].items():
             file = listing.tree.resolve(scp, path)
             if file is None:
-                listing.bad.append((f"{scp}:{key}", "missing_file", f"{path!r} is not in the input", "Kaldi"))
+                listing.reject(f"{scp}:{key}", "Kaldi", "missing_file", f"{path!r} is not in the input")
             elif key not in found[1]:
-                listing.bad.append((f"{scp}:{key}", "missing_text", f"text has no line of {key!r}", "Kaldi"))
+                listing.reject(f"{scp}:{key}", "Kaldi", "missing_text", f"text has no line of {key!r}")
             else:
                 values = {name: some[key] for name, some in zip(("text", "speaker"), found[1:], strict=True) if key in some}
                 listing.add("Kaldi", f"{scp}:{key}", {"audio": file}, values)
@@ -120,7 +120,7 @@ def parallel_folders(listing: Any) -> None:
                 if key in found:
                     named[text_name] = listing.tree.files[found[key]]
                 elif is_speech:
-                    listing.bad.append((name, "missing_field", f"no text in {other}/ has its name", "VCTK"))
+                    listing.reject(name, "VCTK", "missing_field", f"no text in {other}/ has its name")
                     continue
                 speaker = {"speaker": key.split("/")[-2]} if is_speech and "/" in key else {}
                 listing.add("VCTK" if is_speech else f"{child}/ and {other}/", name, named, speaker)

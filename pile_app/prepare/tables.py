@@ -1,10 +1,9 @@
 """Read rows of tables: CSV in any dialect, JSON lines and arrays, Parquet and Arrow files, and lists of `name text`.
 
-    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample, bytes read)
+    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample, offset of its end)
 
 A table with a column of existing file names is the index of those files. A row that does not fit the header, a quote that is
-not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read.
-"""
+not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import json
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -30,9 +29,8 @@ from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS, document_of_record
 from pile_app.prepare.text import decode_text
 from pile_app.records import is_interleaved
 
-KNOWN_COLUMNS = {*TEXT_NAMES, *LABEL_NAMES, *GROUP_NAMES} | {
-    "image", "audio", "file", "file_name", "filename", "path", "id", "split"
-}  # fmt: skip
+FILE_NAMES = ("image", "audio", "file", "file_name", "filename", "path")
+KNOWN_COLUMNS = {*TEXT_NAMES, *LABEL_NAMES, *GROUP_NAMES, *FILE_NAMES, "id", "split"}
 PREVIEW = 100  # rows that show which columns name files
 MAX_LABELS = 50
 csv.field_size_limit(files.MAX_LINE_BYTES)
@@ -40,14 +38,24 @@ _UNDECODED = re.compile("[\ud800-\udfff]")
 _LAYOUTS = {"csv": "table", "lines": "JSON lines", "json": "JSON", "yaml": "YAML", "parquet": "Parquet", "arrow": "Arrow"}
 
 
+class Undecoded(BadSample):
+    """A row in an unknown encoding. row: the row as Latin-1, which shows the files that it names."""
+
+    def __init__(self, detail: str, row: Any) -> None:
+        super().__init__("invalid_utf8", detail)
+        self.row = row
+
+
+def shown(row: Any) -> Any:
+    return row.row if isinstance(row, Undecoded) else row
+
+
 @dataclass(frozen=True)
 class Table:
     """Describe a table, or its part from byte `start` (after `line` lines) to `stop`.
 
     format: csv, lines, json, yaml, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records
-    name files at any depth; tagged: rows are texts with entities; classes: column -> names of its classes; merged: rows of one
-    image become one; group: of Parquet; lenient: text in an unknown encoding is read, as Latin-1, to see which files it names.
-    """
+    name files at any depth; tagged: rows are texts with entities; classes: column -> names of its classes; group: of Parquet."""
 
     name: str
     real: str
@@ -62,12 +70,10 @@ class Table:
     tagged: bool = False
     split: str | None = None
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    merged: bool = False
     start: int = 0
     stop: int = 0
     line: int = 0
     group: int = -1
-    lenient: bool = False
 
     @property
     def is_index(self) -> bool:
@@ -83,11 +89,9 @@ Row = tuple[str, Any, int]
 
 
 def rows(table: Table) -> Iterator[Row]:
-    """Yield (`file:line`, the row or why it cannot be read, position in bytes) of each row.
+    """Yield (`file:line`, the row or why it cannot be read, offset of its end) of each row.
 
-    Raises:
-        BadSample, OSError, EOFError: the file is damaged; rows before the damage are yielded.
-    """
+    Raises BadSample, OSError, EOFError: the file is damaged; rows before the damage are yielded."""
     for number, row, position in READERS[table.format](table):
         if isinstance(row, dict):
             row = {name: value for name, value in row.items() if value is not None}
@@ -109,45 +113,39 @@ def _class_names(value: Any, names: Sequence[str]) -> Any:
 
 
 def _csv_rows(table: Table) -> Iterator[Row]:
-    with open_text(table.real, table.encoding)[0] as file:
-        if table.start:
-            file.seek(table.start)
+    file, start = open_text(table.real, table.encoding, table.start, table.stop)
+    with file:
         found = _cells(file, table)
         if table.has_header and not table.start:
             next(found, None)
         for line, cells, position in found:
-            yield f":{table.line + line}", _row(cells, table), table.start + position
-            if table.stop and table.start + position >= table.stop:
-                return
+            yield f":{table.line + line}", _row(cells, table), max(0, start) + position
 
 
 def _row(cells: list[str] | BadSample, table: Table) -> Any:
     if isinstance(cells, BadSample):
         return cells
-    if _UNDECODED.search("".join(cells)):
-        if not table.lenient:
-            return BadSample("invalid_utf8", "the row is not UTF-8: give --encoding, e.g. cp1252 or latin-1")
+    if is_damaged := bool(_UNDECODED.search("".join(cells))):
         cells = [cell.encode("utf-8", "surrogateescape").decode("latin-1") for cell in cells]
     if len(cells) != len(table.columns):
         wanted = f"{len(table.columns)}: {', '.join(table.columns)}"
         return BadSample("row_width", f"the row has {len(cells)} cells instead of {wanted:.200}. Quote the texts")
-    return dict(zip(table.columns, cells, strict=True))
+    row = dict(zip(table.columns, cells, strict=True))
+    return Undecoded("the row is not UTF-8: give --encoding, e.g. cp1252 or latin-1", row) if is_damaged else row
 
 
 def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadSample, int]]:
-    """Yield (line, cells or the error, bytes read) of each row.
-
-    An unclosed quote costs its own line only: the lines after it, which the cell swallowed, are read again.
-    """
+    """Yield (line, cells or the error, bytes read) of each row. An unclosed quote costs its own line only: the lines after it,
+    which the cell swallowed, are read again."""
     source, pending, taken = lines_of(file), deque[bytes | BadSample](), list[bytes]()
     line = position = size = 0
 
     def feed() -> Iterator[str]:
         nonlocal size
         while (found := pending.popleft() if pending else next(source, None)) is not None:
+            taken.append(b"" if isinstance(found, BadSample) else found)
             if isinstance(found, BadSample):
                 raise found
-            taken.append(found)
             size += len(found)
             if size > files.MAX_LINE_BYTES:
                 raise csv.Error("end of data")
@@ -157,14 +155,12 @@ def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadS
     while True:
         taken.clear()
         size = 0
-        cells: list[str] | BadSample | None
         try:
-            cells = next(reader, None)
+            cells: list[str] | BadSample | None = next(reader, None)
         except (BadSample, csv.Error) as error:
             reader = _reader(feed(), table)
             if isinstance(error, BadSample):
                 cells = error
-                taken.append(b"")
             elif "end of data" in str(error) or len(taken) > 1:
                 again = f"; the {len(taken) - 1:,} lines after it are read again" * (len(taken) > 1)
                 cells = BadSample("unclosed_quote", f"a quote opens in line {table.line + line + 1} and is not closed{again}")
@@ -278,30 +274,22 @@ def _is_number(cell: str) -> bool:
 
 
 def _json_lines(table: Table) -> Iterator[Row]:
-    file, is_plain = open_text(table.real, table.encoding)
+    file, position = open_text(table.real, table.encoding, table.start, table.stop)
     with file:
-        position = table.start
-        if position:  # the line that crosses the border belongs to the part before
-            file.seek(position - 1)
-            position += len(file.readline(files.MAX_LINE_BYTES)) - 1
         for number, line in enumerate(lines_of(file), start=1):
-            if table.stop and position >= table.stop:
-                return
             name = f":@{position}" if table.stop else f":{number}"
-            if isinstance(line, BadSample):
-                yield name, line, position
-                position = file.tell() if is_plain else position
-                continue
-            position += len(line)
-            if line.strip():
-                yield name, _parsed(line, table.lenient), position
+            position += 0 if isinstance(line, BadSample) else len(line)
+            if isinstance(line, BadSample) or line.strip():
+                yield name, line if isinstance(line, BadSample) else _parsed(line), position
 
 
-def _parsed(data: bytes, lenient: bool = False) -> Any:
+def _parsed(data: bytes) -> Any:
     try:
         return json.loads(decode_text(data))
     except BadSample as error:
-        return _parsed(data.decode("latin-1").encode()) if lenient and error.reason == "invalid_utf8" else error
+        with suppress(ValueError, RecursionError):
+            return Undecoded(error.detail, json.loads(data.decode("latin-1")))
+        return error
     except (ValueError, RecursionError) as error:
         return BadSample("invalid_json", str(error))
 
@@ -309,14 +297,14 @@ def _parsed(data: bytes, lenient: bool = False) -> Any:
 def _json_file(table: Table) -> Iterator[Row]:
     """Yield the records of a file; if its encoding is unknown, an error for each record."""
     data = read_text(table.real, table.encoding)
-    content = _parsed_yaml(data) if table.format == "yaml" else _parsed(data, table.lenient)
-    error = content if isinstance(content, BadSample) else None
-    if error and (error.reason != "invalid_utf8" or isinstance(content := _parsed(data, lenient=True), BadSample)):
-        raise error
+    found = _parsed_yaml(data) if table.format == "yaml" else _parsed(data)
+    content = shown(found)
+    if isinstance(content, BadSample):
+        raise content
     if isinstance(content, dict):
         content = _records_of(content)
     for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield f":{number}", error or record, 0
+        yield f":{number}", Undecoded(found.detail, record) if isinstance(found, Undecoded) else record, 0
 
 
 def _parsed_yaml(data: bytes) -> Any:
@@ -413,29 +401,23 @@ def _classes(table: Table) -> dict[str, list[str]]:
     """Read column -> names of its classes, as Hugging Face's `datasets` writes them into the schema."""
     with open_plain(table.real) as file, _damage():
         schema = _parquet().read_schema(file) if table.format == "parquet" else _open_arrow(file).schema
-    try:
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         inner = {name: about[0] if isinstance(about, list) else about.get("feature", about) for name, about in features.items()}
         return {name: list(map(str, about["names"])) for name, about in inner.items() if isinstance(about.get("names"), list)}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return {}
+    return {}
 
 
-READERS = {
-    "csv": _csv_rows, "lines": _json_lines, "json": _json_file, "yaml": _json_file, "parquet": _columnar_rows,
-    "arrow": _columnar_rows,
-}  # fmt: skip
+READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file, "yaml": _json_file} | dict.fromkeys(
+    ("parquet", "arrow"), _columnar_rows
+)
 
 
 # -- the form and the meaning of a table
 
 
 def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Table, list[dict[str, Any]]]:
-    """Describe the table in a file by its content, and return its first rows.
-
-    Raises:
-        BadSample, OSError, EOFError: the file cannot be read.
-    """
+    """Describe the table in a file by its content, and return its first rows. Raises BadSample, OSError, EOFError."""
     table = Table(file.name, file.real, format, encoding)
     if file.size < 1024 and read_file(file.real).startswith(b"version https://git-lfs"):
         raise BadSample("lfs_pointer", "it is a pointer of Git LFS: fetch the data with git lfs pull")
@@ -447,21 +429,23 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         table = replace(table, format="lines" if _is_lines(table) else "json")
     elif format in ("parquet", "arrow"):
         table = replace(table, classes=_classes(table))
-    found = [row for _, row, _ in islice(rows(replace(table, lenient=True)), PREVIEW)]
+    found = [shown(row) for _, row, _ in islice(rows(table), PREVIEW)]
     if not found:
         raise BadSample("empty_file", "it holds no row")
     preview = [row for row in found if isinstance(row, dict)]
-    return replace(table, **_naming_columns(table, preview, tree), tagged=any(map(_is_tagged, preview))), preview
+    named = [] if any(map(is_interleaved, preview)) else _naming_columns(table, preview, tree)
+    nested = not named and any(named_within(tree, table.name, row) for row in preview)
+    return replace(table, files=tuple(named), nested=nested, tagged=any(map(_is_tagged, preview))), preview
 
 
 def _is_lines(table: Table) -> bool:
-    """Whether JSON is one value a line."""
+    """Tell whether JSON is one value a line."""
     is_named = extension(table.name) in ("jsonl", "ndjson")
     with open_text(table.real, table.encoding)[0] as opened:
         first = next((line for line in iter(partial(opened.readline, files.MAX_LINE_BYTES), b"") if line.strip()), b"")
         more = opened.read(1 << 16).strip()
     is_object = first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
-    if not isinstance(_parsed(first, lenient=True), BadSample):
+    if not isinstance(shown(_parsed(first)), BadSample):
         return bool(more) or (is_named and is_object)
     return (is_named and len(first.strip()) > 2) or (is_object and more.startswith(b"{"))  # its first line is damaged
 
@@ -474,7 +458,7 @@ def _is_tagged(row: Mapping[str, Any]) -> bool:
 
 
 def _naming(values: Sequence[Any], tree: Tree, name: str, is_list: bool = False) -> tuple[bool, bool]:
-    """Whether values name files of the input, and whether they do or look as if they did."""
+    """Tell whether values name files of the input, and whether they do or look as if they did."""
     texts = [one for value in values for one in as_list(value) if isinstance(one, str) and one]
     if is_list:  # of names and texts: a word is no name of a file
         texts = [text if re.search(r"[\d.]", text) else "" for text in texts]
@@ -486,40 +470,36 @@ def _naming(values: Sequence[Any], tree: Tree, name: str, is_list: bool = False)
 
 
 def _is_media(cells: Sequence[str], tree: Tree, table: str) -> bool:
-    """Whether a column of a CSV file names files of the input."""
+    """Tell whether a column of a CSV file names files of the input."""
     return _naming(cells, tree, table)[0] and _are_ids("id", cells)
 
 
-def _naming_columns(table: Table, preview: Sequence[dict[str, Any]], tree: Tree) -> dict[str, Any]:
-    """Find the columns that name files, or whether records name files at any depth."""
-    names = [] if any(map(is_interleaved, preview)) else list(dict.fromkeys(name for row in preview for name in row))
-    columns = {name: [row[name] for row in preview if name in row] for name in names}
+def _naming_columns(table: Table, preview: Sequence[dict[str, Any]], tree: Tree) -> list[str]:
+    """Find the columns that name files."""
+    columns = {name: [row[name] for row in preview if name in row] for name in dict.fromkeys(n for row in preview for n in row)}
     verdicts = {name: _naming(values, tree, table.name, table.delimiter == " ") for name, values in columns.items()}
-    found = [name for name in names if verdicts[name][0]]
+    found = [name for name in columns if verdicts[name][0]]
     exact = [name for name in found if any(extension(f"{value}") in MEDIA for value in columns[name])]
     if not found and not any(is_held(value) for row in preview for value in row.values()):  # all files are missing
-        exact = [name for name in names if verdicts[name][1]]
-    found = exact or [name for name in found if _are_ids(name, columns[name])][:1]
-    nested = not found and any(True for row in preview for _ in named_within(tree, table.name, row))
-    return {"files": tuple(found), "nested": nested}
+        exact = [name for name in columns if verdicts[name][1]]
+    return exact or [name for name in found if _are_ids(name, columns[name])][:1]
 
 
 def is_held(value: Any) -> bool:
-    """Whether a value holds a medium, as Hugging Face's Parquet files do."""
+    """Tell whether a value holds a medium, as Hugging Face's Parquet files do."""
     return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
 def _are_ids(name: str, values: Sequence[Any]) -> bool:
-    """Whether values without extension may well be names of files, rather than labels or numbers."""
+    """Tell whether values without extension may well be names of files, rather than labels or numbers."""
     is_named = re.search("id|file|name|image|audio|path|key|utt", name.lower())
     return len({*map(str, values)}) > len(values) / 2 and bool(is_named or not all(_is_number(f"{value}") for value in values))
 
 
-def named_within(tree: Tree, table: str, value: Any) -> Iterator[File]:
-    """Yield the files that a record names, at any depth."""
+def named_within(tree: Tree, table: str, value: Any) -> list[File]:
+    """Return the files that a record names, at any depth."""
     if isinstance(value, str):
-        if extension(value[-12:]) in MEDIA and (file := tree.resolve(table, value)):
-            yield file
-    elif isinstance(value, Mapping | list):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from named_within(tree, table, one)
+        file = tree.resolve(table, value) if extension(value[-12:]) in MEDIA else None
+        return [file] if file else []
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [file for one in values for file in named_within(tree, table, one)]
