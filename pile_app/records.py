@@ -34,7 +34,7 @@ TOOL_CALLS = ("function_call", "tool_call")
 SPEAKERS = {"system": "system", "developer": "system"} | dict.fromkeys(("user", "human", "prompter", *TOOL_RESULTS), "user")
 SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
 
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange", "chosen", "completion")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chosen", "completion")
 ALPACA = (("instruction", "prompt"), ("input", "context"), ("output", "completion", "response"))  # question, context, answer
 MEDIA = {"image": ("image", "images"), "audio": ("audio", "audios", "sound")}
 CHAT_FIELDS = {*MESSAGES, *chain(*ALPACA), *MEDIA["image"], *MEDIA["audio"], "system", "history"}

@@ -31,14 +31,14 @@ from pile_app.records import chat_layout, is_interleaved
 UNIT_BYTES = 1 << 24
 UNIT_SAMPLES = 1000
 FORMATS = dict.fromkeys(TEXT_EXTENSIONS, "text") | {
-    "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "ndjson": "json", "yml": "yaml", "yaml": "yaml",
+    "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "ndjson": "json",
     "parquet": "parquet", "arrow": "arrow", "conll": "conll", "bio": "conll", "iob": "conll", "tar": "tar",
 } | dict.fromkeys(IMAGE_EXTENSIONS, "image") | dict.fromkeys(AUDIO_EXTENSIONS, "audio")  # fmt: skip
-TABLES = ("csv", "json", "yaml", "parquet", "arrow")
+TABLES = ("csv", "json", "parquet", "arrow")
 OF_KIND = {
     "text": ("text", "csv", "json", "parquet", "arrow"), "images": ("image", *TABLES), "audio": ("audio", *TABLES),
     "interleaved": ("json", "parquet", "arrow"), "entities": ("conll", "json", "parquet", "arrow"),
-    "chat": ("json", "yaml", "parquet", "arrow"), "webdataset": ("tar",),
+    "chat": ("json", "parquet", "arrow"), "webdataset": ("tar",),
 }  # fmt: skip
 FORCED = {"text": "text", "entities": "conll", "chat": "json", "interleaved": "json", "webdataset": "tar"}
 FORCED_FILE = {"images": "image", "audio": "audio"}  # of a single file with another extension
@@ -253,14 +253,13 @@ class Listing:
             elif not is_list:
                 self.reject(self.take(name).name, format, bad.reason, bad.detail)
             return None
-        is_dialogue = any("exchange" in row for row in preview)
         texts = [list(map(str, row.values()))[1:] for row in preview if is_list]
         has_text = [any(re.search(r"[^\W\d_]", text) and "://" not in text for text in some) for some in texts]
         if is_list and sum(has_text) <= len(preview) / 2:
             if table.files:
                 self.skip(name, "no_text", "it names files, and holds no texts")
             return None
-        if (is_list and not table.files) or (format == "yaml" and self.options.kind == "auto" and not is_dialogue):
+        if is_list and not table.files:
             return None
         self.take(name)
         if self.options.kind == "text":
@@ -271,7 +270,7 @@ class Listing:
         """Add a sample for each row of a table that names files; return their names."""
         named, folders, layout = set[str](), {os.path.dirname(table.name)}, table.layout
         try:
-            for where, row, _ in _merged(table):
+            for where, row in _merged(table):
                 hits, sample = self._row(table, where, row)
                 self.samples[f"{layout}:{table.name}"].append(sample)
                 named |= {file.name for file in hits}
@@ -310,21 +309,13 @@ class Listing:
         return hits, Sample(where, table.layout, split, paths, error or speaker | values, sum(file.size for file in hits))
 
     def _parts(self, table: Table) -> Iterator[Unit]:
-        """Yield the units of a table: its row groups, or ranges of its bytes."""
+        """Yield the units of a table: row groups, or ranges of bytes."""
         size, parts = self.tree.files[table.name].size, [table]
         with suppress(BadSample, *DAMAGE):  # the reader reports the damage
-            is_large = size > UNIT_BYTES and table.format in ("csv", "lines") and open_text(table.real, self.encoding)[1] == 0
             if table.format == "parquet":
                 parts = [replace(table, group=group) for group in range(row_groups(table))]
-            elif is_large and table.format == "lines":
-                count = size // UNIT_BYTES
-                parts = [replace(table, start=a, stop=b) for a, b in pairwise(size * n // count for n in range(count + 1))]
-            elif is_large:
-                cuts = [(0, 0)]
-                for where, _, end in rows(table):  # a row may have several lines
-                    if end - cuts[-1][0] > UNIT_BYTES:
-                        cuts.append((end, int(where.rpartition(":")[2])))
-                parts = [replace(table, start=a, line=line, stop=b) for (a, line), (b, _) in pairwise([*cuts, (size, 0)])]
+            elif table.format == "lines" and size > 2 * UNIT_BYTES and open_text(table.real, self.encoding)[1] == 0:
+                parts = [replace(table, start=start, stop=stop) for start, stop in _ranges(size)]
         for part in parts:
             yield Unit("table", [table.name, asdict(part)], size // len(parts))
 
@@ -338,8 +329,7 @@ class Listing:
         elif format == "text" and self.options.label_from_folder and not _label_folder(os.path.dirname(name)):
             self.skip(name, "no_label", "it lies in no folder whose name could be its label")
         elif format == "text":
-            parts = max(1, file.size // UNIT_BYTES)
-            for start, stop in pairwise(file.size * part // parts for part in range(parts + 1)):
+            for start, stop in _ranges(file.size):
                 yield Unit("text", [name, file.real, self.split(name), start, stop], stop - start)
         elif format in ("conll", "tar"):
             yield Unit(format, [name, file.real, self.split(name)], file.size)
@@ -363,6 +353,11 @@ def as_bad(error: Exception) -> BadSample:
     if isinstance(error, BadSample):
         return error
     return BadSample("unreadable_file" if getattr(error, "errno", None) else "damaged_file", str(error))
+
+
+def _ranges(size: int) -> Iterator[tuple[int, int]]:
+    count = max(1, size // UNIT_BYTES)
+    return pairwise(size * part // count for part in range(count + 1))
 
 
 def _units_of_samples(found: Iterable[Sample]) -> Iterator[Unit]:
@@ -406,7 +401,7 @@ def _label_folder(folder: str) -> str | None:
 
 
 def _lists_numbers(path: str) -> bool:
-    """Tell whether the first lines of a file are all a name with a number in it and further numbers, as lists of pictures are."""
+    """Tell whether the first lines of a file are all a name with a number in it and further numbers: a list of pictures, say."""
     with open_plain(path) as file:
         lines = file.read(4096).decode(errors="replace").split("\n")
     return all(re.fullmatch(r"[\w./-]*\d[\w./-]*(\s+[-+.\d]+)*\s*", line) for line in lines[:-1] or lines)
@@ -430,14 +425,15 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(one)
 
 
-def _merged(table: Table) -> Iterator[tuple[str, Any, int]]:
-    """Join neighboring rows that differ only in a text (and in numbers) to one with a list of texts: the captions of an image."""
-    held: tuple[str, Any, int] | None = None
-    for where, row, position in rows(table):
-        joined = _joined(held[1], row, table.files) if held and len(table.files) == 1 else None
-        if held and joined is None:
-            yield held
-        held = (held[0], joined, position) if held and joined else (where, row, position)
+def _merged(table: Table) -> Iterator[tuple[str, Any]]:
+    """Join neighboring rows that differ only in a text (and in numbers): the captions of an image become a list of texts."""
+    held: tuple[str, Any] | None = None
+    for where, row in rows(table):
+        if held and (joined := _joined(held[1], row, table.files) if len(table.files) == 1 else None):
+            held = held[0], joined
+            continue
+        yield from [held] if held else []
+        held = where, row
     yield from [held] if held else []
 
 

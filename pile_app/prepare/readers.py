@@ -23,11 +23,11 @@ from pile_app.documents import BadSample, Document, media_extension
 from pile_app.fields import Field, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.prepare import files
-from pile_app.prepare.files import DAMAGE, File, Tree, extension, is_hidden, open_plain, open_text, read_file, read_text
+from pile_app.prepare.files import DAMAGE, Tree, is_hidden, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
-from pile_app.prepare.listing import FORMATS, TABLES, Listing, Sample, Unit, as_bad, find, open_tree
+from pile_app.prepare.listing import Listing, Sample, Unit, as_bad, find, open_tree
 from pile_app.prepare.options import Options
-from pile_app.prepare.tables import Table, rows, sniff
+from pile_app.prepare.tables import Table, rows
 from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
 from pile_app.prepare.text import decode_text
 
@@ -95,7 +95,7 @@ def _read_text(options: Options, name: str, path: str, split: str | None, start:
 
 def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Record]:
     table = Table(**fields)
-    for where, row, _end in rows(table):
+    for where, row in rows(table):
         if isinstance(row, BadSample) or not (table.tagged or options.kind == "entities"):
             yield Record(where, row, table.layout, table.split)
             continue
@@ -230,7 +230,7 @@ class Maps:
             else:  # of a table that was not sampled: by the record alone
                 fields = _with_label(infer_fields([content]), self.options)
         except ValueError as error:
-            raise as_bad(error) if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
+            raise BadSample("no_fields", str(error)) from error
         return fields.read(record.where, content, partial(self._open, record.where))
 
     def _open(self, where: str, value: str | Path) -> tuple[str, bytes]:
@@ -291,20 +291,14 @@ def read_documents(input: str | Path, options: Options | None = None) -> Iterato
 
 def evaluation_texts(path: str) -> Iterator[str]:
     """Yield every text of an evaluation set: a text file whole, each string in the rows of a table. Raises ValueError."""
-    format, real = FORMATS.get(extension(path), ""), os.path.realpath(path)
+    options = Options(document_bytes=1 << 26)
     try:
-        if format == "text":
-            yield decode_text(read_text(real))
-        elif format in TABLES:
-            table = sniff(Tree(path, around=False), File(os.path.basename(path), real, 0), format)[0]
-            yield from table.columns if table.has_header else ()
-            for _, row, _ in rows(table):
-                if isinstance(row, BadSample):
-                    raise row
-                yield from _strings_in(row)
-        else:
-            raise ValueError(f"*.{extension(path)} is no text, CSV, JSON or Parquet file")
-    except (*DAMAGE, ValueError) as error:  # BadSample is a ValueError
+        for record in (record for unit in Listing(path, options).units() for record in read_unit(unit, options)):
+            if isinstance(record.content, BadSample):
+                raise record.content
+            content = record.content
+            yield from _strings_in(content if isinstance(content, Mapping) else [one.text for one in content.segments])
+    except ValueError as error:
         raise ValueError(f"the evaluation set {path!r} cannot be read: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """Read rows of tables: CSV in any dialect, JSON lines and arrays, Parquet and Arrow files, and lists of `name text`.
 
-    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample, offset of its end)
+    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample)
 
 A table with a column of existing file names is the index of those files. A row that does not fit the header, a quote that is
 not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read."""
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from collections import defaultdict, deque
@@ -33,9 +34,10 @@ FILE_NAMES = ("image", "audio", "file", "file_name", "filename", "path")
 KNOWN_COLUMNS = {*TEXT_NAMES, *LABEL_NAMES, *GROUP_NAMES, *FILE_NAMES, "id", "split"}
 PREVIEW = 100  # rows that show which columns name files
 MAX_LABELS = 50
+MAX_QUOTED = 10_000  # lines in a quoted cell
 csv.field_size_limit(files.MAX_LINE_BYTES)
 _UNDECODED = re.compile("[\ud800-\udfff]")
-_LAYOUTS = {"csv": "table", "lines": "JSON lines", "json": "JSON", "yaml": "YAML", "parquet": "Parquet", "arrow": "Arrow"}
+_LAYOUTS = {"csv": "table", "lines": "JSON lines", "json": "JSON", "parquet": "Parquet", "arrow": "Arrow"}
 
 
 class Undecoded(BadSample):
@@ -52,10 +54,10 @@ def shown(row: Any) -> Any:
 
 @dataclass(frozen=True)
 class Table:
-    """Describe a table, or its part from byte `start` (after `line` lines) to `stop`.
+    """Describe a table, or a part of it: JSON lines from byte `start` to `stop`, or a row group of Parquet.
 
-    format: csv, lines, json, yaml, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records
-    name files at any depth; tagged: rows are texts with entities; classes: column -> names of its classes; group: of Parquet."""
+    format: csv, lines, json, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records name files
+    at any depth; tagged: rows are texts with entities; classes: column -> names of its classes."""
 
     name: str
     real: str
@@ -72,7 +74,6 @@ class Table:
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     start: int = 0
     stop: int = 0
-    line: int = 0
     group: int = -1
 
     @property
@@ -85,20 +86,17 @@ class Table:
         return f"entities ({name})" if self.tagged else f"{name} of files" if self.is_index else name
 
 
-Row = tuple[str, Any, int]
-
-
-def rows(table: Table) -> Iterator[Row]:
-    """Yield (`file:line`, the row or why it cannot be read, offset of its end) of each row.
+def rows(table: Table) -> Iterator[tuple[str, Any]]:
+    """Yield (`file:line`, the row or why it cannot be read) of each row.
 
     Raises BadSample, OSError, EOFError: the file is damaged; rows before the damage are yielded."""
-    for number, row, position in READERS[table.format](table):
+    for number, row in READERS[table.format](table):
         if isinstance(row, dict):
             row = {name: value for name, value in row.items() if value is not None}
             row |= {name: _class_names(row[name], names) for name, names in table.classes.items() if name in row}
         elif not isinstance(row, BadSample):
             row = BadSample("no_object", f"the record is {row!r:.80}, not an object with fields")
-        yield f"{table.name}{number}", row, position
+        yield f"{table.name}{number}", row
 
 
 def _class_names(value: Any, names: Sequence[str]) -> Any:
@@ -112,19 +110,13 @@ def _class_names(value: Any, names: Sequence[str]) -> Any:
 # -- CSV
 
 
-def _csv_rows(table: Table) -> Iterator[Row]:
-    file, start = open_text(table.real, table.encoding, table.start, table.stop)
-    with file:
-        found = _cells(file, table)
-        if table.has_header and not table.start:
-            next(found, None)
-        for line, cells, position in found:
-            yield f":{table.line + line}", _row(cells, table), max(0, start) + position
+def _csv_rows(table: Table) -> Iterator[tuple[str, Any]]:
+    with open_text(table.real, table.encoding)[0] as file:
+        for line, cells in islice(_cells(file, table), int(table.has_header), None):
+            yield f":{line}", cells if isinstance(cells, BadSample) else _row(cells, table)
 
 
-def _row(cells: list[str] | BadSample, table: Table) -> Any:
-    if isinstance(cells, BadSample):
-        return cells
+def _row(cells: list[str], table: Table) -> Any:
     if is_damaged := bool(_UNDECODED.search("".join(cells))):
         cells = [cell.encode("utf-8", "surrogateescape").decode("latin-1") for cell in cells]
     if len(cells) != len(table.columns):
@@ -134,59 +126,45 @@ def _row(cells: list[str] | BadSample, table: Table) -> Any:
     return Undecoded("the row is not UTF-8: give --encoding, e.g. cp1252 or latin-1", row) if is_damaged else row
 
 
-def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadSample, int]]:
-    """Yield (line, cells or the error, bytes read) of each row. An unclosed quote costs its own line only: the lines after it,
-    which the cell swallowed, are read again."""
-    source, pending, taken = lines_of(file), deque[bytes | BadSample](), list[bytes]()
-    line = position = size = 0
-
-    def feed() -> Iterator[str]:
-        nonlocal size
-        while (found := pending.popleft() if pending else next(source, None)) is not None:
-            taken.append(b"" if isinstance(found, BadSample) else found)
-            if isinstance(found, BadSample):
-                raise found
-            size += len(found)
-            if size > files.MAX_LINE_BYTES:
-                raise csv.Error("end of data")
-            yield found.decode("utf-8-sig" if line == 0 and len(taken) == 1 else "utf-8", "surrogateescape")
-
-    reader = _reader(feed(), table)
-    while True:
-        taken.clear()
-        size = 0
-        try:
-            cells: list[str] | BadSample | None = next(reader, None)
-        except (BadSample, csv.Error) as error:
-            reader = _reader(feed(), table)
-            if isinstance(error, BadSample):
-                cells = error
-            elif "end of data" in str(error) or len(taken) > 1:
-                again = f"; the {len(taken) - 1:,} lines after it are read again" * (len(taken) > 1)
-                cells = BadSample("unclosed_quote", f"a quote opens in line {table.line + line + 1} and is not closed{again}")
-                pending.extendleft(reversed(taken[1:]))
-                del taken[1:]
-            else:  # a quote within a cell
-                found = _try_rows([taken[0].decode("utf-8", "surrogateescape")], table, strict=False)
-                cells = found[0] if found else BadSample("damaged_row", str(error))
+def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadSample]]:
+    """Yield (line, cells or the error) of each row. A quote that is not closed within `MAX_QUOTED` lines costs its own line only."""
+    source, pending, number = lines_of(file), deque[bytes | BadSample](), 1
+    while (line := pending.popleft() if pending else next(source, None)) is not None:
+        taken = [line]
+        cells = line if isinstance(line, BadSample) else _parse(line, table, number == 1)
+        while cells is None and len(taken) < MAX_QUOTED and (more := pending.popleft() if pending else next(source, None)):
+            taken.append(more)
+            if isinstance(more, BadSample):
+                break
+            if b'"' in more:
+                cells = _parse(b"".join(taken), table, number == 1)  # type: ignore[arg-type]
         if cells is None:
-            return
-        position += sum(map(len, taken))
+            again = f"; the {len(taken) - 1:,} lines after it are read again" * (len(taken) > 1)
+            cells = BadSample("unclosed_quote", f"a quote opens in line {number} and is not closed{again}")
+            pending.extendleft(reversed(taken[1:]))
+            del taken[1:]
         if cells:
-            yield line + 1, cells, position
-        line += len(taken)
+            yield number, cells
+        number += len(taken)
 
 
-def _reader(lines: Iterator[str], table: Table, strict: bool = True) -> Iterator[list[str]]:
-    if table.delimiter not in "\t|\x1f ":
-        escape = table.escape or None
-        yield from csv.reader(lines, delimiter=table.delimiter, escapechar=escape, strict=strict, skipinitialspace=True)
-        return
-    for line in lines:  # never quoted: a lone quote in a caption would swallow the rows up to the next
-        cells = line.split(None, 1) if table.delimiter == " " else line.rstrip("\r\n").split(table.delimiter)
-        if len(cells) == 1 < len(table.columns) and table.delimiter == " ":
-            cells.append("")
-        yield [_unquoted(cell.strip()) for cell in cells] if line.strip() else []
+def _parse(data: bytes, table: Table, is_first: bool) -> list[str] | None:
+    """Split a row; None if a quote is open."""
+    text = data.decode("utf-8-sig" if is_first else "utf-8", "surrogateescape")
+    if not text.strip():
+        return []
+    if table.delimiter == " ":
+        return [*text.strip().split(None, 1), ""][:2]
+    if table.delimiter in "\t|\x1f":  # never quoted: a lone quote in a caption would swallow the rows up to the next
+        return [_unquoted(cell.strip()) for cell in text.rstrip("\r\n").split(table.delimiter)]
+    for strict in (True, False):  # not strict: a quote within a cell
+        try:
+            dialect = {"delimiter": table.delimiter, "escapechar": table.escape or None, "skipinitialspace": True}
+            return next(csv.reader([text], strict=strict, **dialect))
+        except csv.Error as error:
+            if "end of data" in str(error):
+                return None
+    return [text]
 
 
 def _unquoted(cell: str) -> str:
@@ -195,38 +173,27 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if '"' not in inner != cell[1:-1] and cell[0] == cell[-1] == '"' else cell
 
 
-def _try_rows(lines: Sequence[str], table: Table, strict: bool = True) -> list[list[str]]:
-    found: list[list[str]] = []
-    try:
-        found.extend(row for row in _reader(iter(lines), table, strict) if row)
-    except csv.Error as error:
-        if strict and "end of data" not in str(error):
-            found += _try_rows(lines[len(found) :], table, strict=False)
-    return found
-
-
 def _sniff_csv(table: Table, tree: Tree) -> Table:
     """Find the delimiter, and whether the first row is a header; name the columns that have no header by their content."""
     with open_text(table.real, table.encoding)[0] as file:
         head = file.read(1 << 18)
     if b"\0" in head:
         raise BadSample("damaged_file", "it holds bytes that are no text")
-    lines = [f"{line}\n" for line in head.decode("utf-8-sig", "replace").split("\n")][: 2 * PREVIEW]
-    lines = lines[:-1] if len(head) == 1 << 18 and len(lines) > 1 else lines
-    best, found = (False, False, 0.0), list[list[str]]()
-    chosen = replace(table, delimiter="\x1f")
-    for delimiter in "\t|" if extension(table.name) == "tsv" else ",\t;|":
-        for escape in ("", "\\") if delimiter in ",;" and any('\\"' in line for line in lines) else ("",):
+    lines = head.splitlines(keepends=True)[: 2 * PREVIEW]
+    head = b"".join(lines[:-1] if len(head) == 1 << 18 and len(lines) > 1 else lines)
+    best, chosen, found = (False, False, 0.0), table, list[list[str]]()
+    for delimiter in "\t|\x1f" if extension(table.name) == "tsv" else ",\t;|\x1f":
+        for escape in ("", "\\") if delimiter in ",;" and b'\\"' in head else ("",):
             trial = replace(table, delimiter=delimiter, escape=escape)
-            cells = _try_rows(lines, trial)
+            cells = [row for _, row in _cells(io.BytesIO(head), trial) if not isinstance(row, BadSample)]
             width = len(cells[0]) if cells else 0
             even = [row for row in cells if len(row) == width]
             fits = len(even) / max(1, len(cells))
             names_files = any(_is_media(column[1:] or column, tree, table.name) for column in zip(*even, strict=True))
             score = names_files, width > 1, fits
-            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and score > best:
+            if not found or ((width > 1 or delimiter in ",\x1f") and fits >= (0.5 if width > 1 else 1) and score > best):
                 best, chosen, found = score, trial, cells
-    if not (found := found or _try_rows(lines, chosen)):
+    if not found:
         raise BadSample("empty_file", "the table holds no row")
     has_header = _is_header(found, tree, table.name)
     body = [row for row in found if len(row) == len(found[0])][has_header:]
@@ -273,14 +240,13 @@ def _is_number(cell: str) -> bool:
 # -- JSON, YAML, Parquet, Arrow
 
 
-def _json_lines(table: Table) -> Iterator[Row]:
-    file, position = open_text(table.real, table.encoding, table.start, table.stop)
+def _json_lines(table: Table) -> Iterator[tuple[str, Any]]:
+    file, start = open_text(table.real, table.encoding, table.start, table.stop)
     with file:
         for number, line in enumerate(lines_of(file), start=1):
-            name = f":@{position}" if table.stop else f":{number}"
-            position += 0 if isinstance(line, BadSample) else len(line)
             if isinstance(line, BadSample) or line.strip():
-                yield name, line if isinstance(line, BadSample) else _parsed(line), position
+                name = f":@{start}+{number}" if table.stop else f":{number}"  # the line after that byte
+                yield name, line if isinstance(line, BadSample) else _parsed(line)
 
 
 def _parsed(data: bytes) -> Any:
@@ -294,37 +260,21 @@ def _parsed(data: bytes) -> Any:
         return BadSample("invalid_json", str(error))
 
 
-def _json_file(table: Table) -> Iterator[Row]:
+def _json_file(table: Table) -> Iterator[tuple[str, Any]]:
     """Yield the records of a file; if its encoding is unknown, an error for each record."""
-    data = read_text(table.real, table.encoding)
-    found = _parsed_yaml(data) if table.format == "yaml" else _parsed(data)
+    found = _parsed(read_text(table.real, table.encoding))
     content = shown(found)
     if isinstance(content, BadSample):
         raise content
     if isinstance(content, dict):
         content = _records_of(content)
     for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield f":{number}", Undecoded(found.detail, record) if isinstance(found, Undecoded) else record, 0
-
-
-def _parsed_yaml(data: bytes) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # strings, lists and mappings only
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, loader)):
-            raise ValueError("it refers to parts of itself, which may be a bomb")
-        return yaml.load(data, loader)
-    except Exception as error:  # of a hostile file
-        return BadSample("invalid_yaml", f"{error}"[:200])
+        yield f":{number}", Undecoded(found.detail, record) if isinstance(found, Undecoded) else record
 
 
 def _records_of(content: dict[str, Any]) -> list[Any]:
-    """Find the records in an object: COCO, Karpathy's splits, ChatterBot, `{"data": [...]}`, an object a key, or itself."""
+    """Find the records in an object: COCO, captions by file, `{"data": [...]}`, an object a key, or itself."""
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
-    dialogues, images = content.get("conversations"), lists.get("images", [{}])
-    if isinstance(dialogues, list) and any(isinstance(one, list) for one in dialogues):
-        return [{"exchange": as_list(one)} for one in dialogues]
     if content and all(extension(key) in MEDIA and isinstance(value, str | list) for key, value in content.items()):
         return [{"file": key, "captions" if isinstance(value, list) else "text": value} for key, value in content.items()]
     if "images" in lists and "annotations" in lists:
@@ -334,11 +284,7 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
                 captions[one.get("image_id")].append(one["caption"])
         if not captions:
             raise BadSample("no_caption", "its annotations are no captions")
-        return [{"image": one.get("file_name"), "captions": captions[one.get("id")]} for one in images]
-    if isinstance(images[0].get("sentences"), list):
-        texts = ([one.get("raw") for one in image.get("sentences", [])] for image in images)
-        pairs = zip(images, texts, strict=True)
-        return [{"image": one.get("filename"), "captions": some, "split": one.get("split")} for one, some in pairs]
+        return [{"image": one.get("file_name"), "captions": captions[one.get("id")]} for one in lists["images"]]
     if len(lists) == 1 and not content.keys() & {"messages", "conversations", "segments", "text"}:
         return next(iter(lists.values()))
     if len(content) > 1 and all(isinstance(value, dict) for value in content.values()):
@@ -346,7 +292,7 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
     return [content]
 
 
-def _columnar_rows(table: Table) -> Iterator[Row]:
+def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
     number = 0
     with open_plain(table.real) as file, _damage():
@@ -367,7 +313,7 @@ def _columnar_rows(table: Table) -> Iterator[Row]:
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield f":{number}", row, 0
+                yield f":{number}", row
 
 
 @contextmanager
@@ -408,7 +354,7 @@ def _classes(table: Table) -> dict[str, list[str]]:
     return {}
 
 
-READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file, "yaml": _json_file} | dict.fromkeys(
+READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file} | dict.fromkeys(
     ("parquet", "arrow"), _columnar_rows
 )
 
@@ -429,7 +375,7 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         table = replace(table, format="lines" if _is_lines(table) else "json")
     elif format in ("parquet", "arrow"):
         table = replace(table, classes=_classes(table))
-    found = [shown(row) for _, row, _ in islice(rows(table), PREVIEW)]
+    found = [shown(row) for _, row in islice(rows(table), PREVIEW)]
     if not found:
         raise BadSample("empty_file", "it holds no row")
     preview = [row for row in found if isinstance(row, dict)]

@@ -7,11 +7,10 @@ import json
 import stat
 import tarfile
 import zipfile
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from layouts import Choices, chat, commas, doc, lines, picture, read_back, sound, tar, write
+from layouts import Choices, commas, doc, lines, picture, read_back, sound, tar, write
 from test_public_bugs import expect, run
 
 from pile_app.prepare.pipeline import prepare
@@ -29,9 +28,6 @@ def test_a_label_is_no_caption(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "license.md", "LICENSE.txt"])
 def test_a_readme_is_no_data(tmp_path: Path, name: str) -> None:
     about: dict[str, str | bytes] = {name: "# A data set\n\nOf many things."}
-    chats = "conversations:\n- - What is AI?\n  - A branch of computer science.\n"
-    _, balance = run(tmp_path / "chats", about | {"ai.yml": chats})
-    assert balance.documents == 1 and balance.unread == [name]
     documents, balance = run(tmp_path / "texts", about | {"a.txt": "a text"})
     assert documents == expect(doc("a text")) and balance.unread == [name]
     with pytest.raises(ValueError, match=r"a\.xyz"):
@@ -245,17 +241,6 @@ def test_the_splits_of_conll(tmp_path: Path) -> None:
     prepare(tmp_path / "in", tmp_path / "out", processes=1, kind="entities")
     texts = {split: [document.segments[0].text for document in some] for split, some in read_back(tmp_path / "out").items()}
     assert texts == {"train": ["eng.train"], "validation": ["eng.testa"], "test": ["eng.testb"]}
-
-
-def test_yaml_that_grows_without_end_is_rejected(tmp_path: Path) -> None:
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    bomb += (
-        "".join(f"{after}: &{after} [{', '.join([f'*{name}'] * 9)}]\n" for name, after in pairwise("abcdefg"))
-        + "conversations: *g\n"
-    )
-    documents, balance = run(tmp_path, {"bomb.yml": bomb, "good.yml": "conversations:\n- - Q?\n  - A.\n"})
-    assert documents == expect(chat("user", "Q?", "assistant", "A."))
-    assert sum(balance.rejected.values()) + len(balance.unread) == 1
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
