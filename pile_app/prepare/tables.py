@@ -354,9 +354,7 @@ def _classes(table: Table) -> dict[str, list[str]]:
     return {}
 
 
-READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file} | dict.fromkeys(
-    ("parquet", "arrow"), _columnar_rows
-)
+READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file} | dict.fromkeys(("parquet", "arrow"), _columnar_rows)
 
 
 # -- the form and the meaning of a table
