@@ -107,7 +107,8 @@ class Summary:
         lines = {
             f"samples: {total['samples']:,} read ({listed(self.of('read'))}){pieces} = {total['documents']:,} documents + "
             f"{total['rejected']:,} rejected{reasons * bool(total['rejected'])}": True,
-            f"files and fields: {total['fields']:,} read = {total['used']:,} used + {total['unused']:,} unused{unused}{lost}": True,
+            f"files and fields: {total['fields']:,} read = {total['used']:,} used + "
+            f"{total['unused']:,} unused{unused}{lost}": True,
             f"parts of chats dropped: {listed(total['dropped_parts'])}": total["dropped_parts"],
             f"files not read: {listed(unread)}": unread,
             f"see {self.output / 'rejected.jsonl'}": unread or total["rejected"],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import codecs
-import csv
 import hashlib
 import io
 import json
@@ -44,9 +43,15 @@ COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 CUTS = (b"\n\n", b"\n", b" ")  # where a text is best cut: after a paragraph, a line, a word
 MEDIA = frozenset((*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS))
 DAMAGE = (
-    EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, UnicodeError, tarfile.TarError, zipfile.BadZipFile,
-    csv.Error,
-)  # fmt: skip
+    EOFError,
+    OSError,
+    zlib.error,
+    lzma.LZMAError,
+    zstandard.ZstdError,
+    UnicodeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 class File(NamedTuple):
@@ -60,8 +65,8 @@ class File(NamedTuple):
 class Tree:
     """List all plain files below a folder; `skipped` holds (name, reason, detail) of all others.
 
-    A file as input is in the tree with the files around it (`around`), which a table may name. follow: the folder that links may
-    lead into; digest: a hash of the name, size and time of change of each file."""
+    A file as input is in the tree with the files around it (`around`), which a table may name. follow: the folder that links
+    may lead into; digest: a hash of the name, size and time of change of each file."""
 
     def __init__(self, input: str, follow: str | None = None, around: bool = True) -> None:
         self.files: dict[str, File] = {}
@@ -84,20 +89,18 @@ class Tree:
         folders = []
         for entry in entries:
             name, path, about = prefix + entry.name, entry.path, entry.stat(follow_symlinks=False)
-            if is_hidden(entry.name):
-                self.skipped.append((name, "hidden_file", "hidden files and folders are not read"))
-                continue
-            if stat.S_ISLNK(about.st_mode):
+            reason, detail = ("hidden_file", "hidden files and folders are not read") if is_hidden(entry.name) else ("", "")
+            if not reason and stat.S_ISLNK(about.st_mode):
                 path = os.path.realpath(path)
                 if not os.path.exists(path):
-                    self.skipped.append((name, "broken_link", "its target is missing: git annex get or dvc pull fetches it"))
-                    continue
-                if self._follow is None or path in parents or not is_below(path, self._follow):
-                    hint = "links are not followed; --follow-links ROOT reads those that lead into the folder ROOT"
-                    self.skipped.append((name, "ignored_link", hint))
-                    continue
-                about = os.stat(path)
-            if stat.S_ISDIR(about.st_mode):
+                    reason, detail = "broken_link", "its target is missing: git annex get or dvc pull fetches it"
+                elif self._follow is None or path in parents or not is_below(path, self._follow):
+                    reason, detail = "ignored_link", "--follow-links ROOT reads links that lead into the folder ROOT"
+                else:
+                    about = os.stat(path)
+            if reason:
+                self.skipped.append((name, reason, detail))
+            elif stat.S_ISDIR(about.st_mode):
                 folders.append((path, f"{name}/"))
             elif name != self.only:
                 self._add(name, path, about)
@@ -130,8 +133,8 @@ class Tree:
         del self.files[name]
         self.files |= {f"{name}/{one.name}": one._replace(name=f"{name}/{one.name}") for one in inner.files.values()}
         unsafe = "links, devices and names that leave the archive are not unpacked"
-        refused = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
-        self.skipped += [(f"{name}/{member}", *why) for member, *why in inner.skipped + refused]
+        links = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
+        self.skipped += [(f"{name}/{member}", reason, detail) for member, reason, detail in inner.skipped + links]
 
     @cached_property
     def _names(self) -> tuple[dict[str, list[str]], ...]:
@@ -327,29 +330,27 @@ def pieces_of(file: BinaryIO, limit: int) -> Iterator[bytes]:
 
 
 def _extract(file: File, target: str) -> list[str]:
-    """Write the files of an archive below `target`; returns the names of members that are refused."""
-    refused, count, size, most = list[str](), 0, 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
+    """Write the files of an archive below `target`; return the names of members that are refused."""
+    refused, size, most = list[str](), 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
     os.makedirs(target)
     with ExitStack() as stack:
         if is_zip := file.name.lower().endswith(".zip"):
             archive: Any = stack.enter_context(zipfile.ZipFile(file.real))
-            members, extract = archive.infolist(), archive.extract
         else:
             stream = stack.enter_context(open_text(file.real)[0])
-            members = archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
-            extract = partial(archive.extract, filter="data")
-        for member in members:
+            archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+        for count, member in enumerate(archive.infolist() if is_zip else archive, start=1):
             if is_zip:
                 name, bytes_, is_folder = member.filename, member.file_size, member.is_dir()
                 is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
             else:
                 name, bytes_, is_folder = member.name, member.size, member.isdir()
                 is_plain = member.isreg() and not member.issparse()
-            count, size = count + 1, size + bytes_
+            size += bytes_
             if size > most or count > MAX_ARCHIVE[2]:
                 raise BadSample("archive_too_large", f"more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first")
             if is_plain and not is_folder and name[:1] != "/" and ".." not in name.split("/") and "\\" not in name:
-                extract(member, path=target)
+                archive.extract(member, target, **({} if is_zip else {"filter": "data"}))
             elif not is_folder:  # the filter of tarfile alone was no protection (CVE-2025-4517)
                 refused.append(name)
     return refused

@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -71,22 +70,10 @@ def normalize_text(text: str, options: Options) -> str:
     return clean_text(text) if options.clean else text
 
 
-# ftfy changes such characters, or HTML entities, in any context; elsewhere it needs a character that is not ASCII within 7.
-_ALWAYS_FIXED = re.compile("[&\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]")
-_FAR_ASCII = re.compile("(?<=[\x00-\x7f]{7})[\x00-\x7f]+(?=[\x00-\x7f]{7})")
-
-
-def may_need_repair(text: str) -> bool:
-    """Return False if `repair_text` certainly changes nothing, tens of times faster than ftfy."""
-    if text.isascii() or _ALWAYS_FIXED.search(text):
-        return bool(_ALWAYS_FIXED.search(text))
-    return bool(require("ftfy.badness", "prepare", "--repair").BADNESS_RE.search(_FAR_ASCII.sub("", text)))
-
-
 def repair_text(text: str) -> str:
     """Fix mojibake, HTML entities, terminal escapes and control characters with ftfy (Speer 2019), but keep quotes, ligatures
     and full-width characters. Repairing twice changes nothing."""
-    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config()) if may_need_repair(text) else text
+    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config())
 
 
 @lru_cache(1)

@@ -17,7 +17,7 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from pile_app.data.tar import plain_members, split_name
-from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, BadSample
+from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, BadSample, Document
 from pile_app.fields import as_list, is_remote
 from pile_app.infer import TEXT_NAMES
 from pile_app.prepare import files
@@ -52,15 +52,15 @@ class Unit(NamedTuple):
     weight: int = 0
 
 
-class Sample(NamedTuple):
-    """Files and values that are one sample, or the reason why they are none. where: the file, or `file:line`; layout: shown to
-    people, "" for a file that is not read; named: name -> path or paths; size: of the files."""
+class Record(NamedTuple):
+    """A sample. where: the file, or `file:line`; content: name -> value, a document, or the reason why it cannot be used;
+    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, still to read."""
 
     where: str
-    layout: str
-    split: str | None
-    named: Mapping[str, Any]
-    values: Mapping[str, Any] | BadSample
+    content: Mapping[str, Any] | BadSample | Document
+    layout: str = ""
+    split: str | None = None
+    named: Mapping[str, Any] = {}
     size: int = 0
 
 
@@ -100,8 +100,8 @@ class Listing:
         self.card = read_card(path, config) if os.path.isdir(path) else Card()
         self.splits: dict[str, str | None] = dict(self.card.splits)
         self.scopes, self.folders, self.list_scopes = set[str](), set[str](), set[str]()
-        self.samples: dict[str, list[Sample]] = defaultdict(list)  # by layout
-        self.bad, self.unread = list[Sample](), list[Sample]()
+        self.samples: dict[str, list[Record]] = defaultdict(list)  # by layout
+        self.bad, self.unread = list[Record](), list[Record]()
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
                 self.skip(name, *why)
@@ -112,15 +112,15 @@ class Listing:
     def skip(self, name: str, reason: str, detail: str) -> None:
         """Count a file that is not read."""
         self.rest.pop(name, None)
-        self.unread.append(Sample(name, "", None, {}, BadSample(reason, detail)))
+        self.unread.append(Record(name, BadSample(reason, detail)))
 
     def reject(self, where: str, layout: str, reason: str, detail: str) -> None:
-        self.bad.append(Sample(where, layout, None, {}, BadSample(reason, detail)))
+        self.bad.append(Record(where, BadSample(reason, detail), layout))
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
         paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
-        self.samples[layout].append(Sample(where, layout, split, paths, values, size))
+        self.samples[layout].append(Record(where, values, layout, split, paths, size))
         for file in named.values():
             self.rest.pop(file.name, None)
 
@@ -154,8 +154,7 @@ class Listing:
         yield from (unit for table in tables for unit in self._parts(table))
         yield from units
         yield from _units_of_samples(self.bad)
-        unread = ((one.values.reason == "about_file", one) for one in self.unread if isinstance(one.values, BadSample))
-        yield from _units_of_samples([one for _, one in sorted(unread, key=lambda pair: (pair[0], pair[1].where))])
+        yield from _units_of_samples(sorted(self.unread, key=lambda one: (is_about(one.where), one.where)))
 
     def _groups(self) -> dict[str, list[str]]:
         """Group media files with the files that share their stem: path without extension -> names.
@@ -276,12 +275,12 @@ class Listing:
                 named |= {file.name for file in hits}
                 folders |= {os.path.dirname(file.name) for file in hits}
         except (BadSample, *DAMAGE) as error:
-            self.samples[f"{layout}:{table.name}"].append(Sample(table.name, layout, None, {}, as_bad(error)))
+            self.samples[f"{layout}:{table.name}"].append(Record(table.name, as_bad(error), layout))
         self.scopes.add(_common(folders))
         self.folders |= {*folders, _common(folders)}
         return named
 
-    def _row(self, table: Table, where: str, row: Any) -> tuple[list[File], Sample]:
+    def _row(self, table: Table, where: str, row: Any) -> tuple[list[File], Record]:
         """Return the files that a row names, and its sample, in which their paths replace the names."""
         values, error = (dict(found), None) if isinstance(found := shown(row), dict) else ({}, found)
         error, paths, hits = row if isinstance(row, BadSample) else error, dict[str, Any](), list[File]()
@@ -306,7 +305,7 @@ class Listing:
             error = BadSample(error.reason, error.detail)  # without the row
         speaker = speaker_of(hits[0].name) if hits and table.files else {}
         split = table.split or (split_of(hits[0].name) if hits and table.files else None)
-        return hits, Sample(where, table.layout, split, paths, error or speaker | values, sum(file.size for file in hits))
+        return hits, Record(where, error or speaker | values, table.layout, split, paths, sum(file.size for file in hits))
 
     def _parts(self, table: Table) -> Iterator[Unit]:
         """Yield the units of a table: row groups, or ranges of bytes."""
@@ -360,8 +359,8 @@ def _ranges(size: int) -> Iterator[tuple[int, int]]:
     return pairwise(size * part // count for part in range(count + 1))
 
 
-def _units_of_samples(found: Iterable[Sample]) -> Iterator[Unit]:
-    some, weight = list[Sample](), 0
+def _units_of_samples(found: Iterable[Record]) -> Iterator[Unit]:
+    some, weight = list[Record](), 0
     for one in found:
         some.append(one)
         weight += one.size
@@ -401,7 +400,7 @@ def _label_folder(folder: str) -> str | None:
 
 
 def _lists_numbers(path: str) -> bool:
-    """Tell whether the first lines of a file are all a name with a number in it and further numbers: a list of pictures, say."""
+    """Tell whether the first lines of a file are all a name with a number in it and further numbers: a list of pictures."""
     with open_plain(path) as file:
         lines = file.read(4096).decode(errors="replace").split("\n")
     return all(re.fullmatch(r"[\w./-]*\d[\w./-]*(\s+[-+.\d]+)*\s*", line) for line in lines[:-1] or lines)

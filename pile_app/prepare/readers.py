@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 from pile_app.data.tar import plain_members, split_name
 from pile_app.documents import BadSample, Document, media_extension
@@ -25,7 +25,7 @@ from pile_app.infer import infer_fields
 from pile_app.prepare import files
 from pile_app.prepare.files import DAMAGE, Tree, is_hidden, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
-from pile_app.prepare.listing import Listing, Sample, Unit, as_bad, find, open_tree
+from pile_app.prepare.listing import Listing, Record, Unit, as_bad, find, open_tree
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import Table, rows
 from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
@@ -34,16 +34,6 @@ from pile_app.prepare.text import decode_text
 LAYOUTS = {"text": "text file", "conll": "CoNLL", "tar": "WebDataset"}
 SAMPLES = 200  # of a table or folder, by which its field map is inferred
 _parse = lru_cache(1024)(Fields.parse)
-
-
-class Record(NamedTuple):
-    """A sample that was read. where: the file, or `file:line`; content: name -> value, a document, or an error; layout: shown
-    to people, "" for a file that is not read; split: given by a name."""
-
-    where: str
-    content: Mapping[str, Any] | BadSample | Document
-    layout: str = ""
-    split: str | None = None
 
 
 def read_unit(unit: Unit, options: Options) -> Iterator[Record]:
@@ -60,24 +50,30 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _read_samples(options: Options, _: str, found: list[Sample]) -> Iterator[Record]:
-    for where, layout, split, named, values, _size in found:
-        content = values
-        try:
-            if not isinstance(values, BadSample):
-                content = {**values, **{name: _content(name, path, options) for name, path in named.items()}}
-        except (BadSample, *DAMAGE) as error:
-            content = as_bad(error)
-        yield Record(where, content, layout, split)
+def _tried(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result, or the reason why there is none."""
+    try:
+        return read(*arguments)
+    except (BadSample, *DAMAGE) as error:
+        return as_bad(error)
 
 
-def _content(name: str, path: str | list[str], options: Options) -> Any:
+def _read_samples(options: Options, _: str, found: list[Record]) -> Iterator[Record]:
+    for record in found:
+        yield record._replace(content=_tried(_filled, record, options), named={})
+
+
+def _filled(record: Record, options: Options) -> Any:
     """Read the text and the JSON of a sample; other files stay paths."""
-    if isinstance(path, list):
-        return list(map(Path, path))
-    if name == "txt":
-        return decode_text(read_text(path, options.encoding, files.MAX_LINE_BYTES)).strip()
-    return read_file(path) if name == "json" else Path(path)
+    content: Any = dict(record.content) if isinstance(record.content, Mapping) else record.content
+    for name, path in record.named.items() if isinstance(content, dict) else ():
+        if name == "txt":
+            content[name] = decode_text(read_text(path, options.encoding, files.MAX_LINE_BYTES)).strip()
+        elif name == "json":
+            content[name] = read_file(path)
+        else:
+            content[name] = list(map(Path, path)) if isinstance(path, list) else Path(path)
+    return content
 
 
 def _read_text(options: Options, name: str, path: str, split: str | None, start: int, stop: int) -> Iterator[Record]:
@@ -87,10 +83,8 @@ def _read_text(options: Options, name: str, path: str, split: str | None, start:
         return
     with file:
         for piece in files.pieces_of(file, options.document_bytes):
-            try:
-                yield Record(name, {"txt": decode_text(piece)}, LAYOUTS["text"], split)
-            except BadSample as error:
-                yield Record(name, error, LAYOUTS["text"])
+            text = _tried(decode_text, piece)
+            yield Record(name, text if isinstance(text, BadSample) else {"txt": text}, LAYOUTS["text"], split)
 
 
 def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Record]:
@@ -98,14 +92,17 @@ def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Re
     for where, row in rows(table):
         if isinstance(row, BadSample) or not (table.tagged or options.kind == "entities"):
             yield Record(where, row, table.layout, table.split)
-            continue
-        try:
-            tagged = document_of_record(row, partial(normalize_text, options=options))
-            if tagged is None:
-                raise BadSample("no_spans", "it has neither text and spans nor tokens and tags")
-            yield Record(where, tagged[0], table.layout + ", fixed" * tagged[1], table.split)
-        except BadSample as error:
-            yield Record(where, error, table.layout)
+        else:
+            yield _tagged(where, table.layout, table.split, document_of_record, row, partial(normalize_text, options=options))
+
+
+def _tagged(where: str, layout: str, split: str | None, read: Callable[..., Any], *arguments: Any) -> Record:
+    found = _tried(read, *arguments) or BadSample("no_spans", "it has neither text and spans nor tokens and tags")
+    return (
+        Record(where, found, layout)
+        if isinstance(found, BadSample)
+        else Record(where, found[0], layout + ", fixed" * found[1], split)
+    )
 
 
 def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
@@ -115,13 +112,10 @@ def _read_conll(options: Options, name: str, path: str, split: str | None) -> It
         scheme = scheme_of_conll(opened)
     with open_text(path, options.encoding)[0] as opened:
         for first, *sentence in sentences_of_conll(opened):
-            try:
-                if isinstance(sentence[0], BadSample):
-                    raise sentence[0]
-                document, fixed = document_of_words(sentence[0], sentence[1], scheme, clean)
-                yield Record(f"{name}:{first}", document, LAYOUTS["conll"] + ", fixed" * fixed, split)
-            except BadSample as error:
-                yield Record(f"{name}:{first}", error, LAYOUTS["conll"])
+            if isinstance(sentence[0], BadSample):
+                yield Record(f"{name}:{first}", sentence[0], LAYOUTS["conll"])
+            else:
+                yield _tagged(f"{name}:{first}", LAYOUTS["conll"], split, document_of_words, *sentence, scheme, clean)
 
 
 def _read_tar(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
@@ -142,19 +136,18 @@ def _read_tar(options: Options, name: str, path: str, split: str | None) -> Iter
         except (ValueError, *DAMAGE) as error:
             damage = BadSample("damaged_file", f"damaged or truncated: {error}")
         for key, found in _regrouped(groups):
-            try:
-                if key in bad:
-                    raise bad[key]
-                if (size := sum(size for _, size in found.values())) > files.MAX_FILE_BYTES:
-                    raise BadSample("sample_too_large", f"the sample has {size:,} bytes")
-                sample: dict[str, Any] = {rest: os.pread(file.fileno(), size, at) for rest, (at, size) in found.items()}
-                if "txt" in sample and len(sample) > 1:  # a caption
-                    sample["txt"] = decode_text(sample["txt"], options.encoding).strip()
-                yield Record(f"{name}:{key}", sample, LAYOUTS["tar"], split)
-            except BadSample as error:
-                yield Record(f"{name}:{key}", error, LAYOUTS["tar"])
+            yield Record(f"{name}:{key}", bad.get(key) or _tried(_members, file, found, options), LAYOUTS["tar"], split)
     if damage or not groups:
         raise damage or BadSample("empty_file", "the tar holds no file")
+
+
+def _members(file: BinaryIO, found: Mapping[str, tuple[int, int]], options: Options) -> dict[str, Any]:
+    if (size := sum(size for _, size in found.values())) > files.MAX_FILE_BYTES:
+        raise BadSample("sample_too_large", f"the sample has {size:,} bytes")
+    sample: dict[str, Any] = {rest: os.pread(file.fileno(), size, at) for rest, (at, size) in found.items()}
+    if "txt" in sample and len(sample) > 1:  # a caption
+        sample["txt"] = decode_text(sample["txt"], options.encoding).strip()
+    return sample
 
 
 def _regrouped(groups: Mapping[str, dict[str, tuple[int, int]]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

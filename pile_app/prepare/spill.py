@@ -28,9 +28,9 @@ from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, descri
 from pile_app.media import audio_size
 from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
 from pile_app.prepare.layouts import named_split
-from pile_app.prepare.listing import Unit
+from pile_app.prepare.listing import Record, Unit
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
-from pile_app.prepare.readers import Maps, Record, read_unit
+from pile_app.prepare.readers import Maps, read_unit
 
 SPLITS = ("train", "validation", "test")
 # Of a document: its range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and for its split

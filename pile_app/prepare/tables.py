@@ -56,8 +56,8 @@ def shown(row: Any) -> Any:
 class Table:
     """Describe a table, or a part of it: JSON lines from byte `start` to `stop`, or a row group of Parquet.
 
-    format: csv, lines, json, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records name files
-    at any depth; tagged: rows are texts with entities; classes: column -> names of its classes."""
+    format: csv, lines, json, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records name
+    files at any depth; tagged: rows are texts with entities; classes: column -> names of its classes."""
 
     name: str
     real: str
@@ -127,7 +127,7 @@ def _row(cells: list[str], table: Table) -> Any:
 
 
 def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadSample]]:
-    """Yield (line, cells or the error) of each row. A quote that is not closed within `MAX_QUOTED` lines costs its own line only."""
+    """Yield (line, cells or the error) of each row. A quote that `MAX_QUOTED` lines do not close costs its own line only."""
     source, pending, number = lines_of(file), deque[bytes | BadSample](), 1
     while (line := pending.popleft() if pending else next(source, None)) is not None:
         taken = [line]
@@ -292,63 +292,55 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
     return [content]
 
 
-def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
-    number = 0
-    with open_plain(table.real) as file, _damage():
-        if table.format == "arrow":
-            batches: Any = _open_arrow(file)
-            if hasattr(batches, "num_record_batches"):
-                batches = map(batches.get_batch, range(batches.num_record_batches))
-        else:
-            opened = _parquet().ParquetFile(file, memory_map=False)
-            groups = [opened.metadata.row_group(group) for group in range(opened.metadata.num_row_groups)]
-            number = sum(group.num_rows for group in groups[: max(0, table.group)])
-            chosen = range(len(groups)) if table.group < 0 else [table.group]
-            row_bytes = max((groups[n].total_byte_size // max(1, groups[n].num_rows) for n in chosen), default=0)
-            if row_bytes > files.MAX_FILE_BYTES:
-                raise BadSample("damaged_file", f"{row_bytes:,} bytes a row")
-            at_once = max(1, min(1024, (1 << 24) // max(1, row_bytes)))
-            batches = opened.iter_batches(at_once, row_groups=list(chosen), use_threads=False)
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f":{number}", row
-
-
 @contextmanager
-def _damage() -> Iterator[None]:
-    """Raise `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
+def _columnar(table: Table) -> Iterator[Any]:
+    """Open a Parquet or Arrow file. Raises `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
+    is_parquet = table.format == "parquet"
+    library = require(f"pyarrow.{'parquet' if is_parquet else 'ipc'}", "prepare", f"reading {_LAYOUTS[table.format]} files")
     try:
-        yield
+        with open_plain(table.real) as file:
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            if is_parquet:
+                yield library.ParquetFile(file, memory_map=False)
+            else:
+                yield library.open_stream(file) if is_stream else library.open_file(file)
     except BadSample:
         raise
     except Exception as error:
         raise BadSample("damaged_file", f"{error}"[:300]) from error
 
 
-def _parquet() -> Any:
-    return require("pyarrow.parquet", "prepare", "reading Parquet")
-
-
-def _open_arrow(file: BinaryIO) -> Any:
-    ipc = require("pyarrow.ipc", "prepare", "reading Arrow files")
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
-    return ipc.open_file(file) if is_file else ipc.open_stream(file)
+def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
+    number = 0
+    with _columnar(table) as batches:
+        if table.format == "parquet":
+            groups = [batches.metadata.row_group(group) for group in range(batches.metadata.num_row_groups)]
+            number = sum(group.num_rows for group in groups[: max(0, table.group)])
+            chosen = list(range(len(groups)) if table.group < 0 else [table.group])
+            row_bytes = max((groups[n].total_byte_size // max(1, groups[n].num_rows) for n in chosen), default=0)
+            if row_bytes > files.MAX_FILE_BYTES:
+                raise BadSample("damaged_file", f"{row_bytes:,} bytes a row")
+            at_once = max(1, min(1024, (1 << 24) // max(1, row_bytes)))
+            batches = batches.iter_batches(at_once, row_groups=chosen, use_threads=False)
+        elif hasattr(batches, "num_record_batches"):
+            batches = map(batches.get_batch, range(batches.num_record_batches))
+        found = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f":{line}", row) for line, row in enumerate(found, start=number + 1))
 
 
 def row_groups(table: Table) -> int:
-    with open_plain(table.real) as file:
-        return int(_parquet().read_metadata(file).num_row_groups)
+    with _columnar(table) as opened:
+        return int(opened.metadata.num_row_groups)
 
 
 def _classes(table: Table) -> dict[str, list[str]]:
     """Read column -> names of its classes, as Hugging Face's `datasets` writes them into the schema."""
-    with open_plain(table.real) as file, _damage():
-        schema = _parquet().read_schema(file) if table.format == "parquet" else _open_arrow(file).schema
+    with _columnar(table) as opened:
+        about = (opened.schema_arrow if table.format == "parquet" else opened.schema).metadata or {}
     with suppress(LookupError, TypeError, ValueError, AttributeError):
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = json.loads(about[b"huggingface"])["info"]["features"]
         inner = {name: about[0] if isinstance(about, list) else about.get("feature", about) for name, about in features.items()}
         return {name: list(map(str, about["names"])) for name, about in inner.items() if isinstance(about.get("names"), list)}
     return {}

@@ -23,9 +23,9 @@ import zstandard
 
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.prepare import files, listing
-from pile_app.prepare.listing import Listing
+from pile_app.prepare.listing import Listing, Record
 from pile_app.prepare.options import Options
-from pile_app.prepare.readers import Maps, Record, evaluation_texts, read_documents, read_unit
+from pile_app.prepare.readers import Maps, evaluation_texts, read_documents, read_unit
 
 
 def image(number: int, extension: str = "png") -> bytes:

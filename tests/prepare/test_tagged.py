@@ -12,10 +12,10 @@ import pytest
 
 from pile_app.data.shards import Shards
 from pile_app.documents import BadSample, Document
-from pile_app.prepare.listing import Listing
+from pile_app.prepare.listing import Listing, Record
 from pile_app.prepare.options import Options
 from pile_app.prepare.pipeline import prepare
-from pile_app.prepare.readers import Record, read_unit
+from pile_app.prepare.readers import read_unit
 
 CONLL = "-DOCSTART- -X- O O\n\nU.N. NNP I-NP I-ORG\nofficial NN I-NP O\nEkeus NNP I-NP I-PER\n\t\nWien\tB-LOC\nWien\tI-LOC\n"
 
