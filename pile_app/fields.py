@@ -54,7 +54,7 @@ SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
 META_ROLES = ("label", "group", "split")
 OPTIONS = ("loss", "optional", "choose", "learn")
-UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first two of an unknown label
+UNKNOWN = ("", "-", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first three of an unknown label
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
 
 
@@ -165,7 +165,7 @@ class Fields:
                 continue
             elif entry.role not in META_ROLES:
                 parts += view.segments(entry, *found)
-            elif (value := view.scalar(*found)).lower() not in UNKNOWN[: None if entry.role == "group" else 2]:
+            elif (value := view.scalar(*found)).lower() not in UNKNOWN[: None if entry.role == "group" else 3]:
                 meta[entry.role] = value  # "none" may be the name of a class
                 labels += [(Segment(value), "")] if entry.learn else []
         if any(segment.data == b"" for segment, _ in parts):

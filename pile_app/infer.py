@@ -38,9 +38,9 @@ PAIRS = {  # a text -> the text that follows it
     "title": ("text", "content", "description", "body"),
 }  # fmt: skip
 GIVEN = {"question": ("context", "passage", "question"), "prompt": ("prompt",)}  # texts that are not learned
-LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
+LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label", "gold_label")
 GROUP_NAMES = ("speaker", "speaker_id", "client_id")
-NEVER_LEARNED = ("rejected", "mask", "masks", "seg", "segmentation", "segmentation_mask", "depth", "depth_map")
+NEVER_LEARNED = "rejected|masks?|seg|segmentation|segmentation_mask|depth|depth_map|.*_parse"
 
 
 def infer_fields(samples: Iterable[Sample]) -> Fields:
@@ -55,7 +55,7 @@ def infer_fields(samples: Iterable[Sample]) -> Fields:
     for role, (test, _, _) in RECORDS.items():
         if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
             return Fields((Field((), role),))
-    names = list(dict.fromkeys(name for view in views for name in view.leaves() if base(name) not in NEVER_LEARNED))
+    names = list(dict.fromkeys(name for view in views for name in view.leaves() if not re.fullmatch(NEVER_LEARNED, base(name))))
     media = [name for name in names if any(view.is_medium(name) for view in views)]
     media = [name for name in media if "." not in name or name.startswith("json.")] or media
     entries = [_required(entry, views) for entry in _media_entries(media)]

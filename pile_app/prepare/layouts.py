@@ -9,6 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS
@@ -24,7 +25,7 @@ _WORDS = {
 _IN_NAME = re.compile(rf"(?:^|[^a-z])(?:news)?({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:set)?(?=[^a-z]|$)")
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice?|note|changelog|citation|contributing|authors|credits|requirements|class(_?names|es)|labels|"
-    r"update)\b[^.]*(\.(txt|md|rst|text|cff))?|(dataset_infos?|dataset_dict|state)\.json|sample_submission\.csv",
+    r"update|(meta|speaker)?[_-]?info)(?![a-z])[^.]*(\.(txt|md|rst|text|cff))?|(dataset_infos?|dataset_dict|state)\.json|sample_submission\.csv",
     re.IGNORECASE,
 )
 
@@ -129,20 +130,21 @@ def parallel_folders(listing: Any) -> None:
 
 
 def split_lists(listing: Any) -> None:
-    """Read `validation_list.txt`, whose lines name media files; media that no list names are for training."""
+    """Read `validation_list.txt` or `meta/test.txt`, whose lines name media; media that no list names are for training."""
     named: dict[str, str] = {}
     for name in list(listing.rest):
         base = os.path.basename(name)
-        if extension(name) != "txt" or not split_of(name) or not re.search("list|split|names|images", base):
+        if extension(name) != "txt" or not named_split(base):
             continue
         try:
             lines = decode_text(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
         except (ValueError, *DAMAGE):
             continue
-        files = [listing.tree.resolve(name, line) for line in map(str.strip, lines) if line]
-        if files and all(file is not None and extension(file.name) in MEDIA for file in files):
+        found = (listing.tree.resolve(name, line) for line in map(str.strip, lines) if line)
+        files = [file.name for file in takewhile(lambda file: file is not None and extension(file.name) in MEDIA, found)]
+        if files and next(found, None) is None and len(files) == sum(map(bool, map(str.strip, lines))):
             listing.take(name)
-            named |= {file.name: named_split(base) or "" for file in files}
+            named |= dict.fromkeys(files, named_split(base) or "")
     if named:
         listing.splits = {name: named.get(name, "train") for name in listing.tree.files if extension(name) in MEDIA}
 

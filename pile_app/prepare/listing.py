@@ -54,7 +54,7 @@ class Unit(NamedTuple):
 
 class Record(NamedTuple):
     """A sample. where: the file, or `file:line`; content: name -> value, a document, or the reason why it cannot be used;
-    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, still to read."""
+    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, not read yet."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document
@@ -102,6 +102,7 @@ class Listing:
         self.scopes, self.folders, self.list_scopes = set[str](), set[str](), set[str]()
         self.samples: dict[str, list[Record]] = defaultdict(list)  # by layout
         self.bad, self.unread = list[Record](), list[Record]()
+        self.said = dict[int, str]()  # hash of files and the longest text about them -> table
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
                 self.skip(name, *why)
@@ -271,6 +272,15 @@ class Listing:
         try:
             for where, row in _merged(table):
                 hits, sample = self._row(table, where, row)
+                texts = (
+                    [str(value) for name, value in sample.content.items() if name not in table.files]
+                    if hits and isinstance(sample.content, Mapping)
+                    else []
+                )
+                key = hash((tuple(hits), max(texts, key=len, default="")))
+                if texts and self.said.setdefault(key, table.name) != table.name:
+                    error = BadSample("duplicate", f"{self.said[key]} says the same of its files")
+                    sample = sample._replace(content=error, named={})
                 self.samples[f"{layout}:{table.name}"].append(sample)
                 named |= {file.name for file in hits}
                 folders |= {os.path.dirname(file.name) for file in hits}
@@ -324,7 +334,7 @@ class Listing:
         if format == "text" and _is_within(name, self.scopes):
             self.skip(name, "not_in_table", "no row of a table names it")
         elif format == "text" and self.has_media and self.options.kind == "auto" and _lists_numbers(file.real):
-            self.skip(name, "no_text", "it lists numbers or names; --kind text reads it as a text")
+            self.skip(name, "no_text", "it lists numbers or names, and no files; --kind text reads it as a text")
         elif format == "text" and self.options.label_from_folder and not _label_folder(os.path.dirname(name)):
             self.skip(name, "no_label", "it lies in no folder whose name could be its label")
         elif format == "text":
@@ -400,10 +410,12 @@ def _label_folder(folder: str) -> str | None:
 
 
 def _lists_numbers(path: str) -> bool:
-    """Tell whether the first lines of a file are all a name with a number in it and further numbers: a list of pictures."""
+    """Tell whether the first lines of a file are a table, or all a name with a number in it and further numbers."""
     with open_plain(path) as file:
         lines = file.read(4096).decode(errors="replace").split("\n")
-    return all(re.fullmatch(r"[\w./-]*\d[\w./-]*(\s+[-+.\d]+)*\s*", line) for line in lines[:-1] or lines)
+    lines = [line for line in lines[:-1] or lines if line.strip()]
+    is_table = any(len(counts := {line.count(mark) for line in lines}) == 1 and 0 not in counts for mark in "\t|")
+    return is_table or all(re.fullmatch(r"[\w./-]*\d[\w./-]*(\s+[-+.\d]+)*\s*", line) for line in lines)
 
 
 def _names_in_sample(names: Iterable[str], stem: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from pile_app.documents import AUDIO_EXTENSIONS, BadSample
-from pile_app.fields import as_list
+from pile_app.fields import as_list, is_texts
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
@@ -159,8 +159,8 @@ def _parse(data: bytes, table: Table, is_first: bool) -> list[str] | None:
         return [_unquoted(cell.strip()) for cell in text.rstrip("\r\n").split(table.delimiter)]
     for strict in (True, False):  # not strict: a quote within a cell
         try:
-            dialect = {"delimiter": table.delimiter, "escapechar": table.escape or None, "skipinitialspace": True}
-            return next(csv.reader([text], strict=strict, **dialect))
+            escape = table.escape or None
+            return next(csv.reader([text], delimiter=table.delimiter, escapechar=escape, skipinitialspace=True, strict=strict))
         except csv.Error as error:
             if "end of data" in str(error):
                 return None
@@ -203,7 +203,7 @@ def _sniff_csv(table: Table, tree: Tree) -> Table:
 
 
 def _is_header(found: Sequence[Sequence[str]], tree: Tree, name: str) -> bool:
-    first, body = [cell.strip() for cell in found[0]], found[1:]
+    first, body = [stripped for cell in found[0] if (stripped := cell.strip())], found[1:]  # spreadsheets add empty columns
     has_number = any(map(_is_number, first))
     if any(cell.lower() in KNOWN_COLUMNS for cell in first) and not has_number:
         return True
@@ -223,10 +223,12 @@ def _names_by_content(body: Sequence[Sequence[str]], tree: Tree, name: str) -> l
         names[n] = "audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"
     rest = [n for n in names if n not in media]
     prose = [n for n in rest if sum(" " in cell for cell in columns[n]) > len(body) / 2]
-    labels = [n for n in rest if n not in prose and len({*columns[n]}) <= max(2, min(MAX_LABELS, len(body) * 0.8))]
+    numbers = {n for n in rest if all(map(_is_number, columns[n]))}
+    most = {n: max(2, min(MAX_LABELS if n in numbers else len(body), len(body) * 0.8)) for n in rest}
+    labels = sorted((n for n in rest if n not in prose and len({*columns[n]}) <= most[n]), key=lambda n: n in numbers)
     labels = [n for n in labels if not any(re.fullmatch(r"\d+\.\d*", cell) for cell in columns[n])]
-    if not prose and media:  # transcripts of one word
-        prose = [n for n in rest if not all(map(_is_number, columns[n]))][-1:]
+    if not prose and media:  # transcripts of one word, not names such as n01443537
+        prose = [n for n in rest if n not in numbers and not any(map(str.isdigit, "".join(columns[n])))][-1:]
     texts = ("text", "normalized_text") if media else ("title", "text") if len(prose) == 2 else ("text",)
     names |= dict(zip(prose, texts, strict=False)) if len(prose) <= 2 else {}
     names |= dict.fromkeys([n for n in labels if n not in prose][:1], "label")
@@ -273,10 +275,14 @@ def _json_file(table: Table) -> Iterator[tuple[str, Any]]:
 
 
 def _records_of(content: dict[str, Any]) -> list[Any]:
-    """Find the records in an object: COCO, captions by file, `{"data": [...]}`, an object a key, or itself."""
+    """Find the records in an object: COCO, captions by file, files by class, `{"data": [...]}`, an object a key, or itself."""
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     if content and all(extension(key) in MEDIA and isinstance(value, str | list) for key, value in content.items()):
         return [{"file": key, "captions" if isinstance(value, list) else "text": value} for key, value in content.items()]
+    if len(content) > 1 and all(
+        is_texts(some) and all("/" in one and " " not in one for one in some) for some in content.values()
+    ):
+        return [{"file": file, "label": name} for name, some in content.items() for file in some]
     if "images" in lists and "annotations" in lists:
         captions: dict[Any, list[str]] = defaultdict(list)
         for one in lists["annotations"]:

@@ -302,3 +302,70 @@ def test_a_row_may_name_several_pictures(tmp_path: Path) -> None:
     records = [{"images": [f"{2 * n}.jpg", f"{2 * n + 1}.jpg"], "text": f"two pictures {n}"} for n in range(2)]
     documents, _ = run(tmp_path, {"a.jsonl": lines(records)} | {f"{n}.jpg": picture(n) for n in range(4)})
     assert documents == expect(*(doc(picture(2 * n), picture(2 * n + 1), f"two pictures {n}") for n in range(2)))
+
+
+# -- data sets of OpenSLR, Kaggle and the hub that were tried as a new user would
+
+
+def test_two_tables_that_say_the_same_are_read_once(tmp_path: Path) -> None:
+    """M-AILABS: metadata.csv and metadata_mls.json hold the same transcripts."""
+    table = "".join(f"a_{n}|Dr. {n}, ja.|Doktor {n}, ja.\n" for n in range(3))
+    about = {f"a_{n}.wav": {"clean": f"Doktor {n}, ja.", "original": f"Dr. {n}, ja."} for n in range(3)}
+    tables: dict[str, str | bytes] = {"k/metadata.csv": table, "k/metadata_mls.json": json.dumps(about), "info.txt": "Eva K."}
+    documents, balance = run(tmp_path, tables | {f"k/wavs/a_{n}.wav": sound(n) for n in range(3)})
+    assert documents == expect(*(doc(sound(n), f"Doktor {n}, ja.") for n in range(3)))
+    assert balance.rejected == {"duplicate": 3} and balance.unread == ["info.txt"]
+
+
+def test_tables_about_speakers_and_classes_are_no_texts(tmp_path: Path) -> None:
+    """Multilingual LibriSpeech: transcripts.txt a split, speakers are groups; metainfo and segments are no texts."""
+    files: dict[str, str | bytes] = {"metainfo.txt": "SPEAKER | BOOK\n48 | X\n", "words.txt": "n01\tgoldfish, carp\nn02\tcat\n"}
+    for n, split in enumerate(("train", "dev", "test")):
+        stems = [f"{n}8_103_{k:06d}" for k in range(2)]
+        files[f"{split}/transcripts.txt"] = "".join(f"{stem}\tes war einmal {stem[-1]}\n" for stem in stems)
+        files[f"{split}/segments.txt"] = "".join(f"{stem}\thttp://x.org/a.mp3\t0.0\t1.0\n" for stem in stems)
+        files |= {f"{split}/audio/{n}8/103/{stem}.flac": sound(2 * n + k, "flac") for k, stem in enumerate(stems)}
+    documents, balance = run(tmp_path, files)
+    said = [doc(sound(2 * n + k, "flac"), f"es war einmal {k}", group=f"{n}8") for n in range(3) for k in range(2)]
+    assert documents == expect(*said) and not balance.rejected and not balance.unused
+    assert balance.unread == ["metainfo.txt", "segments.txt", "segments.txt", "segments.txt", "words.txt"]
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_lists_of_files_by_class_are_labels_and_splits(tmp_path: Path, with_json: bool) -> None:
+    """Food-101: meta/train.txt and meta/train.json; each list of a class became one document of all its pictures."""
+    names = {split: {kind: [f"{kind}/{n}" for n in numbers] for kind in ("pie", "soup")}
+             for split, numbers in (("train", (1, 2, 3)), ("test", (4,)))}  # fmt: skip
+    files: dict[str, str | bytes] = {f"images/{kind}/{n}.jpg": picture(n + 10 * (kind == "pie")) for kind in ("pie", "soup")
+                                     for n in range(1, 5)}  # fmt: skip
+    for split, classes in names.items():
+        files[f"meta/{split}.txt"] = "".join(f"{name}\n" for some in classes.values() for name in some)
+        files |= {f"meta/{split}.json": json.dumps(classes)} if with_json else {}
+    write(tmp_path / "in", files)
+    prepare(tmp_path / "in", tmp_path / "out", processes=1, validation_fraction=0)
+    found = {split: sorted(document.meta["label"] for document in some) for split, some in read_back(tmp_path / "out").items()}
+    assert found == {"train": ["pie"] * 3 + ["soup"] * 3, "test": ["pie", "soup"]}
+
+
+def test_a_header_with_empty_columns_is_no_row(tmp_path: Path) -> None:
+    """SMS Spam Collection of Kaggle: `v1,v2,,,` in Latin-1."""
+    table = 'v1,v2,,,\r\nham,"Go on, then.. £5",,,\r\nspam,Free entry £100 a week,,,\r\n'
+    documents, balance = run(tmp_path, {"spam.csv": table.encode("latin-1")}, encoding="latin-1", label="v1")
+    assert documents == expect(doc("Go on, then.. £5", label="ham"), doc("Free entry £100 a week", label="spam"))
+    assert balance.unused == {f"column_{n}": 2 for n in (2, 3, 4)}
+
+
+def test_parse_trees_are_no_texts_and_a_dash_is_no_label(tmp_path: Path) -> None:
+    """SNLI: `gold_label` is "-" where the annotators did not agree."""
+    records = [{"gold_label": label, "sentence1": f"A man {n}.", "sentence1_parse": "(ROOT (NP a))", "sentence2": f"So {n} is."}
+               for n, label in enumerate(("-", "neutral"))]  # fmt: skip
+    documents, balance = run(tmp_path, {"snli_1.0_train.jsonl": lines(records)})
+    assert documents == expect(doc("A man 0.", "So 0 is."), doc("A man 1.", "So 1 is.", label="neutral"))
+    assert balance.unused == {"sentence1_parse": 2}
+
+
+def test_ids_of_classes_are_labels_and_no_captions(tmp_path: Path) -> None:
+    """Tiny ImageNet: val_annotations.txt has picture, class and a box, without header."""
+    table = "".join(f"val_{n}.JPEG\tn0162981{n % 2}\t{n}\t32\t44\t62\n" for n in range(6))
+    documents, _ = run(tmp_path, {"val/annotations.txt": table} | {f"val/images/val_{n}.JPEG": picture(n) for n in range(6)})
+    assert documents == expect(*(doc(picture(n), label=f"n0162981{n % 2}") for n in range(6)))
