@@ -1,8 +1,7 @@
 """Guess the field map of samples whose author wrote none: `infer_fields(samples) -> Fields`.
 
 Usual names decide (`caption`, `text`, `label`, `speaker` ...), then the kind of the values: media, prose, short strings. Chats
-and interleaved documents are recognized by their form. The result is printed and kept, so a user can correct it.
-"""
+and interleaved documents are recognized by their form. The result is printed and kept, so a user can correct it."""
 
 from __future__ import annotations
 
@@ -44,11 +43,9 @@ NEVER_LEARNED = "rejected|masks?|seg|segmentation|segmentation_mask|depth|depth_
 
 
 def infer_fields(samples: Iterable[Sample]) -> Fields:
-    """The field map that a few samples (the first 200, say) suggest.
+    """Return the field map that a few samples (the first 200, say) suggest.
 
-    Raises:
-        ValueError: nothing in the samples can be learned; the message shows the names and the first sample.
-    """
+    Raises ValueError: nothing in the samples can be learned; the message shows the names and the first sample."""
     views = [SampleView("", sample, None) for sample in samples]
     if any(is_own_form(view.json) for view in views):
         return OWN
@@ -65,10 +62,8 @@ def infer_fields(samples: Iterable[Sample]) -> Fields:
     entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
     if not entries:
         first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
-        raise ValueError(
-            f"nothing to learn was recognized among {listing(names)}; the first sample is {first!r:.300}. "
-            "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
-        )
+        hint = "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
+        raise ValueError(f"nothing to learn was recognized among {listing(names)}; the first sample is {first!r:.300}. {hint}")
     shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
     entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
     entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
@@ -120,11 +115,9 @@ def _scalar_name(names: Sequence[str], views: Sequence[SampleView], known: Seque
     """The best of the known names whose values are short strings (first) or numbers, None if there is none."""
     found: dict[str, bool] = {}
     for name in sorted((name for name in names if base(name) in known), key=lambda name: known.index(base(name))):
-        values = [
-            value.decode(errors="replace") if isinstance(value, bytes) else value for v in views for value in v.values(name)
-        ]
-        if values and all(isinstance(value, int) or (isinstance(value, str) and len(value) < 100) for value in values):
-            found[name] = any(isinstance(value, str) for value in values)
+        values = [value for view in views for value in view.values(name)]
+        if values and all(isinstance(value, int) or (isinstance(value, str | bytes) and len(value) < 100) for value in values):
+            found[name] = any(isinstance(value, str | bytes) for value in values)
     return min(found, key=lambda name: not found[name], default=None)
 
 

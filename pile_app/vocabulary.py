@@ -2,8 +2,7 @@
 
     <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
 
-An image takes a fixed number of codes, so it needs no closing token; a text ends at the next opener or `<end>`.
-"""
+An image takes a fixed number of codes, so it needs no closing token; a text ends at the next opener or `<end>`."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from pile_app.documents import AUDIO, IMAGE, TEXT
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The one range of token ids and the number of tokens of every segment. Pure arithmetic: no files, no tensors.
+    """The range of token ids and the number of tokens of every segment. Pure arithmetic: no files, no tensors.
 
-    Ids are, in order: six special tokens, text tokens, image codes, audio codes, `<audio_end>`. Every slice that a softmax runs
-    over is contiguous: specials and text; image codes; audio codes and `<audio_end>`.
+    Ids are, in order: six special tokens, text tokens, image codes, audio codes, `<audio_end>`. Each softmax runs over a
+    contiguous slice: specials and text; image codes; audio codes and `<audio_end>`.
 
     Args:
         text_tokens: size of the tokenizer's vocabulary (256 for bytes).
@@ -32,8 +31,7 @@ class Vocabulary:
         samples_per_token: samples that one audio code stands for.
         tokenizer: fingerprint of the tokenizer, "bytes" for UTF-8 bytes.
         image_codec: fingerprint of the image codec, where it is frozen from the start of the run.
-        audio_codec: fingerprint of the audio codec, likewise.
-    """
+        audio_codec: fingerprint of the audio codec, likewise."""
 
     text_tokens: int = 256
     image_codes: int = 0

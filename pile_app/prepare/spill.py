@@ -139,8 +139,7 @@ class _Reader:
             segments += (Segment(folder),) * options.learn_label
         if (options.label or options.label_from_folder) and "label" not in meta:
             raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
-        file = os.fsencode(record.where).decode(errors="replace")
-        return replace(document, segments=segments, ordered=ordered, meta={"file": file} | meta)
+        return replace(document, segments=segments, ordered=ordered, meta={"file": record.where} | meta)
 
     def _draw(self, document: Document) -> int:
         """Hash to 64 bits, which decide the split: the group, else the media, else the texts without the label."""
