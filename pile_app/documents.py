@@ -52,8 +52,8 @@ class Segment:
     """Text (`data` is a str) or a media file (`data` is its bytes, `extension` its kind without the dot).
 
     loss: False where the segment is context only, such as a question. choices: alternative texts, such as captions: training
-    draws one for each epoch, `data` is the first. Where training reads a segment through a manifest, `ids` (tokens,) replace the
-    `data` of a text, and `size` is the `segment_size` of a medium."""
+    draws one for each epoch, `data` is the first. Where training reads a segment through a manifest, `ids` (tokens,) replace
+    the `data` of a text, and `size` is the `segment_size` of a medium."""
 
     data: str | bytes
     extension: str = "txt"
@@ -155,7 +155,7 @@ class Document:
 
 
 def sample_from_document(document: Document) -> dict[str, str | bytes]:
-    """Make the WebDataset sample of a document, `__key__` included, in Pile's own form. A plain text is a `txt` without `json`."""
+    """Make the WebDataset sample of a document, with `__key__`, in Pile's own form. A plain text is a `txt` without `json`."""
     sample: dict[str, str | bytes] = {"__key__": document.key}
     first = document.segments[0]
     if document == Document((Segment(first.data),), document.key) and isinstance(first.data, str):

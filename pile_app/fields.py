@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from pile_app import records
 from pile_app.documents import (
     AUDIO_EXTENSIONS,
     ENCODED_EXTENSIONS,
@@ -35,16 +36,6 @@ from pile_app.documents import (
     Document,
     Segment,
     media_extension,
-)
-from pile_app.records import (
-    CHAT_FIELDS,
-    INTERLEAVED_FIELDS,
-    MARKERS,
-    chat,
-    chat_layout,
-    interleaved,
-    is_interleaved,
-    strip_markers,
 )
 
 Sample = Mapping[str, Any]
@@ -187,7 +178,10 @@ class Fields:
 
 
 OWN = Fields((Field((), "segments"),))
-RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
+RECORDS = {  # role -> (test, reader, fields that it uses)
+    "messages": (records.chat_layout, records.chat, records.CHAT_FIELDS),
+    "interleaved": (records.is_interleaved, records.interleaved, records.INTERLEAVED_FIELDS),
+}
 
 
 def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
@@ -304,7 +298,7 @@ class SampleView:
     def segments(self, entry: Field, name: str, value: Any) -> Iterator[Part]:
         """Yield the segments of a field's value, each with the name of the file that it is."""
         if isinstance(value, list | tuple):
-            texts = [strip_markers(one) for one in value if isinstance(one, str) and one.strip()]
+            texts = [records.strip_markers(one) for one in value if isinstance(one, str) and one.strip()]
             if entry.choose and texts:
                 yield Segment(texts[0], loss=entry.loss, choices=tuple(texts)), ""
                 return
@@ -315,7 +309,7 @@ class SampleView:
         is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and kind == "txt")
         if entry.role == "text" or (entry.role == "media" and is_text):
             data = self._open(value)[1] if isinstance(value, Path) and self._open else value
-            text = strip_markers(self.decode(name, data) if isinstance(data, bytes) else str(data))
+            text = records.strip_markers(self.decode(name, data) if isinstance(data, bytes) else str(data))
             yield Segment(text, loss=entry.loss), name if isinstance(data, bytes) and text.encode() == data else ""
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
@@ -377,7 +371,7 @@ def _own_segments(view: SampleView) -> tuple[list[Part], bool, dict[str, Any]]:
     for entry in description["segments"]:
         loss, file, texts = bool(entry.get("loss", True)), entry.get("file"), as_list(entry.get("text"))
         if file is None:
-            texts = [text if text in MARKERS and len(texts) == 1 else strip_markers(text) for text in texts]
+            texts = [text if text in records.MARKERS and len(texts) == 1 else records.strip_markers(text) for text in texts]
             parts.append((Segment(texts[0], loss=loss, choices=tuple(texts) if isinstance(entry["text"], list) else ()), ""))
         elif file not in view.sample:
             raise BadSample("missing_file", f"sample {key!r} names {file!r}; it holds {listing(view.sample)}")

@@ -95,8 +95,8 @@ def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
 
 
 def load_image(data: bytes, side: int) -> Any:
-    """Decode the first frame to a Pillow image with 8 bits a channel, in any mode, rotated as its EXIF data says. A JPEG of more
-    than twice `side` pixels decodes to a half, a quarter ... of its size, in a fraction of the time."""
+    """Decode the first frame to a Pillow image with 8 bits a channel, in any mode, rotated as its EXIF data says. A JPEG of
+    more than twice `side` pixels decodes to a half, a quarter ... of its size, in a fraction of the time."""
     from PIL import ImageOps
 
     with _open_image(data) as file:
@@ -271,8 +271,8 @@ def resample(waveform: np.ndarray, own_rate: int, sample_rate: int) -> np.ndarra
 
 @lru_cache(64)
 def _resampler(own_rate: int, sample_rate: int) -> Any:
-    """Make a resampler, which takes milliseconds. Rates without a common factor (44,101 Hz) would take gigabytes, and are rounded
-    to 100 Hz."""
+    """Make a resampler, which takes milliseconds. Rates without a common factor (44,101 Hz) would take gigabytes, and are
+    rounded to 100 Hz."""
     from torchaudio.transforms import Resample
 
     common = math.gcd(own_rate, sample_rate)

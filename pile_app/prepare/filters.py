@@ -184,7 +184,7 @@ def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
         data = json.loads(data) if isinstance(data, bytes) else data
     for name, holder in product(("segments", "chunks", "words"), (sample, data)):
         with suppress(TypeError, KeyError, ValueError, AttributeError):
-            found = holder[name]  # type: ignore[index]
+            found = holder[name]
             parts = [(*(one.get("timestamp") or (one["start"], one["end"])), one.get("text") or one["word"]) for one in found]
             if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
                 return parts

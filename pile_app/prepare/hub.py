@@ -23,8 +23,8 @@ class Card(NamedTuple):
 
 
 def localize(input: str, work: str) -> str:
-    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once; return its
-    path. A local path is returned unchanged. Raises ValueError: the data set cannot be fetched."""
+    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once; return
+    its path. A local path is returned unchanged. Raises ValueError: the data set cannot be fetched."""
     path, _, config = input.partition("#")
     hub = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", path)
     if os.path.exists(path) or not (hub or "://" in path):

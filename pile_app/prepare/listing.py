@@ -54,7 +54,7 @@ class Unit(NamedTuple):
 
 class Record(NamedTuple):
     """A sample. where: the file, or `file:line`; content: name -> value, a document, or the reason why it cannot be used;
-    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, not read yet."""
+    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, to read."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document

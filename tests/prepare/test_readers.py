@@ -302,21 +302,6 @@ dataset_info:
 # -- splits, archives, links
 
 
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train.jsonl", "train"), ("x/validation-00000-of-00001.parquet", "validation"), ("dev-clean/1/x.flac", "validation"),
-        ("test-other/1/2/x.flac", "test"), ("val2017/1.jpg", "validation"), ("a-train-000001.tar", "train"), ("eval.csv", "test"),  # noqa: E501
-        ("training/x.txt", "train"), ("train-clean-100/1/x.flac", "train"), ("captions_val2014.json", "validation"), ("dev.tsv", "validation"),  # noqa: E501
-        ("latest.csv", None), ("trains/x.txt", None), ("pictures/test1.jpg", None), ("contest/x.csv", None), ("wikipedia.jsonl", None),  # noqa: E501
-    ],
-)  # fmt: skip
-def test_names_of_splits(name: str, split: str | None) -> None:
-    from pile_app.prepare.layouts import split_of
-
-    assert split_of(name) == split
-
-
 @pytest.mark.parametrize("name", ["reviews.zip", "reviews.tar.gz", "reviews.tar.xz", "reviews.tgz", "reviews.tar"])
 def test_archives_of_files_are_read_as_folders(tmp_path: Path, name: str) -> None:
     named = {"set/train/pos/1.txt": "good", "set/train/neg/1.txt": "bad", "set/train/neg/2.jpg": image(1)}
@@ -379,20 +364,6 @@ def test_a_kind_that_is_given_is_believed(tmp_path: Path) -> None:
     assert isinstance(record.content, Document) and record.content.meta["spans"] == [[0, 3, "per"]]
     assert list(samples(read(tmp_path / "chat.log", kind="chat"))) == ["chat.log:1"]
     assert samples(read(tmp_path / "book", kind="text")) == {"book": {"txt": "a text"}}
-
-
-# -- WebDataset
-
-
-def test_members_of_a_tar_are_joined_by_key(tmp_path: Path) -> None:
-    members = {"1.jpg": image(1), "2.jpg": image(2), "1.txt": "one", "2.txt": "two", "a.b.jpg": image(3), "a.b.txt": "b",
-               "a.c.jpg": image(4), "a.c.txt": "c", "._1.jpg": "mac", "__MACOSX/x": "mac"}  # fmt: skip
-    records = read(write(tmp_path, {"x.tar": packed(members), "empty.tar": packed({})}))
-    assert samples(records) == {
-        "x.tar:1": {"jpg": image(1), "txt": "one"}, "x.tar:2": {"jpg": image(2), "txt": "two"},
-        "x.tar:a.b": {"jpg": image(3), "txt": "b"}, "x.tar:a.c": {"jpg": image(4), "txt": "c"},
-    }  # fmt: skip
-    assert reasons(records) == {"empty.tar": "empty_file", "x.tar:._1.jpg": "hidden_file", "x.tar:__MACOSX/x": "hidden_file"}
 
 
 # -- long files, in parts
