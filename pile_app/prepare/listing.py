@@ -8,7 +8,9 @@ WebDatasets are read by their units. A file that is not read is in a unit too, w
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -100,9 +102,9 @@ class Listing:
         self.card = read_card(path, config) if os.path.isdir(path) else Card()
         self.splits: dict[str, str | None] = dict(self.card.splits)
         self.scopes, self.folders, self.list_scopes = set[str](), set[str](), set[str]()
-        self.samples: dict[str, list[Record]] = defaultdict(list)  # by layout
-        self.bad, self.unread = list[Record](), list[Record]()
-        self.said = dict[int, str]()  # hash of files and the longest text about them -> table
+        self.samples: dict[str, _Packer] = defaultdict(_Packer)  # by layout
+        self.bad, self.unread = _Packer(), list[Record]()
+        self.said = set[int]()  # hashes of files and the longest text about them, of the tables so far
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
                 self.skip(name, *why)
@@ -116,12 +118,12 @@ class Listing:
         self.unread.append(Record(name, BadSample(reason, detail)))
 
     def reject(self, where: str, layout: str, reason: str, detail: str) -> None:
-        self.bad.append(Record(where, BadSample(reason, detail), layout))
+        self.bad.add(Record(where, BadSample(reason, detail), layout))
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
         paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
-        self.samples[layout].append(Record(where, values, layout, split, paths, size))
+        self.samples[layout].add(Record(where, values, layout, split, paths, size))
         for file in named.values():
             self.rest.pop(file.name, None)
 
@@ -151,11 +153,11 @@ class Listing:
         self._add_groups(groups)
         units = [unit for name, file in list(self.rest.items()) for unit in self._single(name, file, self.format(name))]
         for found in self.samples.values():
-            yield from _units_of_samples(found)
+            yield from found.units()
         yield from (unit for table in tables for unit in self._parts(table))
         yield from units
-        yield from _units_of_samples(self.bad)
-        yield from _units_of_samples(sorted(self.unread, key=lambda one: (is_about(one.where), one.where)))
+        yield from self.bad.units()
+        yield from _Packer(sorted(self.unread, key=lambda one: (is_about(one.where), one.where))).units()
 
     def _groups(self) -> dict[str, list[str]]:
         """Group media files with the files that share their stem: path without extension -> names.
@@ -268,24 +270,23 @@ class Listing:
 
     def _add_rows(self, table: Table) -> set[str]:
         """Add a sample for each row of a table that names files; return their names."""
-        named, folders, layout = set[str](), {os.path.dirname(table.name)}, table.layout
+        named, folders, said = set[str](), {os.path.dirname(table.name)}, set[int]()
+        samples = self.samples[f"{table.layout}:{table.name}"]
         try:
             for where, row in _merged(table):
                 hits, sample = self._row(table, where, row)
-                texts = (
-                    [str(value) for name, value in sample.content.items() if name not in table.files]
-                    if hits and isinstance(sample.content, Mapping)
-                    else []
-                )
-                key = hash((tuple(hits), max(texts, key=len, default="")))
-                if texts and self.said.setdefault(key, table.name) != table.name:
-                    error = BadSample("duplicate", f"{self.said[key]} says the same of its files")
+                values = sample.content.items() if hits and isinstance(sample.content, Mapping) else ()
+                texts = [str(value) for name, value in values if name not in table.files]
+                said.add(key := hash((tuple(hits), max(texts, key=len, default=""))))
+                if texts and key in self.said:
+                    error = BadSample("duplicate", "a table before it says the same of its files")
                     sample = sample._replace(content=error, named={})
-                self.samples[f"{layout}:{table.name}"].append(sample)
+                samples.add(sample)
                 named |= {file.name for file in hits}
                 folders |= {os.path.dirname(file.name) for file in hits}
         except (BadSample, *DAMAGE) as error:
-            self.samples[f"{layout}:{table.name}"].append(Record(table.name, as_bad(error), layout))
+            samples.add(Record(table.name, as_bad(error), table.layout))
+        self.said |= said
         self.scopes.add(_common(folders))
         self.folders |= {*folders, _common(folders)}
         return named
@@ -369,15 +370,26 @@ def _ranges(size: int) -> Iterator[tuple[int, int]]:
     return pairwise(size * part // count for part in range(count + 1))
 
 
-def _units_of_samples(found: Iterable[Record]) -> Iterator[Unit]:
-    some, weight = list[Record](), 0
-    for one in found:
-        some.append(one)
-        weight += one.size
-        if weight > UNIT_BYTES or len(some) >= UNIT_SAMPLES:
-            yield Unit("samples", [some[0].where, some], weight)
-            some, weight = [], 0
-    yield from [Unit("samples", [some[0].where, some], weight)] if some else []
+class _Packer:
+    """Packs records to units of some megabytes, compressed: the units of millions of files are held in memory."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._units, self._records, self._weight = list[Unit](), list[Record](), 0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        self._records.append(record)
+        self._weight += record.size
+        if self._weight > UNIT_BYTES or len(self._records) >= UNIT_SAMPLES:
+            self.units()
+
+    def units(self) -> list[Unit]:
+        if self._records:
+            data = zlib.compress(pickle.dumps(self._records), 1)
+            self._units.append(Unit("samples", [self._records[0].where, data], self._weight))
+            self._records, self._weight = [], 0
+        return self._units
 
 
 def _is_folder_tree(file: File, options: Options) -> bool:

@@ -7,8 +7,10 @@ Damage to a file is a record; rows after it are lost. Reading a unit gives the s
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import tempfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -58,8 +60,8 @@ def _tried(read: Callable[..., Any], *arguments: Any) -> Any:
         return as_bad(error)
 
 
-def _read_samples(options: Options, _: str, found: list[Record]) -> Iterator[Record]:
-    for record in found:
+def _read_samples(options: Options, _: str, packed: bytes) -> Iterator[Record]:
+    for record in pickle.loads(zlib.decompress(packed)):  # of `Listing`
         yield record._replace(content=_tried(_filled, record, options), named={})
 
 
