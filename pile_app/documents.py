@@ -108,18 +108,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Codes:
-    """The content of an encoded segment's file.
+    """The content of an encoded segment's file."""
 
-    encoder: 32 hexadecimal digits, the fingerprint of the tokenizer or codec; size: UTF-8 bytes, pixels, or samples per channel
-    of the original; sample_rate: Hz of a sound, else 0; values: (T,) ids from 0; breaks: (2, K) ends of sentences of a text, in
-    UTF-8 bytes and in tokens; is_lost: the original was damaged, and the values only keep its length."""
-
-    encoder: str
-    size: int
-    sample_rate: int
-    values: np.ndarray
-    breaks: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.uint32))
-    is_lost: bool = False
+    encoder: str  # 32 hexadecimal digits, the fingerprint of the tokenizer or codec
+    size: int  # UTF-8 bytes, pixels, or samples per channel of the original
+    sample_rate: int  # Hz of a sound, else 0
+    values: np.ndarray  # (T,) ids from 0
+    breaks: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.uint32))  # (2, K) sentence ends: UTF-8 bytes, tokens
+    is_lost: bool = False  # the original was damaged, and the values only keep its length
 
     HEADER = struct.Struct("<16sQIHHI")  # encoder, size, sample rate, bytes of a value, is lost, number of breaks
 

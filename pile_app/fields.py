@@ -383,8 +383,7 @@ def _own_segments(view: SampleView) -> tuple[list[Part], bool, dict[str, Any]]:
 
 
 def is_own_form(description: Any) -> bool:
-    """Tell whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, perhaps with
-    `loss`."""
+    """Tell whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, or with `loss`."""
 
     def is_entry(entry: Any) -> bool:
         if (
