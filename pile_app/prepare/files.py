@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
+from pile_app.data.tar import is_hidden
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, BadSample
 from pile_app.prepare.text import BOMS, encoding_of
 
@@ -177,10 +178,6 @@ def _common_tail(first: str, second: str) -> int:
     """Count the last path components, without extension, that two paths share."""
     parts = [os.path.splitext(path)[0].split("/")[::-1] for path in (first, second)]
     return next((n for n, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), min(map(len, parts)))
-
-
-def is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".") or "__MACOSX" in name.split("/")
 
 
 def is_below(path: str, folder: str) -> bool:

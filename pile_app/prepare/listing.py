@@ -18,12 +18,12 @@ from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
-from pile_app.data.tar import plain_members, split_name
+from pile_app.data.tar import is_hidden, plain_members, split_name
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, BadSample, Document
 from pile_app.fields import as_list, is_remote
 from pile_app.infer import TEXT_NAMES
 from pile_app.prepare import files
-from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, is_hidden, open_plain, open_text
+from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, open_plain, open_text
 from pile_app.prepare.hub import Card, read_card
 from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
 from pile_app.prepare.options import Options

@@ -20,12 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pile_app.data.tar import plain_members, split_name
+from pile_app.data.tar import is_hidden, plain_members, split_name
 from pile_app.documents import BadSample, Document, media_extension
 from pile_app.fields import Field, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.prepare import files
-from pile_app.prepare.files import DAMAGE, Tree, is_hidden, open_plain, open_text, read_file, read_text
+from pile_app.prepare.files import DAMAGE, Tree, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
 from pile_app.prepare.listing import Listing, Record, Unit, as_bad, find, open_tree
 from pile_app.prepare.options import Options
