@@ -25,6 +25,7 @@ from pile_app.fields import as_list, is_texts
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
+from pile_app.prepare.layouts import named_split
 from pile_app.prepare.options import require
 from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS, document_of_record
 from pile_app.prepare.text import decode_text
@@ -275,14 +276,15 @@ def _json_file(table: Table) -> Iterator[tuple[str, Any]]:
 
 
 def _records_of(content: dict[str, Any]) -> list[Any]:
-    """Find the records in an object: COCO, captions by file, files by class, `{"data": [...]}`, an object a key, or itself."""
+    """Find the records: COCO, captions by file, files by class or split, `{"data": [...]}`, an object a key, or the object."""
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     if content and all(extension(key) in MEDIA and isinstance(value, str | list) for key, value in content.items()):
         return [{"file": key, "captions" if isinstance(value, list) else "text": value} for key, value in content.items()]
     if len(content) > 1 and all(
         is_texts(some) and all("/" in one and " " not in one for one in some) for some in content.values()
     ):
-        return [{"file": file, "label": name} for name, some in content.items() for file in some]
+        column = "split" if all(map(named_split, content)) else "label"
+        return [{"file": file, column: name} for name, some in content.items() for file in some]
     if "images" in lists and "annotations" in lists:
         captions: dict[Any, list[str]] = defaultdict(list)
         for one in lists["annotations"]:

@@ -341,6 +341,14 @@ def test_lists_of_files_by_class_are_labels_and_splits(tmp_path: Path, with_json
     assert found == {"train": ["pie"] * 3 + ["soup"] * 3, "test": ["pie", "soup"]}
 
 
+def test_lists_of_files_by_split_are_no_labels(tmp_path: Path) -> None:
+    names = {"train": [f"images/{n}.jpg" for n in range(3)], "val": ["images/3.jpg"]}
+    write(tmp_path / "in", {"splits.json": json.dumps(names)} | {f"images/{n}.jpg": picture(n) for n in range(4)})
+    prepare(tmp_path / "in", tmp_path / "out", processes=1)
+    found = {split: [document.meta.get("label") for document in some] for split, some in read_back(tmp_path / "out").items()}
+    assert found == {"train": [None] * 3, "validation": [None]}
+
+
 def test_a_header_with_empty_columns_is_no_row(tmp_path: Path) -> None:
     """SMS Spam Collection of Kaggle: `v1,v2,,,` in Latin-1."""
     table = 'v1,v2,,,\r\nham,"Go on, then.. £5",,,\r\nspam,Free entry £100 a week,,,\r\n'
