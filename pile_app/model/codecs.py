@@ -120,7 +120,7 @@ def without_gradient(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """FSQ: bounds each of d numbers and rounds it to one of L_i levels; gradients pass the rounding unchanged."""
+    """FSQ: bounds each of d numbers and rounds it to L_i levels; gradients pass the rounding unchanged."""
 
     levels: Tensor
     basis: Tensor

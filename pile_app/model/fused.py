@@ -145,7 +145,7 @@ class FusedLanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize what is in none of its parts."""
+        """Initialize the parameters and buffers of this module itself."""
         nn.init.zeros_(self.image_rows)
         nn.init.zeros_(self.image_columns)
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
@@ -298,7 +298,7 @@ class FusedLanguageModel(nn.Module):
                 torch.set_autocast_enabled(kind, was[0])
 
     def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
-        """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: also the most likely
+        """Cross-entropy of every target, by modality; modalities without a target are omitted. `predict`: also the most likely
         codes."""
         return self.losses(*self.read(batch), batch, predict)
 

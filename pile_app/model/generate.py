@@ -1,4 +1,4 @@
-"""Generation: documents in, one more segment of any modality out; or as many as the model wants.
+"""Generation: documents in, another segment of any modality out, or as many as the model wants.
 
 The prompt is laid out and encoded as in training; then one token at a time is drawn from the softmax of the modality that is
 written: an image takes its fixed number of codes, a sound runs until `<audio_end>`, a text until an opener or `<end>`. With
@@ -6,7 +6,7 @@ written: an image takes its fixed number of codes, a sound runs until `<audio_en
 (classifier-free guidance, arXiv:2207.12598; see `guide`).
 
     generate             a segment for each prompt          answer_prompts   the same, with log-probabilities
-    stream               a text, piece by piece             score.choose     one of some given texts
+    stream               a text, piece by piece             score.choose     a choice among given texts
     generate_document    segments of any modality, as the model chooses, until `<end>`
 """
 
@@ -42,7 +42,7 @@ class Answer:
     """A generated segment, and how it was drawn."""
 
     segment: Segment
-    codes: Tensor  # (K,) ids within the modality's slice of the vocabulary, including the one that ended the segment
+    codes: Tensor  # (K,) ids within the modality's slice of the vocabulary, including the code that ended the segment
     log_probabilities: Tensor  # (K,) of each code by the model at temperature 1, with guidance
     ended_by: Literal["model", "stop", "limit"]
 
@@ -103,7 +103,7 @@ def generate_document(
     """Continue a document as the model sees fit, segment by segment of any modality, until `<end>` or a stop string.
 
     Yields pieces of a text while it is written, and an `Answer` for every finished segment. A text that reaches `max_text` is
-    the last segment; empty texts are left out. Without `continue_text` a text at the end of the prompt is complete, and a new
+    the last segment; empty texts are omitted. Without `continue_text` a text at the end of the prompt is complete, and a new
     segment follows.
     """
     sampling = sampling or Sampling()

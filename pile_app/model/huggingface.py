@@ -62,7 +62,7 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
         "eos_token": SPECIALS[Vocabulary.END],
         "pad_token": SPECIALS[Vocabulary.END],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # their names are ordinary text where they stand in one
+        "split_special_tokens": True,  # their names in a text are ordinary text
     }
     make_empty(folder)
     save_weights({name: weight.float() for name, weight in hf_weights(model, backbone).items()}, folder)

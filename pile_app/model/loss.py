@@ -98,7 +98,7 @@ def _by_chunks(
 
 def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradients: bool) -> Tensor:
     """(rows, V) logits before the cap -> nats (rows,) float32; with gradients, slopes / 4 replace the logits."""
-    # Six passes over the only large tensor.
+    # Six passes over the large tensor.
     sigmoid = logits.float().mul_(2 / cap).sigmoid_()
     capped = torch.add(sigmoid.new_tensor(-cap), sigmoid, alpha=2 * cap)
     probabilities, target = capped.softmax(1), targets[:, None]

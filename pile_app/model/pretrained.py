@@ -4,7 +4,7 @@
     model.safetensors  weights
     tokenizer.json     where the tokenizer is not bytes
 
-Reading a folder runs no code of it: safetensors holds numbers only, and the backbone is one of `backbones.py`, by name; the
+Reading a folder runs no code of it: safetensors holds numbers only, and the backbone is a class of `backbones.py`, by name; the
 caller passes the class of any other.
 """
 

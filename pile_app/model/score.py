@@ -5,7 +5,7 @@ depend on what is computed together. What counts:
 
     score_choices          a closed set of segments: tokens and end of the segment; the opener only if modalities differ
     score_answers          a segment that ends the document: opener, tokens and `<end>`, as in the training loss
-    score_continuations    text that goes on where the prompt stops: its tokens
+    score_continuations    text that continues the prompt: its tokens
     rolling_scores         a long text in windows that overlap: every token once
 """
 
@@ -55,7 +55,7 @@ class Choice:
 def choose(
     model: FusedLanguageModel, prompts: Sequence[Document], texts: Sequence[str], sampling: Sampling | None = None
 ) -> list[Choice]:
-    """Choose one of the texts for each prompt, as if answers had been drawn until one was among them. Temperature and `top_p`
+    """Choose one of the texts for each prompt, as if answers had been drawn until it was drawn. Temperature and `top_p`
     apply to the choice among the texts. Raises ValueError for fewer than two texts, an empty one, or one twice."""
     sampling = sampling or Sampling()
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
@@ -137,7 +137,7 @@ def score_answers(
 def score_continuations(
     model: FusedLanguageModel, prompts: Sequence[str], continuations: Sequence[str], context: int | None = None
 ) -> list[Score]:
-    """Score each continuation as text that goes on where its prompt stops; `<end>` does not count.
+    """Score each continuation as text that continues its prompt; `<end>` does not count.
 
     Prompt and continuation are tokenized together, as in training; tokens count from the first that differs from those of the
     prompt alone. (Spaces at the end of a prompt go to the continuation, as in EleutherAI's harness: a token seldom ends with
@@ -187,7 +187,7 @@ def _score_texts(model: FusedLanguageModel, spans: Sequence[tuple[list[int], lis
 
 
 def _path(model: FusedLanguageModel, answer: Segment) -> Path:
-    """A segment as it is laid out in training, from its opener to its end."""
+    """Lay out a segment as in training, from its opener to its end."""
     tokens, indices = (part[1:].tolist() for part in prompt_tokens(model, Document((answer,)), None))
     return [*zip(tokens, indices, strict=True), *[(TEXT_END, 0)] * (answer.modality == TEXT)]
 

@@ -33,7 +33,7 @@ GREEDY = Sampling(temperature=0, max_text=12, max_seconds=0.5)
 
 @pytest.fixture
 def prompts(image: MakeSegment, sound: MakeSegment) -> list[Document]:
-    """Of different lengths, some of one length, one of nothing."""
+    """Prompts of different and of equal lengths, and an empty prompt."""
     return [
         Document((Segment("seven"),)),
         Document(()),
@@ -63,7 +63,7 @@ def write_letters_only(model: FusedLanguageModel) -> None:
 
 @torch.no_grad()
 def write_without_cache(model: FusedLanguageModel, prompt: Document, to: int, guidance: float, count: int) -> list[int]:
-    """The greedy answer, everything computed anew for every code."""
+    """Write the greedy answer, recomputing the whole row for every code."""
     rows = [prompt_tokens(model, prompt, to, masked) for masked in (0, len(prompt.segments))]
     codes: list[int] = []
     ends = {TEXT: (Vocabulary.END, *Vocabulary.OPENERS), IMAGE: (), AUDIO: (model.vocabulary.audio_codes,)}[to]
@@ -277,7 +277,7 @@ def test_a_model_in_training_stays_in_training(tiny_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("to", [TEXT, IMAGE, AUDIO])
 def test_an_answer_does_not_depend_on_the_prompts_beside_it(tiny_model: MakeModel, prompts: list[Document], to: int) -> None:
-    """Prompt number n is answered alike whoever stands at the other numbers."""
+    """The answer to prompt n does not depend on the other prompts."""
     model = tiny_model()
     sampling = Sampling(max_text=12, max_seconds=0.5, seed=1, temperature=0.8, top_p=0.9)
     together = generate(model, prompts, to, sampling)
