@@ -55,7 +55,7 @@ class Choice:
 def choose(
     model: FusedLanguageModel, prompts: Sequence[Document], texts: Sequence[str], sampling: Sampling | None = None
 ) -> list[Choice]:
-    """Choose one of the texts for each prompt, as if answers had been drawn until it was drawn. Temperature and `top_p`
+    """Choose one of the texts for each prompt, as if answers had been drawn until a given text came. Temperature and `top_p`
     apply to the choice among the texts. Raises ValueError for fewer than two texts, an empty one, or one twice."""
     sampling = sampling or Sampling()
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
