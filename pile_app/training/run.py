@@ -186,14 +186,15 @@ class RunFolder(Callback):
 
 def find_divergence(trainer: Trainer, module: PileModule, metrics: dict[str, Any], monitor: str) -> list[str]:
     """Say if a run ended far worse than its best validation, or worse than guessing."""
-    found: list[str] = []
     if module.objective is not None:
-        return found
-    for modality in module.vocabulary.modalities:
-        ids, name = module.vocabulary.slices[modality], f"{MODALITIES[modality]}_loss"
-        loss = float(metrics.get(f"validation/{name}", metrics.get(f"train/{name}", 0.0)))
-        if not loss <= 1.1 * math.log(ids.stop - ids.start):
-            found.append(f"{name} is {loss:.4g}, guessing has {math.log(ids.stop - ids.start):.4g}: lower the learning rate")
+        return []
+    chances = {f"{MODALITIES[m]}_loss": math.log(s.stop - s.start) for m, s in enumerate(module.vocabulary.slices)}
+    losses = {n: float(metrics.get(f"validation/{n}", metrics.get(f"train/{n}", math.nan))) for n in chances}
+    worse = {name for name, loss in losses.items() if loss > 1.1 * chances[name]}
+    if not worse and all(not loss < 0.99 * chances[name] for name, loss in losses.items()):
+        worse = {name for name, loss in losses.items() if math.isfinite(loss)}
+    said = "{} is {:.4g}, guessing has {:.4g}: lower the learning rate"
+    found = [said.format(name, losses[name], chances[name]) for name in sorted(worse)]
     for callback in trainer.checkpoint_callbacks:
         best, mode = getattr(callback, "best_model_score", None), getattr(callback, "mode", "")
         if best is not None and monitor in metrics:
