@@ -115,7 +115,9 @@ class PileCLI(LightningCLI):
         return Path(self.scratch.name if self.config.trainer.fast_dev_run else self.config.runs) / self.config.name
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(default_config_files=[str(find_default_config())], **kwargs)
+        default = find_default_config()
+        sys.path.append(str(default.absolute().parents[1]))  # callbacks of `data/`
+        return super().init_parser(default_config_files=[str(default)], **kwargs)
 
     def before_instantiate_classes(self) -> None:
         config, model, is_first = self.config, self.config.model, is_first_process()
