@@ -179,11 +179,7 @@ def read_parts(folder: Path, regions: dict[str, Region]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | os.PathLike[str], optimizer: bool = True) -> dict[str, Any]:
-    """Read a checkpoint, file or folder, on the CPU; `optimizer`: with the optimizer's state. (A file is only mapped.)
-
-    Raises:
-        OSError, RuntimeError, EOFError, pickle.UnpicklingError: it cannot be read.
-    """
+    """Read a checkpoint on the CPU; of a folder, the optimizer's state only if `optimizer`, while a file is mapped."""
     path = Path(path)
     if not path.is_dir():
         return read_file(path)
@@ -210,15 +206,9 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False) -> None:
-    """Take the weights of another run's model, or of its codecs only, which must have the same shapes.
+    """Take the weights of another run's model, or of its codecs only. `path`: run folder (its last checkpoint) or checkpoint.
 
-    Args:
-        model: whose weights are replaced.
-        path: run folder (its last checkpoint) or checkpoint.
-        codecs_only: leave the language model as it is.
-
-    Raises:
-        ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
+    Raises ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
     """
     option = f"model.{'codecs_from' if codecs_only else 'start_from'}={path!r}"
     found = Path(path) / "checkpoints" / LAST if (Path(path) / "config.yaml").is_file() else Path(path)
@@ -244,10 +234,7 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
 def find_damage(path: Path, verify: str = "all") -> str:
     """Say what is wrong with a checkpoint, "" if it can be read.
 
-    Args:
-        path: file or folder.
-        verify: which checksums to compare, which torch ignores. "all"; "weights": not those of the optimizer's state; "": none,
-            only that all files are complete.
+    `verify` says which checksums, which torch ignores, are compared: "all", "weights", or "" to check that files are complete.
     """
     try:
         read_state(path)
@@ -292,17 +279,10 @@ def find_trouble(path: Path, skip_steps: Steps, verify: str = "all") -> str:
 
 
 def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path | None:
-    """Return the newest checkpoint that a run can resume from, or None if there is none at all.
+    """Return the newest checkpoint that a run which skips `skip_steps` can resume from, or None if there is none at all.
 
-    A `last.ckpt` that cannot be used is renamed to `aside.ckpt`, so that `previous.ckpt` keeps its name.
-
-    Args:
-        folder: of the checkpoints.
-        skip_steps: ranges of optimizer steps that the run skips.
-        is_first: this is rank 0, which compares the checksums and may rename; the others load what it has chosen.
-
-    Raises:
-        ValueError: no checkpoint of the folder can be used.
+    Only rank 0 (`is_first`) compares checksums, and renames a `last.ckpt` that cannot be used to `aside.ckpt`, so that
+    `previous.ckpt` keeps its name; the others will load what it has chosen. Raises ValueError if no checkpoint can be used.
     """
     last, troubles = folder / LAST, list[str]()
     for path in (last, folder / PREVIOUS):
@@ -343,10 +323,9 @@ def validation_every(trainer: Trainer) -> int:
 
 
 class LastCheckpoint(Checkpoint):
-    """Save `last.ckpt` every `every_n_steps` optimizer steps and at the end.
+    """Save `last.ckpt` every `every_n_steps` optimizer steps and at the end, after a validation that is due at the same step.
 
-    If a validation is due at the same step, the checkpoint is saved after it, with what it decided. (Lightning saves before it,
-    and resumed runs skip that validation.)
+    (Lightning saves before the validation, which a resumed run then skips.)
     """
 
     state_key = "LastCheckpoint"

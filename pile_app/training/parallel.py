@@ -62,16 +62,8 @@ def tensor_parallel_plan() -> dict[str, ParallelStyle]:
 def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None = None) -> None:
     """Shard the language model over the devices, in place, with the weights of rank 0.
 
-    The parameters are sharded on the meta device and materialized once, tensor by tensor. The weights of other ranks are not
-    read, so they need not be initialized.
-
-    Args:
-        model: whole.
-        mesh: ("data_parallel", "tensor_parallel").
-        half: dtype that the blocks are gathered and computed in (under autocast); None: that of the weights.
-
-    Raises:
-        ValueError: the backbone cannot be sharded so.
+    Parameters are sharded on the meta device and materialized once, tensor by tensor. Other ranks need not initialize theirs.
+    `half`: dtype that blocks are gathered and computed in (under autocast). Raises ValueError if heads cannot be sharded.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     blocks = list(model.backbone.blocks) if isinstance(model.backbone, Transformer) else []
