@@ -45,7 +45,7 @@ Region = tuple[Tensor, tuple[int, ...]]  # part of a tensor, and the index in th
 
 
 def publish(staged: Path, path: Path) -> None:
-    """Rename a complete file or link to `path`. What was `last.ckpt` becomes `previous.ckpt`."""
+    """Rename a complete file or link to `path`. The old `last.ckpt` becomes `previous.ckpt`."""
     if path.name == LAST and path.exists():
         _remove(path.with_name(PREVIOUS))
         os.replace(path, path.with_name(PREVIOUS))
@@ -218,7 +218,7 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
     tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
     if tokenizer != model.tokenizer.fingerprint and not codecs_only:
         raise ValueError(
-            f"{option} was trained with tokenizer {tokenizer}, this one is {model.tokenizer.fingerprint}: set "
+            f"{option} was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}: set "
             "model.tokenizer to that of the run"
         )
     parts: dict[str, nn.Module] = {f"model.{MODALITIES[modality]}_codec.": codec for modality, codec in model.codecs.items()}
@@ -299,7 +299,7 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
             return path
     if troubles:
         raise ValueError(
-            f"{'; '.join(troubles)}. There is no other checkpoint to resume from: to begin anew choose another --name, or move "
+            f"{'; '.join(troubles)}. No other checkpoint can be resumed from: to begin anew choose another --name, or move "
             f"{str(folder)!r} away"
         )
     return None
@@ -389,7 +389,7 @@ class GracefulStop(Callback):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, 143 for one that another rank received; 0 after `max_time`."""
+        """128 + the signal's number, 143 if another rank received it; 0 after `max_time`."""
         return 128 + (self.received or signal.SIGTERM) if self.received or not self.is_due else 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, Literal, NoReturn
 
-# Lightning's own advice on its internals, of no use to whoever trains a model. (What is logged is already reduced over ranks.)
+# Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
 warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
             cli.stop.received = signal.SIGINT
     if not cli.trainer.is_global_zero:
-        raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
+        raise SystemExit  # with 0: Lightning kills all other processes if one of them fails
     close(cli.trainer)
     command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
@@ -370,7 +370,7 @@ def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
         raise SystemExit
     print(f"{run}: {error}")
     if skipped is None:
-        print("Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name")
+        print("All checkpoints are from later steps. Lower the learning rate, or begin anew with another --name")
     else:
         print(f"Lower the learning rate, or skip those data: the same command with --guard.skip_steps '{ranges}'")
     raise SystemExit(DIVERGED)

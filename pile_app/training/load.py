@@ -52,7 +52,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     """
     config, path = read_config(run), find_checkpoint(run, checkpoint)
     if damage := find_damage(path, "weights"):
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {damage}")
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {damage}")
     with SkipInitialization():
         module, data = build_run(run, config)
     saved = read_checkpoint(path, optimizer=False)
@@ -64,7 +64,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
     if module.tokenizer.fingerprint != trained:
         raise ValueError(
-            f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
+            f"the tokenizer {config['model']['tokenizer']!r} is not that of the run {str(run)!r} (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
