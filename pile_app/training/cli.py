@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import os
 import re
 import shlex
 import signal
@@ -56,7 +55,7 @@ from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # no
 from pile_app.training.load import TOKENIZER, SkipInitialization, link_model_to_data  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.muon import cpu_multiplies_bfloat16  # noqa: E402
-from pile_app.training.parallel import ShardedStrategy  # noqa: E402, F401 (registers `fsdp2`)
+from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
 from pile_app.training.run import (  # noqa: E402
     RunFolder,
     check_complete,
@@ -374,12 +373,6 @@ def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
     else:
         print(f"Lower the learning rate, or skip those data: the same command with --guard.skip_steps '{ranges}'")
     raise SystemExit(DIVERGED)
-
-
-def is_first_process() -> bool:
-    """Of all, as far as launchers have said it: torchrun, SLURM, Lightning for the processes that it starts."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def finish(cli: PileCLI) -> None:

@@ -172,6 +172,12 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
     return whole.redistribute(placements=like.placements)
 
 
+def is_first_process() -> bool:
+    """Return whether this process is rank 0, according to the environment of its launcher: torchrun, SLURM or Lightning."""
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
 def local_region(tensor: Tensor) -> Region:
     """Return this device's part of a tensor, and the index of its first element in the whole."""
     if not isinstance(tensor, DTensor):
@@ -234,6 +240,8 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ValueError(f"tensor_parallel_size={self.group_size} must divide the {devices} devices")
         self._data_parallel_size = devices // self.group_size
         super().setup_environment()
+        if self.global_rank == 0 and not is_first_process():  # it has not initialized the weights that all others will get
+            raise ValueError("the launcher's environment does not say which process has rank 0: set RANK in each of them")
         if self._group is None:  # of its own, for writing while the next step already uses the default one
             self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
 
