@@ -188,7 +188,8 @@ def find_divergence(trainer: Trainer, module: PileModule, metrics: dict[str, Any
     """Say if a run ended far worse than its best validation, or worse than guessing."""
     if module.objective is not None:
         return []
-    chances = {f"{MODALITIES[m]}_loss": math.log(s.stop - s.start) for m, s in enumerate(module.vocabulary.slices)}
+    ids = {MODALITIES[m]: module.vocabulary.slices[m] for m in module.vocabulary.modalities}
+    chances = {f"{name}_loss": math.log(span.stop - span.start) for name, span in ids.items()}
     losses = {n: float(metrics.get(f"validation/{n}", metrics.get(f"train/{n}", math.nan))) for n in chances}
     worse = {name for name, loss in losses.items() if loss > 1.1 * chances[name]}
     if not worse and all(not loss < 0.99 * chances[name] for name, loss in losses.items()):
