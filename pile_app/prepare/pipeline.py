@@ -8,7 +8,6 @@ number of processes, and after any interruption."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +33,9 @@ from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Maps, evaluation_texts
 from pile_app.prepare.spill import Work, read_job, slug
+
+with suppress(ImportError):  # Windows
+    import fcntl
 
 PREPARE_VERSION = 6  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
