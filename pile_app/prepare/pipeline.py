@@ -8,7 +8,6 @@ number of processes, and after any interruption."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from pile_app.data import locks
 from pile_app.data.shards import Shards
 from pile_app.documents import media_extension
 from pile_app.fields import OWN, Fields
@@ -70,7 +70,7 @@ def prepare(
     _check(given, output, chosen, engine, overwrite)
     folder, summary = output.parent / f"{output.name}.partial", Summary(output)
     result, earlier = folder / "result", output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
-    with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
+    with _lock(folder), ENGINES[engine](processes or available_cores()) as run:
         local = localize(given, str(folder))
         path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
         if not os.path.exists(path):
@@ -129,6 +129,11 @@ def _check(given: str, output: Path, options: Options, engine: str, overwrite: b
             raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
 
 
+def available_cores() -> int:
+    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
@@ -138,7 +143,7 @@ def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.flock(file, locks.LOCK_EX | locks.LOCK_NB)
         except OSError:
             raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:
