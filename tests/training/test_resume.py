@@ -152,7 +152,7 @@ def test_full_disk_leaves_the_checkpoint_before(bench: Workbench) -> None:
     attempt = bench.start("disk", FILE_LIMIT="7 60000")
     assert attempt.wait() == 1
     error = attempt.text.split("OSError: ")[-1]
-    assert "last.ckpt.next' could not be written" in error and "the checkpoint before it is whole" in error
+    assert "last.ckpt' could not be written" in error and "the checkpoint before it is whole" in error
     folder = bench.run("disk") / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert checkpoint(bench.run("disk"))["global_step"] == 6
