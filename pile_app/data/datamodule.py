@@ -34,7 +34,7 @@ from pile_app.data import order as data_order
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
-from pile_app.data.files import START_METHOD, cache_folder
+from pile_app.data.files import cache_folder
 from pile_app.data.order import ORDER_VERSION, Phase, Piece, SourceOrder, TrainingOrder, ValidationOrder
 from pile_app.data.remote import Prefetcher, ShardCache, Wanted
 from pile_app.data.sources import SourceData
@@ -163,15 +163,13 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
     """Kill the workers at exit: Python would wait for their end after a SIGTERM, which they ignore."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -370,7 +368,7 @@ class PileDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
-        method = START_METHOD if self.num_workers and is_remote else None  # a fork would copy the locks of prefetching threads
+        method = "forkserver" if self.num_workers and is_remote else None  # a fork would copy the locks of prefetching threads
         return DataLoader(
             dataset,
             batch_sampler=batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -10,15 +11,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from pile_app.data import locks
-
-START_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"  # Windows
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 
 
@@ -62,7 +60,7 @@ def locked(path: str) -> Iterator[None]:
     """Hold an exclusive lock between processes and hosts. The lock file is removed when the lock is released."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        locks.flock(descriptor, locks.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 break
@@ -126,5 +124,5 @@ def for_each(function: Callable[[Any], Any], items: Sequence[Any], processes: in
     processes = min(processes or os.cpu_count() or 1, len(items))
     if processes < 2:
         return [function(item) for item in items]
-    with ProcessPoolExecutor(processes, get_context(START_METHOD)) as pool:
+    with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
         return list(pool.map(function, items, chunksize=max(1, len(items) // (8 * processes))))

@@ -11,6 +11,7 @@ next, which protects them from eviction. The kernel releases a `flock` when a pr
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import logging
@@ -25,7 +26,6 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from pile_app.data import locks
 from pile_app.data.files import ShardError
 from pile_app.data.urls import MissingError, opened, with_retries
 
@@ -99,7 +99,7 @@ class ShardCache:
         while True:
             with suppress(FileNotFoundError):  # evicted in between
                 descriptor = os.open(self.fetch(url, size, check, ahead), os.O_RDONLY)
-                locks.flock(descriptor, locks.LOCK_SH)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
                 if os.fstat(descriptor).st_nlink:
                     return descriptor
                 os.close(descriptor)
@@ -295,7 +295,7 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
     """Delete a copy unless it is in use or being replaced."""
     try:
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            locks.flock(file, locks.LOCK_EX | locks.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except PermissionError:  # another user's
         return False
     except BlockingIOError:
@@ -313,12 +313,12 @@ def _locked(path: str, wait: bool = True) -> Iterator[bool]:
     descriptor, ours = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
     try:
         try:
-            locks.flock(descriptor, locks.LOCK_EX | (0 if wait else locks.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             ours = False
         except OSError as error:
             raise ShardError(f"{path!r} cannot be locked ({error}): put the cache on a file system with flock") from error
         yield ours
     finally:
-        locks.flock(descriptor, locks.LOCK_UN)  # closing is not enough: a forked child may hold a copy
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked child may hold a copy
         os.close(descriptor)

@@ -151,6 +151,6 @@ def _piped(command: str) -> Iterator[Callable[[int], bytes]]:
             yield read
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             output.close()
             process.wait()

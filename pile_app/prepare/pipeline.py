@@ -24,7 +24,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pile_app.data import locks
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 from pile_app.data.shards import Shards
 from pile_app.documents import media_extension
 from pile_app.fields import OWN, Fields
@@ -143,7 +147,8 @@ def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
-            locks.flock(file, locks.LOCK_EX | locks.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:

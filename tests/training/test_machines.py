@@ -70,7 +70,7 @@ def test_apple_gpus_without_float64(bench: Workbench, monkeypatch: pytest.Monkey
         if hasattr(module, "sum_dtype"):
             monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
     monkeypatch.chdir(bench.folder)
-    monkeypatch.setattr(sys, "argv", bench.words("apple", *SHORT, *SAMPLES))
+    monkeypatch.setattr(sys, "argv", bench.words("apple", *SHORT))
     with WithoutFloat64():
         main()
     assert (bench.run("apple") / "summary.json").exists()
