@@ -28,7 +28,9 @@ SAMPLES = (
 )
 WINDOWS = """
 import importlib, pkgutil, signal, sys
+from lightning.pytorch.strategies import StrategyRegistry
 
+StrategyRegistry.pop("fsdp2")  # all of Pile is imported once more
 for name in [name for name in sys.modules if name.startswith("pile_app")]:
     del sys.modules[name]
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
