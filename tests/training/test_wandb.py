@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import quote, unquote
 
 import pytest
 from attempts import Workbench, checkpoint, make_bench
@@ -22,7 +23,8 @@ from pile_app.tasks.evaluate import keep
 
 SHORT = ("--trainer.max_steps", "7", "--model.codec_steps", "1", "--checkpoint_every", "2", "--trainer.val_check_interval", "4")
 SAMPLES = ("--trainer.callbacks+=pile_app.training.callbacks.SampleGeneration", "--trainer.callbacks.every_n_steps=3")
-OFFLINE = ("--wandb", "pile", *SHORT, *SAMPLES, "--trainer.callbacks.count=1")
+BRIEF = ("--trainer.callbacks.count=1", "--trainer.callbacks.sampling={max_text: 4, max_seconds: 0.2}")
+OFFLINE = ("--wandb", "pile", *SHORT, *SAMPLES, *BRIEF)
 
 
 class Server(ThreadingHTTPServer):
@@ -33,7 +35,7 @@ class Server(ThreadingHTTPServer):
         self.history: list[dict[str, Any]] | None = None
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
-        self.files: set[str] = set()
+        self.files: dict[str, bytes] = {}
 
     def handle_error(self, *_: Any) -> None:  # W&B closes connections that it kept open
         pass
@@ -52,8 +54,8 @@ class Server(ThreadingHTTPServer):
             text |= {"eventsTail": "[]", "config": "{}", "wandbConfig": '{"t": 1}'}
             return {"model": project | {"bucket": None if self.history is None else bucket | counts | text | {"tags": []}}}
         if operation == "CreateRunFiles":
-            self.files |= set(variables["files"])
-            urls = [{"name": name, "uploadUrl": f"http://127.0.0.1:{self.server_port}/file"} for name in variables["files"]]
+            here = f"http://127.0.0.1:{self.server_port}"
+            urls = [{"name": name, "uploadUrl": f"{here}/{quote(name)}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "3", "uploadHeaders": [], "files": urls}}
         if operation == "CreateArtifact":
             there = {"id": "4", "state": "COMMITTED", "artifactSequence": {"latestArtifact": {"id": "4"}}}
@@ -82,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply({"data": self.server.answer(asked.get("operationName", ""), asked.get("variables", {}))})
 
     def do_PUT(self) -> None:
-        self.read()
+        self.server.files[unquote(self.path[1:])] = self.read()
         self.reply({})
 
     def read(self) -> bytes:
@@ -153,8 +155,9 @@ def test_a_run_resumed_twice_has_each_step_once(bench: Workbench, server: Server
     tables = {step for step, line in enumerate(server.history) for name in line if name.startswith("samples/")}
     assert tables == {2, 5, 6}
     kinds = {line[name]["_type"] for line in server.history for name in line if name.startswith("media/")}
-    assert kinds == {"audio"}  # the validation data asks for no images; as prompts they are in the tables
-    for suffix in (".table.json", ".png", ".wav"):
-        assert any(name.endswith(suffix) for name in server.files)
+    assert kinds == {"audio"} and any(name.endswith(".wav") for name in server.files)
+    rows = [row for name, text in server.files.items() if name.endswith(".table.json") for row in json.loads(text)["data"]]
+    kinds = {cell["_type"] for row in rows for cell in row if isinstance(cell, dict)}
+    assert kinds == {"image-file", "audio-file"}  # images are prompts here
     assert server.summary["final/text_bits_per_byte"] == pytest.approx(expected[7]["final/text_bits_per_byte"])
     assert server.summary["evaluation/text_loss"] == 1.5
