@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attempts import Workbench, make_bench
-from conftest import REPOSITORY
-from processes import start
+from processes import TESTS, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -89,9 +88,8 @@ def test_windows_imports_and_trains(bench: Workbench) -> None:
 def test_read_only_checkout(bench: Workbench) -> None:
     """A checkout that nobody may write, as another user's, with `--runs` elsewhere."""
     checkout = bench.folder / "checkout"
-    for name in ("conf", "pile_app", "data"):
-        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("shards", "__pycache__"))
-    shutil.copy(REPOSITORY / "train.py", checkout)
+    shutil.copytree(TESTS / "conf", checkout / "conf")
+    shutil.copy(TESTS / "train.py", checkout)
     before = sorted(checkout.rglob("*"))
     for path in (checkout, *before):
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
