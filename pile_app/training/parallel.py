@@ -2,7 +2,7 @@
 
     devices = data_parallel x tensor_parallel, a mesh of (D, P); devices of one row (P) train on the same packs
 
-* `fully_shard` (FSDP2): each Transformer block, and the rest of the language model as one more unit, is sharded over D devices
+* `fully_shard` (FSDP2): each Transformer block, and the rest of the language model as another unit, is sharded over D devices
   and gathered when it is computed. All devices gather the same units in the same order, whatever their batches hold.
 * Tensor parallel: of each block, the P devices of a row hold H / P heads and 1 / P of the feed-forward net each.
 * The codecs are small, and what they do depends on the media of a batch: every device has them whole, and `average_gradients`
@@ -62,16 +62,8 @@ def tensor_parallel_plan() -> dict[str, ParallelStyle]:
 def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None = None) -> None:
     """Shard the language model over the devices, in place, with the weights of rank 0.
 
-    The parameters are sharded on the meta device and materialized once, tensor by tensor. The weights of other ranks are not
-    read, so they need not be initialized.
-
-    Args:
-        model: whole.
-        mesh: ("data_parallel", "tensor_parallel").
-        half: dtype that the blocks are gathered and computed in (under autocast); None: that of the weights.
-
-    Raises:
-        ValueError: the backbone cannot be sharded so.
+    Parameters are sharded on the meta device and materialized once, tensor by tensor. Other ranks need not initialize theirs.
+    `half`: dtype that blocks are gathered and computed in (under autocast). Raises ValueError if heads cannot be sharded.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     blocks = list(model.backbone.blocks) if isinstance(model.backbone, Transformer) else []
@@ -131,7 +123,7 @@ def _shard_heads(model: FusedLanguageModel, blocks: list[nn.Module], mesh: Devic
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of unsharded parameters over all devices, in place; no gradient counts as zero."""
+    """Average the gradients of unsharded parameters over all devices, in place; a missing gradient counts as zero."""
     parameters = [p for p in parameters if p.numel()]
     if not parameters or dist.get_world_size() == 1:
         return
@@ -180,6 +172,12 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
     return whole.redistribute(placements=like.placements)
 
 
+def is_first_process() -> bool:
+    """Return whether this process is rank 0, according to the environment of its launcher: torchrun, SLURM or Lightning."""
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
 def local_region(tensor: Tensor) -> Region:
     """Return this device's part of a tensor, and the index of its first element in the whole."""
     if not isinstance(tensor, DTensor):
@@ -189,7 +187,7 @@ def local_region(tensor: Tensor) -> Region:
 
 
 def is_written(tensor: Tensor) -> bool:
-    """Return whether this device is the one that saves its part of a tensor, the first of those that hold it."""
+    """Return whether this device saves its part of a tensor: the first device that holds it does."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     pairs = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
@@ -242,6 +240,8 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ValueError(f"tensor_parallel_size={self.group_size} must divide the {devices} devices")
         self._data_parallel_size = devices // self.group_size
         super().setup_environment()
+        if self.global_rank == 0 and not is_first_process():  # it has not initialized the weights that all others will get
+            raise ValueError("the launcher's environment does not say which process has rank 0: set RANK in each of them")
         if self._group is None:  # of its own, for writing while the next step already uses the default one
             self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
 
