@@ -24,27 +24,25 @@ SAMPLES = (
     "--trainer.callbacks.sampling={max_text: 4, max_seconds: 0.2}",
 )
 WINDOWS = """
-import importlib, multiprocessing, pkgutil, signal, sys
+import importlib, pkgutil, signal, sys
 
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
 for name in ("SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
     delattr(signal, name)
 
-if __name__ == "__main__":  # and not in workers
-    from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
-    StrategyRegistry.pop("fsdp2")  # all of Pile is imported anew
-    for name in [name for name in sys.modules if name.startswith("pile_app")]:
-        del sys.modules[name]
-    import pile_app
+StrategyRegistry.pop("fsdp2")  # all of Pile is imported anew
+for name in [name for name in sys.modules if name.startswith("pile_app")]:
+    del sys.modules[name]
+import pile_app
 
-    for module in pkgutil.walk_packages(pile_app.__path__, "pile_app."):
-        importlib.import_module(module.name)
-    from pile_app.training.cli import main
+for module in pkgutil.walk_packages(pile_app.__path__, "pile_app."):
+    importlib.import_module(module.name)
+from pile_app.training.cli import main
 
-    multiprocessing.set_start_method("spawn", force=True)
-    main()
+main()
 """
 
 
@@ -78,10 +76,10 @@ def test_apple_gpus_without_float64(bench: Workbench, monkeypatch: pytest.Monkey
 
 
 def test_windows_imports_and_trains(bench: Workbench) -> None:
-    """Without the modules, signals and functions of Unix, with workers that are spawned."""
+    """Without the modules and signals of Unix."""
     (bench.folder / "windows").mkdir()
     (bench.folder / "windows" / "train.py").write_text(WINDOWS)
-    start(bench.words("windows", *SHORT, "--data.num_workers=1"), bench.folder / "windows").succeed()
+    start(bench.words("windows", *SHORT), bench.folder / "windows").succeed()
     assert (bench.folder / "windows" / "runs" / "windows" / "summary.json").exists()
 
 
