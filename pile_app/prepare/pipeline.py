@@ -39,9 +39,6 @@ from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Maps, evaluation_texts
 from pile_app.prepare.spill import Work, read_job, slug
 
-with suppress(ImportError):  # Windows
-    import fcntl
-
 PREPARE_VERSION = 6  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
