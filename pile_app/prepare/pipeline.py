@@ -23,6 +23,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 from pile_app.data.shards import Shards
 from pile_app.fields import OWN, Fields
 from pile_app.prepare.assign import Summary, listed, write_shards
@@ -33,9 +38,6 @@ from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Maps, evaluation_texts
 from pile_app.prepare.spill import Work, read_job, slug
-
-with suppress(ImportError):  # Windows
-    import fcntl
 
 PREPARE_VERSION = 6  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
@@ -69,7 +71,7 @@ def prepare(
     _check(given, output, chosen, engine, overwrite)
     folder, summary = output.parent / f"{output.name}.partial", Summary(output)
     result, earlier = folder / "result", output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
-    with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
+    with _lock(folder), ENGINES[engine](processes or available_cores()) as run:
         local = localize(given, str(folder))
         path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
         listing = Listing(local, chosen, str(folder))
@@ -129,6 +131,11 @@ def _check(given: str, output: Path, options: Options, engine: str, overwrite: b
             raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
 
 
+def available_cores() -> int:
+    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
@@ -138,7 +145,8 @@ def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:
