@@ -21,6 +21,7 @@ from pile_app.data.index import segment_size
 from pile_app.documents import MODALITIES, TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.retrieval import Contrastive, GroupAnnotator
+from pile_app.training.module import PileModule
 
 
 class _Numbers(GroupAnnotator):
@@ -42,20 +43,16 @@ class Embedder:
 
     def __init__(self, model: FusedLanguageModel, objective: Contrastive, context: int, batch_tokens: int = 16_384) -> None:
         self.model, self.objective = model.eval(), objective.eval()
-        self.context = context
-        self.batch_tokens = batch_tokens
+        self.context, self.batch_tokens, self.run = context, batch_tokens, ""
 
     @classmethod
-    def of_run(cls, run: Path, checkpoint: str = "best", device: str = "cpu") -> Embedder:
-        """Raises ValueError where there is no such run or checkpoint, or it was not trained to embed."""
-        from pile_app.training.load import load_run
-
-        module, data, _ = load_run(run, checkpoint)
+    def of_run(cls, run: Path | str, module: PileModule, context: int) -> Embedder:
+        """Make it of a run's module. Raises ValueError if it was not trained to embed."""
         if not isinstance(module.objective, Contrastive):
-            raise ValueError(
-                f"{str(run)!r} was not trained to embed: its model.objective is not that of conf/tasks/retrieval.yaml"
-            )
-        return cls(module.model.to(device), module.objective.to(device), data.context)
+            raise ValueError(f"{str(run)!r} was not trained to embed: train one with --config retrieval")
+        embedder = cls(module.model, module.objective, context)
+        embedder.run = str(Path(run).resolve())
+        return embedder
 
     @property
     def fingerprint(self) -> str:
@@ -63,8 +60,9 @@ class Embedder:
         digest = hashlib.blake2b(f"{self.model.vocabulary.tokenizer} {self.context}".encode(), digest_size=16)
         for module in (self.model, self.objective):
             for name, tensor in sorted(module.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                digest.update(
+                    f"{name} {tuple(tensor.shape)} {int(torch.hash_tensor(tensor)) if tensor.numel() else 0}".encode()
+                )
         return digest.hexdigest()
 
     def segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, dict[int, BadSample]]:

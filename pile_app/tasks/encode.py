@@ -52,6 +52,7 @@ from pile_app.media import decode_audio, decode_image
 
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
+    from pile_app.training.module import PileModule
 
 LEDGER = "encoded.json"
 DOCUMENTS_AT_ONCE = 512
@@ -81,17 +82,14 @@ class Encoders:
             raise ValueError("nothing to encode: bytes are read as fast as their ids, and there is no codec for media")
 
     @classmethod
-    def of_run(cls, run: Path, checkpoint: str = "last", device: str = "cpu", batch: int = 64) -> Encoders:
-        """Raises ValueError where there is no such run or checkpoint, or its codecs are still learning."""
-        from pile_app.training.load import load_run
-
-        module, _, saved = load_run(run, checkpoint)
-        if saved["global_step"] < module.codec_steps:
+    def of_run(cls, run: str, module: PileModule, step: int, batch: int = 64) -> Encoders:
+        """Make them of a run's module. Raises ValueError if its codecs are still being trained at `step`."""
+        if step < module.codec_steps:
             raise ValueError(
-                f"the codecs of {str(run)!r} learn for {module.codec_steps} steps, and the checkpoint is of step "
-                f"{saved['global_step']}: codes of codecs that still change are of no use"
+                f"the codecs of {run!r} are trained for {module.codec_steps} steps, and the checkpoint is of step {step}: "
+                "train further, codes of codecs that still change cannot be used"
             )
-        return cls(module.tokenizer, module.model.to(device), batch)
+        return cls(module.tokenizer, module.model, batch)
 
 
 def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: bool = False) -> dict[str, Any]:

@@ -1,33 +1,39 @@
-"""What a data set holds, and how it fills packs: `pile inspect PATH ...`.
+"""Statistics of a data set, and how it fills packs: `pile inspect PATH ...`; and the page of documents, for steps of a run too.
 
-PATH is a folder that `pile prepare` wrote, shards (a folder or a pattern), a run, or its configuration. Only that one says how
-many tokens an image or a sound takes, and then counts everything; without it media are told in pixels and seconds. Everything
-follows from the indexes of the shards; `duplicates` alone reads them. The output folder gets `lengths.png`, `documents.html`
-with some documents of each source, their media in `documents/`, and
+PATH is a folder of `pile prepare`, shards (a folder or a pattern), a run, or a configuration. Only the last two tell how many
+tokens an image or a sound takes; without them media are counted in pixels and seconds. Everything follows from the manifests,
+`duplicates` alone reads the shards. The output folder gets `lengths.png`, `documents.html` with its media in `documents/`, and
 
-    statistics.json   {"paths", "tokenizer", "context", "vocabulary": null where media are not counted, "notes",
+    statistics.json   {"paths", "tokenizer", "context", "vocabulary": null if media are not counted, "notes",
                        "sources": [{"source", "split", "shards", "bytes", "documents", "rejected": {reason: samples},
                                     "segments": {modality: number}, "text_bytes", "audio_seconds", "image_pixels": quantiles,
                                     "tokens": {modality: number | null, "special": ..., "all": ...},
                                     "document_tokens": quantiles, "only_text": media are not in document_tokens,
                                     "longer": documents longer than the context, "cut": those that are cut, "left_out": those
-                                    that are not used, as a medium in them is longer than the context, "packs" of an epoch,
-                                    "fill": share of their places that hold tokens, "padding": 1 - fill}],
-                       "duplicates": null | {"documents" | "images" | "sounds": {...}, see `find_duplicates`}}
+                                    with a medium longer than the context, which are not used, "packs" of an epoch,
+                                    "fill": fraction of their positions that hold tokens, "padding": 1 - fill}],
+                       "duplicates": null | {"documents" | "images" | "sounds": see `find_duplicates`}}
 
 Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import count
+from html import escape
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -40,12 +46,17 @@ from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.data.tokens import text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
 from pile_app.prepare.engines import tracked
-from pile_app.tasks.inspect_duplicates import find_duplicates
-from pile_app.tasks.inspect_lengths import Histogram, draw_lengths
-from pile_app.tasks.inspect_page import describe_segment, write_page
+from pile_app.training.report import STYLE, medium, short
 from pile_app.vocabulary import Vocabulary
 
-CONTEXT = 512  # as `data.context` is where nobody sets it
+CONTEXT = 512  # the default of `data.context`
+QUANTILES = {"minimum": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "maximum": 1.0}
+COLORS = ("#2f6fb5", "#d9702b", "#2e9268", "#a2508f", "#8a7422", "#5a6b7c")
+SHOWN_PARTS, BINS = 24, 64  # of the picture
+KINDS = ("documents", "images", "sounds")  # of duplicates
+EXAMPLES = 10
+SHOWN_CHARACTERS = 20_000  # of a text on the page
+Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None if that is impossible
 
 
 def inspect_data(
@@ -56,7 +67,7 @@ def inspect_data(
     duplicates: bool = False,
     samples: int = 8,
 ) -> dict[str, Any]:
-    """Writes `statistics.json`, `lengths.png` and `documents.html` into `folder`, and returns the first.
+    """Write `statistics.json`, `lengths.png` and `documents.html` into `folder`, and return the first.
 
     Args:
         paths: see above; at most one of them a run or a configuration.
@@ -66,8 +77,8 @@ def inspect_data(
         samples: documents of each source to show.
 
     Raises:
-        ValueError: a path is none of what it may be, or a number is out of its bounds.
-        ShardError: a shard is missing, damaged, or not what was indexed.
+        ValueError: a path is none of the above, or a number is out of its bounds.
+        ShardError: a shard is missing, damaged, or differs from its manifest.
     """
     if samples < 0 or (context is not None and context < 8):
         raise ValueError(f"samples={samples} must be 0 or more, context={context} tokens at least 8")
@@ -93,7 +104,7 @@ def inspect_data(
     return description
 
 
-# -- What is to be looked at
+# -- What to inspect
 
 
 @dataclass
@@ -115,23 +126,22 @@ class Plan:
 
 
 def make_plan(paths: Sequence[str], tokenizer: str | None, context: int | None) -> Plan:
-    """Raises ValueError where a path is none of what `inspect_data` takes, ShardError where a pattern matches nothing."""
+    """Raises ValueError if a path is none of what `inspect_data` takes, ShardError if a pattern matches nothing."""
     from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
     from pile_app.model.fused import make_vocabulary
 
     plan = Plan(ShardCache(cache_folder() / "shards", int(100e9)))
-    config = None
+    config = image = audio = None
     for path in paths:
         here = Path(path)
         if (here / "dataset.json").is_file():
             _add_prepared(plan, here / "dataset.json")
         elif (here / "config.yaml").is_file() or here.suffix in (".yaml", ".yml"):
             if config is not None:
-                raise ValueError(f"{path!r} is a second run or configuration: give one, which says how tokens are counted")
+                raise ValueError(f"{path!r} is a second run or configuration: give one, which tells how tokens are counted")
             config = _add_config(plan, here)
         else:
             _add_shards(plan, expand_shards(str(here / "*.tar") if here.is_dir() else path))
-    image = audio = None
     if config is not None:
         image = config.model.image and ImageCodecConfig(**vars(config.model.image))
         audio = config.model.audio and AudioCodecConfig(**vars(config.model.audio))
@@ -155,7 +165,7 @@ def _add_prepared(plan: Plan, path: Path) -> None:
 
 
 def _add_config(plan: Plan, path: Path) -> Any:
-    """The `model` and `data` of a run, or of a configuration as `train.py` reads it: laid over `conf/default.yaml`."""
+    """Read `model` and `data` of a run, or of a configuration as training reads it: laid over `conf/default.yaml`."""
     import yaml
     from jsonargparse import ArgumentError
 
@@ -181,7 +191,7 @@ def _add_config(plan: Plan, path: Path) -> Any:
 
 
 def _add_shards(plan: Plan, tars: Sequence[str]) -> None:
-    """Shards are of one source that lie in one folder and differ in the number at the end of their names only."""
+    """Shards of one folder whose names differ in the last number only are of one source."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for path in tars:
         folder, _, name = path.partition("?")[0].rpartition("/")
@@ -195,13 +205,42 @@ def _add_shards(plan: Plan, tars: Sequence[str]) -> None:
 # -- Counting
 
 
+class Histogram:
+    """Integers from 0 on, and how often each was seen: memory grows with the number of distinct values only."""
+
+    def __init__(self) -> None:
+        self.values = self.counts = np.zeros(0, np.int64)  # (U,) increasing, (U,)
+
+    def add(self, values: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """values: (N,) integers; counts: (N,) of each, None: one."""
+        counts = np.ones(len(values), np.int64) if counts is None else counts
+        self.values, where = np.unique(np.concatenate([self.values, values.astype(np.int64)]), return_inverse=True)
+        self.counts = np.bincount(where, np.concatenate([self.counts, counts]), len(self.values)).astype(np.int64)
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def sum(self) -> int:
+        return int((self.values * self.counts).sum())
+
+    def quantiles(self, fractions: Sequence[float]) -> list[int]:
+        return np.quantile(self.values, fractions, method="inverted_cdf", weights=self.counts).tolist()
+
+    def description(self) -> dict[str, int] | None:
+        if not self.count:
+            return None
+        found = zip(QUANTILES, self.quantiles([*QUANTILES.values()]), strict=True)
+        return {"count": self.count, "sum": self.sum, **dict(found)}
+
+
 @dataclass
 class Part:
-    """One split of one source, and what was counted in it.
+    """A split of a source, and what was counted in it.
 
-    sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens:
-    of each modality, without openers; without_codec: modalities that are there and whose tokens are not known: then
-    `document_tokens` counts texts alone.
+    sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens: by modality, without openers;
+    without_codec: modalities whose tokens are not known: then `document_tokens` counts texts only.
     """
 
     source: str
@@ -253,18 +292,30 @@ class Part:
 
 
 def measure(part: Part, plan: Plan) -> None:
-    """Counts what the indexes of a part say, and packs it as training would."""
-    present: set[int] = set()
-    for shard in range(len(part.shards.paths)):
-        present |= set(np.unique(part.shards.index(shard).modality).tolist())
+    """Count what the manifests of a part tell, and pack it as training would."""
+    indexes = range(len(part.shards.paths))
+    present = set(np.concatenate([np.unique(part.shards.index(shard).modality) for shard in indexes]).tolist())
     part.without_codec = sorted(present - set(plan.vocabulary.modalities))
-    for shard in tracked(range(len(part.shards.paths)), f"{part.title}: counting", len(part.shards.paths)):
-        _measure_shard(part, shard, plan)
+    for shard in tracked(indexes, f"{part.title}: counting", len(indexes)):
+        index = part.shards.index(shard)
+        counts, _ = text_counts(index, plan.tokenizer)
+        sizes = index.segment_size.astype(np.int64)
+        sizes = np.where(index.modality == AUDIO, np.rint(1000 * sizes / np.maximum(index.sample_rate, 1)), sizes)
+        tokens = counts if part.only_text else segment_tokens(index, plan.vocabulary, counts)
+        special = 0 if part.only_text else 1 + (index.modality == AUDIO)
+        for modality in range(len(MODALITIES)):
+            part.sizes[modality].add(sizes[index.modality == modality])
+            if modality == TEXT or not part.only_text:
+                part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
+        if len(index):
+            lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
+            part.document_tokens.add(lengths)
+            part.longer += int((lengths > plan.context).sum())
     if part.only_text or not len(part.shards):
         return
     try:
         data = SourceData(part.source, part.shards.paths, plan.vocabulary, plan.tokenizer, plan.context, plan.cache)
-    except ShardError:  # every shard was read above: what remains is that no document fits
+    except ShardError:  # every shard was read above, so no document fits
         part.left_out, part.packs = len(part.shards), 0
         return
     part.left_out = int(data.counts["too_long"].sum())
@@ -272,42 +323,19 @@ def measure(part: Part, plan: Plan) -> None:
     part.fill = float(data.tokens.tokens.sum()) / (part.packs * plan.context)
 
 
-def _measure_shard(part: Part, shard: int, plan: Plan) -> None:
-    index = part.shards.index(shard)
-    counts, _ = text_counts(index, plan.tokenizer)
-    sizes = index.segment_size.astype(np.int64)
-    sizes = np.where(index.modality == AUDIO, np.rint(1000 * sizes / np.maximum(index.sample_rate, 1)), sizes)
-    tokens = counts if part.only_text else segment_tokens(index, plan.vocabulary, counts)
-    special = 0 if part.only_text else 1 + (index.modality == AUDIO)
-    for modality in range(len(MODALITIES)):
-        part.sizes[modality].add(sizes[index.modality == modality])
-        if modality == TEXT or not part.only_text:
-            part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
-    if len(index):
-        lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
-        part.document_tokens.add(lengths)
-        part.longer += int((lengths > plan.context).sum())
-
-
 def notes(parts: Sequence[Part], plan: Plan) -> list[str]:
-    """What has to be said of the statistics."""
     unknown = sorted({modality for part in parts for modality in part.without_codec})
-    if not unknown:
-        return []
     names = " and ".join(("texts", "images", "sounds")[modality] for modality in unknown)
-    if plan.has_model:
+    if unknown and plan.has_model:
         return [f"The model of the run has no codec for {names}: it cannot be trained on sources that hold them."]
     return [
-        f"How many tokens {names} take hangs on the codecs of a model: give a run or a configuration beside the shards. "
-        "Without it, sources with media tell the tokens of their texts only, and are not packed."
-    ]
-
-
-# -- Documents to look at and listen to
+        f"The tokens of {names} depend on the codecs of a model: give a run or a configuration with the shards. Without it, "
+        "sources with media are counted in tokens of their texts only, and are not packed."
+    ] * bool(unknown)
 
 
 def sample_documents(part: Part, samples: int, plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
-    """The entries of some documents, drawn by a hash of their number, for `write_page`; media are written into `folder`."""
+    """Describe some documents, drawn by a hash, for `write_page`; media are written into `folder`."""
 
     def decode(segment: Segment) -> Segment | None:
         codes = segment.codes
@@ -331,10 +359,289 @@ def sample_documents(part: Part, samples: int, plan: Plan, folder: Path) -> Iter
         except BadSample as error:
             yield entry | {"rejected": {"reason": error.reason, "detail": error.detail}}
             continue
-        if not document.ordered:
-            entry["facts"] += ", in free order"
+        entry["facts"] += ", in free order" * (not document.ordered)
         entry["segments"] = [
             describe_segment(segment, folder / f"{name}-{number}-{place}", decode)
             for place, segment in enumerate(document.segments)
         ]
         yield entry
+
+
+# -- Duplicates
+
+
+def find_duplicates(parts: Sequence[Part]) -> dict[str, Any]:
+    """Find documents, images and sounds that occur more than once, whatever their keys.
+
+    One pass over the shards writes 128 bits of each hash to a temporary database, which SQLite sorts on disk.
+
+    Returns {"unreadable": documents whose bytes differ from the manifest, "documents" | "images" | "sounds": {"groups":
+    contents that occur more than once, "copies": how many could go, "of_source": {source and split: copies in it, all but the
+    first of each group}, "leaked": those outside the training split that occur in the training split of any source,
+    "examples": [[source, split, key] of each copy, at most 5 of a group], leaked ones first}}.
+    """
+    unreadable = Counter[str]()
+    found: dict[str, Any] = {
+        kind: {"groups": 0, "copies": 0, "of_source": Counter(), "leaked": 0, "examples": []} for kind in KINDS
+    }
+    with closing(sqlite3.connect("")) as database:
+        database.execute("CREATE TABLE seen (kind, hash, held_out, part, number)")
+        for number, part in enumerate(parts):
+            held_out = part.split not in ("train", "")
+            rows = ((kind, one, held_out, number, document) for kind, one, document in _hashes(part, unreadable))
+            database.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?)", rows)
+        ordered = database.execute("SELECT * FROM seen ORDER BY kind, hash, held_out, part, number")
+        for (kind, _), group in groupby(ordered, lambda row: row[:2]):
+            copies = list(group)
+            if len(copies) < 2:
+                continue
+            of_kind, is_leak = found[KINDS[kind]], not copies[0][2] and copies[-1][2]
+            of_kind["groups"] += 1
+            of_kind["copies"] += len(copies) - 1
+            of_kind["of_source"].update(parts[part].title for *_, part, _ in copies[1:])
+            of_kind["leaked"] += sum(held_out for _, _, held_out, *_ in copies) if is_leak else 0
+            example = [[parts[p].source, parts[p].split, parts[p].shards.key(n)] for *_, p, n in copies[:4] + copies[4:][-1:]]
+            of_kind["examples"] = sorted([*of_kind["examples"], (not is_leak, example)], key=lambda one: one[0])[:EXAMPLES]
+    for kind in KINDS:
+        found[kind]["examples"] = [example for _, example in found[kind]["examples"]]
+    return {"unreadable": unreadable["documents"]} | found
+
+
+def _hashes(part: Part, unreadable: Counter[str]) -> Iterator[tuple[int, bytes, int]]:
+    """Yield (index of the kind, hash, index of the document) of every document and medium."""
+    for number in tracked(range(len(part.shards)), f"{part.title}: reading", len(part.shards)):
+        try:
+            document = part.shards.document(number)
+        except BadSample:
+            unreadable["documents"] += 1
+            continue
+        hashes = [_hash(segment) for segment in document.segments]
+        whole = b"".join(hashes if document.ordered else sorted(hashes))
+        yield 0, hashlib.blake2b(whole, digest_size=16).digest(), number
+        yield from ((one.modality, its, number) for one, its in zip(document.segments, hashes, strict=True) if one.modality)
+
+
+def _hash(segment: Segment) -> bytes:
+    kind = segment.extension if segment.is_encoded else MODALITIES[segment.modality]
+    data = segment.data.encode("utf-8", "surrogatepass") if isinstance(segment.data, str) else segment.data
+    return hashlib.blake2b(data, digest_size=16, person=kind.encode()).digest()
+
+
+# -- Tables
+
+
+def format_statistics(description: Mapping[str, Any]) -> str:
+    """Write `statistics.json` for people: a table of what there is, a table of how it packs, and notes."""
+    sources = description["sources"]
+    lines = [_table(list(map(_content, sources)))]
+    lines += [f"In tokens ({description['tokenizer']}), for packs of {description['context']:,}:"]
+    lines += [_table(list(map(_packing, sources)))]
+    lines += ["* text tokens only"] * any(one["only_text"] for one in sources)
+    for one in sources:
+        if one["rejected"]:
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in one["rejected"].items())
+            lines.append(f"rejected of {one['source']} {one['split']}".rstrip() + f": {reasons}")
+    lines += description["notes"]
+    found = description["duplicates"]
+    if found is None:
+        return "\n".join(lines)
+    lines += [f"{found['unreadable']:,} documents differ from the manifest: `pile index --verify`"] * bool(found["unreadable"])
+    lines += ["no document occurs more than once"] * (not found["documents"]["groups"])
+    for kind in (kind for kind in KINDS if found[kind]["groups"]):
+        one = found[kind]
+        where = ", ".join(f"{number:,} in {title}" for title, number in one["of_source"].items())
+        lines.append(f"duplicate {kind}: {one['groups']:,} occur more than once, {one['copies']:,} copies could go: {where}")
+        if one["leaked"]:
+            lines.append(f"  LEAK: {one['leaked']:,} of the {kind} held out from training are in a training split too")
+        lines += ["  " + " = ".join(" ".join(filter(None, name)) for name in example) for example in one["examples"][:5]]
+    return "\n".join(lines)
+
+
+def _content(one: Mapping[str, Any]) -> dict[str, str]:
+    texts, images, sounds = (f"{one['segments'][name]:,}" if one["segments"][name] else "" for name in MODALITIES)
+    pixels = one["image_pixels"] or {}
+    return {
+        "source": one["source"],
+        "split": one["split"],
+        "shards": f"{one['shards']:,}",
+        "documents": f"{one['documents']:,}",
+        "rejected": f"{sum(one['rejected'].values()):,}",
+        "size": f"{short(one['bytes'])}B",
+        "texts": texts,
+        "images": images,
+        "pixels: min / median / max": " / ".join(short(pixels[name]) for name in ("minimum", "50%", "maximum") if pixels),
+        "sounds": sounds,
+        "hours": f"{one['audio_seconds'] / 3600:,.3f}" if sounds else "",
+    }
+
+
+def _packing(one: Mapping[str, Any]) -> dict[str, str]:
+    tokens, lengths, mark = one["tokens"], one["document_tokens"] or {}, "*" * one["only_text"]
+
+    def number(value: float | None, form: str = ",") -> str:
+        return "-" if value is None else format(value, form)
+
+    of_documents = {"document: 1 %": "1%", "median": "50%", "99 %": "99%", "longest": "maximum"}
+    return {
+        "source": one["source"],
+        "split": one["split"],
+        **{name: "-" if tokens[name] is None else short(tokens[name]) for name in ("all", *MODALITIES)},
+        **{name: number(lengths.get(key)) + mark for name, key in of_documents.items()},
+        **{name.replace("_", " "): number(one[name]) for name in ("cut", "left_out", "packs")},
+        **{name: number(one[name], ".1%") for name in ("fill", "padding")},
+    }
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format rows as text; columns without any content are left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("source", "split") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    with io.StringIO() as text:
+        Console(file=text, width=1000, markup=False, highlight=False).print(table)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+# -- Picture
+
+
+def draw_lengths(parts: Sequence[Part], context: int, path: Path) -> None:
+    """Draw a panel each for the tokens of documents and segments, for pixels and seconds."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(part.source for part in parts))
+    shown = sorted(sorted(parts, key=lambda part: len(part.shards), reverse=True)[:SHOWN_PARTS], key=parts.index)
+    colors = [COLORS[names.index(part.source) % len(COLORS)] for part in shown]
+
+    def rows(histograms: Iterable[Histogram]) -> list[tuple[str, Histogram, str]]:
+        return list(zip([part.title for part in shown], histograms, colors, strict=True))
+
+    by_modality = [("text", Histogram(), COLORS[0]), ("images", Histogram(), COLORS[1]), ("sound", Histogram(), COLORS[2])]
+    for part in parts:
+        for (_, histogram, _), tokens in zip(by_modality, part.segment_tokens, strict=True):
+            histogram.add(tokens.values, tokens.counts)
+    of_text = ": text only if codecs are not known" * any(part.only_text for part in parts)
+    panels = [  # title, unit, (label, counts, color) each, scale of the unit
+        (f"Documents{of_text}", "tokens", rows(part.document_tokens for part in shown), 1.0),
+        ("Segments", "tokens", by_modality, 1.0),
+        ("Images", "pixels", rows(part.sizes[IMAGE] for part in shown), 1.0),
+        ("Sounds", "seconds", rows(part.sizes[AUDIO] for part in shown), 1e-3),
+    ]
+    panels = [
+        (title, unit, full, scale) for title, unit, all_, scale in panels if (full := [row for row in all_ if row[1].count])
+    ]
+    if not panels:
+        return
+    lines, tallest = -(-len(panels) // 2), max(len(rows) for _, _, rows, _ in panels)
+    figure = Figure((14, lines * (1.2 + 0.55 * tallest)), dpi=110, layout="constrained")
+    for place, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(lines, 2, place + 1), *panel, context)
+    if len(shown) < len(parts):
+        figure.suptitle(f"the {SHOWN_PARTS} largest of {len(parts):,} sources and splits")
+    figure.savefig(path)
+
+
+def _draw_panel(axes: Any, title: str, unit: str, rows: list[tuple[str, Histogram, str]], scale: float, context: int) -> None:
+    """Draw histograms one above the other over a logarithmic axis, with their medians."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    smallest, largest = (f(histogram.values[place] for _, histogram, _ in rows) for f, place in ((min, 0), (max, -1)))
+    edges = np.geomspace(max(1, smallest) / 1.1, max(2, largest) * 1.1, BINS + 1)
+    for place, (_, histogram, color) in enumerate(reversed(rows)):
+        counts, _ = np.histogram(np.maximum(histogram.values, 1), edges, weights=histogram.counts)
+        axes.stairs(place + 0.7 * counts / counts.max(), edges * scale, baseline=place, fill=True, color=color, alpha=0.85)
+        median = max(1, histogram.quantiles([0.5])[0]) * scale
+        axes.plot([median] * 2, [place, place + 0.72], color="black", linewidth=1)
+        axes.annotate(short(median), (median, place + 0.74), ha="center", fontsize=8)
+    if unit == "tokens":
+        axes.axvline(context, color="grey", linestyle="--", linewidth=1, zorder=0)
+        axes.annotate(f"context {context:,}", (context, len(rows)), ha="center", va="bottom", fontsize=8, color="grey")
+    labels = [f"{label}\n{histogram.count:,}" for label, histogram, _ in reversed(rows)]
+    axes.set_yticks(np.arange(len(labels)) + 0.3, labels, fontsize=8, parse_math=False)
+    axes.set(ylim=(0, len(rows)), xscale="log", xlabel=unit)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 1e4 * edges[0] else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, loc="left", pad=14)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+# -- Page of documents. A policy makes sure that nothing else is loaded, and that no script of a sample runs.
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta
+http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:;
+media-src 'self' file:"><title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p>{body}</html>
+"""
+PAGE_STYLE = """
+.documents{--least:24rem}.card>small{display:block;margin-bottom:.5rem;overflow-wrap:anywhere}.segment{margin:.45rem 0}
+.segment>small{display:block}.away{opacity:.5}.bad{color:var(--c1)}.segment img{max-height:16rem}figure.sound img{height:3.5rem}
+"""
+
+
+def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
+    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` and its extension as it is
+    stored, or what its codes decode to."""
+    entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
+    if segment.is_encoded:
+        try:
+            decoded = decode(segment)
+        except BadSample as error:
+            return entry | {"note": str(error)}
+        if decoded is None:
+            return entry | {"note": f"encoded as {len(segment.file):,} bytes of codes, which only the model's run can decode"}
+        segment = decoded
+    if segment.modality == TEXT:
+        return entry | {"text": segment.text}
+    path = path.with_name(f"{path.name}.{segment.extension}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(segment.file)
+    return entry | {"file": path.name}
+
+
+def write_page(
+    title: str, notes: Sequence[str], groups: Iterable[tuple[str, Sequence[Mapping[str, Any]]]], folder: Path, media: str = ""
+) -> None:
+    """Write `folder/documents.html`.
+
+    Args:
+        groups: (heading, documents) each; a document has a "key", "facts", "segments" (see `describe_segment`) and "rejected".
+        media: folder of the media, within `folder`.
+    """
+    body = ""
+    for heading, documents in groups:
+        cards = "".join(_card(one, folder / media, media) for one in documents)
+        body += f'<h2>{escape(heading)}</h2><div class="grid documents">{cards}</div>'
+    status = "".join(f"<span>{escape(note)}</span>" for note in notes)
+    page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, status=status, body=body)
+    (folder / "documents.html").write_text(page, "utf-8", errors="backslashreplace")
+
+
+def state_of(segment: Mapping[str, Any]) -> str:
+    """Tell whether the model saw and learned a segment; "" if it did both."""
+    return "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
+
+
+def _card(one: Mapping[str, Any], folder: Path, media: str) -> str:
+    card = f"<small><b>{escape(one['key'])}</b> {escape(one['facts'])}</small>"
+    if one["rejected"]:
+        card += f'<small class="bad">{escape(one["rejected"]["reason"])}: {escape(one["rejected"]["detail"])}</small>'
+    for segment in one["segments"]:
+        note = f"<small>{escape(state_of(segment))}</small>" if state_of(segment) else ""
+        if "note" in segment:
+            shown = f'<small class="bad">{escape(segment["modality"])}: {escape(segment["note"])}</small>'
+        elif "text" in segment:
+            text, more = segment["text"], len(segment["text"]) - SHOWN_CHARACTERS
+            text = f"{text[:SHOWN_CHARACTERS]}\n... and {more:,} more characters" if more > 0 else text
+            shown = medium({"text": text}, folder)
+        else:
+            link = escape(quote(f"{media}/{segment['file']}" if media else segment["file"]))
+            shown = medium(dict(segment), folder, link, least=120)
+        card += f'<div class="segment{" away" * segment["hidden"]}">{note}{shown}</div>'
+    return f'<div class="card">{card}</div>'

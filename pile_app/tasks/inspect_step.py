@@ -28,7 +28,7 @@ from pile_app.data.datamodule import PackDataset, PileDataModule
 from pile_app.data.index import segment_size
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Segment
-from pile_app.tasks.inspect_page import Decode, describe_segment, state_of, write_page
+from pile_app.tasks.inspect_data import Decode, describe_segment, state_of, write_page
 from pile_app.training.load import load_run
 from pile_app.vocabulary import Vocabulary
 
@@ -40,15 +40,6 @@ PHASES = {  # of the training, and what one has to know of it
     "codecs": "only the codecs learned from it",
     "codecs, language model": "first the codecs learned, then the rest",
 }
-
-
-def parse_positions(text: str) -> tuple[int, int]:
-    """(first, stop) of `7` or `7:12`, where 12 is not included."""
-    first, colon, stop = text.partition(":")
-    try:
-        return int(first), int(stop) if colon else int(first) + 1
-    except ValueError:
-        raise ValueError(f"--position {text!r} is neither a position, as 7, nor a range, as 7:12") from None
 
 
 def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limit: int | None = None) -> str:

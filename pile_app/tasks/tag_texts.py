@@ -109,7 +109,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 def as_inline(tagged: Tagged) -> str:
     """`I was in [Paris|location] .`"""
-    return "".join(part if name is None else f"[{part}|{name}]" for part, name in _parts(tagged))
+    return "".join(part if name is None else f"[{part}|{name}]" for part, name in split_parts(tagged))
 
 
 def as_record(tagged: Tagged) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def as_page(tagged: Sequence[Tagged], types: Sequence[str], title: str) -> str:
             html.escape(part)
             if name is None
             else f'<mark style="{style[name]}">{html.escape(part)}<small>{html.escape(name)}</small></mark>'
-            for part, name in _parts(one)
+            for part, name in split_parts(one)
         )
         texts.append(f"<p>{''.join(parts)}</p>")
     legend = " ".join(
@@ -155,7 +155,7 @@ small {{ font-size: .65em; margin-left: .4em; opacity: .75; text-transform: uppe
 """
 
 
-def _parts(tagged: Tagged) -> Iterator[tuple[str, str | None]]:
+def split_parts(tagged: Tagged) -> Iterator[tuple[str, str | None]]:
     """The text in parts, each with its type or None."""
     place = 0
     for start, stop, name in tagged.spans:

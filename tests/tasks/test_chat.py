@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TinyRun, train
+from pile_app.commands.chat import Terminal
 
 from pile_app.cli import main
-from pile_app.commands.chat import Terminal
 from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Segment
 from pile_app.media import image_size
