@@ -13,6 +13,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from html import escape
 from pathlib import Path
 from typing import Any, cast
@@ -136,6 +137,7 @@ class Page:
     def shown(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Show what cannot be done, as a message on the page."""
 
+        @wraps(function)
         def call(*values: Any) -> Any:
             try:
                 return function(*values)
