@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from html import escape
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ POLICY = (
     "connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
 #chat img, .cards img { image-rendering: pixelated; min-width: 112px; border-radius: 6px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem; }
 .cards .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem; overflow: hidden; }
@@ -123,16 +123,15 @@ class Page:
 
     def settings(self) -> list[Any]:
         """Sliders of how tokens are drawn; `sampling` takes their values."""
-        slider = self.gr.Slider
-        with self.gr.Accordion("Settings", open=False), self.gr.Row():
-            return [
-                slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: the most likely token"),
-                slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="probability of the tokens to draw from"),
-                slider(0, 5, 1, step=0.1, label="Guidance", info="weight of the prompt"),
-                slider(1, max(2, self.context), min(128, self.context), step=1, label="Tokens", info="longest text"),
-                slider(0.5, 30, 2, step=0.5, label="Seconds", info="longest sound"),
-                self.gr.Number(0, precision=0, label="Seed"),
-            ]
+        slider = partial(self.gr.Slider, render=False)
+        return [
+            slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: the most likely token"),
+            slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="probability of the tokens to draw from"),
+            slider(0, 5, 1, step=0.1, label="Guidance", info="weight of the prompt"),
+            slider(1, max(2, self.context), min(128, self.context), step=1, label="Tokens", info="longest text"),
+            slider(0.5, 30, 2, step=0.5, label="Seconds", info="longest sound"),
+            self.gr.Number(0, precision=0, label="Seed", render=False),
+        ]
 
     def shown(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Show what cannot be done, as a message on the page."""
@@ -158,6 +157,9 @@ def _generate_tab(page: Page) -> None:
         count = gr.Slider(1, 16, 4, step=1, label="How many")
     prompt = page.prompt("A prompt: text, pictures, sounds; empty: the model starts on its own", "generate-prompt")
     settings = page.settings()
+    with gr.Accordion("Settings", open=False), gr.Row():
+        for setting in settings:
+            setting.render()
     found = gr.HTML("", elem_id="generated")
 
     def generate(sent: Any, to: str, count: float, *values: float) -> str:
@@ -201,7 +203,8 @@ def _chat_tab(page: Page) -> None:
             yield {"role": "assistant", "content": str(error), "metadata": {"title": REFUSED}}
 
     gr.ChatInterface(
-        reply, multimodal=True, additional_inputs=settings, analytics_enabled=False, api_visibility="private",
+        reply, multimodal=True, additional_inputs=settings, additional_inputs_accordion="Settings",
+        analytics_enabled=False, api_visibility="private",
         chatbot=gr.Chatbot(elem_id="chat", show_label=False, render_markdown=False, buttons=[], height=420),
         textbox=page.prompt("Write a message, add a picture or record a sound", "message"),
     )  # fmt: skip

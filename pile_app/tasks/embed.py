@@ -61,7 +61,7 @@ class Embedder:
         for module in (self.model, self.objective):
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(
-                    f"{name} {tuple(tensor.shape)} {int(torch.hash_tensor(tensor)) if tensor.numel() else 0}".encode()
+                    f"{name} {tuple(tensor.shape)} {int(torch.hash_tensor(tensor).view(torch.int64)) if tensor.numel() else 0}".encode()
                 )
         return digest.hexdigest()
 

@@ -232,9 +232,13 @@ def read_query(query: str) -> Document:
 
 def format_hits(hits: Sequence[Hit]) -> str:
     """Write a line each: rank, similarity, modality, shard or file, key, text."""
+
+    def where(hit: Hit) -> str:
+        file = Path(hit.origin).name
+        return file if file == hit.document else f"{file} {hit.document}"
+
     lines = [
-        f"{rank:>3}  {hit.similarity:6.3f}  {hit.modality:<5}  {Path(hit.origin).name}  {hit.document}  "
-        f"{' '.join(hit.text.split())[:80]}".rstrip()
+        f"{rank:>3}  {hit.similarity:6.3f}  {hit.modality:<5}  {where(hit)}  {' '.join(hit.text.split())[:80]}".rstrip()
         for rank, hit in enumerate(hits, 1)
     ]
     return "\n".join(lines) or "nothing of that kind is in the index"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,13 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import AUDIO, IMAGE
 
 from pile_app.data.tokenizers import ByteTokenizer
-from pile_app.documents import Document, Segment
+from pile_app.documents import Segment
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.records import Turn
@@ -120,6 +117,7 @@ def test_a_conversation_goes_on_from_what_the_page_shows(site: Site, image: Any,
         Turn("user", (image(0), Segment("What is this?"))),
         Turn("assistant", (Segment("seven"),)),
     ]
+
 
 def test_what_cannot_be_used_is_told_on_the_page(site: Site, sound: Any, tmp_path: Path) -> None:
     gradio = import_gradio()
