@@ -45,6 +45,7 @@ SHARED = {  # options that mean the same in every command; a docstring says wher
     "top_p": "draw from the most likely tokens that have this probability together",
     "guidance": "weight of the prompt, 1: as learned",
     "seed": "seed of the draws",
+    "output": "folder for the results",
     "max_text": "largest number of text tokens of a segment",
     "max_seconds": "longest sound",
     "processes": "number of processes (default: one for each core)",

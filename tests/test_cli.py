@@ -122,7 +122,7 @@ def test_options_take_dashes_or_underscores_and_mistakes_are_one_line(fails: Fai
     assert "no option: write settings as for pile train" in fails("plan", "data.context=64")
     assert "there is no configuration 'nix'; give a file, or one of" in fails("train", "--config", "nix")
     (tmp_path / "options.yaml").write_text("to: text\ncount: 0\n")
-    assert "--count must be above 0" in fails("generate", "x", "--config", tmp_path / "options.yaml")
+    assert "--count must be at least 1" in fails("generate", "x", "--config", tmp_path / "options.yaml")
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +139,7 @@ def test_an_installed_package_brings_configurations_and_the_demos_recipe(tmp_pat
     """As a wheel lays it out, in an empty folder."""
     installed, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "shards*", "*.partial")
+    ignored = shutil.ignore_patterns("__pycache__", "shards", "*.partial")
     shutil.copytree(REPOSITORY / "pile_app", installed / "pile_app", ignore=ignored)
     sources = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
         "sources"

@@ -74,7 +74,7 @@ def generate(
     from pile_app.model.choose import choose
     from pile_app.model.generate import Sampling, answer_prompts, generate_document, stream
 
-    check_positive(count=count)
+    check_count(count)
     if choices and to != "text":
         raise ValueError(f"--choices are texts: they go with --to text, not --to {to}")
     if to == "any" and logprobs:
@@ -113,10 +113,9 @@ def generate(
             path.with_suffix(".json").write_text(json.dumps(details, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"--{name} must be above 0, not {value}")
+def check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, not {count}")
 
 
 def print_texts(pieces: Iterable[str | Answer]) -> Iterator[Answer]:
@@ -167,22 +166,10 @@ def read_prompt(parts: Prompt) -> Document:
     return Document(tuple(read(*part) for part in parts))
 
 
-def chat(
-    run: Path,
-    *,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    guidance: float = 1.0,
-    max_text: int = 512,
-    max_seconds: float = 5.0,
-    seed: int = 0,
-    checkpoint: str = "last",
-    device: str = "auto",
-    output: Path | None = None,
-) -> None:
+def chat(run: Path, *, checkpoint: str = "last", device: str = "auto", output: Path | None = None) -> None:
     """Talk with a trained model in the terminal, in text, pictures and sound; `pile app` serves a page instead.
 
-    The model should have been trained on conversations: --config chat. /help lists the commands of the terminal.
+    The model should have been trained on conversations: --config chat. /help lists the commands, /settings the settings.
 
     Args:
         output: folder for the pictures and sounds of answers (default: RUN/chat)
@@ -190,8 +177,8 @@ def chat(
     from pile_app.model.generate import Sampling
     from pile_app.tasks.chat import Conversation, Terminal
 
-    sampling = Sampling(temperature, top_p, guidance, max_text, max_seconds, seed)
     module, data, _ = open_run(run, checkpoint, device)
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_text=512, max_seconds=5.0)
     Terminal(Conversation(module.model, data.context), sampling, output or run / "chat").talk()
 
 
@@ -201,11 +188,7 @@ def app(
     index: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
-    user: str = "pile",
     password: str | None = None,
-    queue: int = 8,
-    upload_megabytes: float = 10.0,
-    upload_seconds: float = 30.0,
     checkpoint: str | None = None,
     device: str = "auto",
 ) -> None:
@@ -217,25 +200,17 @@ def app(
         index: folder or URL of an index of `pile index-media`, to search (default: RUN/index if it exists)
         host: address to listen on; 0.0.0.0: every machine that can reach this one
         port: port to listen on
-        user: name to log in with
-        password: to log in with (default: PILE_PASSWORD, or one that is made and printed, if --host is not this machine)
-        queue: largest number of requests that are answered or wait at a time; others are refused
-        upload_megabytes: largest file that can be sent
-        upload_seconds: longest sound that can be sent
+        password: of the user `pile` (default: PILE_PASSWORD; else one is made and printed if --host is not this machine)
         checkpoint: last, best, previous, or a path (default: best of a run with an objective, else last)
     """
-    from pile_app.tasks.app import make_app, serve
-    from pile_app.tasks.chat import Limits
+    from pile_app.tasks.app import import_gradio, make_app, serve
+    from pile_app.training.load import read_config
 
-    check_positive(queue=queue, upload_megabytes=upload_megabytes, upload_seconds=upload_seconds)
-    limits = Limits(upload_bytes=int(upload_megabytes * 1e6), audio_seconds=upload_seconds)
-    if checkpoint is None:
-        from pile_app.training.load import read_config
-
-        checkpoint = "best" if read_config(run)["model"].get("objective") else "last"
-    module, data, _ = open_run(run, checkpoint, device)
+    import_gradio()
+    chosen = checkpoint or ("best" if read_config(run)["model"].get("objective") else "last")
+    module, data, _ = open_run(run, chosen, device)
     name, found = run.resolve().name, index or (str(run / "index") if (run / "index").is_dir() else None)
-    serve(lambda: make_app(module, data.context, name, limits, found), host, port, user, password, queue, limits)
+    serve(lambda: make_app(module, data.context, name, found), host, port, password)
 
 
 def classify(
@@ -348,7 +323,7 @@ def tag(
     file: Path | None = None,
     *,
     text: Sequence[str] = (),
-    format: Literal["inline", "json", "html"] = "inline",
+    format: Literal["inline", "json"] = "inline",
     checkpoint: str = "best",
     device: str = "auto",
     output: Path | None = None,
@@ -358,12 +333,12 @@ def tag(
     Args:
         file: a text, each line of which is read on its own; or CoNLL, tagged JSON lines or Parquet, whose own words are tagged
         text: texts
-        format: inline: [Paris|location]; json: a line for each text, start and end in characters; html: a page
-        output: folder for entities.txt, .jsonl or .html (default: print them)
+        format: inline: [Paris|location]; json: a line for each text, start and end in characters
+        output: folder for entities.txt or entities.jsonl (default: print them)
     """
     from pile_app.commands.data import read_texts
     from pile_app.documents import BadSample, Document, Segment
-    from pile_app.tasks.tag_texts import as_inline, as_page, as_record, tag_documents
+    from pile_app.tasks.tag_texts import as_inline, as_record, tag_documents
 
     documents = [Document((Segment(one),)) for one in text if one]
     for where, document in read_texts(file) if file is not None else ():
@@ -375,16 +350,13 @@ def tag(
         raise ValueError("there is nothing to tag: give a FILE, or --text")
     module, data, _ = open_run(run, checkpoint, device)
     tagged = tag_documents(module, documents, data.context)
-    if format == "html":
-        written = as_page(tagged, module.objective.types, f"{run.name}: {file or 'entities'}")  # type: ignore[union-attr, arg-type]
-    else:
-        lines = (as_inline(one) if format == "inline" else json.dumps(as_record(one), ensure_ascii=False) for one in tagged)
-        written = "".join(f"{line}\n" for line in lines)
+    lines = (as_inline(one) if format == "inline" else json.dumps(as_record(one), ensure_ascii=False) for one in tagged)
+    written = "".join(f"{line}\n" for line in lines)
     if output is None:
         sys.stdout.write(written)
     else:
         output.mkdir(parents=True, exist_ok=True)
-        path = output / f"entities.{ {'inline': 'txt', 'json': 'jsonl', 'html': 'html'}[format] }"
+        path = output / ("entities.txt" if format == "inline" else "entities.jsonl")
         path.write_text(written, encoding="utf-8")
         print(path)
 
@@ -460,11 +432,10 @@ def search(
     run: Path | None = None,
     checkpoint: str = "best",
     device: str = "auto",
-    output: Path | None = None,
 ) -> None:
     """Find the texts, pictures and sounds of an index that are nearest to a text, a picture or a sound.
 
-    Without a query, the model is loaded once and queries are read from the terminal, one a line.
+    Without a query, the model is loaded once and queries are read from the terminal, one a line. `pile app` has a page for it.
 
     Args:
         index: folder or URL that `pile index-media` wrote
@@ -473,21 +444,14 @@ def search(
         count: how many
         exact: compare all, even if a large index has a faster way
         run: folder of the run that made the index (default: where it was then)
-        output: folder for search.html, which shows what was found; everything it shows is in the one file
     """
-    from pile_app.tasks.media_index import MediaIndex, format_hits, open_table, read_query, write_search_page
+    from pile_app.tasks.media_index import MediaIndex, format_hits, open_table, read_query
 
-    check_positive(count=count)
+    check_count(count)
     first = [query] if query is not None else (line.strip() for line in sys.stdin if line.strip())
     if query is not None:
         read_query(query)  # refused before the model is loaded
     made_by = run or Path(open_table(index)[1]["run"])
     opened = MediaIndex(index, open_embedder(made_by, checkpoint, device))
     for words in first:
-        asked = read_query(words)
-        hits = opened.find(asked, count, to, exact)
-        print(format_hits(hits), flush=True)
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            write_search_page(output / "search.html", words, asked, hits, len(opened))
-            print(f"open {output / 'search.html'}")
+        print(format_hits(opened.find(read_query(words), count, to, exact)), flush=True)

@@ -2,7 +2,7 @@
 
 Every prompt is one field that takes text, pictures and sounds. The model is loaded once. The page is for this machine only, or
 asks for a password. Files that are sent and made lie in one temporary folder of the process; no telemetry is sent, and the
-browser is told to fetch nothing from another host.
+browser is told to load nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, MODALITIES, TEXT, Document, Segment
 from pile_app.model.choose import choose
@@ -26,6 +26,7 @@ from pile_app.tasks.chat import Conversation, Limits, Notice, check_tokenizer, r
 from pile_app.tasks.media_index import show_hits, show_medium
 from pile_app.training.module import PileModule
 
+USERS = 8  # requests that are answered or wait at a time; others are refused
 KEPT_SECONDS = 3600  # of files
 REFUSED = "Not sent"  # title of an answer that tells why a message was refused
 POLICY = (
@@ -53,41 +54,39 @@ def import_gradio() -> Any:
     return require("gradio", "chat", "the page")
 
 
-def make_app(module: PileModule, context: int, name: str, limits: Limits, index: str | None = None) -> Any:
+def make_app(module: PileModule, context: int, name: str, index: str | None = None, limits: Limits | None = None) -> Any:
     """Make the page (a `gradio.Blocks`) of a model.
 
     Args:
         module: on its device, in evaluation mode.
         context: tokens of the run's packs.
         name: of the run, to show.
-        limits: of what is sent.
         index: folder or URL of an index that this run made, to search.
+        limits: of what is sent.
 
     Raises:
         ValueError: Gradio is not installed, or another model made the index.
     """
-    gr = import_gradio()
-    tabs: list[tuple[str, Callable[..., None]]] = [("Generate", _generate_tab), ("Classify", _classify_tab)]
-    try:
-        check_tokenizer(module.model.tokenizer)
-        tabs.insert(1, ("Chat", _chat_tab))
-    except ValueError:
-        pass  # the tokenizer cannot write who speaks
-    page = Page(gr, module, context, limits)
-    objective = type(module.objective).__name__
-    if objective == "Tagging":
-        tabs.insert(0, ("Tag", _tag_tab))
-    if objective == "Classification":
-        tabs.insert(0, tabs.pop())
+    page, kind = Page(module, context, limits or Limits()), type(module.objective).__name__
+    tabs = {"Generate": _generate_tab, "Chat": _chat_tab, "Classify": _classify_tab, "Tag": _tag_tab, "Search": _search_tab}
+    first = {"Classification": "Classify", "Tagging": "Tag", "Contrastive": "Search"}.get(kind, "Generate")
+    if kind != "Tagging":
+        del tabs["Tag"]
     if index is not None:
         from pile_app.tasks.embed import Embedder
         from pile_app.tasks.media_index import MediaIndex
 
         page.index = MediaIndex(index, Embedder.of_run(name, module, context))
-        tabs.insert(0, ("Search", _search_tab))
+    else:
+        del tabs["Search"]
+    try:
+        check_tokenizer(module.model.tokenizer)
+    except ValueError:  # it cannot write who speaks
+        del tabs["Chat"]
+    gr = page.gr
     with gr.Blocks(title=f"Pile: {name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as blocks:
         gr.Markdown(f"### {escape(name)}")
-        for label, fill in tabs:
+        for label, fill in sorted(tabs.items(), key=lambda tab: tab[0] != first):
             with gr.Tab(label, elem_id=f"tab-{label.lower()}"):
                 fill(page)
     return blocks
@@ -98,31 +97,32 @@ class Page:
 
     index: Any = None
 
-    def __init__(self, gr: Any, module: PileModule, context: int, limits: Limits) -> None:
-        self.gr, self.module, self.model, self.context, self.limits = gr, module, module.model, context, limits
+    def __init__(self, module: PileModule, context: int, limits: Limits) -> None:
+        self.gr, self.module, self.model, self.context, self.limits = import_gradio(), module, module.model, context, limits
 
     def prompt(self, label: str, id: str) -> Any:
-        """A field for text, pictures and sounds, of the modalities that the model reads."""
+        """A field for text, and for the media that the model reads."""
         modalities = self.model.vocabulary.modalities
-        kinds = [
-            f".{one}" for one in (IMAGE_EXTENSIONS if 1 in modalities else ()) + (AUDIO_EXTENSIONS if 2 in modalities else ())
-        ]
+        kinds = [*(IMAGE_EXTENSIONS if 1 in modalities else ()), *(AUDIO_EXTENSIONS if 2 in modalities else ())]
+        sources = ["upload"] * bool(kinds) + ["microphone"] * (2 in modalities)
         return self.gr.MultimodalTextbox(
-            elem_id=id, show_label=False, placeholder=label, file_types=kinds or None, file_count="multiple",
-            sources=[*(["upload"] if kinds else []), *(["microphone"] if 2 in modalities else [])],
-            max_plain_text_length=100_000,
+            elem_id=id, show_label=False, placeholder=label, file_types=[f".{kind}" for kind in kinds] or None,
+            file_count="multiple", sources=sources, max_plain_text_length=100_000,
         )  # fmt: skip
 
-    def document(self, sent: Mapping[str, Any]) -> Document:
+    def document(self, sent: Mapping[str, Any], needed: bool = True) -> Document:
         """Read what was sent: files, then the text. Gradio has made sure that the files were uploaded."""
         files = list(sent.get("files") or [])
         if len(files) > self.limits.uploads:
-            raise self.gr.Error(f"{len(files)} files; at most {self.limits.uploads} can be sent")
+            raise ValueError(f"{len(files)} files; at most {self.limits.uploads} can be sent")
         segments = [read_upload(Path(file).name, Path(file).read_bytes(), self.limits) for file in files]
-        return Document((*segments, *([Segment(sent["text"])] if (sent.get("text") or "").strip() else [])))
+        segments += [Segment(sent["text"])] if (sent.get("text") or "").strip() else []
+        if needed and not segments:
+            raise ValueError("nothing was sent: write something, or add a picture or a sound")
+        return Document(tuple(segments))
 
     def settings(self) -> list[Any]:
-        """Sliders of how tokens are drawn; `sampling` takes their values."""
+        """Sliders for the arguments of `make_sampling`."""
         slider = partial(self.gr.Slider, render=False)
         return [
             slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: the most likely token"),
@@ -133,8 +133,8 @@ class Page:
             self.gr.Number(0, precision=0, label="Seed", render=False),
         ]
 
-    def shown(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Show what cannot be done, as a message on the page."""
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Show errors as messages on the page."""
 
         @wraps(function)
         def call(*values: Any) -> Any:
@@ -146,8 +146,8 @@ class Page:
         return call
 
 
-def sampling(temperature: float, top_p: float, guidance: float, max_text: float, seconds: float, seed: float) -> Sampling:
-    return Sampling(temperature, top_p, guidance, int(max_text), seconds, int(seed or 0))
+def make_sampling(temperature: float, top_p: float, guidance: float, tokens: float, seconds: float, seed: float) -> Sampling:
+    return Sampling(temperature, top_p, guidance, int(tokens), seconds, int(seed or 0))
 
 
 def _generate_tab(page: Page) -> None:
@@ -160,53 +160,48 @@ def _generate_tab(page: Page) -> None:
     with gr.Accordion("Settings", open=False), gr.Row():
         for setting in settings:
             setting.render()
-    found = gr.HTML("", elem_id="generated")
 
     def generate(sent: Any, to: str, count: float, *values: float) -> str:
-        prompts = [page.document(sent)] * int(count)
-        answers = answer_prompts(page.model, prompts, MODALITIES.index(to), sampling(*values))
-        return '<div class="cards">' + "".join(f'<div class="card">{show(one.segment)}</div>' for one in answers) + "</div>"
+        prompts = [page.document(sent, needed=False)] * int(count)
+        answers = answer_prompts(page.model, prompts, MODALITIES.index(to), make_sampling(*values))
+        shown = (
+            f"<pre>{escape(one.data)}</pre>" if isinstance(one.data, str) else show_medium(to, one.extension, one.file)
+            for one in (answer.segment for answer in answers)
+        )  # fmt: skip
+        return '<div class="cards">' + "".join(f'<div class="card">{one}</div>' for one in shown) + "</div>"
 
-    prompt.submit(page.shown(generate), [prompt, to, count, *settings], found, api_visibility="private")
-
-
-def show(segment: Segment) -> str:
-    if isinstance(segment.data, str):
-        return f"<pre>{escape(segment.data)}</pre>"
-    return show_medium(MODALITIES[segment.modality], segment.extension, segment.file)
+    prompt.submit(page.call(generate), [prompt, to, count, *settings], gr.HTML(elem_id="generated"), api_visibility="private")
 
 
 def _chat_tab(page: Page) -> None:
-    gr, folder = page.gr, Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
-    settings = page.settings()
+    gr = page.gr
 
     def reply(sent: Any, history: Sequence[Any], *values: float) -> Iterator[Any]:
         messages: list[dict[str, Any]] = []
+        text = ""  # of the unfinished segment
         try:
             conversation = Conversation(page.model, page.context, page.limits, turns_of(history))
-            text = ""
-            for event in conversation.ask(page.document(sent).segments, sampling(*values)):
+            for event in conversation.ask(page.document(sent).segments, make_sampling(*values)):
                 if isinstance(event, Notice):
                     gr.Info(event.text)
                 elif isinstance(event, str):
-                    messages = messages if text else [*messages, {}]
                     text += event
-                    messages[-1] = {"role": "assistant", "content": text}
+                    messages[len(messages) - (text != event) :] = [{"role": "assistant", "content": text}]
                 elif isinstance(event.data, str):
                     text = ""
                 else:
-                    path = folder / f"{secrets.token_hex(16)}.{event.extension}"
+                    path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / f"answer.{event.extension}"
                     path.write_bytes(event.data)
-                    messages = [*messages, {"role": "assistant", "content": {"path": str(path)}}]
-                yield messages
+                    messages.append({"role": "assistant", "content": {"path": str(path)}})
+                yield list(messages)
         except (ValueError, OSError) as error:
             yield {"role": "assistant", "content": str(error), "metadata": {"title": REFUSED}}
 
     gr.ChatInterface(
-        reply, multimodal=True, additional_inputs=settings, additional_inputs_accordion="Settings",
-        analytics_enabled=False, api_visibility="private",
+        reply, multimodal=True, additional_inputs=page.settings(), additional_inputs_accordion="Settings",
         chatbot=gr.Chatbot(elem_id="chat", show_label=False, render_markdown=False, buttons=[], height=420),
         textbox=page.prompt("Write a message, add a picture or record a sound", "message"),
+        analytics_enabled=False, api_visibility="private",
     )  # fmt: skip
 
 
@@ -217,14 +212,13 @@ def turns_of(history: Sequence[Mapping[str, Any]]) -> list[Turn]:
         if (message.get("metadata") or {}).get("title") == REFUSED:
             turns.pop()
             continue
-        content = message["content"]
         segments: list[Segment] = []
-        for part in content if isinstance(content, (list, tuple)) else [content]:
+        for part in message["content"] if isinstance(message["content"], list) else [message["content"]]:
             file = part.get("file", part).get("path") if isinstance(part, Mapping) else None
-            if file is not None:
-                segments.append(read_upload(Path(file).name, Path(file).read_bytes()))
-            else:
+            if file is None:
                 segments.append(Segment(part if isinstance(part, str) else part["text"]))
+            else:
+                segments.append(read_upload(Path(file).name, Path(file).read_bytes()))
         if turns and turns[-1].role == message["role"]:
             segments = [*turns.pop().segments, *segments]
         turns.append(Turn(message["role"], tuple(segments)))
@@ -232,39 +226,34 @@ def turns_of(history: Sequence[Mapping[str, Any]]) -> list[Turn]:
 
 
 def _classify_tab(page: Page) -> None:
-    gr, objective = page.gr, cast(Any, page.module.objective)
+    gr, objective = page.gr, page.module.objective
     is_classifier = type(objective).__name__ == "Classification"
     labels = gr.Textbox(label="Labels", placeholder="positive, negative", visible=not is_classifier, elem_id="labels")
     prompt = page.prompt("What is to be labelled: text, pictures, sounds", "classify-prompt")
-    found = gr.Label(label="Label", elem_id="label")
 
     def classify(sent: Any, labels: str) -> dict[str, float]:
         document = page.document(sent)
-        if not document.segments:
-            raise ValueError("there is nothing to classify: write something, or add a picture or a sound")
         if is_classifier:
-            names, chances = objective.labels, objective.predict(page.model, [document])[0]
-        else:
-            names = [label.strip() for label in labels.split(",") if label.strip()]
-            chances = choose(page.model, [document], names)[0].log_probabilities.softmax(-1)
-        return dict(zip(names, chances.tolist(), strict=True))
+            return dict(zip(objective.labels, objective.predict(page.model, [document])[0].tolist(), strict=True))  # type: ignore
+        names = [label.strip() for label in labels.split(",") if label.strip()]
+        scores = choose(page.model, [document], names)[0].log_probabilities
+        return dict(zip(names, scores.softmax(-1).tolist(), strict=True))
 
-    prompt.submit(page.shown(classify), [prompt, labels], found, api_visibility="private")
+    found = gr.Label(label="Label", elem_id="label")
+    prompt.submit(page.call(classify), [prompt, labels], found, api_visibility="private")
 
 
 def _tag_tab(page: Page) -> None:
     from pile_app.tasks.tag_texts import split_parts, tag_documents
 
     text = page.gr.Textbox(label="Text", lines=4, elem_id="tag-text")
-    find = page.gr.Button("Find the names", variant="primary", elem_id="tag")
-    found = page.gr.HighlightedText(label="Entities", elem_id="entities", show_legend=True)
 
     def tag(text: str) -> list[tuple[str, str | None]]:
-        if not text.strip():
-            raise ValueError("there is nothing to tag: write something")
-        return list(split_parts(tag_documents(page.module, [Document((Segment(text),))], page.context)[0]))
+        return list(split_parts(tag_documents(page.module, [page.document({"text": text})], page.context)[0]))
 
-    find.click(page.shown(tag), [text], found, api_visibility="private")
+    button = page.gr.Button("Find the names", variant="primary", elem_id="tag")
+    found = page.gr.HighlightedText(label="Entities", elem_id="entities", show_legend=True)
+    button.click(page.call(tag), [text], found, api_visibility="private")
 
 
 def _search_tab(page: Page) -> None:
@@ -272,19 +261,13 @@ def _search_tab(page: Page) -> None:
     with gr.Row():
         to = gr.Radio(["all", *MODALITIES], value="all", label="Find")
         count = gr.Slider(1, 50, 12, step=1, label="How many")
-    prompt = page.prompt(
-        f"Search {len(page.index):,} texts, pictures and sounds by a text, a picture or a sound", "search-prompt"
-    )
-    found = gr.HTML("", elem_id="found")
+    prompt = page.prompt(f"Search {len(page.index):,} texts, pictures and sounds by any of them", "search-prompt")
 
     def search(sent: Any, to: str, count: float) -> str:
-        document = page.document(sent)
-        if not document.segments:
-            raise ValueError("the query is empty: give a text, a picture or a sound")
-        hits = page.index.find(document, int(count), None if to == "all" else to)
+        hits = page.index.find(page.document(sent), int(count), None if to == "all" else to)
         return f'<div class="cards">{show_hits(hits)}</div>'
 
-    prompt.submit(page.shown(search), [prompt, to, count], found, api_visibility="private")
+    prompt.submit(page.call(search), [prompt, to, count], gr.HTML(elem_id="found"), api_visibility="private")
 
 
 class Policy:
@@ -296,12 +279,8 @@ class Policy:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
-                added = {
-                    "content-security-policy": POLICY,
-                    "referrer-policy": "no-referrer",
-                    "x-content-type-options": "nosniff",
-                }
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in added.items())]
+                headers = {b"content-security-policy": POLICY.encode(), b"referrer-policy": b"no-referrer"}
+                message["headers"] = [*message["headers"], *headers.items()]
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
@@ -314,46 +293,37 @@ def is_this_machine(host: str) -> bool:
         return False
 
 
-def serve(
-    make: Callable[[], Any],
-    host: str,
-    port: int,
-    user: str,
-    password: str | None,
-    queue: int,
-    limits: Limits,
-    block: bool = True,
-) -> tuple[Any, Callable[[], None]]:
-    """Serve a page until it is interrupted. Returns (the page, a function that ends it) if not `block`.
+def serve(make: Callable[[], Any], host: str, port: int, password: str | None = None, block: bool = True) -> Callable[[], None]:
+    """Serve a page until it is interrupted. Returns a function that ends it, at once if not `block`.
 
     Args:
-        make: makes the page, after the folder of its files is known.
-        host: to listen on; other machines than this one are asked for the password.
-        queue: most requests that are answered or wait at a time.
+        make: makes the page, once the folder of its files is known.
+        host: to listen on; if it is not this machine's own, visitors are asked for a password.
+        password: of the user `pile`; None: that of PILE_PASSWORD, or one is made and printed where it is needed.
     """
     gr = import_gradio()
     from starlette.middleware import Middleware
 
-    folder = tempfile.mkdtemp(prefix="pile-app-")  # for this user only
-    os.environ["GRADIO_TEMP_DIR"] = folder
+    folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="pile-app-")  # for this user only
     page = make()
     password = password or os.environ.get("PILE_PASSWORD")
     if password is None and not is_this_machine(host):
         password = secrets.token_urlsafe(9)
-        print(f"log in as {user!r} with the password {password!r}")
+        print(f"log in as 'pile' with the password '{password}'")
     font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 
     def stop() -> None:
         page.close(verbose=False)
         shutil.rmtree(folder, ignore_errors=True)
 
-    page.queue(max_size=queue, default_concurrency_limit=1, api_open=False)
+    page.queue(max_size=USERS, default_concurrency_limit=1, api_open=False)
     try:
         page.launch(
-            server_name=host, server_port=port, auth=(user, password) if password else None, max_file_size=limits.upload_bytes,
-            theme=gr.themes.Soft(primary_hue="indigo", font=font, font_mono=["ui-monospace", "monospace"]), css=CSS,
-            app_kwargs={"middleware": [Middleware(Policy)]}, state_session_capacity=16 * queue, prevent_thread_lock=True,
-            share=False, ssr_mode=False, run_history=False, enable_monitoring=False, footer_links=[], quiet=True,
+            server_name=host, server_port=port, auth=("pile", password) if password else None,
+            max_file_size=Limits.upload_bytes, css=CSS, app_kwargs={"middleware": [Middleware(Policy)]},
+            theme=gr.themes.Soft(primary_hue="indigo", font=font, font_mono=["ui-monospace", "monospace"]),
+            state_session_capacity=16 * USERS, prevent_thread_lock=True, share=False, ssr_mode=False, run_history=False,
+            enable_monitoring=False, footer_links=[], quiet=True,
         )  # fmt: skip
         print(f"open http://{host}:{port} (Ctrl-C ends it)", flush=True)
         if block:
@@ -361,4 +331,4 @@ def serve(
     finally:
         if block:
             stop()
-    return page, stop
+    return stop

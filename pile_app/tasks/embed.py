@@ -60,9 +60,8 @@ class Embedder:
         digest = hashlib.blake2b(f"{self.model.vocabulary.tokenizer} {self.context}".encode(), digest_size=16)
         for module in (self.model, self.objective):
             for name, tensor in sorted(module.state_dict().items()):
-                digest.update(
-                    f"{name} {tuple(tensor.shape)} {int(torch.hash_tensor(tensor).view(torch.int64)) if tensor.numel() else 0}".encode()
-                )
+                content = int(torch.hash_tensor(tensor).view(torch.int64)) if tensor.numel() else 0
+                digest.update(f"{name} {tuple(tensor.shape)} {content}".encode())
         return digest.hexdigest()
 
     def segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, dict[int, BadSample]]:

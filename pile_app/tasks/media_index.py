@@ -22,7 +22,7 @@ import numpy as np
 from pile_app.documents import AUDIO, AUDIO_EXTENSIONS, IMAGE, IMAGE_EXTENSIONS, MODALITIES, TEXT, BadSample, Document, Segment
 from pile_app.media import load_image
 from pile_app.prepare.options import require
-from pile_app.training.report import PAGE, STYLE, data_uri
+from pile_app.training.report import data_uri
 
 if TYPE_CHECKING:
     from pile_app.tasks.embed import Embedder
@@ -242,21 +242,6 @@ def format_hits(hits: Sequence[Hit]) -> str:
         for rank, hit in enumerate(hits, 1)
     ]
     return "\n".join(lines) or "nothing of that kind is in the index"
-
-
-def write_search_page(path: Path, title: str, query: Document, hits: Sequence[Hit], among: int) -> None:
-    """Write the page. Nothing on it is loaded from elsewhere, and no script runs, whatever the index holds."""
-    asked = "".join(
-        f'<div class="card">{show_medium(MODALITIES[one.modality], one.extension, one.file)}</div>'
-        for one in query.segments if one.modality != TEXT
-    )  # fmt: skip
-    style = STYLE + ".card img{height:8rem;object-fit:contain;background:#fff}.card>small{display:block;overflow-wrap:anywhere}"
-    page = PAGE.format(
-        title=escape(title), style=style, links="",
-        status=f"<span>the nearest {len(hits)} of {among:,} texts, pictures and sounds</span>",
-        body=f'{asked}<h2>Found</h2><div class="grid">{show_hits(hits)}</div>',
-    )  # fmt: skip
-    path.write_text(page, "utf-8", errors="backslashreplace")
 
 
 def show_hits(hits: Sequence[Hit]) -> str:

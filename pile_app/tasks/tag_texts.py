@@ -5,7 +5,6 @@ text ──► pieces of at most the context, cut between words ──► tags o
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -116,43 +115,6 @@ def as_record(tagged: Tagged) -> dict[str, Any]:
     """As `pile prepare` reads it, with the words of each span for people."""
     spans = [{"start": a, "end": b, "label": name, "text": tagged.text[a:b]} for a, b, name in tagged.spans]
     return {"text": tagged.text, "spans": spans}
-
-
-def as_page(tagged: Sequence[Tagged], types: Sequence[str], title: str) -> str:
-    """An HTML page, which needs nothing else: entities on a colour a type, the name of the type behind them."""
-    hues = {name: round(360 * number / len(types)) for number, name in enumerate(types)}
-    style = {name: f"background:hsl({hue} 80% 85%)" for name, hue in hues.items()}
-    texts = []
-    for one in tagged:
-        parts = (
-            html.escape(part)
-            if name is None
-            else f'<mark style="{style[name]}">{html.escape(part)}<small>{html.escape(name)}</small></mark>'
-            for part, name in split_parts(one)
-        )
-        texts.append(f"<p>{''.join(parts)}</p>")
-    legend = " ".join(
-        f'<mark style="{style[name]}">{html.escape(name)} '
-        f"{sum(span.type == name for one in tagged for span in one.spans):,}</mark>"
-        for name in types
-    )
-    return PAGE.format(title=html.escape(title), legend=legend, texts="\n".join(texts))
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 48em; margin: 2em auto; padding: 0 1em }}
-body {{ color: #222; background: #fff }}
-p {{ white-space: pre-wrap; overflow-wrap: anywhere }}
-mark {{ padding: .15em .3em; border-radius: .3em; color: inherit }}
-small {{ font-size: .65em; margin-left: .4em; opacity: .75; text-transform: uppercase }}
-</style></head>
-<body><h1>{title}</h1><div>{legend}</div>
-{texts}
-</body></html>
-"""
 
 
 def split_parts(tagged: Tagged) -> Iterator[tuple[str, str | None]]:

@@ -190,8 +190,13 @@ def test_a_run_learns_from_conversations_and_talks_in_the_terminal(
         "--trainer.val_check_interval", "4", "--data.sources", json.dumps(sources), cwd=tmp_path,
     )  # fmt: skip
     capsys.readouterr()
-    monkeypatch.setattr("sys.stdin", io.StringIO("Say 3\n/retry\n/nix\n/settings seed 5\n/quit\nnever read\n"))
-    main(["chat", str(tmp_path / "runs" / "chat"), "--max-text", "6", "--max-seconds", "0.2"])
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.StringIO(
+            "/settings max_text 6\n/settings max_seconds 0.2\nSay 3\n/retry\n/nix\n/settings seed 5\n/quit\nnever read\n"
+        ),
+    )
+    main(["chat", str(tmp_path / "runs" / "chat")])
     told = capsys.readouterr().out
     assert "(there is no /nix; /help lists the commands)" in told and "seed 5" in told and told.count("\n") >= 4
 

@@ -25,7 +25,7 @@ from pile_app.prepare.pipeline import prepare
 from pile_app.tasks.entities import Span
 from pile_app.tasks.entity_scores import EntityScores
 from pile_app.tasks.linear_chain import LinearChain
-from pile_app.tasks.tag_texts import Tagged, as_inline, as_page, as_record
+from pile_app.tasks.tag_texts import Tagged, as_inline, as_record
 from pile_app.tasks.tagging import TagAnnotator, gather_words
 
 TYPES = ["person", "place"]
@@ -144,13 +144,9 @@ def test_documents_that_are_not_tagged_are_named(tiny_model: Callable[..., Fused
 HOSTILE = Tagged("<b>Ada</b> & [Bob]", [Span(3, 6, "person"), Span(13, 18, "<i>")])
 
 
-def test_texts_are_shown_with_their_entities_and_nothing_of_them_is_markup() -> None:
+def test_texts_are_shown_with_their_entities() -> None:
     assert as_inline(HOSTILE) == "<b>[Ada|person]</b> & [[Bob]|<i>]"
     assert as_record(HOSTILE)["spans"][0] == {"start": 3, "end": 6, "label": "person", "text": "Ada"}
-    page = as_page([HOSTILE], ["person", "<i>"], "runs/<script>")
-    assert "&lt;b&gt;<mark" in page and ">Ada<small>person</small></mark>&lt;/b&gt; &amp; <mark" in page
-    assert "<i>" not in page and "<b>" not in page and "<script>" not in page
-    assert "hsl(0 80% 85%)" in page and "hsl(180 80% 85%)" in page
 
 
 PEOPLE, PLACES, OTHERS = ("Ada", "Bo", "Cy Dee"), ("Oslo", "New Ur", "Rom"), ("saw", "the", "in", "of")
