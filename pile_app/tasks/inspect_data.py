@@ -1,20 +1,10 @@
-"""Statistics of a data set, and how it fills packs: `pile inspect PATH ...`; and the page of documents, for steps of a run too.
+"""`pile inspect PATH ...`: what a data set holds and how it fills packs; and the page of documents, also for steps of a run.
 
 PATH is a folder of `pile prepare`, shards (a folder or a pattern), a run, or a configuration. Only the last two tell how many
 tokens an image or a sound takes; without them media are counted in pixels and seconds. Everything follows from the manifests,
-`duplicates` alone reads the shards. The output folder gets `lengths.png`, `documents.html` with its media in `documents/`, and
-
-    statistics.json   {"paths", "tokenizer", "context", "vocabulary": null if media are not counted, "notes",
-                       "sources": [{"source", "split", "shards", "bytes", "documents", "rejected": {reason: samples},
-                                    "segments": {modality: number}, "text_bytes", "audio_seconds", "image_pixels": quantiles,
-                                    "tokens": {modality: number | null, "special": ..., "all": ...},
-                                    "document_tokens": quantiles, "only_text": media are not in document_tokens,
-                                    "longer": documents longer than the context, "cut": those that are cut, "left_out": those
-                                    with a medium longer than the context, which are not used, "packs" of an epoch,
-                                    "fill": fraction of their positions that hold tokens, "padding": 1 - fill}],
-                       "duplicates": null | {"documents" | "images" | "sounds": see `find_duplicates`}}
-
-Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}.
+only `duplicates` reads the shards. The output folder gets `lengths.png`, `documents.html` with its media in `documents/`, and
+`statistics.json`: {"paths", "tokenizer", "context", "vocabulary": null if media are not counted, "notes", "sources": a list of
+`Part.description()`, "duplicates": null or `find_duplicates()`}.
 """
 
 from __future__ import annotations
@@ -51,8 +41,7 @@ from pile_app.vocabulary import Vocabulary
 
 CONTEXT = 512  # the default of `data.context`
 QUANTILES = {"minimum": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "maximum": 1.0}
-COLORS = ("#2f6fb5", "#d9702b", "#2e9268", "#a2508f", "#8a7422", "#5a6b7c")
-SHOWN_PARTS, BINS = 24, 64  # of the picture
+BINS = 64  # of the picture
 KINDS = ("documents", "images", "sounds")  # of duplicates
 EXAMPLES = 10
 SHOWN_CHARACTERS = 20_000  # of a text on the page
@@ -240,7 +229,9 @@ class Part:
     """A split of a source, and what was counted in it.
 
     sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens: by modality, without openers;
-    without_codec: modalities whose tokens are not known: then `document_tokens` counts texts only.
+    only_text: the tokens of some modality are not known, `document_tokens` counts texts only; longer: documents longer than the
+    context; left_out: those with a medium longer than it, which are not used; packs: of an epoch; fill: fraction of their
+    positions that hold tokens.
     """
 
     source: str
@@ -264,13 +255,13 @@ class Part:
         return bool(self.without_codec)
 
     def description(self) -> dict[str, Any]:
-        text, image, audio = (tokens.sum for tokens in self.segment_tokens)
+        """Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}."""
+        by_modality = [tokens.sum for tokens in self.segment_tokens]
         everything = self.document_tokens.sum
-        tokens: dict[str, int | None] = {"text": text, "image": image, "audio": audio}
-        tokens |= {"special": everything - text - image - audio, "all": everything}
-        return {
-            "source": self.source,
-            "split": self.split,
+        tokens: dict[str, int | None] = dict(zip(MODALITIES, by_modality, strict=True))
+        tokens |= {"special": everything - sum(by_modality), "all": everything}
+        kept = {name: getattr(self, name) for name in ("source", "split", "only_text", "left_out", "packs", "fill")}
+        return kept | {
             "shards": len(self.shards.paths),
             "bytes": sum(self.shards.sizes),
             "documents": len(self.shards),
@@ -279,14 +270,10 @@ class Part:
             "text_bytes": self.sizes[TEXT].sum,
             "audio_seconds": self.sizes[AUDIO].sum / 1000,
             "image_pixels": self.sizes[IMAGE].description(),
-            "tokens": dict.fromkeys(tokens) | {"text": text} if self.only_text else tokens,
+            "tokens": dict.fromkeys(tokens) | {"text": by_modality[TEXT]} if self.only_text else tokens,
             "document_tokens": self.document_tokens.description(),
-            "only_text": self.only_text,
             "longer": None if self.only_text else self.longer,
             "cut": None if self.left_out is None else self.longer - self.left_out,
-            "left_out": self.left_out,
-            "packs": self.packs,
-            "fill": self.fill,
             "padding": None if self.fill is None else 1 - self.fill,
         }
 
@@ -432,23 +419,20 @@ def _hash(segment: Segment) -> bytes:
 
 def format_statistics(description: Mapping[str, Any]) -> str:
     """Write `statistics.json` for people: a table of what there is, a table of how it packs, and notes."""
-    sources = description["sources"]
+    sources, found = description["sources"], description["duplicates"]
     lines = [_table(list(map(_content, sources)))]
     lines += [f"In tokens ({description['tokenizer']}), for packs of {description['context']:,}:"]
     lines += [_table(list(map(_packing, sources)))]
-    lines += ["* text tokens only"] * any(one["only_text"] for one in sources)
     for one in sources:
         if one["rejected"]:
             reasons = ", ".join(f"{number:,} {reason}" for reason, number in one["rejected"].items())
             lines.append(f"rejected of {one['source']} {one['split']}".rstrip() + f": {reasons}")
     lines += description["notes"]
-    found = description["duplicates"]
     if found is None:
         return "\n".join(lines)
     lines += [f"{found['unreadable']:,} documents differ from the manifest: `pile index --verify`"] * bool(found["unreadable"])
     lines += ["no document occurs more than once"] * (not found["documents"]["groups"])
-    for kind in (kind for kind in KINDS if found[kind]["groups"]):
-        one = found[kind]
+    for kind, one in ((kind, found[kind]) for kind in KINDS if found[kind]["groups"]):
         where = ", ".join(f"{number:,} in {title}" for title, number in one["of_source"].items())
         lines.append(f"duplicate {kind}: {one['groups']:,} occur more than once, {one['copies']:,} copies could go: {where}")
         if one["leaked"]:
@@ -458,37 +442,27 @@ def format_statistics(description: Mapping[str, Any]) -> str:
 
 
 def _content(one: Mapping[str, Any]) -> dict[str, str]:
-    texts, images, sounds = (f"{one['segments'][name]:,}" if one["segments"][name] else "" for name in MODALITIES)
     pixels = one["image_pixels"] or {}
     return {
-        "source": one["source"],
-        "split": one["split"],
-        "shards": f"{one['shards']:,}",
-        "documents": f"{one['documents']:,}",
+        **{name: one[name] for name in ("source", "split")},
+        **{name: f"{one[name]:,}" for name in ("shards", "documents")},
         "rejected": f"{sum(one['rejected'].values()):,}",
         "size": f"{short(one['bytes'])}B",
-        "texts": texts,
-        "images": images,
+        **{f"{name}s": f"{count:,}" if count else "" for name, count in one["segments"].items()},
         "pixels: min / median / max": " / ".join(short(pixels[name]) for name in ("minimum", "50%", "maximum") if pixels),
-        "sounds": sounds,
-        "hours": f"{one['audio_seconds'] / 3600:,.3f}" if sounds else "",
+        "hours": f"{one['audio_seconds'] / 3600:,.3f}" if one["segments"]["audio"] else "",
     }
 
 
 def _packing(one: Mapping[str, Any]) -> dict[str, str]:
-    tokens, lengths, mark = one["tokens"], one["document_tokens"] or {}, "*" * one["only_text"]
-
-    def number(value: float | None, form: str = ",") -> str:
-        return "-" if value is None else format(value, form)
-
-    of_documents = {"document: 1 %": "1%", "median": "50%", "99 %": "99%", "longest": "maximum"}
+    lengths = {"shortest 1 %": "1%", "median": "50%", "longest 1 %": "99%", "longest": "maximum"}
+    numbers = {name: f"{(one['document_tokens'] or {}).get(key, 0):,}" for name, key in lengths.items()}
     return {
-        "source": one["source"],
-        "split": one["split"],
-        **{name: "-" if tokens[name] is None else short(tokens[name]) for name in ("all", *MODALITIES)},
-        **{name: number(lengths.get(key)) + mark for name, key in of_documents.items()},
-        **{name.replace("_", " "): number(one[name]) for name in ("cut", "left_out", "packs")},
-        **{name: number(one[name], ".1%") for name in ("fill", "padding")},
+        **{name: one[name] for name in ("source", "split")},
+        **{name: "-" if one["tokens"][name] is None else short(one["tokens"][name]) for name in ("all", *MODALITIES)},
+        **{name: number + " of text" * one["only_text"] for name, number in numbers.items()},
+        **{name: "-" if one[name] is None else f"{one[name]:,}" for name in ("cut", "left_out", "packs")},
+        **{name: "-" if one[name] is None else f"{one[name]:.1%}" for name in ("fill", "padding")},
     }
 
 
@@ -497,80 +471,42 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    table = Table(box=None, pad_edge=False)
+    table, names = Table(box=None, pad_edge=False), [name for name in rows[0] if any(row[name] for row in rows)]
     for name in names:
         table.add_column(name, justify="left" if name in ("source", "split") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[name] for name in names))
-    with io.StringIO() as text:
-        Console(file=text, width=1000, markup=False, highlight=False).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-# -- Picture
+    console = Console(file=io.StringIO(), width=1000, markup=False, highlight=False)
+    console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def draw_lengths(parts: Sequence[Part], context: int, path: Path) -> None:
-    """Draw a panel each for the tokens of documents and segments, for pixels and seconds."""
+    """Draw histograms: tokens of documents, pixels of images, seconds of sounds, by source, over logarithmic axes."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(part.source for part in parts))
-    shown = sorted(sorted(parts, key=lambda part: len(part.shards), reverse=True)[:SHOWN_PARTS], key=parts.index)
-    colors = [COLORS[names.index(part.source) % len(COLORS)] for part in shown]
-
-    def rows(histograms: Iterable[Histogram]) -> list[tuple[str, Histogram, str]]:
-        return list(zip([part.title for part in shown], histograms, colors, strict=True))
-
-    by_modality = [("text", Histogram(), COLORS[0]), ("images", Histogram(), COLORS[1]), ("sound", Histogram(), COLORS[2])]
-    for part in parts:
-        for (_, histogram, _), tokens in zip(by_modality, part.segment_tokens, strict=True):
-            histogram.add(tokens.values, tokens.counts)
-    of_text = ": text only if codecs are not known" * any(part.only_text for part in parts)
-    panels = [  # title, unit, (label, counts, color) each, scale of the unit
-        (f"Documents{of_text}", "tokens", rows(part.document_tokens for part in shown), 1.0),
-        ("Segments", "tokens", by_modality, 1.0),
-        ("Images", "pixels", rows(part.sizes[IMAGE] for part in shown), 1.0),
-        ("Sounds", "seconds", rows(part.sizes[AUDIO] for part in shown), 1e-3),
-    ]
-    panels = [
-        (title, unit, full, scale) for title, unit, all_, scale in panels if (full := [row for row in all_ if row[1].count])
-    ]
-    if not panels:
-        return
-    lines, tallest = -(-len(panels) // 2), max(len(rows) for _, _, rows, _ in panels)
-    figure = Figure((14, lines * (1.2 + 0.55 * tallest)), dpi=110, layout="constrained")
-    for place, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(lines, 2, place + 1), *panel, context)
-    if len(shown) < len(parts):
-        figure.suptitle(f"the {SHOWN_PARTS} largest of {len(parts):,} sources and splits")
+    of_text = " (text only)" * any(part.only_text for part in parts)
+    panels = {
+        f"tokens of documents{of_text}": ([(part.title, part.document_tokens) for part in parts], 1.0),
+        "pixels of images": ([(part.title, part.sizes[IMAGE]) for part in parts], 1.0),
+        "seconds of sounds": ([(part.title, part.sizes[AUDIO]) for part in parts], 1e-3),
+    }
+    panels = {
+        title: (full, scale) for title, (rows, scale) in panels.items() if (full := [row for row in rows if row[1].count])
+    }
+    figure = Figure((14, 1 + 4 * len(panels)), dpi=110, layout="constrained")
+    for place, (title, (rows, scale)) in enumerate(panels.items()):
+        axes = figure.add_subplot(len(panels), 1, place + 1)
+        low, high = (f(one.values[end] for _, one in rows) for f, end in ((min, 0), (max, -1)))
+        edges = np.geomspace(max(1, low) / 1.1, max(2, high) * 1.1, BINS + 1)
+        for label, one in rows:
+            counts, _ = np.histogram(np.maximum(one.values, 1), edges, weights=one.counts)
+            axes.stairs(counts / counts.max(), edges * scale, fill=True, alpha=0.5, label=f"{label}: {one.count:,}")
+        if not place and rows[0][1] is parts[0].document_tokens:
+            axes.axvline(context, color="grey", linestyle="--", label=f"context {context:,}")
+        axes.set(xscale="log", title=title, yticks=[])
+        axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path)
-
-
-def _draw_panel(axes: Any, title: str, unit: str, rows: list[tuple[str, Histogram, str]], scale: float, context: int) -> None:
-    """Draw histograms one above the other over a logarithmic axis, with their medians."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    smallest, largest = (f(histogram.values[place] for _, histogram, _ in rows) for f, place in ((min, 0), (max, -1)))
-    edges = np.geomspace(max(1, smallest) / 1.1, max(2, largest) * 1.1, BINS + 1)
-    for place, (_, histogram, color) in enumerate(reversed(rows)):
-        counts, _ = np.histogram(np.maximum(histogram.values, 1), edges, weights=histogram.counts)
-        axes.stairs(place + 0.7 * counts / counts.max(), edges * scale, baseline=place, fill=True, color=color, alpha=0.85)
-        median = max(1, histogram.quantiles([0.5])[0]) * scale
-        axes.plot([median] * 2, [place, place + 0.72], color="black", linewidth=1)
-        axes.annotate(short(median), (median, place + 0.74), ha="center", fontsize=8)
-    if unit == "tokens":
-        axes.axvline(context, color="grey", linestyle="--", linewidth=1, zorder=0)
-        axes.annotate(f"context {context:,}", (context, len(rows)), ha="center", va="bottom", fontsize=8, color="grey")
-    labels = [f"{label}\n{histogram.count:,}" for label, histogram, _ in reversed(rows)]
-    axes.set_yticks(np.arange(len(labels)) + 0.3, labels, fontsize=8, parse_math=False)
-    axes.set(ylim=(0, len(rows)), xscale="log", xlabel=unit)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 1e4 * edges[0] else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(title, loc="left", pad=14)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
 
 
 # -- Page of documents. A policy makes sure that nothing else is loaded, and that no script of a sample runs.
