@@ -1,8 +1,8 @@
 """`pile`: from data to shards, to a trained model, to text, images and sound.
 
-A command is a typed function: its signature defines its options for Python and the command line alike, its docstring the help.
-`COMMANDS` is the table of them; a command's module is imported when it runs, so `pile --help` starts at once. What a user can
-fix is an error of one line and exit code 2; anything else is a bug and shows its traceback.
+A command is a typed function: its signature defines the options for Python and the command line, its docstring the help. The
+modules of `COMMANDS` are imported when a command runs, so `pile --help` starts at once. Errors that a user can fix are one line
+and exit code 2; others are bugs and show their traceback.
 """
 
 from __future__ import annotations

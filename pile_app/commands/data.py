@@ -13,15 +13,9 @@ if TYPE_CHECKING:
 
 
 def index(
-    shards: Sequence[str],
-    *,
-    fields: str | None = None,
-    tokenizer: str = "bytes",
-    overwrite: bool = False,
-    verify: bool = False,
-    cache: str | None = None,
-    processes: int | None = None,
-) -> None:
+    shards: Sequence[str], *, fields: str | None = None, tokenizer: str = "bytes", overwrite: bool = False,
+    verify: bool = False, cache: str | None = None, processes: int | None = None,
+) -> None:  # fmt: skip
     """Write the manifest of shards that came from elsewhere, or check shards against it.
 
     New and changed shards are indexed. The manifest of s3:// and other writable URLs is uploaded next to them.
@@ -110,14 +104,9 @@ def tokenizer(input: str, output: Path, *, kind: Literal["bpe", "words"], size: 
 
 
 def encode(
-    paths: Sequence[str],
-    *,
-    tokenizer: str | None = None,
-    checkpoint: str = "last",
-    device: str = "auto",
-    batch: int = 64,
+    paths: Sequence[str], *, tokenizer: str | None = None, checkpoint: str = "last", device: str = "auto", batch: int = 64,
     overwrite: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write shards again as token ids, so that training need not encode them: pile encode RUN SHARDS... OUTPUT.
 
     Train with model.codecs_from RUN/checkpoints/last.ckpt and model.codec_steps 0; other codecs are refused.
@@ -149,16 +138,9 @@ def encode(
 
 
 def inspect(
-    paths: Sequence[str],
-    *,
-    step: int | None = None,
-    position: str | None = None,
-    output: Path | None = None,
-    limit: int | None = None,
-    duplicates: bool = False,
-    tokenizer: str | None = None,
-    context: int | None = None,
-) -> None:
+    paths: Sequence[str], *, step: int | None = None, position: str | None = None, output: Path | None = None,
+    limit: int | None = None, duplicates: bool = False, tokenizer: str | None = None, context: int | None = None,
+) -> None:  # fmt: skip
     """Show what a data set holds, or what a run was trained on in a step or at positions.
 
     Args:

@@ -28,25 +28,21 @@ def train(*settings: str) -> None:
 
 
 def plan(
-    *settings: str,
-    devices: int | None = None,
-    hardware: Literal["h100", "h200", "b200", "a100", "l40s", "rtx4090", "cpu"] = "h100",
-    utilization: float = 0.4,
-    strategy: Literal["single", "ddp", "fsdp"] | None = None,
-    tensor_parallel: int | None = None,
-    text_tokens: int = 32_762,
+    *settings: str, devices: int | None = None,
+    hardware: Literal["h100", "h200", "b200", "a100", "l40s", "rtx4090", "cpu"] = "h100", utilization: float = 0.4,
+    strategy: Literal["single", "ddp", "fsdp"] | None = None, tensor_parallel: int | None = None, text_tokens: int = 32_762,
     read_data: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Tell what a configuration will need, how long it will take, and what is unwise in it.
 
     Takes all options of `pile train` as well: --config conf/sizes/7b.yaml --data.global_batch 64. Nothing of the model is
     allocated. Memory is that of a language-model step, not of the codec phase.
 
     Args:
-        devices: devices of the whole run (default: what the configuration says, else 1)
+        devices: devices of the whole run (default: those of the configuration, else 1)
         hardware: kind of the devices
         utilization: fraction of the hardware's FLOP/s that is reached
-        strategy: default: what the configuration says
+        strategy: default: that of the configuration
         tensor_parallel: devices that share the matrices of a block
         text_tokens: size of a tokenizer that does not exist yet
         read_data: open the shards: fill, lengths, modalities, epochs
@@ -63,20 +59,13 @@ def plan(
 
 
 def evaluate(
-    run: Path,
-    *,
-    on: Sequence[str] = (),
-    tasks: str | None = None,
-    include: Path | None = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    checkpoint: str = "last",
-    output: Path | None = None,
-) -> None:
+    run: Path, *, on: Sequence[str] = (), tasks: str | None = None, include: Path | None = None, fewshot: int | None = None,
+    limit: int | None = None, checkpoint: str = "last", output: Path | None = None,
+) -> None:  # fmt: skip
     """Measure a run on shards: perplexity, bits per byte, accuracy, codecs, its objective; or on tasks of lm-eval.
 
     Args:
-        on: SHARDS or NAME=SHARDS: quoted patterns or URLs (default: what the run validates on)
+        on: SHARDS or NAME=SHARDS: quoted patterns or URLs (default: the validation data of the run)
         tasks: NAME[,NAME]: tasks of lm-eval instead of shards (extra lm-eval)
         include: folder of YAML files of own tasks; only those are known then
         fewshot: solved examples before each question (default: as each task says)

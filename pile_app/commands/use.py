@@ -35,25 +35,11 @@ def open_run(run: Path | str, checkpoint: str, device: str = "auto") -> tuple[Pi
 
 
 def generate(
-    run: Path,
-    *,
-    to: Literal["text", "image", "audio", "any"],
-    prompt: Prompt = (),
-    count: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    guidance: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    choices: Sequence[str] = (),
-    logprobs: bool = False,
-    max_text: int = 256,
-    max_seconds: float = 10.0,
-    cache: bool = True,
-    checkpoint: str = "last",
-    device: str = "auto",
-    output: Path | None = None,
-) -> None:
+    run: Path, *, to: Literal["text", "image", "audio", "any"], prompt: Prompt = (), count: int = 1, temperature: float = 1.0,
+    top_p: float = 1.0, guidance: float = 1.0, seed: int = 0, stop: Sequence[str] = (), choices: Sequence[str] = (),
+    logprobs: bool = False, max_text: int = 256, max_seconds: float = 10.0, cache: bool = True, checkpoint: str = "last",
+    device: str = "auto", output: Path | None = None,
+) -> None:  # fmt: skip
     """Let a trained model write text, images or sound.
 
     The prompt is one document: every --text, --image and --audio, in the order given. Without a prompt the model starts on its
@@ -63,7 +49,7 @@ def generate(
         to: what to write; any: as many segments of any kind as the model wants
         count: number of answers
         stop: a text ends before the first of these
-        choices: the answer is one of these texts
+        choices: texts to choose the answer from
         logprobs: also write every token's log-probability, to NNN.json
         cache: keep keys and values between tokens
         output: folder for the results (default: RUN/generated)
@@ -183,15 +169,9 @@ def chat(run: Path, *, checkpoint: str = "last", device: str = "auto", output: P
 
 
 def app(
-    run: Path,
-    *,
-    index: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    password: str | None = None,
-    checkpoint: str | None = None,
-    device: str = "auto",
-) -> None:
+    run: Path, *, index: str | None = None, host: str = "127.0.0.1", port: int = 7860, password: str | None = None,
+    checkpoint: str | None = None, device: str = "auto",
+) -> None:  # fmt: skip
     """Serve a page for a run, with a tab for everything that the run can do: generate, chat, search, classify, tag.
 
     The page is for this machine only, unless --host says otherwise; then it asks for a password. Needs the extra `chat`.
@@ -200,7 +180,7 @@ def app(
         index: folder or URL of an index of `pile index-media`, to search (default: RUN/index if it exists)
         host: address to listen on; 0.0.0.0: every machine that can reach this one
         port: port to listen on
-        password: of the user `pile` (default: PILE_PASSWORD; else one is made and printed if --host is not this machine)
+        password: of the user `pile` (default: PILE_PASSWORD; else a random one is printed if --host is not this machine)
         checkpoint: last, best, previous, or a path (default: best of a run with an objective, else last)
     """
     from pile_app.tasks.app import import_gradio, make_app, serve
@@ -214,15 +194,9 @@ def app(
 
 
 def classify(
-    run: Path,
-    *,
-    prompt: Prompt = (),
-    file: Path | None = None,
-    on: Sequence[str] = (),
-    checkpoint: str = "best",
-    device: str = "auto",
-    output: Path | None = None,
-) -> None:
+    run: Path, *, prompt: Prompt = (), file: Path | None = None, on: Sequence[str] = (), checkpoint: str = "best",
+    device: str = "auto", output: Path | None = None,
+) -> None:  # fmt: skip
     """Label texts, images and sounds with a trained classifier; the answers are JSON lines.
 
     One document of every --text, --image and --audio in the order given; or the texts of --file; or the labelled documents of
@@ -319,19 +293,13 @@ def read_shards(shards: Any) -> Iterator[tuple[str, Document | BadSample]]:
 
 
 def tag(
-    run: Path,
-    file: Path | None = None,
-    *,
-    text: Sequence[str] = (),
-    format: Literal["inline", "json"] = "inline",
-    checkpoint: str = "best",
-    device: str = "auto",
-    output: Path | None = None,
-) -> None:
+    run: Path, file: Path | None = None, *, text: Sequence[str] = (), format: Literal["inline", "json"] = "inline",
+    checkpoint: str = "best", device: str = "auto", output: Path | None = None,
+) -> None:  # fmt: skip
     """Find the named entities of texts, with a run that was trained to tag.
 
     Args:
-        file: a text, each line of which is read on its own; or CoNLL, tagged JSON lines or Parquet, whose own words are tagged
+        file: lines of text, which are read separately; or CoNLL, tagged JSON lines or Parquet, whose words are tagged
         text: texts
         format: inline: [Paris|location]; json: a line for each text, start and end in characters
         output: folder for entities.txt or entities.jsonl (default: print them)
@@ -392,15 +360,15 @@ def index_media(
         documents, rows, replaced = documents + len(usable), rows + added, replaced + went
         left.update(one.reason for one in bad)
         print(f"{documents:,} documents, {rows:,} segments", flush=True)
-    told = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common()) or "nothing"
-    print(f"{uri}: {len(index):,} segments, {replaced:,} replaced; left out: {told}")
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common()) or "nothing"
+    print(f"{uri}: {len(index):,} segments, {replaced:,} replaced; left out: {reasons}")
     recall = index.finish()
     found = "exactly" if recall is None else f"approximately: {100 * recall:.1f} % of the exact ten nearest are found"
     print(f"searched {found}")
 
 
 def read_documents(path: str) -> Iterator[tuple[Document, str] | str]:
-    """Yield (document, its shard or file), or the reason of one that cannot be used: of shards, or of a folder of files."""
+    """Read shards or a folder of files; yield (document, its shard or file), or the reason why a document is left out."""
     from dataclasses import replace
 
     from pile_app.commands.data import open_shards
@@ -423,16 +391,9 @@ def read_documents(path: str) -> Iterator[tuple[Document, str] | str]:
 
 
 def search(
-    index: str,
-    query: str | None = None,
-    *,
-    to: Literal["text", "image", "audio"] | None = None,
-    count: int = 10,
-    exact: bool = False,
-    run: Path | None = None,
-    checkpoint: str = "best",
-    device: str = "auto",
-) -> None:
+    index: str, query: str | None = None, *, to: Literal["text", "image", "audio"] | None = None, count: int = 10,
+    exact: bool = False, run: Path | None = None, checkpoint: str = "best", device: str = "auto",
+) -> None:  # fmt: skip
     """Find the texts, pictures and sounds of an index that are nearest to a text, a picture or a sound.
 
     Without a query, the model is loaded once and queries are read from the terminal, one a line. `pile app` has a page for it.

@@ -93,7 +93,7 @@ def make_app(module: PileModule, context: int, name: str, index: str | None = No
 
 
 class Page:
-    """What the tabs share: Gradio, the model, limits and the index."""
+    """Everything that the tabs share: Gradio, the model, limits and the index."""
 
     index: Any = None
 
@@ -229,7 +229,7 @@ def _classify_tab(page: Page) -> None:
     gr, objective = page.gr, page.module.objective
     is_classifier = type(objective).__name__ == "Classification"
     labels = gr.Textbox(label="Labels", placeholder="positive, negative", visible=not is_classifier, elem_id="labels")
-    prompt = page.prompt("What is to be labelled: text, pictures, sounds", "classify-prompt")
+    prompt = page.prompt("Text, pictures or sounds to label", "classify-prompt")
 
     def classify(sent: Any, labels: str) -> dict[str, float]:
         document = page.document(sent)
@@ -299,7 +299,7 @@ def serve(make: Callable[[], Any], host: str, port: int, password: str | None = 
     Args:
         make: makes the page, once the folder of its files is known.
         host: to listen on; if it is not this machine's own, visitors are asked for a password.
-        password: of the user `pile`; None: that of PILE_PASSWORD, or one is made and printed where it is needed.
+        password: of the user `pile`; None: PILE_PASSWORD, or a random password, which is printed, if one is needed.
     """
     gr = import_gradio()
     from starlette.middleware import Middleware

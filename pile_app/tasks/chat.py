@@ -1,4 +1,4 @@
-"""A conversation with a model: what is said, what fits the context, what comes back; and its terminal.
+"""A conversation with a model, and its terminal.
 
     conversation.ask([Segment("What is this?"), picture], sampling)  ──►  str pieces, Segment, Segment ..., Notice
 
@@ -88,7 +88,7 @@ class Conversation:
         model: trained on conversations.
         context: tokens that it was trained to see at a time.
         limits: of messages and answers.
-        turns: what was said before.
+        turns: the conversation so far.
 
     Raises:
         ValueError: the model's tokenizer cannot write the markers of roles.

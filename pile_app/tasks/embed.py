@@ -1,17 +1,17 @@
-"""Embeddings of any segment and document, by a run that `retrieval.py` has trained.
+"""Embed segments and documents with a run of the objective `Contrastive`.
 
-A segment is laid out alone, as training lays it out: its opener and its tokens are a piece of their own, which sees nothing
-else. A document is the mean of its segments, of length 1. Of a text longer than the run's context only the beginning is read,
-and an image or a sound that is longer has no embedding: training leaves it out, too.
+A segment is embedded alone, laid out as in training. The vector of a document is the mean of its segments', normalized. Only
+the beginning of a text longer than the run's context is read; a longer image or sound has no embedding, as in training.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from pile_app.training.module import PileModule
 
 
 class _Numbers(GroupAnnotator):
-    """The label of a segment is its number, which is the key of its document."""
+    """Use the index of a segment, which is the key of its document, as its label."""
 
     def label(self, document: Document) -> int:
         return int(document.key)
@@ -74,7 +74,7 @@ class Embedder:
                 rows.append((*self._measured(segment, number),))
             except BadSample as error:
                 bad[number] = error
-        for some in self._batches(sorted(rows, key=lambda row: row[0])):
+        for some in batches_by_length(rows, lambda row: row[0], self.batch_tokens):
             batch = assemble(
                 [[whole(Document((segment,), str(number)), tokens)] for tokens, number, segment in some],
                 self.model.vocabulary,
@@ -123,13 +123,17 @@ class Embedder:
             raise BadSample("longer_than_context", f"{tokens} tokens; the run was trained with {self.context}")
         return min(tokens, self.context), number, segment
 
-    def _batches(self, rows: list[tuple[int, int, Segment]]) -> Iterator[list[tuple[int, int, Segment]]]:
-        """Rows of about a length together; the last of a batch is the longest."""
-        batch: list[tuple[int, int, Segment]] = []
-        for row in rows:
-            if batch and row[0] * (len(batch) + 1) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
+
+T = TypeVar("T")
+
+
+def batches_by_length(rows: Iterable[T], length: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
+    """Group rows of similar length to batches of about `tokens` with the padding; the last row of a batch is the longest."""
+    batch: list[T] = []
+    for row in sorted(rows, key=length):
+        if batch and length(row) * (len(batch) + 1) > tokens:
             yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

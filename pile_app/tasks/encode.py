@@ -3,7 +3,7 @@
 Frozen codecs give the same codes in every epoch; here they are computed once. Images and sounds become encoded segments
 (`Codes`), texts too if the tokenizer is not bytes. A new shard holds the same documents under the same name, in the same order,
 with the same keys, flags and sizes, so training plans the same packs from either; the manifests are compared. A medium that
-cannot be decoded stays as it is; a sample that differs from the manifest leaves segments of its sizes that say so (`is_lost`).
+cannot be decoded is copied; a sample that differs from the manifest leaves segments of its sizes that say so (`is_lost`).
 
 `encoded.json` next to the new shards, written after each of them, lets an interrupted run continue:
 
@@ -97,7 +97,7 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
         overwrite: encode all of them again.
 
     Raises:
-        ValueError: two shards have one name, a shard would replace the one it is made from, or another one has its name.
+        ValueError: two shards have the same name, or a shard would replace its source or an unrelated file.
         ShardError: a shard cannot be read.
     """
     names = [split_path(path)[1] for path in shards.paths]

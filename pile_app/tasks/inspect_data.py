@@ -1,4 +1,4 @@
-"""`pile inspect PATH ...`: what a data set holds and how it fills packs; and the page of documents, also for steps of a run.
+"""`pile inspect PATH ...`: statistics of a data set and its packs; and the page of documents, also for steps of a run.
 
 PATH is a folder of `pile prepare`, shards (a folder or a pattern), a run, or a configuration. Only the last two tell how many
 tokens an image or a sound takes; without them media are counted in pixels and seconds. Everything follows from the manifests,
@@ -360,7 +360,7 @@ def sample_documents(part: Part, samples: int, plan: Plan, folder: Path) -> Iter
 def find_duplicates(parts: Sequence[Part]) -> dict[str, Any]:
     """Find documents, images and sounds that occur more than once, whatever their keys.
 
-    One pass over the shards writes 128 bits of each hash to a temporary database, which SQLite sorts on disk.
+    The shards are read once; hashes of 128 bits go to a temporary database, which SQLite sorts on disk.
 
     Returns {"unreadable": documents whose bytes differ from the manifest, "documents" | "images" | "sounds": {"groups":
     contents that occur more than once, "copies": how many could go, "of_source": {source and split: copies in it, all but the
@@ -467,7 +467,7 @@ def _packing(one: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Format rows as text; columns without any content are left out."""
+    """Format rows as text; empty columns are left out."""
     from rich.console import Console
     from rich.table import Table
 
@@ -522,8 +522,8 @@ PAGE_STYLE = """
 
 
 def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
-    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` and its extension as it is
-    stored, or what its codes decode to."""
+    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` plus its
+    extension, unchanged or decoded from its codes."""
     entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
     if segment.is_encoded:
         try:

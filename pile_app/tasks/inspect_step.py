@@ -1,4 +1,4 @@
-"""`pile inspect RUN --step N` or `--position P:Q`: what a run was trained on, at any step or position.
+"""`pile inspect RUN --step N` or `--position P:Q`: the training data of a run at any step or position.
 
 The order of the data is a pure function of the position: step N (after which `global_step` is N) saw the packs at positions
 [(N - 1) * G, N * G), where G is `data.global_batch`; nothing is logged while training. Texts and media are those that the packs

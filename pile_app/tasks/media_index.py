@@ -1,7 +1,7 @@
 """Documents in a table that is searched by embedding, in LanceDB: embedded, on disk or in object storage (`s3://bucket/index`).
 
 A row is a segment: its vector, what shows it on a page, and where it is from. Only the model that made the table adds to it or
-searches it. A document is known by its shard (or file) and its key; one that comes again replaces the earlier one.
+searches it. Documents are identified by their shard (or file) and key; adding a document again replaces it.
 
 Small tables are searched exactly, by comparing all vectors. From `APPROXIMATE_FROM` rows on the table has an HNSW index over
 quantized vectors, whose best hits are compared again exactly; `recall_of_approximation` measures what it misses.
@@ -74,7 +74,7 @@ class MediaIndex:
         self.table, made_by = open_table(uri)
         if made_by["fingerprint"] != embedder.fingerprint:
             raise ValueError(
-                f"the index {uri!r} was made by another model ({made_by['fingerprint']}, run {made_by['run']!r}; this one is "
+                f"the index {uri!r} was made by another model ({made_by['fingerprint']}, run {made_by['run']!r}; this model is "
                 f"{embedder.fingerprint}), and embeddings of two models cannot be compared: give that run, or index elsewhere"
             )
 
@@ -82,8 +82,8 @@ class MediaIndex:
         return int(self.table.count_rows())
 
     def add(self, documents: Sequence[tuple[Document, str]]) -> tuple[int, int, list[BadSample]]:
-        """Embed and write (document, its shard or file) each; of two with one key in one shard the last stays. Returns (rows,
-        earlier rows that were replaced, why segments were left out)."""
+        """Embed and write documents, each with its shard or file. Returns (rows, earlier rows that were replaced, reasons of
+        segments that were left out)."""
         import pyarrow
 
         latest = {f"{origin}#{document.key}": (document, origin) for document, origin in documents}
@@ -186,7 +186,7 @@ def make_schema(dimensions: int, metadata: dict[str, Any]) -> Any:
 
 
 def make_row(key: str, place: int, segment: Segment, origin: str, caption: str) -> dict[str, Any]:
-    """Describe a segment; an encoded one is shown by the text of its document alone."""
+    """Describe a segment; encoded segments are shown by the text of their document."""
     medium, extension = b"", segment.extension
     if segment.modality == IMAGE and not segment.is_encoded:
         medium, extension = thumbnail(segment.file), "webp"
