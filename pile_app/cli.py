@@ -38,7 +38,7 @@ COMMANDS = {  # name: (module:function, a line of help)
 
 SHARED = {  # options that mean the same in every command; a docstring says where one differs
     "run": "folder of the run: runs/NAME",
-    "checkpoint": "last, best, previous, or a path",
+    "checkpoint": "last, best, previous, or a path (auto: best of a run with an objective, else last)",
     "device": "cpu, cuda, ... (auto: a GPU if there is one)",
     "on": "SHARDS or NAME=SHARDS: quoted patterns or URLs",
     "temperature": "0 takes the most likely token",
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\npile: {words[0]} was interrupted", file=sys.stderr)
+        if words[0] != "prepare":  # which has printed how to continue
+            print(f"\npile: {words[0]} was interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from pile_app.data.files import ShardError

@@ -104,7 +104,7 @@ def tokenizer(input: str, output: Path, *, kind: Literal["bpe", "words"], size: 
 
 
 def encode(
-    paths: Sequence[str], *, tokenizer: str | None = None, checkpoint: str = "last", device: str = "auto", batch: int = 64,
+    paths: Sequence[str], *, tokenizer: str | None = None, checkpoint: str = "auto", device: str = "auto", batch: int = 64,
     overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write shards again as token ids, so that training need not encode them: pile encode RUN SHARDS... OUTPUT.
@@ -161,7 +161,7 @@ def inspect(
         inside = (first / "config.yaml", first / "inspect" / "data"), (first / "dataset.json", first / "inspect")
         folder = output or next((folder for file, folder in inside if file.is_file()), Path("inspect"))
         print(format_statistics(inspect_data(paths, folder, tokenizer, context, duplicates, 8 if limit is None else limit)))
-        print(f"saved in {folder}: open {folder / 'lengths.png'} and {folder / 'documents.html'}")
+        print(f"saved in {folder}: open {folder / 'documents.html'}")
         return
     from pile_app.tasks.inspect_step import inspect_training
 

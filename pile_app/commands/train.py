@@ -60,7 +60,7 @@ def plan(
 
 def evaluate(
     run: Path, *, on: Sequence[str] = (), tasks: str | None = None, include: Path | None = None, fewshot: int | None = None,
-    limit: int | None = None, checkpoint: str = "last", output: Path | None = None,
+    limit: int | None = None, checkpoint: str = "auto", output: Path | None = None,
 ) -> None:  # fmt: skip
     """Measure a run on shards: perplexity, bits per byte, accuracy, codecs, its objective; or on tasks of lm-eval.
 
@@ -82,18 +82,18 @@ def evaluate(
         from pile_app.tasks.evaluate import print_tables
 
         file = folder / "evaluation.json"
-        print_tables(measure(run, parse_sources(on), checkpoint, file))
+        print_tables(measure(run, parse_sources(on), choose_checkpoint(run, checkpoint), file))
     else:
         if on:
             raise ValueError("give --on or --tasks, not both")
         from pile_app.tasks.harness import evaluate_tasks, print_tasks
 
         file = folder / "evaluation-tasks.json"
-        print_tasks(evaluate_tasks(run, tasks.split(","), include, fewshot, limit, checkpoint, file))
+        print_tasks(evaluate_tasks(run, tasks.split(","), include, fewshot, limit, choose_checkpoint(run, checkpoint), file))
     print(f"saved in {file}")
 
 
-def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = "pile", checkpoint: str = "last") -> None:
+def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = "pile", checkpoint: str = "auto") -> None:
     """Write a run's model as safetensors with its config, to hand on.
 
     FusedLanguageModel.from_pretrained(FOLDER) reads it; no code of the folder is run.
@@ -105,7 +105,7 @@ def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = 
     from pile_app.model.pretrained import save_pretrained
     from pile_app.training.load import load_run, read_config
 
-    module, data, saved = load_run(run, checkpoint)
+    module, data, saved = load_run(run, choose_checkpoint(run, checkpoint))
     config = read_config(run)["model"]
     if format == "huggingface":
         from pile_app.model.huggingface import save_huggingface
@@ -115,3 +115,13 @@ def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = 
         save_pretrained(module.model, config, output)
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output}: the model after step {saved['global_step']:,}, {size / 1e6:,.1f} MB")
+
+
+def choose_checkpoint(run: Path, checkpoint: str) -> str:
+    """Replace auto by best, if the run has an objective and a best checkpoint, or else by last, as its summary does."""
+    from pile_app.training.load import read_config
+
+    if checkpoint != "auto":
+        return checkpoint
+    has_best = read_config(run)["model"].get("objective") and (run / "checkpoints" / "best.ckpt").exists()
+    return "best" if has_best else "last"

@@ -24,12 +24,13 @@ Prompt = Sequence[tuple[str, str]]  # (modality, text or path)
 
 
 def open_run(run: Path | str, checkpoint: str, device: str = "auto") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
-    """Load a run onto a device: the module, its data module, and the checkpoint. auto: a GPU if there is one."""
+    """Load a run onto a device: the module, its data module, and the checkpoint."""
     import torch
 
+    from pile_app.commands.train import choose_checkpoint
     from pile_app.training.load import load_run
 
-    module, data, saved = load_run(Path(run), checkpoint)
+    module, data, saved = load_run(Path(run), choose_checkpoint(Path(run), checkpoint))
     module.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     return module, data, saved
 
@@ -37,7 +38,7 @@ def open_run(run: Path | str, checkpoint: str, device: str = "auto") -> tuple[Pi
 def generate(
     run: Path, *, to: Literal["text", "image", "audio", "any"], prompt: Prompt = (), count: int = 1, temperature: float = 1.0,
     top_p: float = 1.0, guidance: float = 1.0, seed: int = 0, stop: Sequence[str] = (), choices: Sequence[str] = (),
-    logprobs: bool = False, max_text: int = 256, max_seconds: float = 10.0, cache: bool = True, checkpoint: str = "last",
+    logprobs: bool = False, max_text: int = 256, max_seconds: float = 10.0, cache: bool = True, checkpoint: str = "auto",
     device: str = "auto", output: Path | None = None,
 ) -> None:  # fmt: skip
     """Let a trained model write text, images or sound.
@@ -152,7 +153,7 @@ def read_prompt(parts: Prompt) -> Document:
     return Document(tuple(read(*part) for part in parts))
 
 
-def chat(run: Path, *, checkpoint: str = "last", device: str = "auto", output: Path | None = None) -> None:
+def chat(run: Path, *, checkpoint: str = "auto", device: str = "auto", output: Path | None = None) -> None:
     """Talk with a trained model in the terminal, in text, pictures and sound; `pile app` serves a page instead.
 
     The model should have been trained on conversations: --config chat. /help lists the commands, /settings the settings.
@@ -170,7 +171,7 @@ def chat(run: Path, *, checkpoint: str = "last", device: str = "auto", output: P
 
 def app(
     run: Path, *, index: str | None = None, host: str = "127.0.0.1", port: int = 7860, password: str | None = None,
-    checkpoint: str | None = None, device: str = "auto",
+    checkpoint: str = "auto", device: str = "auto",
 ) -> None:  # fmt: skip
     """Serve a page for a run, with a tab for everything that the run can do: generate, chat, search, classify, tag.
 
@@ -181,20 +182,17 @@ def app(
         host: address to listen on; 0.0.0.0: every machine that can reach this one
         port: port to listen on
         password: of the user `pile` (default: PILE_PASSWORD; else a random one is printed if --host is not this machine)
-        checkpoint: last, best, previous, or a path (default: best of a run with an objective, else last)
     """
     from pile_app.tasks.app import import_gradio, make_app, serve
-    from pile_app.training.load import read_config
 
     import_gradio()
-    chosen = checkpoint or ("best" if read_config(run)["model"].get("objective") else "last")
-    module, data, _ = open_run(run, chosen, device)
+    module, data, _ = open_run(run, checkpoint, device)
     name, found = run.resolve().name, index or (str(run / "index") if (run / "index").is_dir() else None)
     serve(lambda: make_app(module, data.context, name, found), host, port, password)
 
 
 def classify(
-    run: Path, *, prompt: Prompt = (), file: Path | None = None, on: Sequence[str] = (), checkpoint: str = "best",
+    run: Path, *, prompt: Prompt = (), file: Path | None = None, on: Sequence[str] = (), checkpoint: str = "auto",
     device: str = "auto", output: Path | None = None,
 ) -> None:  # fmt: skip
     """Label texts, images and sounds with a trained classifier; the answers are JSON lines.
@@ -294,7 +292,7 @@ def read_shards(shards: Any) -> Iterator[tuple[str, Document | BadSample]]:
 
 def tag(
     run: Path, file: Path | None = None, *, text: Sequence[str] = (), format: Literal["inline", "json"] = "inline",
-    checkpoint: str = "best", device: str = "auto", output: Path | None = None,
+    checkpoint: str = "auto", device: str = "auto", output: Path | None = None,
 ) -> None:  # fmt: skip
     """Find the named entities of texts, with a run that was trained to tag.
 
@@ -337,7 +335,7 @@ def open_embedder(run: Path, checkpoint: str, device: str) -> Embedder:
 
 
 def index_media(
-    run: Path, on: Sequence[str], *, checkpoint: str = "best", device: str = "auto", output: str | None = None
+    run: Path, on: Sequence[str], *, checkpoint: str = "auto", device: str = "auto", output: str | None = None
 ) -> None:
     """Embed documents of any modality into an index, which `pile search` and `pile app` search.
 
@@ -392,7 +390,7 @@ def read_documents(path: str) -> Iterator[tuple[Document, str] | str]:
 
 def search(
     index: str, query: str | None = None, *, to: Literal["text", "image", "audio"] | None = None, count: int = 10,
-    exact: bool = False, run: Path | None = None, checkpoint: str = "best", device: str = "auto",
+    exact: bool = False, run: Path | None = None, checkpoint: str = "auto", device: str = "auto",
 ) -> None:  # fmt: skip
     """Find the texts, pictures and sounds of an index that are nearest to a text, a picture or a sound.
 

@@ -110,24 +110,14 @@ class Conversation:
         Raises:
             ValueError: the message is empty, too long, or of a modality that the model cannot read.
         """
-        before, self.turns = self.turns, [*self.turns, self._checked(segments)]
-        try:
-            prompt, notice = self._fitting()
-        except ValueError:
-            self.turns = before
-            raise
-        yield from notice
-        yield from self._answer(prompt, sampling)
+        yield from self._answer([*self.turns, self._checked(segments)], sampling)
 
     def retry(self, sampling: Sampling) -> Iterator[str | Segment | Notice]:
         """Replace the last answer. Raises ValueError if nothing was asked."""
-        if self.turns and self.turns[-1].role == "assistant":
-            self.turns.pop()
-        if not self.turns:
+        turns = self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
+        if not turns:
             raise ValueError("nothing was asked yet")
-        prompt, notice = self._fitting()
-        yield from notice
-        yield from self._answer(prompt, sampling)
+        yield from self._answer(turns, sampling)
 
     def _checked(self, segments: Sequence[Segment]) -> Turn:
         turn = clean_turn(Turn("user", tuple(segments)))
@@ -144,22 +134,26 @@ class Conversation:
                 raise ValueError(f"the model has no {MODALITIES[segment.modality]} codec: it cannot read {segment.extension}")
         return turn
 
-    def _fitting(self) -> tuple[Document, list[Notice]]:
-        """Make the prompt of as many of the last turns as fit, and tell how many do not."""
+    def _fitting(self, turns: list[Turn]) -> tuple[Document, int]:
+        """Make the prompt of as many of the last turns as fit, and count those that do not."""
         room = self.context - self.context // ANSWER_SHARE
-        for first in range(len(self.turns)):
-            if first and self.turns[first].role == "assistant":
+        for first in range(len(turns)):
+            if first and turns[first].role == "assistant":
                 continue  # an answer without its question
-            prompt = conversation_prompt(self.turns[first:])
+            prompt = conversation_prompt(turns[first:])
             if prompt_length(self.model, prompt) <= room:
-                dropped = f"it no longer sees the first {first} of {len(self.turns)} turns."
-                return prompt, [Notice(f"The model sees {self.context:,} tokens at a time: {dropped}")] * bool(first)
-        length = prompt_length(self.model, conversation_prompt(self.turns[-1:]))
+                return prompt, first
+        length = prompt_length(self.model, conversation_prompt(turns[-1:]))
         raise ValueError(
             f"the message takes {length:,} tokens; the model sees {self.context:,} at a time, {room:,} of them of the question"
         )
 
-    def _answer(self, prompt: Document, sampling: Sampling) -> Iterator[str | Segment | Notice]:
+    def _answer(self, turns: list[Turn], sampling: Sampling) -> Iterator[str | Segment | Notice]:
+        prompt, dropped = self._fitting(turns)
+        self.turns = turns
+        if dropped:
+            unseen = f"it no longer sees the first {dropped} of {len(turns)} turns."
+            yield Notice(f"The model sees {self.context:,} tokens at a time: {unseen}")
         left = self.context - prompt_length(self.model, prompt)
         seconds = sampling.max_seconds
         if AUDIO in self.model.vocabulary.modalities:

@@ -2,7 +2,7 @@
 
 PATH is a folder of `pile prepare`, shards (a folder or a pattern), a run, or a configuration. Only the last two tell how many
 tokens an image or a sound takes; without them media are counted in pixels and seconds. Everything follows from the manifests,
-only `duplicates` reads the shards. The output folder gets `lengths.png`, `documents.html` with its media in `documents/`, and
+only `duplicates` reads the shards. The output folder gets `documents.html` with its media in `documents/`, and
 `statistics.json`: {"paths", "tokenizer", "context", "vocabulary": null if media are not counted, "notes", "sources": a list of
 `Part.description()`, "duplicates": null or `find_duplicates()`}.
 """
@@ -41,7 +41,6 @@ from pile_app.vocabulary import Vocabulary
 
 CONTEXT = 512  # the default of `data.context`
 QUANTILES = {"minimum": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "maximum": 1.0}
-BINS = 64  # of the picture
 KINDS = ("documents", "images", "sounds")  # of duplicates
 EXAMPLES = 10
 SHOWN_CHARACTERS = 20_000  # of a text on the page
@@ -56,7 +55,7 @@ def inspect_data(
     duplicates: bool = False,
     samples: int = 8,
 ) -> dict[str, Any]:
-    """Write `statistics.json`, `lengths.png` and `documents.html` into `folder`, and return the first.
+    """Write `statistics.json` and `documents.html` into `folder`, and return the former.
 
     Args:
         paths: see above; at most one of them a run or a configuration.
@@ -87,7 +86,6 @@ def inspect_data(
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     (folder / "statistics.json").write_text(text, "utf-8", "backslashreplace")
-    draw_lengths(parts, plan.context, folder / "lengths.png")
     groups = [(part.title, list(sample_documents(part, samples, plan, folder / "documents"))) for part in parts if samples]
     write_page("Documents of " + ", ".join(map(str, paths)), [], groups, folder, "documents")
     return description
@@ -200,11 +198,10 @@ class Histogram:
     def __init__(self) -> None:
         self.values = self.counts = np.zeros(0, np.int64)  # (U,) increasing, (U,)
 
-    def add(self, values: np.ndarray, counts: np.ndarray | None = None) -> None:
-        """values: (N,) integers; counts: (N,) of each, None: one."""
-        counts = np.ones(len(values), np.int64) if counts is None else counts
+    def add(self, values: np.ndarray) -> None:
+        counts = np.concatenate([self.counts, np.ones(len(values), np.int64)])
         self.values, where = np.unique(np.concatenate([self.values, values.astype(np.int64)]), return_inverse=True)
-        self.counts = np.bincount(where, np.concatenate([self.counts, counts]), len(self.values)).astype(np.int64)
+        self.counts = np.bincount(where, counts, len(self.values)).astype(np.int64)
 
     @property
     def count(self) -> int:
@@ -238,7 +235,7 @@ class Part:
     split: str
     shards: Shards
     sizes: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
-    segment_tokens: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
+    segment_tokens: list[int] = field(default_factory=lambda: [0] * len(MODALITIES))
     document_tokens: Histogram = field(default_factory=Histogram)
     without_codec: list[int] = field(default_factory=list)
     longer: int = 0
@@ -256,7 +253,7 @@ class Part:
 
     def description(self) -> dict[str, Any]:
         """Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}."""
-        by_modality = [tokens.sum for tokens in self.segment_tokens]
+        by_modality = self.segment_tokens
         everything = self.document_tokens.sum
         tokens: dict[str, int | None] = dict(zip(MODALITIES, by_modality, strict=True))
         tokens |= {"special": everything - sum(by_modality), "all": everything}
@@ -293,7 +290,7 @@ def measure(part: Part, plan: Plan) -> None:
         for modality in range(len(MODALITIES)):
             part.sizes[modality].add(sizes[index.modality == modality])
             if modality == TEXT or not part.only_text:
-                part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
+                part.segment_tokens[modality] += int((tokens - special)[index.modality == modality].sum())
         if len(index):
             lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
             part.document_tokens.add(lengths)
@@ -479,34 +476,6 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
     console = Console(file=io.StringIO(), width=1000, markup=False, highlight=False)
     console.print(table)
     return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
-
-
-def draw_lengths(parts: Sequence[Part], context: int, path: Path) -> None:
-    """Draw histograms: tokens of documents, pixels of images, seconds of sounds, by source, over logarithmic axes."""
-    from matplotlib.figure import Figure
-
-    of_text = " (text only)" * any(part.only_text for part in parts)
-    panels = {
-        f"tokens of documents{of_text}": ([(part.title, part.document_tokens) for part in parts], 1.0),
-        "pixels of images": ([(part.title, part.sizes[IMAGE]) for part in parts], 1.0),
-        "seconds of sounds": ([(part.title, part.sizes[AUDIO]) for part in parts], 1e-3),
-    }
-    panels = {
-        title: (full, scale) for title, (rows, scale) in panels.items() if (full := [row for row in rows if row[1].count])
-    }
-    figure = Figure((14, 1 + 4 * len(panels)), dpi=110, layout="constrained")
-    for place, (title, (rows, scale)) in enumerate(panels.items()):
-        axes = figure.add_subplot(len(panels), 1, place + 1)
-        low, high = (f(one.values[end] for _, one in rows) for f, end in ((min, 0), (max, -1)))
-        edges = np.geomspace(max(1, low) / 1.1, max(2, high) * 1.1, BINS + 1)
-        for label, one in rows:
-            counts, _ = np.histogram(np.maximum(one.values, 1), edges, weights=one.counts)
-            axes.stairs(counts / counts.max(), edges * scale, fill=True, alpha=0.5, label=f"{label}: {one.count:,}")
-        if not place and rows[0][1] is parts[0].document_tokens:
-            axes.axvline(context, color="grey", linestyle="--", label=f"context {context:,}")
-        axes.set(xscale="log", title=title, yticks=[])
-        axes.legend(fontsize=8, loc="upper left")
-    figure.savefig(path)
 
 
 # -- Page of documents. A policy makes sure that nothing else is loaded, and that no script of a sample runs.

@@ -14,11 +14,12 @@ from conftest import REPOSITORY, TinyRun, train
 
 from pile_app.cli import main
 from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
-from pile_app.documents import AUDIO, IMAGE, TEXT, Segment
+from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.model.backbones import LSTM
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling
 from pile_app.records import MARKERS, Turn, conversation_prompt
+from pile_app.tasks import chat
 from pile_app.tasks.chat import Conversation, Limits, Notice, Terminal, check_tokenizer, prompt_length, read_upload
 from pile_app.vocabulary import Vocabulary
 
@@ -60,9 +61,13 @@ def test_an_answer_comes_in_pieces_and_segments_and_becomes_a_turn(talker: Fused
 
 def test_old_turns_are_dropped_whole_and_that_is_said(talker: FusedLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = Conversation(talker, context=100)  # 75 places for what is asked
-    prompts = []
-    answer = conversation._answer
-    monkeypatch.setattr(conversation, "_answer", lambda prompt, sampling: prompts.append(prompt) or answer(prompt, sampling))
+    prompts: list[Document] = []
+    made = chat.generate_document
+    monkeypatch.setattr(
+        chat,
+        "generate_document",
+        lambda model, prompt, *rest, **named: prompts.append(prompt) or made(model, prompt, *rest, **named),
+    )
     for number in range(6):
         before = list(conversation.turns)
         events = list(conversation.ask([Segment(f"message {number}")], SAMPLING))
