@@ -37,7 +37,7 @@ POLICY = (
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1080px !important; margin: 0 auto !important; }
 #chat img, .cards img { image-rendering: pixelated; min-width: 112px; border-radius: 6px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .75rem; }
 .cards .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem; overflow: hidden; }
 .cards img { max-width: 100%; max-height: 12rem; display: block; margin: 0 auto .4rem; }
 .cards audio { width: 100%; } .cards pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
@@ -198,7 +198,8 @@ def _chat_tab(page: Page) -> None:
             yield {"role": "assistant", "content": str(error), "metadata": {"title": REFUSED}}
 
     gr.ChatInterface(
-        reply, multimodal=True, additional_inputs=page.settings(), additional_inputs_accordion="Settings",
+        reply, multimodal=True, additional_inputs=page.settings(),
+        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         chatbot=gr.Chatbot(elem_id="chat", show_label=False, render_markdown=False, buttons=[], height=420),
         textbox=page.prompt("Write a message, add a picture or record a sound", "message"),
         analytics_enabled=False, api_visibility="private",

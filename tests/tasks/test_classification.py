@@ -195,6 +195,9 @@ def test_a_run_classifies_what_it_is_given(classifier: Path, tmp_path: Path, cap
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["label"] for answer in answers] == ["light", "low", "high"]
     assert answers[1]["text"] == "abba dada" and sum(answers[1]["probabilities"].values()) == pytest.approx(1, abs=0.001)
+    main(["evaluate", str(classifier), "--output", str(tmp_path)])
+    measured = json.loads((tmp_path / "evaluation.json").read_text())["checkpoint"]
+    assert measured.endswith("best.ckpt"), "as its summary, and as classify"
     with pytest.raises(SystemExit):
         main(["classify", str(classifier)])
     assert "what to classify?" in capsys.readouterr().err
