@@ -185,19 +185,22 @@ def parse_positions(text: str) -> tuple[int, int]:
         raise ValueError(f"--position {text!r} is neither a position, as 7, nor a range, as 7:12") from None
 
 
+RECORDS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".conll", ".bio", ".iob")
+
+
 def read_texts(path: Path) -> Iterator[tuple[str, Document | BadSample]]:
     """Yield (file:line, document) of each line of a text file, or of each row or record of a table, JSON lines or CoNLL."""
     from pile_app.documents import Document, Segment
-    from pile_app.prepare import readers
+    from pile_app.prepare.readers import read_documents
 
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
-    if readers.FORMATS.get(readers.extension(path.name)) in (None, "text"):
+    if path.suffix.lower() not in RECORDS:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
                 yield f"{path}:{number}", Document((Segment(line.strip()),))
         return
-    yield from readers.read_documents(path)
+    yield from read_documents(path)
 
 
 def parse_sources(given: Sequence[str]) -> dict[str, str]:

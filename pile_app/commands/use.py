@@ -38,7 +38,7 @@ def open_run(run: Path | str, checkpoint: str, device: str = "auto") -> tuple[Pi
 def generate(
     run: Path, *, to: Literal["text", "image", "audio", "any"], prompt: Prompt = (), count: int = 1, temperature: float = 1.0,
     top_p: float = 1.0, guidance: float = 1.0, seed: int = 0, stop: Sequence[str] = (), choices: Sequence[str] = (),
-    logprobs: bool = False, max_text: int = 256, max_seconds: float = 10.0, cache: bool = True, checkpoint: str = "auto",
+    logprobs: bool = False, max_text: int = 256, max_seconds: float = 10.0, checkpoint: str = "auto",
     device: str = "auto", output: Path | None = None,
 ) -> None:  # fmt: skip
     """Let a trained model write text, images or sound.
@@ -52,7 +52,6 @@ def generate(
         stop: a text ends before the first of these
         choices: texts to choose the answer from
         logprobs: also write every token's log-probability, to NNN.json
-        cache: keep keys and values between tokens
         output: folder for the results (default: RUN/generated)
     """
     from dataclasses import replace
@@ -66,7 +65,7 @@ def generate(
         raise ValueError(f"--choices are texts: they go with --to text, not --to {to}")
     if to == "any" and logprobs:
         raise ValueError("--logprobs goes with --to text, image or audio")
-    sampling = Sampling(temperature, top_p, guidance, max_text, max_seconds, seed, tuple(stop), cache)
+    sampling = Sampling(temperature, top_p, guidance, max_text, max_seconds, seed, tuple(stop))
     document = read_prompt(prompt)
     model = open_run(run, checkpoint, device)[0].model
 
