@@ -404,9 +404,9 @@ def test_a_modality_the_model_does_not_know(tiny_run: TinyRun, tmp_path: Path, f
 
 
 def _load_without_checkpoint(run: Path) -> Any:
-    from pile_app.training.load import _build, read_config
+    from pile_app.training.load import build_run, read_config
 
-    return *_build(run, read_config(run)), None
+    return *build_run(run, read_config(run)), None
 
 
 def test_load_run_gives_the_trained_weights(tiny_run: TinyRun) -> None:

@@ -24,7 +24,7 @@ def train(*settings: str) -> None:
     except ValueError as error:
         print(f"pile: error: {error}", file=sys.stderr)
         sys.exit(2)
-    main(arguments, program="python train.py" if Path(sys.argv[0]).name == "train.py" else "pile train")
+    main(arguments, program=f"python {sys.argv[0]}" if Path(sys.argv[0]).name == "train.py" else "pile train")
 
 
 def plan(

@@ -30,8 +30,9 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
 from pile_app.tasks.judges import MANY, Judge, Labelled, audio_features, image_features
 from pile_app.tasks.rank import rank_names
-from pile_app.training.callbacks import log_samples_to_wandb, plain_example, write_samples
+from pile_app.training.callbacks import plain_example, write_samples
 from pile_app.training.module import PileModule
+from pile_app.training.wandb_run import log_samples
 
 PHASES = 300  # sounds whose phases are found by Griffin-Lim, 32 rounds each
 SHOWN = 10  # examples of each kind that the report shows
@@ -109,7 +110,7 @@ class EvaluateCrossModal(Callback):
             figures |= self._text_figures(trainer, model)
         folder = Path(trainer.default_root_dir) / "samples" / "evaluation"
         write_samples(folder, [plain_example(model, *example) for example in self._examples])
-        log_samples_to_wandb(trainer, folder)
+        log_samples(trainer, folder, trainer.global_step)
         return figures
 
     def _load(self, model: FusedLanguageModel, pattern: str) -> dict[int, Labelled]:

@@ -38,7 +38,7 @@ from pile_app.training.cli import fast_precision
 from pile_app.training.load import find_checkpoint, load_run, read_config
 from pile_app.training.metrics import likelihoods, validation_values
 from pile_app.training.module import PileModule
-from pile_app.training.run import make_wandb_logger
+from pile_app.training.wandb_run import WandbRun
 
 
 class SourceFigures(Callback):
@@ -192,7 +192,7 @@ def keep(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run
     with whole_file(str(file)) as written:
         written.write(json.dumps(result, indent=1).encode())
     if project is not None:
-        experiment = make_wandb_logger(run, project).experiment
+        experiment = WandbRun(run, project, "evaluation").experiment
         experiment.summary.update({f"evaluation/{name}": value for name, value in values.items()})
         experiment.finish()
 

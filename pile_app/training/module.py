@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,11 +31,11 @@ from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, ModalityLoss
+from pile_app.training.checkpoints import check_shapes, load_origin
 from pile_app.training.metrics import TokenMetrics, validation_values
 from pile_app.training.objective import Objective
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
-from pile_app.training.sharded import read_checkpoint
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -127,9 +126,9 @@ class PileModule(LightningModule):
         self.counted: Trainer | None = None  # whose settings are in optimizer steps
         self.whole: WholeModel | None = None  # of a model that is cut over the devices
         if codecs_from is not None:
-            load_codecs(self.model, codecs_from)
+            load_origin(self.model, codecs_from, codecs_only=True)
         if start_from is not None:
-            load_model(self.model, start_from)
+            load_origin(self.model, start_from)
         if (codecs_from or start_from) and not self.codec_steps:
             self.model.fingerprint_codecs()
         self.objective = objective
@@ -459,20 +458,6 @@ def _compute(metric: Any) -> Tensor:
     return value
 
 
-def check_shapes(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises ValueError where the weights in a checkpoint are not those of the model."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    different = [f"{n}: {saved.get(n, 'missing')} in the checkpoint, {own.get(n, 'missing')} in the model"
-                 for n in sorted(own.keys() | saved.keys()) if own.get(n) != saved.get(n)]  # fmt: skip
-    if different:
-        listed = "\n  ".join(different[:5] + (["..."] if len(different) > 5 else []))
-        raise ValueError(
-            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ):\n  {listed}\n"
-            "Set the model back as it was (the run's config.yaml says how), or begin another run with another --name"
-        )
-
-
 def check_encoded(source: SourceData, augmented: bool = False) -> None:
     """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
     (A remote shard would have to be fetched for it; there the first batch says it.)
@@ -492,41 +477,3 @@ def check_encoded(source: SourceData, augmented: bool = False) -> None:
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
             except BadSample:
                 continue  # counted where it is read for training
-
-
-def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
-    """The weights of one codec, by its own names, from those of a `PileModule`."""
-    prefix = f"model.{MODALITIES[modality]}_codec."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def load_model(model: FusedLanguageModel, path: str) -> None:
-    """Takes the weights of a run's model. Raises ValueError: there is no such checkpoint, or its model has another shape or
-    another tokenizer."""
-    from pile_app.training.load import find_checkpoint
-
-    found = (
-        find_checkpoint(Path(path), "last") if Path(path).is_dir() and (Path(path) / "config.yaml").is_file() else Path(path)
-    )
-    if not found.exists():
-        raise ValueError(f"model.start_from={path!r} is neither the folder of a run nor a checkpoint")
-    checkpoint = read_checkpoint(found)
-    tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
-    if tokenizer != model.tokenizer.fingerprint:
-        raise ValueError(
-            f"model.start_from={path!r} was trained with tokenizer {tokenizer}, this one is {model.tokenizer.fingerprint}: set "
-            "model.tokenizer to that of the run"
-        )
-    prefix = "model."
-    state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    check_shapes(model, state)
-    model.load_state_dict(state)
-
-
-def load_codecs(model: FusedLanguageModel, path: str) -> None:
-    """Takes the codecs' weights from a checkpoint of another run."""
-    state = read_checkpoint(path)["state_dict"]
-    for modality in model.codecs:
-        weights = codec_weights(state, modality)
-        check_shapes(model.codecs[modality], weights)
-        model.codecs[modality].load_state_dict(weights)
