@@ -24,7 +24,8 @@ def train(*settings: str) -> None:
     except ValueError as error:
         print(f"pile: error: {error}", file=sys.stderr)
         sys.exit(2)
-    main(arguments, program=f"python {sys.argv[0]}" if Path(sys.argv[0]).name == "train.py" else "pile train")
+    is_script = Path(sys.argv[0]).name == "train.py"
+    main(arguments, ("python", sys.argv[0]) if is_script else ("pile", "train"))
 
 
 def plan(

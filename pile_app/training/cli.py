@@ -338,7 +338,7 @@ def parse_config(arguments: list[str]) -> Namespace:
             raise ValueError(str(error)) from error
 
 
-def main(arguments: list[str] | None = None, program: str = "python train.py") -> None:
+def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python", "train.py")) -> None:
     """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
     Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
     could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
@@ -372,7 +372,7 @@ def main(arguments: list[str] | None = None, program: str = "python train.py") -
     if not cli.trainer.is_global_zero:
         raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
     close(cli.trainer)
-    command = shlex.join(["python", *sys.argv] if arguments is None else [*program.split(), *arguments])
+    command = shlex.join(["python", *sys.argv] if arguments is None else [*program, *arguments])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
     raise SystemExit(cli.stop.exit_code)
 
