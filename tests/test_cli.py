@@ -120,7 +120,7 @@ def test_options_take_dashes_or_underscores_and_mistakes_are_one_line(fails: Fai
         "generate", "x", "--to", "text", "--count", "a"
     )
     assert "no option: write settings as for pile train" in fails("plan", "data.context=64")
-    assert "there is no configuration 'nix'; give a file, or one of" in fails("train", "--config", "nix")
+    assert "there is no configuration 'nix'; give a file, or choose from" in fails("train", "--config", "nix")
     (tmp_path / "options.yaml").write_text("to: text\ncount: 0\n")
     assert "--count must be at least 1" in fails("generate", "x", "--config", tmp_path / "options.yaml")
 

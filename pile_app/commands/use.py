@@ -180,7 +180,7 @@ def app(
         index: folder or URL of an index of `pile index-media`, to search (default: RUN/index if it exists)
         host: address to listen on; 0.0.0.0: every machine that can reach this one
         port: port to listen on
-        password: of the user `pile` (default: PILE_PASSWORD; else a random one is printed if --host is not this machine)
+        password: of the user `pile` (default: PILE_PASSWORD; else, if --host is not this machine, it is made and printed)
     """
     from pile_app.tasks.app import import_gradio, make_app, serve
 
@@ -358,14 +358,14 @@ def index_media(
         left.update(one.reason for one in bad)
         print(f"{documents:,} documents, {rows:,} segments", flush=True)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common()) or "nothing"
-    print(f"{uri}: {len(index):,} segments, {replaced:,} replaced; left out: {reasons}")
+    print(f"{uri}: {len(index):,} segments, {replaced:,} replaced; skipped: {reasons}")
     recall = index.finish()
     found = "exactly" if recall is None else f"approximately: {100 * recall:.1f} % of the exact ten nearest are found"
     print(f"searched {found}")
 
 
 def read_documents(path: str) -> Iterator[tuple[Document, str] | str]:
-    """Read shards or a folder of files; yield (document, its shard or file), or the reason why a document is left out."""
+    """Read shards or a folder of files; yield (document, its shard or file), or the reason why a document is skipped."""
     from dataclasses import replace
 
     from pile_app.commands.data import open_shards

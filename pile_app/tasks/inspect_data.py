@@ -464,7 +464,7 @@ def _packing(one: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Format rows as text; empty columns are left out."""
+    """Format rows as text, without empty columns."""
     from rich.console import Console
     from rich.table import Table
 

@@ -83,7 +83,7 @@ class MediaIndex:
 
     def add(self, documents: Sequence[tuple[Document, str]]) -> tuple[int, int, list[BadSample]]:
         """Embed and write documents, each with its shard or file. Returns (rows, earlier rows that were replaced, reasons of
-        segments that were left out)."""
+        skipped segments)."""
         import pyarrow
 
         latest = {f"{origin}#{document.key}": (document, origin) for document, origin in documents}

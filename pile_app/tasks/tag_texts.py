@@ -20,7 +20,7 @@ from pile_app.tasks.tagging import Tagging, gather_words
 from pile_app.training.module import PileModule
 
 BATCH_TOKENS = 16_384
-AROUND = 4  # `<begin>`, `<text>`, `<end>`, and one more token where a text is cut
+AROUND = 4  # `<begin>`, `<text>`, `<end>`, and one more token if the text is cut
 
 
 class Tagged(NamedTuple):
