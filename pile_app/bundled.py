@@ -13,12 +13,9 @@ GROUPS = ("", "tasks", "sizes")  # folders of conf/
 
 def find_config(name: str) -> Path:
     """Find a configuration by its path, or by its name in `conf/`: text_only, tasks/chat, chat. Raises ValueError."""
-    path = Path(name)
-    candidates = [Path("conf") / group / f"{path.with_suffix('')}.yaml" for group in GROUPS]
-    candidates += [
-        BUNDLED / ("" if path.parts[:1] == ("conf",) else "conf") / group / f"{path.with_suffix('')}.yaml" for group in GROUPS
-    ]
-    found = next((candidate for candidate in [path, *candidates] if candidate.is_file()), None)
+    stem = name.removesuffix(".yaml").removeprefix("conf/")
+    folders = [folder / "conf" / group for folder in (Path(), BUNDLED) for group in GROUPS]
+    found = next((file for file in (Path(name), *(folder / f"{stem}.yaml" for folder in folders)) if file.is_file()), None)
     if found is None:
         there = sorted(str(one.relative_to(BUNDLED / "conf").with_suffix("")) for one in (BUNDLED / "conf").rglob("*.yaml"))
         raise ValueError(f"there is no configuration {name!r}; give a file, or choose from {', '.join(there)}")

@@ -24,6 +24,7 @@ import yaml
 from conftest import REPOSITORY, TinyRun, media_documents
 from PIL import Image
 
+from pile_app.bundled import find_config
 from pile_app.cli import COMMANDS, load_command, main, make_parser
 from pile_app.commands.use import read_prompt
 from pile_app.data.shards import Shards, expand_shards, write_shards
@@ -121,6 +122,9 @@ def test_options_take_dashes_or_underscores_and_mistakes_are_one_line(fails: Fai
     )
     assert "no option: write settings as for pile train" in fails("plan", "data.context=64")
     assert "there is no configuration 'nix'; give a file, or choose from" in fails("train", "--config", "nix")
+    assert [find_config(name).name for name in ("1.5b", "tasks/chat", "chat", "conf/lstm.yaml")] == [
+        "1.5b.yaml", "chat.yaml", "chat.yaml", "lstm.yaml",
+    ]  # fmt: skip
     (tmp_path / "options.yaml").write_text("to: text\ncount: 0\n")
     assert "--count must be at least 1" in fails("generate", "x", "--config", tmp_path / "options.yaml")
 
