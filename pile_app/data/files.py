@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+with suppress(ImportError):  # Windows
+    import fcntl
 
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 

@@ -11,7 +11,6 @@ next, which protects them from eviction. The kernel releases a `flock` when a pr
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import logging
@@ -28,6 +27,9 @@ from typing import NamedTuple
 
 from pile_app.data.files import ShardError
 from pile_app.data.urls import MissingError, opened, with_retries
+
+with suppress(ImportError):  # Windows
+    import fcntl
 
 log = logging.getLogger(__name__)
 

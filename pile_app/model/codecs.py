@@ -267,8 +267,9 @@ class AudioCodec(nn.Module):
         self.unfold = nn.Linear(width, width * config.frames_per_token)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * bins))
         self.frame_block = _ConvNeXtBlock(width, self.KERNEL)
-        # Codes of silence between sounds, more than a convolution or half a window reaches; and what all layers reach together.
-        self.gap = max(self.KERNEL // 2, -(-(config.window - config.hop) // (2 * config.samples_per_token)))
+        # Codes of silence between sounds, more than a convolution or half of the loss's longest window reaches; and what all
+        # layers reach together.
+        self.gap = max(self.KERNEL // 2, -(-config.window // config.samples_per_token))
         self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
 
     # -- One row of all sounds: `audio` (A, ...) <-> (R, ...), R = A + (M + 1) * gap
@@ -393,8 +394,12 @@ class AudioCodec(nn.Module):
 
     def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """Log-mel error of the magnitudes plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32.
-        Errors are means over the frames of the sounds."""
-        row, inside, _ = self._row(audio, tokens)
+
+        Mean over the codes, each weighted alike: the losses of two batches average to that of both, by their numbers of codes.
+        """
+        row, inside, places = self._row(audio, tokens)
+        sounds = torch.arange(len(tokens), device=row.device).repeat_interleave(tokens, output_size=len(audio))
+        sound_of_row = sounds.new_zeros(len(row)).index_copy(0, places, sounds)
         frames_inside = inside.repeat_interleave(self.config.frames_per_token, 0)
         with torch.no_grad():
             patches = self._in_slices(self._patches, row, inside)
@@ -403,9 +408,14 @@ class AudioCodec(nn.Module):
         loss = ((self.log_mel(magnitude) - target).abs() * frames_inside).sum() / (len(audio) * patches.size(1))
         for scale in (0.5, 1.0, 2.0):
             window, hop = int(self.config.window * scale), int(self.config.hop * scale)
+            if self.config.samples_per_token % hop:  # or frames would depend on where a sound begins in the row
+                hop = self.config.hop
             made, real = (self.spectrogram(samples.flatten(), window, hop) for samples in (waveform, row))
-            floor = self.FLOOR * window / 4
-            log_error = (made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs().sum()
-            convergence = (made - real).norm() / real.norm().clamp_min(1e-5)
+            code = torch.arange(len(made), device=row.device) * hop // self.config.samples_per_token  # of each frame
+            floor, of_frame = self.FLOOR * window / 4, inside[code]
+            log_error = ((made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs() * of_frame).sum()
+            energies = torch.stack([(made - real).square().sum(1), real.square().sum(1)], 1) * of_frame
+            of_sound = energies.new_zeros(len(tokens), 2).index_add(0, sound_of_row[code], energies) + 1e-10
+            convergence = (tokens * (of_sound[:, 0] / of_sound[:, 1]).sqrt()).sum() / len(audio)
             loss = loss + (log_error / (audio.numel() / hop * made.size(1)) + convergence) / 3
         return loss

@@ -161,7 +161,8 @@ class FusedLanguageModel(nn.Module):
     def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
-        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings.
+        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. The losses are
+        means over images, and over the codes of sounds (see `codec_counts`).
         """
         losses: dict[int, Tensor] = {}
         if self.image_codec and len(batch.images):
@@ -172,13 +173,20 @@ class FusedLanguageModel(nn.Module):
             if crop is not None and max(batch.sound_tokens) > crop:
                 kept = tokens.clamp_max(crop)
                 total = sum(min(count, crop) for count in batch.sound_tokens)
-                first = (torch.rand(len(tokens), device=tokens.device) * (tokens - kept + 1)).long()
+                draws = batch.uniform(batch.audio_starts.long()).squeeze(1)
+                first = torch.minimum((draws * (tokens - kept + 1)).long(), tokens - kept)
                 starts = tokens.cumsum(0) - tokens + first - (kept.cumsum(0) - kept)  # of each sound, minus its new start
                 shift = starts.repeat_interleave(kept, output_size=total)
                 audio, tokens = audio[torch.arange(total, device=tokens.device) + shift], kept
             with full_precision(batch):
                 losses[AUDIO] = self.audio_codec.loss(audio, tokens)
         return losses
+
+    def codec_counts(self, batch: Batch, crop: int | None = None) -> dict[int, int]:
+        """Number of images, or of codes of sounds, that `codec_loss` of each codec is the mean over."""
+        sounds = batch.sound_tokens if crop is None else [min(count, crop) for count in batch.sound_tokens]
+        counts = {IMAGE: len(batch.images), AUDIO: sum(sounds)}
+        return {modality: counts[modality] for modality in self.codecs if counts[modality]}
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Tensor:
@@ -249,7 +257,8 @@ class FusedLanguageModel(nn.Module):
         is_code = tokens >= self.vocabulary.slices[TEXT].stop
         is_word = (tokens >= Vocabulary.SPECIALS) & ~is_code
         share = self.word_dropout * (is_word & is_learned) + self.code_dropout * (is_code & ~is_learned)
-        return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, Vocabulary.NULL, tokens)
+        draws = batch.uniform(torch.arange(tokens.numel(), device=tokens.device)).view_as(tokens)
+        return torch.where(draws < share, Vocabulary.NULL, tokens)
 
     def losses(self, tokens: Tensor, hidden: Tensor, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
         """See `forward`; of what `read` returned."""

@@ -8,7 +8,6 @@ number of processes, and after any interruption."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,9 @@ from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Unit, evaluation_texts, list_units, read_unit
 from pile_app.prepare.spill import SPLITS, Work, read_job, slug, table_of, with_label
+
+with suppress(ImportError):  # Windows
+    import fcntl
 
 PREPARE_VERSION = 5  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024

@@ -48,13 +48,8 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
 class DataReport(Callback):
     """Count padding, tokens of each source and unusable documents, which are listed in `quarantine.jsonl`.
 
-    Args:
-        run: the run's folder.
-        max_rejected_share: stop above this fraction: of the samples of a source when it was indexed, and of the documents read,
-            once there are 100.
-
-    Raises:
-        RuntimeError: more than that fraction was unusable, of the documents of any device.
+    Raises ShardError or RuntimeError if more than `max_rejected_share` is unusable: of the samples of a source when it was
+    indexed (at least half), or of the documents that any device read, once there are 100.
     """
 
     def __init__(self, run: Path, max_rejected_share: float) -> None:
@@ -137,9 +132,6 @@ class Ledger(Callback):
     """Record the documents of each optimizer step in `ledger/rank-*.jsonl`, for `read_ledger`. Rejected steps are included.
 
     A line a pack: {"step": from 1, "position": of the pack, "documents": [[source, key, epoch, first token, stop], ...]}.
-
-    Args:
-        run: the run's folder.
     """
 
     def __init__(self, run: Path) -> None:

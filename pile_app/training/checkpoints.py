@@ -46,7 +46,7 @@ Region = tuple[Tensor, tuple[int, ...]]  # part of a tensor, and the index in th
 
 
 def publish(staged: Path, path: Path) -> None:
-    """Rename a complete file or link to `path`. What was `last.ckpt` becomes `previous.ckpt`."""
+    """Rename a complete file or link to `path`. The old `last.ckpt` becomes `previous.ckpt`."""
     if path.name == LAST and path.exists():
         _remove(path.with_name(PREVIOUS))
         os.replace(path, path.with_name(PREVIOUS))
@@ -180,11 +180,7 @@ def read_parts(folder: Path, regions: dict[str, Region]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | os.PathLike[str], optimizer: bool = True) -> dict[str, Any]:
-    """Read a checkpoint, file or folder, on the CPU; `optimizer`: with the optimizer's state. (A file is only mapped.)
-
-    Raises:
-        OSError, RuntimeError, EOFError, pickle.UnpicklingError: it cannot be read.
-    """
+    """Read a checkpoint on the CPU; of a folder, the optimizer's state only if `optimizer`, while a file is mapped."""
     path = Path(path)
     if not path.is_dir():
         return read_file(path)
@@ -211,15 +207,10 @@ def check_shapes(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False) -> None:
-    """Take the weights of another run's model, or of its codecs only, which must have the same shapes.
+    """Take the weights of another run's model, or of its codecs only. `path`: run folder (its last
+    checkpoint), checkpoint, or folder of `pile export`.
 
-    Args:
-        model: whose weights are replaced.
-        path: run folder (its last checkpoint), checkpoint, or folder of `pile export`.
-        codecs_only: leave the language model as it is.
-
-    Raises:
-        ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
+    Raises ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
     """
     option = f"model.{'codecs_from' if codecs_only else 'start_from'}={path!r}"
     if (Path(path) / "model.safetensors").is_file():  # of `pile export`
@@ -237,7 +228,7 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
         tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
     if tokenizer != model.tokenizer.fingerprint and not codecs_only:
         raise ValueError(
-            f"{option} was trained with tokenizer {tokenizer}, this one is {model.tokenizer.fingerprint}: set "
+            f"{option} was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}: set "
             "model.tokenizer to that of the run"
         )
     parts: dict[str, nn.Module] = {f"model.{MODALITIES[modality]}_codec.": codec for modality, codec in model.codecs.items()}
@@ -253,10 +244,7 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
 def find_damage(path: Path, verify: str = "all") -> str:
     """Say what is wrong with a checkpoint, "" if it can be read.
 
-    Args:
-        path: file or folder.
-        verify: which checksums to compare, which torch ignores. "all"; "weights": not those of the optimizer's state; "": none,
-            only that all files are complete.
+    `verify` says which checksums, which torch ignores, are compared: "all", "weights", or "" to check that files are complete.
     """
     try:
         read_state(path)
@@ -301,17 +289,10 @@ def find_trouble(path: Path, skip_steps: Steps, verify: str = "all") -> str:
 
 
 def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path | None:
-    """Return the newest checkpoint that a run can resume from, or None if there is none at all.
+    """Return the newest checkpoint that a run which skips `skip_steps` can resume from, or None if there is none at all.
 
-    A `last.ckpt` that cannot be used is renamed to `aside.ckpt`, so that `previous.ckpt` keeps its name.
-
-    Args:
-        folder: of the checkpoints.
-        skip_steps: ranges of optimizer steps that the run skips.
-        is_first: this is rank 0, which compares the checksums and may rename; the others load what it has chosen.
-
-    Raises:
-        ValueError: no checkpoint of the folder can be used.
+    Only rank 0 (`is_first`) compares checksums, and renames a `last.ckpt` that cannot be used to `aside.ckpt`, so that
+    `previous.ckpt` keeps its name; the others will load what it has chosen. Raises ValueError if no checkpoint can be used.
     """
     last, troubles = folder / LAST, list[str]()
     for path in (last, folder / PREVIOUS):
@@ -328,7 +309,7 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
             return path
     if troubles:
         raise ValueError(
-            f"{'; '.join(troubles)}. There is no other checkpoint to resume from: to begin anew choose another --name, or move "
+            f"{'; '.join(troubles)}. No other checkpoint can be resumed from: to begin anew choose another --name, or move "
             f"{str(folder)!r} away"
         )
     return None
@@ -352,10 +333,9 @@ def validation_every(trainer: Trainer) -> int:
 
 
 class LastCheckpoint(Checkpoint):
-    """Save `last.ckpt` every `every_n_steps` optimizer steps and at the end.
+    """Save `last.ckpt` every `every_n_steps` optimizer steps and at the end, after a validation that is due at the same step.
 
-    If a validation is due at the same step, the checkpoint is saved after it, with what it decided. (Lightning saves before it,
-    and resumed runs skip that validation.)
+    (Lightning saves before the validation, which a resumed run then skips.)
     """
 
     state_key = "LastCheckpoint"
@@ -419,7 +399,7 @@ class GracefulStop(Callback):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, 143 for one that another rank received; 0 after `max_time`."""
+        """128 + the signal's number, 143 if another rank received it; 0 after `max_time`."""
         return 128 + (self.received or signal.SIGTERM) if self.received or not self.is_due else 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, Literal, NoReturn
 
-# Lightning's own advice on its internals, of no use to whoever trains a model. (What is logged is already reduced over ranks.)
+# Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
 warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
@@ -87,27 +87,24 @@ TRAINER_DEFAULTS = {
 }
 
 
+OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("name", str, "run", "name of the run; naming an existing run resumes it"),
+    ("runs", str, "runs", "folder that holds the runs"),
+    ("checkpoint_every", int, 500, "optimizer steps between checkpoints (last.ckpt and previous.ckpt)"),
+    ("monitor", str, "validation/loss", "metric that best.ckpt is the best by, see metrics.csv"),
+    ("monitor_mode", Literal["min", "max"], "min", "which values of it are better"),
+    ("wandb", str | None, "pile", "project in Weights & Biases; null: none"),
+    ("ledger", bool, False, "record the documents of every optimizer step, in runs/<name>/ledger"),
+    ("guard", GuardConfig, GuardConfig(), "which optimizer steps are rejected"),
+)
+
+
 class PileCLI(LightningCLI):
-    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`, `--ledger`, `--guard`."""
+    """LightningCLI with a run folder, `OPTIONS`, and a checked configuration."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, default="run", help="name of the run; naming an existing run resumes it")
-        parser.add_argument("--runs", type=str, default="runs", help="folder that holds the runs")
-        parser.add_argument(
-            "--checkpoint_every",
-            type=int,
-            default=500,
-            help="optimizer steps between checkpoints (last.ckpt and previous.ckpt)",
-        )
-        parser.add_argument(
-            "--monitor", type=str, default="validation/loss", help="metric that best.ckpt is the best by, see metrics.csv"
-        )
-        parser.add_argument("--monitor_mode", type=Literal["min", "max"], default="min", help="which values of it are better")
-        parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
-        parser.add_argument(
-            "--ledger", type=bool, default=False, help="write down the documents of every optimizer step, in runs/<name>/ledger"
-        )
-        parser.add_argument("--guard", type=GuardConfig, default=GuardConfig(), help="optimizer steps that are not taken")
+        for name, kind, default, text in OPTIONS:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         link_model_to_data(parser)
 
     @property
@@ -115,7 +112,9 @@ class PileCLI(LightningCLI):
         return Path(self.scratch.name if self.config.trainer.fast_dev_run else self.config.runs) / self.config.name
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(default_config_files=[str(find_default_config())], **kwargs)
+        default = find_default_config()
+        sys.path.append(str(default.absolute().parents[1]))  # callbacks of `data/`
+        return super().init_parser(default_config_files=[str(default)], **kwargs)
 
     def before_instantiate_classes(self) -> None:
         config, model, is_first = self.config, self.config.model, is_first_process()
@@ -163,36 +162,29 @@ class PileCLI(LightningCLI):
         run, asked = self.run_folder, self.config.trainer
         self.run = RunFolder(run, self.dumped)
         self.stop = GracefulStop(asked.max_time)
-        callbacks: list[Callback] = [
+        best = BestCheckpoint(
+            run / "checkpoints",
+            filename="best",
+            monitor=self.config.monitor,
+            mode=self.config.monitor_mode,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+        callbacks: list[tuple[bool, Callback]] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
-            *([Ledger(run)] if self.config.ledger else []),
-            self.stop,
-            self.run,
-            StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop),
-            DataReport(run, self.config.data.max_rejected_share),
-            Throughput(),
-            PileProgressBar(),
-            LearningRateMonitor("step"),
-            BestCheckpoint(
-                run / "checkpoints",
-                filename="best",
-                monitor=self.config.monitor,
-                mode=self.config.monitor_mode,
-                save_top_k=1,
-                enable_version_counter=False,
-            ),
-            LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),  # after the best one, whose score it keeps
+            (self.config.ledger and not asked.fast_dev_run, Ledger(run)),
+            (True, self.stop),
+            (True, self.run),
+            (True, StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop)),
+            (True, DataReport(run, self.config.data.max_rejected_share)),
+            (True, Throughput()),
+            (asked.enable_progress_bar is not False, PileProgressBar()),
+            (asked.logger is not False and not asked.fast_dev_run, LearningRateMonitor("step")),
+            (not asked.fast_dev_run, best),
+            (True, LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),  # after the best, whose score it keeps
         ]
-        unwanted: list[type[Callback]] = []
-        if asked.fast_dev_run:
-            unwanted += [Ledger, ModelCheckpoint]
-        if asked.logger is False or asked.fast_dev_run:
-            unwanted.append(LearningRateMonitor)
-        if asked.enable_progress_bar is False:
-            unwanted.append(PileProgressBar)
-        callbacks = [callback for callback in callbacks if not isinstance(callback, tuple(unwanted))]
         chosen = {
-            "callbacks": [*callbacks, *(self.config_init.trainer.callbacks or [])],
+            "callbacks": [callback for wanted, callback in callbacks if wanted] + (self.config_init.trainer.callbacks or []),
             "default_root_dir": str(run),
             "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
             "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
@@ -270,10 +262,7 @@ IN_STEPS = "set trainer.max_steps (optimizer steps) or data.epochs (passes over 
 SWITCHES = {
     "accumulate_grad_batches": ("1", "set data.global_batch and data.micro_batch, it follows from them"),
     "barebones": ("False", "it excludes checkpoints and metrics, without which there is no run"),
-    "enable_checkpointing": (
-        "None True",
-        "a run resumes from its checkpoints; checkpoint_every says how often they are written",
-    ),
+    "enable_checkpointing": ("None True", "a run resumes from its checkpoints; set checkpoint_every"),
     "limit_train_batches": ("None 1.0", IN_STEPS),
     "max_epochs": ("None -1", IN_STEPS),
     "min_epochs": ("None", IN_STEPS),
@@ -370,7 +359,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
         except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
             cli.stop.received = signal.SIGINT
     if not cli.trainer.is_global_zero:
-        raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
+        raise SystemExit  # with 0: Lightning kills all other processes if one of them fails
     close(cli.trainer)
     command = shlex.join(["python", *sys.argv] if arguments is None else [*program, *arguments])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
@@ -386,7 +375,7 @@ def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
         raise SystemExit
     print(f"{run}: {error}")
     if skipped is None:
-        print("Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name")
+        print("All checkpoints are from later steps. Lower the learning rate, or begin anew with another --name")
     else:
         print(f"Lower the learning rate, or skip those data: the same command with --guard.skip_steps '{ranges}'")
     raise SystemExit(DIVERGED)

@@ -21,18 +21,22 @@ from pile_app.training.checkpoints import check_shapes, find_damage, read_checkp
 from pile_app.training.module import PileModule
 
 TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
-RANDOM: set[Any] = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.nn.init.uniform_, torch.nn.init.normal_}
+
+
+FILLING = ("uniform_", "normal_", "zero_", "fill_")
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Within this context, modules do not draw random weights; for modules whose weights are replaced anyway.
+    """Within this context, modules do not initialize their weights, which are replaced anyway.
 
-    Memory that is allocated for weights and never written or read takes no room.
+    Allocated memory that is never written takes no room.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in RANDOM:
-            return args[0] if args else kwargs["tensor"]
+        tensor = (kwargs or {}).get("tensor", args[0] if args else None)
+        is_filled = getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in FILLING
+        if is_filled and isinstance(tensor, torch.nn.Parameter):
+            return tensor
         return (torch.empty if func is torch.randn else func)(*args, **kwargs or {})
 
 
@@ -48,7 +52,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     """
     config, path = read_config(run), find_checkpoint(run, checkpoint)
     if damage := find_damage(path, "weights"):
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {damage}")
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {damage}")
     with SkipInitialization():
         module, data = build_run(run, config)
     saved = read_checkpoint(path, optimizer=False)
@@ -60,7 +64,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
     if module.tokenizer.fingerprint != trained:
         raise ValueError(
-            f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
+            f"the tokenizer {config['model']['tokenizer']!r} is not that of the run {str(run)!r} (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded

@@ -2,7 +2,7 @@
 
     devices = data_parallel x tensor_parallel, a mesh of (D, P); devices of one row (P) train on the same packs
 
-* `fully_shard` (FSDP2): each Transformer block, and the rest of the language model as one more unit, is sharded over D devices
+* `fully_shard` (FSDP2): each Transformer block, and the rest of the language model as another unit, is sharded over D devices
   and gathered when it is computed. All devices gather the same units in the same order, whatever their batches hold.
 * Tensor parallel: of each block, the P devices of a row hold H / P heads and 1 / P of the feed-forward net each.
 * The codecs are small, and what they do depends on the media of a batch: every device has them whole, and `average_gradients`
@@ -62,16 +62,8 @@ def tensor_parallel_plan() -> dict[str, ParallelStyle]:
 def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None = None) -> None:
     """Shard the language model over the devices, in place, with the weights of rank 0.
 
-    The parameters are sharded on the meta device and materialized once, tensor by tensor. The weights of other ranks are not
-    read, so they need not be initialized.
-
-    Args:
-        model: whole.
-        mesh: ("data_parallel", "tensor_parallel").
-        half: dtype that the blocks are gathered and computed in (under autocast); None: that of the weights.
-
-    Raises:
-        ValueError: the backbone cannot be sharded so.
+    Parameters are sharded on the meta device and materialized once, tensor by tensor. Other ranks need not initialize theirs.
+    `half`: dtype that blocks are gathered and computed in (under autocast). Raises ValueError if heads cannot be sharded.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     blocks = list(model.backbone.blocks) if isinstance(model.backbone, Transformer) else []
@@ -131,7 +123,7 @@ def _shard_heads(model: FusedLanguageModel, blocks: list[nn.Module], mesh: Devic
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of unsharded parameters over all devices, in place; no gradient counts as zero."""
+    """Average the gradients of unsharded parameters over all devices, in place; a missing gradient counts as zero."""
     parameters = [p for p in parameters if p.numel()]
     if not parameters or dist.get_world_size() == 1:
         return
@@ -189,7 +181,7 @@ def local_region(tensor: Tensor) -> Region:
 
 
 def is_written(tensor: Tensor) -> bool:
-    """Return whether this device is the one that saves its part of a tensor, the first of those that hold it."""
+    """Return whether this device saves its part of a tensor: the first device that holds it does."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     pairs = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)

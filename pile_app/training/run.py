@@ -64,7 +64,7 @@ class _MetricsFile(ExperimentWriter):
         self._read()
 
     def _read(self) -> list[dict[str, str]]:
-        """Return the rows, except one that a killed process left unfinished; new rows will have their columns."""
+        """Return the rows, except an unfinished last one; new rows will have their columns."""
         path = Path(self.metrics_file_path)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         reader = csv.DictReader(line for line in lines if line.endswith("\n"))
@@ -98,7 +98,7 @@ class ResumableCSVLogger(CSVLogger):
 
 
 def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
-    """Return the CSV logger and, if a project is named, the one of W&B."""
+    """Return the CSV logger and, if a project is named, W&B's."""
     return [ResumableCSVLogger(run), *([WandbRun(run, wandb_project)] if wandb_project is not None else [])]
 
 
@@ -186,14 +186,15 @@ class RunFolder(Callback):
 
 def find_divergence(trainer: Trainer, module: PileModule, metrics: dict[str, Any], monitor: str) -> list[str]:
     """Say if a run ended far worse than its best validation, or worse than guessing."""
-    found: list[str] = []
     if module.objective is not None:
-        return found
-    for modality in module.vocabulary.modalities:
-        ids, name = module.vocabulary.slices[modality], f"{MODALITIES[modality]}_loss"
-        loss = float(metrics.get(f"validation/{name}", metrics.get(f"train/{name}", 0.0)))
-        if not loss <= 1.1 * math.log(ids.stop - ids.start):
-            found.append(f"{name} is {loss:.4g}, guessing has {math.log(ids.stop - ids.start):.4g}: lower the learning rate")
+        return []
+    chances = {f"{MODALITIES[m]}_loss": math.log(s.stop - s.start) for m, s in enumerate(module.vocabulary.slices)}
+    losses = {n: float(metrics.get(f"validation/{n}", metrics.get(f"train/{n}", math.nan))) for n in chances}
+    worse = {name for name, loss in losses.items() if loss > 1.1 * chances[name]}
+    if not worse and all(not loss < 0.99 * chances[name] for name, loss in losses.items()):
+        worse = {name for name, loss in losses.items() if math.isfinite(loss)}
+    said = "{} is {:.4g}, guessing has {:.4g}: lower the learning rate"
+    found = [said.format(name, losses[name], chances[name]) for name in sorted(worse)]
     for callback in trainer.checkpoint_callbacks:
         best, mode = getattr(callback, "best_model_score", None), getattr(callback, "mode", "")
         if best is not None and monitor in metrics:
@@ -222,12 +223,7 @@ def git_revision() -> str:
 
 
 def lock(run: Path) -> IO[str]:
-    """Lock a run folder until the returned file is closed or this process ends.
-
-    Raises:
-        ValueError: another process does.
-        OSError: the folder cannot be written.
-    """
+    """Lock a run folder until this process ends. Raises ValueError if another one trains in it, OSError if it is read-only."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
@@ -276,7 +272,7 @@ def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 
 def describe(changes: list[tuple[str, Any, Any]]) -> str:
-    """`name was a, now b` of each change."""
+    """Format changes as "name was a, now it is b; ..."."""
 
     def short(value: Any) -> str:
         path: str | None = value.get("class_path") if isinstance(value, dict) else None
@@ -286,14 +282,13 @@ def describe(changes: list[tuple[str, Any, Any]]) -> str:
 
 
 def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration that the run had. Raises ValueError where the new one has another model, or fewer steps than
-    were trained."""
+    """Return the run's old configuration. Raises ValueError if the new one has another model, or too few steps."""
     steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
     if 0 <= wanted < steps:
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
     path = run / "config.yaml"
     was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"model": {}}
-    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # and, of the data, what makes positions comparable
+    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # positions depend on some of `data`
     changes = list(differences(was, fixed | {"data": {key: asked["data"][key] for key in ("context", "global_batch", "seed")}}))
     unused = ("model.start_from", "model.codecs_from")
     changes = [one for one in changes if not FOLLOWED.match(one[0]) and not (one[0] in unused and one[2] is None)]
@@ -303,8 +298,7 @@ def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str
 
 
 def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
-    """Optimizer steps of a run that is complete; None where there is more to do. Raises ValueError: it is complete for
-    another configuration."""
+    """Return the steps of a complete run, else None. Raises ValueError if it is complete for another configuration."""
     if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
         return None
     was = yaml.safe_load((run / "config.yaml").read_text())
@@ -323,7 +317,7 @@ def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
 
 
 def check_origin(model: dict[str, Any]) -> None:
-    """Raises ValueError where `start_from` or `codecs_from` names a run whose model or codecs differ."""
+    """Raise ValueError if `start_from` or `codecs_from` names a run whose model or codecs differ."""
     for option, parts in (("start_from", ("backbone", "image", "audio")), ("codecs_from", ("image", "audio"))):
         path = Path(model.get(option) or os.devnull)
         config = next((c for f in (path, *path.absolute().parents[1:2]) if (c := f / "config.yaml").is_file()), None)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.judges import MANY, Judge, Labelled
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.segments import prompt_tokens
-from pile_app.tasks.judges import MANY, Judge, Labelled
 from pile_app.tasks.rank import rank_names
 from pile_app.vocabulary import Vocabulary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +46,8 @@ TENSOR_PARALLEL = (
 )
 
 
-def train_on_two(bench: Workbench, name: str, *arguments: str) -> None:
-    for rank in bench.start_ranks(name, *arguments):
-        rank.succeed()
+def train_on_two(bench: Workbench, name: str, *arguments: str) -> list[str]:
+    return [rank.succeed() for rank in bench.start_ranks(name, *arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """With `one`, a run of one process in micro-batches of 2, and `two`, the same on two processes."""
     bench = make_bench(tmp_path_factory.mktemp("distributed"))
     bench.train("one", "--data.micro_batch", "2")
-    train_on_two(bench, "two")
+    assert not any("sync_dist" in said for said in train_on_two(bench, "two"))
     return bench
 
 
@@ -64,6 +64,18 @@ def test_two_processes_read_what_one_reads_and_lose_what_one_loses(bench: Workbe
     assert len(one) == 14 and all(one.values())
     assert one == two
     assert_close_runs(bench.run("two"), bench.run("one"))
+
+
+def test_damaged_checkpoint_is_found_by_one_process_and_both_resume_from_the_one_before(bench: Workbench) -> None:
+    shutil.copytree(bench.run("two"), bench.run("damaged"))
+    last = bench.run("damaged") / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 16
+    last.write_bytes(content)
+    first, second = train_on_two(bench, "damaged", "--trainer.max_steps", "15", "--model.optimizer.schedule", "constant")
+    assert "the checksum of" in first and "previous.ckpt, step 12" in first and "the checksum of" not in second
+    assert checkpoint(bench.run("damaged"))["global_step"] == 15 and (last.parent / "aside.ckpt").exists()
+    assert len(documents(bench.run("damaged"))) == 15
 
 
 def test_run_killed_on_two_processes_goes_on_with_one(bench: Workbench) -> None:

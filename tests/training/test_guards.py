@@ -124,7 +124,7 @@ def test_newest_readable_checkpoint_is_chosen_and_never_the_beginning(tmp_path: 
     assert choose_checkpoint(tmp_path, (), True) == previous
     assert "cannot be read" in caplog.text and not last.exists() and (tmp_path / "aside.ckpt").exists()
     previous.write_bytes(b"")
-    with pytest.raises(ValueError, match="no other checkpoint to resume from"):
+    with pytest.raises(ValueError, match="No other checkpoint can be resumed from"):
         choose_checkpoint(tmp_path, (), True)
 
 
