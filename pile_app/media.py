@@ -217,7 +217,7 @@ def _open_sound(data: bytes) -> _Sound:
     try:
         sound = _open_with_pyav(data, demuxer) if demuxer else _open_with_soundfile(data)
     except ImportError as error:
-        message = f"{demuxer} sounds (m4a, aac, webm, wma) are decoded by PyAV: pip install av"
+        message = f"{demuxer} sounds (m4a, aac, webm, wma) are decoded by PyAV: pip install 'pile-app[media]'"
         raise BadSample("no_decoder", message) from error
     except Exception as error:
         raise BadSample("undecodable_audio", str(error)) from error

@@ -511,7 +511,7 @@ def test_m4a_aac_webm_are_decoded_by_pyav(kind: str) -> None:
 def test_without_pyav_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     for data in (b"\0\0\0\x1cftypM4A \0\0", b"\x1aE\xdf\xa3rest", b"\xff\xf1L\x80"):
-        with pytest.raises(BadSample, match=r"no_decoder: .* pip install av"):
+        with pytest.raises(BadSample, match=r"no_decoder: .* pip install 'pile-app\[media\]'"):
             audio_size(data)
 
 
