@@ -235,10 +235,10 @@ def classify(
                 count += 1
         if not count:
             raise ValueError(f"{pattern!r} holds no document that can be read")
-        values = {key: round(float(value), 4) for key, value in objective.compute().items()}
-        found = {"documents": count, "rejected": dict(rejected), **values}
-        (folder / "classification.json").write_text(json.dumps(found | objective.report(folder), indent=2) + "\n")
-        print(json.dumps(found))
+        values = {key: float(value) for key, value in objective.compute().items()}
+        counts = {"documents": count, "rejected": dict(rejected)}
+        (folder / "classification.json").write_text(json.dumps(counts | values | objective.report(folder), indent=2) + "\n")
+        print(json.dumps(counts | {key: round(value, 4) for key, value in values.items()}))
         print(folder / "confusion.png")
 
 
