@@ -30,6 +30,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pile_app.bundled import copy_recipe
 from pile_app.data import order as data_order
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
@@ -455,6 +456,8 @@ def _is_unmade(source: Source, recipe: str) -> bool:
 
 def run_recipe(recipe: str) -> None:
     """Run `python <recipe>`; raise FileNotFoundError if it does not exist, RuntimeError if it fails."""
+    if not Path(recipe).is_file():
+        copy_recipe(recipe)
     if not Path(recipe).is_file():
         raise FileNotFoundError(f"data.prepare names the recipe {recipe!r}, which does not exist in {os.getcwd()}")
     print(f"preparing data: python {recipe}", flush=True)

@@ -40,14 +40,22 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | Path, prefix: 
     """
     weights = _read_folder(source)[1] if isinstance(source, Path) else source
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(model, weights)
+    model.load_state_dict(weights)
+
+
+def check_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if weights, by name, are not those of the module."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    different = [f"{name}: {saved.get(name, 'missing')} in the source, {own.get(name, 'missing')} in the model"
+    different = [f"{name}: {saved.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in the model"
                  for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]  # fmt: skip
     if different:
-        listed = "\n  ".join(different[:5] + ["..."] * (len(different) > 5))
-        raise ValueError(f"the weights are of another model ({len(different)} of {len(own)} tensors differ):\n  {listed}")
-    model.load_state_dict(weights)
+        raise ValueError(
+            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ): "
+            f"{'; '.join(different[:5])}. Set the model back as it was (the run's config.yaml says how), or begin another run "
+            "with another --name"
+        )
 
 
 def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map_only
 from pile_app.data.files import sync_folder, whole_file
 from pile_app.documents import MODALITIES
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.pretrained import load_weights, read_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -188,34 +189,26 @@ def read_checkpoint(path: str | os.PathLike[str], optimizer: bool = True) -> dic
     return join_tensors(tensors, read_parts(path, {name: (t, (0,) * t.ndim) for name, t in tensors.items()}))
 
 
-def check_shapes(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raise ValueError if the weights in a checkpoint are not those of the model."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    different = [
-        f"{name}: {saved.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in the model"
-        for name in sorted(own.keys() | saved.keys())
-        if own.get(name) != saved.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ): "
-            f"{'; '.join(different[:5])}. Set the model back as it was (the run's config.yaml says how), or begin another run "
-            "with another --name"
-        )
-
-
 def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False) -> None:
-    """Take the weights of another run's model, or of its codecs only. `path`: run folder (its last checkpoint) or checkpoint.
+    """Take the weights of another run's model, or of its codecs only. `path`: run folder (its last
+    checkpoint), checkpoint, or folder of `pile export`.
 
     Raises ValueError: there is no such checkpoint, or its model has another shape or another tokenizer.
     """
     option = f"model.{'codecs_from' if codecs_only else 'start_from'}={path!r}"
-    found = Path(path) / "checkpoints" / LAST if (Path(path) / "config.yaml").is_file() else Path(path)
-    if damage := find_damage(found, "weights"):
-        raise ValueError(f"{option} is neither the folder of a run nor a checkpoint that can be read: {damage}")
-    checkpoint = read_checkpoint(found, optimizer=False)
-    tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
+    if (Path(path) / "model.safetensors").is_file():  # of `pile export`
+        arguments, exported = read_pretrained(Path(path))
+        weights = {f"model.{name}": tensor for name, tensor in exported.items()}
+        tokenizer = arguments["tokenizer"].fingerprint
+    else:
+        found = Path(path) / "checkpoints" / LAST if (Path(path) / "config.yaml").is_file() else Path(path)
+        if damage := find_damage(found, "weights"):
+            raise ValueError(
+                f"{option} is neither a run, a checkpoint that can be read, nor a folder of `pile export`: {damage}"
+            )
+        checkpoint = read_checkpoint(found, optimizer=False)
+        weights = checkpoint["state_dict"]
+        tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
     if tokenizer != model.tokenizer.fingerprint and not codecs_only:
         raise ValueError(
             f"{option} was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}: set "
@@ -223,9 +216,7 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
         )
     parts: dict[str, nn.Module] = {f"model.{MODALITIES[modality]}_codec.": codec for modality, codec in model.codecs.items()}
     for prefix, module in parts.items() if codecs_only else [("model.", model)]:
-        state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
-        check_shapes(module, state)
-        module.load_state_dict(state)
+        load_weights(module, weights, prefix)
 
 
 # -- Choosing

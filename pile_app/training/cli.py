@@ -279,7 +279,12 @@ def find_default_config() -> Path:
     """`conf/default.yaml`, which every configuration is laid over: next to `train.py`, in the working folder, or ours.
     Raises FileNotFoundError: there is none."""
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    folders = [*([main.parent] if main.name == "train.py" else []), Path(), Path(__file__).parents[2]]
+    folders = [
+        *([main.parent] if main.name == "train.py" else []),
+        Path(),
+        Path(__file__).parents[2],
+        Path(__file__).parents[1] / "bundled",
+    ]
     found = [path for folder in folders if (path := folder / "conf" / "default.yaml").is_file()]
     if not found:
         raise FileNotFoundError(
@@ -321,7 +326,7 @@ def parse_config(arguments: list[str]) -> Namespace:
             raise ValueError(str(error)) from error
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python", "train.py")) -> None:
     """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
     Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
     could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
@@ -355,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not cli.trainer.is_global_zero:
         raise SystemExit  # with 0: Lightning kills all other processes if one of them fails
     close(cli.trainer)
-    command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
+    command = shlex.join(["python", *sys.argv] if arguments is None else [*program, *arguments])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
     raise SystemExit(cli.stop.exit_code)
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
 from pile_app.model.fused import AUTOCAST
-from pile_app.training.checkpoints import check_shapes, find_damage, read_checkpoint
+from pile_app.model.pretrained import check_shapes
+from pile_app.training.checkpoints import find_damage, read_checkpoint
 from pile_app.training.module import PileModule
 
 TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run

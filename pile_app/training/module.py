@@ -32,7 +32,8 @@ from pile_app.documents import MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
-from pile_app.training.checkpoints import check_shapes, load_origin
+from pile_app.model.pretrained import check_shapes
+from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
 from pile_app.training.objective import Objective, sum_over_devices
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer

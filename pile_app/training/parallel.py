@@ -35,11 +35,11 @@ from torch.optim import Optimizer
 from pile_app.data.files import whole_file
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.pretrained import check_shapes
 from pile_app.training.checkpoints import (
     META,
     PARTS,
     Region,
-    check_shapes,
     explaining_failure,
     join_tensors,
     publish_parts,

@@ -32,7 +32,7 @@ def test_weights_come_from_names_a_prefix_or_a_folder(tiny_model: MakeModel, tmp
 def test_weights_of_another_model_are_refused_by_name(tiny_model: MakeModel) -> None:
     with pytest.raises(ValueError, match=r"backbone\.blocks\.0.*missing in the model"):
         load_weights(tiny_model("lstm"), tiny_model().state_dict())
-    with pytest.raises(ValueError, match=r"heads\.0\.weight: \(3, 3\) in the source, \(262, 32\) in the model"):
+    with pytest.raises(ValueError, match=r"heads\.0\.weight: \(3, 3\) in the checkpoint, \(262, 32\) in the model"):
         load_weights(tiny_model(), tiny_model().state_dict() | {"heads.0.weight": torch.zeros(3, 3)})
 
 

@@ -17,7 +17,7 @@ from pile_app.cli import main
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
-from pile_app.data.shards import write_shards
+from pile_app.data.shards import Shards, write_shards
 from pile_app.documents import TEXT, Codes, Document, Segment
 from pile_app.fields import document_from_sample
 from pile_app.model.backbones import MinGRU
@@ -208,9 +208,37 @@ def test_a_run_classifies_what_it_is_given(classifier: Path, tmp_path: Path, cap
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["label"] for answer in answers] == ["light", "low", "high"]
     assert answers[1]["text"] == "abba dada" and sum(answers[1]["probabilities"].values()) == pytest.approx(1, abs=0.001)
+    main(["evaluate", str(classifier), "--output", str(tmp_path)])
+    measured = json.loads((tmp_path / "evaluation.json").read_text())["checkpoint"]
+    assert measured.endswith("best.ckpt"), "as its summary, and as classify"
     with pytest.raises(SystemExit):
         main(["classify", str(classifier)])
     assert "what to classify?" in capsys.readouterr().err
+
+
+def test_tables_are_classified_by_their_text_and_what_cannot_be_read_is_named(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("abba dada", "low"), ("zzyx wwxy", "high"), ("abcd abcd", "low")]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in rows))
+    for name in ("a.csv", "a.jsonl"):
+        main(["classify", str(classifier), "--file", str(tmp_path / name)])
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(answer["text"], answer["label"]) for answer in answers] == rows, "the label is no part of the text"
+
+    images = [(np.full((8, 8), value, np.uint8), label) for value, label in ((240, "light"), (10, "dark"), (250, "light"))]
+    documents = [Document((Segment.from_image(one),), str(n), meta={"label": label}) for n, (one, label) in enumerate(images)]
+    (path,) = write_shards(documents, tmp_path / "shards", "x").paths
+    content = bytearray(Path(path).read_bytes())
+    content[content.index(b"IDAT") + 6] ^= 0xFF  # of the first image
+    Path(path).write_bytes(content)
+    Shards(path, again="all")
+    main(["classify", str(classifier), "--on", f"mine={path}", "--output", str(tmp_path / "out")])
+    told = capsys.readouterr()
+    assert "0 is skipped, undecodable_image" in told.err
+    found = json.loads((tmp_path / "out" / "classification.json").read_text())
+    assert (found["documents"], found["rejected"], found["accuracy"]) == (2, {"undecodable_image": 1}, 1.0)
 
 
 def documents_of(rows: dict[str, str]) -> list[Document]:

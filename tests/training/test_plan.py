@@ -214,7 +214,7 @@ def test_plan_of_a_run_with_its_data_measures_them(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tiny_run.config.parent)
-    pile(["plan", "--config", str(tiny_run.config), "--device", "a100", "--read-data", "trainer.precision=bf16-mixed"])
+    pile(["plan", "--config", str(tiny_run.config), "--hardware", "a100", "--read-data", "--trainer.precision=bf16-mixed"])
     said = capsys.readouterr().out
     assert "from 64 packs" in said and "passes over the data" in said and "1 x a100, single, bf16-mixed" in said
 
