@@ -253,7 +253,7 @@ class PileDataModule(LightningDataModule):
 
     def _open_train(self) -> tuple[list[SourceData], list[SourceOrder]]:
         data = self._open("train")
-        streams = data_order.count_streams([source.tokens for source in data], self.global_batch)
+        streams = data_order.count_streams([source.tokens for source in data], self.context, self.global_batch)
         dropout = self.condition_dropout if self.annotator is None else 0.0
         return data, [source.order(self.seed, streams, dropout) for source in data]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, map_arrays, save_arrays
 from pile_app.data.index import EXTENSIONS, UNORDERED, ShardIndex, starts
-from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
+from pile_app.data.order import ORDER_VERSION, SourceOrder, SourceTokens, piece_table
 from pile_app.data.packing import cut_document
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import OPEN_SHARDS, Shards, describe_balance
@@ -125,10 +125,10 @@ class SourceData(Shards):
         """`SHARD_COLUMNS` of a shard."""
         pieces, lengths, too_long = self._cut(shard)
         bounds = (int(lengths.min()), int(lengths.max())) if len(lengths) else (1 << 62, 0)
-        return [len(pieces), int((pieces.stop - pieces.start).sum()), too_long, *bounds]
+        return [len(pieces), int((pieces["stop"] - pieces["start"]).sum()), too_long, *bounds]
 
-    def pieces(self, shard: int) -> Pieces:
-        """The pieces that the documents of a shard are cut into."""
+    def pieces(self, shard: int) -> np.ndarray:
+        """The table of pieces that the documents of a shard are cut into."""
         return self._cut(shard)[0]
 
     def _count_lengths(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +136,7 @@ class SourceData(Shards):
         counts, breaks = text_counts(self.index(shard), self.tokenizer)
         return segment_tokens(self.index(shard), self.vocabulary, counts), breaks
 
-    def _cut(self, shard: int) -> tuple[Pieces, np.ndarray, int]:
+    def _cut(self, shard: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(pieces, (S,) tokens of the documents, number of documents with a medium longer than the context) of a shard."""
         index, (every, breaks) = self.index(shard), self._lengths(shard)
         rows = np.flatnonzero(~index.choice)  # the first alternative of each segment
@@ -150,8 +150,7 @@ class SourceData(Shards):
         ends = loss[first[1:] - 1]  # whether `<end>` is predicted
         varies = (count < index.segments) | ((index.flags & UNORDERED > 0) & (learned < count))
         hides = (count > 1) & (learned == count)
-        numbers = np.arange(len(index)) + self.first_document[shard]
-        cut: list[tuple[int, int, int, int]] = []  # document, start, stop, targets
+        cut: list[tuple[int, int, int, int]] = []  # sample, start, stop, targets
         too_long, first_break = 0, starts(index.break_count)
         for sample in np.flatnonzero(lengths > self.context).tolist():
             start, stop = first[sample : sample + 2].tolist()
@@ -166,15 +165,17 @@ class SourceData(Shards):
             except ValueError:
                 too_long += 1
                 continue
-            before = starts(np.repeat([False, *loss[start:stop], ends[sample]], [1, *sizes, 1]))  # predicted tokens
-            cut += [(int(numbers[sample]), begin, end, int(before[end] - before[begin + 1])) for begin, end in ranges]
-        table = np.stack([numbers, np.zeros_like(lengths), lengths, total(tokens * loss) + ends], 1)[lengths <= self.context]
-        is_whole = np.arange(len(table) + len(cut)) < len(table)
-        table = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)])
-        sample_of = table[:, 0] - self.first_document[shard]
-        numbers, (begin, end, targets) = table[:, 0].copy(), table.T[1:].astype(np.int32)
-        flags = is_whole & varies[sample_of], hides[sample_of]
-        return Pieces(numbers, begin, end, targets, is_whole, *flags), lengths, too_long
+            if learned[sample] == count[sample]:  # every token but the first of a piece
+                cut += [(sample, begin, end, end - begin - 1) for begin, end in ranges]
+            else:
+                before = starts(np.repeat([False, *loss[start:stop], ends[sample]], [1, *sizes, 1]))  # predicted tokens
+                cut += [(sample, begin, end, int(before[end] - before[begin + 1])) for begin, end in ranges]
+        fits = np.flatnonzero(lengths <= self.context)
+        table = np.stack([fits, 0 * fits, lengths[fits], (total(tokens * loss) + ends)[fits]], 1)
+        sample, start, stop, targets = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)]).T
+        whole, document = np.arange(len(sample)) < len(fits), sample + self.first_document[shard]
+        columns = {"whole": whole, "targets": targets, "varies": whole & varies[sample], "hides": hides[sample]}
+        return piece_table(document=document, start=start, stop=stop, **columns), lengths, too_long
 
     def segments(self, number: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
         """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
