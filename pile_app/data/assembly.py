@@ -82,6 +82,7 @@ def assemble(
         arrays[name][: len(table)] = table
         kind, _, first = layout[name]
         layout[name] = (kind, table.shape, first)
+    arrays["tokens"] -= EMPTY
     text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))
     arrays["normalizer"][...] = normalizer or text + image + audio
     batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
@@ -101,6 +102,10 @@ class _Medium(NamedTuple):
     augment: Callable[[np.ndarray], np.ndarray] | None
 
 
+EMPTY = -Vocabulary.SPECIALS  # id 0 in `_Rows.tokens`
+WHOLE_TEXT = [EMPTY + token for token in (Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END)]
+
+
 class _Rows:
     """Lay out the packs of a batch in flat arrays of rows * context tokens."""
 
@@ -108,7 +113,9 @@ class _Rows:
         self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer, annotator: Annotator | None
     ) -> None:
         self.context, self.vocabulary, self.tokenizer, self.annotator = context, vocabulary, tokenizer, annotator
-        self.tokens = np.zeros(rows * context, np.int32)
+        self.tokens = np.full(
+            rows * context, EMPTY, np.int32
+        )  # relative to the first id of text, so that texts are only copied
         self.learned = np.full(rows * context, NOT_LEARNED, np.uint8)
         self.labels = np.full(rows * context if annotator else 0, NO_LABEL, np.int32)
         self.starts, self.sources = list[int](), list[int]()  # of pieces, by number, padding included
@@ -179,7 +186,7 @@ class _Rows:
         piece, key, *_ = self.pieces[number]
         self.rejected[number] = (piece.source, key, error.reason, error.detail)
         span = slice(self.starts[number], self.starts[number] + piece.stop - piece.start)
-        for array, empty in ((self.tokens, 0), (self.learned, NOT_LEARNED), (self.labels, NO_LABEL)):
+        for array, empty in ((self.tokens, EMPTY), (self.learned, NOT_LEARNED), (self.labels, NO_LABEL)):
             array[span] = empty  # `labels` is empty without an objective
         self.sources[number] = PADDING
 
@@ -195,19 +202,21 @@ class _Rows:
             if segment.ids is not None and segment.loss and (start, stop) == (0, len(segment.ids) + 3):
                 # Fast path for whole texts, the most frequent documents; the code below is equivalent.
                 end = offset + stop - 1
-                tokens[offset], tokens[offset + 1], tokens[end] = Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END
-                np.add(segment.ids, Vocabulary.SPECIALS, out=tokens[offset + 2 : end], casting="unsafe")
+                tokens[offset], tokens[offset + 1], tokens[end] = WHOLE_TEXT
+                tokens[offset + 2 : end] = segment.ids
                 learned[offset:end] = TEXT
                 return [], stop
 
         def mark(index: int, token: int) -> None:
             if start <= index < stop:
-                tokens[index + shift] = token
+                tokens[index + shift] = EMPTY + token
 
-        def put(first: int, ids: np.ndarray | Sequence[int], base: int) -> None:
+        def put(first: int, ids: np.ndarray, base: int = 0) -> None:
             low, high = max(first, start), min(first + len(ids), stop)
             if low < high:
-                np.add(ids[low - first : high - first], base, out=tokens[low + shift : high + shift], casting="unsafe")
+                tokens[low + shift : high + shift] = ids[low - first : high - first]
+                if base:
+                    tokens[low + shift : high + shift] += base
 
         def learn(first: int, end: int, modality: int) -> None:
             """Predict the tokens [first, end), if they and their predecessor are in this piece."""
@@ -225,13 +234,13 @@ class _Rows:
                 ids = self._text_ids(segment)
                 length = first + len(ids)
                 if not hidden:
-                    put(first, ids, Vocabulary.SPECIALS)
+                    put(first, ids)
             else:
                 media, codes = self._codes_of(segment, augment is not None)
                 length = first + (len(codes) if isinstance(codes, np.ndarray) else codes)
                 if not hidden and start <= first < stop:  # media are never cut
                     if isinstance(codes, np.ndarray):
-                        put(first, codes, vocabulary.starts[modality])
+                        put(first, codes, EMPTY + vocabulary.starts[modality])
                     if media is not None:
                         change = partial(augment, segment=segment_number) if augment else None
                         file = b"" if segment.is_encoded else segment.file
@@ -242,7 +251,7 @@ class _Rows:
                     length += 1
             spans.append((first, length))
             if hidden:
-                tokens[max(first, start) + shift : max(min(length, stop), start) + shift] = Vocabulary.NULL
+                tokens[max(first, start) + shift : max(min(length, stop), start) + shift] = EMPTY + Vocabulary.NULL
             elif segment.loss:
                 # The end of a segment without loss, and the opener after it, are learned by the segment after it.
                 learn(opener, first, TEXT)

@@ -102,19 +102,17 @@ class PackDataset(Dataset[Batch]):
         draw, epoch, number = self.order.draws[piece.source], piece.epoch, piece.document
         span = None if piece.whole else (piece.start, piece.stop)
         key, document = read(self.sources[piece.source], number, partial(draw.text, epoch, number), span)
-        if isinstance(document, BadSample):
+        if isinstance(document, BadSample) or (len(document.segments) == 1 and self.annotator is None):
             return PackedDocument(piece, key, document)
         if self.annotator is not None:  # labels may be in the text, and in the meta
             return PackedDocument(piece, key, self.annotator.arrange(document))
-        segments, dropped = document.segments, 0
-        if len(segments) > 1:
-            # Documents longer than the context were cut in the order that they are stored in.
-            if not document.ordered and piece.whole:
-                segments = tuple(segments[i] for i in draw.order(epoch, number, len(segments)))
-                document = Document(segments, key, True, document.meta)
-            if all(segment.loss for segment in segments):
-                dropped = draw.hidden(epoch, number, len(segments))
-        return PackedDocument(piece, key, document, dropped)
+        segments = document.segments
+        # Documents longer than the context were cut in the order that they are stored in.
+        if not document.ordered and piece.whole:
+            segments = tuple(segments[i] for i in draw.order(epoch, number, len(segments)))
+            document = Document(segments, key, True, document.meta)
+        hides = all(segment.loss for segment in segments)
+        return PackedDocument(piece, key, document, draw.hidden(epoch, number, len(segments)) if hides else 0)
 
     @lru_cache(8)  # noqa: B019 (lives as long as the run)
     def _step_sizes(self, step: int) -> tuple[list[int], int]:

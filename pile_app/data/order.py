@@ -237,9 +237,10 @@ class SourceOrder:
         self._group = lru_cache(self.streams)(self._make_group)
         self._window = lru_cache(entries)(self._pack_window)
         self._visits = lru_cache(2 * entries)(self._make_visits)
+        self._last: dict[int, Any] = {}  # stream -> the window that was asked for last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_group", "_window", "_visits")}
+        return {name: value for name, value in vars(self).items() if name not in ("_group", "_window", "_visits", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -316,10 +317,15 @@ class SourceOrder:
 
     def _locate(self, k: int, stream: int) -> tuple[int, _Window, int]:
         """Return (epoch, packs of a window, index of the pack) for the k-th pack of a stream."""
-        epoch, within = self.find(k, stream)
-        windows, firsts, ends = self._visits(epoch, stream)
-        at = bisect_right(ends, within)
-        return epoch, self._window(epoch, windows[at]), firsts[at] + within - (ends[at - 1] if at else 0)
+        first, stop, epoch, window, shift = self._last.get(stream, (0, 0, 0, None, 0))
+        if not first <= k < stop:
+            epoch, within = self.find(k, stream)
+            windows, firsts, ends = self._visits(epoch, stream)
+            at = bisect_right(ends, within)
+            first, stop = (k - within + end for end in (ends[at - 1] if at else 0, ends[at]))
+            window, shift = self._window(epoch, windows[at]), firsts[at] - first
+            self._last[stream] = first, stop, epoch, window, shift
+        return epoch, window, k + shift
 
     def _make_visits(self, epoch: int, stream: int) -> tuple[list[int], list[int], list[int]]:
         """Order the windows in a stream's part of an epoch: (window, the stream's first pack in it, cumulated packs)."""

@@ -407,9 +407,15 @@ def test_the_table_of_a_large_source_is_kept_and_gives_the_same_order(
 # Streams
 
 
+@pytest.fixture
+def many_shards(shards_of_streams: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """40 shards of texts, and 12, of a few packs each."""
+    monkeypatch.setattr(order, "STREAM_PACKS", 1)
+    return shards_of_streams
+
+
 @pytest.fixture(scope="module")
-def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 shards of texts, and one of 12 shards."""
+def shards_of_streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
     for name, shards in {"news": 40, "books": 12}.items():
         lengths = np.random.default_rng(shards).integers(1, 60, 12 * shards).tolist()

@@ -552,8 +552,8 @@ def test_text_that_another_tokenizer_encoded_is_refused(tmp_path: Path, bpe: Jso
 
 def pieces_of(data: SourceData, number: int) -> list[tuple[int, int]]:
     pieces = data.pieces(0)
-    mine = pieces.document == number
-    return list(zip(pieces.start[mine].tolist(), pieces.stop[mine].tolist(), strict=True))
+    mine = pieces["document"] == number
+    return list(zip(pieces["start"][mine].tolist(), pieces["stop"][mine].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "kept ids", "no ids", "json", "encoded", "media"])
