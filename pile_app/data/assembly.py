@@ -63,7 +63,8 @@ def assemble(
         rows.lay_out(row, pack, numbers[row] if numbers else 0, transforms or {})
     starts = np.cumsum([0, *(sound.codes for sound in rows.sounds)])  # of each sound in `audio`
     (channels, height, width), tables = vocabulary.image_shape, rows.tables()
-    specs: dict[str, tuple[str, tuple[int, ...]]] = {name: (table.dtype.name, table.shape) for name, table in tables.items()}
+    specs: dict[str, tuple[str, tuple[int, ...]]]
+    specs = {name: ("uint8" if name == "learned" else "int32", table.shape) for name, table in tables.items()}
     specs["images"] = ("uint8", (len(rows.images), height, width, channels))
     specs["audio"] = ("float32", (int(starts[-1]), vocabulary.samples_per_token))
     arrays, buffer, layout, memory = allocate(specs | {"normalizer": ("float32", ())})

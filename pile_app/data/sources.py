@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LARGE_SOURCE = 1_000_000  # documents, from which on the tables of the order are kept
 LONG_TOKENS = 64 << 20  # of long documents that a process keeps
+READ_WHOLE = 1 << 14  # bytes of a document that cost no more to read than a part of them
 SHARD_COLUMNS = ("pieces", "tokens", "too_long", "shortest", "longest")
 TXT = EXTENSIONS.index("txt")
 STAND_IN = ("txt", "png", "wav")  # extension of a segment outside of a piece, by modality
@@ -246,11 +247,11 @@ class SourceData(Shards):
         n, key = opened.index.numbers, opened.index.key(sample)
         try:
             row = n.first_segment[sample]
-            if not span and n.segments[sample] == 1 and n.file[row] == TXT:
-                # A whole text, as most documents are: `_segments` does the same in three times the time.
+            if n.segments[sample] == 1 and n.file[row] == TXT:
+                # A text, as most documents are: `_segments` does the same in three times the time.
                 if opened.kept:
                     return key, Document((Segment("", "txt", n.loss[row], opened.kept.ids(row)),), key)
-                if opened.is_bytes and n.file_offset[row]:
+                if opened.is_bytes and n.file_offset[row] and (not span or n.size[sample] <= READ_WHOLE):
                     ids = np.frombuffer(self.block(shard, sample), np.uint8, n.file_size[row], n.file_offset[row])
                     return key, Document((Segment("", "txt", n.loss[row], ids),), key)
             segments = self._segments(shard, sample, None if span else draw, span)
