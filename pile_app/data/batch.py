@@ -126,7 +126,9 @@ class Batch:
         self.__dict__.update(state)
         self.__post_init__()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """Copy to a device; to a GPU without waiting, which Lightning asks for with tensors only."""
+        non_blocking = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
         return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking), memory=None)
 
     def pin_memory(self) -> Batch:

@@ -11,7 +11,6 @@ next, which protects them from eviction. The kernel releases a `flock` when a pr
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import logging
@@ -20,13 +19,13 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, flock, locked
 from pile_app.data.urls import MissingError, opened, with_retries
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class ShardCache:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
         if not _is_whole(path, size):
-            with _locked(path + ".lock", wait=ahead is None) as ours:
+            with locked(path + ".lock", wait=ahead is None) as ours:
                 if not ours:
                     raise _Later(f"{url!r} is being fetched by another process")
                 if not _is_whole(path, size):
@@ -99,7 +98,7 @@ class ShardCache:
         while True:
             with suppress(FileNotFoundError):  # evicted in between
                 descriptor = os.open(self.fetch(url, size, check, ahead), os.O_RDONLY)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                flock(descriptor, "LOCK_SH")
                 if os.fstat(descriptor).st_nlink:
                     return descriptor
                 os.close(descriptor)
@@ -108,7 +107,7 @@ class ShardCache:
         """Fetch a small file, such as a manifest, to the path `to`; None for 404, and for 403 as S3 answers without listing."""
         if url.startswith("pipe:") or (url.startswith("http") and "?" in url):
             return None  # a query, such as a signature, is valid for the shard only
-        with _locked(to + ".lock"), suppress(MissingError):
+        with locked(to + ".lock"), suppress(MissingError):
             if not os.path.exists(to):
                 self._download(Wanted(url), to, None)
             return to
@@ -136,7 +135,7 @@ class ShardCache:
             try:
                 if wanted.check is not None:
                     wanted.check(str(part))
-                with _locked(self.room):
+                with locked(self.room):
                     return os.replace(part, path)
             except Exception as error:
                 if is_last:
@@ -173,7 +172,7 @@ class ShardCache:
             raise ShardError(f"{url!r} has {size:,} bytes or more, the cache {self.max_bytes:,}: raise data.cache_gigabytes")
         began = time.monotonic()
         while True:
-            with _locked(self.room):
+            with locked(self.room):
                 if self._evict(size, part, time.monotonic() - began > STUCK_SECONDS):
                     os.truncate(part, size)
                     return size
@@ -191,7 +190,7 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     about = os.stat(path)
                     if path.endswith(".part"):
-                        with _locked(path.rsplit(".", 2)[0] + ".lock", wait=False) as is_abandoned:
+                        with locked(path.rsplit(".", 2)[0] + ".lock", wait=False) as is_abandoned:
                             if is_abandoned:
                                 os.unlink(path)
                                 continue
@@ -295,7 +294,7 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
     """Delete a copy unless it is in use or being replaced."""
     try:
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file.fileno(), wait=False)
     except PermissionError:  # another user's
         return False
     except BlockingIOError:
@@ -304,21 +303,3 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
         log.warning("the cache holds less than is read at the same time: raise data.cache_gigabytes")
     Path(path).unlink(missing_ok=True)
     return True
-
-
-@contextmanager
-def _locked(path: str, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock at `path`; yield False if it is held elsewhere and `wait` is False."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    descriptor, ours = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            ours = False
-        except OSError as error:
-            raise ShardError(f"{path!r} cannot be locked ({error}): put the cache on a file system with flock") from error
-        yield ours
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked child may hold a copy
-        os.close(descriptor)
