@@ -34,7 +34,7 @@ class PackedDocument(NamedTuple):
 
 
 def whole(document: Document, length: int, dropped: int = 0) -> PackedDocument:
-    """Pack the first `length` tokens of a document without a source, such as a prompt."""
+    """Make a piece of the first `length` tokens of a document without a source, such as a prompt."""
     return PackedDocument(Piece(0, 0, 0, 0, length, True), document.key, document, dropped)
 
 
@@ -51,13 +51,8 @@ def assemble(
     annotator: Annotator | None = None,
     transforms: Mapping[int, Transforms] | None = None,
 ) -> Batch:
-    """Assemble a batch with a row of T = `context` tokens for each pack of consecutive pieces.
-
-    Args:
-        numbers: positions of the packs in the order, which `transforms` (of each source) need.
-        normalizer: see `Batch`; 0: the targets of these packs.
-        decode: `map`, or an equivalent with several threads.
-    """
+    """Assemble a batch with a row of `context` tokens for each pack. numbers: positions of the packs in the order, which
+    `transforms` need; normalizer: 0 means the targets of these packs; decode: `map`, or an equivalent with several threads."""
     rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator)
     for row, pack in enumerate(packs):
         rows.lay_out(row, pack, numbers[row] if numbers else 0, transforms or {})
@@ -301,18 +296,13 @@ class _Rows:
 def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer: Tokenizer, augmented: bool = False) -> None:
     """Raise ValueError if an encoded segment was not made by the model's encoder, or its source has transforms."""
     encoder = (tokenizer.fingerprint, vocabulary.image_codec, vocabulary.audio_codec)[modality]
-    what = f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, "
-    if augmented and modality != TEXT:
-        raise ValueError(f"{what}and transforms cannot augment codes: train on the original shards, or remove the transforms")
-    if codes.encoder == encoder:
-        return
-    if modality == TEXT:
-        raise ValueError(f"{what}the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again")
-    if encoder:
-        raise ValueError(
-            f"{what}the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again"
-        )
-    raise ValueError(
-        f"{what}the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
-        "model.codec_steps to 0, or train on the original shards"
-    )
+    fixes = {  # the first that applies
+        "and transforms cannot augment codes: train on the original shards, or remove the transforms": augmented and modality,
+        "": codes.encoder == encoder,
+        f"the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again": modality == TEXT,
+        f"the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again": encoder,
+        "the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
+        "model.codec_steps to 0, or train on the original shards": True,
+    }
+    if fix := next(message for message, applies in fixes.items() if applies):
+        raise ValueError(f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, {fix}")

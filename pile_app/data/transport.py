@@ -31,9 +31,6 @@ class Memory:
         self.map = mmap.mmap(self.descriptor, HEADER + size)
         weakref.finalize(self, os.close, self.descriptor)
 
-    def data(self, size: int) -> np.ndarray:
-        return np.frombuffer(self.map, np.uint8, size, HEADER)
-
     def reference(self, size: int) -> tuple[Any, ...]:
         """Return the arguments for `receive` in another process."""
         from multiprocessing.reduction import DupFd  # not on Windows

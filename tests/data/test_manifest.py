@@ -418,7 +418,7 @@ def test_without_a_published_manifest_the_shards_are_read_once(
     pattern = f"{url}/x-{{0,1}}.tar"
     for _ in range(2):
         data = source(pattern, bpe, cache=cache(tmp_path / "c"))
-        assert len(data) == 2 and text_counts(data.index(0), bpe)[0].tolist() == [bpe.count("the cat sat")]
+        assert len(data) == 2 and text_counts(data.index(0), bpe)[0].tolist() == [len(bpe.encode("the cat sat"))]
     assert sorted(asked) == [f"GET x-{n}.tar 200" for n in range(2)] + [f"GET x{SUFFIX} 404"]
 
 
@@ -449,7 +449,15 @@ def test_token_counts_are_those_of_the_texts(tmp_path: Path, bpe: JsonTokenizer)
     assert not sidecars(tmp_path)
     counts, _ = text_counts(source(path, bpe).index(0), bpe)
     assert counts.dtype == np.int64
-    assert counts.tolist() == [0, bpe.count(CORPUS[0]), 0, bpe.count("the"), bpe.count(CORPUS[1]), 0, bpe.count("the")]
+    assert counts.tolist() == [
+        0,
+        len(bpe.encode(CORPUS[0])),
+        0,
+        len(bpe.encode("the")),
+        len(bpe.encode(CORPUS[1])),
+        0,
+        len(bpe.encode("the")),
+    ]
     assert [path.name for path in sidecars(tmp_path)] == [f"a-000000.tar.{bpe.fingerprint[:16]}.tokens.safetensors"]
 
 
@@ -462,7 +470,7 @@ def test_token_counts_are_kept_until_the_shard_changes(
         assert text_counts(source(path, bpe).index(0), bpe)[0].tolist() == before.tolist()
     assert not counted
     write_corpus(tmp_path, ["xyz wq."])  # as many samples, segments and bytes
-    assert text_counts(source(path, bpe).index(0), bpe)[0][1] == bpe.count("xyz wq.") != before[1]
+    assert text_counts(source(path, bpe).index(0), bpe)[0][1] == len(bpe.encode("xyz wq.")) != before[1]
 
 
 @pytest.mark.parametrize("state", ["kept", "absent", "damaged", "garbage", "of another shard"])
@@ -526,9 +534,9 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
         index = source(write_shards(documents, tmp_path, "a").paths[0], bpe).index(0)
         counts, breaks = text_counts(index, bpe)
         assert counts.tolist() == [
-            *(bpe.count(LONG), 0, bpe.count("short")),
-            *(len(made), bpe.count(LONG[3:])),
-            *(bpe.count(LONG[9:]), len(made)),
+            *(len(bpe.encode(LONG)), 0, len(bpe.encode("short"))),
+            *(len(made), len(bpe.encode(LONG[3:]))),
+            *(len(bpe.encode(LONG[9:])), len(made)),
         ]
         first = starts(index.break_count)
         assert np.flatnonzero(index.break_count).tolist() == [0, 3, 4, 5, 6]
