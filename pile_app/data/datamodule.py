@@ -1,10 +1,7 @@
 """The data module: sources of shards in, batches out, on the ordinary PyTorch `DataLoader`.
 
-A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on. No
-worker has state and the sampler has a length, so Lightning neither prefetches a batch that a resumed run would lose nor saves a
-loader state.
-
-    global batch of step s = positions [s * G, (s + 1) * G); rank r of W takes the r-th of W equal parts, in micro-batches
+A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on, so
+nothing has state: step s is the positions [s * G, (s + 1) * G), and rank r of W takes the r-th of W equal parts of them.
 """
 
 from __future__ import annotations
@@ -155,7 +152,7 @@ class StepBatches(Sampler[list[int]]):
                 yield list(range(begin, begin + self.micro_batch))
 
 
-def _unchanged(batch: Any) -> Any:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
@@ -234,6 +231,7 @@ class PileDataModule(LightningDataModule):
         self.epochs, self.weights_from, self.seed = epochs, weights_from or {}, seed
         self.condition_dropout, self.num_workers, self.source_names = condition_dropout, num_workers, list(sources)
         check_data(sources, self)
+        self._model = vocabulary, tokenizer, context
         self.prepare, self.max_rejected_share = prepare, max_rejected_share
         self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
         specs = enumerate(source.transforms for source in sources.values())
@@ -241,10 +239,6 @@ class PileDataModule(LightningDataModule):
         self.train_data, self.validation_data = list[SourceData](), list[SourceData]()
         self._restored: dict[str, Any] | None = None
         self._prefetcher: Prefetcher | None = None
-
-    @property
-    def _model(self) -> tuple[Vocabulary, Tokenizer, int]:
-        return self.vocabulary, self.tokenizer, self.context
 
     def _open(self, split: str) -> list[SourceData]:
         given = ((name, getattr(source, split), source.fields) for name, source in self.sources.items())

@@ -7,8 +7,7 @@
     mixture   (stream, index in it) -> (source, k-th pack of the stream in that source), a closed form of integer weights
 
 A window fills the same number of packs in every epoch, however ties are broken, so one table of pack counts serves all epochs.
-Stream c visits a contiguous range of E / C of the E packs of a source in an epoch, so every document comes exactly once. Memory
-grows with the table only. Permutations sort by our own hash, so no library changes them.
+Permutations sort by our own hash, so no library changes them.
 """
 
 from __future__ import annotations
@@ -64,11 +63,8 @@ def _offsets(source: int, streams: int) -> list[int]:
 
 
 def share_counts(k: int, weights: Sequence[int], stream: int = 0, streams: int = 1) -> list[int]:
-    """Count the packs of each source among the first `k` of a stream.
-
-    Nested floors are exact in total and monotone in `k`. The streams round at different offsets, so that their errors cancel
-    (Hermite's identity: the sum over c of floor(x + c / C) is floor(C x)).
-    """
+    """Count the packs of each source among the first `k` of a stream. Nested floors are exact in total and monotone in `k`;
+    streams round at different offsets, so that errors cancel (Hermite: the sum over c of floor(x + c / C) is floor(C x))."""
     counts: list[int] = []
     left, current = sum(weights), k
     for source, weight in enumerate(weights):
@@ -191,10 +187,7 @@ class _Window(NamedTuple):
 class SourceOrder:
     """Order of a source: in each epoch, each of its E packs is visited by exactly one stream.
 
-    Args:
-        window_packs: (windows,) packs of each window, if already counted; None: count them, which loads all pieces once.
-        for_each: `map`, or an equivalent over several processes, for counting.
-        condition_dropout: see `Draw`.
+    window_packs: (windows,) packs of each window; None: count them with `for_each`, a `map`, which loads all pieces once.
     """
 
     def __init__(
@@ -249,9 +242,8 @@ class SourceOrder:
     def _group_shards(self) -> np.ndarray:
         """Return the first shard of each group of neighbouring shards, and their number (groups + 1,).
 
-        The circle of shards is cut into parts of equal tokens, one for each stream or, in a small source, for several, first
-        within the first shard. Shards near a cut are groups alone, so streams overlap little; the others are split evenly,
-        within the limits.
+        The circle of shards is cut into parts of equal tokens, one or, in a small source, a fraction of one for each stream,
+        first within the first shard. Shards near a cut are groups alone, so streams overlap little; others are split evenly.
         """
         shards, full = self._shards, WINDOW_PACKS * self.context
         tokens, counts = self.source.tokens[shards], self.source.counts[shards]
@@ -381,10 +373,8 @@ class Phase(NamedTuple):
 
 
 class TrainingOrder:
-    """Position -> pack, over all sources, which have the same number C of streams.
-
-    Phases begin at multiples of the global batch, itself a multiple of C, the first at 0. Positions from `end` on are empty.
-    """
+    """Position -> pack, over all sources, with the same C streams. Phases begin at multiples of the global batch, itself a
+    multiple of C, the first at 0. Positions from `end` on are empty."""
 
     def __init__(
         self, sources: Sequence[SourceOrder], phases: Sequence[Phase], global_batch: int = 1, end: int | None = None

@@ -37,27 +37,22 @@ STUCK_SECONDS = 60  # until a file that is needed now replaces files in use
 
 
 class Wanted(NamedTuple):
-    """A remote file: see `ShardCache.fetch`."""
-
     url: str
     size: int | None = None
     check: Check | None = None
 
 
 class _Later(ShardError):
-    """A prefetched file is being fetched by another process, or is no longer wanted."""
+    """A prefetched file is being fetched by another process, has no room yet, or is no longer wanted."""
 
 
 class _NoRoom(_Later):
-    """A prefetched file has no room yet."""
+    pass
 
 
 class ShardCache:
     """Keep local copies of remote files, shared by all processes that use the same folder, and delete the least recently used.
-
-    It has no handles and no state, so it may be pickled and used by threads. `max_bytes` limits the whole folder: copies,
-    downloads, other files. The time before a retry starts at `backoff_seconds` and doubles.
-    """
+    `max_bytes` limits the whole folder. It has no handles and no state, so it may be pickled and used by threads."""
 
     def __init__(
         self, folder: str | Path, max_bytes: int, allow_pipe: bool = False, retries: int = 5, backoff_seconds: float = 0.5
@@ -77,10 +72,8 @@ class ShardCache:
     def fetch(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> str:
         """Return the path of a whole local copy, downloaded by one process at most; it may be evicted later.
 
-        Args:
-            size: in bytes; a copy of another size is replaced.
-            check: called with the path of a new copy; if it raises, the copy is fetched once more.
-            ahead: for prefetching: do not wait for room or for other processes, and end when this event is set.
+        A copy of another `size` is replaced, a new copy for which `check` raises is fetched once more. ahead: for prefetching:
+        do not wait for room or for other processes, and end when this event is set.
         """
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
@@ -206,10 +199,7 @@ class ShardCache:
 class Prefetcher:
     """Fetch files in threads before they are needed: an optimization, as readers fetch missing files themselves.
 
-    Args:
-        files: (position after which it is not needed, file) in the order of first use; may be endless.
-        ahead: files that are fetched and kept after the last `advance`.
-        threads: concurrent downloads.
+    files: (position after which it is not needed, file) in the order of first use; ahead: how many are fetched and kept.
     """
 
     def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:

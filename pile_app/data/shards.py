@@ -33,10 +33,8 @@ OPEN_SHARDS = 64  # files that a process holds open: an evicted shard frees its 
 
 
 def expand_shards(pattern: str | Sequence[str]) -> list[str]:
-    """Paths or URLs from a pattern: braces as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
-
-    Raises `ShardError` if nothing matches, a shard is named twice, or braces do not match. URLs are not looked up.
-    """
+    """Paths or URLs from a pattern: braces as in WebDataset (`shard-{000000..000012}.tar`), then wildcards. Raises `ShardError`
+    if nothing matches, a shard is named twice, or braces do not match."""
     import braceexpand
 
     where = f"(from {pattern!r}, working folder {os.getcwd()})"
@@ -98,14 +96,7 @@ class OpenShard:
 
 
 class Shards:
-    """The documents of some shards, by number.
-
-    Args:
-        pattern: of paths or URLs, see `expand_shards`.
-        cache: of remote shards.
-        fields, tokenizer, again: see `open_manifest`.
-        processes: that index new shards; None: one for each core.
-    """
+    """The documents of some shards, by number. See `expand_shards` and `open_manifest` for the arguments."""
 
     def __init__(
         self,
@@ -206,10 +197,8 @@ class Shards:
         return found
 
     def balance(self) -> dict[str, Any]:
-        """Account for all samples: `read` = `documents` + the sum of `rejected` (reason -> count).
-
-        `examples`: reason -> the first keys and the first message; `unused`, `dropped`: name of a file, field or part -> count.
-        """
+        """Account for all samples: `read` = `documents` + the sum of `rejected` (reason -> count). `examples`: reason -> first
+        keys and message; `unused`, `dropped`: name of a file, field or part -> count."""
         abouts, examples = self._abouts(), dict[str, tuple[list[str], str]]()
         counts = {name: Counter[str]() for name in ("rejected", "unused", "dropped")}
         for about in abouts:
@@ -218,12 +207,8 @@ class Shards:
                 examples.setdefault(reason, (keys, detail))
             for name in ("unused", "dropped"):
                 counts[name].update(about[name])
-        found = {
-            "fields": str(self.manifests[0].fields),
-            "read": sum(about["read"] for about in abouts),
-            "documents": len(self),
-        }
-        return found | counts | {"examples": examples}
+        found = {"read": sum(about["read"] for about in abouts), "documents": len(self), "examples": examples}
+        return found | counts | {"fields": str(self.manifests[0].fields)}
 
 
 def describe_balance(balance: Mapping[str, Any]) -> str:
@@ -241,8 +226,8 @@ def describe_balance(balance: Mapping[str, Any]) -> str:
 def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
     """Write documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
 
-    A shard gets its name when it is complete. Documents without a key are numbered. The same documents give the same bytes.
-    Documents that cannot be read back are rejected in the manifest. Raises ValueError for a key that WebDataset would change.
+    Documents without a key are numbered. The same documents give the same bytes. Documents that cannot be read back are
+    rejected in the manifest. Raises ValueError for a key that WebDataset would change.
     """
     import webdataset
 
