@@ -226,25 +226,19 @@ class _Rows:
             modality, opener, first = segment.modality, length, length + 1
             hidden = segment_number < packed.dropped
             mark(opener, Vocabulary.OPENERS[modality])
-            if modality == TEXT:
-                ids = self._text_ids(segment)
-                length = first + len(ids)
+            codes, media = self._codes(segment, augment is not None)
+            length = first + (codes if isinstance(codes, int) else len(codes))
+            if not hidden and isinstance(codes, np.ndarray):
+                put(first, codes, EMPTY + vocabulary.starts[modality])
+            if media is not None and not hidden and start <= first < stop:  # media are never cut
+                change = partial(augment, segment=segment_number) if augment else None
+                media.append(
+                    _Medium(number, first + shift, b"" if segment.is_encoded else segment.file, length - first, change)
+                )
+            if modality == AUDIO:
                 if not hidden:
-                    put(first, ids)
-            else:
-                media, codes = self._codes_of(segment, augment is not None)
-                length = first + (len(codes) if isinstance(codes, np.ndarray) else codes)
-                if not hidden and start <= first < stop:  # media are never cut
-                    if isinstance(codes, np.ndarray):
-                        put(first, codes, EMPTY + vocabulary.starts[modality])
-                    if media is not None:
-                        change = partial(augment, segment=segment_number) if augment else None
-                        file = b"" if segment.is_encoded else segment.file
-                        media.append(_Medium(number, first + shift, file, length - first, change))
-                if modality == AUDIO:
-                    if not hidden:
-                        mark(length, vocabulary.audio_end)
-                    length += 1
+                    mark(length, vocabulary.audio_end)
+                length += 1
             spans.append((first, length))
             if hidden:
                 tokens[max(first, start) + shift : max(min(length, stop), start) + shift] = EMPTY + Vocabulary.NULL
@@ -259,29 +253,26 @@ class _Rows:
             raise BadSample("length", f"{packed.key!r} has {length + 1} tokens, the index promises at least {stop}")
         return spans, length + 1
 
-    def _text_ids(self, segment: Segment) -> np.ndarray:
-        if segment.ids is not None:
-            return segment.ids
-        if segment.is_encoded:
-            return self._checked(codes := segment.codes, TEXT, len(codes.values))
-        return self.tokenizer.encode(segment.text)
-
-    def _codes_of(self, segment: Segment, augmented: bool) -> tuple[list[_Medium] | None, np.ndarray | int]:
-        """Return (the list for media that the model reads, the codes of a medium or their number)."""
+    def _codes(self, segment: Segment, augmented: bool) -> tuple[np.ndarray | int, list[_Medium] | None]:
+        """Return the ids of a segment, or the number of codes of a medium, and the list of its media if the model reads it."""
         vocabulary, modality = self.vocabulary, segment.modality
+        if segment.ids is not None:
+            return segment.ids, None
+        if modality == TEXT and not segment.is_encoded:
+            return self.tokenizer.encode(segment.text), None
         if modality not in vocabulary.modalities:
             name = MODALITIES[modality]
             raise BadSample(f"no_{name}_codec", f"the model has no {name} codec: set model.{name}, or remove the {name}s")
-        encoded, codes = segment.codes if segment.is_encoded else None, vocabulary.image_tokens
+        encoded = segment.codes if segment.is_encoded else None
+        count = vocabulary.image_tokens if encoded is None or modality != TEXT else len(encoded.values)
         if modality == AUDIO:
             size, rate = segment_size(segment) if encoded is None else (encoded.size, max(1, encoded.sample_rate))
-            codes = int(vocabulary.audio_tokens(size, rate))
+            count = int(vocabulary.audio_tokens(size, rate))
         if encoded is None:
-            return self.images if modality == IMAGE else self.sounds, codes
-        return self.encoded_images if modality == IMAGE else None, self._checked(encoded, modality, codes, augmented)
+            return count, self.images if modality == IMAGE else self.sounds
+        return self._checked(encoded, modality, count, augmented), self.encoded_images if modality == IMAGE else None
 
     def _checked(self, codes: Codes, modality: int, promised: int, augmented: bool = False) -> np.ndarray:
-        """Return the ids of an encoded segment after checks."""
         if codes.is_lost:
             raise BadSample("checksum", "the sample was damaged before it was encoded")
         check_encoder(codes, modality, self.vocabulary, self.tokenizer, augmented)
