@@ -270,18 +270,15 @@ class _Rows:
             count = int(vocabulary.audio_tokens(size, rate))
         if encoded is None:
             return count, self.images if modality == IMAGE else self.sounds
-        return self._checked(encoded, modality, count, augmented), self.encoded_images if modality == IMAGE else None
-
-    def _checked(self, codes: Codes, modality: int, promised: int, augmented: bool = False) -> np.ndarray:
-        if codes.is_lost:
+        if encoded.is_lost:
             raise BadSample("checksum", "the sample was damaged before it was encoded")
-        check_encoder(codes, modality, self.vocabulary, self.tokenizer, augmented)
-        if len(codes.values) != promised:
-            raise BadSample("damaged_codes", f"{len(codes.values)} codes, its size asks for {promised}")
-        size = (self.vocabulary.text_tokens, self.vocabulary.image_codes, self.vocabulary.audio_codes)[modality]
-        if int(codes.values.max(initial=0)) >= size:
-            raise BadSample("damaged_codes", f"an id of {int(codes.values.max())} is beyond the vocabulary")
-        return codes.values
+        check_encoder(encoded, modality, vocabulary, self.tokenizer, augmented)
+        if len(encoded.values) != count:
+            raise BadSample("damaged_codes", f"{len(encoded.values)} codes, its size asks for {count}")
+        size = (vocabulary.text_tokens, vocabulary.image_codes, vocabulary.audio_codes)[modality]
+        if int(encoded.values.max(initial=0)) >= size:
+            raise BadSample("damaged_codes", f"an id of {int(encoded.values.max())} is beyond the vocabulary")
+        return encoded.values, self.encoded_images if modality == IMAGE else None
 
 
 def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer: Tokenizer, augmented: bool = False) -> None:

@@ -123,10 +123,7 @@ class SourceShard(OpenShard):
 
 
 class SourceData(Shards):
-    """The documents of one source: their pieces of at most `context` tokens for the order, their contents for training.
-
-    See `Shards` for the arguments.
-    """
+    """The documents of one source: their pieces of at most `context` tokens for the order, their contents for training."""
 
     def __init__(
         self,
@@ -150,13 +147,11 @@ class SourceData(Shards):
         self.tokens = SourceTokens(name, *counts, self.pieces, np.array(self.sizes), self.segments)
         if counts[0].sum():
             return
-        if len(self):
-            lengths = f"{self.counts['shortest'].min():,} to {self.counts['longest'].max():,}"
-            why = f"that fits a context of {context:,} tokens: they have {lengths} tokens. Raise data.context"
-        else:
-            balance = self.balance()
-            why = f": {describe_balance(balance)}. {'; '.join(detail for _, detail in balance['examples'].values())}"
-        raise ShardError(f"source {name!r} ({pattern!r}) holds no document{' ' * bool(len(self))}{why}")
+        lengths = f"{self.counts['shortest'].min():,} to {self.counts['longest'].max():,}"
+        why = f" that fits a context of {context:,} tokens: they have {lengths} tokens. Raise data.context"
+        if not len(self):
+            why = f": {describe_balance(self.balance())}. {'; '.join(text for _, text in self.balance()['examples'].values())}"
+        raise ShardError(f"source {name!r} ({pattern!r}) holds no document{why}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -238,10 +233,8 @@ class SourceData(Shards):
             return opened.index.key(sample), error
 
     def document_to_train(self, number: int, draw: Draw = None, span: Span = None) -> Found:
-        """Read a document as training needs it: texts as token ids, no `meta`.
-
-        The contents of segments outside of `span` may be zeros, so that reading all pieces takes time linear in the document.
-        """
+        """Read a document as training needs it: texts as token ids, no `meta`. Contents outside of `span` may be zeros, so that
+        reading all pieces takes time linear in the document."""
         shard = bisect_right(self.first_document, number) - 1
         opened, sample = self.opened(shard), number - self.first_document[shard]
         n, key = opened.index.numbers, opened.index.key(sample)
@@ -330,10 +323,8 @@ class SourceData(Shards):
 
 
 def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, counts: np.ndarray) -> np.ndarray:
-    """(G,) tokens of each segment of a shard, with opener and closing token. counts: (G,) tokens of each text.
-
-    Raises `ShardError` if the shard holds a modality that the model has no codec for.
-    """
+    """(G,) tokens of each segment of a shard, with opener and closing token, from those of its texts. Raises `ShardError` if it
+    holds a modality that the model has no codec for."""
     for modality in (IMAGE, AUDIO):
         if (index.modality == modality).any() and modality not in vocabulary.modalities:
             name = MODALITIES[modality]

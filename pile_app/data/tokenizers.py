@@ -213,10 +213,8 @@ def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: i
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     smallest = {"bpe": 256, "words": 2}
-    if kind not in smallest:
-        raise ValueError(f"a tokenizer of kind {kind!r} cannot be trained; kinds are {', '.join(smallest)}")
-    if size < smallest[kind]:
-        raise ValueError(f"size {size} is too small for a {kind} tokenizer; it needs {smallest[kind]} tokens or more")
+    if size < smallest.get(kind, size + 1):
+        raise ValueError(f"no tokenizer of kind {kind!r} and size {size} can be trained; kinds and smallest sizes: {smallest}")
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
