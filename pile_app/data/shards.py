@@ -130,7 +130,7 @@ class Shards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.opened = lru_cache(OPEN_SHARDS)(self._open)
+        self.opened: Any = lru_cache(OPEN_SHARDS)(self._open)  # of `OpenShard`
         self._fetched_again: set[int] = set()
 
     def _open(self, shard: int) -> OpenShard:

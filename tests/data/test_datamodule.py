@@ -552,9 +552,9 @@ def test_transforms_of_a_source_change_its_training_and_not_its_validation(
         sources = {"x": Source(pattern, pattern, transforms=transforms)}
         made = PileDataModule(sources, vocabulary, ByteTokenizer(), CONTEXT, global_batch=1, epochs=1)
         made.setup()
-        train = np.array(made.train_dataset()[0].images)
+        train = made.train_dataset()[0].images.numpy()
         made.trainer = SimpleNamespace(distributed_sampler_kwargs=None)  # type: ignore[assignment]
-        return train, np.array(next(iter(made.val_dataloader())).images)
+        return train, next(iter(made.val_dataloader())).images.numpy()
 
     plain, flipped = pixels([]), pixels(["flip(1.0)"])
     assert np.array_equal(plain[0][..., ::-1], flipped[0]) or np.array_equal(plain[0][..., ::-1, :], flipped[0])

@@ -630,7 +630,7 @@ def test_one_of_several_captions_is_drawn_and_the_longest_fits(tmp_path: Path, b
         data = source(write_shards(documents, tmp_path, "x").paths[0], tokenizer)
         longest = max(len(tokenizer.encode(text)) for text in captions)
         assert pieces_of(data, 0) == [(0, 1 + 5 + 1 + longest + 1)]
-        assert data.pieces(0).varies.tolist() == [True, False]
+        assert data.pieces(0)["varies"].tolist() == [True, False]
         for number, caption in enumerate(captions):
             _, document = data.document_to_train(0, lambda number=number: 300 + number)  # type: ignore[misc]
             assert isinstance(document, Document) and len(document.segments) == 2
