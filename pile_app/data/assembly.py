@@ -74,12 +74,13 @@ def assemble(
             lengths = [medium.codes if name == "audio" else 1 for medium in some]
             is_kept = np.array([medium.piece not in rows.rejected for medium in some], bool)
             tables[name] = arrays[name][np.repeat(is_kept, np.array(lengths, int))]
+    np.subtract(tables.pop("tokens"), EMPTY, out=arrays["tokens"])
     for name, table in tables.items():
         arrays[name][: len(table)] = table
         kind, _, first = layout[name]
         layout[name] = (kind, table.shape, first)
-    arrays["tokens"] -= EMPTY
-    text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))
+    has = vocabulary.modalities
+    text, image, audio = (int(np.count_nonzero(rows.learned == m)) if m in has else 0 for m in (TEXT, IMAGE, AUDIO))
     arrays["normalizer"][...] = normalizer or text + image + audio
     batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
     batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]

@@ -451,12 +451,12 @@ class TrainingOrder:
 
     def sizes(self, first: int, stop: int) -> tuple[np.ndarray, int]:
         """Count (tokens of each source (S,), targets) planned for the positions [first, stop)."""
-        tokens, targets = np.zeros(len(self.sources), np.int64), 0
+        tokens, targets = [0] * len(self.sources), 0
         for source, stream, k in filter(None, map(self.locate, range(first, stop))):
-            of_pack = self.sources[source].sizes(k, stream)
-            tokens[source] += of_pack[0]
-            targets += of_pack[1]
-        return tokens, targets
+            more = self.sources[source].sizes(k, stream)
+            tokens[source] += more[0]
+            targets += more[1]
+        return np.array(tokens), targets
 
     def upcoming_shards(self, source: int, stream: int, position: int) -> Iterator[tuple[float, list[int]]]:
         """Yield (approximate position of the first pack, shards) of each group, endlessly, ignoring later phases."""
