@@ -231,7 +231,6 @@ class PileDataModule(LightningDataModule):
         self.epochs, self.weights_from, self.seed = epochs, weights_from or {}, seed
         self.condition_dropout, self.num_workers, self.source_names = condition_dropout, num_workers, list(sources)
         check_data(sources, self)
-        self._model = vocabulary, tokenizer, context
         self.prepare, self.max_rejected_share = prepare, max_rejected_share
         self.cache = ShardCache(cache or cache_folder() / "shards", int(cache_gigabytes * 1e9), allow_pipe)
         specs = enumerate(source.transforms for source in sources.values())
@@ -239,6 +238,10 @@ class PileDataModule(LightningDataModule):
         self.train_data, self.validation_data = list[SourceData](), list[SourceData]()
         self._restored: dict[str, Any] | None = None
         self._prefetcher: Prefetcher | None = None
+
+    @property
+    def _model(self) -> tuple[Vocabulary, Tokenizer, int]:  # the model replaces the vocabulary once its codecs are known
+        return self.vocabulary, self.tokenizer, self.context
 
     def _open(self, split: str) -> list[SourceData]:
         given = ((name, getattr(source, split), source.fields) for name, source in self.sources.items())
