@@ -274,9 +274,9 @@ def test_load_tokenizer_names_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_train_tokenizer_refuses_wrong_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind .bpe. and size 255 .*smallest sizes"):
+    with pytest.raises(ValueError, match=r"kind .bpe. and size 255 .*smallest sizes"):
         train_tokenizer(CORPUS, "bpe", 255, tmp_path / "t.json")
-    with pytest.raises(ValueError, match="kind .chars. and size 300"):
+    with pytest.raises(ValueError, match=r"kind .chars. and size 300"):
         train_tokenizer(CORPUS, "chars", 300, tmp_path / "t.json")  # type: ignore[arg-type]
 
 
