@@ -242,7 +242,7 @@ class SourceData(Shards):
             row = n.first_segment[sample]
             if n.segments[sample] == 1 and n.file[row] == TXT:
                 # A text, as most documents are: `_segments` does the same in three times the time.
-                if opened.kept:
+                if opened.kept and not span:
                     return key, Document((Segment("", "txt", n.loss[row], opened.kept.ids(row)),), key)
                 if opened.is_bytes and n.file_offset[row] and (not span or n.size[sample] <= READ_WHOLE):
                     ids = np.frombuffer(self.block(shard, sample), np.uint8, n.file_size[row], n.file_offset[row])
