@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-with suppress(ImportError):  # Windows
+try:
     import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 
@@ -57,21 +59,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def flock(descriptor: int, operation: str = "LOCK_EX", wait: bool = True) -> None:
+    """Lock an open file between processes and hosts; raise BlockingIOError if it is held elsewhere and `wait` is False."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
+
+
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold an exclusive lock between processes and hosts. The lock file is removed when the lock is released."""
+def locked(path: str, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock file, removed when it is released; yield False if it is held elsewhere and `wait` is False."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)  # its last holder has removed the file meanwhile
+        try:
+            flock(descriptor, wait=wait)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                break  # else its last holder has removed the file meanwhile
+        except BlockingIOError:
+            os.close(descriptor)
+            yield False
+            return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ShardError(f"{path!r} cannot be locked ({error}): put the folder on a file system with flock") from error
+        os.close(descriptor)
     try:
-        yield
+        yield True
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(path)
+        flock(descriptor, "LOCK_UN")  # closing is not enough: a forked child may hold a copy
         os.close(descriptor)
 
 

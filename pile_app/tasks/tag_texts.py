@@ -88,7 +88,9 @@ def _pieces(number: int, document: Document, context: int, module: PileModule) -
         part = text[start : words[stop - 1][1]]
         places = [(a - start, b - start) for a, b in words[first:stop]]
         meta = {"words": places, "spans": []}
-        yield _Piece(number, start, places, Document((Segment(part),), str(number), meta=meta), module.tokenizer.count(part))
+        yield _Piece(
+            number, start, places, Document((Segment(part),), str(number), meta=meta), len(module.tokenizer.encode(part))
+        )
         first = stop
 
 

@@ -25,7 +25,7 @@ import pytest
 from ports import free_port
 
 from pile_app.data import remote
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, locked
 from pile_app.data.remote import Prefetcher, ShardCache, Wanted
 from pile_app.data.shards import write_shards
 from pile_app.data.urls import expand_remote, is_remote
@@ -136,7 +136,7 @@ def bytes_held(cache: ShardCache) -> int:
     """Of whole files and those under way. Room is made under a lock, and a file that was just finished may be listed twice."""
     Path(cache.folder).mkdir(exist_ok=True)
     total = 0
-    with remote._locked(os.path.join(cache.folder, "room.lock")):
+    with locked(os.path.join(cache.folder, "room.lock")):
         for folder in Path(cache.folder).glob("?" * 32):
             sizes = [0]
             for path in folder.iterdir():
