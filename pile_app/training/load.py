@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
+from pile_app.model.fused import AUTOCAST
 from pile_app.training.checkpoints import check_shapes, find_damage, read_checkpoint
 from pile_app.training.module import PileModule
 
@@ -63,6 +64,7 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
             f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
+    module.model.autocast_dtype = AUTOCAST.get(str((config.get("trainer") or {}).get("precision")))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
 

@@ -31,7 +31,7 @@ from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.fused import FusedLanguageModel, ModalityLoss
+from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.training.checkpoints import check_shapes, load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
 from pile_app.training.objective import Objective, sum_over_devices
@@ -176,6 +176,7 @@ class PileModule(LightningModule):
     def setup(self, stage: str) -> None:
         from torchmetrics import MeanMetric
 
+        self.model.autocast_dtype = AUTOCAST.get(str(self.trainer.precision))
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
