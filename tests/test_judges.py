@@ -1,4 +1,4 @@
-"""What a judge takes a medium for (`tasks/judges.py`)."""
+"""What a judge takes a medium for (`data/judges.py`)."""
 
 from __future__ import annotations
 
