@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", type=Path, metavar="FOLDER", help="of YAML files of own tasks; only those are known then")
     parser.add_argument("--fewshot", type=int, help="solved examples before each question (default: as each task says)")
     parser.add_argument("--limit", type=int, help="most documents of each task")
-    parser.add_argument("--checkpoint", default="last", help="last, best, previous, or a file")
+    parser.add_argument(
+        "--checkpoint", help="last, best, previous, or a file (default: best for a run with an objective, else last)"
+    )
     parser.add_argument("--output", type=Path, help="file for the figures (default: RUN/evaluation.json)")
 
 

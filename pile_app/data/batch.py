@@ -126,7 +126,10 @@ class Batch:
         self.__dict__.update(state)
         self.__post_init__()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """`non_blocking`: None: to a GPU only. Lightning asks for it for tensors alone."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
         return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking), memory=None)
 
     def pin_memory(self) -> Batch:

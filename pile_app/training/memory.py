@@ -122,28 +122,50 @@ def plan_memory(
     in_codecs = {id(p) for p in codecs}
     trained = {name: p for name, p in model.named_parameters() if id(p) not in in_codecs}
     kept = {name: count_bytes([parameter], layout.shards) for name, parameter in trained.items()}
-    gradients = sum(kept.values())
-    weights = gradients + count_bytes(codecs) + count_bytes(model.buffers())
+    weights = sum(kept.values()) + count_bytes(codecs) + count_bytes(model.buffers())
     optimizer = parallel = 0
     for group in make_optimizer(model, config, codec_steps, codec_steps + 1)[0].param_groups:
         momenta = 1 if group.get("muon") else int(config.momentum > 0) if config.name == "sgd" else 2
         optimizer += momenta * count_bytes(group["params"], 1 if group["name"] == "codecs" else layout.shards)
     if layout.strategy == "ddp" and not layout.bucket_view:
-        parallel = gradients
+        parallel = sum(kept.values())
     elif layout.shards > 1:  # parameters and gradients of the root, parameters of two blocks, gradients of one
         blocks = [count_bytes(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
         root = count_bytes(trained.values()) - sum(blocks)
         parallel = 2 * root + (3 if precision == "32-true" else 2) * max(blocks, default=0)
         if precision != "32-true" and blocks:
             model.backbone.blocks.bfloat16()  # as FSDP2 gathers them
-    batch = make_batch(model, micro_batch, context, fractions)
-    activations, peak = _trace(model, batch, accumulated, precision, kept, device)
-    if device == "cpu":  # oneDNN keeps so many bytes a unit and token of an LSTM, invisible to fake tensors
-        each = 47 if precision != "32-true" and getattr(model.backbone, "autocast_on_cpu", True) else 65
-        units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM))
-        workspace = each * units * micro_batch * context
-        activations, peak = activations + workspace, peak + workspace
-    return Memory(weights, gradients, optimizer, activations, parallel, weights + optimizer + parallel + peak)
+    gradients: dict[Tensor, Tensor] = {}
+
+    def keep(parameter: Tensor) -> None:
+        parameter.grad = None
+        gradients.setdefault(parameter, torch.empty(sizes[parameter], dtype=torch.uint8))
+
+    half = torch.float16 if precision.startswith("16") else torch.bfloat16
+    is_lstm = isinstance(model.backbone, LSTM)
+    # Without cuDNN, which needs a GPU, an LSTM's weights would be cast at every token.
+    in_half = precision != "32-true" and not (is_lstm and device == "cuda")
+    with fake_gpu() if device == "cuda" else _fake_cpu() as fake:
+        model.to_empty(device=device)
+        sizes: dict[Tensor, int] = {model.get_parameter(name): size for name, size in kept.items()}
+        batch = make_batch(model, micro_batch, context, fractions)
+        batch = replace(batch, buffer=fake.from_tensor(batch.buffer)).to(torch.device(device))
+        with LiveBytes([*model.parameters(), *model.buffers(), batch.buffer]) as live:
+            for parameter in sizes:
+                parameter.register_post_accumulate_grad_hook(keep)
+                if accumulated:
+                    keep(parameter)
+            before = live.now
+            with torch.autocast(device, half, enabled=in_half):
+                total = torch.stack([loss.total for loss in model(batch).values()]).sum()
+            activations = live.now - before
+            run_backward(total)
+    if is_lstm and device == "cpu":  # oneDNN keeps so many bytes a unit and token, invisible to fake tensors
+        each = 47 if in_half and model.backbone.autocast_on_cpu else 65
+        workspace = each * model.backbone.width * model.backbone.layers * micro_batch * context
+        activations, live.peak = activations + workspace, live.peak + workspace
+    peak = weights + optimizer + parallel + live.peak
+    return Memory(weights, sum(kept.values()), optimizer, activations, parallel, peak)
 
 
 def shard_matrices(model: FusedLanguageModel, parts: int) -> None:
@@ -157,36 +179,6 @@ def shard_matrices(model: FusedLanguageModel, parts: int) -> None:
             if linear.weight.size(dimension) % parts:
                 raise ValueError(f"tensor_parallel_size={parts} must divide {name}, {tuple(linear.weight.shape)}")
             linear.weight = nn.Parameter(linear.weight.chunk(parts, dimension)[0].clone())
-
-
-def _trace(
-    model: FusedLanguageModel, batch: Batch, accumulated: bool, precision: str, kept: dict[str, int], device: str
-) -> tuple[int, int]:
-    """(bytes that forward saves for backward, peak without weights and optimizer); `kept`: bytes that stay of each gradient."""
-    half = torch.float16 if precision.startswith("16") else torch.bfloat16
-    # Without cuDNN, which needs a GPU, an LSTM's weights would be cast at every token.
-    in_half = precision != "32-true" and not (device == "cuda" and isinstance(model.backbone, LSTM))
-    gradients: dict[Tensor, Tensor] = {}
-
-    def keep(parameter: Tensor) -> None:
-        parameter.grad = None
-        gradients.setdefault(parameter, torch.empty(sizes[parameter], dtype=torch.uint8))
-
-    with fake_gpu() if device == "cuda" else _fake_cpu() as fake:
-        model.to_empty(device=device)
-        sizes: dict[Tensor, int] = {model.get_parameter(name): size for name, size in kept.items()}
-        batch = replace(batch, buffer=fake.from_tensor(batch.buffer)).to(torch.device(device))
-        with LiveBytes([*model.parameters(), *model.buffers(), batch.buffer]) as live:
-            for parameter in sizes:
-                parameter.register_post_accumulate_grad_hook(keep)
-                if accumulated:
-                    keep(parameter)
-            before = live.now
-            with torch.autocast(device, half, enabled=in_half):
-                total = torch.stack([loss.total for loss in model(batch).values()]).sum()
-            activations = live.now - before
-            run_backward(total)
-    return activations, live.peak
 
 
 @contextmanager
@@ -248,15 +240,14 @@ def run_backward(loss: Tensor) -> None:
 def make_batch(model: FusedLanguageModel, micro_batch: int, context: int, fractions: tuple[float, ...]) -> Batch:
     """Packs of one document each, with targets of the modalities in these fractions; codes instead of media."""
     borders = (np.cumsum([0.0, *fractions]) / sum(fractions) * (context - 1)).round().astype(int).tolist()
-    fields: dict[str, tuple[str, tuple[int, ...]]] = {
-        "tokens": ("int32", (micro_batch, context)),
-        "learned": ("uint8", (micro_batch, context)),
-    }
-    fields |= {"piece_starts": ("int32", (micro_batch + 1,)), "piece_sources": ("int32", (micro_batch,))}
-    fields |= {"images": ("uint8", (0, 1, 1, 1)), "audio": ("float32", (0, 0)), "normalizer": ("float32", ())}
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("int32", (micro_batch, context))}
     fields |= dict.fromkeys(("image_starts", "audio_starts", "audio_tokens"), ("int32", (0,)))
+    fields |= {"piece_starts": ("int32", (micro_batch + 1,)), "piece_sources": ("int32", (micro_batch,))}
+    fields |= {"learned": ("uint8", (micro_batch, context)), "images": ("uint8", (0, 1, 1, 1))}
+    fields |= {"audio": ("float32", (0, 0)), "normalizer": ("float32", ())}
     arrays, buffer, layout, memory = allocate(fields)
-    arrays["tokens"][:], arrays["learned"][:], arrays["piece_sources"][:] = 0, NOT_LEARNED, 0
+    buffer.zero_()
+    arrays["learned"][:] = NOT_LEARNED
     arrays["piece_starts"][:] = np.arange(micro_batch + 1) * context
     arrays["normalizer"][...] = micro_batch * (context - 1)
     for modality, (first, stop) in enumerate(pairwise(borders)):

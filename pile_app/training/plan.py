@@ -79,14 +79,14 @@ class Plan:
         self.vocabulary, self.parts = model.vocabulary, count_parts(model)
         self.parameters = sum(size for part, size in self.parts.items() if part != "codecs")
         self.fill, self.attended, self.source = 1.0, (config.data.context + 1) / 2, "assumed, --read_data measures"
-        self.epoch_tokens: int | None = None
+        self.epoch_tokens = 0  # unknown
         used = model.vocabulary.modalities
         self.fractions = tuple((modality in used) / len(used) for modality in range(len(MODALITIES)))
         if read_data:
             self.measure_data(model, tokenizer)
         self.steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
         self.tokens_per_step = config.data.global_batch * config.data.context
-        if config.data.epochs is not None and self.epoch_tokens is not None:
+        if config.data.epochs is not None and read_data:
             in_epochs = math.ceil(config.data.epochs * self.epoch_tokens / self.fill / self.tokens_per_step)
             self.steps = min(in_epochs, self.steps or in_epochs)
         self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
