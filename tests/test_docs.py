@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
 
-from pile_app.data.shards import Shards
-from pile_app.documents import AUDIO, IMAGE, TEXT
+from pile_app.data.shards import Shards, write_shards
+from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.fields import Fields
 
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -45,3 +46,15 @@ def test_field_maps_on_the_pages_are_valid(page: str) -> None:
     assert len(shown) > 5
     for spec in map("".join, shown):
         Fields.parse(spec)
+
+
+def test_the_readme_trains_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert "max_steps=1000" in example
+    write_shards(
+        (Document((Segment("once upon a time " * 20),), str(n)) for n in range(40)), tmp_path / "shards/mine", "x-train"
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.replace("max_steps=1000", "max_steps=2, accelerator='cpu'"), names)
+    assert names["module"].global_step == 2

@@ -6,7 +6,6 @@ tars/text    documents of sentences and speeches, drawn anew, 1,600 bytes in the
 tars/image   JPEG, 256 x 256, quality 90, about 24 kB: photos of CIFAR-10, enlarged, with detail and noise; 3,000 differ
 tars/ogg     5 s at 44.1 kHz mono: clips of ESC-10, mixed by twos; 600 differ, `--copies` of each
 tars/flac    the same clips
-jsonl/       the documents of tars/text and a tenth of copies in 8 files, for `prepare_peers.py`
 tokenizer.json, facts.json
 """
 
@@ -138,7 +137,6 @@ def main() -> None:
     facts = {"text": write_tars(tars / "text", "txt", (text.encode() for text in texts), SHARD_BYTES["text"])}
     facts["text_bytes"] = sum(len(text.encode()) for text in texts)
     train_tokenizer(texts[:: max(1, len(texts) // 10_000)], folder / "tokenizer.json")
-    write_jsonl(texts, folder / "jsonl")
 
     jpegs = list(photos())
     copies = max(1, round(options.image_gigabytes * 1e9 / sum(map(len, jpegs))))
@@ -154,17 +152,6 @@ def main() -> None:
         facts[f"{name}_bytes"] = options.copies * sum(map(len, files))
     facts_path.write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts))
-
-
-def write_jsonl(texts: list[str], folder: Path) -> None:
-    folder.mkdir()
-    files = [open(folder / f"{number}.jsonl", "w") for number in range(8)]  # noqa: SIM115 (closed below)
-    for number, text in enumerate(texts):
-        print(json.dumps({"text": text, "id": str(number)}), file=files[number % 8])
-        if number % 10 == 0:  # something to find for those that drop duplicates
-            print(json.dumps({"text": texts[number // 2], "id": f"{number}-copy"}), file=files[number // 10 % 8])
-    for file in files:
-        file.close()
 
 
 def train_tokenizer(texts: list[str], path: Path) -> None:

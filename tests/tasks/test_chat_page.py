@@ -1,7 +1,4 @@
-"""The page of `pile chat --browser`, asked over HTTP as a browser or an attacker would.
-
-`benchmarks/chat_end_to_end.py` asks it with a real browser.
-"""
+"""The page of `pile chat --browser`, asked over HTTP as a browser or an attacker would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's picture from the final evaluation of a run: `python benchmarks/picture.py runs/digits docs/demo.png`."""
+"""The README's picture from the final evaluation of a run: `python data/digits/picture.py runs/digits docs/demo.png`."""
 
 from __future__ import annotations
 

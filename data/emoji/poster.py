@@ -1,4 +1,4 @@
-"""The emoji demo's poster, from a run's model: `python benchmarks/poster.py runs/emoji docs/emoji.png`.
+"""The emoji demo's poster, from a run's model: `python data/emoji/poster.py runs/emoji docs/emoji.png`.
 
 What it shows was written down before the model was trained, and each drawing is the model's first: nothing is picked. On the
 left of each pair stands OpenMoji's drawing at the size that the model sees, on the right the model's.
@@ -52,7 +52,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def load_recipe() -> ModuleType:
-    path = Path(__file__).parents[1] / "data" / "emoji" / "prepare.py"
+    path = Path(__file__).with_name("prepare.py")
     spec = importlib.util.spec_from_file_location("emoji_prepare", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
