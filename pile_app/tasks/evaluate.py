@@ -164,7 +164,7 @@ def weighted_bits_per_byte(sources: Mapping[str, Any], weights: Mapping[str, flo
 
 def save_figures(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:
     """Write the result as JSON, and the values under `evaluation/` into the summary of the run's W&B run, if it has a project
-    (offline: into one more folder for `wandb sync`)."""
+    (offline: in another folder for `wandb sync`)."""
     with whole_file(str(file)) as written:
         written.write(json.dumps(result, indent=1).encode())
     if project is not None:

@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def count_bytes(tensors: Iterable[Tensor], shards: int = 1) -> int:
-    """Bytes of the tensors, or of the first of the shards that FSDP2 makes of their rows."""
+    """Bytes of the tensors, or of the first shards if FSDP2 divides their rows."""
     return sum(math.ceil(len(t) / shards) * t[0].nbytes if t.dim() and len(t) else t.nbytes for t in tensors)
 
 
@@ -169,7 +169,7 @@ def plan_memory(
 
 
 def shard_matrices(model: FusedLanguageModel, parts: int) -> None:
-    """Give every block of a Transformer the shapes it has on one of `parts` tensor-parallel devices."""
+    """Give every block of a Transformer the shapes of a single device among `parts` tensor-parallel devices."""
     if not isinstance(model.backbone, Transformer):
         raise ValueError("tensor parallelism needs a Transformer: recurrent cells cannot be sharded")
     styles = tensor_parallel_plan()

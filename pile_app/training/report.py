@@ -1,7 +1,7 @@
 """One page about a run: `write_report(Path("runs/digits"))` writes `runs/digits/report.html`.
 
 The page contains its styles, charts (SVG), images and sounds (`data:` URIs), so it can be mailed and opened without a network.
-Sources in the run folder; what is missing is skipped: metrics.csv (the curves, see `CHARTS`), summary.json (final figures, see
+It shows the files of the run folder that exist: metrics.csv (the curves, see `CHARTS`), summary.json (final figures, see
 `FIGURES`), config.yaml, and samples/{evaluation,step-N}/samples.json: a list of {"title", "prompt", "outputs", "references"} of
 parts, {"modality": "text", "text": ...} or {"modality": "image", "file": ...}.
 """
@@ -41,7 +41,7 @@ FIGURES = (  # pattern of a key in summary.json, unit, meaning; the first match 
     (r"train_seconds", "s", "wall-clock"),
     (r"tokens_per_second", "tokens/s", "mean over the training"),
     (r"peak_memory_bytes", "bytes", "held at once"),
-    (r".*", "", ""),
+    (r"(?s).*", "", ""),
 )
 LOSS_UNITS = ("nats per token", "bits per byte", "reconstruction loss")
 STATUS = ("device", "steps", "tokens", "train_seconds", "tokens_per_second", "parameters")
@@ -101,7 +101,7 @@ def write_report(run: Path) -> Path:
     summary: dict[str, Any] = read_json(run / "summary.json", dict)
     charts = draw_charts(read_curves(run / "metrics.csv"))
     steps = {int(path.parent.name[5:]): path.parent for path in run.glob("samples/step-*/samples.json")}
-    some = sorted(steps)[:: max(1, -(-len(steps) // 6))] if steps else []
+    some = sorted(steps)[:: -max(1, -(-len(steps) // 6))][::-1]  # six at most, the last included
     evaluation = run / "samples/evaluation"
     made = evaluation if (evaluation / "samples.json").exists() else steps[max(steps)] if steps else evaluation
     config = (run / "config.yaml").read_text("utf-8") if (run / "config.yaml").exists() else ""

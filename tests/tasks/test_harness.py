@@ -111,7 +111,7 @@ def test_answers_end_at_a_stop_string(model: FusedLanguageModel) -> None:
 
 @pytest.mark.parametrize("context", [16, 256])
 def test_a_prompt_keeps_half_of_the_context(model: FusedLanguageModel, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness asks for answers of 256 tokens, whatever the context."""
+    """The harness asks for answers of 256 tokens at any context."""
     seen: list[tuple[str, int]] = []
 
     def write(model: FusedLanguageModel, prompts: list[Document], to: int, sampling: Sampling) -> list[Segment]:

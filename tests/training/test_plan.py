@@ -198,7 +198,7 @@ def test_distributed_parts_are_counted_once() -> None:
 
 @pytest.fixture
 def fake_world() -> Iterator[int]:
-    """A process group of 64 ranks of which only the first exists; communication does nothing."""
+    """A process group of 64 ranks, only the first of them real; communication does nothing."""
     dist.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
     yield 64
     dist.destroy_process_group()
