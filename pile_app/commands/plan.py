@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hardware", choices=("h100", "h200", "b200", "a100", "l40s", "rtx4090", "cpu"), default="h100", help="kind of device"
     )
     parser.add_argument("--utilization", type=float, default=0.4, help="fraction of the hardware's FLOP/s that is reached")
-    parser.add_argument("--text_tokens", type=int, default=32_762, help="size of a tokenizer that does not exist yet")
-    parser.add_argument("--read_data", action="store_true", help="open the shards: fill, lengths, modalities, epochs")
+    parser.add_argument("--text-tokens", type=int, default=32_762, help="size of a tokenizer that does not exist yet")
+    parser.add_argument("--read-data", action="store_true", help="open the shards: fill, lengths, modalities, epochs")
 
 
 def run(options: argparse.Namespace) -> None:

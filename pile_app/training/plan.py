@@ -78,7 +78,7 @@ class Plan:
         model = meta_model(config, tokenizer)
         self.vocabulary, self.parts = model.vocabulary, count_parts(model)
         self.parameters = sum(size for part, size in self.parts.items() if part != "codecs")
-        self.fill, self.attended, self.source = 1.0, (config.data.context + 1) / 2, "assumed, --read_data measures"
+        self.fill, self.attended, self.source = 1.0, (config.data.context + 1) / 2, "assumed, --read-data measures"
         self.epoch_tokens = 0  # unknown
         used = model.vocabulary.modalities
         self.fractions = tuple((modality in used) / len(used) for modality in range(len(MODALITIES)))
@@ -201,7 +201,7 @@ class Plan:
         yield sending > computing, f"{longer}: fewer devices, or a larger data.micro_batch"
         fitting = f"{million:,.0f} M parameters fit every device"
         yield layout.strategy == "fsdp" and million < 300, f"{fitting}: ddp is simpler and sends less than fsdp2"
-        yield steps is None, "the length is unknown: set trainer.max_steps, or let --read_data count the epochs"
+        yield steps is None, "the length is unknown: set trainer.max_steps, or let --read-data count the epochs"
         if steps is not None:
             ratio, warmup = self.tokens / (20 * self.parameters), optimizer.warmup_steps
             passes = self.tokens / (self.epoch_tokens or math.inf)
@@ -221,7 +221,7 @@ class Plan:
             yield width % 128 > 0, f"width {width} is no multiple of 128: matrix units compute whole tiles of 128"
             yield head not in (1, 64, 128), f"heads of size {head}: attention is fastest with 64 or 128"
         missing = f"{model.tokenizer} does not exist yet: planned with {self.vocabulary.text_tokens:,} text tokens"
-        yield not self.has_tokenizer, f"{missing} (--text_tokens)"
+        yield not self.has_tokenizer, f"{missing} (--text-tokens)"
         padding = f"{1 - self.fill:.0%} of the positions are padding"
         yield self.fill < 0.95, f"{padding}: data.context={self.config.data.context} does not suit these documents"
 

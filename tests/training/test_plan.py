@@ -299,7 +299,7 @@ def test_every_preset_parses_and_plans(path: Path, monkeypatch: pytest.MonkeyPat
     plan = Plan(
         [f"--config={values['--config']}"],
         devices=int(values["--devices"]),
-        text_tokens=int(values.get("--text_tokens", 32_762)),
+        text_tokens=int(values.get("--text-tokens", 32_762)),
     )
     size = {"tiny": 1e6, "small": 10e6, "50m": 75e6, "150m": 150e6, "500m": 500e6, "1.5b": 1.5e9, "7b": 7e9}[path.stem]
     assert plan.parameters == pytest.approx(size, rel=0.4)
@@ -315,7 +315,7 @@ def test_plan_of_a_run_with_its_data_measures_them(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tiny_run.config.parent)
-    pile(["plan", "--config", str(tiny_run.config), "--hardware", "a100", "--read_data", "trainer.precision=bf16-mixed"])
+    pile(["plan", "--config", str(tiny_run.config), "--hardware", "a100", "--read-data", "trainer.precision=bf16-mixed"])
     said = capsys.readouterr().out
     assert "from 64 packs" in said and "passes over the data" in said and "1 x a100, single, bf16-mixed" in said
 
