@@ -14,7 +14,6 @@ import torchaudio  # noqa: F401
 import wandb  # noqa: F401
 
 import pile_app.model.generate
-import pile_app.tasks.cross_modal
 import pile_app.training.callbacks
 import pile_app.training.checkpoints
 import pile_app.training.cli

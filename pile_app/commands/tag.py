@@ -61,11 +61,11 @@ def run(options: argparse.Namespace) -> None:
 def read_documents(path: Path) -> Iterator[Document]:
     """Read the documents of a file, or each line of a text; what cannot be used is named on stderr."""
     from pile_app.documents import BadSample, Document, Segment
-    from pile_app.prepare import readers
+    from pile_app.prepare import listing, readers
 
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
-    if readers.FORMATS.get(readers.extension(path.name)) not in ("conll", "json", "parquet"):
+    if listing.FORMATS.get(listing.extension(path.name)) not in ("conll", "json", "parquet"):
         yield from (Document((Segment(line),)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         return
     for where, document in readers.read_documents(path):

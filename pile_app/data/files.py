@@ -30,16 +30,29 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name when it is complete, or is removed if writing fails."""
+def whole_file(path: str | Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name when complete (`durable`: and synced), or is removed if writing fails."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # process ids coincide in containers of several hosts
     try:
         with open(temporary, "wb", 1 << 20) as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            sync_folder(Path(path).parent)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in a folder are on disk; Windows has no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 @contextmanager

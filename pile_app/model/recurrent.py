@@ -16,11 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pile_app.model.base import Backbone, Cache, norm
+from pile_app.model.base import Backbone, Cache, initialize_block, norm
 
 
 class _Recurrent(Backbone):
-    """Stack of recurrent cells: `x + cell(norm(x))`, without `x` in a first cell whose input has another width."""
+    """Stack of recurrent cells: `x + cell(norm(x))`, without `x` in a first cell whose input has another width.
+
+    Args:
+        width: D, also the size of each cell's state.
+        layers: number of cells.
+        dropout: see `Backbone`.
+        embedding_width: size of the token vectors; null: D.
+    """
 
     cell: type[nn.LSTM] | type[nn.RNN]
     step: Callable[..., tuple[Tensor, ...]]  # of one token
@@ -33,9 +40,12 @@ class _Recurrent(Backbone):
         sizes = [self.embedding_width, *[width] * (layers - 1)]
         self.cells = nn.ModuleList(self.cell(size, width, batch_first=True) for size in sizes)
         self.drop = nn.Dropout(dropout)
-        for module in self.cells:
-            if isinstance(module, nn.LSTM):  # remember by default (Jozefowicz et al. 2015)
-                nn.init.ones_(module.get_parameter("bias_ih_l0")[width : 2 * width])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for cell in self.cells:
+            if isinstance(cell, nn.LSTM):  # remember by default (Jozefowicz et al. 2015)
+                nn.init.ones_(cell.get_parameter("bias_ih_l0")[self.width : 2 * self.width])
 
     def forward(
         self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
@@ -74,14 +84,7 @@ class _Recurrent(Backbone):
 
 
 class LSTM(_Recurrent):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997), residual and pre-norm.
-
-    Args:
-        width: D, also the size of each cell's state.
-        layers: number of cells.
-        dropout: see `Backbone`.
-        embedding_width: size of the token vectors; null: D.
-    """
+    """Long short-term memory (Hochreiter and Schmidhuber 1997), residual and pre-norm."""
 
     cell = nn.LSTM
     step = staticmethod(torch.lstm_cell)
@@ -97,14 +100,7 @@ class LSTM(_Recurrent):
 
 
 class RNN(_Recurrent):
-    """Recurrent net with tanh (Elman 1990), residual and pre-norm.
-
-    Args:
-        width: D, also the size of each cell's state.
-        layers: number of cells.
-        dropout: see `Backbone`.
-        embedding_width: size of the token vectors; null: D.
-    """
+    """Recurrent net with tanh (Elman 1990), residual and pre-norm."""
 
     cell = nn.RNN
     step = staticmethod(lambda x, state, *weights: (torch.rnn_tanh_cell(x, state[0], *weights),))
@@ -112,15 +108,13 @@ class RNN(_Recurrent):
 
 class MinGRU(Backbone):
     """Gated linear recurrence: minGRU (arXiv:2410.01201) with the short convolution of Griffin (arXiv:2402.19427), residual and
-    pre-norm, each cell followed by a feed-forward net as in a Transformer. Griffin's output gate did not pay
-    (docs/benchmarks.md).
+    pre-norm, each cell followed by a feed-forward net as in a Transformer.
 
         y   = norm(x);  c = convolution(y), each channel over its last `CONVOLUTION` tokens
         f_t = sigmoid(F c_t + bias);  h_t = f_t h_{t-1} + (1 - f_t) Z c_t
         x   = x + O norm(h)
 
-    Gates do not depend on the state before, so every matrix product is over all tokens at once, and what has to be done one
-    token after another is a multiplication and an addition. A document begins with f = 0.
+    Gates do not depend on the state before, so every matrix product is over all tokens at once. A document begins with f = 0.
 
     Args:
         width: D.
@@ -154,14 +148,17 @@ class _MinGRUBlock(nn.Module):
         self.recurrence_out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
-        # Half-lives of half a token to a hundred, spread over the channels.
-        self.forget_bias = nn.Parameter(torch.linspace(-1.0, 5.0, width))
-        self.taps = nn.Parameter(F.pad(torch.ones(1, width), (0, 0, 0, self.CONVOLUTION - 1)))  # of this token, the last, ...
+        self.forget_bias = nn.Parameter(torch.empty(width))
+        self.taps = nn.Parameter(torch.empty(self.CONVOLUTION, width))  # of this token, the one before, ...
         self.dropout = nn.Dropout(dropout)
-        for layer in (self.forget, self.candidate, self.expand):
-            nn.init.uniform_(layer.weight, -((3 / width) ** 0.5), (3 / width) ** 0.5)  # keeps the variance
-        nn.init.zeros_(self.recurrence_out.weight)
-        nn.init.zeros_(self.contract.weight)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        initialize_block([self.forget, self.candidate, self.expand], [self.recurrence_out, self.contract])
+        # Half-lives of half a token to a hundred, spread over the channels.
+        self.forget_bias.copy_(torch.linspace(-1.0, 5.0, len(self.forget_bias)))
+        self.taps.zero_()[0] = 1
 
     def forward(self, x: Tensor, indices: Tensor, number: int, cache: Cache | None) -> Tensor:
         x = x + self.dropout(self.recur(norm(x), indices, number, cache))

@@ -29,13 +29,12 @@ from pile_app.data.batch import Batch
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.files import whole_file
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
-from pile_app.model.fused import full_precision
 from pile_app.training.cli import fast_precision
 from pile_app.training.load import find_checkpoint, load_run, read_config
 from pile_app.training.metrics import likelihoods, validation_values
 from pile_app.training.module import PileModule
 from pile_app.training.report import short
-from pile_app.training.run import make_wandb_logger
+from pile_app.training.wandb_run import WandbRun
 
 
 class SourceFigures(Callback):
@@ -59,20 +58,19 @@ class SourceFigures(Callback):
         image_codec, audio_codec = pl_module.model.image_codec, pl_module.model.audio_codec
         self.documents.update(source for pack in batch.documents for source, _, _, start, _ in pack if start == 0)
         self.rejected.update((source, reason) for source, _, reason, _ in batch.rejected)
-        with full_precision(batch):
-            if image_codec is not None and len(batch.images):
-                images, decoded = batch.images.float(), image_codec.decode(image_codec.encode(batch.images)).float()
-                sources = batch.source.flatten()[batch.image_starts[: len(images)].long()]
-                for source in sources.unique().tolist():
-                    self.psnr[source].update(decoded[sources == source], images[sources == source])
-            if audio_codec is not None and len(batch.audio):
-                tokens = batch.audio_tokens
-                decoded = audio_codec.decode(audio_codec.encode(batch.audio, tokens), tokens)
-                distances = audio_codec.log_mel_distances(batch.audio, decoded, tokens)
-                sources = batch.source.flatten()[batch.audio_starts.long()]
-                sources = sources.repeat_interleave(tokens * audio_codec.config.frames_per_token)
-                for source in sources.unique().tolist():
-                    self.log_mel[source].update(distances[sources == source])
+        if image_codec is not None and len(batch.images):
+            images, decoded = batch.images.float(), image_codec.decode(image_codec.encode(batch.images)).float()
+            sources = batch.source.flatten()[batch.image_starts[: len(images)].long()]
+            for source in sources.unique().tolist():
+                self.psnr[source].update(decoded[sources == source], images[sources == source])
+        if audio_codec is not None and len(batch.audio):
+            tokens = batch.audio_tokens
+            decoded = audio_codec.decode(audio_codec.encode(batch.audio, tokens), tokens)
+            distances = audio_codec.log_mel_distances(batch.audio, decoded, tokens)
+            sources = batch.source.flatten()[batch.audio_starts.long()]
+            sources = sources.repeat_interleave(tokens * audio_codec.config.frames_per_token)
+            for source in sources.unique().tolist():
+                self.log_mel[source].update(distances[sources == source])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the table, which the module's own hook resets afterwards."""
@@ -168,7 +166,7 @@ def save_figures(result: Mapping[str, Any], values: Mapping[str, float], file: P
     with whole_file(str(file)) as written:
         written.write(json.dumps(result, indent=1).encode())
     if project is not None:
-        experiment = make_wandb_logger(run, project).experiment
+        experiment = WandbRun(run, project, "evaluation").experiment
         experiment.summary.update({f"evaluation/{name}": value for name, value in values.items()})
         experiment.finish()
 

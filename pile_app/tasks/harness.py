@@ -18,7 +18,7 @@ import torch
 
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
-from pile_app.model.score import Span, rolling_scores, score_spans
+from pile_app.model.score import rolling_scores, score_tokens
 from pile_app.prepare.options import require
 from pile_app.tasks.evaluate import default_checkpoint, print_table, save_figures
 from pile_app.training.load import find_checkpoint, load_run, read_config
@@ -52,16 +52,17 @@ class PileLM(HARNESS.TemplateLM):  # type: ignore[name-defined]
         """(log-probability, whether greedy decoding writes it) of each continuation, in windows if it fills the context."""
         spans, owners = [], []
         for index, (_, prompt, continuation) in enumerate(requests):
-            ids = [token - Vocabulary.SPECIALS for token in prompt + continuation if token >= Vocabulary.SPECIALS]
-            document, stop = Document((Segment("", ids=torch.tensor(ids).numpy()),)), 2 + len(ids)
+            text = [token for token in prompt + continuation if token >= Vocabulary.SPECIALS]
+            tokens = [Vocabulary.BEGIN, self.prefix_token_id, *text]
+            stop = len(tokens)
             first = stop - len(continuation)
             size = len(continuation) if len(continuation) < self.context else self.context // 2
             for begin in range(first, stop, max(1, size)):
                 end = min(begin + size, stop)
-                spans.append(Span(document, max(0, end - self.context), begin, end))
+                spans.append((tokens[max(0, end - self.context) : begin], tokens[begin:end]))
                 owners.append(index)
         found: dict[int, list[Any]] = defaultdict(list)
-        for owner, score in zip(owners, score_spans(self.model, spans), strict=True):
+        for owner, score in zip(owners, score_tokens(self.model, spans), strict=True):
             found[owner].append(score)
         return [
             (-sum(score.nats for score in found[index]), all(score.is_greedy for score in found[index]))

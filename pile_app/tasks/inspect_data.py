@@ -159,7 +159,7 @@ def _add_config(plan: Plan, path: Path) -> Any:
     import yaml
     from jsonargparse import ArgumentError
 
-    from pile_app.training.cli import make_model_parser
+    from pile_app.training.load import make_model_parser
 
     below = Path("conf/default.yaml")
     parser, parsed = make_model_parser(), None

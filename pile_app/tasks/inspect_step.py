@@ -176,7 +176,7 @@ def decoder(model: FusedLanguageModel) -> Decode:
         if segment.modality == TEXT:
             return Segment(model.tokenizer.decode(values), "txt", segment.loss)
         with torch.no_grad():
-            return decode_codes(model, [torch.from_numpy(values.astype("int64"))], segment.modality)[0]
+            return decode_codes(model, [values.tolist()], segment.modality)[0]
 
     return decode
 

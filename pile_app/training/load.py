@@ -1,6 +1,7 @@
-"""A run folder back to its model: `runs/<name>/` -> module with its weights, data module, checkpoint.
+"""Load the model of a run folder for inference: `runs/<name>/` -> module with its weights, data module, checkpoint.
 
-Nothing of training is built (no Trainer, no logger), and no shard is opened before `data.setup()` is called.
+Nothing of training is built (no Trainer, no logger). The weights are mapped, the optimizer's state is not read, and no shard is
+opened before `data.setup()` is called.
 """
 
 from __future__ import annotations
@@ -9,18 +10,35 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
-from pile_app.training.cli import make_model_parser
-from pile_app.training.module import PileModule, check_shapes
-from pile_app.training.resume import TOKENIZER, find_damage
-from pile_app.training.sharded import read_checkpoint
+from pile_app.model.fused import AUTOCAST
+from pile_app.training.checkpoints import check_shapes, find_damage, read_checkpoint
+from pile_app.training.module import PileModule
+
+TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
+RANDOM: set[Any] = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.nn.init.uniform_, torch.nn.init.normal_}
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Within this context, modules do not draw random weights; for modules whose weights are replaced anyway.
+
+    Memory that is allocated for weights and never written or read takes no room.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs or {})
 
 
 def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
-    """The module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
+    """Return the module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
 
     Args:
         run: folder of the run.
@@ -29,30 +47,30 @@ def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataM
     Raises:
         ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
     """
-    config = read_config(run)
-    path = find_checkpoint(run, checkpoint)
-    module, data = _build(run, config)
-    if damage := find_damage(path):
+    config, path = read_config(run), find_checkpoint(run, checkpoint)
+    if damage := find_damage(path, "weights"):
         raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {damage}")
-    saved = read_checkpoint(path)
-    state = saved["state_dict"]
+    with SkipInitialization():
+        module, data = build_run(run, config)
+    saved = read_checkpoint(path, optimizer=False)
     try:
-        check_shapes(module, state)
+        check_shapes(module, saved["state_dict"])
     except ValueError as error:
         raise ValueError(f"{str(path)!r} does not fit {str(run / 'config.yaml')!r}: {error}") from error
-    module.load_state_dict(state)
+    module.load_state_dict(saved["state_dict"], assign=True)
     trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
     if module.tokenizer.fingerprint != trained:
         raise ValueError(
             f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
+    module.model.autocast_dtype = AUTOCAST.get(str((config.get("trainer") or {}).get("precision")))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """`config.yaml` of a run folder, with the run's own copy of its tokenizer."""
+    """Read `config.yaml` of a run folder, with the run's own copy of its tokenizer."""
     path = run / "config.yaml"
     if not run.is_dir():
         raise ValueError(f"there is no run folder {str(run)!r} (working folder {os.getcwd()})")
@@ -70,17 +88,32 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
-    """The file or folder that "last", "best", "previous" or a path means."""
+    """Return the file or folder that "last", "best", "previous" or a path means."""
     named = checkpoint in ("last", "best", "previous")
     path = run / "checkpoints" / f"{checkpoint}.ckpt" if named else Path(checkpoint)
     if not path.exists():
-        found = ", ".join(sorted(one.stem for one in (run / "checkpoints").glob("*.ckpt"))) or "none"
+        found = ", ".join(sorted(file.stem for file in (run / "checkpoints").glob("*.ckpt"))) or "none"
         raise ValueError(f"there is no checkpoint {str(path)!r}; checkpoints of run {str(run)!r}: {found}")
     return path
 
 
-def _build(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
-    model = config["model"] | {"codecs_from": None, "start_from": None}  # the checkpoint holds all; these may be gone
+def link_model_to_data(parser: LightningArgumentParser) -> None:
+    for name in ("vocabulary", "tokenizer", "annotator"):
+        parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
+
+
+def make_model_parser() -> LightningArgumentParser:
+    """Return a parser of `model` and `data` alone, as training has them."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(PileModule, "model")
+    parser.add_lightning_class_args(PileDataModule, "data")
+    link_model_to_data(parser)
+    return parser
+
+
+def build_run(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
+    """Build model and data module of a run's configuration, without the files that training began with, and not compiled."""
+    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
     parser = make_model_parser()
     try:
         built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))

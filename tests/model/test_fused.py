@@ -1,4 +1,4 @@
-"""The promises of `model/fused.py`: one exact likelihood over text, images and sound, whatever is packed with what."""
+"""The promises of `model/fused.py`: an exact likelihood over text, images and sound, however documents are packed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def batch_of(model: FusedLanguageModel, rows: Sequence[Sequence[Document | BadSa
 
 
 def losses_by_place(model: FusedLanguageModel, batch: Batch) -> dict[tuple[int, int], float]:
-    """(modality, flat place) -> nats."""
+    """(modality, flat index) -> nats."""
     losses = model(batch)
     return {
         (modality, place): nats
@@ -102,7 +102,7 @@ def test_media_are_encoded_to_the_same_codes_in_any_batch(tiny_model: MakeModel,
     packed = model.fill(batch_of(model, [documents], 160))[0]
     alone = [model.fill(batch_of(model, [[document]], length_of(model, document)))[0] for document in documents]
     assert torch.equal(packed[: sum(map(len, alone))], torch.cat(alone))
-    places = model.image_places(batch_of(model, [[documents[4]]], 12))[0]
+    places = model.image_indices(batch_of(model, [[documents[4]]], 12))[0]
     assert places.tolist() == [0, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
 
 

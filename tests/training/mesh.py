@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pile_app.model.backbones import Transformer
-from pile_app.training.muon import ShardedMuon
+from pile_app.training.muon import Muon
 from pile_app.training.parallel import clip_gradients, gradient_norm, place_like, tensor_parallel_plan
 
 MeshFunction = Callable[[DeviceMesh, Path], None]
@@ -98,6 +98,6 @@ def save_from_mesh(mesh: DeviceMesh, folder: Path) -> None:
         if mesh.shape[1] > 1:
             parallelize_module(block, mesh["tensor_parallel"], tensor_parallel_plan())
         fully_shard(block, mesh=mesh["data_parallel"])
-    moved, gradients = moved_by_muon(model, ShardedMuon), clipped(model, clip_parts)
+    moved, gradients = moved_by_muon(model, Muon), clipped(model, clip_parts)
     if dist.get_rank() == 0:
         torch.save((moved, gradients), folder / "saved.pt")

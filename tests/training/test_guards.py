@@ -10,8 +10,8 @@ import pytest
 import torch
 from attempts import Workbench, assert_same_run, checkpoint, is_same, losses, make_bench
 
+from pile_app.training.checkpoints import choose_checkpoint, find_damage, range_to_skip
 from pile_app.training.guards import GuardConfig, find_not_finite
-from pile_app.training.resume import choose_checkpoint, find_damage, range_to_skip
 
 DIVERGED = 3
 
