@@ -31,32 +31,29 @@ def train(*settings: str) -> None:
 def plan(
     *settings: str, devices: int | None = None,
     hardware: Literal["h100", "h200", "b200", "a100", "l40s", "rtx4090", "cpu"] = "h100", utilization: float = 0.4,
-    strategy: Literal["single", "ddp", "fsdp"] | None = None, tensor_parallel: int | None = None, text_tokens: int = 32_762,
-    read_data: bool = False,
+    text_tokens: int = 32_762, read_data: bool = False,
 ) -> None:  # fmt: skip
     """Tell what a configuration will need, how long it will take, and what is unwise in it.
 
     Takes all options of `pile train` as well: --config conf/sizes/7b.yaml --data.global_batch 64. Nothing of the model is
-    allocated. Memory is that of a language-model step, not of the codec phase.
+    allocated. Memory is that of a language-model step, not of the codec phase. Exits with 2 if a step does not fit a device.
 
     Args:
         devices: devices of the whole run (default: those of the configuration, else 1)
         hardware: kind of the devices
         utilization: fraction of the hardware's FLOP/s that is reached
-        strategy: default: that of the configuration
-        tensor_parallel: devices that share the matrices of a block
         text_tokens: size of a tokenizer that does not exist yet
         read_data: open the shards: fill, lengths, modalities, epochs
     """
     from pile_app.bundled import find_configs
-    from pile_app.training.advice import format_plan
-    from pile_app.training.plan import make_plan
+    from pile_app.training.plan import Plan
 
     if wrong := [word for word in settings[:1] if not word.startswith("--")]:
         raise ValueError(f"{wrong[0]!r} is no option: write settings as for pile train, e.g. --data.global_batch 64")
-    asked = {"devices": devices, "device": hardware, "utilization": utilization, "strategy": strategy}
-    asked |= {"tensor_parallel": tensor_parallel, "text_tokens": text_tokens, "read_data": read_data}
-    print(format_plan(make_plan(find_configs(settings), **asked)))  # type: ignore[arg-type]
+    found = Plan(find_configs(settings), devices, hardware, utilization, text_tokens, read_data)
+    print(found)
+    if not found.fits:
+        sys.exit(2)
 
 
 def evaluate(
@@ -120,9 +117,6 @@ def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = 
 
 def choose_checkpoint(run: Path, checkpoint: str) -> str:
     """Replace auto by best, if the run has an objective and a best checkpoint, or else by last, as its summary does."""
-    from pile_app.training.load import read_config
+    from pile_app.tasks.evaluate import default_checkpoint
 
-    if checkpoint != "auto":
-        return checkpoint
-    has_best = read_config(run)["model"].get("objective") and (run / "checkpoints" / "best.ckpt").exists()
-    return "best" if has_best else "last"
+    return default_checkpoint(run) if checkpoint == "auto" else checkpoint

@@ -153,7 +153,7 @@ def score_continuations(
         first = 2 + int(np.append(ids[:shared] == alone[:shared], False).argmin())
         tokens = _text_tokens(ids)
         spans.append((tokens[_start(first, len(tokens), context) : first], tokens[first:]))
-    return _score_texts(model, spans)
+    return score_tokens(model, spans)
 
 
 def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: int | None = None) -> list[Score]:
@@ -168,12 +168,12 @@ def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: i
     tokens = _text_tokens(model.tokenizer.encode(text))
     firsts = [2, *range(context, len(tokens), stride)] if len(tokens) > 2 else []
     stops = [min(first + stride if first > 2 else context, len(tokens)) for first in firsts]
-    return _score_texts(
+    return score_tokens(
         model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in zip(firsts, stops, strict=True)]
     )
 
 
-def _score_texts(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+def score_tokens(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
     """Score tokens after the tokens before them."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, (before, _) in enumerate(spans):

@@ -17,6 +17,7 @@ from pile_app.data.shards import Shards, write_shards
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.media import decode_image
 from pile_app.model.score import score_answers
+from pile_app.tasks.evaluate import default_checkpoint
 from pile_app.training.load import load_run
 
 TEXTS = {"short": ["a text", "another, with ümläut"], "long": ["lorem ipsum " * 9]}  # none is cut
@@ -84,7 +85,7 @@ def test_own_sources_have_codecs_measured_and_weights(
     psnr = peak_signal_noise_ratio(again.float(), images.float(), data_range=255.0)
     assert media["image"]["psnr"] == pytest.approx(float(psnr), rel=1e-4) and "image" not in prose
     assert 0 < media["audio"]["log_mel_distance"] < 10 and media["audio"]["code_bits_per_second"] > 0
-    for heading in ("bits a byte", "PSNR", "log-mel", "weighted", "media", "prose"):
+    for heading in ("bits per byte", "psnr", "log mel distance", "weighted", "media", "prose"):
         assert heading in " ".join(shown.split()), shown
 
 
@@ -111,3 +112,11 @@ def test_what_cannot_be_evaluated_is_refused(evaluated: tuple[TinyRun, dict], ca
         with pytest.raises(SystemExit):
             main(["evaluate", str(run.folder), *arguments])
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("objective", "chosen"), [("null", "last"), ("{class_path: Classification}", "best")])
+def test_the_default_checkpoint_is_the_one_that_the_summary_is_about(tmp_path: Path, objective: str, chosen: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {{objective: {objective}}}\ndata: {{}}\n")
+    assert default_checkpoint(tmp_path) == "last"  # there is no other yet
+    (tmp_path / "checkpoints" / "best.ckpt").mkdir(parents=True)
+    assert default_checkpoint(tmp_path) == chosen
