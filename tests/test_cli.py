@@ -260,7 +260,7 @@ def test_tokenizer_from_shards_and_from_a_folder(tmp_path: Path, capsys: pytest.
 
     (tmp_path / "empty").mkdir()
     assert "holds no text" in fails("tokenizer", tmp_path / "empty", tmp_path / "t.json", "--kind", "bpe", "--size", "300")
-    assert "too small" in fails("tokenizer", tmp_path / "texts", tmp_path / "t.json", "--kind", "bpe", "--size", "9")
+    assert "smallest sizes" in fails("tokenizer", tmp_path / "texts", tmp_path / "t.json", "--kind", "bpe", "--size", "9")
     assert "does not exist" in fails("tokenizer", tmp_path / "nix", tmp_path / "t.json", "--kind", "bpe", "--size", "300")
     assert not (tmp_path / "t.json").exists()
 

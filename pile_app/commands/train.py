@@ -80,14 +80,14 @@ def evaluate(
         from pile_app.tasks.evaluate import print_tables
 
         file = folder / "evaluation.json"
-        print_tables(measure(run, parse_sources(on), choose_checkpoint(run, checkpoint), file))
+        print_tables(measure(run, parse_sources(on), checkpoint, file))
     else:
         if on:
             raise ValueError("give --on or --tasks, not both")
         from pile_app.tasks.harness import evaluate_tasks, print_tasks
 
         file = folder / "evaluation-tasks.json"
-        print_tasks(evaluate_tasks(run, tasks.split(","), include, fewshot, limit, choose_checkpoint(run, checkpoint), file))
+        print_tasks(evaluate_tasks(run, tasks.split(","), include, fewshot, limit, checkpoint, file))
     print(f"saved in {file}")
 
 
@@ -103,7 +103,7 @@ def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = 
     from pile_app.model.pretrained import save_pretrained
     from pile_app.training.load import load_run, read_config
 
-    module, data, saved = load_run(run, choose_checkpoint(run, checkpoint))
+    module, data, saved = load_run(run, checkpoint)
     config = read_config(run)["model"]
     if format == "huggingface":
         from pile_app.model.huggingface import save_huggingface
@@ -113,10 +113,3 @@ def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = 
         save_pretrained(module.model, config, output)
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output}: the model after step {saved['global_step']:,}, {size / 1e6:,.1f} MB")
-
-
-def choose_checkpoint(run: Path, checkpoint: str) -> str:
-    """Replace auto by best, if the run has an objective and a best checkpoint, or else by last, as its summary does."""
-    from pile_app.tasks.evaluate import default_checkpoint
-
-    return default_checkpoint(run) if checkpoint == "auto" else checkpoint

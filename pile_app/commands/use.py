@@ -27,10 +27,9 @@ def open_run(run: Path | str, checkpoint: str, device: str = "auto") -> tuple[Pi
     """Load a run onto a device: the module, its data module, and the checkpoint."""
     import torch
 
-    from pile_app.commands.train import choose_checkpoint
     from pile_app.training.load import load_run
 
-    module, data, saved = load_run(Path(run), choose_checkpoint(Path(run), checkpoint))
+    module, data, saved = load_run(Path(run), checkpoint)
     module.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     return module, data, saved
 

@@ -65,6 +65,12 @@ def flock(descriptor: int, operation: str = "LOCK_EX", wait: bool = True) -> Non
         fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
 
 
+def release(descriptor: int) -> None:
+    """Unlock and close a file. Closing alone does not unlock it while a forked child holds a copy of the descriptor."""
+    flock(descriptor, "LOCK_UN")
+    os.close(descriptor)
+
+
 @contextmanager
 def locked(path: str, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock file, removed when it is released; yield False if it is held elsewhere and `wait` is False."""
@@ -89,8 +95,7 @@ def locked(path: str, wait: bool = True) -> Iterator[bool]:
     finally:
         with suppress(OSError):
             os.unlink(path)
-        flock(descriptor, "LOCK_UN")  # closing is not enough: a forked child may hold a copy
-        os.close(descriptor)
+        release(descriptor)
 
 
 def save_arrays(path: str, arrays: Mapping[str, Sequence[np.ndarray]], header: Mapping[str, Any]) -> None:

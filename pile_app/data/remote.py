@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from pile_app.data.files import ShardError, flock, locked
+from pile_app.data.files import ShardError, flock, locked, release
 from pile_app.data.urls import MissingError, opened, with_retries
 
 with suppress(ImportError):  # Windows
@@ -222,7 +222,7 @@ class Prefetcher:
 
     def _release(self, is_unneeded: Callable[[int, float], bool]) -> None:
         for kept in [kept for kept in self._kept if is_unneeded(*kept[:2])]:
-            os.close(kept[2])
+            release(kept[2])
             self._kept.remove(kept)
         self._changed.notify_all()
 

@@ -91,26 +91,20 @@ class SourceFigures(Callback):
         return {"documents": self.documents[source], "rejected": dict(rejected), **found}
 
 
-def default_checkpoint(run: Path) -> str:
-    """The weights that a run's summary is about: best for a run with an objective, last for a language model."""
-    has_objective = read_config(run)["model"].get("objective") is not None
-    return "best" if has_objective and (run / "checkpoints" / "best.ckpt").exists() else "last"
-
-
-def evaluate(run: Path, on: Mapping[str, str], checkpoint: str | None = None, output: Path | None = None) -> dict[str, Any]:
+def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output: Path | None = None) -> dict[str, Any]:
     """Evaluate a run of a language model or an objective; save the figures as JSON and in the summary of its W&B run.
 
     Args:
         run: its folder.
         on: name -> pattern of shards; empty: the run's own validation sources.
-        checkpoint: see `load_run`; None: see `default_checkpoint`.
+        checkpoint: see `load_run`.
         output: file for the figures; None: `evaluation.json` in the run's folder.
 
     Raises:
         ValueError: there is no such run or checkpoint, or nothing to evaluate on.
         ShardError: shards cannot be read.
     """
-    config, checkpoint = read_config(run), checkpoint or default_checkpoint(run)
+    config = read_config(run)
     module, data, saved = load_run(run, checkpoint)
     weights = {name: source.weight for name, source in data.sources.items()}
     if on:

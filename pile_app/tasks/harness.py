@@ -20,7 +20,7 @@ from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
 from pile_app.model.score import rolling_scores, score_tokens
 from pile_app.prepare.options import require
-from pile_app.tasks.evaluate import default_checkpoint, print_table, save_figures
+from pile_app.tasks.evaluate import print_table, save_figures
 from pile_app.training.load import find_checkpoint, load_run, read_config
 from pile_app.vocabulary import Vocabulary
 
@@ -112,7 +112,7 @@ def evaluate_tasks(
     include: Path | None = None,
     fewshot: int | None = None,
     limit: int | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str = "auto",
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on tasks: task -> metric -> value; save them as JSON and in the summary of its W&B run.
@@ -132,7 +132,7 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    config, checkpoint = read_config(run), checkpoint or default_checkpoint(run)
+    config = read_config(run)
     module, data, saved = load_run(run, checkpoint)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     manager = TaskManager(include_path=str(include) if include else None, include_defaults=include is None)

@@ -42,12 +42,13 @@ class SkipInitialization(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **kwargs or {})
 
 
-def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
+def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
     """Return the module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
 
     Args:
         run: folder of the run.
-        checkpoint: "last", "best", "previous" (the one before the last), or the path of a checkpoint.
+        checkpoint: "auto", "last", "best", "previous" (the one before the last), or the path of a checkpoint. "auto": the one
+            that the run's summary is about, the best with an objective, else the last.
 
     Raises:
         ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
@@ -93,7 +94,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
-    """Return the file or folder that "last", "best", "previous" or a path means."""
+    """Return the file or folder of a checkpoint; see `load_run`."""
+    if checkpoint == "auto":
+        has_best = read_config(run)["model"].get("objective") and (run / "checkpoints" / "best.ckpt").exists()
+        checkpoint = "best" if has_best else "last"
     named = checkpoint in ("last", "best", "previous")
     path = run / "checkpoints" / f"{checkpoint}.ckpt" if named else Path(checkpoint)
     if not path.exists():

@@ -383,6 +383,22 @@ class TestHTTP:
             prefetcher.close()
         assert len(nginx.requests()) == 3
 
+    def test_a_process_that_was_forked_meanwhile_keeps_no_file(self, nginx: Server, cache: ShardCache) -> None:
+        urls = [nginx.put(f"{n}.tar", content(n, 400 * KB)) for n in range(3)]  # two fit
+        prefetcher = Prefetcher(cache, [(n + 1, Wanted(url, 400 * KB)) for n, url in enumerate(urls)], ahead=4)
+        wait_until(lambda: len(whole_files(cache)) == 2)
+        time.sleep(0.1)  # until the prefetcher has opened the second
+        if not (child := os.fork()):
+            time.sleep(100)
+            os._exit(0)
+        try:
+            prefetcher.advance(1)
+            wait_until(lambda: os.path.exists(cache.path(urls[2])), 10)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            prefetcher.close()
+
     def test_a_file_that_was_passed_while_it_was_fetched_gives_its_room_back(self, nginx: Server, cache: ShardCache) -> None:
         urls = [nginx.put(f"{n}.tar", content(n, 400 * KB)) for n in range(4)]  # two fit
         prefetcher = Prefetcher(cache, [(n + 1, Wanted(url, 400 * KB)) for n, url in enumerate(urls)], ahead=4)

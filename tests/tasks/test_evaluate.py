@@ -17,8 +17,7 @@ from pile_app.data.shards import Shards, write_shards
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.media import decode_image
 from pile_app.model.score import score_answers
-from pile_app.tasks.evaluate import default_checkpoint
-from pile_app.training.load import load_run
+from pile_app.training.load import find_checkpoint, load_run
 
 TEXTS = {"short": ["a text", "another, with ümläut"], "long": ["lorem ipsum " * 9]}  # none is cut
 
@@ -117,6 +116,7 @@ def test_what_cannot_be_evaluated_is_refused(evaluated: tuple[TinyRun, dict], ca
 @pytest.mark.parametrize(("objective", "chosen"), [("null", "last"), ("{class_path: Classification}", "best")])
 def test_the_default_checkpoint_is_the_one_that_the_summary_is_about(tmp_path: Path, objective: str, chosen: str) -> None:
     (tmp_path / "config.yaml").write_text(f"model: {{objective: {objective}}}\ndata: {{}}\n")
-    assert default_checkpoint(tmp_path) == "last"  # there is no other yet
-    (tmp_path / "checkpoints" / "best.ckpt").mkdir(parents=True)
-    assert default_checkpoint(tmp_path) == chosen
+    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    assert find_checkpoint(tmp_path, "auto").stem == "last"  # there is no other yet
+    (tmp_path / "checkpoints" / "best.ckpt").mkdir()
+    assert find_checkpoint(tmp_path, "auto").stem == chosen

@@ -20,7 +20,7 @@ import pytest
 from attempts import Workbench, checkpoint, make_bench
 
 from pile_app.documents import Document, Segment
-from pile_app.tasks.evaluate import keep
+from pile_app.tasks.evaluate import save_figures
 from pile_app.training.callbacks import write_samples
 
 SHORT = ("--trainer.max_steps", "7", "--model.codec_steps", "1", "--checkpoint_every", "2", "--trainer.val_check_interval", "4")
@@ -149,7 +149,7 @@ def test_a_run_resumed_twice_has_each_step_once(bench: Workbench, server: Server
     write_samples(run / "samples" / "step-00000003", [drawn])
     bench.train("watched", *OFFLINE, WANDB_MODE="offline")
     with patch.dict(os.environ, WANDB_MODE="offline"):
-        keep({}, {"text_loss": 1.5}, run / "evaluation.json", run, "pile")  # what `pile evaluate` does at its end
+        save_figures({}, {"text_loss": 1.5}, run / "evaluation.json", run, "pile")  # what `pile evaluate` does at its end
     sync(run, server)
     assert [line["_step"] for line in server.history] == list(range(8))
     expected = logged(run)
