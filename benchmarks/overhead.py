@@ -65,6 +65,8 @@ def by_lightning(folder: Path, steps: int, turn: int) -> list[float]:
     cli.PileCLI.instantiate_trainer = with_watch  # type: ignore[method-assign]
     words = ["--name", f"turn-{turn}", "--runs", str(folder / "runs"), "--wandb", "null"]
     words += ["--model.backbone", "{class_path: Transformer, init_args: {width: 128, layers: 4, heads: 2}}"]
+    words += ["--model.image", "null", "--model.audio", "null", "--model.codec_steps", "0", "--data.prepare", "null"]
+    words += ["--trainer.callbacks", "[]", "--model.optimizer.learning_rate", "0.003"]  # not those of the demo
     words += ["--data.sources", f"{{text: {{train: '{folder}/text-*.tar'}}}}", "--data.context", str(CONTEXT)]
     words += ["--data.global_batch", str(PACKS), "--trainer.max_steps", str(steps), "--trainer.precision", "bf16-mixed"]
     try:
