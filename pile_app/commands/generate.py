@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logprobs", action="store_true", help="also write every token's log-probability, to NNN.json")
     parser.add_argument("--max-text", type=int, default=256, help="most text tokens")
     parser.add_argument("--max-seconds", type=float, default=10.0, help="longest sound")
-    parser.add_argument("--no-cache", dest="use_cache", action="store_false", help="compute all anew for every token")
     parser.add_argument("--checkpoint", default="last", help="last, best, previous, or a file")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/generated)")
 
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--choices are texts: they go with --to text, not --to {options.to}")
     if options.to == "any" and options.logprobs:
         raise ValueError("--logprobs goes with --to text, image or audio")
-    names = ("temperature", "top_p", "guidance", "max_text", "max_seconds", "seed", "use_cache")
+    names = ("temperature", "top_p", "guidance", "max_text", "max_seconds", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names}, stop=tuple(options.stop))
     prompt = read_prompt(options.prompt)
     module, _, _ = load_run(options.run, options.checkpoint)
@@ -102,13 +101,13 @@ def _write(
 ) -> Iterator[tuple[str, Segment, dict[str, Any]]]:
     """What is asked for, texts shown: name of the file, segment, and what there is to say of it."""
     from pile_app.documents import MODALITIES, TEXT, Segment
-    from pile_app.model.choose import choose
     from pile_app.model.generate import answer_prompts, generate_document, stream
+    from pile_app.model.score import choose
 
     prompts = [prompt] * options.count
     if options.choices:
         for number, choice in enumerate(choose(model, prompts, options.choices, sampling)):
-            text = options.choices[choice.number]
+            text = options.choices[choice.index]
             print(text)
             scores = dict(zip(options.choices, choice.log_probabilities.tolist(), strict=True))
             yield f"{number:03d}", Segment(text), {"text": text, "log_probabilities": scores} if options.logprobs else {}

@@ -87,6 +87,8 @@ def assemble(
     batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
     batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]
     batch.numbers, batch.source_tokens = list(numbers), list(source_tokens)
+    if annotator is not None:
+        batch.label_counts = np.add.reduceat((rows.labels != NO_LABEL).astype(int), rows.starts).tolist()
     batch.documents = [[(piece.source, key, piece.epoch, piece.start, piece.stop) for piece, key, *_ in pack] for pack in packs]
     return batch
 

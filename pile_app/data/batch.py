@@ -37,6 +37,7 @@ class Batch:
         documents: (source, key, epoch, start, stop) of the pieces planned in each pack.
         rejected: (source, key, reason, detail) of unusable documents, which are masked.
         source_tokens: planned tokens of each source in the whole optimizer step, over all ranks.
+        label_counts: labelled tokens of each piece, with an objective.
     """
 
     buffer: Tensor  # uint8
@@ -49,6 +50,7 @@ class Batch:
     numbers: list[int] = field(default_factory=list)
     documents: list[list[tuple[int, str, int, int, int]]] = field(default_factory=list)
     source_tokens: list[int] = field(default_factory=list)
+    label_counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         views = {}
@@ -113,6 +115,22 @@ class Batch:
         before = self.audio_tokens.cumsum(0) - self.audio_tokens  # codes of the sounds before
         shift = torch.repeat_interleave(self.audio_starts - before, self.audio_tokens, output_size=len(self.audio))
         return torch.arange(len(self.audio), device=shift.device) + shift
+
+    def uniform(self, indices: Tensor, width: int = 1, purpose: int = 0) -> Tensor:
+        """Draw (len(indices), width) numbers in [0, 1) for flat indices, from the position of the pack and the index in it.
+
+        Any division of a step into devices and micro-batches draws the same numbers. (A batch without positions draws from
+        torch's generator.)
+        """
+        rows, length = self.tokens.shape
+        if not self.numbers:
+            return torch.rand(len(indices), width, device=indices.device)
+        starts = torch.stack([torch.full((), number * length, device=indices.device) for number in self.numbers])
+        key = (starts[indices // length] + indices % length)[:, None] * width + torch.arange(width, device=indices.device)
+        key = key * 2 + purpose * 0x632BE59BD9B4E019
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # SplitMix64
+            key = (key ^ ((key >> shift) & ((1 << 64 - shift) - 1))) * factor
+        return ((key >> 40) & 0xFFFFFF).float() / (1 << 24)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -4,7 +4,7 @@ A map-style dataset makes the pack of a position; a batch sampler lists the posi
 worker has state and the sampler has a length, so Lightning neither prefetches a batch that a resumed run would lose nor saves a
 loader state.
 
-    global batch of step s = positions [s * G, (s + 1) * G); rank r of W takes the r-th of W equal parts, in micro-batches
+    global batch of step s = positions [s * G, (s + 1) * G); rank r of W takes [r * G // W, (r + 1) * G // W) of them
 """
 
 from __future__ import annotations
@@ -87,11 +87,14 @@ class PackDataset(Dataset[Batch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        tokens, targets = self._step_sizes(positions[0] // self.global_batch)
+        tokens, targets = self._step_sizes(max(positions[0], ~positions[0]) // self.global_batch)
+        positions = [position for position in positions if position >= 0]
         read = SourceData.document_to_train if self.annotator is None else SourceData.document_or_reason
-        packs = [[self._arranged(piece, read) for piece in self.order.pack(position)] for position in positions]
+        packs = [[self._arranged(piece, read) for piece in self.order.pack(position)] for position in positions] or [[]]
         model, step = (self.vocabulary, self.tokenizer, self.context), (positions, targets, tokens)
-        return assemble(packs, *model, *step, decode=self._decode, annotator=self.annotator, transforms=self.transforms)
+        batch = assemble(packs, *model, *step, decode=self._decode, annotator=self.annotator, transforms=self.transforms)
+        batch.documents = batch.documents[: len(positions)]
+        return batch
 
     def documents(self, position: int) -> list[PackedDocument]:
         """Read the pieces in the pack of a position, in order, with their texts."""
@@ -141,20 +144,25 @@ def data_parallel(trainer: Trainer) -> tuple[int, int]:
 
 
 class StepBatches(Sampler[list[int]]):
-    """List the positions of each micro-batch of a rank in steps [start, steps); the length counts all steps, for Lightning."""
+    """List the positions of each micro-batch of a rank in steps [start, steps); the length counts all steps, for Lightning.
+
+    All ranks have the same number of micro-batches. Where a rank has fewer packs, `[~position]` is a micro-batch of padding in
+    the step of that position.
+    """
 
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
-        self.start, self.steps, self.global_batch, self.micro_batch = start, steps, global_batch, micro_batch
-        self.rank, self.per_rank = rank, global_batch // world_size
+        self.start, self.steps, self.global_batch = start, steps, global_batch
+        first, stop = (r * global_batch // world_size for r in (rank, rank + 1))
+        count = -(-(-(-global_batch // world_size)) // micro_batch)
+        self.bounds = [first + (stop - first) * number // count for number in range(count + 1)]
 
     def __len__(self) -> int:
-        return self.steps * (self.per_rank // self.micro_batch)
+        return self.steps * (len(self.bounds) - 1)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.steps):
-            first = step * self.global_batch + self.rank * self.per_rank
-            for begin in range(first, first + self.per_rank, self.micro_batch):
-                yield list(range(begin, begin + self.micro_batch))
+        for first in range(self.start * self.global_batch, self.steps * self.global_batch, self.global_batch):
+            for begin, stop in pairwise(self.bounds):
+                yield list(range(first + begin, first + stop)) or [~first]
 
 
 def _unchanged(batch: Any) -> Any:
@@ -194,8 +202,8 @@ class PileDataModule(LightningDataModule):
     Args:
         sources: name -> shards of texts, images, sounds or any mixture.
         context: tokens of a pack.
-        global_batch: packs of one optimizer step over all devices; a multiple of devices x micro_batch.
-        micro_batch: packs that a device computes at once, with gradient accumulation; None: all of its part.
+        global_batch: packs of one optimizer step over all devices, of which there may be at most as many.
+        micro_batch: most packs that a device computes at once, with gradient accumulation; None: all of its part.
         epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
         weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.
         seed: of the order of the data and of all random choices about documents.
@@ -304,16 +312,15 @@ class PileDataModule(LightningDataModule):
         return min(limits)
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """Return (packs of a micro-batch, micro-batches per device and step), or raise ValueError if they do not divide."""
-        per_device, rest = divmod(self.global_batch, world_size)
-        micro = self.micro_batch or per_device
-        if rest or not per_device or per_device % micro:
-            fitting = [w for w in range(1, self.global_batch + 1) if self.global_batch % (w * (self.micro_batch or 1)) == 0]
-            wrong = (
-                f"data.global_batch={self.global_batch} cannot be shared by {world_size} devices in micro-batches of {micro}"
+        """Return (most packs of a micro-batch, micro-batches per device and step); raise ValueError for too many devices."""
+        if world_size > self.global_batch:
+            raise ValueError(
+                f"data.global_batch={self.global_batch} packs are too few for {world_size} devices: use at most "
+                f"{self.global_batch} devices, or begin another run with a larger data.global_batch"
             )
-            raise ValueError(f"{wrong}: devices x data.micro_batch must divide it (possible numbers of devices: {fitting})")
-        return micro, per_device // micro
+        per_device = -(-self.global_batch // world_size)
+        micro = min(self.micro_batch or per_device, per_device)
+        return micro, -(-per_device // micro)
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -388,16 +395,17 @@ class PileDataModule(LightningDataModule):
         self.teardown()
         if self.trainer.local_rank == 0 and any(any(data.remote) for data in self.train_data):
             nodes = getattr(self.trainer, "num_nodes", 1)
-            per_rank, run = self.global_batch // world_size, self.global_batch // self.order.streams
-            stop = min((rank + -(-world_size // nodes)) * per_rank, self.global_batch)
-            streams = range(rank * per_rank // run, -(-stop // run))  # of the ranks of this node
+            run, last = self.global_batch // self.order.streams, min(rank + -(-world_size // nodes), world_size)
+            first, stop = (r * self.global_batch // world_size for r in (rank, last))
+            streams = range(first // run, -(-stop // run))  # of the ranks of this node
             ahead = shards_ahead(self.train_data, self.order, streams, start * self.global_batch, steps * self.global_batch)
             self._prefetcher = Prefetcher(self.cache, ahead, ahead=4 * max(16, len(streams)))
         return self._loader(self.train_dataset(), StepBatches(start, steps, self.global_batch, micro, rank, world_size))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self._prefetcher is not None and self.trainer is not None and self.trainer.training:
-            self._prefetcher.advance(min(batch.numbers) - 2 * self.global_batch)  # shard positions are estimates
+            first = min(batch.numbers, default=0)
+            self._prefetcher.advance(first - 2 * self.global_batch)  # shard positions are estimates
         return batch
 
     def teardown(self, stage: str | None = None) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pile_app.model.attention import AttentionMask, attend, make_mask
-from pile_app.model.base import Backbone, Cache, matmul_dtype, norm
+from pile_app.model.base import Backbone, Cache, initialize_block, matmul_dtype, norm
 from pile_app.model.recurrent import LSTM, RNN, MinGRU
 
 __all__ = ["LSTM", "RNN", "Backbone", "Cache", "MinGRU", "Transformer", "matmul_dtype", "norm"]
@@ -81,6 +81,7 @@ class Transformer(Backbone):
             raise ValueError(f"backbone key_value_heads={key_value_heads} must divide heads={heads}")
 
     def compile_blocks(self) -> None:
+        self.is_compiled = True
         for block in self.blocks:
             block.compile()
 
@@ -126,12 +127,15 @@ class TransformerBlock(nn.Module):
         self.attention_out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
-        self.skips = nn.Parameter(torch.tensor([1.0, 0.0])) if skips else None  # of the stream, of the embedding
+        self.skips = nn.Parameter(torch.empty(2)) if skips else None  # of the stream, of the embedding
         self.dropout = nn.Dropout(dropout)
-        for layer in (self.query, self.key, self.value, self.expand):
-            nn.init.uniform_(layer.weight, -((3 / width) ** 0.5), (3 / width) ** 0.5)  # keeps the variance
-        nn.init.zeros_(self.attention_out.weight)
-        nn.init.zeros_(self.contract.weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        initialize_block([self.query, self.key, self.value, self.expand], [self.attention_out, self.contract])
+        if self.skips is not None:
+            with torch.no_grad():
+                self.skips.copy_(torch.tensor([1.0, 0.0]))
 
     def forward(
         self, x: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, layer: int, cache: Cache | None

@@ -1,4 +1,4 @@
-"""What every backbone is, and what they share: the interface of `backbones.py`, the cache, the norm."""
+"""What every backbone shares: the interface (see `backbones.py`), the cache, the norm, initialization."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+EPSILON = torch.finfo(torch.float32).eps
+
 
 @dataclass
 class Cache:
-    """State of a backbone after `length` tokens: one entry a layer, recurrent state, or keys and values in buffers of at least
-    `capacity` tokens, which double when they are full."""
+    """State of a backbone after `length` tokens: recurrent state of each layer, or its keys and values in buffers of `capacity`
+    tokens, which double when they are full."""
 
     layers: list[tuple[Tensor, ...]] = field(default_factory=list)
     length: int = 0
@@ -28,7 +30,7 @@ class Cache:
         stop = self.length + new[0].size(2)
         old = self.layers[layer] if layer < len(self.layers) else ()
         if not old or old[0].size(2) < stop:
-            size = max(self.capacity, 2 * stop)
+            size = max(self.capacity, stop) if self.capacity and not old else 2 * stop
             buffers = tuple(x.new_empty(*x.shape[:2], size, x.size(3)) for x in new)
             for buffer, tokens in zip(buffers, old, strict=False):  # the first buffers have nothing to take over
                 buffer[:, :, : self.length] = tokens[:, :, : self.length]
@@ -38,7 +40,7 @@ class Cache:
         return tuple(buffer[:, :, :stop] for buffer in self.layers[layer])
 
     def select(self, rows: Tensor) -> Cache:
-        """Copy the cache of some rows. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
+        """Copy some rows. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
         layers = [tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers]
         return Cache(layers, self.length, self.capacity)
 
@@ -53,15 +55,15 @@ class Backbone(nn.Module, ABC):
     """
 
     recompute = False  # activation checkpointing of each block
+    is_compiled = False
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
         if width < 1 or layers < 1:
             raise ValueError(f"a backbone needs width >= 1 and layers >= 1, not width={width}, layers={layers}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is the share that is dropped, 0 <= dropout < 1, not {dropout}")
-        self.width = width
-        self.embedding_width = width
+            raise ValueError(f"dropout is a probability, 0 <= dropout < 1, not {dropout}")
+        self.width = self.embedding_width = width
         self.layers = layers
         self.dropout = dropout
 
@@ -75,7 +77,7 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor: ...
 
     def compile_blocks(self) -> None:
-        """Compiles each block by itself: they are alike, so what is compiled for one serves all.
+        """Compile each block, and the loss, by `torch.compile` for training; generation does not use what is compiled.
 
         Raises:
             ValueError: there is nothing to compile.
@@ -89,8 +91,24 @@ class Backbone(nn.Module, ABC):
         return block(*arguments)
 
     def flops_per_token(self, context: float) -> float:
-        """Multiply-adds count two; forward only. `context`: tokens that an average token attends to."""
+        """Forward only, multiply-adds count two. `context`: tokens that an average token attends to."""
         return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+
+
+def initialize(model: nn.Module) -> None:
+    """Initialize all parameters and buffers: for a model that was built on the meta device, after `to_empty`."""
+    for module in reversed(list(model.modules())):  # parts before the whole, which may initialize them its own way
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+def initialize_block(inputs: list[nn.Linear], outputs: list[nn.Linear]) -> None:
+    """Input matrices keep the variance; output matrices start at zero, so that a residual block starts as the identity."""
+    for layer in inputs:
+        bound = (3 / layer.in_features) ** 0.5
+        nn.init.uniform_(layer.weight, -bound, bound)
+    for layer in outputs:
+        nn.init.zeros_(layer.weight)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -100,11 +118,8 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPSILON)
 
 
-EPSILON = torch.finfo(torch.float32).eps
-
-
 class _Norm(torch.autograd.Function):
-    """torch has no fused kernel of it for CPUs; this takes a third to half of the time of its parts."""
+    """A fused kernel for CPUs, in a third to half of the time of its parts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -3,20 +3,22 @@
     images (N, C, height, width) uint8                                   <->  codes (N, rows * columns) int64
     M sounds (A, samples_per_token) float32, A codes, sound after sound  <->  codes (A,) int64
 
-A code is the mixed-radix number of its FSQ levels, so codes that differ in one level are neighbours; the language model shares
-statistics among them (`FusedLanguageModel`). FSQ needs no code-book loss and no tricks against unused codes.
+A code is the mixed-radix number of its FSQ levels, so codes that differ in one level are neighbours. FSQ needs no code-book loss.
 
 Notable choices: the image codec never convolves at full resolution (patches become channels first; on a CPU ten times cheaper);
-sounds are not padded to the longest: they form one row, with gaps of silence that no layer reaches across, so a sound's codes
-do not depend on its batch and memory grows with the seconds in it; the waveform comes from magnitudes and phases through an
-inverse STFT (Vocos, arXiv:2306.00814), no vocoder, no discriminator.
+sounds form one row, with gaps of silence that no layer reaches across, so a sound's codes do not depend on its batch and memory
+grows with the seconds in it; the waveform comes from magnitudes and phases through an inverse STFT (Vocos, arXiv:2306.00814).
+Codecs compute in float32 without TF32 whatever the run does: rounding would move codes across the borders of their levels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,11 +96,36 @@ def check_levels(levels: Sequence[int]) -> None:
         raise ValueError(f"FSQ needs at least 3 levels in each dimension, not {list(levels)}")
 
 
+@contextmanager
+def full_precision(media: Any) -> Iterator[None]:
+    """Compute in float32 without autocast and TF32. `media`: a tensor, or a batch, on the device."""
+    kind = getattr(media, "tokens", media).device.type
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv) if kind == "cuda" else ()
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag in flags:
+            flag.fp32_precision = "ieee"
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
+
+
+def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(method)
+    def call(codec: nn.Module, media: Tensor, *arguments: Tensor) -> Tensor:
+        with full_precision(media):
+            return method(codec, media, *arguments)
+
+    return call
+
+
 class FiniteScalarQuantizer(nn.Module):
-    """FSQ: bounds each of d numbers, rounds it to one of L_i levels, gradients pass the rounding as if it were not there.
+    """FSQ: bounds each of d numbers and rounds it to one of L_i levels; gradients pass the rounding unchanged.
 
     Args:
-        levels: L_1 .. L_d; `codes` = their product, `level_count` = their sum.
+        levels: L_1 .. L_d; `codes` = their product.
     """
 
     levels: Tensor
@@ -106,12 +133,17 @@ class FiniteScalarQuantizer(nn.Module):
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        self.codes, self.level_count = math.prod(levels), sum(levels)  # no tensors: planning builds models on the meta device
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("basis", torch.tensor([1, *levels[:-1]]).cumprod(0), persistent=False)
+        self.sizes, self.codes = tuple(levels), math.prod(levels)
+        self.register_buffer("levels", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        self.register_buffer("basis", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.levels.copy_(torch.tensor(self.sizes))
+        self.basis.copy_(torch.tensor([1, *self.sizes[:-1]]).cumprod(0))
 
     def forward(self, z: Tensor) -> Tensor:
-        """(..., d) any real numbers -> (..., d) quantized, in [-1, 1], float32 (half precision would move the borders)."""
+        """(..., d) any real numbers -> (..., d) quantized, in [-1, 1], float32."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset
@@ -143,6 +175,9 @@ class _ResidualBlock(nn.Sequential):
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,6 +194,7 @@ class ImageCodec(nn.Module):
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
         self.config = config
+        self.grid = (config.size // config.patch,) * 2  # (rows, columns) of codes
         patch_width = config.channels * config.patch**2
         self.quantizer = FiniteScalarQuantizer(config.levels)
         dimensions = len(config.levels)
@@ -179,12 +215,6 @@ class ImageCodec(nn.Module):
             nn.PixelShuffle(config.patch),
         )
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of codes."""
-        side = self.config.size // self.config.patch
-        return side, side
-
     def patches(self, images: Tensor) -> Tensor:
         """(N, C, height, width) uint8 -> (N, rows * columns, C * patch^2) pixels that each code stands for, in [-1, 1]."""
         return F.pixel_unshuffle(images.float() / 127.5 - 1, self.config.patch).flatten(2).transpose(1, 2)
@@ -197,16 +227,19 @@ class ImageCodec(nn.Module):
         return self.decoder(quantized.permute(0, 3, 1, 2))  # (N, C, height, width) in [-1, 1]
 
     @torch.no_grad()
+    @in_full_precision
     def encode(self, images: Tensor) -> Tensor:
         """(N, C, height, width) uint8 -> (N, rows * columns) codes, row by row."""
         return self.quantizer.to_codes(self._quantize(images)).flatten(1)
 
     @torch.no_grad()
+    @in_full_precision
     def decode(self, codes: Tensor) -> Tensor:
         """(N, rows * columns) codes -> (N, C, height, width) uint8."""
         pixels = self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
+    @in_full_precision
     def loss(self, images: Tensor) -> Tensor:
         """Mean over pixels of absolute plus squared error, pixels in [-1, 1]; () float32."""
         target = images.float() / 127.5 - 1
@@ -223,6 +256,9 @@ class _ConvNeXtBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 3 * width)
         self.contract = nn.Linear(3 * width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.contract.weight)
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
@@ -248,16 +284,10 @@ class AudioCodec(nn.Module):
 
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
-        import torchaudio
-
         self.config = config
         width, bins, dimensions = config.width, config.window // 2 + 1, len(config.levels)
-        with torch.device("cpu"):  # it looks at what it made, which the meta device does not have
-            filterbank = torchaudio.functional.melscale_fbanks(
-                bins, 0.0, config.sample_rate / 2, config.mels, config.sample_rate, norm="slaney", mel_scale="slaney"
-            )
-        self.register_buffer("filterbank", filterbank * config.sample_rate / config.window, persistent=False)  # sums to 1
-        self.register_buffer("window", torch.hann_window(config.window), persistent=False)
+        self.register_buffer("filterbank", torch.empty(bins, config.mels), persistent=False)
+        self.register_buffer("window", torch.empty(config.window), persistent=False)
         self.quantizer = FiniteScalarQuantizer(config.levels)
         self.embed = nn.Linear(config.mels * config.frames_per_token, width)
         self.encoder = nn.ModuleList(_ConvNeXtBlock(width, self.KERNEL) for _ in range(config.blocks))
@@ -267,9 +297,20 @@ class AudioCodec(nn.Module):
         self.unfold = nn.Linear(width, width * config.frames_per_token)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * bins))
         self.frame_block = _ConvNeXtBlock(width, self.KERNEL)
-        # Codes of silence between sounds, more than a convolution or half a window reaches; and what all layers reach together.
-        self.gap = max(self.KERNEL // 2, -(-(config.window - config.hop) // (2 * config.samples_per_token)))
+        # Codes of silence between sounds, more than a convolution or half of the loss's longest window reaches; and what all
+        # layers reach together.
+        self.gap = max(self.KERNEL // 2, -(-config.window // config.samples_per_token))
         self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        import torchaudio
+
+        rate, (bins, mels) = self.config.sample_rate, self.filterbank.shape
+        with torch.device("cpu"):  # it reads what it made, which the meta device cannot
+            weights = torchaudio.functional.melscale_fbanks(bins, 0.0, rate / 2, mels, rate, norm="slaney", mel_scale="slaney")
+            self.window.copy_(torch.hann_window(self.config.window))
+        self.filterbank.copy_(weights * rate / self.config.window)  # sums to 1
 
     # -- One row of all sounds: `audio` (A, ...) <-> (R, ...), R = A + (M + 1) * gap
 
@@ -354,12 +395,14 @@ class AudioCodec(nn.Module):
     # -- What it is used for
 
     @torch.no_grad()
+    @in_full_precision
     def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) -> (A, frames_per_token * mels) log-mel frames that each code represents, in about [-1, 1]."""
         row, inside, places = self._row(audio, tokens)
         return self._in_slices(self._patches, row, inside)[places]
 
     @torch.no_grad()
+    @in_full_precision
     def encode(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) samples -> (A,) codes."""
         row, inside, places = self._row(audio, tokens)
@@ -370,12 +413,14 @@ class AudioCodec(nn.Module):
         return self._in_slices(encode, row, inside)[places]
 
     @torch.no_grad()
+    @in_full_precision
     def decode(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, samples_per_token) samples in [-1, 1]."""
         row, inside, places = self._row(self.quantizer.from_codes(codes), tokens)
         return self._in_slices(lambda row, inside: self._synthesize(row, inside)[1], row, inside)[places].clamp(-1, 1)
 
     @torch.no_grad()
+    @in_full_precision
     def decode_magnitudes(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, frames_per_token, bins) magnitudes, for Griffin-Lim as a check on the phases."""
         row, inside, places = self._row(self.quantizer.from_codes(codes), tokens)
@@ -386,15 +431,21 @@ class AudioCodec(nn.Module):
         return self._in_slices(magnitudes, row, inside)[places]
 
     @torch.no_grad()
+    @in_full_precision
     def log_mel_distances(self, audio: Tensor, again: Tensor, tokens: Tensor) -> Tensor:
         """(A * frames_per_token,) mean absolute difference over the mel bands, in nats, of each frame of two versions."""
         difference = self.patches(again, tokens) - self.patches(audio, tokens)
         return difference.abs().unflatten(1, (self.config.frames_per_token, -1)).mean(-1).flatten() * -math.log(self.FLOOR) / 2
 
+    @in_full_precision
     def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """Log-mel error of the magnitudes plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32.
-        Errors are means over the frames of the sounds."""
-        row, inside, _ = self._row(audio, tokens)
+
+        Mean over the codes, each weighted alike: the losses of two batches average to that of both, by their numbers of codes.
+        """
+        row, inside, places = self._row(audio, tokens)
+        sounds = torch.arange(len(tokens), device=row.device).repeat_interleave(tokens, output_size=len(audio))
+        sound_of_row = sounds.new_zeros(len(row)).index_copy(0, places, sounds)
         frames_inside = inside.repeat_interleave(self.config.frames_per_token, 0)
         with torch.no_grad():
             patches = self._in_slices(self._patches, row, inside)
@@ -403,9 +454,14 @@ class AudioCodec(nn.Module):
         loss = ((self.log_mel(magnitude) - target).abs() * frames_inside).sum() / (len(audio) * patches.size(1))
         for scale in (0.5, 1.0, 2.0):
             window, hop = int(self.config.window * scale), int(self.config.hop * scale)
+            if self.config.samples_per_token % hop:  # or frames would depend on where a sound begins in the row
+                hop = self.config.hop
             made, real = (self.spectrogram(samples.flatten(), window, hop) for samples in (waveform, row))
-            floor = self.FLOOR * window / 4
-            log_error = (made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs().sum()
-            convergence = (made - real).norm() / real.norm().clamp_min(1e-5)
+            code = torch.arange(len(made), device=row.device) * hop // self.config.samples_per_token  # of each frame
+            floor, of_frame = self.FLOOR * window / 4, inside[code]
+            log_error = ((made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs() * of_frame).sum()
+            energies = torch.stack([(made - real).square().sum(1), real.square().sum(1)], 1) * of_frame
+            of_sound = energies.new_zeros(len(tokens), 2).index_add(0, sound_of_row[code], energies) + 1e-10
+            convergence = (tokens * (of_sound[:, 0] / of_sound[:, 1]).sqrt()).sum() / len(audio)
             loss = loss + (log_error / (audio.numel() / hop * made.size(1)) + convergence) / 3
         return loss

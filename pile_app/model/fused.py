@@ -2,14 +2,12 @@
 
     batch (B, T) -> codes of its media (frozen codecs) -> embedding (B, T, D) -> backbone (B, T, D) -> a softmax per modality
 
-Which modality comes next is known at every place: after an opener and inside a medium it is that medium's codes, everywhere
-else it is text or the opener of the next segment. So each softmax runs over its own slice of the vocabulary, and the product of
-all of them is an exact likelihood of the whole document.
+The next token's modality is always known: after an opener and inside a medium it is a code of that medium, otherwise it is text
+or an opener. So each softmax runs over its own slice of the vocabulary, and their product is an exact likelihood of a document.
 
-Notable choices: codes of an image or a sound share statistics through their FSQ levels, in embedding and softmax alike (a
-vector per code plus one per level and dimension); RMS-normed embedding; untied heads that start at zero; logits capped softly
-at 15 (arXiv:2408.00118); learned row and column vectors for image codes, which also serve backbones without positions of their
-own.
+Notable choices: codes of images and sounds share statistics through their FSQ levels, in embedding and softmax alike; RMS-normed
+embedding; untied heads that start at zero; logits softly capped at 15 (arXiv:2408.00118); learned row and column vectors of
+image codes, which also serve backbones without position embeddings.
 """
 
 from __future__ import annotations
@@ -17,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,17 @@ from torch.export import register_dataclass
 
 from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, TEXT
-from pile_app.model.backbones import Backbone, Cache, norm
-from pile_app.model.codecs import AudioCodec, AudioCodecConfig, FiniteScalarQuantizer, ImageCodec, ImageCodecConfig
+from pile_app.model.base import Backbone, Cache, initialize, matmul_dtype, norm
+from pile_app.model.codecs import (
+    AudioCodec,
+    AudioCodecConfig,
+    FiniteScalarQuantizer,
+    ImageCodec,
+    ImageCodecConfig,
+    full_precision,  # noqa: F401
+)
 from pile_app.model.loss import linear_cross_entropy
+from pile_app.model.pretrained import load_weights, read_pretrained
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -41,10 +48,10 @@ LOGIT_CAP = 15.0
 
 
 class FactoredTable(nn.Module):
-    """One vector per code: a vector of its own plus the sum of its levels' vectors; then `extra` plain ones.
+    """One vector per code: its own plus the sum of its levels' vectors; then `extra` plain ones.
 
     Args:
-        quantizer: says which levels a code has; None for a plain table.
+        quantizer: knows the levels of a code; None for a plain table.
         extra: rows after the codes (or all rows).
         width: D.
         std: of the normal initialization; 0 for zeros.
@@ -54,17 +61,27 @@ class FactoredTable(nn.Module):
 
     def __init__(self, quantizer: FiniteScalarQuantizer | None, extra: int, width: int, std: float) -> None:
         super().__init__()
+        self.level_sizes, self.std = quantizer.sizes if quantizer else (), std
         codes = quantizer.codes if quantizer else 0
-        self.weight = nn.Parameter(torch.randn(codes + extra, width) * std)
+        self.weight = nn.Parameter(torch.empty(codes + extra, width))
         if quantizer is not None:
-            offsets = quantizer.levels.cumsum(0) - quantizer.levels
-            rows = quantizer.to_levels(torch.arange(codes)) + offsets
-            self.register_buffer("level_rows", rows, persistent=False)  # (codes, d)
-            self.levels = nn.Parameter(torch.randn(quantizer.level_count, width) * std)
+            self.register_buffer("level_rows", torch.empty(codes, len(self.level_sizes), dtype=torch.int64), persistent=False)
+            self.levels = nn.Parameter(torch.empty(sum(self.level_sizes), width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=self.std)
+        if self.level_sizes:
+            levels, code = [], torch.arange(len(self.level_rows))
+            for index, size in enumerate(self.level_sizes):
+                levels.append(code % size + sum(self.level_sizes[:index]))
+                code = code // size
+            self.level_rows.copy_(torch.stack(levels, 1))
 
     def forward(self) -> Tensor:
         """(codes + extra, D)"""
-        if not hasattr(self, "levels"):
+        if not self.level_sizes:
             return self.weight
         shared = F.embedding_bag(self.level_rows, self.levels, mode="sum")
         return self.weight + F.pad(shared, (0, 0, 0, len(self.weight) - len(shared)))
@@ -87,17 +104,19 @@ class FusedLanguageModel(nn.Module):
     """Vocabulary, codecs, embedding, backbone and heads.
 
     Args:
-        backbone: see `backbones.py`; its width is D, and it says how wide the embedding is (D, unless asked otherwise).
+        backbone: see `backbones.py`.
         tokenizer: of the text.
         image: shape of the image codec; None: the model knows no images.
         audio: shape of the audio codec; None: the model knows no sound.
-        dropout: share of the embedding that is dropped in training.
-        word_dropout: share of the learned text's tokens that are hidden in training from what follows them (arXiv:1511.06349),
-            which then has to be read off something else, such as an image before the text.
-        code_dropout: the same of the codes of images and sounds that are given, not learned.
+        dropout: dropout of the embedding.
+        word_dropout: fraction of the learned text's tokens that are masked from what follows them (arXiv:1511.06349), which
+            then has to be read off something else, such as an image before the text.
+        code_dropout: the same for codes of images and sounds that are given, not learned.
     """
 
     token_bytes: Tensor
+    autocast_dtype: torch.dtype | None = None  # in which the run trained: generation on a GPU computes in it
+    tables: tuple[Tensor, Tensor | None, list[Tensor]] | None = None  # computed once, see `inference`
 
     def __init__(
         self,
@@ -117,29 +136,46 @@ class FusedLanguageModel(nn.Module):
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.word_dropout, self.code_dropout = word_dropout, code_dropout
-        image_quantizer = self.image_codec.quantizer if self.image_codec else None
-        audio_quantizer = self.audio_codec.quantizer if self.audio_codec else None
         shapes = (
             (None, Vocabulary.SPECIALS + tokenizer.size),
-            (image_quantizer, 0),
-            (audio_quantizer, 1),
+            (self.image_codec.quantizer if self.image_codec else None, 0),
+            (self.audio_codec.quantizer if self.audio_codec else None, 1),
         )
         width = backbone.embedding_width
         self.embeddings = nn.ModuleList(FactoredTable(quantizer, extra, width, 0.5) for quantizer, extra in shapes)
         self.heads = nn.ModuleList(FactoredTable(quantizer, extra, backbone.width, 0.0) for quantizer, extra in shapes)
         rows, columns = self.vocabulary.image_grid
-        self.image_rows = nn.Parameter(torch.zeros(rows, width))
-        self.image_columns = nn.Parameter(torch.zeros(columns, width))
-        token_bytes = torch.zeros(Vocabulary.SPECIALS + tokenizer.size, dtype=torch.int64)
-        token_bytes[Vocabulary.SPECIALS :] = torch.as_tensor(tokenizer.token_bytes)
-        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.image_rows = nn.Parameter(torch.empty(rows, width))
+        self.image_columns = nn.Parameter(torch.empty(columns, width))
+        self.register_buffer("token_bytes", torch.empty(len(self.heads[TEXT].weight), dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize what is in none of its parts."""
+        nn.init.zeros_(self.image_rows)
+        nn.init.zeros_(self.image_columns)
+        token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
+        self.token_bytes.copy_(F.pad(token_bytes, (Vocabulary.SPECIALS, 0)))
+
+    def initialize(self) -> None:
+        """Initialize all parameters and buffers: after `to_empty`, for a model that was built on the meta device."""
+        initialize(self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone_class: type[Backbone] | None = None) -> FusedLanguageModel:
-        """The model of a folder that `pile export` wrote; no code of the folder is run. See `pretrained.py`."""
-        from pile_app.model.pretrained import load_pretrained
+        """Load the model of a folder that `pile export` wrote, in evaluation mode on the CPU; no code of the folder runs.
 
-        return load_pretrained(Path(folder), backbone_class)
+        Raises:
+            ValueError: the folder is none of Pile's, or its parts do not belong together.
+        """
+        arguments, weights = read_pretrained(Path(folder), backbone_class)
+        try:
+            model = cls(**arguments)
+            load_weights(model, weights)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{str(folder)!r}: config.json and weights do not belong together: {error}") from error
+        model.fingerprint_codecs()
+        return model.eval()
 
     @property
     def codecs(self) -> dict[int, ImageCodec | AudioCodec]:
@@ -148,8 +184,7 @@ class FusedLanguageModel(nn.Module):
         return {modality: codec for modality, codec in pairs if codec is not None}
 
     def fingerprint_codecs(self) -> None:
-        """Writes into the vocabulary which codecs these are. For codecs that will not change any more: with it the model takes
-        media that they have encoded."""
+        """Write the fingerprints of frozen codecs into the vocabulary, so that the model takes media that they encoded."""
         found = {modality: codec_fingerprint(codec) for modality, codec in self.codecs.items()}
         self.vocabulary = replace(self.vocabulary, image_codec=found.get(IMAGE, ""), audio_codec=found.get(AUDIO, ""))
 
@@ -161,106 +196,151 @@ class FusedLanguageModel(nn.Module):
     def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
-        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings.
+        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. The losses are means,
+        over images and over the codes of sounds (see `codec_counts`).
         """
         losses: dict[int, Tensor] = {}
         if self.image_codec and len(batch.images):
-            with full_precision(batch):
-                losses[IMAGE] = self.image_codec.loss(batch.images)
+            losses[IMAGE] = self.image_codec.loss(batch.images)
         if self.audio_codec and len(batch.audio):
             audio, tokens = batch.audio, batch.audio_tokens
             if crop is not None and max(batch.sound_tokens) > crop:
                 kept = tokens.clamp_max(crop)
                 total = sum(min(count, crop) for count in batch.sound_tokens)
-                first = (torch.rand(len(tokens), device=tokens.device) * (tokens - kept + 1)).long()
+                draws = batch.uniform(batch.audio_starts.long()).squeeze(1)
+                first = torch.minimum((draws * (tokens - kept + 1)).long(), tokens - kept)
                 starts = tokens.cumsum(0) - tokens + first - (kept.cumsum(0) - kept)  # of each sound, minus its new start
                 shift = starts.repeat_interleave(kept, output_size=total)
                 audio, tokens = audio[torch.arange(total, device=tokens.device) + shift], kept
-            with full_precision(batch):
-                losses[AUDIO] = self.audio_codec.loss(audio, tokens)
+            losses[AUDIO] = self.audio_codec.loss(audio, tokens)
         return losses
+
+    def codec_counts(self, batch: Batch, crop: int | None = None) -> dict[int, int]:
+        """Count the images, and the codes of sounds, that `codec_loss` is the mean over."""
+        sounds = batch.sound_tokens if crop is None else [min(count, crop) for count in batch.sound_tokens]
+        counts = {IMAGE: len(batch.images), AUDIO: sum(sounds)}
+        return {modality: counts[modality] for modality in self.codecs if counts[modality]}
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Tensor:
-        """(B, T) int64, the batch's tokens with the codes of its images and sounds; those of encoded ones are there already."""
+        """(B, T) int64 tokens with the codes of the batch's images and sounds; those of encoded media are there already."""
         tokens = batch.tokens.long()
         flat = tokens.view(-1)
         if self.image_codec and len(batch.images):
-            with full_precision(batch):
-                flat[batch.image_slots[: len(batch.images)]] = (
-                    self.image_codec.encode(batch.images) + self.vocabulary.starts[IMAGE]
-                )
+            codes = self.image_codec.encode(batch.images)
+            flat[batch.image_slots[: len(batch.images)]] = codes + self.vocabulary.starts[IMAGE]
         if self.audio_codec and len(batch.audio):
-            with full_precision(batch):
-                codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
+            codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
             flat[batch.audio_slots] = codes + self.vocabulary.starts[AUDIO]
         return tokens
 
-    def image_places(self, batch: Batch) -> Tensor:
-        """(B, T) 1 + number of the code within its image, 0 elsewhere."""
-        places = torch.zeros_like(batch.tokens, dtype=torch.int64)
-        numbers = torch.arange(1, batch.image_slots.size(1) + 1, device=places.device)
-        places.view(-1)[batch.image_slots] = numbers.expand_as(batch.image_slots)
-        return places
+    def image_indices(self, batch: Batch) -> Tensor:
+        """(B, T) 1 + index of the code within its image, 0 elsewhere."""
+        indices = torch.zeros_like(batch.tokens, dtype=torch.int64)
+        within = torch.arange(1, batch.image_slots.size(1) + 1, device=indices.device)
+        indices.view(-1)[batch.image_slots] = within.expand_as(batch.image_slots)
+        return indices
+
+    def embedding_tables(self) -> tuple[Tensor, Tensor | None]:
+        """(V, embedding width) of all tokens, (1 + codes of an image, embedding width) of positions in an image."""
+        table = torch.cat([embedding() for embedding in self.embeddings])
+        if self.image_codec is None:
+            return table, None
+        return table, F.pad((self.image_rows[:, None] + self.image_columns).flatten(0, 1), (0, 0, 1, 0))
 
     def hidden(
         self,
         tokens: Tensor,
-        image_places: Tensor,
+        image_indices: Tensor,
         document: Tensor,
         position: Tensor,
         cache: Cache | None = None,
         piece_starts: Tensor | None = None,
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) what the backbone makes of the tokens; arguments (B, T), or see `backbones.py`; `beside`: (B, T, embedding
-        width) that is added to the embeddings."""
-        table = torch.cat([embedding() for embedding in self.embeddings])  # (V, embedding width)
+        """(B, T, D) hidden states; arguments (B, T), or see `backbones.py`; `extra`: (B, T, embedding width) is added to the
+        embeddings."""
+        table, grid = self.tables[:2] if self.tables else self.embedding_tables()
         x = F.embedding(tokens, table)
-        if self.image_codec is not None:
-            grid = (self.image_rows[:, None] + self.image_columns).flatten(0, 1)
-            x = x + F.embedding(image_places, F.pad(grid, (0, 0, 1, 0)))
-        if beside is not None:
-            x = x + beside
+        if grid is not None:
+            x = x + F.embedding(image_indices, grid)
+        if extra is not None:
+            x = x + extra
         return self.backbone(self.dropout(norm(x)), document, position, cache, piece_starts)
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
-        logits = F.linear(hidden, self.heads[modality]().to(hidden.dtype)).float()
+        table = self.tables[2][modality] if self.tables else self.heads[modality]()
+        logits = F.linear(hidden, table.to(hidden.dtype)).float()
         return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
 
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode, with the tables of embedding and heads computed once. Generation uses it together with `autocast`."""
+        was_training, outer = self.training, self.tables
+        self.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                dtype = matmul_dtype(self.image_rows)
+                self.tables = *self.embedding_tables(), [head().to(dtype) for head in self.heads]
+            yield
+        finally:
+            self.tables = outer
+            torch.clear_autocast_cache()
+            self.train(was_training)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute in the type that the run trained in, on a GPU, and without `torch.compile`, which would compile again for each
+        length. (`torch.autocast` would drop the cast weights at the end of each token.)"""
+        kind = self.token_bytes.device.type
+        was = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        stance: Any = torch.compiler.set_stance("force_eager") if self.backbone.is_compiled else nullcontext()
+        with stance:
+            try:
+                if self.autocast_dtype is not None and kind != "cpu":
+                    torch.set_autocast_dtype(kind, self.autocast_dtype)
+                    torch.set_autocast_enabled(kind, True)
+                yield
+            finally:
+                torch.set_autocast_dtype(kind, was[1])
+                torch.set_autocast_enabled(kind, was[0])
+
     def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
-        """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: what is most likely,
-        too."""
+        """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: also the most likely
+        codes."""
         return self.losses(*self.read(batch), batch, predict)
 
-    def read(self, batch: Batch, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T) tokens with the codes of the media, (B, T, D) what the backbone makes of them; `beside`: see `hidden`."""
+    def read(self, batch: Batch, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens with the codes of the media, (B, T, D) hidden states; `extra`: see `hidden`."""
         tokens = self.fill(batch)
-        places_of_codes = self.image_places(batch)
-        seen = self._hide(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
-        return tokens, self.hidden(seen, places_of_codes, batch.document, batch.position, None, batch.piece_starts, beside)
+        indices = self.image_indices(batch)
+        seen = self._mask(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
+        return tokens, self.hidden(seen, indices, batch.document, batch.position, None, batch.piece_starts, extra)
 
-    def _hide(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """(B, T) tokens, shares of the learned words and of the given codes behind `<null>`."""
+    def _mask(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """(B, T) tokens, with random learned words and given codes behind `<null>`."""
         is_learned = torch.zeros_like(tokens, dtype=torch.bool)
-        for places in batch.targets:
-            is_learned.view(-1)[places + 1] = True
+        for indices in batch.targets:
+            is_learned.view(-1)[indices + 1] = True
         is_code = tokens >= self.vocabulary.slices[TEXT].stop
         is_word = (tokens >= Vocabulary.SPECIALS) & ~is_code
-        share = self.word_dropout * (is_word & is_learned) + self.code_dropout * (is_code & ~is_learned)
-        return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, Vocabulary.NULL, tokens)
+        probability = self.word_dropout * (is_word & is_learned) + self.code_dropout * (is_code & ~is_learned)
+        draws = batch.uniform(torch.arange(tokens.numel(), device=tokens.device)).view_as(tokens)
+        return torch.where(draws < probability, Vocabulary.NULL, tokens)
 
     def losses(self, tokens: Tensor, hidden: Tensor, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
         """See `forward`; of what `read` returned."""
         hidden, following = hidden.flatten(0, 1), tokens.flatten()
         losses: dict[int, ModalityLoss] = {}
-        for modality, places in enumerate(batch.targets):
-            if not len(places):
+        for modality, indices in enumerate(batch.targets):
+            if not len(indices):
                 continue
-            targets = following[places + 1] - self.vocabulary.slices[modality].start
-            total, each, predictions = linear_cross_entropy(hidden[places], self.heads[modality](), targets, LOGIT_CAP, predict)
-            losses[modality] = ModalityLoss(total, each, targets, predictions)
+            targets = following[indices + 1] - self.vocabulary.slices[modality].start
+            found = linear_cross_entropy(
+                hidden[indices], self.heads[modality](), targets, LOGIT_CAP, predict, self.backbone.is_compiled
+            )
+            losses[modality] = ModalityLoss(found[0], found[1], targets, found[2])
         if not losses and torch.is_grad_enabled():  # padding alone: the other devices wait for gradients all the same
             losses[TEXT] = ModalityLoss(hidden.sum() * 0.0, hidden.new_zeros(0), following[:0], None)
         return losses
@@ -270,8 +350,7 @@ class FusedLanguageModel(nn.Module):
 
         Args:
             context: tokens that an average token attends to.
-            shares: targets of each modality for one token: each goes through its own head alone. None: the modalities that the
-                model has, alike.
+            shares: fraction of the targets of each modality, each through its own head only; None: the same for all.
         """
         sizes = [s.stop - s.start for s in self.vocabulary.slices]
         if shares is None:
@@ -290,15 +369,10 @@ def codec_fingerprint(codec: ImageCodec | AudioCodec, weights: Mapping[str, Tens
     return digest.hexdigest()
 
 
-def full_precision(batch: Batch) -> torch.autocast:
-    """Codecs compute in float32 whatever the run does: half precision would move codes over the borders of their levels."""
-    return torch.autocast(batch.tokens.device.type, enabled=False)
-
-
 def make_vocabulary(
     text_tokens: int, tokenizer: str, image: ImageCodecConfig | None, audio: AudioCodecConfig | None
 ) -> Vocabulary:
-    """The vocabulary that follows from tokenizer and codecs."""
+    """The vocabulary of a tokenizer and codecs."""
     side = image.size // image.patch if image else 0
     return Vocabulary(
         text_tokens=text_tokens,

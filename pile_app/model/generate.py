@@ -1,12 +1,12 @@
-"""Generation: documents in, one more segment out, of any modality; or as many as the model wants.
+"""Generation: documents in, one more segment of any modality out; or as many as the model wants.
 
-The prompt is laid out and encoded exactly as in training; then one token at a time is drawn from the softmax of the modality
-that is to be written: an image takes its fixed number of codes, a sound runs until `<audio_end>`, a text until an opener or
-`<end>`. With `guidance` w other than 1 a second pass sees the prompt's segments as `<null>` and the logits become
-`u + w (c - u)` (classifier-free guidance, arXiv:2207.12598; see `guide`).
+The prompt is laid out and encoded as in training; then one token at a time is drawn from the softmax of the modality that is
+written: an image takes its fixed number of codes, a sound runs until `<audio_end>`, a text until an opener or `<end>`. With
+`guidance` w other than 1 a second pass sees the prompt's segments as `<null>`, and the logits become `u + w (c - u)`
+(classifier-free guidance, arXiv:2207.12598; see `guide`).
 
     generate             a segment for each prompt          answer_prompts   the same, with log-probabilities
-    stream               a text, piece by piece             choose           one of some given texts (`choose.py`)
+    stream               a text, piece by piece             score.choose     one of some given texts
     generate_document    segments of any modality, as the model chooses, until `<end>`
 """
 
@@ -17,29 +17,32 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
-from pile_app.model.backbones import Cache
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.sampling import Sampling, TextPieces, Uniforms, draw
+from pile_app.model.sampling import RowGenerators, Sampling, TextPieces, draw
 from pile_app.model.segments import decode_codes, plain, prompt_tokens, segment_length
 from pile_app.vocabulary import Vocabulary
 
 __all__ = ["Answer", "Sampling", "answer_prompts", "generate", "generate_document", "plain", "segment_length", "stream"]
 
+Rows = tuple[Tensor, Tensor]  # (B, T) tokens and image indices
+CHECK_EVERY = 16  # tokens between looks at which rows have ended: each look waits for the device
+TEXT_ENDS = (Vocabulary.END, *Vocabulary.OPENERS)  # what may follow a text
+
 
 @dataclass(frozen=True)
 class Answer:
-    """A segment that was written, and how that came about.
+    """A generated segment.
 
     Args:
         segment: what was written.
-        codes: (K,) ids within the modality's slice of the vocabulary, all that were drawn: with what ended the segment.
-        log_probabilities: (K,) of each by the model at temperature 1, with guidance.
+        codes: (K,) drawn ids within the modality's slice of the vocabulary, including the one that ended the segment.
+        log_probabilities: (K,) of each by the model at temperature 1, with guidance; on the CPU.
         ended_by: the "model", a "stop" string, or the "limit" of the sampling.
     """
 
@@ -52,32 +55,45 @@ class Answer:
 def generate(
     model: FusedLanguageModel, prompts: Sequence[Document], to: int, sampling: Sampling | None = None
 ) -> list[Segment]:
-    """One segment of modality `to` for each prompt. A text prompt that asks for text is continued.
+    """Write a segment of modality `to` for each prompt. A text at the end of a prompt is continued by text.
 
     Raises:
         ValueError: the model does not know a modality.
         BadSample: a medium of a prompt cannot be decoded.
     """
-    return [answer.segment for answer in _answer(model, prompts, to, sampling or Sampling(), scored=False)]
+    return [answer.segment for answer in answer_prompts(model, prompts, to, sampling)]
 
 
+@torch.no_grad()
 def answer_prompts(
     model: FusedLanguageModel, prompts: Sequence[Document], to: int, sampling: Sampling | None = None
 ) -> list[Answer]:
-    """What `generate` gives, with the log-probabilities of what was drawn."""
-    return _answer(model, prompts, to, sampling or Sampling(), scored=True)
+    """Like `generate`, with the log-probabilities of what was drawn."""
+    sampling = sampling or Sampling()
+    check_modalities(model, {to}, prompts)
+    answers: dict[int, Answer] = {}
+    with model.inference():
+        contexts = [lay_out(model, prompt, to, sampling.guidance != 1) for prompt in prompts]
+        for indices in by_length(contexts):
+            decoder = _decoder(model, [contexts[index] for index in indices], sampling, indices)
+            writing = decoder.write(to, sampling)
+            while len(answers) < len(prompts):
+                try:
+                    next(writing)
+                except StopIteration as end:
+                    answers.update(zip(indices, end.value, strict=True))
+                    break
+    return [answers[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()
 def stream(model: FusedLanguageModel, prompt: Document, sampling: Sampling | None = None) -> Iterator[str | Answer]:
-    """A text, in pieces that are safe to show while it is written (see `TextPieces`); then the `Answer`, whose text is all of
-    them together. It is the text that `generate` gives for the same prompt and sampling."""
+    """Yield a text piece by piece (see `TextPieces`), then the `Answer`. It is the text that `generate` gives."""
     sampling = sampling or Sampling()
-    check_modalities(model, TEXT, [prompt])
-    with evaluating(model):
-        rows = Rows(model, [prompt_tokens(model, prompt, TEXT)], sampling, [0], scored=True)
-        answer = yield from _write_text(rows, sampling)
-        yield answer
+    check_modalities(model, {TEXT}, [prompt])
+    with model.inference():
+        decoder = _decoder(model, [lay_out(model, prompt, TEXT, sampling.guidance != 1)], sampling, [0])
+        yield from (yield from decoder.write(TEXT, sampling, streams=True))
 
 
 @torch.no_grad()
@@ -89,242 +105,227 @@ def generate_document(
     most_segments: int = 8,
     continue_text: bool = True,
 ) -> Iterator[str | Answer]:
-    """Goes on with a document as the model sees fit, segment by segment of any modality, until `<end>` or a stop string.
+    """Continue a document as the model sees fit, segment by segment of any modality, until `<end>` or a stop string.
 
-    Yields pieces of a text while it is written, and an `Answer` for every segment that is finished. A text that has reached
-    `max_text` is the last segment, for the model had more to say; texts of nothing are left out.
+    Yields pieces of a text while it is written, and an `Answer` for every finished segment. A text that reaches `max_text` is
+    the last segment; empty texts are left out.
 
     Args:
-        most_segments: that are written.
-        continue_text: False: a text at the end of the prompt is complete, and what comes is a segment of its own.
+        most_segments: most segments to write.
+        continue_text: False: a text at the end of the prompt is complete, and a new segment follows.
     """
     sampling = sampling or Sampling()
-    check_modalities(model, TEXT, [prompt])
-    vocabulary = model.vocabulary
-    openers = {vocabulary.OPENERS[modality]: modality for modality in vocabulary.modalities}
+    check_modalities(model, set(), [prompt])
+    openers = {Vocabulary.OPENERS[modality]: modality for modality in model.vocabulary.modalities}
     ends_in_text = bool(prompt.segments) and prompt.segments[-1].modality == TEXT
-    with evaluating(model):
-        rows = Rows(model, [prompt_tokens(model, prompt, None)], sampling, [0], scored=True)
+    with model.inference():
+        decoder = _decoder(model, [lay_out(model, prompt, None, sampling.guidance != 1)], sampling, [0])
         opener = Vocabulary.OPENERS[TEXT] if ends_in_text and continue_text else None
         for _ in range(most_segments):
             if opener is None:
-                opener = int(rows.draw(TEXT, among=[Vocabulary.END, *openers]))
+                opener = int(decoder.draw_among([Vocabulary.END, *openers], sampling))
             if opener == Vocabulary.END:
                 return
             to = openers[opener]
+            (answer,) = yield from decoder.write(to, sampling, streams=True)
+            opener = None
             if to == TEXT:
-                answer = yield from _write_text(rows, sampling)
                 opener = int(answer.codes[-1]) if answer.ended_by == "model" else Vocabulary.END
-            else:
-                answer, opener = _write(rows, to, sampling)[0], None
             if answer.segment.data:
                 yield answer
 
 
-class Rows:
-    """Documents of one length that are continued together, token by token.
+class Decoder:
+    """Rows of one length that are read and continued together, with a cache of fixed size.
 
     Args:
-        rows: what `prompt_tokens` made of each.
-        sampling: how tokens are drawn.
-        numbers: of the rows among all prompts: the draws of a row follow from its number.
-        scored: keep the log-probabilities of what is drawn, (B,) a draw.
+        model: see `FusedLanguageModel`, within `inference`.
+        contexts: the rows; and the same rows without the prompt, where guidance or a prior needs them.
+        capacity: most tokens of a row.
+        guidance: weight of the prompt in the logits; 1 ignores the second context.
+        generators: of the rows, for drawing.
     """
 
     def __init__(
         self,
         model: FusedLanguageModel,
-        rows: Sequence[tuple[Tensor, Tensor, Tensor]],
-        sampling: Sampling,
-        numbers: Sequence[int],
-        scored: bool = False,
+        contexts: Sequence[Rows],
+        capacity: int,
+        guidance: float = 1.0,
+        generators: RowGenerators | None = None,
     ) -> None:
-        self.model, self.sampling, self.scored = model, sampling, scored
-        tokens, places, hidden = (torch.stack([row[part] for row in rows]) for part in range(3))
-        self.contexts = [(tokens, places)]  # (B, T) each
-        if sampling.guidance != 1.0:
-            self.contexts.append((hidden, torch.zeros_like(places)))
-        self.new = self.contexts  # what the backbone has not seen
-        self.length = tokens.size(1)
-        self.caches: list[Cache | None] = [model.backbone.new_cache() if sampling.use_cache else None for _ in self.contexts]
-        self.uniforms = Uniforms(sampling.seed, numbers, tokens.device)
-        self.log_probabilities: list[Tensor] = []
+        self.model, self.guidance, self.generators = model, guidance, generators
+        self.caches = [model.backbone.new_cache(capacity) for _ in contexts]
+        self.unread, self.length = list(contexts), 0
         unknown = set(range(len(MODALITIES))) - set(model.vocabulary.modalities)
-        self.never = [Vocabulary.BEGIN, Vocabulary.NULL, *(Vocabulary.OPENERS[modality] for modality in unknown)]
+        never = [Vocabulary.BEGIN, Vocabulary.NULL, *(Vocabulary.OPENERS[modality] for modality in unknown)]
+        self.never = torch.tensor(never, device=model.token_bytes.device)
+
+    def read(self) -> list[Tensor]:
+        """Read what was appended: (B, n, D) hidden states in each context."""
+        size = self.unread[0][0].shape
+        position = torch.arange(self.length, self.length + size[1], device=self.never.device).expand(size)
+        document = torch.zeros_like(position)
+        self.length += size[1]
+        with self.model.autocast():
+            return [
+                self.model.hidden(tokens, indices, document, position, cache)
+                for (tokens, indices), cache in zip(self.unread, self.caches, strict=True)
+            ]
+
+    def append(self, tokens: Tensor, image_indices: Tensor) -> None:
+        """Continue every context by (B, n) tokens."""
+        self.unread = [(tokens, image_indices)] * len(self.caches)
+
+    def select(self, rows: Sequence[int]) -> Decoder:
+        """Copy some rows."""
+        copy = Decoder(self.model, [], 0, self.guidance)
+        index = torch.tensor(rows, device=self.never.device)
+        copy.caches, copy.length = [cache.select(index) for cache in self.caches], self.length
+        return copy
 
     def logits(self, to: int) -> Tensor:
-        """(B, slice of modality `to`) of what follows."""
-        each = []
-        for (tokens, places), cache in zip(self.new, self.caches, strict=True):
-            position = torch.arange(self.length - tokens.size(1), self.length, device=tokens.device).expand_as(tokens)
-            hidden = self.model.hidden(tokens, places, torch.zeros_like(tokens), position, cache)
-            each.append(self.model.logits(hidden[:, -1], to))
-        return self._guided(each, to)
+        """(B, slice of modality `to`) logits of the next token."""
+        logits = self.guided([self.model.logits(hidden[:, -1], to) for hidden in self.read()])[0]
+        return logits.index_fill_(-1, self.never, -torch.inf) if to == TEXT else logits
 
-    def look_ahead(self, tokens: Tensor) -> Tensor:
-        """(C, L, V) text logits after each of `tokens` (C, L), C ways to go on after a single row that `logits` was asked of;
-        the row stays as it is."""
-        each = []
-        for cache in self.caches:
-            assert cache is not None
-            branches = cache.select(torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device))
-            position = torch.arange(self.length, self.length + tokens.size(1), device=tokens.device).expand_as(tokens)
-            nowhere = torch.zeros_like(tokens)
-            each.append(self.model.logits(self.model.hidden(tokens, nowhere, nowhere, position, branches), TEXT))
-        return self._guided(each, TEXT)
+    def guided(self, logits: list[Tensor]) -> list[Tensor]:
+        """The logits of each context; one mixture of them, with guidance."""
+        return logits if self.guidance == 1 else [guide(*logits, self.guidance)]
 
-    def _guided(self, each: list[Tensor], to: int) -> Tensor:
-        """(..., V) of the logits with the prompt, and perhaps without it."""
-        mixed = each[0] if len(each) == 1 else guide(each[0], each[1], self.sampling.guidance)
-        if to == TEXT:
-            mixed[..., self.never] = -torch.inf
-        return mixed
-
-    def draw(self, to: int, place: int = 0, among: Sequence[int] | None = None) -> Tensor:
-        """(B,) codes of modality `to`, which the rows are continued by. `place`: 1 + number of the code within its image;
-        `among`: the only codes that are possible."""
-        logits = self.logits(to)
-        if among is not None:
-            possible = torch.full_like(logits, -torch.inf)
-            possible[:, among] = logits[:, among]
-            logits = possible
-        codes = draw(logits, self.sampling, self.uniforms)
-        if self.scored:
-            self.log_probabilities.append(logits.log_softmax(-1).gather(1, codes[:, None]).squeeze(1))
-        self.append(codes + self.model.vocabulary.slices[to].start, place)
+    def draw_among(self, tokens: Sequence[int], sampling: Sampling) -> Tensor:
+        """(B,) text tokens, each one of `tokens`, which the rows are continued by."""
+        assert self.generators is not None
+        logits = self.logits(TEXT)[:, tokens]
+        drawn = draw(logits, sampling, self.generators.uniform(1, logits.device)[:, 0])
+        codes = torch.tensor(tokens, device=logits.device)[drawn]
+        self.append(codes[:, None], torch.zeros_like(codes)[:, None])
         return codes
 
-    def append(self, token: Tensor, place: int = 0) -> None:
-        """Continues the rows by `token` (B,)."""
-        token = token[:, None]
-        places = torch.full_like(token, place)
-        if self.sampling.use_cache:
-            self.new = [(token, places)] * len(self.contexts)
+    def write(self, to: int, sampling: Sampling, streams: bool = False) -> Generator[str, None, list[Answer]]:
+        """Write one segment of modality `to` for each row; `streams`: of a single row, yielding the pieces of a text."""
+        assert self.generators is not None
+        vocabulary, device = self.model.vocabulary, self.never.device
+        rows, limit = len(self.unread[0][0]), segment_limit(self.model, to, sampling)
+        ends = {TEXT: TEXT_ENDS, IMAGE: (), AUDIO: (vocabulary.audio_codes,)}[to]
+        texts = [TextPieces(self.model.tokenizer, sampling.stop) for _ in range(rows)] if to == TEXT else []
+        check_every = 1 if streams or sampling.stop or device.type == "cpu" else CHECK_EVERY
+        uniform = self.generators.uniform(limit, device)
+        codes: list[list[int]] = [[] for _ in range(rows)]
+        ended_by: list[Literal["model", "stop", "limit"]] = ["limit"] * rows
+        drawn: list[Tensor] = []
+        log_probabilities: list[Tensor] = []
+        for step in range(limit):
+            logits = self.logits(to)
+            drawn.append(draw(logits, sampling, uniform[:, step])[:, None])
+            log_probabilities.append(logits.log_softmax(-1).gather(1, drawn[-1]))
+            indices = torch.full_like(drawn[-1], step + 1 if to == IMAGE else 0)
+            self.append(drawn[-1] + vocabulary.slices[to].start, indices)
+            if len(drawn) < check_every and step < limit - 1:
+                continue
+            for row, new in enumerate(torch.cat(drawn, 1).tolist()):
+                for code in new:
+                    if ended_by[row] != "limit":
+                        break
+                    codes[row].append(code)
+                    if code in ends:
+                        ended_by[row] = "model"
+                    elif texts:
+                        if (piece := texts[row].push(code - Vocabulary.SPECIALS)) and streams:
+                            yield piece
+                        if texts[row].stopped:
+                            ended_by[row] = "stop"
+            drawn.clear()
+            if "limit" not in ended_by:
+                break
+        if to == IMAGE:
+            ended_by = ["model"] * rows
+        if to == AUDIO and ended_by == ["limit"]:  # for the segment that may follow
+            end = torch.full((1, 1), vocabulary.audio_end, device=device)
+            self.append(torch.cat([self.unread[0][0], end], 1), torch.zeros(1, 2, dtype=torch.int64, device=device))
+        for text in texts:
+            if (piece := text.finish()) and streams:
+                yield piece
+        if texts:
+            segments = [Segment(text.text) for text in texts]
         else:
-            self.contexts = [(torch.cat([t, token], 1), torch.cat([p, places], 1)) for t, p in self.contexts]
-            self.new = self.contexts
-        self.length += 1
+            segments = decode_codes(self.model, [row[:-1] if row[-1] in ends else row for row in codes], to)
+        scores = torch.cat(log_probabilities, 1).cpu()
+        return [
+            Answer(segment, torch.tensor(row), score[: len(row)], by)
+            for segment, row, score, by in zip(segments, codes, scores, ended_by, strict=True)
+        ]
 
-    def scores(self, first: int, row: int, count: int) -> Tensor:
-        """(count,) log-probabilities of the draws of a row from number `first` on, if they were kept."""
-        return torch.stack([one[row] for one in self.log_probabilities[first : first + count]]) if self.scored else NO_SCORES
+
+def _decoder(model: FusedLanguageModel, rows: Sequence[list[Rows]], sampling: Sampling, indices: Sequence[int]) -> Decoder:
+    """A decoder of laid out prompts with room for one segment more; a longer document lets its cache grow."""
+    contexts = stack(rows)
+    longest = max(segment_limit(model, modality, sampling) for modality in model.vocabulary.modalities)
+    capacity = contexts[0][0].size(1) + longest
+    return Decoder(model, contexts, capacity, sampling.guidance, RowGenerators(sampling.seed, indices))
 
 
-NO_SCORES = torch.zeros(0)
+def segment_limit(model: FusedLanguageModel, to: int, sampling: Sampling) -> int:
+    """Most codes of a segment that is written."""
+    if to == IMAGE:
+        return model.vocabulary.image_tokens
+    if to == AUDIO:
+        return max(1, int(sampling.max_seconds * model.vocabulary.audio_tokens_per_second))
+    return sampling.max_text
+
+
+def lay_out(
+    model: FusedLanguageModel, prompt: Document, to: int | None, with_masked: bool, masked_segments: int | None = None
+) -> list[Rows]:
+    """The tokens of a prompt, (1, T); `with_masked`: also with its first segments (None: all) behind `<null>`."""
+    masked = len(prompt.segments) if masked_segments is None else masked_segments
+    layouts = (prompt_tokens(model, prompt, to, count) for count in (0, *[masked] * with_masked))
+    return [(tokens[None], indices[None]) for tokens, indices in layouts]
+
+
+def stack(rows: Sequence[list[Rows]]) -> list[Rows]:
+    """Stack laid out prompts of one length, context by context."""
+    return [tuple(map(torch.cat, zip(*context, strict=True))) for context in zip(*rows, strict=True)]  # type: ignore[misc]
+
+
+def by_length(rows: Sequence[list[Rows]]) -> list[list[int]]:
+    """Group the indices of laid out prompts by length, so that no row is padded."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, contexts in enumerate(rows):
+        groups[contexts[0][0].size(1)].append(index)
+    return list(groups.values())
+
+
 PLAUSIBLE = 0.1  # of the likeliest token's probability
 
 
 def guide(prompted: Tensor, unprompted: Tensor, guidance: float) -> Tensor:
     """(..., V) logits -> (..., V) logits, `u + w (c - u)`.
 
-    What is implausible with the prompt does not become likelier by guidance above 1 (after the plausibility constraint of
-    arXiv:2210.15097): a token of probability 1e-4 with the prompt and 1e-10 without would beat the right one else. What is
-    plausible shares the probability that it has with the prompt.
+    Guidance above 1 does not make an implausible token likelier (after the plausibility constraint of arXiv:2210.15097):
+    otherwise a token of probability 1e-4 with the prompt and 1e-10 without it would beat the right one. The plausible tokens
+    share the probability that they have with the prompt.
     """
     mixed = unprompted.lerp(prompted, guidance)
     if guidance <= 1:
         return mixed
     implausible = prompted < prompted.amax(-1, keepdim=True) + math.log(PLAUSIBLE)
-    before, after = (one.masked_fill(implausible, -torch.inf).logsumexp(-1, keepdim=True) for one in (prompted, mixed))
+    before, after = (x.masked_fill(implausible, -torch.inf).logsumexp(-1, keepdim=True) for x in (prompted, mixed))
     mixed += before - after
     return torch.where(implausible, torch.minimum(mixed, prompted), mixed)
 
 
-@torch.no_grad()
-def _answer(model: FusedLanguageModel, prompts: Sequence[Document], to: int, sampling: Sampling, scored: bool) -> list[Answer]:
-    check_modalities(model, to, prompts)
-    answers: dict[int, Answer] = {}
-    with evaluating(model):
-        groups: dict[int, list[int]] = defaultdict(list)  # prompts of one length run together, so that no row is padded
-        laid_out = [prompt_tokens(model, prompt, to) for prompt in prompts]
-        for number, (tokens, _, _) in enumerate(laid_out):
-            groups[len(tokens)].append(number)
-        for numbers in groups.values():
-            rows = Rows(model, [laid_out[number] for number in numbers], sampling, numbers, scored)
-            answers.update(zip(numbers, _write(rows, to, sampling), strict=True))
-    return [answers[number] for number in range(len(prompts))]
-
-
-def _write(rows: Rows, to: int, sampling: Sampling) -> list[Answer]:
-    """One segment of modality `to` for each row."""
-    model, vocabulary, first = rows.model, rows.model.vocabulary, len(rows.log_probabilities)
-    count, device = len(rows.new[0][0]), rows.new[0][0].device
-    stops, limit = _stops(vocabulary, to, sampling)
-    stop_codes = torch.tensor(stops, device=device)
-    texts = [TextPieces(model.tokenizer, sampling.stop) for _ in range(count)] if to == TEXT and sampling.stop else []
-    done = torch.zeros(count, dtype=torch.bool, device=device)
-    lengths = torch.full((count,), limit, device=device)  # without what ended the segment
-    drawn: list[Tensor] = []
-    for step in range(limit):
-        codes = rows.draw(to, step + 1 if to == IMAGE else 0)
-        drawn.append(codes)
-        ended = torch.isin(codes, stop_codes) & ~done
-        lengths[ended] = step
-        done |= ended
-        if texts:
-            finished, tokens = done.tolist(), (codes - Vocabulary.SPECIALS).tolist()
-            for number, text in enumerate(texts):
-                if not finished[number]:
-                    text.push(tokens[number])
-                    if text.stopped:
-                        done[number], lengths[number] = True, step + 1
-        if bool(done.all()):
-            break
-    every = torch.stack(drawn, 1)
-    kept = [row[:length] for row, length in zip(every, lengths.tolist(), strict=True)]
-    answers = []
-    for number, segment in enumerate(decode_codes(model, kept, to)):
-        by: Literal["model", "stop", "limit"] = "model" if bool(done[number]) or to == IMAGE else "limit"
-        if texts:
-            texts[number].finish()
-            by = "stop" if texts[number].stopped else by
-            segment = Segment(texts[number].text)
-        codes = every[number, : len(kept[number]) + (by == "model" and to != IMAGE)]
-        answers.append(Answer(segment, codes, rows.scores(first, number, len(codes)), by))
-    if to == AUDIO and not bool(done.all()):  # for what may come after it
-        rows.append(torch.full((count,), vocabulary.audio_end, device=device))
-    return answers
-
-
-def _write_text(rows: Rows, sampling: Sampling) -> Generator[str, None, Answer]:
-    """One text for the one row, in pieces."""
-    model, first = rows.model, len(rows.log_probabilities)
-    stops, limit = _stops(model.vocabulary, TEXT, sampling)
-    text = TextPieces(model.tokenizer, sampling.stop)
-    codes: list[int] = []
-    by: Literal["model", "stop", "limit"] = "limit"
-    while by == "limit" and len(codes) < limit:
-        codes.append(int(rows.draw(TEXT)))
-        if codes[-1] in stops:
-            by = "model"
-        elif piece := text.push(codes[-1] - Vocabulary.SPECIALS):
-            yield piece
-        if text.stopped:
-            by = "stop"
-    if piece := text.finish():
-        yield piece
-    return Answer(Segment(text.text), torch.tensor(codes), rows.scores(first, 0, len(codes)), by)
-
-
-def _stops(vocabulary: Vocabulary, to: int, sampling: Sampling) -> tuple[list[int], int]:
-    """Codes that end a segment, and the most codes it may have."""
-    if to == IMAGE:
-        return [], vocabulary.image_tokens
-    if to == AUDIO:
-        return [vocabulary.audio_codes], max(1, int(sampling.max_seconds * vocabulary.audio_tokens_per_second))
-    return [Vocabulary.END, *Vocabulary.OPENERS], sampling.max_text
-
-
-def check_modalities(model: FusedLanguageModel, to: int, prompts: Sequence[Document]) -> None:
-    for modality in {to, *(segment.modality for prompt in prompts for segment in prompt.segments)}:
+def check_modalities(model: FusedLanguageModel, to: set[int], prompts: Sequence[Document]) -> None:
+    """Raise ValueError if the model does not know a modality."""
+    for modality in to | {segment.modality for prompt in prompts for segment in prompt.segments}:
         if modality not in model.vocabulary.modalities:
             name = MODALITIES[modality]
             raise ValueError(f"the model has no {name} codec: it can neither read nor write {name}")
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A model, or what hangs on it, without dropout."""
+def evaluating(module: nn.Module) -> Iterator[Any]:
+    """Switch a module to evaluation mode, and back."""
     was_training = module.training
     module.eval()
     try:

@@ -2,9 +2,8 @@
 
     hidden (K, D), weight (V, D), targets (K,) -> sum of -log softmax(cap · tanh(hidden @ weightᵀ / cap))[target], nats of each
 
-The K x V logits are made for some rows at a time, and with them, still in the forward pass, the gradients of hidden and weight
-(as in Liger, arXiv:2410.10989): the sum has one number as its gradient, which backward only multiplies in. So the K x V values
-cost the memory of CHUNK, and no logit is computed twice.
+The K x V logits are computed for some rows at a time, and with them, still in the forward pass, the gradients of hidden and
+weight (as in Liger, arXiv:2410.10989), which backward only multiplies by the gradient of the sum. So no logit is computed twice.
 
 Written for a soft cap (arXiv:2408.00118), which `torch.nn.functional.linear_cross_entropy` does not know. As
 tanh(x) = 2 sigmoid(2x) - 1, the sigmoid gives both logit and slope (it is ten times as fast as tanh on CPUs). Capped logits
@@ -13,6 +12,8 @@ cannot underflow the softmax, so the logarithm of a probability is exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ BLOCK = 1 << 19  # logits processed in float32 at a time on a CPU: they stay in 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, predict: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, predict: bool = False, compiled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(sum of nats (), nats of each (K,) without gradient, most likely of each (K,) where `predict`), float32 and int64.
 
@@ -37,12 +38,13 @@ def linear_cross_entropy(
         targets: (K,) int64, below V.
         cap: bound of the logits, above 0 and at most 35, or probabilities underflow.
         predict: find the most likely ones as well.
+        compiled: run what follows the product with the head through `torch.compile`, as one pass instead of ten.
     """
-    dtype = matmul_dtype(hidden)
+    options = (cap, matmul_dtype(hidden), predict, _compiled() if compiled else capped_cross_entropy)
     if torch.is_grad_enabled():
-        total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, cap, dtype, predict)
+        total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, options)
     else:
-        each, predictions, _, _ = _by_chunks(hidden, weight, targets, cap, dtype, predict, with_gradients=False)
+        each, predictions, _, _ = _by_chunks(hidden, weight, targets, *options, with_gradients=False)
         total = each.sum()
     return total, each, predictions if predict else None
 
@@ -50,9 +52,9 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, dtype: torch.dtype, predict: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        each, predictions, *gradients = _by_chunks(hidden, weight, targets, cap, dtype, predict, with_gradients=True)
+        each, predictions, *gradients = _by_chunks(hidden, weight, targets, *options, with_gradients=True)
         ctx.mark_non_differentiable(each, predictions)
         ctx.set_materialize_grads(False)
         ctx.gradients = gradients
@@ -62,16 +64,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("backward through linear_cross_entropy twice: its gradients are given away once")
+            raise RuntimeError("backward through linear_cross_entropy twice: its gradients are freed after the first")
         of_hidden, of_weight = ctx.gradients
         ctx.gradients = None
         gradient = 4 * gradient  # see `capped_cross_entropy`
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (of_hidden * gradient).to(hidden_dtype), of_weight.mul_(gradient).to(weight_dtype), None, None, None, None
+        return (of_hidden * gradient).to(hidden_dtype), of_weight.mul_(gradient).to(weight_dtype), None, None
 
 
 def _by_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, dtype: torch.dtype, predict: bool, with_gradients: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float,
+    dtype: torch.dtype,
+    predict: bool,
+    cross_entropy: Callable[..., Tensor],
+    with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Nats (K,), predictions (K,) or (0,), gradients of their sum by hidden (K, D) and weight (V, D), float32."""
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
@@ -83,10 +92,8 @@ def _by_chunks(
         logits = x @ weight.t()  # (rows, V)
         if predict:
             predictions.append(logits.argmax(-1))
-        each += [
-            capped_cross_entropy(some, targets_of_some, cap, with_gradients)
-            for some, targets_of_some in zip(logits.split(block), target.split(block), strict=True)
-        ]
+        pairs = zip(logits.split(block), target.split(block), strict=True)
+        each += [cross_entropy(*pair, cap, with_gradients) for pair in pairs]
         if with_gradients:  # the logits are slopes now
             of_hidden.append(logits @ weight)
             part = logits.t() @ x
@@ -107,3 +114,8 @@ def capped_cross_entropy(logits: Tensor, targets: Tensor, cap: float, with_gradi
         probabilities.scatter_(1, target, at_target - 1)
         torch.ops.aten.sigmoid_backward.grad_input(probabilities, sigmoid, grad_input=logits)
     return at_target.log().neg_().squeeze(1)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(capped_cross_entropy, dynamic=True)

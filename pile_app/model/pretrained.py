@@ -1,11 +1,11 @@
-"""A model as a folder that can be handed on: weights without anything that could run.
+"""Weights into models, and models as folders that can be handed on.
 
     config.json        sizes, by the names that `FusedLanguageModel` and its parts take
     model.safetensors  weights
     tokenizer.json     where the tokenizer is not bytes
 
-Reading it runs nothing of the folder: safetensors holds numbers only, and the backbone is named, one of `backbones.py`, not
-imported. Where it is another, the caller passes its class.
+Reading a folder runs no code of it: safetensors holds numbers only, and the backbone is one of `backbones.py`, by name; the
+caller passes the class of any other.
 """
 
 from __future__ import annotations
@@ -21,56 +21,97 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from pile_app.data.tokenizers import load_tokenizer
 from pile_app.model import backbones
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.fused import FusedLanguageModel
 
 FORMAT = 1
 CODECS = {"image": ImageCodecConfig, "audio": AudioCodecConfig}
 
 
-def save_pretrained(model: FusedLanguageModel, config: Mapping[str, Any], folder: Path) -> None:
-    """Writes the folder.
+def load_weights(model: nn.Module, source: Mapping[str, Tensor] | Path, prefix: str = "") -> None:
+    """Copy weights into a model, or into a part of one.
 
     Args:
-        model: whose weights are written, in their own precision.
+        model: every tensor of its state has to be in the source, and no other.
+        source: tensors by name, or a folder that `pile export` wrote.
+        prefix: of the names in the source; tensors with other names are ignored ("model.", "model.image_codec.").
+
+    Raises:
+        ValueError: tensors are missing, unknown, or of another shape; the message lists them.
+    """
+    weights = _read_folder(source)[1] if isinstance(source, Path) else source
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    different = [f"{name}: {saved.get(name, 'missing')} in the source, {own.get(name, 'missing')} in the model"
+                 for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]  # fmt: skip
+    if different:
+        listed = "\n  ".join(different[:5] + ["..."] * (len(different) > 5))
+        raise ValueError(f"the weights are of another model ({len(different)} of {len(own)} tensors differ):\n  {listed}")
+    model.load_state_dict(weights)
+
+
+def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Write the folder.
+
+    Args:
+        model: a `FusedLanguageModel`, whose weights are written in their own precision.
         config: the `model` section of a run's config.yaml, which it was built from.
         folder: new, or empty.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty: choose another folder to export to")
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = [name for name in inspect.signature(FusedLanguageModel).parameters if name in config]
-    values = {name: config[name] for name in taken}
+    make_empty(folder)
+    values = {name: config[name] for name in inspect.signature(type(model)).parameters if name in config}
     backbone = config["backbone"]
     values["backbone"] = {"class": backbone["class_path"].rpartition(".")[2], **(backbone.get("init_args") or {})}
     if config.get("tokenizer", "bytes") != "bytes":
         shutil.copyfile(config["tokenizer"], folder / "tokenizer.json")
         values["tokenizer"] = "tokenizer.json"
-    description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}
+    description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_weights(model.state_dict(), folder)
+
+
+def make_empty(folder: Path) -> None:
+    """Create a folder. Raises ValueError if it holds something."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is not empty: choose another folder to export to")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `model.safetensors`, whole or not at all."""
     temporary = folder / "model.safetensors.tmp"
-    save_file(weights, temporary, {"format": "pt"})
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, temporary, {"format": "pt"})
     os.replace(temporary, folder / "model.safetensors")
 
 
-def load_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) -> FusedLanguageModel:
-    """The model of a folder that `save_pretrained` wrote, in evaluation mode on the CPU.
+def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the arguments of `FusedLanguageModel` and its weights from a folder; see `FusedLanguageModel.from_pretrained`."""
+    description, weights = _read_folder(folder)
+    arguments = dict(description["model"])
+    sizes = dict(arguments.pop("backbone"))
+    name = sizes.pop("class")
+    found = backbone_class or vars(backbones).get(name)
+    if not (inspect.isclass(found) and issubclass(found, Backbone)):
+        raise ValueError(f"{str(folder)!r} holds a backbone {name!r}, which is not Pile's: pass its class as backbone_class")
+    is_bytes = arguments.pop("tokenizer", "bytes") == "bytes"
+    try:
+        arguments |= {key: make(**arguments[key]) for key, make in CODECS.items() if arguments.get(key)}
+        arguments["backbone"] = found(**sizes)
+    except TypeError as error:
+        raise ValueError(f"{str(folder / 'config.json')!r} does not belong to this version of Pile: {error}") from error
+    arguments["tokenizer"] = load_tokenizer("bytes" if is_bytes else str(folder / "tokenizer.json"))  # never a path out of it
+    return arguments, weights
 
-    Args:
-        folder: see the module.
-        backbone_class: of a model whose backbone is not one of `backbones.py`.
 
-    Raises:
-        ValueError: the folder is not one, or its parts do not belong together.
-    """
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         description = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
@@ -78,20 +119,4 @@ def load_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
         raise ValueError(f"{str(folder)!r} is not a folder that `pile export` wrote, or is damaged: {error}") from error
     if description.get("format") != FORMAT:
         raise ValueError(f"{str(folder / 'config.json')!r} has format {description.get('format')}, this version reads {FORMAT}")
-    values = dict(description["model"])
-    sizes = dict(values.pop("backbone"))
-    name = sizes.pop("class")
-    found = backbone_class or vars(backbones).get(name)
-    if not (inspect.isclass(found) and issubclass(found, Backbone)):
-        raise ValueError(f"{str(folder)!r} holds a backbone {name!r}, which is not Pile's: pass its class as backbone_class")
-    tokenizer = values.pop("tokenizer", "bytes")
-    if tokenizer != "bytes":  # never a path out of the folder
-        tokenizer = str(folder / "tokenizer.json")
-    parts = {key: make(**values.pop(key)) for key, make in CODECS.items() if values.get(key)}
-    try:
-        model = FusedLanguageModel(found(**sizes), load_tokenizer(tokenizer), **values | parts)
-        model.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{str(folder)!r}: config.json and weights do not belong to this version of Pile: {error}") from error
-    model.fingerprint_codecs()
-    return model.eval()
+    return description, weights

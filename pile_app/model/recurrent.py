@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pile_app.model.base import Backbone, Cache, norm
+from pile_app.model.base import Backbone, Cache, initialize_block, norm
 
 
 class _Recurrent(Backbone):
@@ -33,9 +33,12 @@ class _Recurrent(Backbone):
         sizes = [self.embedding_width, *[width] * (layers - 1)]
         self.cells = nn.ModuleList(self.cell(size, width, batch_first=True) for size in sizes)
         self.drop = nn.Dropout(dropout)
-        for module in self.cells:
-            if isinstance(module, nn.LSTM):  # remember by default (Jozefowicz et al. 2015)
-                nn.init.ones_(module.get_parameter("bias_ih_l0")[width : 2 * width])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for cell in self.cells:
+            if isinstance(cell, nn.LSTM):  # remember by default (Jozefowicz et al. 2015)
+                nn.init.ones_(cell.get_parameter("bias_ih_l0")[self.width : 2 * self.width])
 
     def forward(
         self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
@@ -154,14 +157,17 @@ class _MinGRUBlock(nn.Module):
         self.recurrence_out = nn.Linear(width, width, bias=False)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
-        # Half-lives of half a token to a hundred, spread over the channels.
-        self.forget_bias = nn.Parameter(torch.linspace(-1.0, 5.0, width))
-        self.taps = nn.Parameter(F.pad(torch.ones(1, width), (0, 0, 0, self.CONVOLUTION - 1)))  # of this token, the last, ...
+        self.forget_bias = nn.Parameter(torch.empty(width))
+        self.taps = nn.Parameter(torch.empty(self.CONVOLUTION, width))  # of this token, the one before, ...
         self.dropout = nn.Dropout(dropout)
-        for layer in (self.forget, self.candidate, self.expand):
-            nn.init.uniform_(layer.weight, -((3 / width) ** 0.5), (3 / width) ** 0.5)  # keeps the variance
-        nn.init.zeros_(self.recurrence_out.weight)
-        nn.init.zeros_(self.contract.weight)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        initialize_block([self.forget, self.candidate, self.expand], [self.recurrence_out, self.contract])
+        # Half-lives of half a token to a hundred, spread over the channels.
+        self.forget_bias.copy_(torch.linspace(-1.0, 5.0, len(self.forget_bias)))
+        self.taps.zero_()[0] = 1
 
     def forward(self, x: Tensor, indices: Tensor, number: int, cache: Cache | None) -> Tensor:
         x = x + self.dropout(self.recur(norm(x), indices, number, cache))

@@ -1,10 +1,7 @@
 """How a token is drawn from logits, and how drawn tokens become text that can be shown while it is written.
 
-    logits (B, V), a uniform number a row ──► tokens (B,)          draw
-    tokens of a text, one by one ──► pieces that are safe to show  TextPieces
-
-A row is drawn by inverting its cumulated probabilities at one uniform number, and those numbers belong to a row (`Uniforms`):
-what one prompt is answered does not depend on the prompts beside it.
+    logits (B, V), a uniform number for each row -> tokens (B,)     draw
+    tokens of a text, one by one -> pieces that are safe to show    TextPieces
 """
 
 from __future__ import annotations
@@ -27,13 +24,12 @@ class Sampling:
 
     Args:
         temperature: divides the logits; 0 takes the most likely token.
-        top_p: draws among the most likely tokens that together have this probability (arXiv:1904.09751), 0 < top_p <= 1.
+        top_p: draw among the most likely tokens that together have this probability (arXiv:1904.09751), 0 < top_p <= 1.
         guidance: weight of the prompt, 1 = as learned.
         max_text: most text tokens of a segment.
         max_seconds: longest sound.
-        seed: of the draws; what answer number n of a batch is follows from it, n and the prompt.
-        stop: a text ends before the first of these, which does not become part of it.
-        use_cache: False computes everything anew for every token; slower, and the same greedy answer.
+        seed: of the draws; answer n of a batch depends on the seed, n and its prompt only.
+        stop: a text ends before the first of these strings.
     """
 
     temperature: float = 1.0
@@ -43,7 +39,6 @@ class Sampling:
     max_seconds: float = 10.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    use_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -54,54 +49,40 @@ class Sampling:
             raise ValueError(f"stop is a tuple of strings that are not empty, not {self.stop!r}")
 
 
-class Uniforms:
-    """A stream of uniform numbers for each row, from (seed, number of the row).
+class RowGenerators:
+    """One random generator for each row, so that a row's draws depend on neither its batch nor the device."""
 
-    Args:
-        seed: of all of them.
-        numbers: of the rows.
-        device: where they are wanted.
-    """
+    def __init__(self, seed: int, rows: Sequence[int]) -> None:
+        self.generators = [np.random.default_rng([seed % (1 << 64), row]) for row in rows]
 
-    BLOCK = 64  # numbers that are drawn at once
-
-    def __init__(self, seed: int, numbers: Sequence[int], device: torch.device) -> None:
-        self.generators = [np.random.default_rng([seed % (1 << 64), number]) for number in numbers]
-        self.device = device
-        self.drawn = 0
-
-    def next(self) -> Tensor:
-        """(B, 1) float64 in [0, 1)"""
-        place = self.drawn % self.BLOCK
-        if place == 0:
-            block = np.stack([generator.random(self.BLOCK) for generator in self.generators])
-            self.block = torch.from_numpy(block).to(self.device)
-        self.drawn += 1
-        return self.block[:, place : place + 1]
+    def uniform(self, count: int, device: torch.device) -> Tensor:
+        """(B, count) float32 in [0, 1); MPS has no float64."""
+        return torch.from_numpy(np.stack([one.random(count, np.float32) for one in self.generators])).to(device)
 
 
-def draw(logits: Tensor, sampling: Sampling, uniforms: Uniforms) -> Tensor:
-    """(B, V) logits -> (B,) drawn."""
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """(B, V) logits -> (B,) tokens, by inverting the cumulative probabilities at `uniform` (B,) in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits / sampling.temperature).softmax(-1)
     order = None
     if sampling.top_p < 1:
         probabilities, order = probabilities.sort(-1, descending=True)
-    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    kept = torch.full((len(logits), 1), logits.size(-1), device=logits.device)
-    if order is not None:
-        kept = (cumulated - probabilities < sampling.top_p).sum(-1, keepdim=True).clamp_min(1)
-    goal = uniforms.next() * cumulated.gather(1, kept - 1)
-    place = torch.searchsorted(cumulated, goal, right=True).minimum(kept - 1)
-    return (place if order is None else order.gather(1, place)).squeeze(1)
+        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        outside[:, 0] = False
+        probabilities = probabilities.masked_fill(outside, 0)
+    cumulative = probabilities.cumsum(-1)
+    # Two units in the last place below 1: rounding must not reach the total, or an impossible token would be drawn.
+    goal = (uniform * (1 - 2**-22))[:, None] * cumulative[:, -1:]
+    token = ((cumulative > goal) & (probabilities > 0)).int().argmax(-1)  # the first
+    return token if order is None else order.gather(1, token[:, None]).squeeze(1)
 
 
 class TextPieces:
-    """Tokens of one text in; out come whole characters, and nothing that may yet turn out to begin a stop string.
+    """Turns the tokens of one text into whole characters, holding back what may be the beginning of a stop string.
 
-    `text` is all that came out, `stopped` says that a stop string was found. With `finish`, the pieces are what `decode` of all
-    tokens gives, up to the stop string.
+    `text` is all that was returned, `stopped` whether a stop string was found. With `finish`, the pieces are what `decode`
+    gives for all tokens, up to the stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -109,44 +90,40 @@ class TextPieces:
         self.stop = stop
         self.text = ""
         self.stopped = False
-        self._tokens: list[int] = []  # the last ones that were read as characters, and those that were not yet
-        self._read = 0  # how many of those are read; word-level tokenizers need the word before to know a space
+        self._tokens: list[int] = []  # those that were decoded last, and those that were not yet
+        self._decoded = 0  # word-level tokenizers need the word before to know a space
         self._held = ""  # characters that may begin a stop string
 
     def push(self, token: int) -> str:
-        """What may be shown once this token (an id of the tokenizer) is there, mostly a character or a word."""
+        """Return what may be shown once this token (an id of the tokenizer) is known: mostly a character or a word."""
         self._tokens.append(token)
-        return self._let_out(self._new_text(), last=False)
+        return self._release(is_last=False)
 
     def finish(self) -> str:
-        """What is left when there are no more tokens; bytes that are no character are U+FFFD, as everywhere."""
-        return self._let_out(self._new_text(whole=False), last=True)
+        """Return the rest when there are no more tokens; bytes that are no character become U+FFFD."""
+        return self._release(is_last=True)
 
-    def _new_text(self, whole: bool = True) -> str:
-        """Characters of the tokens that were not read yet; none where the last is not complete and `whole` are asked for."""
+    def _decode(self, is_last: bool) -> str:
         text = self.tokenizer.decode(self._tokens)
-        if whole and text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and not is_last:  # a character that is not complete
             return ""
-        new = text[len(self.tokenizer.decode(self._tokens[: self._read])) :]
-        self._tokens = self._tokens[self._read :]
-        self._read = len(self._tokens)
+        new = text[len(self.tokenizer.decode(self._tokens[: self._decoded])) :]
+        self._tokens = self._tokens[self._decoded :]
+        self._decoded = len(self._tokens)
         return new
 
-    def _let_out(self, new: str, last: bool) -> str:
+    def _release(self, is_last: bool) -> str:
+        text = self._held + self._decode(is_last)
         if self.stopped:
             return ""
-        text = self._held + new
-        found = [place for one in self.stop if (place := text.find(one)) >= 0]
+        found = [index for stop in self.stop if (index := text.find(stop)) >= 0]
         self.stopped = bool(found)
-        cut = min(found) if found else len(text) if last else len(text) - self._beginning(text)
-        self._held = text[cut:]
-        self.text += text[:cut]
-        return text[:cut]
+        end = min(found) if found else len(text) if is_last else len(text) - self._stop_prefix(text)
+        self._held = text[end:]
+        self.text += text[:end]
+        return text[:end]
 
-    def _beginning(self, text: str) -> int:
-        """Characters at the end of `text` that a stop string begins with."""
-        longest = max(map(len, self.stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(one.startswith(text[-length:]) for one in self.stop):
-                return length
-        return 0
+    def _stop_prefix(self, text: str) -> int:
+        """Count the characters at the end of `text` that a stop string begins with."""
+        longest = min(len(text), max(map(len, self.stop), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)

@@ -1,7 +1,8 @@
-"""Segments to the tokens of a model, and its codes back to segments: laid out and encoded exactly as in training."""
+"""Documents to the tokens of a model, and codes back to segments: laid out and encoded exactly as in training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,31 +16,40 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.vocabulary import Vocabulary
 
 
-def prompt_tokens(model: FusedLanguageModel, prompt: Document, to: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(T,) tokens, (T,) image places, (T,) tokens with every segment hidden behind `<null>`; up to the opener of what is to be
-    written, unless `to` is None or a text that is continued."""
-    vocabulary, device = model.vocabulary, model.token_bytes.device
-    continued = to == TEXT and bool(prompt.segments) and prompt.segments[-1].modality == TEXT
-    laid_out = []
-    for dropped in (0, len(prompt.segments)):
-        if not prompt.segments:
-            tokens, places = torch.tensor([Vocabulary.BEGIN], device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        else:
-            length = 2 + sum(segment_length(model, segment) for segment in prompt.segments)
-            batch = assemble([[whole(prompt, length - 1, dropped)]], vocabulary, model.tokenizer, length - 1)
-            if batch.rejected:
-                raise BadSample(*batch.rejected[0][2:])
-            batch = batch.to(device)
-            tokens, places = model.fill(batch)[0], model.image_places(batch)[0]
-        if to is not None and not continued:
-            tokens = torch.cat([tokens, tokens.new_tensor([Vocabulary.OPENERS[to]])])
-            places = torch.cat([places, places.new_zeros(1)])
-        laid_out.append((tokens, places))
-    return laid_out[0][0], laid_out[0][1], laid_out[1][0]
+def is_continued(prompt: Document, to: int | None) -> bool:
+    """Whether a new segment of modality `to` continues the last text of the prompt."""
+    return to == TEXT and bool(prompt.segments) and prompt.segments[-1].modality == TEXT
+
+
+def prompt_tokens(
+    model: FusedLanguageModel, prompt: Document, to: int | None, masked_segments: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Lay out a prompt: (T,) tokens and (T,) image indices (see `FusedLanguageModel.image_indices`).
+
+    Args:
+        to: modality whose opener follows, unless the last text is continued; None: no opener.
+        masked_segments: the first segments, which become `<null>`, as with condition dropout in training.
+
+    Raises:
+        BadSample: a medium cannot be decoded.
+    """
+    tokens = torch.tensor([Vocabulary.BEGIN], device=model.token_bytes.device)
+    indices = torch.zeros_like(tokens)
+    if prompt.segments:
+        length = 1 + sum(segment_length(model, segment) for segment in prompt.segments)
+        batch = assemble([[whole(prompt, length, masked_segments)]], model.vocabulary, model.tokenizer, length)
+        if batch.rejected:
+            raise BadSample(*batch.rejected[0][2:])
+        batch = batch.to(tokens.device)
+        tokens, indices = model.fill(batch)[0], model.image_indices(batch)[0]
+    if to is not None and not is_continued(prompt, to):
+        tokens = torch.cat([tokens, tokens.new_tensor([Vocabulary.OPENERS[to]])])
+        indices = torch.cat([indices, indices.new_zeros(1)])
+    return tokens, indices
 
 
 def segment_length(model: FusedLanguageModel, segment: Segment) -> int:
-    """Tokens of a segment that is in no index, its opener and closing token included."""
+    """Count the tokens of a segment, including its opener and closing token."""
     if segment.is_encoded:
         return 1 + len(segment.codes.values) + (segment.modality == AUDIO)
     if segment.modality == TEXT:
@@ -49,31 +59,32 @@ def segment_length(model: FusedLanguageModel, segment: Segment) -> int:
 
 
 def plain(model: FusedLanguageModel, segment: Segment) -> Segment:
-    """What an encoded segment stands for, by the model's tokenizer and codecs; any other as it is.
+    """Decode an encoded segment with the model's tokenizer and codecs; return any other as it is.
 
     Raises:
-        BadSample: it stands for nothing.
+        BadSample: the sample was damaged before it was encoded.
     """
     if not segment.is_encoded:
         return segment
-    codes = segment.codes
-    if codes.is_lost:
+    if segment.codes.is_lost:
         raise BadSample("checksum", "the sample was damaged before it was encoded")
     first = Vocabulary.SPECIALS if segment.modality == TEXT else 0
-    values = torch.from_numpy(codes.values.astype(np.int64)).to(model.token_bytes.device)
-    return replace(decode_codes(model, [values + first], segment.modality)[0], loss=segment.loss)
+    codes = (segment.codes.values.astype(np.int64) + first).tolist()
+    return replace(decode_codes(model, [codes], segment.modality)[0], loss=segment.loss)
 
 
-def decode_codes(model: FusedLanguageModel, codes: list[Tensor], to: int) -> list[Segment]:
-    """Codes of each row back to text, an image file or a sound file."""
+def decode_codes(model: FusedLanguageModel, rows: Sequence[Sequence[int]], to: int) -> list[Segment]:
+    """Decode codes (ids within the modality's slice of the vocabulary) to texts, PNG images or WAV sounds."""
+    device = model.token_bytes.device
     if to == TEXT:
-        return [Segment(model.tokenizer.decode((row - Vocabulary.SPECIALS).tolist())) for row in codes]
+        return [Segment(model.tokenizer.decode([code - Vocabulary.SPECIALS for code in row])) for row in rows]
     if to == IMAGE:
         assert model.image_codec is not None
-        images = model.image_codec.decode(torch.stack(codes)).cpu().numpy()
+        images = model.image_codec.decode(torch.tensor(rows, device=device)).cpu().numpy()
         return [Segment.from_image(np.moveaxis(image, 0, -1)) for image in images]
     assert model.audio_codec is not None
-    rows = [row if len(row) else row.new_zeros(1) for row in codes]  # no sound is empty
-    tokens = torch.tensor([len(row) for row in rows], device=codes[0].device)
-    waveforms = model.audio_codec.decode(torch.cat(rows), tokens).cpu().split([len(row) for row in rows])
-    return [Segment.from_audio(one.flatten().numpy(), model.vocabulary.sample_rate, "wav") for one in waveforms]
+    rows = [list(row) or [0] for row in rows]  # no sound is empty
+    lengths = [len(row) for row in rows]
+    codes = torch.tensor([code for row in rows for code in row], device=device)
+    sounds = model.audio_codec.decode(codes, torch.tensor(lengths, device=device)).cpu().split(lengths)
+    return [Segment.from_audio(sound.flatten().numpy(), model.vocabulary.sample_rate, "wav") for sound in sounds]

@@ -28,11 +28,12 @@ from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.media import decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
+from pile_app.model.score import score_choices
 from pile_app.tasks.judges import MANY, Judge, Labelled, audio_features, image_features
-from pile_app.tasks.rank import rank_names
 from pile_app.training.callbacks import log_samples_to_wandb, plain_example, write_samples
 from pile_app.training.module import PileModule
 
+BEAM = 24  # beginnings of names that are followed
 PHASES = 300  # sounds whose phases are found by Griffin-Lim, 32 rounds each
 SHOWN = 10  # examples of each kind that the report shows
 
@@ -188,9 +189,10 @@ class EvaluateCrossModal(Callback):
         places = np.zeros(len(wanted), np.int64)
         for question, choices in self._choices.items():
             rows = [row for row, one in enumerate(asked) if one == question]
-            ranked = rank_names(model, [prompts[row] for row in rows], choices, prior=prior)
-            for row, best in zip(rows, ranked, strict=True):
-                names = [choices[number] for number in best]
+            names_of = [Segment(name) for name in choices]
+            scores = score_choices(model, [prompts[row] for row in rows], names_of, prior=prior, beam=BEAM)
+            for row, best in zip(rows, scores.topk(min(5, len(choices))).indices.tolist(), strict=True):
+                names = [choices[index] for index in best]
                 places[row] = names.index(wanted[row]) if wanted[row] in names else 5
         return places
 
