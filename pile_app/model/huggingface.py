@@ -24,8 +24,8 @@ from torch import Tensor
 from pile_app.data.tokenizers import plain_description
 from pile_app.documents import AUDIO, IMAGE, TEXT
 from pile_app.model.backbones import Transformer, TransformerBlock
-from pile_app.model.base import EPSILON
-from pile_app.model.fused import LOGIT_CAP, FusedLanguageModel
+from pile_app.model.base import EPSILON, LOGIT_CAP
+from pile_app.model.fused import FusedLanguageModel
 from pile_app.vocabulary import Vocabulary
 
 SPECIALS = {

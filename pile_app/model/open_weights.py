@@ -10,15 +10,19 @@ not see each other, on every device and without padding.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pile_app.data.tokenizers import Tokenizer
+from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype
+from pile_app.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ class HuggingFace(Backbone):
             config = AutoConfig.from_pretrained(path, **options).get_text_config()
             config._attn_implementation = "pile"
             if pretrained:
-                model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True, **options)
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, config=config, dtype=torch.float32, use_safetensors=True, **options
+                )
             else:
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
@@ -79,6 +85,11 @@ class HuggingFace(Backbone):
         super().__init__(config.hidden_size, config.num_hidden_layers)
         self.path, self.heads = path, config.num_attention_heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self._end = ends[0] if ends[0] is not None else 0
+        self._begin = self._end if config.bos_token_id is None else config.bos_token_id
+        self.code_std = float(model.get_input_embeddings().weight.detach().std()) / 2
+        self.tokenizer = _tokenizer_file(path, revision)
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -90,7 +101,9 @@ class HuggingFace(Backbone):
             adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout)
             inject_adapter_in_model(adapters, model)
         self.model, self._checkpoints = model, False
-        self._cache_name = "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
+        self._cache_name = (
+            "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
+        )
 
     def _check(self, model: nn.Module, config: Any) -> None:
         head = model.get_output_embeddings()
@@ -103,6 +116,17 @@ class HuggingFace(Backbone):
             reason = f"it has layers of {sorted(set(config.layer_types))}"
         if reason:
             raise ValueError(f"backbone path={self.path!r} ({type(model).__name__}) cannot be used: {reason}")
+
+    def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
+        words = len(self.text_embedding())
+        if tokenizer.size > words:
+            raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model of {self.path!r} has vectors of {words}")
+        like = {
+            Vocabulary.BEGIN: self._begin,
+            Vocabulary.END: self._end,
+            Vocabulary.OPENERS[TEXT]: int(tokenizer.encode("\n")[-1]),
+        }
+        return (TextTable(self.text_embedding, tokenizer.size, like), TextTable(self.text_head, tokenizer.size, like))
 
     def text_embedding(self) -> Tensor:
         """(text tokens, D) the vectors that the model reads."""
@@ -132,11 +156,14 @@ class HuggingFace(Backbone):
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         if past + x.size(1) > self.context:
-            raise ValueError(f"{past + x.size(1)} tokens of context, but the model of {self.path!r} takes {self.context} at most")
+            raise ValueError(
+                f"{past + x.size(1)} tokens of context, but the model of {self.path!r} takes {self.context} at most"
+            )
         masks = self._masks(x, document, position, piece_starts, cache is not None, past)
         wanted = self.recompute and self.training and torch.is_grad_enabled()
         if wanted != self._checkpoints:
-            (self.model.gradient_checkpointing_enable if wanted else self.model.gradient_checkpointing_disable)()
+            prefix = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+            getattr(self.model, f"{prefix}_checkpointing_{'enable' if wanted else 'disable'}")()
             self._checkpoints = wanted
         options: dict[str, Any] = {self._cache_name: _LayerCache(cache)} if cache is not None else {}
         hidden: Tensor = self.model.base_model(
@@ -163,6 +190,31 @@ class HuggingFace(Backbone):
         if not is_cached:
             seen = seen & (document[:, :, None] == document[:, None, :])
         return whole, AttentionMask(mask=seen[:, None])
+
+
+class TextTable(nn.Module):
+    """Vectors of the special tokens, which are new, before those of the model's words.
+
+    Args:
+        words: returns the model's vectors, (at least `size`, D).
+        size: number of text tokens.
+        like: special token -> word that it begins as; other special tokens begin as the mean of all words.
+    """
+
+    def __init__(self, words: Callable[[], Tensor], size: int, like: Mapping[int, int]) -> None:
+        super().__init__()
+        self.words, self.size = words, size
+        with torch.no_grad():
+            table = words()
+            rows = table[:size].mean(0).repeat(Vocabulary.SPECIALS, 1)
+            for special, word in like.items():
+                if word < len(table):
+                    rows[special] = table[word]
+        self.weight = nn.Parameter(rows)
+
+    def forward(self) -> Tensor:
+        """(SPECIALS + size, D)"""
+        return torch.cat([self.weight, self.words()[: self.size].to(self.weight.dtype)])
 
 
 class _LayerCache:
@@ -193,3 +245,11 @@ def _attention(
     assert pile_masks is not None
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     return attend(query, key, value, pile_masks[sliding_window is not None], scale).transpose(1, 2), None
+
+
+def _tokenizer_file(path: str, revision: str) -> str | None:
+    """The `tokenizer.json` of a folder or a name on the hub; None where there is none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else str(Path(found))
