@@ -3,7 +3,7 @@
     images (N, C, height, width) uint8                                   <->  codes (N, rows * columns) int64
     M sounds (A, samples_per_token) float32, A codes, sound after sound  <->  codes (A,) int64
 
-A code is the mixed-radix number of its FSQ levels, so codes that differ in one level are neighbours. FSQ needs no code-book loss.
+A code is the mixed-radix number of its FSQ levels, so codes that differ in one level are neighbours. FSQ needs no extra loss.
 
 Notable choices: the image codec never convolves at full resolution (patches become channels first; on a CPU ten times cheaper);
 sounds form one row, with gaps of silence that no layer reaches across, so a sound's codes do not depend on its batch and memory

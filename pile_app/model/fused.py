@@ -5,7 +5,7 @@
 The next token's modality is always known: after an opener and inside a medium it is a code of that medium, otherwise it is text
 or an opener. So each softmax runs over its own slice of the vocabulary, and their product is an exact likelihood of a document.
 
-Notable choices: codes of images and sounds share statistics through their FSQ levels, in embedding and softmax alike; RMS-normed
+Notable choices: codes of images and sounds share statistics through their FSQ levels, in embedding and softmax; RMS-normed
 embedding; untied heads that start at zero; logits softly capped at 15 (arXiv:2408.00118); learned row and column vectors of
 image codes, which also serve backbones without position embeddings.
 """
@@ -200,7 +200,7 @@ class FusedLanguageModel(nn.Module):
     def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
-        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. The losses are means,
+        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. Losses are means
         over images and over the codes of sounds (see `codec_counts`).
         """
         losses: dict[int, Tensor] = {}
@@ -282,7 +282,7 @@ class FusedLanguageModel(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode, with the tables of embedding and heads computed once. Generation uses it together with `autocast`."""
+        """Switch to evaluation mode and compute the tables of embedding and heads once; generation adds `autocast`."""
         was_training, outer = self.training, self.tables
         self.eval()
         try:
@@ -297,8 +297,10 @@ class FusedLanguageModel(nn.Module):
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Compute in the type that the run trained in, on a GPU, and without `torch.compile`, which would compile again for each
-        length. (`torch.autocast` would drop the cast weights at the end of each token.)"""
+        """Compute in the type that the run trained in, on a GPU, and without `torch.compile`, which compiles for each length.
+
+        (`torch.autocast` would drop the cast weights at the end of each token.)
+        """
         kind = self.token_bytes.device.type
         was = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         stance: Any = torch.compiler.set_stance("force_eager") if self.backbone.is_compiled else nullcontext()

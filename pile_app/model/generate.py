@@ -16,21 +16,23 @@ import math
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.sampling import RowGenerators, Sampling, TextPieces, draw
+from pile_app.model.sampling import Sampling, TextPieces, draw
 from pile_app.model.segments import decode_codes, plain, prompt_tokens, segment_length
 from pile_app.vocabulary import Vocabulary
 
 __all__ = ["Answer", "Sampling", "answer_prompts", "generate", "generate_document", "plain", "segment_length", "stream"]
 
-Rows = tuple[Tensor, Tensor]  # (B, T) tokens and image indices
+Context = list[tuple[Tensor, Tensor]]  # (B, T) tokens and image indices: with the prompt, and perhaps without it
 CHECK_EVERY = 16  # tokens between looks at which rows have ended: each look waits for the device
 TEXT_ENDS = (Vocabulary.END, *Vocabulary.OPENERS)  # what may follow a text
 
@@ -73,17 +75,18 @@ def answer_prompts(
     check_modalities(model, {to}, prompts)
     answers: dict[int, Answer] = {}
     with model.inference():
-        contexts = [lay_out(model, prompt, to, sampling.guidance != 1) for prompt in prompts]
-        for indices in by_length(contexts):
-            decoder = _decoder(model, [contexts[index] for index in indices], sampling, indices)
-            writing = decoder.write(to, sampling)
-            while len(answers) < len(prompts):
-                try:
-                    next(writing)
-                except StopIteration as end:
-                    answers.update(zip(indices, end.value, strict=True))
-                    break
+        for indices, context in by_length([lay_out(model, prompt, to, sampling.guidance != 1) for prompt in prompts]):
+            decoder = Decoder(model, context, segment_limit(model, to, sampling), sampling.guidance, sampling.seed, indices)
+            answers.update(zip(indices, _result(decoder.write(to, sampling)), strict=True))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _result(writing: Generator[str, None, list[Answer]]) -> list[Answer]:
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -92,7 +95,8 @@ def stream(model: FusedLanguageModel, prompt: Document, sampling: Sampling | Non
     sampling = sampling or Sampling()
     check_modalities(model, {TEXT}, [prompt])
     with model.inference():
-        decoder = _decoder(model, [lay_out(model, prompt, TEXT, sampling.guidance != 1)], sampling, [0])
+        context = lay_out(model, prompt, TEXT, sampling.guidance != 1)
+        decoder = Decoder(model, context, sampling.max_text, sampling.guidance, sampling.seed)
         yield from (yield from decoder.write(TEXT, sampling, streams=True))
 
 
@@ -118,12 +122,16 @@ def generate_document(
     check_modalities(model, set(), [prompt])
     openers = {Vocabulary.OPENERS[modality]: modality for modality in model.vocabulary.modalities}
     ends_in_text = bool(prompt.segments) and prompt.segments[-1].modality == TEXT
+    opener = Vocabulary.OPENERS[TEXT] if ends_in_text and continue_text else None
     with model.inference():
-        decoder = _decoder(model, [lay_out(model, prompt, None, sampling.guidance != 1)], sampling, [0])
-        opener = Vocabulary.OPENERS[TEXT] if ends_in_text and continue_text else None
+        room = max(segment_limit(model, modality, sampling) for modality in openers.values())
+        context = lay_out(model, prompt, None, sampling.guidance != 1)
+        decoder = Decoder(model, context, room, sampling.guidance, sampling.seed)
         for _ in range(most_segments):
             if opener is None:
-                opener = int(decoder.draw_among([Vocabulary.END, *openers], sampling))
+                allowed = [Vocabulary.END, *openers]
+                opener = allowed[int(draw(decoder.logits(TEXT)[:, allowed], sampling, decoder.uniform(1)[:, 0]))]
+                decoder.append(torch.full((1, 1), opener, device=decoder.device))
             if opener == Vocabulary.END:
                 return
             to = openers[opener]
@@ -140,77 +148,73 @@ class Decoder:
 
     Args:
         model: see `FusedLanguageModel`, within `inference`.
-        contexts: the rows; and the same rows without the prompt, where guidance or a prior needs them.
-        capacity: most tokens of a row.
-        guidance: weight of the prompt in the logits; 1 ignores the second context.
-        generators: of the rows, for drawing.
+        context: the rows; and the same rows without the prompt, where guidance or a prior needs them.
+        room: tokens that may follow; beyond it the cache grows.
+        guidance: weight of the prompt in the logits; with 1 the second context does not change them.
+        seed: of the draws. Each row has a generator of its own, so that its draws depend on neither its batch nor the device.
+        indices: of the rows, for their generators.
     """
 
     def __init__(
         self,
         model: FusedLanguageModel,
-        contexts: Sequence[Rows],
-        capacity: int,
+        context: Context,
+        room: int,
         guidance: float = 1.0,
-        generators: RowGenerators | None = None,
+        seed: int = 0,
+        indices: Sequence[int] = (0,),
     ) -> None:
-        self.model, self.guidance, self.generators = model, guidance, generators
-        self.caches = [model.backbone.new_cache(capacity) for _ in contexts]
-        self.unread, self.length = list(contexts), 0
+        self.model, self.guidance, self.unread, self.length = model, guidance, context, 0
+        self.caches = [model.backbone.new_cache(tokens.size(1) + room) for tokens, _ in context]
+        self.generators = [np.random.default_rng([seed % (1 << 64), index]) for index in indices]
+        self.device = model.token_bytes.device
         unknown = set(range(len(MODALITIES))) - set(model.vocabulary.modalities)
         never = [Vocabulary.BEGIN, Vocabulary.NULL, *(Vocabulary.OPENERS[modality] for modality in unknown)]
-        self.never = torch.tensor(never, device=model.token_bytes.device)
+        self.never = torch.tensor(never, device=self.device)
+
+    def uniform(self, count: int) -> Tensor:
+        """(B, count) float32 in [0, 1), as MPS has no float64."""
+        return torch.from_numpy(np.stack([one.random(count, np.float32) for one in self.generators])).to(self.device)
+
+    def append(self, tokens: Tensor, image_indices: Tensor | None = None) -> None:
+        """Continue the rows by (B, n) tokens."""
+        indices = torch.zeros_like(tokens) if image_indices is None else image_indices
+        self.unread = [(tokens, indices)] * len(self.caches)
 
     def read(self) -> list[Tensor]:
         """Read what was appended: (B, n, D) hidden states in each context."""
         size = self.unread[0][0].shape
-        position = torch.arange(self.length, self.length + size[1], device=self.never.device).expand(size)
-        document = torch.zeros_like(position)
+        position = torch.arange(self.length, self.length + size[1], device=self.device).expand(size)
         self.length += size[1]
         with self.model.autocast():
             return [
-                self.model.hidden(tokens, indices, document, position, cache)
+                self.model.hidden(tokens, indices, torch.zeros_like(position), position, cache)
                 for (tokens, indices), cache in zip(self.unread, self.caches, strict=True)
             ]
 
-    def append(self, tokens: Tensor, image_indices: Tensor) -> None:
-        """Continue every context by (B, n) tokens."""
-        self.unread = [(tokens, image_indices)] * len(self.caches)
-
     def select(self, rows: Sequence[int]) -> Decoder:
         """Copy some rows."""
-        copy = Decoder(self.model, [], 0, self.guidance)
-        index = torch.tensor(rows, device=self.never.device)
-        copy.caches, copy.length = [cache.select(index) for cache in self.caches], self.length
-        return copy
+        chosen, rows_of_cache = copy(self), torch.tensor(rows, device=self.device)
+        chosen.caches = [cache.select(rows_of_cache) for cache in self.caches]
+        return chosen
+
+    def guided(self, logits: list[Tensor]) -> list[Tensor]:
+        """The logits of each context; with guidance, their mixture."""
+        return logits if self.guidance == 1 else [guide(*logits, self.guidance)]
 
     def logits(self, to: int) -> Tensor:
         """(B, slice of modality `to`) logits of the next token."""
         logits = self.guided([self.model.logits(hidden[:, -1], to) for hidden in self.read()])[0]
         return logits.index_fill_(-1, self.never, -torch.inf) if to == TEXT else logits
 
-    def guided(self, logits: list[Tensor]) -> list[Tensor]:
-        """The logits of each context; one mixture of them, with guidance."""
-        return logits if self.guidance == 1 else [guide(*logits, self.guidance)]
-
-    def draw_among(self, tokens: Sequence[int], sampling: Sampling) -> Tensor:
-        """(B,) text tokens, each one of `tokens`, which the rows are continued by."""
-        assert self.generators is not None
-        logits = self.logits(TEXT)[:, tokens]
-        drawn = draw(logits, sampling, self.generators.uniform(1, logits.device)[:, 0])
-        codes = torch.tensor(tokens, device=logits.device)[drawn]
-        self.append(codes[:, None], torch.zeros_like(codes)[:, None])
-        return codes
-
     def write(self, to: int, sampling: Sampling, streams: bool = False) -> Generator[str, None, list[Answer]]:
         """Write one segment of modality `to` for each row; `streams`: of a single row, yielding the pieces of a text."""
-        assert self.generators is not None
-        vocabulary, device = self.model.vocabulary, self.never.device
-        rows, limit = len(self.unread[0][0]), segment_limit(self.model, to, sampling)
+        vocabulary, rows, limit = self.model.vocabulary, len(self.generators), segment_limit(self.model, to, sampling)
         ends = {TEXT: TEXT_ENDS, IMAGE: (), AUDIO: (vocabulary.audio_codes,)}[to]
-        texts = [TextPieces(self.model.tokenizer, sampling.stop) for _ in range(rows)] if to == TEXT else []
-        check_every = 1 if streams or sampling.stop or device.type == "cpu" else CHECK_EVERY
-        uniform = self.generators.uniform(limit, device)
+        texts = [TextPieces(self.model.tokenizer, sampling.stop) for _ in range(rows)] if streams or sampling.stop else []
+        texts = texts if to == TEXT else []
+        check_every = 1 if streams or texts or self.device.type == "cpu" else CHECK_EVERY
+        uniform = self.uniform(limit)
         codes: list[list[int]] = [[] for _ in range(rows)]
         ended_by: list[Literal["model", "stop", "limit"]] = ["limit"] * rows
         drawn: list[Tensor] = []
@@ -218,31 +222,29 @@ class Decoder:
         for step in range(limit):
             logits = self.logits(to)
             drawn.append(draw(logits, sampling, uniform[:, step])[:, None])
-            log_probabilities.append(logits.log_softmax(-1).gather(1, drawn[-1]))
-            indices = torch.full_like(drawn[-1], step + 1 if to == IMAGE else 0)
+            log_probabilities.append(logits.gather(1, drawn[-1]) - logits.logsumexp(-1, keepdim=True))
+            indices = torch.full_like(drawn[-1], step + 1) if to == IMAGE else None
             self.append(drawn[-1] + vocabulary.slices[to].start, indices)
             if len(drawn) < check_every and step < limit - 1:
                 continue
             for row, new in enumerate(torch.cat(drawn, 1).tolist()):
-                for code in new:
-                    if ended_by[row] != "limit":
-                        break
+                for code in new if ended_by[row] == "limit" else ():
                     codes[row].append(code)
                     if code in ends:
                         ended_by[row] = "model"
-                    elif texts:
-                        if (piece := texts[row].push(code - Vocabulary.SPECIALS)) and streams:
-                            yield piece
-                        if texts[row].stopped:
-                            ended_by[row] = "stop"
+                        break
+                    if texts and (piece := texts[row].push(code - Vocabulary.SPECIALS)) and streams:
+                        yield piece
+                    if texts and texts[row].stopped:
+                        ended_by[row] = "stop"
             drawn.clear()
             if "limit" not in ended_by:
                 break
         if to == IMAGE:
             ended_by = ["model"] * rows
-        if to == AUDIO and ended_by == ["limit"]:  # for the segment that may follow
-            end = torch.full((1, 1), vocabulary.audio_end, device=device)
-            self.append(torch.cat([self.unread[0][0], end], 1), torch.zeros(1, 2, dtype=torch.int64, device=device))
+        if streams and to == AUDIO and ended_by == ["limit"]:  # for the segment that may follow
+            end = torch.full((1, 1), vocabulary.audio_end, device=self.device)
+            self.append(torch.cat([self.unread[0][0], end], 1))
         for text in texts:
             if (piece := text.finish()) and streams:
                 yield piece
@@ -257,14 +259,6 @@ class Decoder:
         ]
 
 
-def _decoder(model: FusedLanguageModel, rows: Sequence[list[Rows]], sampling: Sampling, indices: Sequence[int]) -> Decoder:
-    """A decoder of laid out prompts with room for one segment more; a longer document lets its cache grow."""
-    contexts = stack(rows)
-    longest = max(segment_limit(model, modality, sampling) for modality in model.vocabulary.modalities)
-    capacity = contexts[0][0].size(1) + longest
-    return Decoder(model, contexts, capacity, sampling.guidance, RowGenerators(sampling.seed, indices))
-
-
 def segment_limit(model: FusedLanguageModel, to: int, sampling: Sampling) -> int:
     """Most codes of a segment that is written."""
     if to == IMAGE:
@@ -276,24 +270,23 @@ def segment_limit(model: FusedLanguageModel, to: int, sampling: Sampling) -> int
 
 def lay_out(
     model: FusedLanguageModel, prompt: Document, to: int | None, with_masked: bool, masked_segments: int | None = None
-) -> list[Rows]:
+) -> Context:
     """The tokens of a prompt, (1, T); `with_masked`: also with its first segments (None: all) behind `<null>`."""
     masked = len(prompt.segments) if masked_segments is None else masked_segments
-    layouts = (prompt_tokens(model, prompt, to, count) for count in (0, *[masked] * with_masked))
+    layouts = [prompt_tokens(model, prompt, to, count) for count in (0, *[masked] * with_masked)]
     return [(tokens[None], indices[None]) for tokens, indices in layouts]
 
 
-def stack(rows: Sequence[list[Rows]]) -> list[Rows]:
-    """Stack laid out prompts of one length, context by context."""
-    return [tuple(map(torch.cat, zip(*context, strict=True))) for context in zip(*rows, strict=True)]  # type: ignore[misc]
-
-
-def by_length(rows: Sequence[list[Rows]]) -> list[list[int]]:
-    """Group the indices of laid out prompts by length, so that no row is padded."""
+def by_length(contexts: Sequence[Context], at_once: int = 1 << 30) -> Iterator[tuple[list[int], Context]]:
+    """Stack laid out prompts of one length, so that no row is padded: yields their indices and their contexts."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for index, contexts in enumerate(rows):
-        groups[contexts[0][0].size(1)].append(index)
-    return list(groups.values())
+    for index, context in enumerate(contexts):
+        groups[context[0][0].size(1)].append(index)
+    for group in groups.values():
+        for first in range(0, len(group), at_once):
+            some = group[first : first + at_once]
+            pairs = zip(*(contexts[index] for index in some), strict=True)
+            yield some, [(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])) for rows in pairs]
 
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability

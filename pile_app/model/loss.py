@@ -3,7 +3,7 @@
     hidden (K, D), weight (V, D), targets (K,) -> sum of -log softmax(cap · tanh(hidden @ weightᵀ / cap))[target], nats of each
 
 The K x V logits are computed for some rows at a time, and with them, still in the forward pass, the gradients of hidden and
-weight (as in Liger, arXiv:2410.10989), which backward only multiplies by the gradient of the sum. So no logit is computed twice.
+weight (as in Liger, arXiv:2410.10989), which backward multiplies by the gradient of the sum. No logit is computed twice.
 
 Written for a soft cap (arXiv:2408.00118), which `torch.nn.functional.linear_cross_entropy` does not know. As
 tanh(x) = 2 sigmoid(2x) - 1, the sigmoid gives both logit and slope (it is ten times as fast as tanh on CPUs). Capped logits

@@ -9,6 +9,7 @@ not see each other, on every device and without padding.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype
+from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.pretrained import make_empty
 from pile_app.vocabulary import Vocabulary
 
 
@@ -83,7 +86,7 @@ class HuggingFace(Backbone):
         except (OSError, ValueError) as error:
             raise ValueError(f"backbone path={path!r} is no causal language model of transformers: {error}") from error
         super().__init__(config.hidden_size, config.num_hidden_layers)
-        self.path, self.heads = path, config.num_attention_heads
+        self.path, self.revision, self.heads = path, revision, config.num_attention_heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self._end = ends[0] if ends[0] is not None else 0
@@ -190,6 +193,47 @@ class HuggingFace(Backbone):
         if not is_cached:
             seen = seen & (document[:, :, None] == document[:, None, :])
         return whole, AttentionMask(mask=seen[:, None])
+
+
+def save_open_weights(model: FusedLanguageModel, folder: Path) -> None:
+    """Write the language model of text as a folder that transformers loads, adapters merged, logits equal.
+
+    `<begin>` and `<text>`, which precede each text, and `<end>` are added to the vocabulary; the tokenizer writes the first two.
+
+    Raises:
+        ValueError: the folder is not empty.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    make_empty(folder)
+    backbone = model.backbone
+    assert isinstance(backbone, HuggingFace)
+    plain = copy.deepcopy(backbone.model)
+    for name, layer in list(plain.named_modules()):
+        if hasattr(layer, "get_base_layer"):  # of peft
+            layer.merge()
+            plain.set_submodule(name, layer.get_base_layer())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbone.path, revision=backbone.revision)
+    specials = {"<begin>": Vocabulary.BEGIN, "<text>": Vocabulary.OPENERS[TEXT], "<end>": Vocabulary.END}
+    first = max(len(backbone.text_head()), len(tokenizer))
+    plain.resize_token_embeddings(first + len(specials), mean_resizing=False)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(first - len(tokenizer))] + list(specials), special_tokens=True)
+    read, written = plain.get_input_embeddings(), plain.get_output_embeddings()
+    with torch.no_grad():
+        for row, token in enumerate(specials.values(), first):
+            written.weight[row] = model.heads[TEXT]()[token]
+            if written.weight is not read.weight or token != Vocabulary.END:
+                read.weight[row] = model.embeddings[TEXT]()[token] / getattr(read, "scalar_embed_scale", 1.0)
+    ids = dict(zip(specials, range(first, first + len(specials)), strict=True))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<begin> <text> $A", special_tokens=[(name, ids[name]) for name in ("<begin>", "<text>")]
+    )
+    tokenizer.bos_token, tokenizer.eos_token = "<begin>", "<end>"
+    for config in (plain.config, plain.generation_config):
+        config.bos_token_id, config.eos_token_id = ids["<begin>"], ids["<end>"]
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 class TextTable(nn.Module):

@@ -1,7 +1,7 @@
 """How a token is drawn from logits, and how drawn tokens become text that can be shown while it is written.
 
-    logits (B, V), a uniform number for each row -> tokens (B,)     draw
-    tokens of a text, one by one -> pieces that are safe to show    TextPieces
+logits (B, V), a uniform number for each row -> tokens (B,)     draw
+tokens of a text, one by one -> pieces that are safe to show    TextPieces
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -47,17 +45,6 @@ class Sampling:
             raise ValueError(f"max_text >= 1 and max_seconds > 0, not {self.max_text} and {self.max_seconds}")
         if not isinstance(self.stop, tuple) or not all(self.stop):
             raise ValueError(f"stop is a tuple of strings that are not empty, not {self.stop!r}")
-
-
-class RowGenerators:
-    """One random generator for each row, so that a row's draws depend on neither its batch nor the device."""
-
-    def __init__(self, seed: int, rows: Sequence[int]) -> None:
-        self.generators = [np.random.default_rng([seed % (1 << 64), row]) for row in rows]
-
-    def uniform(self, count: int, device: torch.device) -> Tensor:
-        """(B, count) float32 in [0, 1); MPS has no float64."""
-        return torch.from_numpy(np.stack([one.random(count, np.float32) for one in self.generators])).to(device)
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

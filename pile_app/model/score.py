@@ -1,22 +1,21 @@
 """Log-likelihoods of given answers, instead of drawing one.
 
-    prompts, answers of each -> a prefix tree for each prompt -> nats of every token that is asked for
+A prompt is read once; its answers share its cache, and tokens that several answers begin with are read once. Scores do not
+depend on what is computed together. What counts:
 
-A prompt is read once; its answers share the cache, and what they begin alike with is read once. Nothing here depends on what is
-computed together. Of the answers, what is counted is:
-
-    score_choices          a closed set of segments: tokens and the end of the segment (not its opener, if all have the same)
-    score_answers          a segment that ends the document: opener, tokens and `<end>`, as the training loss counts them
-    score_continuations    text that goes on where the prompt stops: its tokens only
+    score_choices          a closed set of segments: tokens and end of the segment; the opener only if modalities differ
+    score_answers          a segment that ends the document: opener, tokens and `<end>`, as in the training loss
+    score_continuations    text that goes on where the prompt stops: its tokens
     rolling_scores         a long text in windows that overlap: every token once
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Literal, NamedTuple
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,24 +23,20 @@ from torch import Tensor
 
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import TEXT_ENDS, Decoder, Rows, by_length, check_modalities, lay_out, stack
-from pile_app.model.sampling import RowGenerators, Sampling, draw
+from pile_app.model.generate import TEXT_ENDS, Context, Decoder, by_length, check_modalities, lay_out
+from pile_app.model.sampling import Sampling, draw
 from pile_app.model.segments import is_continued, prompt_tokens
 from pile_app.vocabulary import Vocabulary
 
-AT_ONCE = 32  # prompts
-ROWS = 1024  # beginnings of answers that are read at once
-LOGITS = 1 << 24  # in memory at a time
-TEXT_END = -1  # stands for whatever ends a text
+PROMPTS, ROWS, LOGITS = 32, 1024, 1 << 24  # that are computed at once: prompts, beginnings of answers, logits
+TEXT_END = -1  # in a path: whatever ends a text
+
+Path = list[tuple[int, int]]  # tokens of an answer and their image indices
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of the tokens of an answer.
-
-    nats: their negative log-likelihood. tokens: their number. bytes: UTF-8 bytes that they write. is_greedy: each was the most
-    likely one.
-    """
+    """Negative log-likelihood of an answer, its number of tokens, their UTF-8 bytes, whether each token was the likeliest."""
 
     nats: float
     tokens: int
@@ -57,18 +52,11 @@ class Choice:
     log_probabilities: Tensor
 
 
-class Path(NamedTuple):
-    """Tokens of an answer and their image indices; `TEXT_END` may be the last."""
-
-    tokens: list[int]
-    image_indices: list[int]
-
-
 def choose(
     model: FusedLanguageModel, prompts: Sequence[Document], texts: Sequence[str], sampling: Sampling | None = None
 ) -> list[Choice]:
-    """Choose one of the texts for each prompt, as if the model's answer had been drawn until it was one of them. Temperature and
-    `top_p` apply to the choice among the texts.
+    """Choose one of the texts for each prompt, as if answers had been drawn until one was among them. Temperature and `top_p`
+    apply to the choice among the texts.
 
     Raises:
         ValueError: fewer than two texts, an empty one, or one twice.
@@ -78,8 +66,9 @@ def choose(
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
         raise ValueError(f"choices are two or more different texts, none of them empty, not {list(texts)}")
     scores = score_choices(model, prompts, [Segment(text) for text in texts], guidance=sampling.guidance)
-    uniform = RowGenerators(sampling.seed, range(len(prompts))).uniform(1, scores.device)[:, 0]
-    return [Choice(int(index), row) for index, row in zip(draw(scores, sampling, uniform), scores, strict=True)]
+    uniform = [np.random.default_rng([sampling.seed % (1 << 64), index]).random() for index in range(len(prompts))]
+    indices = draw(scores, sampling, torch.tensor(uniform, dtype=torch.float32)).tolist()
+    return [Choice(index, row) for index, row in zip(indices, scores, strict=True)]
 
 
 def score_choices(
@@ -101,9 +90,9 @@ def score_choices(
         prompts: a text at the end of a prompt is continued by texts.
         choices: all answers there are.
         guidance: weight of the prompt, see `generate.guide`.
-        prior: fraction of the log-probability without the prompt's segments (but a text that is continued) that is subtracted;
-            1 gives the log of how much likelier they make the choice, which does not depend on how common it is.
-        beam: most beginnings of choices that are followed for each prompt; None: all. Others get -inf.
+        prior: fraction of the log-probability without the prompt's segments (except a text that is continued) that is
+            subtracted; 1 gives how much likelier they make a choice, whose own frequency then does not count.
+        beam: most beginnings of choices that are followed for each prompt; None: all. The other choices get -inf.
         normalize: divide by nothing, or by tokens or bytes, so that long answers are not at a disadvantage (arXiv:2005.14165,
             section 2.4). Media have no bytes.
 
@@ -115,20 +104,22 @@ def score_choices(
         raise ValueError(f"normalize is none, tokens or bytes, not {normalize!r}")
     modalities = {choice.modality for choice in choices}
     check_modalities(model, modalities, prompts)
-    to = modalities.pop() if len(modalities) == 1 else None  # where it is known, the opener is given
+    to = min(modalities) if len(modalities) == 1 else None
     with model.inference():
-        paths = [_path(model, choice, to is not None) for choice in choices]
-        contexts = []
-        for prompt in prompts:
-            masked = len(prompt.segments) - (is_continued(prompt, to) if prior else 0)
-            contexts.append(lay_out(model, prompt, to, bool(prior) or guidance != 1, masked))
+        paths = [_path(model, choice)[to is not None :] for choice in choices]
+        masked = [len(prompt.segments) - (bool(prior) and is_continued(prompt, to)) for prompt in prompts]
+        contexts = [
+            lay_out(model, *pair, bool(prior) or guidance != 1, count)
+            for *pair, count in zip(prompts, [to] * len(prompts), masked, strict=True)
+        ]
         found = score_paths(model, contexts, [paths] * len(prompts), guidance, prior, beam)
     scores = torch.full((len(prompts), len(choices)), -torch.inf)
-    for row, column, score in ((r, c, s) for r, row in enumerate(found) for c, s in row.items()):
-        size = {"none": 1, "tokens": score.tokens, "bytes": score.bytes}[normalize]
-        if not size:
-            raise ValueError("normalize='bytes' needs answers with text in them; media and empty texts have no bytes: take tokens")
-        scores[row, column] = -score.nats / size
+    for row, some in enumerate(found):
+        for column, score in some.items():
+            size = {"none": 1, "tokens": score.tokens, "bytes": score.bytes}[normalize]
+            if not size:
+                raise ValueError("normalize='bytes' needs answers with text; media and empty texts have no bytes: take tokens")
+            scores[row, column] = -score.nats / size
     return scores
 
 
@@ -147,20 +138,23 @@ def score_answers(
         ValueError: an answer alone is longer than the context.
         BadSample: a medium cannot be decoded.
     """
+    contexts, paths = [], []
     with model.inference():
-        rows, paths = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
-            path = _path(model, answer, False)
-            tokens = [*path.tokens[: -1 if path.tokens[-1] == TEXT_END else None], Vocabulary.END]
-            paths.append(Path(tokens, (path.image_indices + [0])[: len(tokens)]))
-            rows.append(_within(*prompt_tokens(model, prompt, None), len(tokens), context))
-        return [row[0] for row in score_paths(model, rows, [[path] for path in paths])]
+            path = [pair for pair in _path(model, answer) if pair[0] != TEXT_END] + [(Vocabulary.END, 0)]
+            tokens, indices = prompt_tokens(model, prompt, None)
+            start = _start(len(tokens), len(tokens) + len(path), context)
+            if start and bool(indices.any()):
+                raise ValueError(f"a document with media is longer than the context of {context}: only texts can be cut")
+            contexts.append([(tokens[None, start:], indices[None, start:])])
+            paths.append([path])
+        return [row[0] for row in score_paths(model, contexts, paths)]
 
 
 def score_continuations(
     model: FusedLanguageModel, prompts: Sequence[str], continuations: Sequence[str], context: int | None = None
 ) -> list[Score]:
-    """Score each continuation as text that goes on where the prompt stops; `<end>` does not count.
+    """Score each continuation as text that goes on where its prompt stops; `<end>` does not count.
 
     Prompt and continuation are tokenized together, as in training; tokens count from the first that differs from those of the
     prompt alone. (Spaces at the end of a prompt go to the continuation, as in EleutherAI's harness: a token seldom ends with
@@ -168,33 +162,26 @@ def score_continuations(
 
     Args:
         model: see `FusedLanguageModel`.
-        prompts: one for each continuation; continuations of one prompt share its reading.
+        prompts: one for each continuation; a prompt of several continuations is read once.
         continuations: texts.
         context: most tokens that are seen, those of the continuation included; None: all.
 
     Raises:
         ValueError: a continuation alone is longer than the context.
     """
-    indices: dict[tuple[int, ...], list[int]] = {}  # of the continuations of what is read first
-    paths: list[Path] = []
-    for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+    spans = []
+    for prompt, continuation in zip(prompts, continuations, strict=True):
         ids, alone = (model.tokenizer.encode(text) for text in (prompt + continuation, prompt.rstrip()))
         shared = min(len(ids), len(alone))
-        tokens = _text_tokens(ids)
         first = 2 + int(np.append(ids[:shared] == alone[:shared], False).argmin())
-        start = _start(first, len(tokens), context)
-        indices.setdefault(tuple(tokens[start:first]), []).append(index)
-        paths.append(Path(tokens[first:], [0] * (len(tokens) - first)))
-    with model.inference():
-        rows = [_row(model, tokens) for tokens in indices]
-        found = score_paths(model, rows, [[paths[index] for index in group] for group in indices.values()])
-    scores = {index: row[n] for group, row in zip(indices.values(), found, strict=True) for n, index in enumerate(group)}
-    return [scores[index] for index in range(len(paths))]
+        tokens = _text_tokens(ids)
+        spans.append((tokens[_start(first, len(tokens), context) : first], tokens[first:]))
+    return _score_texts(model, spans)
 
 
 def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: int | None = None) -> list[Score]:
-    """Score all tokens of a text, window by window: each window counts its last `stride` tokens (the first all of its tokens) and
-    sees at least `context - stride` tokens before them. `<end>` does not count.
+    """Score all tokens of a text, window by window: each window counts its last `stride` tokens (the first window all of them)
+    and sees at least `context - stride` tokens before them. `<end>` does not count.
 
     Args:
         model: see `FusedLanguageModel`.
@@ -209,31 +196,34 @@ def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: i
     if not 1 <= stride < context:
         raise ValueError(f"stride={stride} must be at least 1 and below the context of {context} tokens")
     tokens = _text_tokens(model.tokenizer.encode(text))
-    spans = [(0, 2, min(len(tokens), context))]
-    spans += [(max(0, min(n + stride, len(tokens)) - context), n, min(n + stride, len(tokens)))
-              for n in range(context, len(tokens), stride)]  # fmt: skip
+    firsts = [2, *range(context, len(tokens), stride)] if len(tokens) > 2 else []
+    stops = [min(first + stride if first > 2 else context, len(tokens)) for first in firsts]
+    return _score_texts(
+        model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in zip(firsts, stops, strict=True)]
+    )
+
+
+def _score_texts(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+    """Score tokens after the tokens before them."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, (before, _) in enumerate(spans):
+        groups[tuple(before)].append(index)
+    rows = [torch.tensor([before], device=model.token_bytes.device) for before in groups]
+    paths = [[[(token, 0) for token in spans[index][1]] for index in group] for group in groups.values()]
     with model.inference():
-        rows = [_row(model, tokens[start:first]) for start, first, _ in spans]
-        paths = [Path(tokens[first:stop], [0] * (stop - first)) for _, first, stop in spans]
-        found = score_paths(model, rows, [[path] for path in paths])
-    return [row[0] for row in found] if len(tokens) > 2 else []
+        found = score_paths(model, [[(row, torch.zeros_like(row))] for row in rows], paths)
+    scores = {index: row[n] for group, row in zip(groups.values(), found, strict=True) for n, index in enumerate(group)}
+    return [scores[index] for index in range(len(spans))]
 
 
-def _path(model: FusedLanguageModel, choice: Segment, without_opener: bool) -> Path:
-    """A segment as it is laid out in training, and its end."""
-    tokens, indices = prompt_tokens(model, Document((choice,)), None)
-    first = 1 + without_opener
-    end = [TEXT_END] * (choice.modality == TEXT)
-    return Path(tokens[first:].tolist() + end, indices[first:].tolist() + [0] * len(end))
+def _path(model: FusedLanguageModel, answer: Segment) -> Path:
+    """A segment as it is laid out in training, from its opener to its end."""
+    tokens, indices = (part[1:].tolist() for part in prompt_tokens(model, Document((answer,)), None))
+    return [*zip(tokens, indices, strict=True), *[(TEXT_END, 0)] * (answer.modality == TEXT)]
 
 
 def _text_tokens(ids: np.ndarray) -> list[int]:
     return [Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], *(ids.astype(np.int64) + Vocabulary.SPECIALS).tolist()]
-
-
-def _row(model: FusedLanguageModel, tokens: Sequence[int]) -> list[Rows]:
-    row = torch.tensor([tokens], device=model.token_bytes.device)
-    return [(row, torch.zeros_like(row))]
 
 
 def _start(first: int, stop: int, context: int | None) -> int:
@@ -244,154 +234,92 @@ def _start(first: int, stop: int, context: int | None) -> int:
     return start
 
 
-def _within(tokens: Tensor, indices: Tensor, answer: int, context: int | None) -> list[Rows]:
-    """A prompt, without its beginning where prompt and answer are longer than the context."""
-    start = _start(len(tokens), len(tokens) + answer, context)
-    if start and bool(indices.any()):
-        raise ValueError(
-            f"a document of {len(tokens) + answer} tokens with media is longer than the context of {context}: only texts can be cut"
-        )
-    return [(tokens[None, start:], indices[None, start:])]
-
-
-# -- The search
-
-
-@dataclass
-class _Node:
-    """A token of the prefix tree. `ends`: the paths whose last token it is."""
-
-    token: int = 0
-    image_index: int = 0
-    children: dict[int, _Node] = field(default_factory=dict)
-    ends: list[int] = field(default_factory=list)
-
-    def run(self) -> Iterator[_Node]:
-        """The nodes that are read from here on without a decision, from this one on; a leaf is not read."""
-        node = self
-        while node.children:
-            yield node
-            if len(node.children) > 1:
-                return
-            (node,) = node.children.values()
-
-
-class _Row(NamedTuple):
-    """A beginning of answers to one prompt: its nodes that were read last, and their score without them."""
-
-    prompt: int
-    nodes: list[_Node]
-    nats: float
-    tokens: int
-    bytes: int
-    is_greedy: bool
-
-
-def _tree(paths: Sequence[Path]) -> _Node:
-    root = _Node()
-    for index, (tokens, image_indices) in enumerate(paths):
-        node = root
-        for token, image_index in zip(tokens, image_indices, strict=True):
-            node = node.children.setdefault(token, _Node(token, image_index))
-        node.ends.append(index)
-    return root
-
-
 @torch.no_grad()
 def score_paths(
     model: FusedLanguageModel,
-    prompts: Sequence[list[Rows]],
+    contexts: Sequence[Context],
     paths: Sequence[Sequence[Path]],
     guidance: float = 1.0,
     prior: float = 0.0,
     beam: int | None = None,
 ) -> list[dict[int, Score]]:
-    """Score the paths of each laid out prompt (see `lay_out`); within `model.inference`.
+    """Score the paths of each laid out prompt, within `model.inference`: index of the path -> score, if not dropped.
 
-    All beginnings advance together, by as many tokens as none of them branches at.
+    A row of the cache holds what some paths of a prompt begin with. All rows advance together, up to the next branch of any.
     """
-    trees: dict[int, _Node] = {id(some): _tree(some) for some in paths}
-    longest = max((len(path.tokens) for some in paths for path in some), default=0)
-    found: list[dict[int, Score]] = [{} for _ in prompts]
-    at_once = max(1, min(AT_ONCE, ROWS // beam if beam else AT_ONCE))
-    for group in by_length(prompts):
-        for some in iter(lambda left=iter(group): list(islice(left, at_once)), []):  # type: ignore[misc]
-            contexts = stack([prompts[index] for index in some])
-            decoder = Decoder(model, contexts, contexts[0][0].size(1) + longest, guidance)
-            rows = [_Row(index, [trees[id(paths[index])]], 0.0, 0, 0, True) for index in some]
-            for row in rows:  # an empty path
-                found[row.prompt] |= dict.fromkeys(row.nodes[0].ends, Score(0.0, 0, 0, True))
-            pending = [(decoder, rows)]
-            while pending:
-                decoder, rows = pending.pop()
-                pending += _advance(decoder, rows, found, prior, beam)
-    return found
-
-
-def _advance(
-    decoder: Decoder, rows: list[_Row], found: list[dict[int, Score]], prior: float, beam: int | None
-) -> Iterator[tuple[Decoder, list[_Row]]]:
-    """Read the nodes of the rows, record the paths that end after them, and yield what is to be read next."""
-    longest = max(len(row.nodes) for row in rows)
-    hidden = [states[:, -longest:] for states in decoder.read()]
-    asked = [(r, n, token) for r, row in enumerate(rows) for n, node in enumerate(row.nodes) for token in node.children]
-    answers = iter(_look_up(decoder, hidden, asked, prior))
-    grown: dict[int, list[tuple[int, _Row]]] = {}
-    for r, row in enumerate(rows):
-        prompt, _, nats, tokens, size, is_greedy = row
-        for node in row.nodes:
-            for child in node.children.values():
-                log_p, bytes_of_token, is_best = next(answers)
-                score = Score(nats - log_p, tokens + 1, size + bytes_of_token, is_greedy and is_best)
-                found[prompt] |= dict.fromkeys(child.ends, score)
-                if node is row.nodes[-1] and child.children:
-                    last = _Row(prompt, [child], score.nats, score.tokens, score.bytes, score.is_greedy)
-                    grown.setdefault(prompt, []).append((r, last))
-            if node is not row.nodes[-1]:
-                nats, tokens, size, is_greedy = score.nats, score.tokens, score.bytes, score.is_greedy
-    kept = [pair for several in grown.values() for pair in sorted(several, key=lambda pair: pair[1].nats)[:beam]]
-    for first in range(0, len(kept), ROWS):
-        parents, after = zip(*kept[first : first + ROWS], strict=True)
-        runs = [list(row.nodes[0].run()) for row in after]
-        branching = [len(run) for run in runs if len(run[-1].children) > 1]
-        steps = min(branching) if branching else max(map(len, runs))
-        padded = [run[:steps] + [run[-1]] * (steps - len(run)) for run in runs]
-        device = decoder.never.device
-        tokens_read = torch.tensor([[node.token for node in run] for run in padded], device=device)
-        image_indices = torch.tensor([[node.image_index for node in run] for run in padded], device=device)
-        selected = decoder.select(parents)
-        selected.append(tokens_read, image_indices)
-        yield selected, [row._replace(nodes=run[:steps]) for row, run in zip(after, runs, strict=True)]
+    nats = [[0.0] * len(some) for some in paths]
+    is_greedy = [[True] * len(some) for some in paths]
+    dropped: list[set[int]] = [set() for _ in paths]
+    room = max((len(path) for some in paths for path in some), default=0)
+    for prompts, context in by_length(contexts, max(1, min(PROMPTS, ROWS // (beam or 1)))):
+        rows = [(prompt, list(range(len(paths[prompt])))) for prompt in prompts]
+        pending = [(Decoder(model, context, room, guidance), rows, 0, 1)]
+        while pending:
+            decoder, rows, start, count = pending.pop()  # the last `count` tokens predict tokens [start, start + count)
+            stop = start + count
+            asked = {(row, n - start, paths[prompt][member][n][0])
+                     for row, (prompt, members) in enumerate(rows) for member in members
+                     for n in range(start, min(stop, len(paths[prompt][member])))}  # fmt: skip
+            answers = _look_up(decoder, [hidden[:, -count:] for hidden in decoder.read()], asked, prior)
+            grown: dict[int, list[tuple[float, int, list[int]]]] = defaultdict(list)
+            for row, (prompt, members) in enumerate(rows):
+                groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+                for member in members:
+                    path = paths[prompt][member]
+                    for n in range(start, min(stop, len(path))):
+                        log_p, is_best = answers[row, n - start, path[n][0]]
+                        nats[prompt][member] -= log_p
+                        is_greedy[prompt][member] &= is_best
+                    if len(path) > stop:
+                        groups[path[stop - 1]].append(member)
+                grown[prompt] += [(nats[prompt][group[0]], row, group) for group in groups.values()]
+            kept = []
+            for prompt, some in grown.items():
+                some = sorted(some)
+                kept += [(prompt, row, group) for _, row, group in some[:beam]]
+                dropped[prompt] |= {member for _, _, group in some[beam or len(some) :] for member in group}
+            for first in range(0, len(kept), ROWS):
+                part = kept[first : first + ROWS]
+                runs = [os.path.commonprefix([paths[prompt][m][stop - 1 : -1] for m in group]) for prompt, _, group in part]  # noqa: RUF071
+                branching = [len(run) for run, (_, _, group) in zip(runs, part, strict=True) if len(group) > 1]
+                count = min(branching) if branching else max(map(len, runs))
+                tokens = torch.tensor([(run + [(0, 0)] * count)[:count] for run in runs], device=decoder.device)
+                next_decoder = decoder.select([row for _, row, _ in part])
+                next_decoder.append(tokens[..., 0], tokens[..., 1])
+                pending.append((next_decoder, [(prompt, group) for prompt, _, group in part], stop, count))
+    sizes = np.concatenate([np.zeros(Vocabulary.SPECIALS, np.int64), model.tokenizer.token_bytes])
+    return [
+        {
+            index: Score(nats[prompt][index], len(path), sum(int(sizes[t]) for t, _ in path if 0 <= t < len(sizes)),
+                         is_greedy[prompt][index])
+            for index, path in enumerate(some) if index not in dropped[prompt]
+        }
+        for prompt, some in enumerate(paths)
+    ]  # fmt: skip
 
 
 def _look_up(
-    decoder: Decoder, hidden: list[Tensor], asked: Sequence[tuple[int, int, int]], prior: float
-) -> list[tuple[float, int, bool]]:
-    """For each (row, step, token) the log-probability of the token after that step, its bytes, and whether it is the most likely;
-    hidden: (R, steps, D) in each context."""
-    vocabulary, device = decoder.model.vocabulary, decoder.never.device
-    result = torch.zeros(len(asked), 3, device=device)
-    for modality, part in enumerate(vocabulary.slices):
-        mine = [index for index, (_, _, token) in enumerate(asked) if part.start <= max(token, 0) < part.stop]
-        positions = list(dict.fromkeys(asked[index][:2] for index in mine))  # in the order of `mine`
-        at_once, last = max(1, LOGITS // (part.stop - part.start)), 0
-        for start in range(0, len(positions), at_once):
-            some = {position: n for n, position in enumerate(positions[start : start + at_once])}
-            first = last
-            while last < len(mine) and asked[mine[last]][:2] in some:
-                last += 1
-            here = mine[first:last]
-            where = torch.tensor(list(some), device=device)
-            logits = [decoder.model.logits(states[where[:, 0], where[:, 1]], modality) for states in hidden]
-            tables = [x.log_softmax(-1) for x in decoder.guided(logits)]
-            rows = torch.tensor([some[asked[index][:2]] for index in here], device=device)
-            tokens = torch.tensor([asked[index][2] for index in here], device=device)
-            code = (tokens - part.start).clamp_min(0)
-            each = [table[rows, code] for table in tables]
-            if modality == TEXT:
-                ends = [table[:, TEXT_ENDS].logsumexp(-1)[rows] for table in tables]
-                each = [torch.where(tokens == TEXT_END, end, x) for end, x in zip(ends, each, strict=True)]
-                result[here, 1] = (decoder.model.token_bytes[code] * (tokens != TEXT_END)).float()
-            result[here, 0] = each[0] - prior * each[1] if prior else each[0]
-            result[here, 2] = (tables[0].argmax(-1)[rows] == code).float()
-    return [(log_p, int(size), bool(is_best)) for log_p, size, is_best in result.tolist()]
+    decoder: Decoder, hidden: list[Tensor], asked: set[tuple[int, int, int]], prior: float
+) -> dict[tuple[int, int, int], tuple[float, bool]]:
+    """(row, step, token that follows it) -> log-probability, whether it is the most likely; hidden: (R, steps, D) each."""
+    found: dict[tuple[int, int, int], tuple[float, bool]] = {}
+    for modality, part in enumerate(decoder.model.vocabulary.slices):
+        positions: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, step, token in asked:
+            if part.start <= max(token, 0) < part.stop:
+                positions[row, step].append(token)
+        at_once = max(1, LOGITS // (1 + part.stop - part.start))
+        for first in range(0, len(positions), at_once):
+            some = list(positions)[first : first + at_once]
+            rows, steps = torch.tensor(some, device=decoder.device).T
+            tables = decoder.guided([decoder.model.logits(states[rows, steps], modality) for states in hidden])
+            tables = [table.log_softmax(-1) for table in tables]
+            best = tables[0].argmax(-1)
+            if modality == TEXT:  # the last column, which TEXT_END = -1 means
+                tables = [torch.cat([table, table[:, TEXT_ENDS].logsumexp(-1, keepdim=True)], 1) for table in tables]
+            table = tables[0] - prior * tables[1] if prior else tables[0]
+            keys = [(*position, token) for position in some for token in positions[position]]
+            picks = [(n, token - part.start) for n, position in enumerate(some) for token in positions[position]]
+            index, code = torch.tensor(picks, device=decoder.device).T
+            found.update(zip(keys, zip(table[index, code].tolist(), (best[index] == code).tolist(), strict=True), strict=True))
+    return found

@@ -102,7 +102,7 @@ def test_media_are_encoded_to_the_same_codes_in_any_batch(tiny_model: MakeModel,
     packed = model.fill(batch_of(model, [documents], 160))[0]
     alone = [model.fill(batch_of(model, [[document]], length_of(model, document)))[0] for document in documents]
     assert torch.equal(packed[: sum(map(len, alone))], torch.cat(alone))
-    places = model.image_places(batch_of(model, [[documents[4]]], 12))[0]
+    places = model.image_indices(batch_of(model, [[documents[4]]], 12))[0]
     assert places.tolist() == [0, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
 
 

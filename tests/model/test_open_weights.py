@@ -19,7 +19,7 @@ from pile_app.data.tokenizers import load_tokenizer, train_tokenizer  # noqa: E4
 from pile_app.documents import TEXT, Document, Segment  # noqa: E402
 from pile_app.model.fused import FusedLanguageModel  # noqa: E402
 from pile_app.model.generate import Sampling, answer_prompts  # noqa: E402
-from pile_app.model.open_weights import HuggingFace, LoRA  # noqa: E402
+from pile_app.model.open_weights import HuggingFace, LoRA, save_open_weights  # noqa: E402
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -145,3 +145,21 @@ def test_new_rows_and_weights_or_adapters_learn(
     assert own - learned <= {"embeddings.1.weight", "embeddings.2.weight"}
     weights = {name for name in learned if name.startswith("backbone.")}
     assert weights and all(("lora" in name) == (lora is not None) for name in weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_the_export_is_loaded_by_transformers_with_the_same_logits(folder: Path, lora: LoRA | None, tmp_path: Path) -> None:
+    model = fused(folder, media=False, lora=lora).eval()
+    for parameter in model.parameters():
+        parameter += torch.randn_like(parameter) * 0.05
+    save_open_weights(model, tmp_path / "out")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("once upon a time", return_tensors="pt").input_ids
+    words = model.tokenizer.encode("once upon a time")
+    assert ids[0, 2:].tolist() == words.tolist() and tokenizer.decode(ids[0, 2:]) == "once upon a time"
+    tokens = torch.tensor([[0, 2, *(words + 6)]])
+    position = torch.arange(tokens.size(1))[None]
+    ours = model.logits(model.hidden(tokens, tokens * 0, tokens * 0, position), TEXT)[..., 6:]
+    torch.testing.assert_close(plain(ids).logits[..., : ours.size(-1)], ours, atol=1e-4, rtol=1e-4)

@@ -9,36 +9,45 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from pile_app.model.sampling import Sampling, TextPieces, Uniforms, draw
+from pile_app.model.sampling import Sampling, TextPieces, draw
 
 
 def test_top_p_draws_among_the_most_likely_only() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
-    uniforms = Uniforms(0, range(4000), logits.device)
+    uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     for top_p, kept in ((1.0, 4), (0.95, 4), (0.85, 3), (0.69, 2), (0.4, 1), (1e-6, 1)):
-        drawn = draw(logits, Sampling(top_p=top_p), uniforms).bincount(minlength=4)
+        drawn = draw(logits, Sampling(top_p=top_p), uniform).bincount(minlength=4)
         assert (drawn > 0).tolist() == [number < kept for number in range(4)]
-    shares = draw(logits, Sampling(temperature=0.5), uniforms).bincount() / 4000
+    shares = draw(logits, Sampling(temperature=0.5), uniform).bincount() / 4000
     torch.testing.assert_close(shares, torch.tensor([16, 9, 4, 1]) / 30, atol=0.03, rtol=0)
 
 
 def test_what_is_impossible_is_never_drawn() -> None:
     logits = torch.full((2000, 5), -torch.inf)
     logits[:, [1, 3]] = 0.0
+    uniform = torch.cat([torch.rand(1998), torch.tensor([0.0, 1 - 2**-24])])  # the ends of what float32 can draw
     for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(temperature=3.0)):
-        assert set(draw(logits, sampling, Uniforms(1, range(2000), logits.device)).tolist()) == {1, 3}
+        for scale in (1.0, 0.3, 1e-3):  # totals that round up or down
+            drawn = draw(torch.where(logits.isfinite(), torch.rand_like(logits) * scale, logits), sampling, uniform)
+            assert set(drawn.tolist()) == {1, 3}
 
 
-def test_the_numbers_of_a_row_are_its_own() -> None:
-    device = torch.device("cpu")
-    together, alone = Uniforms(3, [0, 1, 2], device), Uniforms(3, [2], device)
-    other = Uniforms(4, [2], device)
-    for _ in range(2 * Uniforms.BLOCK + 3):
-        row = together.next()[2:]
-        assert torch.equal(row, alone.next()) and not torch.equal(row, other.next())
-        assert 0 <= float(row) < 1
+def test_drawing_needs_no_float64() -> None:
+    """MPS has none."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            assert all(x.dtype != torch.float64 for x in tree_leaves(out) if isinstance(x, torch.Tensor)), func
+            return out
+
+    with NoFloat64():
+        for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(temperature=0)):
+            draw(torch.randn(3, 7), sampling, torch.rand(3))
 
 
 @pytest.mark.parametrize(
