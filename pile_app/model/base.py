@@ -81,8 +81,8 @@ class Backbone(nn.Module, ABC):
         return Cache(capacity=capacity)
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module] | None:
-        """Embedding and head of the special and text tokens, where the backbone brings its own: modules that return (special + text
-        tokens, D). None: they are trained from scratch."""
+        """Embedding and head of the special and text tokens, if the backbone brings its own: modules that return
+        (special + text tokens, D). None: they are trained from scratch."""
         return None
 
     @abstractmethod

@@ -2,9 +2,9 @@
 
     x (B, T, D) -> decoder layers of the model, within documents -> (B, T, D), normed as its head expects
 
-The model keeps its words: its token embedding and its head are the text rows of the fused model's tables. Only the special tokens and the
-codes of images and sounds are new. Attention runs through `attention.py`, registered with transformers as "pile", so packed documents do
-not see each other, on every device and without padding.
+The model keeps its words: its token embedding and its head are the text rows of the fused model's tables. Only the special
+tokens and the codes of images and sounds are new. Attention runs through `attention.py`, registered with transformers as
+"pile", so packed documents do not see each other, on every device and without padding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype
-from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.pretrained import make_empty
 from pile_app.vocabulary import Vocabulary
 
 
@@ -56,8 +54,8 @@ class HuggingFace(Backbone):
         trust_remote_code: run the model code of the folder or the hub. Only for sources that you trust.
 
     Raises:
-        ValueError: transformers has no causal language model there, or the model does more than its backbone can carry (a bias of the
-            head, capped attention, layers without attention).
+        ValueError: transformers has no causal language model there, or the model has a part that this class does not support
+            (a bias of the head, capped attention scores, layers without attention).
     """
 
     normalizes_input = False
@@ -141,6 +139,15 @@ class HuggingFace(Backbone):
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    def merged(self) -> nn.Module:
+        """A copy of the model of transformers with the adapters merged into its weights."""
+        model = copy.deepcopy(self.model)
+        for name, layer in list(model.named_modules()):
+            if hasattr(layer, "get_base_layer"):  # of peft
+                layer.merge()
+                model.set_submodule(name, layer.get_base_layer())
+        return model
+
     def compile_blocks(self) -> None:
         for block in self._blocks():
             block.compile()
@@ -193,47 +200,6 @@ class HuggingFace(Backbone):
         if not is_cached:
             seen = seen & (document[:, :, None] == document[:, None, :])
         return whole, AttentionMask(mask=seen[:, None])
-
-
-def save_open_weights(model: FusedLanguageModel, folder: Path) -> None:
-    """Write the language model of text as a folder that transformers loads, adapters merged, logits equal.
-
-    `<begin>` and `<text>`, which precede each text, and `<end>` are added to the vocabulary; the tokenizer writes the first two.
-
-    Raises:
-        ValueError: the folder is not empty.
-    """
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    make_empty(folder)
-    backbone = model.backbone
-    assert isinstance(backbone, HuggingFace)
-    plain = copy.deepcopy(backbone.model)
-    for name, layer in list(plain.named_modules()):
-        if hasattr(layer, "get_base_layer"):  # of peft
-            layer.merge()
-            plain.set_submodule(name, layer.get_base_layer())
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbone.path, revision=backbone.revision)
-    specials = {"<begin>": Vocabulary.BEGIN, "<text>": Vocabulary.OPENERS[TEXT], "<end>": Vocabulary.END}
-    first = max(len(backbone.text_head()), len(tokenizer))
-    plain.resize_token_embeddings(first + len(specials), mean_resizing=False)
-    tokenizer.add_tokens([f"<unused{i}>" for i in range(first - len(tokenizer))] + list(specials), special_tokens=True)
-    read, written = plain.get_input_embeddings(), plain.get_output_embeddings()
-    with torch.no_grad():
-        for row, token in enumerate(specials.values(), first):
-            written.weight[row] = model.heads[TEXT]()[token]
-            if written.weight is not read.weight or token != Vocabulary.END:
-                read.weight[row] = model.embeddings[TEXT]()[token] / getattr(read, "scalar_embed_scale", 1.0)
-    ids = dict(zip(specials, range(first, first + len(specials)), strict=True))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<begin> <text> $A", special_tokens=[(name, ids[name]) for name in ("<begin>", "<text>")]
-    )
-    tokenizer.bos_token, tokenizer.eos_token = "<begin>", "<end>"
-    for config in (plain.config, plain.generation_config):
-        config.bos_token_id, config.eos_token_id = ids["<begin>"], ids["<end>"]
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 class TextTable(nn.Module):

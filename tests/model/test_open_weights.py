@@ -7,19 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from conftest import AUDIO, IMAGE
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-from conftest import AUDIO, IMAGE  # noqa: E402
-
-from pile_app.data.assembly import assemble  # noqa: E402
+from pile_app.data.assembly import assemble
 from pile_app.data.assembly import whole as packed
-from pile_app.data.tokenizers import load_tokenizer, train_tokenizer  # noqa: E402
-from pile_app.documents import TEXT, Document, Segment  # noqa: E402
-from pile_app.model.fused import FusedLanguageModel  # noqa: E402
-from pile_app.model.generate import Sampling, answer_prompts  # noqa: E402
-from pile_app.model.open_weights import HuggingFace, LoRA, save_open_weights  # noqa: E402
+from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
+from pile_app.documents import TEXT, Document, Segment
+from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.generate import Sampling, answer_prompts
+from pile_app.model.huggingface import save_huggingface
+from pile_app.model.open_weights import HuggingFace, LoRA
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -153,7 +152,7 @@ def test_the_export_is_loaded_by_transformers_with_the_same_logits(folder: Path,
     model = fused(folder, media=False, lora=lora).eval()
     for parameter in model.parameters():
         parameter += torch.randn_like(parameter) * 0.05
-    save_open_weights(model, tmp_path / "out")
+    save_huggingface(model, "", 64, tmp_path / "out")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer("once upon a time", return_tensors="pt").input_ids
