@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pile_app.commands.index import open_shards
+from pile_app.commands.data import open_shards
 from pile_app.documents import Document
 from pile_app.media import decode_audio
 

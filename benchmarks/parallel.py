@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "training"), str(REPOSITORY)]
 
 BAR = 1e-4
-SHARDED = ("--trainer.strategy", "pile_app.training.strategy.ShardedStrategy", "--trainer.strategy.tensor_parallel_size")
+SHARDED = ("--trainer.strategy", "pile_app.training.parallel.ShardedStrategy", "--trainer.strategy.tensor_parallel_size")
 # name -> (processes, arguments)
 SHAPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "1 process": (1, ("--data.micro_batch", "1")),

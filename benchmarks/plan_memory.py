@@ -98,7 +98,7 @@ def planned(case: str, optimizer: str, precision: str, accumulated: bool) -> int
         model = make_model(case)
     config = OptimizerConfig(name=optimizer)
     return plan_memory(
-        model, config, packs, context, shares=SHARES[media], accumulated=accumulated, precision=precision
+        model, config, packs, context, fractions=SHARES[media], accumulated=accumulated, precision=precision
     ).peak  # fmt: skip
 
 

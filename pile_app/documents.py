@@ -1,19 +1,16 @@
 """Documents: ordered lists of segments, each text, an image or a sound.
 
-Media are held as the files they came as (PNG, JPEG, FLAC ...), so writing a document to a shard and reading it back changes
-nothing. `sample_from_document` writes Pile's own form of a WebDataset sample, a `json` that names the segments in order:
+Media stay the files they came as (PNG, JPEG, FLAC ...), so writing a document to a shard and reading it back changes nothing.
+`sample_from_document` writes Pile's own form of a WebDataset sample, a `json` that names the segments in order:
 
-    {"segments": [{"text": "three"}, {"file": "0.png"}, {"file": "1.flac", "loss": false}], "meta": {...}}
-
-Samples of any other form are read through a field map (`fields.py`).
-"""
+    {"segments": [{"text": "three"}, {"file": "0.png"}, {"file": "1.flac", "loss": false}], "meta": {...}}"""
 
 from __future__ import annotations
 
 import io
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +26,8 @@ UNREADABLE_EXTENSIONS = (  # media that nothing here decodes: a text with such a
     "eps", "ico", "raw", "cr2", "nef", "dng", "exr", "hdr", "mid", "midi", "amr", "ape", "pdf",
 )  # fmt: skip
 ENCODED_EXTENSIONS = ("textids", "imagecodes", "audiocodes")  # by modality
-MODALITY_OF_EXTENSION = (
-    {"txt": TEXT}
-    | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE)
-    | dict.fromkeys(AUDIO_EXTENSIONS, AUDIO)
-    | {extension: modality for modality, extension in enumerate(ENCODED_EXTENSIONS)}
-)
+MODALITY_OF_EXTENSION = {"txt": TEXT} | dict.fromkeys(IMAGE_EXTENSIONS, IMAGE) | dict.fromkeys(AUDIO_EXTENSIONS, AUDIO)
+MODALITY_OF_EXTENSION |= {extension: modality for modality, extension in enumerate(ENCODED_EXTENSIONS)}
 _MAGIC = (
     (b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpg"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tiff"), (b"MM\0*", "tiff"),
     (b"fLaC", "flac"), (b"OggS", "ogg"), (b"ID3", "mp3"), (b"\xff\xfb", "mp3"), (b"\xff\xf3", "mp3"), (b"\xff\xf2", "mp3"),
@@ -47,19 +40,20 @@ class BadSample(ValueError):
     """A sample that cannot be used. `reason` is a short name that rejections are counted by."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Text (`data` is a str) or one media file (`data` is its bytes, `extension` its kind without the dot).
+    """Text (`data` is a str) or a media file (`data` is its bytes, `extension` its kind without the dot).
 
-    loss: False where the segment is context only, such as a question. choices: all texts that may fill this segment, such as
-    the captions of a picture: training draws one for each epoch, `data` is the first. Where training reads a segment through
-    a manifest, `ids` (tokens,) replace the `data` of a text, and `size` is the `segment_size` of a medium.
-    """
+    loss: False where the segment is context only, such as a question. choices: alternative texts, such as captions: training
+    draws one for each epoch, `data` is the first. Where training reads a segment through a manifest, `ids` (tokens,) replace
+    the `data` of a text, and `size` is the `segment_size` of a medium."""
 
     data: str | bytes
     extension: str = "txt"
@@ -114,20 +108,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Codes:
-    """The content of an encoded segment's file.
+    """The content of an encoded segment's file."""
 
-    encoder: 32 hexadecimal digits, the fingerprint of the tokenizer or codec; size: UTF-8 bytes, pixels, or samples per channel
-    of the original; sample_rate: Hz of a sound, else 0; values: (T,) ids from 0, of the tokenizer or the code book; breaks:
-    (2, K) ends of sentences of a text, in UTF-8 bytes and in tokens; is_lost: the original was damaged, and the values only
-    keep its length.
-    """
-
-    encoder: str
-    size: int
-    sample_rate: int
-    values: np.ndarray
-    breaks: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.uint32))
-    is_lost: bool = False
+    encoder: str  # 32 hexadecimal digits, the fingerprint of the tokenizer or codec
+    size: int  # UTF-8 bytes, pixels, or samples per channel of the original
+    sample_rate: int  # Hz of a sound, else 0
+    values: np.ndarray  # (T,) ids from 0
+    breaks: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.uint32))  # (2, K) sentence ends: UTF-8 bytes, tokens
+    is_lost: bool = False  # the original was damaged, and the values only keep its length
 
     HEADER = struct.Struct("<16sQIHHI")  # encoder, size, sample rate, bytes of a value, is lost, number of breaks
 
@@ -163,29 +151,27 @@ class Document:
 
 
 def sample_from_document(document: Document) -> dict[str, str | bytes]:
-    """The WebDataset sample of a document, `__key__` included, in Pile's own form. A plain text is a `txt` without a `json`."""
+    """Make the WebDataset sample of a document, with `__key__`, in Pile's own form. A plain text is a `txt` without `json`."""
     sample: dict[str, str | bytes] = {"__key__": document.key}
     first = document.segments[0]
     if document == Document((Segment(first.data),), document.key) and isinstance(first.data, str):
         return sample | {"txt": first.text.encode()}
     entries: list[dict[str, Any]] = []
     for number, segment in enumerate(document.segments):
-        entry: dict[str, Any]
+        entries.append({} if segment.loss else {"loss": False})
         if isinstance(segment.data, str):
-            entry = {"text": list(segment.choices) or segment.text}
+            entries[-1]["text"] = list(segment.choices) or segment.text
         else:
-            entry = {"file": f"{number}.{segment.extension}"}
-            sample[entry["file"]] = segment.file
-        entries.append(entry if segment.loss else entry | {"loss": False})
+            entries[-1]["file"] = f"{number}.{segment.extension}"
+            sample[entries[-1]["file"]] = segment.file
     description: dict[str, Any] = {"segments": entries} | ({"meta": dict(document.meta)} if document.meta else {})
-    if not document.ordered:
-        description["ordered"] = False
+    description |= {} if document.ordered else {"ordered": False}
     sample["json"] = json.dumps(description, ensure_ascii=False, sort_keys=True).encode()
     return sample
 
 
 def media_extension(data: bytes, name: str = "") -> str | None:
-    """The kind of a media file by its first bytes, else by its name; None if it is neither an image nor a sound."""
+    """Return the kind of a media file by its first bytes, else by its name; None if it is neither an image nor a sound."""
     if data[:4] in (b"RIFF", b"RF64"):
         return {b"WAVE": "wav", b"WEBP": "webp"}.get(data[8:12])
     extension = name.rsplit(".", 1)[-1].lower()
@@ -196,11 +182,10 @@ def media_extension(data: bytes, name: str = "") -> str | None:
 
 
 def describe(document: Document, limit: int = 200) -> str:
-    """One line a segment, for people: texts shortened to `limit` characters, media as their kind and size."""
-    lines: Sequence[str] = [
-        repr(segment.text[:limit]) + (" ..." if len(segment.text) > limit else "")
-        if isinstance(segment.data, str)
-        else f"<{MODALITIES[segment.modality]}: {segment.extension}, {len(segment.data):,} bytes>"
-        for segment in document.segments
-    ]
+    """Describe each segment in a line: texts shortened to `limit` characters, media by kind and size."""
+    lines = []
+    for segment in document.segments:
+        is_text, name = isinstance(segment.data, str), MODALITIES[segment.modality]
+        text = f"{segment.text[:limit]!r}{' ...' * (len(segment.text) > limit)}" if is_text else ""
+        lines.append(text or f"<{name}: {segment.extension}, {len(segment.data):,} bytes>")
     return "\n".join(lines)

@@ -11,19 +11,24 @@ that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py`
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pile_app import records
 from pile_app.documents import (
     AUDIO_EXTENSIONS,
     ENCODED_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    MODALITIES,
     MODALITY_OF_EXTENSION,
     TEXT,
     UNREADABLE_EXTENSIONS,
@@ -32,35 +37,24 @@ from pile_app.documents import (
     Segment,
     media_extension,
 )
-from pile_app.records import (
-    CHAT_FIELDS,
-    INTERLEAVED_FIELDS,
-    MARKERS,
-    chat,
-    chat_layout,
-    interleaved,
-    is_interleaved,
-    strip_markers,
-)
 
 Sample = Mapping[str, Any]
+OpenFile = Callable[[str | Path], tuple[str, bytes]]  # a path, or the name of a file of the input -> its name and content
+Part = tuple[Segment, str]  # a segment, and the name of the file that it is, byte for byte, else ""
 SEGMENT_ROLES = ("text", "image", "audio", "media")
 RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in one field
 META_ROLES = ("label", "group", "split")
 OPTIONS = ("loss", "optional", "choose", "learn")
-UNKNOWN = ("", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first two of an unknown label
+UNKNOWN = ("", "-", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first three of an unknown label
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
-OWN_KEYS = {"text", "file", "loss"}  # of an entry of Pile's own `segments`
 
 
 @dataclass(frozen=True)
 class Field:
-    """One entry of a field map.
+    """An entry of a field map.
 
     names: alternatives; the first that is present counts. role: one of `SEGMENT_ROLES` (`media`: any kind, by its content),
-    `RECORD_ROLES` or `META_ROLES`. choose: one of a list of texts is drawn for each epoch. learn: a label becomes the last
-    segment, and is learned.
-    """
+    `RECORD_ROLES` or `META_ROLES`. choose: a text of a list is drawn for each epoch. learn: a label is also the last text."""
 
     names: tuple[str, ...]
     role: str = "media"
@@ -70,34 +64,28 @@ class Field:
     learn: bool = False
 
     def spec(self) -> Any:
-        """The entry in YAML."""
+        """Return the entry in YAML."""
         options = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != (name == "loss")}
         names = "|".join(self.names)
         if self.role in RECORD_ROLES:
             return self.role
-        if self.role == "media" and not options:
-            return names
-        return {self.role: names} | options
+        return {self.role: names} | options if options or self.role != "media" else names
 
     @classmethod
     def parse(cls, entry: Any) -> Field:
         if isinstance(entry, str) and entry in RECORD_ROLES:
             return cls((), entry)
-        role, options = "media", {}
-        if isinstance(entry, Mapping):
-            options = {str(key): value for key, value in entry.items() if key in OPTIONS}
-            roles = [key for key in entry if key not in OPTIONS]
-            if len(roles) != 1 or roles[0] not in SEGMENT_ROLES + META_ROLES:
-                raise ValueError(
-                    f"fields: {dict(entry)} needs one of {', '.join(SEGMENT_ROLES + META_ROLES)}, and may have "
-                    f"{', '.join(OPTIONS)}, e.g. {{text: txt, loss: false}}"
-                )
-            role, entry = roles[0], entry[roles[0]]
-        if not isinstance(entry, str) or not all(name.strip() for name in entry.split("|")):
-            raise ValueError(f"fields: {entry!r} is not a name, or alternatives such as jpg|png or json.caption|txt")
+        given: Mapping[Any, Any] = entry if isinstance(entry, Mapping) else {"media": entry}
+        options, roles = {key: given[key] for key in OPTIONS if key in given}, [key for key in given if key not in OPTIONS]
+        if len(roles) != 1 or roles[0] not in SEGMENT_ROLES + META_ROLES:
+            known = f"{', '.join(SEGMENT_ROLES + META_ROLES)}, and may have {', '.join(OPTIONS)}"
+            raise ValueError(f"fields: {dict(given)} needs one of {known}, e.g. {{text: txt, loss: false}}")
+        names = given[roles[0]]
+        if not isinstance(names, str) or not all(name.strip() for name in names.split("|")):
+            raise ValueError(f"fields: {names!r} is not a name, or alternatives such as jpg|png or json.caption|txt")
         if bad := [f"{name}: {value!r}" for name, value in options.items() if not isinstance(value, bool)]:
             raise ValueError(f"fields: {', '.join(bad)} must be true or false")
-        return cls(tuple(name.strip() for name in entry.split("|")), role, **options)
+        return cls(tuple(name.strip() for name in names.split("|")), roles[0], **options)
 
 
 @dataclass(frozen=True)
@@ -121,18 +109,13 @@ class Fields:
 
     @classmethod
     def parse(cls, spec: Any) -> Fields:
-        """A field map from its YAML (a string, an entry, or a list of entries).
-
-        Raises:
-            ValueError: an entry has an unknown role or option, or no entry is a segment.
-        """
+        """Make a field map from its YAML (a string, an entry, or a list of entries). Raises ValueError."""
         if isinstance(spec, Fields):
             return spec
-        if isinstance(spec, str):
-            try:
-                spec = yaml.safe_load(spec)
-            except yaml.YAMLError as error:
-                raise ValueError(f"fields: {spec!r} is not YAML: {str(error).splitlines()[0]}") from error
+        try:
+            spec = yaml.safe_load(spec) if isinstance(spec, str) else spec
+        except yaml.YAMLError as error:
+            raise ValueError(f"fields: {spec!r} is not YAML: {str(error).splitlines()[0]}") from error
         items = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
         entries = tuple(Field.parse(item) for item in items if item != "shuffle")
         if not any(entry.role in SEGMENT_ROLES + RECORD_ROLES or entry.learn for entry in entries):
@@ -153,137 +136,122 @@ class Fields:
         """Whether samples are in Pile's own form, where any text segment may be a role marker of a chat."""
         return any(entry.role == "segments" for entry in self.entries)
 
-    def read(self, key: str, sample: Sample, medium: Callable[[Any], Segment] | None = None) -> Reading:
-        """The document of a sample.
+    def read(self, key: str, sample: Sample, open_file: OpenFile | None = None) -> Reading:
+        """Read the document of a sample.
 
         Args:
-            key: of the sample.
             sample: name -> value: bytes of a file (its name ends with the extension), `Path`, str, number, list, dict.
-            medium: reads a value that names or holds a medium (a path of a table, `{"bytes": ..., "path": ...}`); the default
-                takes bytes and the names of the sample's own files.
+            open_file: reads files that values name; by default only files of the sample can be named.
 
-        Raises:
-            BadSample: `missing_field`, `wrong_type`, `invalid_utf8`, `invalid_json`, `unreadable_medium`, or from `medium`.
-        """
-        view = SampleView(key, sample, medium)
-        dropped: Counter[str] = Counter()
-        segments: list[tuple[Segment, str]] = []
-        labels: list[Segment] = []
-        meta: dict[str, Any] = {}
-        ordered = not self.shuffle
+        Raises BadSample: `missing_field`, `wrong_type`, `invalid_utf8`, `invalid_json`, `missing_file` ..."""
+        view, dropped = SampleView(key, sample, open_file), Counter[str]()
+        parts, labels, ordered, meta = list[Part](), list[Part](), not self.shuffle, dict[str, Any]()
         for entry in self.entries:
             if entry.role == "segments":
-                segments, ordered, meta = _own_segments(view)
-                continue
-            if entry.role in RECORD_ROLES:
+                parts, ordered, meta = _own_segments(view)
+            elif entry.role in RECORD_ROLES:
                 test, parse, names = RECORDS[entry.role]
-                segments += [(segment, "") for segment in parse(view.record(test, names), view.medium, dropped)]
+                parts += [(segment, "") for segment in parse(view.record(test, names), view.medium, dropped)]
+            elif (found := view.find(entry)) is None:
                 continue
-            found = next(((name, value) for name in entry.names for value in view.values(name)), None)
-            if found is None:
-                view.used.update(name for name in entry.names if view.raw(name) is not None)
-                if entry.optional or entry.role in META_ROLES:
-                    continue
-                if view.damaged and any(name.startswith("json.") for name in entry.names):
-                    raise view.damaged
-                raise BadSample("missing_field", f"sample {key!r} has no {'|'.join(entry.names)}, only {listing(view.names())}")
-            if entry.role in META_ROLES:
-                value = _scalar(key, *found)
-                if value.lower() in UNKNOWN[: None if entry.role == "group" else 2]:  # None is the name of a class
-                    continue
-                meta[entry.role] = value
-                labels += [Segment(value)] if entry.learn else []
-                continue
-            if entry.choose:
-                found = found[0], [text for name in entry.names for value in view.values(name) for text in as_list(value)]
-            segments += view.segments(entry, *found)
-        if any(segment.data == b"" for segment, _ in segments):
-            raise BadSample("empty_file", f"sample {key!r} holds a medium of 0 bytes, in {listing(view.names())}")
-        segments = [(segment, name) for segment, name in segments if segment.data] + [(label, "") for label in labels]
-        if not segments:
-            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {listing(view.names())}")
-        self._check_media(key, view, segments)
-        used, unused = view.balance(self)
-        parts, files = zip(*segments, strict=True)
-        document = Document(parts, key, ordered or (len(parts) < 2 and not self.is_own), meta)
-        return Reading(document, files, used, unused, dropped)
-
-    @staticmethod
-    def _check_media(key: str, view: SampleView, segments: list[tuple[Segment, str]]) -> None:
-        """Refuse a text whose medium is of a kind that cannot be read: it is no text document."""
-        unreadable = [name for name in view.sample if extension(name) in UNREADABLE_EXTENSIONS]
-        if unreadable and all(segment.modality == TEXT for segment, _ in segments):
+            elif entry.role not in META_ROLES:
+                parts += view.segments(entry, *found)
+            elif (value := view.scalar(*found)).lower() not in UNKNOWN[: None if entry.role == "group" else 3]:
+                meta[entry.role] = value  # "none" may be the name of a class
+                labels += [(Segment(value), "")] if entry.learn else []
+        if any(segment.data == b"" for segment, _ in parts):
+            raise BadSample("empty_file", f"sample {key!r} holds a medium of 0 bytes, in {listing(sample)}")
+        parts = [part for part in parts if part[0].data] + labels
+        if not parts:
+            raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {listing(sample)}")
+        unreadable = [name for name in sample if extension(name) in UNREADABLE_EXTENSIONS]
+        if unreadable and all(segment.modality == TEXT for segment, _ in parts):
             raise BadSample("unreadable_medium", f"sample {key!r} holds {listing(unreadable)}, which cannot be decoded")
+        mapped = {name.lower() for entry in self.entries for name in entry.names} | set(map(str.lower, view.used))
+        balance: dict[bool, list[str]] = {True: [], False: []}
+        for leaf in view.leaves():  # used also where an earlier alternative was taken
+            low = leaf.lower()
+            balance[low in mapped or any(name.startswith(f"{low}.") for name in mapped)].append(leaf)
+        segments, files = zip(*parts, strict=True)
+        document = Document(segments, key, ordered or (len(segments) < 2 and not self.is_own), meta)
+        return Reading(document, files, tuple(balance[True]), tuple(balance[False]), dropped)
 
 
 OWN = Fields((Field((), "segments"),))
-RECORDS = {"messages": (chat_layout, chat, CHAT_FIELDS), "interleaved": (is_interleaved, interleaved, INTERLEAVED_FIELDS)}
+RECORDS = {  # role -> (test, reader, fields that it uses)
+    "messages": (records.chat_layout, records.chat, records.CHAT_FIELDS),
+    "interleaved": (records.is_interleaved, records.interleaved, records.INTERLEAVED_FIELDS),
+}
 
 
 def document_from_sample(key: str, files: Mapping[str, bytes]) -> Document:
-    """The document of a sample in Pile's own form."""
+    """Read the document of a sample in Pile's own form."""
     return OWN.read(key, files).document
 
 
 class SampleView:
-    """A sample while it is read: parsed JSON, and which names were used."""
+    """A sample while it is read: its parsed `json`, and the names that were used (besides those of the field map)."""
 
-    def __init__(self, key: str, sample: Sample, medium: Callable[[Any], Segment] | None) -> None:
-        self.key, self.sample = key, sample
-        self.used: set[str] = set()
-        self._medium = medium
-        self.json: Any = None
-        self._lower = {name.lower(): name for name in sample}
+    def __init__(self, key: str, sample: Sample, open_file: OpenFile | None = None) -> None:
+        self.key, self.sample, self.used = key, sample, set[str]()
+        self._open, self._lower = open_file, {name.lower(): name for name in sample}
         self.damaged: BadSample | None = None  # the `json` cannot be parsed, which matters only where it is needed
-        try:
-            self.json = _parse_json(key, data) if isinstance(data := self.raw_file("json"), bytes) else data
-        except BadSample as error:
-            self.damaged = error
-
-    def raw_file(self, name: str) -> Any:
-        value = self.sample.get(self._lower.get(name.lower(), name))
-        return value.read_bytes() if isinstance(value, Path) and extension(name) == "json" else value
+        self.json: Any = sample.get(self._lower.get("json", "json"))
+        if isinstance(self.json, bytes):
+            try:
+                self.json = json.loads(self.json)
+            except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists ...
+                reason = "invalid_utf8" if isinstance(error, UnicodeDecodeError) else "invalid_json"
+                self.json, self.damaged = None, BadSample(reason, f"json of sample {key!r}: {error}")
 
     def raw(self, name: str) -> Any:
-        """The value under a name; None where there is none."""
+        """Return the value under a name; None where there is none."""
         if name.lower() in self._lower:
             return self.json if name == "json" else self.sample[self._lower[name.lower()]]
-        head, _, rest = name.partition(".")
+        head, *rest = name.split(".")
         value = self.json if head == "json" else self.sample.get(head)
-        for part in rest.split("."):
+        for part in rest or [""]:
             if isinstance(value, Mapping):
                 value = value.get(part)
-            elif isinstance(value, Sequence) and not isinstance(value, str | bytes) and part.isdecimal():
-                value = value[int(part)] if int(part) < len(value) else None
+            elif isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
+                value = value[int(part)]
             else:
                 return None
         return value
 
-    def values(self, name: str) -> Iterator[Any]:
-        """The value under a name, if it is not empty."""
+    def values(self, name: str) -> list[Any]:
+        """Return the value under a name, unless it is empty, in a list."""
         value = self.raw(name)
-        if value is not None and (not isinstance(value, str | bytes | list | tuple | dict) or len(value)):
-            yield value
+        return [] if value is None or (isinstance(value, str | bytes | list | tuple | dict) and not len(value)) else [value]
 
-    def names(self) -> list[str]:
-        return sorted(self.sample)
+    def find(self, entry: Field) -> tuple[str, Any] | None:
+        """Return the first alternative of a field that is present, and its value. Raises BadSample if it must be present."""
+        found = [(name, value) for name in entry.names for value in self.values(name)]
+        if found:
+            return (found[0][0], [one for _, value in found for one in as_list(value)]) if entry.choose else found[0]
+        self.used.update(name for name in entry.names if self.raw(name) is not None)
+        if entry.optional or entry.role in META_ROLES:
+            return None
+        if self.damaged and any(name.startswith("json.") for name in entry.names):
+            raise self.damaged
+        names = f"{'|'.join(entry.names)}, only {listing(self.sample)}"
+        raise BadSample("missing_field", f"sample {self.key!r} has no {names}")
 
     def leaves(self) -> list[str]:
-        """Names of files and columns, and of the fields of the `json`."""
+        """Return the names of files and columns, and of the fields of the `json`."""
         fields = [f"json.{name}" for name in self.json] if isinstance(self.json, Mapping) else []
         return [name for name in self.sample if name.lower() != "json" or not isinstance(self.json, Mapping)] + fields
 
     def records(self) -> list[Mapping[str, Any]]:
-        """What may be a chat or an interleaved record: the `json`, or the columns of a row."""
+        """Return the `json`, and the columns of a row: either may be a chat or an interleaved record."""
         return [record for record in (self.json, self.sample) if isinstance(record, Mapping)]
 
     def record(self, test: Callable[[Mapping[str, Any]], Any], names: set[str]) -> Mapping[str, Any]:
-        """The chat or the interleaved record of the sample. names: fields that such a record uses."""
+        """Return the chat or the interleaved record of the sample. names: fields that such a record uses."""
         found = next((record for record in self.records() if test(record)), None)
         if found is None:
-            raise self.damaged or BadSample(
-                "no_conversation", f"sample {self.key!r} holds no conversation, only {listing(self.leaves())}"
-            )
+            detail = f"sample {self.key!r} holds no conversation, only {listing(self.leaves())}"
+            raise self.damaged or BadSample("no_conversation", detail)
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
         for kind, extensions in {"images": IMAGE_EXTENSIONS, "audios": AUDIO_EXTENSIONS}.items():  # that the JSON does not name
@@ -302,29 +270,37 @@ class SampleView:
         return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
 
     def medium(self, value: Any) -> Segment:
-        """The segment of a value that holds or names a medium."""
+        """Read a medium: bytes, a path, `{"bytes", "path"}`, a data URI, base64, or the name of a file. Nothing is fetched.
+
+        Raises BadSample: `missing_file`, `remote_medium`, `invalid_base64`, `unknown_medium` or `empty_file`."""
+        name = ""
+        if isinstance(value, Mapping):
+            name = str(value.get("path") or "")
+            value = value["bytes"] if value.get("bytes") is not None else name or value
         if isinstance(value, str) and value in self.sample:
             self.used.add(value)
-            value = self.sample[value]
-        if self._medium is not None:
-            return self._medium(value)
-        if isinstance(value, Mapping):
-            value = value.get("bytes")
-        kind = media_extension(value) if isinstance(value, bytes) else None
-        if value == b"":
-            raise BadSample("empty_file", f"sample {self.key!r} holds a medium of 0 bytes")
-        if kind is None and isinstance(value, bytes):
-            raise BadSample("unknown_medium", f"sample {self.key!r} holds {value[:8]!r}..., no kind of medium that is read")
-        if kind is None:
+            name, value = value, self.sample[value]
+        if isinstance(value, str):
+            value = _decoded(value) or value
+        if isinstance(value, Path) or (isinstance(value, str) and self._open):
+            assert self._open
+            name, value = self._open(value)
+        if not isinstance(value, bytes):
             raise BadSample("missing_file", f"sample {self.key!r} names the medium {value!r:.100}, which it does not hold")
-        return Segment(value, kind)
+        if not value:
+            raise BadSample("empty_file", f"sample {self.key!r} holds a medium of 0 bytes: {name or 'without name'}")
+        if kind := media_extension(value, name):
+            return Segment(value, kind)
+        is_pointer = value.startswith(b"version https://git-lfs")
+        found = "a Git LFS pointer: git lfs pull" if is_pointer else f"no known image or sound: it begins with {value[:12]!r}"
+        raise BadSample("unknown_medium", f"{name or 'a medium'} of sample {self.key!r} is {found}")
 
-    def segments(self, entry: Field, name: str, value: Any) -> Iterator[tuple[Segment, str]]:
-        """The segments of a field's value, each with the name of the file that it is."""
+    def segments(self, entry: Field, name: str, value: Any) -> Iterator[Part]:
+        """Yield the segments of a field's value, each with the name of the file that it is."""
         if isinstance(value, list | tuple):
-            texts = [one for one in value if isinstance(one, str) and one.strip()]
+            texts = [records.strip_markers(one) for one in value if isinstance(one, str) and one.strip()]
             if entry.choose and texts:
-                yield Segment(strip_markers(texts[0]), loss=entry.loss, choices=tuple(map(strip_markers, texts))), ""
+                yield Segment(texts[0], loss=entry.loss, choices=tuple(texts)), ""
                 return
             for one in value:
                 yield from self.segments(entry, name, one)
@@ -332,37 +308,53 @@ class SampleView:
         kind = extension(value.name if isinstance(value, Path) else name)
         is_text = isinstance(value, str | int | float) or (isinstance(value, Path | bytes) and kind == "txt")
         if entry.role == "text" or (entry.role == "media" and is_text):
-            data = value.read_bytes() if isinstance(value, Path) else value
-            text = strip_markers(_decode(self.key, name, data) if isinstance(data, bytes) else str(data))
+            data = self._open(value)[1] if isinstance(value, Path) and self._open else value
+            text = records.strip_markers(self.decode(name, data) if isinstance(data, bytes) else str(data))
             yield Segment(text, loss=entry.loss), name if isinstance(data, bytes) and text.encode() == data else ""
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is an object: name a field of it, e.g. {name}.text")
-        known = kind in MEDIA_EXTENSIONS or kind in ENCODED_EXTENSIONS
-        if isinstance(value, bytes) and known and name in self.sample:
-            segment, file = Segment(value, kind), name
-        else:
-            segment, file = self.medium(value), ""
-        if entry.role in ("image", "audio") and entry.role != ("text", "image", "audio")[segment.modality]:
+        is_file = isinstance(value, bytes) and kind in MEDIA_EXTENSIONS + ENCODED_EXTENSIONS and name in self.sample
+        segment = Segment(value, kind) if is_file else self.medium(value)
+        if entry.role in ("image", "audio") and entry.role != MODALITIES[segment.modality]:
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is a {segment.extension}, not {entry.role}")
-        yield replace(segment, loss=entry.loss), file
+        yield replace(segment, loss=entry.loss), name if is_file else ""
 
-    def balance(self, fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """(used, unused) names. A field that the map names is used, also where an earlier alternative was taken."""
-        mapped = {name.lower() for entry in fields.entries for name in entry.names} | {name.lower() for name in self.used}
-        used: list[str] = []
-        unused: list[str] = []
-        for leaf in self.leaves():
-            low = leaf.lower()
-            (used if low in mapped or any(name.startswith(f"{low}.") for name in mapped) else unused).append(leaf)
-        return tuple(used), tuple(unused)
+    def scalar(self, name: str, value: Any) -> str:
+        value = self.decode(name, value) if isinstance(value, bytes) else value
+        if isinstance(value, Mapping | list):
+            raise BadSample("no_label", f"{name} of sample {self.key!r} is {value!r:.100}: a name or a number is expected")
+        return str(value).strip()
+
+    def decode(self, name: str, data: bytes) -> str:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSample("invalid_utf8", f"{name} of sample {self.key!r}: {error}") from error
 
 
-def _own_segments(view: SampleView) -> tuple[list[tuple[Segment, str]], bool, dict[str, Any]]:
-    """(segments with their files, whether they are ordered, meta) of a sample in Pile's own form.
+def is_remote(name: str) -> bool:
+    return bool(re.match("(?!file:)[a-z][a-z0-9+.-]*://", name))
 
-    Without a `json` that names them, every text, image and sound file is a segment.
-    """
+
+def _decoded(text: str) -> bytes | None:
+    """Decode a data URI, or base64 that holds a medium; refuse addresses."""
+    if text.startswith("data:"):
+        try:
+            return base64.b64decode(text.partition(",")[2], validate=True)
+        except ValueError as error:
+            raise BadSample("invalid_base64", str(error)) from error
+    if is_remote(text):
+        raise BadSample("remote_medium", f"{text:.200} is not fetched: put the file into the input (img2dataset can do that)")
+    with suppress(ValueError):
+        data = base64.b64decode(text, validate=True) if len(text) >= 100 else b""
+        return data if media_extension(data) else None
+    return None
+
+
+def _own_segments(view: SampleView) -> tuple[list[Part], bool, dict[str, Any]]:
+    """Return (segments, whether they are ordered, meta) of a sample in Pile's own form. Without a `json` that names them, every
+    text, image and sound file is a segment."""
     key, description = view.key, view.json
     if view.damaged:
         raise view.damaged
@@ -371,33 +363,34 @@ def _own_segments(view: SampleView) -> tuple[list[tuple[Segment, str]], bool, di
             raise BadSample("invalid_json", f"`segments` of sample {key!r} is not a list of texts and files")
         files = sorted(name for name in view.sample if extension(name) in MODALITY_OF_EXTENSION)
         found = [one for name in files for one in view.segments(Field((name,)), name, view.sample[name])]
-        view.used.update(files)
-        label = {"label": _scalar(key, "cls", view.sample["cls"])} if "cls" in view.sample else {}
-        view.used.update(label and ("cls",))
+        label = {"label": view.scalar("cls", view.sample["cls"])} if "cls" in view.sample else {}
+        view.used.update(files, ["cls"] if label else [])
         return found, len(found) < 2, label
     view.used.update(f"json.{name}" for name in ("segments", "meta", "ordered"))
-    segments: list[tuple[Segment, str]] = []
+    parts: list[Part] = []
     for entry in description["segments"]:
-        loss, text = bool(entry.get("loss", True)), entry.get("text")
-        if isinstance(text, list):
-            texts = tuple(map(strip_markers, text))
-            segments.append((Segment(texts[0], loss=loss, choices=texts), ""))
-        elif text is not None:
-            segments.append((Segment(text if text in MARKERS else strip_markers(text), loss=loss), ""))
-        elif entry["file"] not in view.sample:
-            raise BadSample("missing_file", f"sample {key!r} names {entry['file']!r}; it holds {listing(view.names())}")
+        loss, file, texts = bool(entry.get("loss", True)), entry.get("file"), as_list(entry.get("text"))
+        if file is None:
+            texts = [text if text in records.MARKERS and len(texts) == 1 else records.strip_markers(text) for text in texts]
+            parts.append((Segment(texts[0], loss=loss, choices=tuple(texts) if isinstance(entry["text"], list) else ()), ""))
+        elif file not in view.sample:
+            raise BadSample("missing_file", f"sample {key!r} names {file!r}; it holds {listing(view.sample)}")
         else:
-            view.used.add(entry["file"])
-            segments += view.segments(Field((entry["file"],), loss=loss), entry["file"], view.sample[entry["file"]])
+            view.used.add(file)
+            parts += view.segments(Field((file,), loss=loss), file, view.sample[file])
     meta = description.get("meta")
-    return segments, bool(description.get("ordered", True)), dict(meta) if isinstance(meta, Mapping) else {}
+    return parts, bool(description.get("ordered", True)), dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def is_own_form(description: Any) -> bool:
-    """Whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, perhaps with `loss`."""
+    """Tell whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, or with `loss`."""
 
     def is_entry(entry: Any) -> bool:
-        if not isinstance(entry, Mapping) or not entry.keys() <= OWN_KEYS or len(entry.keys() & {"text", "file"}) != 1:
+        if (
+            not isinstance(entry, Mapping)
+            or not entry.keys() <= {"text", "file", "loss"}
+            or ("text" in entry) == ("file" in entry)
+        ):
             return False
         return isinstance(entry.get("file", entry.get("text")), str) or is_texts(entry.get("text"))
 
@@ -406,20 +399,12 @@ def is_own_form(description: Any) -> bool:
 
 
 def base(name: str) -> str:
-    """A name in small letters, without the `json.` before it and the `.text` behind it."""
+    """Return a name in lower case, without the `json.` before it and the `.text` after it."""
     return name.lower().removeprefix("json.").removesuffix(".text")
 
 
 def is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def _scalar(key: str, name: str, value: Any) -> str:
-    if isinstance(value, bytes):
-        value = _decode(key, name, value).strip()
-    if isinstance(value, Mapping | list):
-        raise BadSample("no_label", f"{name} of sample {key!r} is {value!r:.100}: a name or a number is expected")
-    return str(value).strip()
 
 
 def as_list(value: Any) -> list[Any]:
@@ -428,22 +413,6 @@ def as_list(value: Any) -> list[Any]:
 
 def extension(name: str) -> str:
     return name.rsplit(".", 1)[-1].lower()
-
-
-def _decode(key: str, name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", f"{name} of sample {key!r}: {error}") from error
-
-
-def _parse_json(key: str, data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except UnicodeDecodeError as error:
-        raise BadSample("invalid_utf8", f"json of sample {key!r}: {error}") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: lists in lists in lists ...
-        raise BadSample("invalid_json", f"json of sample {key!r}: {error}") from error
 
 
 def listing(names: Iterable[str], most: int = 12) -> str:

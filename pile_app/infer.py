@@ -1,8 +1,7 @@
 """Guess the field map of samples whose author wrote none: `infer_fields(samples) -> Fields`.
 
 Usual names decide (`caption`, `text`, `label`, `speaker` ...), then the kind of the values: media, prose, short strings. Chats
-and interleaved documents are recognized by their form. The result is printed and kept, so a user can correct it.
-"""
+and interleaved documents are recognized by their form. The result is printed and kept, so a user can correct it."""
 
 from __future__ import annotations
 
@@ -38,24 +37,22 @@ PAIRS = {  # a text -> the text that follows it
     "title": ("text", "content", "description", "body"),
 }  # fmt: skip
 GIVEN = {"question": ("context", "passage", "question"), "prompt": ("prompt",)}  # texts that are not learned
-LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label")
+LABEL_NAMES = ("label", "labels", "cls", "class", "category", "sentiment", "target", "class_name", "fine_label", "gold_label")
 GROUP_NAMES = ("speaker", "speaker_id", "client_id")
-NEVER_LEARNED = ("rejected", "mask", "masks", "seg", "segmentation", "segmentation_mask", "depth", "depth_map")
+NEVER_LEARNED = "rejected|masks?|seg|segmentation|segmentation_mask|depth|depth_map|.*_parse"
 
 
 def infer_fields(samples: Iterable[Sample]) -> Fields:
-    """The field map that a few samples (the first 200, say) suggest.
+    """Return the field map that a few samples (the first 200, say) suggest.
 
-    Raises:
-        ValueError: nothing in the samples can be learned; the message shows the names and the first sample.
-    """
+    Raises ValueError: nothing in the samples can be learned; the message shows the names and the first sample."""
     views = [SampleView("", sample, None) for sample in samples]
     if any(is_own_form(view.json) for view in views):
         return OWN
     for role, (test, _, _) in RECORDS.items():
         if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
             return Fields((Field((), role),))
-    names = list(dict.fromkeys(name for view in views for name in view.leaves() if base(name) not in NEVER_LEARNED))
+    names = list(dict.fromkeys(name for view in views for name in view.leaves() if not re.fullmatch(NEVER_LEARNED, base(name))))
     media = [name for name in names if any(view.is_medium(name) for view in views)]
     media = [name for name in media if "." not in name or name.startswith("json.")] or media
     entries = [_required(entry, views) for entry in _media_entries(media)]
@@ -65,10 +62,8 @@ def infer_fields(samples: Iterable[Sample]) -> Fields:
     entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
     if not entries:
         first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
-        raise ValueError(
-            f"nothing to learn was recognized among {listing(names)}; the first sample is {first!r:.300}. "
-            "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
-        )
+        hint = "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
+        raise ValueError(f"nothing to learn was recognized among {listing(names)}; the first sample is {first!r:.300}. {hint}")
     shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
     entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
     entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
@@ -120,11 +115,9 @@ def _scalar_name(names: Sequence[str], views: Sequence[SampleView], known: Seque
     """The best of the known names whose values are short strings (first) or numbers, None if there is none."""
     found: dict[str, bool] = {}
     for name in sorted((name for name in names if base(name) in known), key=lambda name: known.index(base(name))):
-        values = [
-            value.decode(errors="replace") if isinstance(value, bytes) else value for v in views for value in v.values(name)
-        ]
-        if values and all(isinstance(value, int) or (isinstance(value, str) and len(value) < 100) for value in values):
-            found[name] = any(isinstance(value, str) for value in values)
+        values = [value for view in views for value in view.values(name)]
+        if values and all(isinstance(value, int) or (isinstance(value, str | bytes) and len(value) < 100) for value in values):
+            found[name] = any(isinstance(value, str | bytes) for value in values)
     return min(found, key=lambda name: not found[name], default=None)
 
 

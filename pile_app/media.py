@@ -1,8 +1,7 @@
-"""Decoding of media: sizes from headers, images to uint8 pixels, sounds to mono float32 samples, within limits.
+"""Decode media: sizes from headers, images to uint8 pixels, sounds to mono float32 samples, within limits.
 
 The content decides the format, not the file name. Only the formats in the tables below are opened: Pillow would hand an EPS
-file to Ghostscript, and FFmpeg would follow the addresses in a playlist. Every error is a `BadSample`.
-"""
+file to Ghostscript, and FFmpeg would follow the addresses in a playlist. Every error is a `BadSample`."""
 
 from __future__ import annotations
 
@@ -29,6 +28,7 @@ MAX_IMAGE_PIXELS = 64_000_000
 MAX_AUDIO_SECONDS = 3600.0
 MAX_AUDIO_SAMPLES = 1 << 28  # over all channels: 1 GiB as float32
 SILENCE = 1e-4  # of full scale: -80 dB
+Transform = Callable[[np.ndarray], np.ndarray]
 PRIMING = 4096  # samples of silence, at most, that an AAC or Opus encoder puts before a sound and the decoder removes
 
 
@@ -52,32 +52,22 @@ def _open_image(data: bytes) -> Any:
 
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:  # Pillow's own limit
-        raise BadSample("image_too_large", str(error)) from error
     except Exception as error:
-        raise BadSample("undecodable_image", str(error)) from error
+        is_bomb = isinstance(error, Image.DecompressionBombError)  # above Pillow's own limit
+        raise BadSample("image_too_large" if is_bomb else "undecodable_image", str(error)) from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise BadSample("image_too_large", f"{image.width}x{image.height} pixels; at most {MAX_IMAGE_PIXELS:,} are decoded")
     return image
 
 
 def decode_image(
-    data: bytes,
-    channels: int,
-    height: int,
-    width: int,
-    out: np.ndarray | None = None,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    data: bytes, channels: int, height: int, width: int, out: np.ndarray | None = None, transform: Transform | None = None
 ) -> np.ndarray:
-    """Decode an image to uint8 pixels (channels, height, width).
+    """Decode the first frame of an image to uint8 pixels (channels, height, width): rotated as its EXIF data says, transparent
+    parts white, 16 bits as 8, resized (antialiased) to cover the wanted size and cropped at the center.
 
-    The first frame is rotated as its EXIF data says, transparent parts become white, 16 bits become 8, and the image is resized
-    (antialiased) to cover the wanted size and cropped at the center.
-
-    Args:
-        out: contiguous (height, width, channels) uint8 to decode into; the result is a view of it.
-        transform: augmentation (H, W, channels) -> (H', W', channels), uint8; it sees at most twice the wanted size.
-    """
+    out: contiguous (height, width, channels) uint8 to decode into, of which the result is a view. transform: augmentation
+    (H, W, channels) -> (H', W', channels), uint8; it sees at most twice the wanted size."""
     if out is None:
         out = np.empty((height, width, channels), np.uint8)
     if transform is not None or not _decode_jpeg(data, out):
@@ -87,9 +77,7 @@ def decode_image(
 
 def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
     """Decode a JPEG of the wanted size into `out`: the same pixels as Pillow, in 1/6 (32 pixels) to 3/4 (512) of its time.
-
-    Returns False, for Pillow to do it, where Exif data may rotate the image, for CMYK, for grey from color, and for damage.
-    """
+    Return False, for Pillow to do it, where Exif data may rotate the image, for CMYK, for grey from color, and for damage."""
     header = data[: max(0, data.find(b"\xff\xda"))]  # up to the first scan
     if data[:2] != b"\xff\xd8" or b"\xff\xe1" in header or b"\xff\xe2" in header:  # Exif; or ICC, which may hold any bytes
         return False
@@ -107,10 +95,8 @@ def _decode_jpeg(data: bytes, out: np.ndarray) -> bool:
 
 
 def load_image(data: bytes, side: int) -> Any:
-    """Decode the first frame to a Pillow image with 8 bits a channel, in any mode, rotated as its EXIF data says.
-
-    A JPEG of more than twice `side` pixels decodes to a half, a quarter ... of its size, in a fraction of the time.
-    """
+    """Decode the first frame to a Pillow image with 8 bits a channel, in any mode, rotated as its EXIF data says. A JPEG of
+    more than twice `side` pixels decodes to a half, a quarter ... of its size, in a fraction of the time."""
     from PIL import ImageOps
 
     with _open_image(data) as file:
@@ -121,7 +107,7 @@ def load_image(data: bytes, side: int) -> Any:
             raise error if isinstance(error, BadSample) else BadSample("undecodable_image", str(error)) from error
 
 
-def _decode_any(data: bytes, channels: int, height: int, width: int, transform: Callable[..., Any] | None) -> np.ndarray:
+def _decode_any(data: bytes, channels: int, height: int, width: int, transform: Transform | None) -> np.ndarray:
     """Decode any format with Pillow to (height, width, channels) uint8."""
     from PIL import Image, ImageOps
 
@@ -177,13 +163,10 @@ def audio_size(data: bytes) -> tuple[int, int]:
 
 def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:
     """Decode a sound to float32 mono samples in [-1, 1] at `sample_rate` Hz: `ceil(samples * sample_rate / own rate)` of them.
+    Channels are averaged; where that would cancel them (opposite phase), the loudest channel is used.
 
-    Channels are averaged. Where that would cancel them (opposite phase), the loudest channel is taken.
-
-    Raises:
-        BadSample: `undecodable_audio`, `no_decoder`, `empty_audio`, `audio_too_long`, `truncated_audio`, `nan_audio` or
-            `silent_audio`.
-    """
+    Raises BadSample: `undecodable_audio`, `no_decoder`, `empty_audio`, `audio_too_long`, `truncated_audio`, `nan_audio` or
+    `silent_audio`."""
     sound = _open_sound(data)
     try:
         samples = sound.read()
@@ -202,8 +185,8 @@ def decode_audio(data: bytes, sample_rate: int) -> np.ndarray:
 
 
 def _mix_down(samples: np.ndarray) -> np.ndarray:
-    """Average channels: (S, C) -> (S,). They cancel where the mean has less than a tenth of the energy that the mean of
-    unrelated channels has (the sum of their energies / C^2)."""
+    """Average channels: (S, C) -> (S,). They cancel if the mean has less than a tenth of the energy of a mean of unrelated
+    channels (the sum of their energies / C^2)."""
     if samples.shape[1] == 1:
         return samples[:, 0]
     mean = samples.mean(axis=1)
@@ -217,8 +200,7 @@ def _open_sound(data: bytes) -> _Sound:
     try:
         sound = _open_with_pyav(data, demuxer) if demuxer else _open_with_soundfile(data)
     except ImportError as error:
-        message = f"{demuxer} sounds (m4a, aac, webm, wma) are decoded by PyAV: pip install 'pile-app[media]'"
-        raise BadSample("no_decoder", message) from error
+        raise BadSample("no_decoder", f"{demuxer} (m4a, aac, webm, wma) needs PyAV: pip install 'pile-app[media]'") from error
     except Exception as error:
         raise BadSample("undecodable_audio", str(error)) from error
     if sound.frames <= 0:
@@ -227,8 +209,9 @@ def _open_sound(data: bytes) -> _Sound:
         raise BadSample("undecodable_audio", f"{sound.rate} Hz; sample rates from {SAMPLE_RATES} are decoded")
     if sound.frames > MAX_AUDIO_SECONDS * sound.rate or sound.frames * sound.channels > MAX_AUDIO_SAMPLES:
         size = f"{sound.frames / sound.rate:,.0f} seconds, {sound.channels} channels"
-        limits = f"at most {MAX_AUDIO_SECONDS:,.0f} seconds and {MAX_AUDIO_SAMPLES:,} samples are decoded"
-        raise BadSample("audio_too_long", f"{size}; {limits}")
+        raise BadSample(
+            "audio_too_long", f"{size}; up to {MAX_AUDIO_SECONDS:g} s and {MAX_AUDIO_SAMPLES:,} samples are decoded"
+        )
     return sound
 
 
@@ -288,8 +271,8 @@ def resample(waveform: np.ndarray, own_rate: int, sample_rate: int) -> np.ndarra
 
 @lru_cache(64)
 def _resampler(own_rate: int, sample_rate: int) -> Any:
-    """Make a resampler, which takes milliseconds. Rates without a common factor (44,101 Hz) would take gigabytes: they are
-    rounded to 100 Hz, a hundredth of a semitone at most for usual rates."""
+    """Make a resampler, which takes milliseconds. Rates without a common factor (44,101 Hz) would take gigabytes, and are
+    rounded to 100 Hz."""
     from torchaudio.transforms import Resample
 
     common = math.gcd(own_rate, sample_rate)
@@ -299,10 +282,8 @@ def _resampler(own_rate: int, sample_rate: int) -> Any:
 
 
 def split_at_silence(waveform: np.ndarray, rate: int, max_seconds: float) -> list[tuple[int, int]]:
-    """Split mono samples (S,) into pieces of at most `max_seconds`, each cut at the quietest moment of its second half.
-
-    Returns [start, stop) in samples, which together are the whole sound; several pieces have `max_seconds / 4` or more each.
-    """
+    """Split mono samples (S,) into pieces of at most `max_seconds`, each cut at the quietest moment of its second half. Return
+    [start, stop) in samples, which together are the whole sound; several pieces have `max_seconds / 4` or more each."""
     longest, step = int(max_seconds * rate), max(1, rate // 50)
     if longest < 10 * step:
         raise ValueError(f"max_seconds must be at least {10 * step / rate:g}, not {max_seconds}")

@@ -16,12 +16,11 @@ because `strip_markers` removes these characters from all other texts.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 from pile_app.documents import BadSample, Document, Segment
@@ -35,10 +34,10 @@ TOOL_CALLS = ("function_call", "tool_call")
 SPEAKERS = {"system": "system", "developer": "system"} | dict.fromkeys(("user", "human", "prompter", *TOOL_RESULTS), "user")
 SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
 
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "exchange", "chosen", "completion")
-QUESTION, CONTEXT, ANSWER = ("instruction", "prompt"), ("input", "context"), ("output", "completion", "response")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chosen", "completion")
+ALPACA = (("instruction", "prompt"), ("input", "context"), ("output", "completion", "response"))  # question, context, answer
 MEDIA = {"image": ("image", "images"), "audio": ("audio", "audios", "sound")}
-CHAT_FIELDS = {*MESSAGES, *QUESTION, *CONTEXT, *ANSWER, *MEDIA["image"], *MEDIA["audio"], "system", "history"}
+CHAT_FIELDS = {*MESSAGES, *chain(*ALPACA), *MEDIA["image"], *MEDIA["audio"], "system", "history"}
 INTERLEAVED_FIELDS = {"texts", "images", "text_list", "image_info"}
 
 
@@ -70,9 +69,7 @@ def conversation(
 ) -> Document:
     """Join turns to a document that ends with the last learned answer; turns after it are counted in `dropped`.
 
-    Raises:
-        BadSample: `unknown_role` or `no_answer`.
-    """
+    Raises BadSample: `unknown_role` or `no_answer`."""
     joined, dropped = _join(turns), Counter() if dropped is None else dropped
     while joined and not any(segment.loss for segment in joined[-1].segments):
         joined.pop()
@@ -114,17 +111,14 @@ def chat_layout(record: Any) -> str | None:
 
 
 def chat(record: Any, medium: Medium, dropped: Counter[str]) -> list[Segment]:
-    """Read a chat: a record, or the list of its messages. `dropped` counts, by name, everything that is not kept as written.
+    """Read a chat: a record, or the list of its messages. `dropped` counts, by name, the parts that are not kept as written.
 
-    Raises:
-        BadSample: the record is no chat, or has parts that cannot be read.
-    """
+    Raises BadSample: the record is no chat, or has parts that cannot be read."""
     layout, messages = _messages(record)
     record = record if isinstance(record, Mapping) else {}
     if layout is None:
-        raise BadSample(
-            "no_conversation", f"fields {sorted(record)[:8]}, but no messages, conversations or instruction + output"
-        )
+        fields = f"fields {sorted(record)[:8]}, but no messages, conversations or instruction + output"
+        raise BadSample("no_conversation", fields)
     reader = _ChatReader(medium, dropped)
     for kind, names in MEDIA.items():
         reader.queues[kind] = [reader.medium(value) for name in names for value in _listed(record.get(name))]
@@ -138,10 +132,10 @@ def chat(record: Any, medium: Medium, dropped: Counter[str]) -> list[Segment]:
 
 
 def _messages(record: Any) -> tuple[str | None, list[Mapping[str, Any]]]:
-    """(layout, messages as OpenAI's or ShareGPT's)"""
+    """Return the layout, and the messages as those of OpenAI or ShareGPT."""
     record = {"messages": record} if isinstance(record, list) else record if isinstance(record, Mapping) else {}
-    prompt = record.get("prompt")
     for found in (record[name] for name in MESSAGES if isinstance(record.get(name), list)):
+        prompt = record.get("prompt")
         if isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt):  # TRL
             found = [*({**message, "weight": 0} for message in prompt), *found]
         if found and all(isinstance(message, str) for message in found):
@@ -152,17 +146,13 @@ def _messages(record: Any) -> tuple[str | None, list[Mapping[str, Any]]]:
     both = _listed(record.get("texts"))
     if both and all(isinstance(one, Mapping) and {"user", "assistant"} <= one.keys() for one in both):
         return "The Cauldron", [{"role": role, "content": one[role]} for one in both for role in ("user", "assistant")]
-    question, context, answer = (
-        next((str(record[name]) for name in names if isinstance(record.get(name), str | int | float)), None)
-        for names in (QUESTION, CONTEXT, ANSWER)
-    )
+    alternatives = ([record[name] for name in names if isinstance(record.get(name), str | int | float)] for names in ALPACA)
+    question, context, answer = (str(found[0]) if found else None for found in alternatives)
     if question is None or answer is None:
         return None, []
     pairs = [pair if isinstance(pair, list) and len(pair) == 2 else [{}, {}] for pair in _listed(record.get("history"))]
     pairs.append(["\n\n".join(text for text in (question, context) if text and text.strip()), answer])
-    return "Alpaca", [
-        {"role": r, "content": text} for pair in pairs for r, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    return "Alpaca", [{"role": ("user", "assistant")[n], "content": pair[n]} for pair in pairs for n in range(2)]
 
 
 class _ChatReader:
@@ -191,18 +181,17 @@ class _ChatReader:
 
     def part(self, part: Any) -> Iterator[Segment]:
         """Read a part of a message: a text, or an object with a `type` (OpenAI, Anthropic, transformers)."""
-        kind = part.get("type") if isinstance(part, Mapping) else "text"
-        text = (
-            part if isinstance(part, str) else part.get(kind) or part.get("text") or "" if isinstance(part, Mapping) else None
-        )
+        given: Mapping[str, Any] = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        text = kind and (given.get(kind) or given.get("text") or "")
         if kind in ("text", "input_text", "output_text", "refusal") and isinstance(text, str):
             yield from self.text(text)
         elif kind in ("tool_use", "thinking", "redacted_thinking"):
             self._dropped["tool_call" if kind == "tool_use" else kind] += 1
         elif kind == "tool_result":
-            yield from (segment for one in _listed(part.get("content")) for segment in self.part(one))
+            yield from (segment for one in _listed(given.get("content")) for segment in self.part(one))
         elif kind in ("image_url", "input_image", "image", "audio_url", "input_audio", "audio"):
-            value = next((part[name] for name in (kind, "image_url", "source", "url", "path") if part.get(name)), None)
+            value = next((given[name] for name in (kind, "image_url", "source", "url", "path") if given.get(name)), None)
             queue = self.queues["audio" if "audio" in kind else "image"]
             yield queue.pop(0) if value is None and queue else self.medium(value)
         else:
@@ -219,18 +208,10 @@ class _ChatReader:
                 yield Segment(part.strip())
 
     def medium(self, value: Any) -> Segment:
-        """Read a data URI, base64 of `{"data": ...}`, or what `medium` takes; nothing is fetched."""
-        encoded = value.get("data") if isinstance(value, Mapping) else None
-        value = encoded or value.get("url") or value if isinstance(value, Mapping) else value
-        if isinstance(value, str) and re.match("data:[^,]*;base64,", value):
-            encoded = value.partition(",")[2]
-        if isinstance(value, str) and re.match("(?!file:)[a-z]+://", value):
-            raise BadSample("remote_medium", f"{value[:100]!r} is not fetched: put the file into the input, or a data URI")
-        try:
-            value = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else value
-        except ValueError as error:
-            raise BadSample("invalid_base64", str(error)) from error
-        return self._medium(value.removeprefix("file://") if isinstance(value, str) else value)
+        """Read what `medium` takes, `{"url": ...}`, or base64 in `{"data": ...}`."""
+        if isinstance(value, Mapping):
+            value = f"data:;base64,{value['data']}" if value.get("data") else value.get("url") or value
+        return self._medium(value)
 
 
 def is_interleaved(record: Any) -> bool:
@@ -242,12 +223,8 @@ def is_interleaved(record: Any) -> bool:
 
 
 def interleaved(record: Mapping[str, Any], medium: Medium, dropped: Counter[str]) -> list[Segment]:
-    """Read texts and images in order, an image before the text of its index; consecutive texts become one segment.
-
-    Images that cannot be read are counted by reason. Raises `BadSample` if that is all of them.
-    """
-    if not is_interleaved(record):
-        raise BadSample("not_interleaved", f"fields {sorted(record)[:8]}, but neither texts and images nor text_list")
+    """Read texts and images in order, an image before the text of its index; consecutive texts become one segment. Images that
+    cannot be read are counted by reason. Raises `BadSample` if none can."""
     texts, glue = (record["text_list"], " ") if "text_list" in record else (record["texts"], "\n\n")
     aligned: list[list[Any]] = [[image] if image else [] for image in _listed(record.get("images"))]
     aligned += [[] for _ in range(len(aligned), len(texts))]
@@ -263,16 +240,16 @@ def interleaved(record: Mapping[str, Any], medium: Medium, dropped: Counter[str]
         for image in images or ():
             try:
                 segments.append(medium(image))
-            except (BadSample, OSError) as error:
-                lost[getattr(error, "reason", "missing_file")] += 1
+            except BadSample as error:
+                lost[error.reason] += 1
         if text and segments and isinstance(segments[-1].data, str):
             segments[-1] = Segment(segments[-1].data + glue + text)
         elif text and text.strip():
             segments.append(Segment(text))
     dropped.update(lost)
     if not segments or (lost and all(isinstance(segment.data, str) for segment in segments)):
-        reason = next(iter(lost), "empty_text")
-        raise BadSample(reason, f"none of its images can be read: {dict(lost)}" if lost else "it has neither text nor image")
+        detail = f"none of its images can be read: {dict(lost)}" if lost else "it has neither text nor image"
+        raise BadSample(next(iter(lost), "empty_text"), detail)
     return segments
 
 

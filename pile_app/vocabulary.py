@@ -2,8 +2,7 @@
 
     <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
 
-An image takes a fixed number of codes, so it needs no closing token; a text ends at the next opener or `<end>`.
-"""
+An image takes a fixed number of codes, so it needs no closing token; a text ends at the next opener or `<end>`."""
 
 from __future__ import annotations
 
@@ -12,39 +11,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pile_app.documents import AUDIO, IMAGE, TEXT
+from pile_app.documents import AUDIO, TEXT
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The one range of token ids and the number of tokens of every segment. Pure arithmetic: no files, no tensors.
+    """The range of token ids and the number of tokens of every segment. Pure arithmetic: no files, no tensors.
 
-    Ids are, in order: six special tokens, text tokens, image codes, audio codes, `<audio_end>`. Every slice that a softmax runs
-    over is contiguous: specials and text; image codes; audio codes and `<audio_end>`.
+    Ids are, in order: six special tokens, text tokens, image codes, audio codes, `<audio_end>`. Each softmax runs over a
+    contiguous slice: specials and text; image codes; audio codes and `<audio_end>`."""
 
-    Args:
-        text_tokens: size of the tokenizer's vocabulary (256 for bytes).
-        image_codes: size of the image codec's code book, 0 without images.
-        image_shape: (channels, height, width) that every image is resized to.
-        image_grid: (rows, columns) of codes an image takes.
-        audio_codes: size of the audio codec's code book, 0 without sound.
-        sample_rate: Hz that every sound is resampled to.
-        samples_per_token: samples that one audio code stands for.
-        tokenizer: fingerprint of the tokenizer, "bytes" for UTF-8 bytes.
-        image_codec: fingerprint of the image codec, where it is frozen from the start of the run.
-        audio_codec: fingerprint of the audio codec, likewise.
-    """
-
-    text_tokens: int = 256
-    image_codes: int = 0
-    image_shape: tuple[int, int, int] = (0, 0, 0)
-    image_grid: tuple[int, int] = (0, 0)
-    audio_codes: int = 0
-    sample_rate: int = 0
-    samples_per_token: int = 0
-    tokenizer: str = "bytes"
-    image_codec: str = ""
-    audio_codec: str = ""
+    text_tokens: int = 256  # size of the tokenizer's vocabulary (256 for bytes)
+    image_codes: int = 0  # size of the image codec's code book, 0 without images
+    image_shape: tuple[int, int, int] = (0, 0, 0)  # (channels, height, width) that every image is resized to
+    image_grid: tuple[int, int] = (0, 0)  # (rows, columns) of codes of an image
+    audio_codes: int = 0  # size of the audio codec's code book, 0 without sound
+    sample_rate: int = 0  # Hz that every sound is resampled to
+    samples_per_token: int = 0  # samples that an audio code stands for
+    tokenizer: str = "bytes"  # fingerprint of the tokenizer, "bytes" for UTF-8 bytes
+    image_codec: str = ""  # fingerprint of the image codec, where it is frozen from the start of the run
+    audio_codec: str = ""  # fingerprint of the audio codec, likewise
 
     BEGIN = 0  # opens a document
     END = 1  # closes a document
@@ -89,11 +75,9 @@ class Vocabulary:
 
     def segment_tokens(self, modality: int, size: int, sample_rate: int = 0) -> int:
         """Tokens of one segment, its opener (and `<audio_end>`) included. `size`: text tokens, or samples of a sound."""
-        if modality == TEXT:
-            return 1 + size
-        if modality == IMAGE:
-            return 1 + self.image_tokens
-        return 2 + int(self.audio_tokens(size, sample_rate))
+        if modality == AUDIO:
+            return 2 + int(self.audio_tokens(size, sample_rate))
+        return 1 + (size if modality == TEXT else self.image_tokens)
 
     @property
     def audio_tokens_per_second(self) -> float:

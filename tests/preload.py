@@ -6,21 +6,18 @@ second.
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import omegaconf  # noqa: F401
 import s3fs  # noqa: F401
 import torchaudio  # noqa: F401
 import wandb  # noqa: F401
 
 import pile_app.model.generate
-import pile_app.tasks.cross_modal
 import pile_app.training.callbacks
 import pile_app.training.checkpoints
 import pile_app.training.cli
 import pile_app.training.report
 import pile_app.training.run  # noqa: F401
-from pile_app.cli import COMMANDS
+from pile_app.cli import COMMANDS, load_command
 
 for command in COMMANDS:
-    import_module("pile_app.commands." + command.replace("-", "_"))
+    load_command(command)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
@@ -18,11 +20,13 @@ import numpy as np
 import pytest
 import soundfile  # type: ignore[import-untyped]
 import torch
-from conftest import TinyRun, media_documents
+import yaml
+from conftest import REPOSITORY, TinyRun, media_documents
 from PIL import Image
 
-from pile_app.cli import COMMANDS, main, make_parser
-from pile_app.commands.generate import read_prompt
+from pile_app.bundled import find_config
+from pile_app.cli import COMMANDS, load_command, main, make_parser
+from pile_app.commands.use import read_prompt
 from pile_app.data.shards import Shards, expand_shards, write_shards
 from pile_app.data.tokenizers import load_tokenizer
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
@@ -72,13 +76,13 @@ def flip_byte(path: Path, after: bytes) -> None:
 
 def test_help_is_complete_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from pile_app.cli import make_parser; print(make_parser().format_help()); "
-        "print([name for name in ('numpy', 'torch', 'lightning', 'tokenizers', 'webdataset') if name in sys.modules])"
+        "import sys; from pile_app.cli import format_help; print(format_help()); "
+        "print([name for name in ('numpy', 'torch', 'lightning', 'jsonargparse', 'argparse') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("[]")
     for command in COMMANDS:
-        assert re.search(rf"^    {command}\s", shown, re.MULTILINE), shown
+        assert re.search(rf"^  {command}\s", shown, re.MULTILINE), shown
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +91,78 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert stopped.value.code == 0
         shown = capsys.readouterr().out
-        assert "None" not in shown and "[]" not in shown, "a default that says nothing"
+        assert f"usage: pile {command} " in shown or command == "train"
+        assert all(action.help for action in make_parser(command, load_command(command))[0]._actions), "an option without help"
+
+
+def options_of(command: str) -> dict[str, Any]:
+    parser, _ = make_parser(command, load_command(command))
+    return {action.dest: action for action in parser._actions}
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    commands = {name: options_of(name) for name in COMMANDS if name != "train"}
+
+    def of(option: str) -> list[Any]:
+        return [options[option] for options in commands.values() if option in options]
+
+    assert {action.default for action in of("device")} == {"auto"} and len(of("device")) >= 7
+    assert {action.help.split(" (")[0] for action in of("checkpoint")} == {"last, best, previous, or a path"}
+    assert all("folder" in action.help.split()[0] for action in of("output") if action.option_strings)
+    assert all("SHARDS" in action.help or "shards" in action.help for action in of("on")) and len(of("on")) == 3
+
+
+def test_options_take_dashes_or_underscores_and_mistakes_are_one_line(fails: Fails, tmp_path: Path) -> None:
+    parser, _ = make_parser("generate", load_command("generate"))
+    assert parser.parse_args(["run", "--to", "text", "--top_p", "0.5"]).top_p == 0.5
+    assert "did you mean generate?" in fails("generat")
+    assert "one of ['text', 'image', 'audio', 'any']" in fails("generate", "x", "--to", "txt")
+    assert "are required: to" in fails("generate", "x") and "--count: Expected" in fails(
+        "generate", "x", "--to", "text", "--count", "a"
+    )
+    assert "no option: write settings as for pile train" in fails("plan", "data.context=64")
+    assert "there is no configuration 'nix'; give a file, or choose from" in fails("train", "--config", "nix")
+    assert [find_config(name).name for name in ("1.5b", "tasks/chat", "chat", "conf/lstm.yaml")] == [
+        "1.5b.yaml", "chat.yaml", "chat.yaml", "lstm.yaml",
+    ]  # fmt: skip
+    (tmp_path / "options.yaml").write_text("to: text\ncount: 0\n")
+    assert "--count must be at least 1" in fails("generate", "x", "--config", tmp_path / "options.yaml")
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pile_app.cli.run_command", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["index", "x"])
+    assert stopped.value.code == 130 and capsys.readouterr().err.strip() == "pile: index was interrupted"
+
+
+def test_an_installed_package_brings_configurations_and_the_demos_recipe(tmp_path: Path) -> None:
+    """As a wheel lays it out, in an empty folder."""
+    installed, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "shards", "*.partial")
+    shutil.copytree(REPOSITORY / "pile_app", installed / "pile_app", ignore=ignored)
+    sources = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "sources"
+    ]
+    for folder, target in sources.items():
+        shutil.copytree(REPOSITORY / folder, installed / target, ignore=ignored)
+    code = (
+        "from pile_app.cli import main; from pile_app.bundled import copy_recipe; copy_recipe('data/digits/prepare.py'); "
+        "main(['train', '--config', 'text_only', '--print_config'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text_only = yaml.safe_load((REPOSITORY / "conf" / "text_only.yaml").read_text())
+    printed = yaml.safe_load(done.stdout.partition("\n")[2])
+    assert printed["name"] == text_only["name"] and printed["data"]["prepare"] == "data/digits/prepare.py"
+    assert {"data/digits/prepare.py", "data/recipe.py", "data/speech.py"} <= {
+        str(path.relative_to(empty)) for path in empty.rglob("*.py")
+    }
 
 
 # -- prepare, index, tokenizer
@@ -185,7 +260,7 @@ def test_tokenizer_from_shards_and_from_a_folder(tmp_path: Path, capsys: pytest.
 
     (tmp_path / "empty").mkdir()
     assert "holds no text" in fails("tokenizer", tmp_path / "empty", tmp_path / "t.json", "--kind", "bpe", "--size", "300")
-    assert "too small" in fails("tokenizer", tmp_path / "texts", tmp_path / "t.json", "--kind", "bpe", "--size", "9")
+    assert "smallest sizes" in fails("tokenizer", tmp_path / "texts", tmp_path / "t.json", "--kind", "bpe", "--size", "9")
     assert "does not exist" in fails("tokenizer", tmp_path / "nix", tmp_path / "t.json", "--kind", "bpe", "--size", "300")
     assert not (tmp_path / "t.json").exists()
 
@@ -245,7 +320,8 @@ def test_same_seed_same_answer(tiny_run: TinyRun, tmp_path: Path) -> None:
 def test_prompt_keeps_the_order_of_the_command_line(tmp_path: Path) -> None:
     files = media_files(tmp_path)
     parts = ["--text", "one", "--audio", files["flac"], "--text", "two", "--image", files["png"], "--audio", files["mp3"]]
-    options = make_parser().parse_args(["generate", "run", *map(str, parts), "--to", "text"])
+    parser, _ = make_parser("generate", load_command("generate"))
+    options = parser.parse_args(["run", *map(str, parts), "--to", "text"])
     segments = read_prompt(options.prompt).segments
     assert [segment.modality for segment in segments] == [TEXT, AUDIO, TEXT, IMAGE, AUDIO]
     assert [segment.text for segment in segments if segment.modality == TEXT] == ["one", "two"]
@@ -332,9 +408,9 @@ def test_a_modality_the_model_does_not_know(tiny_run: TinyRun, tmp_path: Path, f
 
 
 def _load_without_checkpoint(run: Path) -> Any:
-    from pile_app.training.load import _build, read_config
+    from pile_app.training.load import build_run, read_config
 
-    return *_build(run, read_config(run)), None
+    return *build_run(run, read_config(run)), None
 
 
 def test_load_run_gives_the_trained_weights(tiny_run: TinyRun) -> None:

@@ -11,6 +11,10 @@ MAY_IMPORT = {  # room -> the rooms that its files may import; a file directly i
     "documents": {"documents"},
     "data": {"documents", "data"},
     "prepare": {"documents", "data", "prepare"},
+    "model": {"documents", "data", "model"},
+    "training": {"documents", "data", "model", "training"},
+    "tasks": {"documents", "data", "prepare", "model", "training", "tasks"},
+    "commands": {"documents", "data", "prepare", "model", "training", "tasks", "commands"},
 }
 
 
@@ -31,7 +35,7 @@ def module_path(name: str) -> Path:
 
 def room(name: str) -> str:
     parts = name.split(".")
-    return parts[1] if len(parts) > 2 else "documents" if parts[1] not in ("cli",) else "cli"
+    return parts[1] if len(parts) > 2 else "commands" if parts[1] == "cli" else "documents"
 
 
 def modules() -> list[str]:

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pile_app.documents import AUDIO, IMAGE, Document, Segment
 from pile_app.media import decode_image
 from pile_app.model.generate import Sampling, generate
-from pile_app.tasks.rank import rank_names
+from pile_app.model.score import score_choices
 from pile_app.training.load import load_run
 from pile_app.training.report import spectrogram
 
@@ -128,8 +128,9 @@ def names(poster: Poster, model: Any, recipe: ModuleType, wanted: list[Any], emo
     first: dict[str, list[tuple[str, bool, bool]]] = {}  # language -> for each view: the name, right, right among five
     for language in recipe.LANGUAGES:
         choices = sorted({f" {one.names[language]}" for one in emoji})
-        ranked = rank_names(model, [Document((view, Segment(f"{language}:"))) for view in views], choices, prior=1.0)
-        found = [[choices[number].strip() for number in best] for best in ranked]
+        prompts = [Document((view, Segment(f"{language}:"))) for view in views]
+        scores = score_choices(model, prompts, [Segment(choice) for choice in choices], prior=1.0, beam=24)
+        found = [[choices[index].strip() for index in best] for best in scores.topk(5).indices.tolist()]
         rights = [one.names[language] for one in wanted]
         first[language] = [(best[0], best[0] == right, right in best) for best, right in zip(found, rights, strict=True)]
     height = len(first) * LINE + 24

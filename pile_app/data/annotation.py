@@ -15,12 +15,9 @@ NO_LABEL = -1
 
 
 class Annotator(ABC):
-    """Label tokens of documents, in the loading workers.
+    """Label tokens of documents, in the loading workers."""
 
-    splits_segments: each segment, from its opener on, is a piece that does not attend to the others, as are `<begin>`, `<end>`.
-    """
-
-    splits_segments = False
+    splits_segments = False  # whether each segment, from its opener on, is a piece of its own, as are `<begin>` and `<end>`
 
     def arrange(self, document: Document) -> Document:
         """Order the segments if the order matters."""
@@ -31,12 +28,7 @@ class Annotator(ABC):
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
         """Return the label of each token from 0, or `NO_LABEL`, (length,) int32; raise ValueError to stop the run.
-
-        Args:
-            spans: [first, stop) of the tokens of each segment, without its opener.
-            length: tokens of the document.
-            number: of the document in the batch.
-        """
+        spans: [first, stop) of the tokens of each segment, without its opener; number: of the document in the batch."""
 
 
 def label_last(document: Document) -> Document:

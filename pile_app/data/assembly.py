@@ -34,7 +34,7 @@ class PackedDocument(NamedTuple):
 
 
 def whole(document: Document, length: int, dropped: int = 0) -> PackedDocument:
-    """Pack the first `length` tokens of a document without a source, such as a prompt."""
+    """Make a piece of the first `length` tokens of a document without a source, such as a prompt."""
     return PackedDocument(Piece(0, 0, 0, 0, length, True), document.key, document, dropped)
 
 
@@ -51,19 +51,15 @@ def assemble(
     annotator: Annotator | None = None,
     transforms: Mapping[int, Transforms] | None = None,
 ) -> Batch:
-    """Assemble a batch with a row of T = `context` tokens for each pack of consecutive pieces.
-
-    Args:
-        numbers: positions of the packs in the order, which `transforms` (of each source) need.
-        normalizer: see `Batch`; 0: the targets of these packs.
-        decode: `map`, or an equivalent with several threads.
-    """
+    """Assemble a batch with a row of `context` tokens for each pack. numbers: positions of the packs in the order, which
+    `transforms` need; normalizer: 0 means the targets of these packs; decode: `map`, or an equivalent with several threads."""
     rows = _Rows(len(packs), context, vocabulary, tokenizer, annotator)
     for row, pack in enumerate(packs):
         rows.lay_out(row, pack, numbers[row] if numbers else 0, transforms or {})
     starts = np.cumsum([0, *(sound.codes for sound in rows.sounds)])  # of each sound in `audio`
     (channels, height, width), tables = vocabulary.image_shape, rows.tables()
-    specs: dict[str, tuple[str, tuple[int, ...]]] = {name: (table.dtype.name, table.shape) for name, table in tables.items()}
+    specs: dict[str, tuple[str, tuple[int, ...]]]
+    specs = {name: ("uint8" if name == "learned" else "int32", table.shape) for name, table in tables.items()}
     specs["images"] = ("uint8", (len(rows.images), height, width, channels))
     specs["audio"] = ("float32", (int(starts[-1]), vocabulary.samples_per_token))
     arrays, buffer, layout, memory = allocate(specs | {"normalizer": ("float32", ())})
@@ -78,11 +74,13 @@ def assemble(
             lengths = [medium.codes if name == "audio" else 1 for medium in some]
             is_kept = np.array([medium.piece not in rows.rejected for medium in some], bool)
             tables[name] = arrays[name][np.repeat(is_kept, np.array(lengths, int))]
+    np.subtract(tables.pop("tokens"), EMPTY, out=arrays["tokens"])
     for name, table in tables.items():
         arrays[name][: len(table)] = table
         kind, _, first = layout[name]
         layout[name] = (kind, table.shape, first)
-    text, image, audio = (int(np.count_nonzero(rows.learned == modality)) for modality in (TEXT, IMAGE, AUDIO))
+    has = vocabulary.modalities
+    text, image, audio = (int(np.count_nonzero(rows.learned == m)) if m in has else 0 for m in (TEXT, IMAGE, AUDIO))
     arrays["normalizer"][...] = normalizer or text + image + audio
     batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
     batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]
@@ -103,6 +101,10 @@ class _Medium(NamedTuple):
     augment: Callable[[np.ndarray], np.ndarray] | None
 
 
+EMPTY = -Vocabulary.SPECIALS  # id 0 in `_Rows.tokens`
+WHOLE_TEXT = [EMPTY + token for token in (Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END)]
+
+
 class _Rows:
     """Lay out the packs of a batch in flat arrays of rows * context tokens."""
 
@@ -110,7 +112,9 @@ class _Rows:
         self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer, annotator: Annotator | None
     ) -> None:
         self.context, self.vocabulary, self.tokenizer, self.annotator = context, vocabulary, tokenizer, annotator
-        self.tokens = np.zeros(rows * context, np.int32)
+        self.tokens = np.full(
+            rows * context, EMPTY, np.int32
+        )  # relative to the first id of text, so that texts are only copied
         self.learned = np.full(rows * context, NOT_LEARNED, np.uint8)
         self.labels = np.full(rows * context if annotator else 0, NO_LABEL, np.int32)
         self.starts, self.sources = list[int](), list[int]()  # of pieces, by number, padding included
@@ -181,7 +185,7 @@ class _Rows:
         piece, key, *_ = self.pieces[number]
         self.rejected[number] = (piece.source, key, error.reason, error.detail)
         span = slice(self.starts[number], self.starts[number] + piece.stop - piece.start)
-        for array, empty in ((self.tokens, 0), (self.learned, NOT_LEARNED), (self.labels, NO_LABEL)):
+        for array, empty in ((self.tokens, EMPTY), (self.learned, NOT_LEARNED), (self.labels, NO_LABEL)):
             array[span] = empty  # `labels` is empty without an objective
         self.sources[number] = PADDING
 
@@ -197,19 +201,21 @@ class _Rows:
             if segment.ids is not None and segment.loss and (start, stop) == (0, len(segment.ids) + 3):
                 # Fast path for whole texts, the most frequent documents; the code below is equivalent.
                 end = offset + stop - 1
-                tokens[offset], tokens[offset + 1], tokens[end] = Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], Vocabulary.END
-                np.add(segment.ids, Vocabulary.SPECIALS, out=tokens[offset + 2 : end], casting="unsafe")
+                tokens[offset], tokens[offset + 1], tokens[end] = WHOLE_TEXT
+                tokens[offset + 2 : end] = segment.ids
                 learned[offset:end] = TEXT
                 return [], stop
 
         def mark(index: int, token: int) -> None:
             if start <= index < stop:
-                tokens[index + shift] = token
+                tokens[index + shift] = EMPTY + token
 
-        def put(first: int, ids: np.ndarray | Sequence[int], base: int) -> None:
+        def put(first: int, ids: np.ndarray, base: int = 0) -> None:
             low, high = max(first, start), min(first + len(ids), stop)
             if low < high:
-                np.add(ids[low - first : high - first], base, out=tokens[low + shift : high + shift], casting="unsafe")
+                tokens[low + shift : high + shift] = ids[low - first : high - first]
+                if base:
+                    tokens[low + shift : high + shift] += base
 
         def learn(first: int, end: int, modality: int) -> None:
             """Predict the tokens [first, end), if they and their predecessor are in this piece."""
@@ -223,28 +229,22 @@ class _Rows:
             modality, opener, first = segment.modality, length, length + 1
             hidden = segment_number < packed.dropped
             mark(opener, Vocabulary.OPENERS[modality])
-            if modality == TEXT:
-                ids = self._text_ids(segment)
-                length = first + len(ids)
+            codes, media = self._codes(segment, augment is not None)
+            length = first + (codes if isinstance(codes, int) else len(codes))
+            if not hidden and isinstance(codes, np.ndarray):
+                put(first, codes, EMPTY + vocabulary.starts[modality])
+            if media is not None and not hidden and start <= first < stop:  # media are never cut
+                change = partial(augment, segment=segment_number) if augment else None
+                media.append(
+                    _Medium(number, first + shift, b"" if segment.is_encoded else segment.file, length - first, change)
+                )
+            if modality == AUDIO:
                 if not hidden:
-                    put(first, ids, Vocabulary.SPECIALS)
-            else:
-                media, codes = self._codes_of(segment, augment is not None)
-                length = first + (len(codes) if isinstance(codes, np.ndarray) else codes)
-                if not hidden and start <= first < stop:  # media are never cut
-                    if isinstance(codes, np.ndarray):
-                        put(first, codes, vocabulary.starts[modality])
-                    if media is not None:
-                        change = partial(augment, segment=segment_number) if augment else None
-                        file = b"" if segment.is_encoded else segment.file
-                        media.append(_Medium(number, first + shift, file, length - first, change))
-                if modality == AUDIO:
-                    if not hidden:
-                        mark(length, vocabulary.audio_end)
-                    length += 1
+                    mark(length, vocabulary.audio_end)
+                length += 1
             spans.append((first, length))
             if hidden:
-                tokens[max(first, start) + shift : max(min(length, stop), start) + shift] = Vocabulary.NULL
+                tokens[max(first, start) + shift : max(min(length, stop), start) + shift] = EMPTY + Vocabulary.NULL
             elif segment.loss:
                 # The end of a segment without loss, and the opener after it, are learned by the segment after it.
                 learn(opener, first, TEXT)
@@ -256,55 +256,44 @@ class _Rows:
             raise BadSample("length", f"{packed.key!r} has {length + 1} tokens, the index promises at least {stop}")
         return spans, length + 1
 
-    def _text_ids(self, segment: Segment) -> np.ndarray:
-        if segment.ids is not None:
-            return segment.ids
-        if segment.is_encoded:
-            return self._checked(codes := segment.codes, TEXT, len(codes.values))
-        return self.tokenizer.encode(segment.text)
-
-    def _codes_of(self, segment: Segment, augmented: bool) -> tuple[list[_Medium] | None, np.ndarray | int]:
-        """Return (the list for media that the model reads, the codes of a medium or their number)."""
+    def _codes(self, segment: Segment, augmented: bool) -> tuple[np.ndarray | int, list[_Medium] | None]:
+        """Return the ids of a segment, or the number of codes of a medium, and the list of its media if the model reads it."""
         vocabulary, modality = self.vocabulary, segment.modality
+        if segment.ids is not None:
+            return segment.ids, None
+        if modality == TEXT and not segment.is_encoded:
+            return self.tokenizer.encode(segment.text), None
         if modality not in vocabulary.modalities:
             name = MODALITIES[modality]
             raise BadSample(f"no_{name}_codec", f"the model has no {name} codec: set model.{name}, or remove the {name}s")
-        encoded, codes = segment.codes if segment.is_encoded else None, vocabulary.image_tokens
+        encoded = segment.codes if segment.is_encoded else None
+        count = vocabulary.image_tokens if encoded is None or modality != TEXT else len(encoded.values)
         if modality == AUDIO:
             size, rate = segment_size(segment) if encoded is None else (encoded.size, max(1, encoded.sample_rate))
-            codes = int(vocabulary.audio_tokens(size, rate))
+            count = int(vocabulary.audio_tokens(size, rate))
         if encoded is None:
-            return self.images if modality == IMAGE else self.sounds, codes
-        return self.encoded_images if modality == IMAGE else None, self._checked(encoded, modality, codes, augmented)
-
-    def _checked(self, codes: Codes, modality: int, promised: int, augmented: bool = False) -> np.ndarray:
-        """Return the ids of an encoded segment after checks."""
-        if codes.is_lost:
+            return count, self.images if modality == IMAGE else self.sounds
+        if encoded.is_lost:
             raise BadSample("checksum", "the sample was damaged before it was encoded")
-        check_encoder(codes, modality, self.vocabulary, self.tokenizer, augmented)
-        if len(codes.values) != promised:
-            raise BadSample("damaged_codes", f"{len(codes.values)} codes, its size asks for {promised}")
-        size = (self.vocabulary.text_tokens, self.vocabulary.image_codes, self.vocabulary.audio_codes)[modality]
-        if int(codes.values.max(initial=0)) >= size:
-            raise BadSample("damaged_codes", f"an id of {int(codes.values.max())} is beyond the vocabulary")
-        return codes.values
+        check_encoder(encoded, modality, vocabulary, self.tokenizer, augmented)
+        if len(encoded.values) != count:
+            raise BadSample("damaged_codes", f"{len(encoded.values)} codes, its size asks for {count}")
+        size = (vocabulary.text_tokens, vocabulary.image_codes, vocabulary.audio_codes)[modality]
+        if int(encoded.values.max(initial=0)) >= size:
+            raise BadSample("damaged_codes", f"an id of {int(encoded.values.max())} is beyond the vocabulary")
+        return encoded.values, self.encoded_images if modality == IMAGE else None
 
 
 def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer: Tokenizer, augmented: bool = False) -> None:
     """Raise ValueError if an encoded segment was not made by the model's encoder, or its source has transforms."""
     encoder = (tokenizer.fingerprint, vocabulary.image_codec, vocabulary.audio_codec)[modality]
-    what = f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, "
-    if augmented and modality != TEXT:
-        raise ValueError(f"{what}and transforms cannot augment codes: train on the original shards, or remove the transforms")
-    if codes.encoder == encoder:
-        return
-    if modality == TEXT:
-        raise ValueError(f"{what}the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again")
-    if encoder:
-        raise ValueError(
-            f"{what}the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again"
-        )
-    raise ValueError(
-        f"{what}the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
-        "model.codec_steps to 0, or train on the original shards"
-    )
+    fixes = {  # the first that applies
+        "and transforms cannot augment codes: train on the original shards, or remove the transforms": augmented and modality,
+        "": codes.encoder == encoder,
+        f"the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again": modality == TEXT,
+        f"the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again": encoder,
+        "the model's codec is not frozen from the start: set model.codecs_from to the run that encoded them and "
+        "model.codec_steps to 0, or train on the original shards": True,
+    }
+    if fix := next(message for message, applies in fixes.items() if applies):
+        raise ValueError(f"the shards hold {MODALITIES[modality]} that was encoded by {codes.encoder}, {fix}")

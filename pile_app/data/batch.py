@@ -27,30 +27,19 @@ Layout = dict[str, tuple[str, tuple[int, ...], int]]  # name -> type, shape, fir
 
 @dataclass
 class Batch:
-    """B packs of T tokens with P pieces (padding included), N images, E encoded images, and M sounds of A codes.
-
-    Args:
-        target_counts: targets of each modality in this batch.
-        image_tokens: codes of an image.
-        sound_tokens: `audio_tokens` on the host.
-        numbers: positions of the packs in the order.
-        documents: (source, key, epoch, start, stop) of the pieces planned in each pack.
-        rejected: (source, key, reason, detail) of unusable documents, which are masked.
-        source_tokens: planned tokens of each source in the whole optimizer step, over all ranks.
-        label_counts: labelled tokens of each piece, with an objective.
-    """
+    """B packs of T tokens with P pieces (padding included), N images, E encoded images, and M sounds of A codes."""
 
     buffer: Tensor  # uint8
     layout: Layout
-    target_counts: tuple[int, int, int]
-    image_tokens: int = 0
-    sound_tokens: list[int] = field(default_factory=list)
+    target_counts: tuple[int, int, int]  # of each modality in this batch
+    image_tokens: int = 0  # codes of an image
+    sound_tokens: list[int] = field(default_factory=list)  # `audio_tokens` on the host
     memory: transport.Memory | None = None  # that holds the buffer, if a loading worker made it
-    rejected: list[tuple[int, str, str, str]] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    documents: list[list[tuple[int, str, int, int, int]]] = field(default_factory=list)
-    source_tokens: list[int] = field(default_factory=list)
-    label_counts: list[int] = field(default_factory=list)
+    rejected: list[tuple[int, str, str, str]] = field(default_factory=list)  # (source, key, reason, detail), masked
+    numbers: list[int] = field(default_factory=list)  # positions of the packs in the order
+    documents: list[list[tuple[int, str, int, int, int]]] = field(default_factory=list)  # (source, key, epoch, start, stop)
+    source_tokens: list[int] = field(default_factory=list)  # planned tokens of each source in the step, over all ranks
+    label_counts: list[int] = field(default_factory=list)  # labelled tokens of each piece, with an objective
 
     def __post_init__(self) -> None:
         views = {}
@@ -122,12 +111,12 @@ class Batch:
         Any division of a step into devices and micro-batches draws the same numbers. (A batch without positions draws from
         torch's generator.)
         """
-        rows, length = self.tokens.shape
+        length = self.tokens.size(1)
         if not self.numbers:
             return torch.rand(len(indices), width, device=indices.device)
         starts = torch.stack([torch.full((), number * length, device=indices.device) for number in self.numbers])
         key = (starts[indices // length] + indices % length)[:, None] * width + torch.arange(width, device=indices.device)
-        key = key * 2 + purpose * 0x632BE59BD9B4E019
+        key = key ^ (purpose << 56)
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # SplitMix64
             key = (key ^ ((key >> shift) & ((1 << 64 - shift) - 1))) * factor
         return ((key >> 40) & 0xFFFFFF).float() / (1 << 24)
@@ -144,7 +133,9 @@ class Batch:
         self.__dict__.update(state)
         self.__post_init__()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """Copy to a device; to a GPU without waiting, which Lightning asks for with tensors only."""
+        non_blocking = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
         return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking), memory=None)
 
     def pin_memory(self) -> Batch:
@@ -161,7 +152,7 @@ def allocate(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[st
         layout[name] = (kind, shape, size)
         size += -(-math.prod(shape) * np.dtype(kind).itemsize // 64) * 64
     memory = transport.take(size) if transport.IS_POSSIBLE and get_worker_info() is not None else None
-    block = np.empty(size, np.uint8) if memory is None else memory.data(size)
+    block = np.empty(size, np.uint8) if memory is None else np.frombuffer(memory.map, np.uint8, size, transport.HEADER)
     views = {
         name: block[first : first + math.prod(shape) * np.dtype(kind).itemsize].view(kind).reshape(shape)
         for name, (kind, shape, first) in layout.items()

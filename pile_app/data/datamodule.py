@@ -1,10 +1,8 @@
 """The data module: sources of shards in, batches out, on the ordinary PyTorch `DataLoader`.
 
-A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on. No
-worker has state and the sampler has a length, so Lightning neither prefetches a batch that a resumed run would lose nor saves a
-loader state.
-
-    global batch of step s = positions [s * G, (s + 1) * G); rank r of W takes [r * G // W, (r + 1) * G // W) of them
+A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on, so
+nothing has state: step s is the positions [s * G, (s + 1) * G), and rank r of W takes [r * G // W, (r + 1) * G // W) of
+them.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pile_app.bundled import copy_recipe
 from pile_app.data import order as data_order
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
@@ -105,19 +104,17 @@ class PackDataset(Dataset[Batch]):
         draw, epoch, number = self.order.draws[piece.source], piece.epoch, piece.document
         span = None if piece.whole else (piece.start, piece.stop)
         key, document = read(self.sources[piece.source], number, partial(draw.text, epoch, number), span)
-        if isinstance(document, BadSample):
+        if isinstance(document, BadSample) or (len(document.segments) == 1 and self.annotator is None):
             return PackedDocument(piece, key, document)
         if self.annotator is not None:  # labels may be in the text, and in the meta
             return PackedDocument(piece, key, self.annotator.arrange(document))
-        segments, dropped = document.segments, 0
-        if len(segments) > 1:
-            # Documents longer than the context were cut in the order that they are stored in.
-            if not document.ordered and piece.whole:
-                segments = tuple(segments[i] for i in draw.order(epoch, number, len(segments)))
-                document = Document(segments, key, True, document.meta)
-            if all(segment.loss for segment in segments):
-                dropped = draw.hidden(epoch, number, len(segments))
-        return PackedDocument(piece, key, document, dropped)
+        segments = document.segments
+        # Documents longer than the context were cut in the order that they are stored in.
+        if not document.ordered and piece.whole:
+            segments = tuple(segments[i] for i in draw.order(epoch, number, len(segments)))
+            document = Document(segments, key, True, document.meta)
+        hides = all(segment.loss for segment in segments)
+        return PackedDocument(piece, key, document, draw.hidden(epoch, number, len(segments)) if hides else 0)
 
     @lru_cache(8)  # noqa: B019 (lives as long as the run)
     def _step_sizes(self, step: int) -> tuple[list[int], int]:
@@ -153,7 +150,7 @@ class StepBatches(Sampler[list[int]]):
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self.start, self.steps, self.global_batch = start, steps, global_batch
         first, stop = (r * global_batch // world_size for r in (rank, rank + 1))
-        count = -(-(-(-global_batch // world_size)) // micro_batch)
+        count = math.ceil(math.ceil(global_batch / world_size) / micro_batch)
         self.bounds = [first + (stop - first) * number // count for number in range(count + 1)]
 
     def __len__(self) -> int:
@@ -171,13 +168,14 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _end_workers() -> None:
     """Kill the workers at exit: Python would wait for their end after a SIGTERM, which they ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -202,7 +200,7 @@ class PileDataModule(LightningDataModule):
     Args:
         sources: name -> shards of texts, images, sounds or any mixture.
         context: tokens of a pack.
-        global_batch: packs of one optimizer step over all devices, of which there may be at most as many.
+        global_batch: packs of one optimizer step over all devices; the largest number of devices.
         micro_batch: most packs that a device computes at once, with gradient accumulation; None: all of its part.
         epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
         weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.
@@ -252,7 +250,7 @@ class PileDataModule(LightningDataModule):
         self._prefetcher: Prefetcher | None = None
 
     @property
-    def _model(self) -> tuple[Vocabulary, Tokenizer, int]:
+    def _model(self) -> tuple[Vocabulary, Tokenizer, int]:  # the model replaces the vocabulary once its codecs are known
         return self.vocabulary, self.tokenizer, self.context
 
     def _open(self, split: str) -> list[SourceData]:
@@ -261,7 +259,7 @@ class PileDataModule(LightningDataModule):
 
     def _open_train(self) -> tuple[list[SourceData], list[SourceOrder]]:
         data = self._open("train")
-        streams = data_order.count_streams([source.tokens for source in data], self.global_batch)
+        streams = data_order.count_streams([source.tokens for source in data], self.context, self.global_batch)
         dropout = self.condition_dropout if self.annotator is None else 0.0
         return data, [source.order(self.seed, streams, dropout) for source in data]
 
@@ -455,6 +453,8 @@ def _is_unmade(source: Source, recipe: str) -> bool:
 
 def run_recipe(recipe: str) -> None:
     """Run `python <recipe>`; raise FileNotFoundError if it does not exist, RuntimeError if it fails."""
+    if not Path(recipe).is_file():
+        copy_recipe(recipe)
     if not Path(recipe).is_file():
         raise FileNotFoundError(f"data.prepare names the recipe {recipe!r}, which does not exist in {os.getcwd()}")
     print(f"preparing data: python {recipe}", flush=True)

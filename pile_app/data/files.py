@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
@@ -17,6 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 
 
@@ -30,34 +34,68 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name when it is complete, or is removed if writing fails."""
+def whole_file(path: str | Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name when complete (`durable`: and synced), or is removed if writing fails."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"  # process ids coincide in containers of several hosts
     try:
         with open(temporary, "wb", 1 << 20) as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            sync_folder(Path(path).parent)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in a folder are on disk; Windows has no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def flock(descriptor: int, operation: str = "LOCK_EX", wait: bool = True) -> None:
+    """Lock an open file between processes and hosts; raise BlockingIOError if it is held elsewhere and `wait` is False."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
+
+
+def release(descriptor: int) -> None:
+    """Unlock and close a file. Closing alone does not unlock it while a forked child holds a copy of the descriptor."""
+    flock(descriptor, "LOCK_UN")
+    os.close(descriptor)
+
+
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Hold an exclusive lock between processes and hosts. The lock file is removed when the lock is released."""
+def locked(path: str, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock file, removed when it is released; yield False if it is held elsewhere and `wait` is False."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                break
-        os.close(descriptor)  # its last holder has removed the file meanwhile
-    try:
-        yield
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        try:
+            flock(descriptor, wait=wait)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                break  # else its last holder has removed the file meanwhile
+        except BlockingIOError:
+            os.close(descriptor)
+            yield False
+            return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ShardError(f"{path!r} cannot be locked ({error}): put the folder on a file system with flock") from error
         os.close(descriptor)
+    try:
+        yield True
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+        release(descriptor)
 
 
 def save_arrays(path: str, arrays: Mapping[str, Sequence[np.ndarray]], header: Mapping[str, Any]) -> None:

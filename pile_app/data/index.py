@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -101,7 +101,7 @@ class ShardIndex:
         with open(path, "rb") as file:
             try:
                 for sample in range(len(self)):
-                    self.block(sample, lambda offset, size: os.pread(file.fileno(), size, offset))
+                    self.block(sample, file.fileno())
             except BadSample as error:
                 raise ShardError(f"{error}{self.fix}") from error
 
@@ -109,10 +109,11 @@ class ShardIndex:
     def fix(self) -> str:
         return f". Fetch the shard again, or run `pile index --overwrite {self.path}` to accept it"
 
-    def block(self, sample: int, read: Callable[[int, int], bytes]) -> bytes:
-        """The bytes of a sample, from a function of offset and size. Raises `BadSample` if they are not as indexed."""
-        block = read(self.numbers.offset[sample], self.numbers.size[sample])
-        if zlib.crc32(block) != self.numbers.crc[sample]:
+    def block(self, sample: int, descriptor: int) -> bytes:
+        """The bytes of a sample in the tar that is open as `descriptor`. Raises `BadSample` if they are not as indexed."""
+        n = self.numbers
+        block = os.pread(descriptor, n.size[sample], n.offset[sample])
+        if zlib.crc32(block) != n.crc[sample]:
             raise BadSample("checksum", f"sample {self.key(sample)!r} of shard {self.path!r} differs from the manifest")
         return block
 

@@ -107,14 +107,10 @@ def open_manifest(
     processes: int | None,
     again: Again,
 ) -> Manifest:
-    """Open the manifest of shards that share one. Shards and token counts that are missing are added first.
+    """Open the manifest of a group of `group_shards`. Missing shards and token counts are added first.
 
-    Args:
-        stem, paths: of one group of `group_shards`.
-        fields: the field map; None: that of the manifest, or inferred from the first shard, and printed. Another field map than
-            that of the manifest gets a file of its own.
-        tokenizer: whose token counts are needed.
-        again: which shards to index although the manifest holds them: "changed" (another size or a later time), "all", or none.
+    fields: None: those of the manifest, or inferred from the first shard, and printed; another field map than that of the
+    manifest gets a file of its own. again: shards to index again: "changed" (another size or a later time), "all", or none.
     """
     own = f"{stem}.{hashlib.blake2b(str(fields).encode(), digest_size=3).hexdigest()}"
     open_own = partial(open_manifest, own, paths, cache, fields, tokenizer, processes, again)
@@ -245,10 +241,7 @@ def _infer(paths: Sequence[str], cache: ShardCache | None) -> Fields:
 
 
 def group_shards(paths: Sequence[str]) -> dict[tuple[str, str], list[int]]:
-    """(folder, stem of the manifest) -> indices of the shards that share it.
-
-    The stem is the name without its number, `x-train` of `x-train-000.tar`. Shards of many stems share what is common to them.
-    """
+    """(folder, stem of the manifest: `x-train` of `x-train-000.tar`, or what is common to many) -> indices of its shards."""
     groups: dict[tuple[str, str], list[int]] = {}
     parts = [split_path(path) for path in paths]
     for folder in dict.fromkeys(folder for folder, _ in parts):

@@ -2,13 +2,12 @@
 
     streams   a global batch of G packs is C equal runs; run c is stream c and reads about 1 / C of the shards of each source
     source    permuted shards, cut into groups within a stream; the pieces of a group are permuted
-    windows   about 4,096 pieces of a group, packed by best fit
+    windows   about 4,096 pieces of a group, and at least 64 packs, packed by best fit
     packs     in each epoch a stream visits its groups, their windows and the packs of a window in another order
     mixture   (stream, index in it) -> (source, k-th pack of the stream in that source), a closed form of integer weights
 
 A window fills the same number of packs in every epoch, however ties are broken, so one table of pack counts serves all epochs.
-Stream c visits a contiguous range of E / C of the E packs of a source in an epoch, so every document comes exactly once. Memory
-grows with the table only. Permutations sort by our own hash, so no library changes them.
+Permutations sort by our own hash, so no library changes them.
 """
 
 from __future__ import annotations
@@ -17,19 +16,22 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pile_app.data.packing import best_fit_decreasing
 
-ORDER_VERSION = 3  # changes with the order; in checkpoints
+ORDER_VERSION = 4  # changes with the order; in checkpoints
 WINDOW_PIECES = 4096
+WINDOW_PACKS = 64  # at least, as the last pack of a window is half empty on average
 VALIDATION_PIECES = 512  # fewer, so that ranks read different shards of small sets too
 MAX_STREAMS = 64
-STREAM_SHARDS = 4  # at least, in the source with the most shards
+STREAM_SHARDS, STREAM_PACKS = 4, 2 * WINDOW_PACKS  # at least, in the source with the most
 GROUP_SHARDS, GROUP_BYTES, GROUP_PIECES = 256, 4 << 30, 1 << 18  # limits of the groups that all streams read at once
 
 
@@ -45,14 +47,14 @@ def mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def draws(values: np.ndarray, *key: int | str) -> np.ndarray:
+    """Draw a uint64 for each value of an integer array."""
+    return mix64(mix64(values.astype(np.uint64)) ^ hash64(*key))
+
+
 def permutation(n: int, *key: int | str) -> np.ndarray:
     """Return a permutation of `range(n)`, (n,) int64."""
-    return np.argsort(mix64(mix64(np.arange(n, dtype=np.uint64)) ^ hash64(*key)), kind="stable")
-
-
-def draws(documents: np.ndarray, *key: int | str) -> np.ndarray:
-    """Draw an integer in [0, 2^32) for each document, int64 of the same shape."""
-    return (mix64(mix64(documents.astype(np.uint64)) ^ hash64(*key)) >> np.uint64(32)).astype(np.int64)
+    return np.argsort(draws(np.arange(n), *key), kind="stable")
 
 
 @lru_cache(1024)
@@ -61,11 +63,8 @@ def _offsets(source: int, streams: int) -> list[int]:
 
 
 def share_counts(k: int, weights: Sequence[int], stream: int = 0, streams: int = 1) -> list[int]:
-    """Count the packs of each source among the first `k` of a stream.
-
-    Nested floors are exact in total and monotone in `k`. The streams round at different offsets, so that their errors cancel
-    (Hermite's identity: the sum over c of floor(x + c / C) is floor(C x)).
-    """
+    """Count the packs of each source among the first `k` of a stream. Nested floors are exact in total and monotone in `k`;
+    streams round at different offsets, so that errors cancel (Hermite: the sum over c of floor(x + c / C) is floor(C x))."""
     counts: list[int] = []
     left, current = sum(weights), k
     for source, weight in enumerate(weights):
@@ -87,31 +86,23 @@ class Piece(NamedTuple):
     whole: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """Columns (P,) of a table of pieces, in index order."""
+# A table of pieces has these columns, (P,). stop: of the longest of several texts; targets: predicted tokens; varies: length or
+# targets depend on the epoch (several texts, or free order and not all learned); hides: condition dropout applies (all of
+# several segments are learned).
+SPAN = ["document", "start", "stop", "whole"]
+PIECE = np.dtype(list(zip([*SPAN, "targets", "varies", "hides"], ["i8", "i4", "i4", "?", "i4", "?", "?"], strict=True)))
 
-    document: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray  # of the longest of several texts
-    targets: np.ndarray  # predicted tokens
-    whole: np.ndarray
-    varies: np.ndarray  # length or targets depend on the epoch: several texts, or free order and not all learned
-    hides: np.ndarray  # condition dropout applies: all of several segments are learned
 
-    def __len__(self) -> int:
-        return len(self.document)
+def piece_table(**columns: np.ndarray) -> np.ndarray:
+    """Return the table of pieces with these columns."""
+    table = np.empty(len(columns["document"]), PIECE)
+    for name, column in columns.items():
+        table[name] = column
+    return table
 
-    def __getitem__(self, indices: np.ndarray | slice) -> Pieces:
-        return Pieces(*(column[indices] for column in vars(self).values()))
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Pieces]) -> Pieces:
-        return cls(*(np.concatenate(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
-
-    def of_source(self, source: int, epoch: int) -> tuple[Piece, ...]:
-        columns = (self.document.tolist(), self.start.tolist(), self.stop.tolist(), self.whole.tolist())
-        return tuple(Piece(source, epoch, *row) for row in zip(*columns, strict=True))
+def _lengths(pieces: np.ndarray) -> np.ndarray:
+    return pieces["stop"] - pieces["start"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,18 +112,24 @@ class SourceTokens:
     name: str
     counts: np.ndarray  # (shards,) pieces
     tokens: np.ndarray  # (shards,)
-    load: Callable[[int], Pieces]  # of a shard
+    load: Callable[[int], np.ndarray]  # the table of pieces of a shard
     bytes: np.ndarray | None = None  # (shards,)
     # (document, draw) -> ([(tokens, learned)] of its segments, whether their order is fixed); of n texts the `draw % n`-th
     segments: Callable[[int, int], tuple[Sequence[tuple[int, bool]], bool]] | None = None
 
 
-def count_streams(sources: Sequence[SourceTokens], global_batch: int) -> int:
-    """Return the largest divisor of the global batch that gives each stream a few shards and limits the bytes read at once."""
+def count_streams(sources: Sequence[SourceTokens], context: int, global_batch: int) -> int:
+    """Return the largest divisor of the global batch that leaves each stream a few shards and packs of the largest source, and
+    limits the bytes read at once."""
     shards = max((int(np.count_nonzero(source.counts)) for source in sources), default=0)
+    packs = max((int(source.tokens.sum()) // context for source in sources), default=0)
     active = sum(float(source.bytes.mean()) for source in sources if source.bytes is not None)
-    limit = min(MAX_STREAMS, shards // STREAM_SHARDS, int(8 * GROUP_BYTES / active) if active else MAX_STREAMS)
-    return max(c for c in range(1, max(limit, 1) + 1) if global_batch % c == 0)
+    limits = [MAX_STREAMS, shards // STREAM_SHARDS, packs // STREAM_PACKS]
+    return _largest_divisor(global_batch, min([*limits, int(8 * GROUP_BYTES / active)] if active else limits))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, max(limit, 1) + 1) if number % divisor == 0)
 
 
 class Draw:
@@ -145,7 +142,7 @@ class Draw:
 
     def text(self, epoch: int, document: int, about: str = "text") -> int:
         """Draw an integer in [0, 2^32), which selects among the texts of a segment."""
-        return int(draws(np.array([document]), *self._key, epoch, about)[0])
+        return int(draws(np.array([document]), *self._key, epoch, about)[0]) >> 32
 
     def order(self, epoch: int, document: int, segments: int) -> list[int]:
         """Permute segments that have no fixed order."""
@@ -156,37 +153,41 @@ class Draw:
         drawn = self.text(epoch, document, "condition") / 2.0**32
         return 1 + int(drawn / self.condition_dropout * (segments - 1)) if drawn < self.condition_dropout else 0
 
-    def apply(self, pieces: Pieces, epoch: int) -> Pieces:
-        """Set the lengths and targets of the pieces in an epoch."""
-        drops = draws(pieces.document, *self._key, epoch, "condition") < self.condition_dropout * 2.0**32
-        rows = np.flatnonzero(pieces.varies | (pieces.hides & drops))
+    def apply(self, pieces: np.ndarray, epoch: int) -> np.ndarray:
+        """Set the lengths and targets of a table of pieces in an epoch."""
+        drawn = draws(pieces["document"], *self._key, epoch, "condition") >> np.uint64(32)
+        rows = np.flatnonzero(pieces["varies"] | (pieces["hides"] & (drawn < self.condition_dropout * 2.0**32)))
         if not len(rows) or self.source.segments is None:
             return pieces
-        stops, targets = pieces.stop.copy(), pieces.targets.copy()
-        for row, piece in zip(rows.tolist(), pieces[rows].of_source(0, epoch), strict=True):
-            sizes, ordered = self.source.segments(piece.document, self.text(epoch, piece.document))
-            if piece.whole and not ordered:
-                sizes = [sizes[i] for i in self.order(epoch, piece.document, len(sizes))]
-            hidden = self.hidden(epoch, piece.document, len(sizes)) if pieces.hides[row] else 0
-            stops[row] = 2 + sum(tokens for tokens, _ in sizes) if piece.whole else piece.stop
-            targets[row], opener = 0, 1
+        pieces = pieces.copy()
+        for row, (document, start, stop, whole, *_, hides) in zip(rows.tolist(), pieces[rows].tolist(), strict=True):
+            sizes, ordered = self.source.segments(document, self.text(epoch, document))
+            if whole and not ordered:
+                sizes = [sizes[i] for i in self.order(epoch, document, len(sizes))]
+            hidden = self.hidden(epoch, document, len(sizes)) if hides else 0
+            stop = 2 + sum(tokens for tokens, _ in sizes) if whole else stop
+            targets, opener = 0, 1
             for number, (tokens, learned) in enumerate([*sizes, (1, sizes[-1][1])]):  # the last is `<end>`
                 if learned and number >= hidden:
-                    targets[row] += max(0, min(opener + tokens, stops[row]) - max(opener, piece.start + 1))
+                    targets += max(0, min(opener + tokens, stop) - max(opener, start + 1))
                 opener += tokens
-        return replace(pieces, stop=stops, targets=targets)
+            pieces["stop"][row], pieces["targets"][row] = stop, targets
+        return pieces
 
 
-Packed = tuple[Pieces, list[int], np.ndarray, np.ndarray]  # pieces, first piece of each pack, and its tokens and targets
+class _Window(NamedTuple):
+    """The packs of a window in an epoch: spans of the pieces (P,), first piece of each pack, and its tokens and targets."""
+
+    spans: np.ndarray
+    first: list[int]
+    tokens: list[int]
+    targets: list[int]
 
 
 class SourceOrder:
     """Order of a source: in each epoch, each of its E packs is visited by exactly one stream.
 
-    Args:
-        window_packs: (windows,) packs of each window, if already counted; None: count them, which loads all pieces once.
-        for_each: `map`, or an equivalent over several processes, for counting.
-        condition_dropout: see `Draw`.
+    window_packs: (windows,) packs of each window; None: count them with `for_each`, a `map`, which loads all pieces once.
     """
 
     def __init__(
@@ -206,56 +207,71 @@ class SourceOrder:
         self._make_caches()
         shards = permutation(len(source.counts), *self._key, "shards")
         self._shards = shards[source.counts[shards] > 0]
-        counts, tokens = source.counts[self._shards], source.tokens[self._shards]
-        sizes = np.zeros_like(counts) if source.bytes is None else source.bytes[self._shards]
-        self._first_shard = _group_shards(tokens, counts, sizes, streams)
+        self._parts = _largest_divisor(streams, int(source.tokens.sum()) // context // STREAM_PACKS)
+        self._first_shard = self._group_shards()
         self.groups = len(self._first_shard) - 1
-        self._group_pieces = np.add.reduceat(counts, self._first_shard[:-1])
-        self._first_window = np.concatenate([[0], np.cumsum(-(-self._group_pieces // WINDOW_PIECES))])
+        counts, tokens = (np.add.reduceat(n[self._shards], self._first_shard[:-1]) for n in (source.counts, source.tokens))
+        windows = np.clip(tokens // (WINDOW_PACKS * context), 1, -(-counts // WINDOW_PIECES))  # of each group
+        self._group_pieces, self._first_window = counts, [0, *np.cumsum(windows).tolist()]
         if window_packs is None:
             window_packs = np.concatenate(list(for_each(self.count_packs, range(self.groups))))
         self.window_packs = window_packs
-        self._starts = np.concatenate([[0], np.cumsum(window_packs)])  # of windows, in the line of packs
-        self._group_starts = self._starts[self._first_window]
-        self.packs_per_epoch = int(self._starts[-1])
+        self.packs_per_epoch = int(window_packs.sum())
+        self._starts = np.cumsum(
+            np.concatenate([[0], window_packs, window_packs])
+        )  # of windows, twice around the circle of packs
         self.tokens_per_pack = float(source.tokens.sum()) / self.packs_per_epoch  # mean
-        self._shift = int(self._group_starts[1]) // 2 if streams > 1 else 0  # the line is a circle: see `_group_shards`
+        # A circle: the first stream begins in the middle of the first group, see `_group_shards`.
+        self._shift = int(self._starts[self._first_window[1]]) // 2 if self._parts > 1 else 0
 
     def _make_caches(self) -> None:
         """Cache a window, a group and two visiting orders per stream in each instance, and a few more for transitions."""
         entries = self.streams + self.streams // 4 + 2
         self._group = lru_cache(self.streams)(self._make_group)
-        self._packed = lru_cache(entries)(self._make_packs)
+        self._window = lru_cache(entries)(self._pack_window)
         self._visits = lru_cache(2 * entries)(self._make_visits)
-        self._find = lru_cache(4096)(self._find_pack)  # a pack is located for its sizes, then for its pieces
+        self._last: dict[int, Any] = {}  # stream -> the window that was asked for last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_group", "_packed", "_visits", "_find")}
+        return {name: value for name, value in vars(self).items() if name not in ("_group", "_window", "_visits", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_caches()
 
+    def _group_shards(self) -> np.ndarray:
+        """Return the first shard of each group of neighbouring shards, and their number (groups + 1,).
+
+        The circle of shards is cut into parts of equal tokens, one or, in a small source, a fraction of one for each stream,
+        first within the first shard. Shards near a cut are groups alone, so streams overlap little; others are split evenly.
+        """
+        shards, full = self._shards, WINDOW_PACKS * self.context
+        tokens, counts = self.source.tokens[shards], self.source.counts[shards]
+        sizes = np.zeros_like(counts) if self.source.bytes is None else self.source.bytes[shards]
+        ends = np.cumsum(tokens)
+        starts = ends - tokens
+        cuts = tokens[0] // 2 + ends[-1] * np.arange(self._parts) // self._parts if self._parts > 1 else ends[:0]
+        part = np.searchsorted(cuts, starts, side="right")
+        margin = ends[-1] // (8 * len(ends))  # packs are not exactly as many as the tokens promise
+        alone = np.searchsorted(cuts, ends + margin, side="left") > np.searchsorted(cuts, starts - margin, side="right")
+        begins = (np.diff(part, prepend=0) > 0) | alone | np.concatenate([[False], alone[:-1]])
+        stretch = np.cumsum(begins) - begins[0]
+        bounds = ((counts, GROUP_PIECES), (sizes, GROUP_BYTES), (np.ones_like(counts), GROUP_SHARDS))
+        groups = np.ceil(np.max([np.bincount(stretch, amount) * self.streams / bound for amount, bound in bounds], axis=0))
+        of_stretch = np.bincount(stretch, tokens).astype(np.int64)
+        most = np.minimum(np.bincount(stretch, counts) // WINDOW_PIECES, of_stretch // full)
+        groups = np.clip(groups, 1, np.maximum(most, 1)).astype(np.int64)
+        offset = starts - (np.cumsum(of_stretch) - of_stretch)[stretch]
+        firsts = 1 + np.flatnonzero(np.diff(stretch) | np.diff(offset * groups[stretch] // of_stretch[stretch]))
+        return np.array([0, *firsts.tolist(), len(counts)])
+
     def shards_of_group(self, group: int) -> list[int]:
         return self._shards[self._first_shard[group] : self._first_shard[group + 1]].tolist()
 
-    def _windows(self, group: int) -> range:
-        return range(int(self._first_window[group]), int(self._first_window[group + 1]))
-
     def count_packs(self, group: int) -> np.ndarray:
         """Count the packs of each window of a group."""
-        windows = (self._pieces(group, window) for window in self._windows(group))
-        return np.array([len(best_fit_decreasing(pieces.stop - pieces.start, self.context)) for pieces in windows])
-
-    def part(self, epoch: int, stream: int) -> tuple[int, int]:
-        """Return [low, high), the range that a stream visits of an epoch's packs, which form a circle of E."""
-        first, streams = self.offset + epoch * self.packs_per_epoch, self.streams
-        stop = first + self.packs_per_epoch  # [first, stop): how many are less than c modulo `streams`?
-        low, high = (
-            (stop // streams - first // streams) * c + min(stop % streams, c) - min(first % streams, c)
-            for c in (stream, stream + 1)
-        )
-        return low + self._shift, high + self._shift
+        windows = range(self._first_window[group], self._first_window[group + 1])
+        return np.array([len(best_fit_decreasing(_lengths(self._pieces(window)), self.context)) for window in windows])
 
     def packs_before(self, total: int, stream: int) -> int:
         """Count the packs that a stream has visited when all streams together have visited `total`."""
@@ -268,98 +284,84 @@ class SourceOrder:
 
     def pack(self, k: int, stream: int = 0, source: int = 0) -> tuple[Piece, ...]:
         """Return the pieces of the k-th pack of a stream."""
-        epoch, (pieces, first, *_), n = self._locate(k, stream)
-        return pieces[first[n] : first[n + 1]].of_source(source, epoch)
+        epoch, window, n = self._locate(k, stream)
+        return _pieces(window.spans[window.first[n] : window.first[n + 1]], source, epoch)
 
     def sizes(self, k: int, stream: int = 0) -> tuple[int, int]:
         """Count (tokens, targets) of the k-th pack of a stream."""
-        _, (*_, tokens, targets), n = self._locate(k, stream)
-        return int(tokens[n]), int(targets[n])
+        _, window, n = self._locate(k, stream)
+        return window.tokens[n], window.targets[n]
 
     def upcoming_shards(self, k: int, stream: int = 0) -> Iterator[tuple[int, list[int]]]:
         """Yield (index of the first pack, shards) of each group from the k-th pack of a stream on, endlessly."""
         epoch, within = self.find(k, stream)
         while True:
-            first = k - within
-            groups, ends = self._visits(epoch, None, *self.part(epoch, stream))
-            for group, start, end in zip(groups, [0, *ends], ends, strict=False):
-                if end > max(start, within):
+            first, (windows, _, ends) = k - within, self._visits(epoch, stream)
+            visits = zip(map(self._group_of, windows), [0, *ends], ends, strict=False)
+            for group, of_group in groupby(visits, key=itemgetter(0)):
+                (_, start, end), *more = of_group
+                if (more[-1][2] if more else end) > within:
                     yield first + start, self.shards_of_group(group)
             k, epoch, within = first + (ends[-1] if ends else 0), epoch + 1, 0
 
-    def _locate(self, k: int, stream: int) -> tuple[int, Packed, int]:
+    def _group_of(self, window: int) -> int:
+        return bisect_right(self._first_window, window) - 1
+
+    def _locate(self, k: int, stream: int) -> tuple[int, _Window, int]:
         """Return (epoch, packs of a window, index of the pack) for the k-th pack of a stream."""
-        epoch, group, window, n = self._find(k, stream)
-        return epoch, self._packed(epoch, group, window), n
-
-    def _find_pack(self, k: int, stream: int) -> tuple[int, int, int, int]:
-        """Return (epoch, group, window, index in the window) of the k-th pack of a stream."""
-        epoch, within = self.find(k, stream)
-        low, high = self.part(epoch, stream)
-        found: list[Any] = [None]  # the group, then the window
-        for _ in range(2):
-            order, ends = self._visits(epoch, found[-1], low, high)
+        first, stop, epoch, window, shift = self._last.get(stream, (0, 0, 0, None, 0))
+        if not first <= k < stop:
+            epoch, within = self.find(k, stream)
+            windows, firsts, ends = self._visits(epoch, stream)
             at = bisect_right(ends, within)
-            found.append(order[at])
-            within -= ends[at - 1] if at else 0
-        _, group, window = found
-        start, stop = int(self._starts[window]), int(self._starts[window + 1])
-        first = min(stop, high) - max(start, low)  # packs before the line's end; the others are at its beginning
-        n = within - max(0, first) + max(0, low - start - self.packs_per_epoch)
-        n = within + max(0, low - start) if within < first else n
-        return epoch, group, window, n
+            first, stop = (k - within + end for end in (ends[at - 1] if at else 0, ends[at]))
+            window, shift = self._window(epoch, windows[at]), firsts[at] - first
+            self._last[stream] = first, stop, epoch, window, shift
+        return epoch, window, k + shift
 
-    def _make_visits(self, epoch: int, group: int | None, low: int, high: int) -> tuple[list[int], list[int]]:
-        """Order the groups, or the windows of a group, for the stream of [low, high), with their cumulated packs in it."""
-        starts, some = (self._group_starts, range(self.groups)) if group is None else (self._starts, self._windows(group))
-        key = (epoch, "groups") if group is None else (epoch, group, "windows")
-        order = some.start + permutation(len(some), *self._key, *key, low)
-        turns = (np.minimum(starts[order + 1] + n, high) - np.maximum(starts[order] + n, low) for n in (0, starts[-1]))
-        return order.tolist(), np.cumsum(sum(np.maximum(sizes, 0) for sizes in turns)).tolist()
+    def _make_visits(self, epoch: int, stream: int) -> tuple[list[int], list[int], list[int]]:
+        """Order the windows in a stream's part of an epoch: (window, the stream's first pack in it, cumulated packs)."""
+        size, starts, count = self.packs_per_epoch, self._starts, len(self.window_packs)
+        first = self.offset + epoch * size  # in the line of all epochs, whose n-th pack belongs to stream n modulo C
+        low, high = (
+            self._shift
+            + sum(sign * (n // self.streams * c + min(n % self.streams, c)) for n, sign in ((first + size, 1), (first, -1)))
+            for c in (stream, stream + 1)
+        )
+        some = np.arange(np.searchsorted(starts, low, side="right") - 1, np.searchsorted(starts, high))
+        window = some % count
+        group = np.searchsorted(self._first_window, window, side="right")
+        keys = (draws(one, *self._key, epoch, name, low) for one, name in ((window, "windows"), (group, "groups")))
+        some = some[np.lexsort((some, *keys))]
+        begins = np.maximum(starts[some], low)
+        ends = np.cumsum(np.minimum(starts[some + 1], high) - begins)
+        return (some % count).tolist(), (begins - starts[some]).tolist(), ends.tolist()
 
-    def _make_group(self, group: int) -> Pieces:
-        pieces = Pieces.concatenate([self.source.load(shard) for shard in self.shards_of_group(group)])
+    def _make_group(self, group: int) -> np.ndarray:
+        pieces = np.concatenate([self.source.load(shard) for shard in self.shards_of_group(group)])
         return pieces[permutation(len(pieces), *self._key, group, "documents")]
 
-    def _pieces(self, group: int, window: int) -> Pieces:
+    def _pieces(self, window: int) -> np.ndarray:
         """Return the pieces of a window; the windows of a group differ by at most one piece."""
-        windows, size = self._windows(group), int(self._group_pieces[group])
-        n = window - windows.start
-        return self._group(group)[size * n // len(windows) : size * (n + 1) // len(windows)]
+        group = self._group_of(window)
+        first, stop = self._first_window[group : group + 2]
+        low, high = (int(self._group_pieces[group]) * (n - first) // (stop - first) for n in (window, window + 1))
+        return self._group(group)[low:high]
 
-    def _make_packs(self, epoch: int, group: int, window: int) -> Packed:
-        pieces = self._pieces(group, window)
+    def _pack_window(self, epoch: int, window: int) -> _Window:
+        pieces = self._pieces(window)
         pieces = pieces[permutation(len(pieces), *self._key, epoch, window, "ties")]
-        packs = best_fit_decreasing(pieces.stop - pieces.start, self.context)
+        packs = best_fit_decreasing(_lengths(pieces), self.context)
         # Best fit puts long documents first: shuffle, or the lengths would drift.
         packs = [packs[i] for i in permutation(len(packs), *self._key, epoch, window, "packs")]
-        first = np.cumsum([0, *(len(pack) for pack in packs)])
+        first = np.cumsum([0, *map(len, packs)])
         pieces = self.draw.apply(pieces[np.concatenate(packs)], epoch)
-        tokens = np.add.reduceat(pieces.stop - pieces.start, first[:-1])
-        return pieces, first.tolist(), tokens, np.add.reduceat(pieces.targets, first[:-1])
+        tokens, targets = (np.add.reduceat(n, first[:-1], dtype=np.int64) for n in (_lengths(pieces), pieces["targets"]))
+        return _Window(pieces[SPAN], first.tolist(), tokens.tolist(), targets.tolist())
 
 
-def _group_shards(tokens: np.ndarray, counts: np.ndarray, sizes: np.ndarray, streams: int) -> np.ndarray:
-    """Return the first shard of each group (groups + 1,) of neighbouring shards, with these tokens, pieces and bytes.
-
-    The circle of shards is cut into `streams` parts of equal tokens, first within the first shard. Shards near a cut are groups
-    alone, so streams overlap little; the others are split evenly, within the limits.
-    """
-    ends = np.cumsum(tokens)
-    starts = ends - tokens
-    borders = tokens[0] // 2 + ends[-1] * np.arange(streams) // streams if streams > 1 else ends[:0]
-    part = np.searchsorted(borders, starts, side="right")
-    margin = ends[-1] // (8 * len(ends))  # packs are not exactly as many as the tokens promise
-    alone = np.searchsorted(borders, ends + margin, side="left") > np.searchsorted(borders, starts - margin, side="right")
-    begins = (np.diff(part, prepend=0) > 0) | alone | np.concatenate([[False], alone[:-1]])
-    stretch = np.cumsum(begins) - begins[0]
-    bounds = ((counts, GROUP_PIECES), (sizes, GROUP_BYTES), (np.ones_like(counts), GROUP_SHARDS))
-    groups = np.ceil(np.max([np.bincount(stretch, amount) * streams / bound for amount, bound in bounds], axis=0))
-    groups = np.clip(groups, 1, np.maximum(np.bincount(stretch, counts) // WINDOW_PIECES, 1)).astype(np.int64)
-    of_stretch = np.bincount(stretch, tokens).astype(np.int64)
-    offset = starts - (np.cumsum(of_stretch) - of_stretch)[stretch]
-    firsts = 1 + np.flatnonzero(np.diff(stretch) | np.diff(offset * groups[stretch] // of_stretch[stretch]))
-    return np.array([0, *firsts.tolist(), len(counts)])
+def _pieces(spans: np.ndarray, source: int, epoch: int) -> tuple[Piece, ...]:
+    return tuple([Piece(source, epoch, *row) for row in spans.tolist()])
 
 
 class Phase(NamedTuple):
@@ -371,10 +373,8 @@ class Phase(NamedTuple):
 
 
 class TrainingOrder:
-    """Position -> pack, over all sources, which have the same number C of streams.
-
-    Phases begin at multiples of the global batch, itself a multiple of C, the first at 0. Positions from `end` on are empty.
-    """
+    """Position -> pack, over all sources, with the same C streams. Phases begin at multiples of the global batch, itself a
+    multiple of C, the first at 0. Positions from `end` on are empty."""
 
     def __init__(
         self, sources: Sequence[SourceOrder], phases: Sequence[Phase], global_batch: int = 1, end: int | None = None
@@ -417,7 +417,6 @@ class TrainingOrder:
         """Return the index in each stream after the last phase so far, which is exact."""
         return self._firsts[-1] + -(-max(map(sum, self._weights[-1])) // self.run) * self.run
 
-    @lru_cache(4096)  # noqa: B019 (lives as long as the run); `locate` asks for neighbors
     def _counts(self, number: int, stream: int, index: int) -> list[int]:
         """Count the packs of each source in a stream before an index in phase `number`."""
         weights, index = self._weights[number][stream], index - self._firsts[number]
@@ -425,17 +424,25 @@ class TrainingOrder:
         shares = share_counts(index, weights, stream, self.streams)
         return [a + b for a, b in zip(self._base[number][stream], shares, strict=True)]
 
-    @lru_cache(4096)  # noqa: B019 (lives as long as the run)
+    @lru_cache(8)  # noqa: B019 (lives as long as the run)
+    def _step(self, step: int) -> list[tuple[int, int, int] | None]:
+        """Locate all positions of a step."""
+        found: list[tuple[int, int, int] | None] = []
+        index = step * self.run
+        number = bisect_right(self._firsts, index) - 1
+        for stream in range(self.streams):
+            counts = self._counts(number, stream, index)
+            for following in (self._counts(number, stream, index + n + 1) for n in range(self.run)):
+                source = next((i for i, count in enumerate(counts) if following[i] > count), None)
+                found.append(None if source is None else (source, stream, counts[source]))
+                counts = following
+        last = self.global_batch if self.end is None else max(0, self.end - step * self.global_batch)
+        return found[:last] + [None] * (len(found) - last)
+
     def locate(self, position: int) -> tuple[int, int, int] | None:
         """Return (source, stream, index among the packs of the source in the stream), or None for an empty position."""
         step, within = divmod(position, self.global_batch)
-        stream, index = within // self.run, step * self.run + within % self.run
-        number = bisect_right(self._firsts, index) - 1
-        counts, following = (self._counts(number, stream, i) for i in (index, index + 1))
-        if counts == following or (self.end is not None and position >= self.end):
-            return None
-        source = next(i for i, count in enumerate(counts) if following[i] > count)
-        return source, stream, counts[source]
+        return self._step(step)[within]
 
     def pack(self, position: int) -> tuple[Piece, ...]:
         """Return the pieces of the pack at a position."""
@@ -444,12 +451,12 @@ class TrainingOrder:
 
     def sizes(self, first: int, stop: int) -> tuple[np.ndarray, int]:
         """Count (tokens of each source (S,), targets) planned for the positions [first, stop)."""
-        tokens, targets = np.zeros(len(self.sources), np.int64), 0
+        tokens, targets = [0] * len(self.sources), 0
         for source, stream, k in filter(None, map(self.locate, range(first, stop))):
-            of_pack = self.sources[source].sizes(k, stream)
-            tokens[source] += of_pack[0]
-            targets += of_pack[1]
-        return tokens, targets
+            more = self.sources[source].sizes(k, stream)
+            tokens[source] += more[0]
+            targets += more[1]
+        return np.array(tokens), targets
 
     def upcoming_shards(self, source: int, stream: int, position: int) -> Iterator[tuple[float, list[int]]]:
         """Yield (approximate position of the first pack, shards) of each group, endlessly, ignoring later phases."""
@@ -469,11 +476,11 @@ class ValidationOrder:
         self.draws = [Draw(0, source) for source in sources]
         self._packs: list[tuple[Piece, ...]] = []
         for number, source in enumerate(sources):
-            pieces = Pieces.concatenate([source.load(shard) for shard in range(len(source.counts))])
+            pieces = np.concatenate([source.load(shard) for shard in range(len(source.counts))])
             for start in range(0, len(pieces), VALIDATION_PIECES):
                 window = self.draws[number].apply(pieces[start : start + VALIDATION_PIECES], 0)
-                packs = best_fit_decreasing(window.stop - window.start, context)
-                self._packs += [window[pack].of_source(number, 0) for pack in packs]
+                packs = best_fit_decreasing(_lengths(window), context)
+                self._packs += [_pieces(window[SPAN][pack], number, 0) for pack in packs]
 
     def __len__(self) -> int:
         return len(self._packs)

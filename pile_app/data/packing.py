@@ -1,8 +1,7 @@
 """Packing: which pieces of documents share a pack. Pure functions of lengths.
 
-A pack holds up to `context` tokens of whole documents. A longer document is cut between segments or sentences if possible, else
-inside a text, never inside a medium. A piece that continues a text repeats the last token of the previous piece, so that every
-text token and every code is predicted exactly once.
+A document longer than a pack is cut between segments or sentences if possible, else inside a text, never inside a medium. A
+piece that continues a text repeats the last token of the previous piece, so every token and code is predicted exactly once.
 """
 
 from __future__ import annotations

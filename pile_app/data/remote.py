@@ -11,7 +11,6 @@ next, which protects them from eviction. The kernel releases a `flock` when a pr
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import logging
@@ -20,14 +19,17 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, flock, locked, release
 from pile_app.data.urls import MissingError, opened, with_retries
+
+with suppress(ImportError):  # Windows
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -38,27 +40,22 @@ STUCK_SECONDS = 60  # until a file that is needed now replaces files in use
 
 
 class Wanted(NamedTuple):
-    """A remote file: see `ShardCache.fetch`."""
-
     url: str
     size: int | None = None
     check: Check | None = None
 
 
 class _Later(ShardError):
-    """A prefetched file is being fetched by another process, or is no longer wanted."""
+    """A prefetched file is being fetched by another process, has no room yet, or is no longer wanted."""
 
 
 class _NoRoom(_Later):
-    """A prefetched file has no room yet."""
+    pass
 
 
 class ShardCache:
     """Keep local copies of remote files, shared by all processes that use the same folder, and delete the least recently used.
-
-    It has no handles and no state, so it may be pickled and used by threads. `max_bytes` limits the whole folder: copies,
-    downloads, other files. The time before a retry starts at `backoff_seconds` and doubles.
-    """
+    `max_bytes` limits the whole folder. It has no handles and no state, so it may be pickled and used by threads."""
 
     def __init__(
         self, folder: str | Path, max_bytes: int, allow_pipe: bool = False, retries: int = 5, backoff_seconds: float = 0.5
@@ -78,16 +75,14 @@ class ShardCache:
     def fetch(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> str:
         """Return the path of a whole local copy, downloaded by one process at most; it may be evicted later.
 
-        Args:
-            size: in bytes; a copy of another size is replaced.
-            check: called with the path of a new copy; if it raises, the copy is fetched once more.
-            ahead: for prefetching: do not wait for room or for other processes, and end when this event is set.
+        A copy of another `size` is replaced, a new copy for which `check` raises is fetched once more. ahead: for prefetching:
+        do not wait for room or for other processes, and end when this event is set.
         """
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
         if not _is_whole(path, size):
-            with _locked(path + ".lock", wait=ahead is None) as ours:
+            with locked(path + ".lock", wait=ahead is None) as ours:
                 if not ours:
                     raise _Later(f"{url!r} is being fetched by another process")
                 if not _is_whole(path, size):
@@ -99,7 +94,7 @@ class ShardCache:
         while True:
             with suppress(FileNotFoundError):  # evicted in between
                 descriptor = os.open(self.fetch(url, size, check, ahead), os.O_RDONLY)
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                flock(descriptor, "LOCK_SH")
                 if os.fstat(descriptor).st_nlink:
                     return descriptor
                 os.close(descriptor)
@@ -108,7 +103,7 @@ class ShardCache:
         """Fetch a small file, such as a manifest, to the path `to`; None for 404, and for 403 as S3 answers without listing."""
         if url.startswith("pipe:") or (url.startswith("http") and "?" in url):
             return None  # a query, such as a signature, is valid for the shard only
-        with _locked(to + ".lock"), suppress(MissingError):
+        with locked(to + ".lock"), suppress(MissingError):
             if not os.path.exists(to):
                 self._download(Wanted(url), to, None)
             return to
@@ -136,7 +131,7 @@ class ShardCache:
             try:
                 if wanted.check is not None:
                     wanted.check(str(part))
-                with _locked(self.room):
+                with locked(self.room):
                     return os.replace(part, path)
             except Exception as error:
                 if is_last:
@@ -173,7 +168,7 @@ class ShardCache:
             raise ShardError(f"{url!r} has {size:,} bytes or more, the cache {self.max_bytes:,}: raise data.cache_gigabytes")
         began = time.monotonic()
         while True:
-            with _locked(self.room):
+            with locked(self.room):
                 if self._evict(size, part, time.monotonic() - began > STUCK_SECONDS):
                     os.truncate(part, size)
                     return size
@@ -191,7 +186,7 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     about = os.stat(path)
                     if path.endswith(".part"):
-                        with _locked(path.rsplit(".", 2)[0] + ".lock", wait=False) as is_abandoned:
+                        with locked(path.rsplit(".", 2)[0] + ".lock", wait=False) as is_abandoned:
                             if is_abandoned:
                                 os.unlink(path)
                                 continue
@@ -207,10 +202,7 @@ class ShardCache:
 class Prefetcher:
     """Fetch files in threads before they are needed: an optimization, as readers fetch missing files themselves.
 
-    Args:
-        files: (position after which it is not needed, file) in the order of first use; may be endless.
-        ahead: files that are fetched and kept after the last `advance`.
-        threads: concurrent downloads.
+    files: (position after which it is not needed, file) in the order of first use; ahead: how many are fetched and kept.
     """
 
     def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:
@@ -230,7 +222,7 @@ class Prefetcher:
 
     def _release(self, is_unneeded: Callable[[int, float], bool]) -> None:
         for kept in [kept for kept in self._kept if is_unneeded(*kept[:2])]:
-            os.close(kept[2])
+            release(kept[2])
             self._kept.remove(kept)
         self._changed.notify_all()
 
@@ -295,7 +287,7 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
     """Delete a copy unless it is in use or being replaced."""
     try:
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file.fileno(), wait=False)
     except PermissionError:  # another user's
         return False
     except BlockingIOError:
@@ -304,21 +296,3 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
         log.warning("the cache holds less than is read at the same time: raise data.cache_gigabytes")
     Path(path).unlink(missing_ok=True)
     return True
-
-
-@contextmanager
-def _locked(path: str, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock at `path`; yield False if it is held elsewhere and `wait` is False."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    descriptor, ours = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            ours = False
-        except OSError as error:
-            raise ShardError(f"{path!r} cannot be locked ({error}): put the cache on a file system with flock") from error
-        yield ours
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked child may hold a copy
-        os.close(descriptor)

@@ -11,8 +11,8 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,8 @@ OPEN_SHARDS = 64  # files that a process holds open: an evicted shard frees its 
 
 
 def expand_shards(pattern: str | Sequence[str]) -> list[str]:
-    """Paths or URLs from a pattern: braces as in WebDataset (`shard-{000000..000012}.tar`), then wildcards.
-
-    Raises `ShardError` if nothing matches, a shard is named twice, or braces do not match. URLs are not looked up.
-    """
+    """Paths or URLs from a pattern: braces as in WebDataset (`shard-{000000..000012}.tar`), then wildcards. Raises `ShardError`
+    if nothing matches, a shard is named twice, or braces do not match."""
     import braceexpand
 
     where = f"(from {pattern!r}, working folder {os.getcwd()})"
@@ -65,27 +63,40 @@ def expand_shards(pattern: str | Sequence[str]) -> list[str]:
     return paths
 
 
-class _OpenFile:
-    """A file descriptor that is closed when nothing refers to it any more."""
+class OpenShard:
+    """A shard that is being read. Its index is loaded and its file is opened, or fetched, when they are first needed."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, path: str, size: int, load: Callable[[], ShardIndex], cache: ShardCache | None) -> None:
+        self.path, self.size, self.cache, self._load = path, size, cache, load
+
+    @cached_property
+    def index(self) -> ShardIndex:
+        """The rows of the shard. Raises `ShardError` if they are damaged."""
+        index = self._load()
+        index.check()
+        return index
+
+    @cached_property
+    def descriptor(self) -> int:
+        if self.cache is not None:
+            return self.cache.open(self.path, self.size, self.index.check_tar)
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"shard {self.path!r} cannot be opened: {error}") from error
+        if (found := os.fstat(descriptor).st_size) != self.size:
+            os.close(descriptor)
+            message = f"shard {self.path!r} has {found:,} bytes, {self.size:,} were indexed: run `pile index {self.path}`"
+            raise ShardError(message)
+        return descriptor
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if "descriptor" in self.__dict__:
+            os.close(self.descriptor)
 
 
 class Shards:
-    """The documents of some shards, by number.
-
-    Args:
-        pattern: of paths or URLs, see `expand_shards`.
-        cache: of remote shards.
-        fields, tokenizer, again: see `open_manifest`.
-        processes: that index new shards; None: one for each core.
-    """
-
-    CACHES: tuple[str, ...] = ("index", "_file", "_fetched_again")  # attributes that are not pickled
+    """The documents of some shards, by number. See `expand_shards` and `open_manifest` for the arguments."""
 
     def __init__(
         self,
@@ -112,19 +123,23 @@ class Shards:
         self.first_document: list[int] = [0, *np.cumsum([about["rows"][0] for about in abouts]).tolist()]
         prints = [about["fingerprint"] for about in abouts] + [str(m.fields) for m in self.manifests if m.fields != OWN]
         self.fingerprint = hashlib.blake2b("".join(prints).encode(), digest_size=16).hexdigest()
-        self._open_caches()
-
-    def _open_caches(self) -> None:
-        self.index = lru_cache(OPEN_SHARDS)(self._load_index)
-        self._file = lru_cache(OPEN_SHARDS)(self._open)
-        self._fetched_again: set[int] = set()
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self.CACHES}
+        return {name: value for name, value in vars(self).items() if name not in ("opened", "_fetched_again")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open_caches()
+        self.opened: Any = lru_cache(OPEN_SHARDS)(self._open)  # of `OpenShard`
+        self._fetched_again: set[int] = set()
+
+    def _open(self, shard: int) -> OpenShard:
+        return OpenShard(*self._about(shard))
+
+    def _about(self, shard: int) -> tuple[str, int, Callable[[], ShardIndex], ShardCache | None]:
+        path, manifest = self.paths[shard], self._manifest_of[shard]
+        load = partial(manifest.index, split_path(path)[1])
+        return path, self.sizes[shard], load, self.cache if self.remote[shard] else None
 
     def __len__(self) -> int:
         return self.first_document[-1]
@@ -136,11 +151,8 @@ class Shards:
     def _abouts(self) -> list[dict[str, Any]]:
         return [self._manifest_of[shard].about(split_path(path)[1]) for shard, path in enumerate(self.paths)]
 
-    def _load_index(self, shard: int) -> ShardIndex:
-        """The rows of a shard. Raises `ShardError` if they are damaged."""
-        index = self._manifest_of[shard].index(split_path(self.paths[shard])[1])
-        index.check()
-        return index
+    def index(self, shard: int) -> ShardIndex:
+        return self.opened(shard).index
 
     def place(self, number: int) -> tuple[int, int]:
         """(shard, sample in it) of a document."""
@@ -157,35 +169,18 @@ class Shards:
         return self.index(shard).document(sample, self.block(shard, sample))
 
     def block(self, shard: int, sample: int) -> bytes:
-        """The bytes of a sample. Raises `BadSample` if they are not those that were indexed."""
-        read = partial(self.read, shard)
+        """The bytes of a sample; a remote shard is fetched once more if it differs from the index. Raises `BadSample`."""
+        opened = self.opened(shard)  # held, so that another thread does not close it
         try:
-            return self.index(shard).block(sample, read)
+            return opened.index.block(sample, opened.descriptor)
         except BadSample:
             if self.cache is None or not self.remote[shard] or shard in self._fetched_again:
                 raise
-        self._fetched_again.add(shard)  # the copy may be of an earlier version: fetch it once more
+        self._fetched_again.add(shard)  # the copy may be of an earlier version
         Path(self.cache.path(self.paths[shard])).unlink(missing_ok=True)
-        self._file.cache_clear()
-        return self.index(shard).block(sample, read)
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Read bytes of a tar, which is fetched if it is remote."""
-        file = self._file(shard)  # held, so that another thread does not close it
-        return os.pread(file.descriptor, size, offset)
-
-    def _open(self, shard: int) -> _OpenFile:
-        path, size = self.paths[shard], self.sizes[shard]
-        if self.remote[shard]:
-            assert self.cache is not None
-            return _OpenFile(self.cache.open(path, size, self.index(shard).check_tar))
-        try:
-            file = _OpenFile(os.open(path, os.O_RDONLY))
-        except OSError as error:
-            raise ShardError(f"shard {path!r} cannot be opened: {error}") from error
-        if (found := os.fstat(file.descriptor).st_size) != size:
-            raise ShardError(f"shard {path!r} has {found:,} bytes, {size:,} were indexed: run `pile index {path}`")
-        return file
+        self.opened.cache_clear()
+        opened = self.opened(shard)
+        return opened.index.block(sample, opened.descriptor)
 
     def publish(self) -> list[str]:
         """Upload the manifests of remote folders next to the shards. Returns where the manifests are."""
@@ -202,10 +197,8 @@ class Shards:
         return found
 
     def balance(self) -> dict[str, Any]:
-        """Account for all samples: `read` = `documents` + the sum of `rejected` (reason -> count).
-
-        `examples`: reason -> the first keys and the first message; `unused`, `dropped`: name of a file, field or part -> count.
-        """
+        """Account for all samples: `read` = `documents` + the sum of `rejected` (reason -> count). `examples`: reason -> first
+        keys and message; `unused`, `dropped`: name of a file, field or part -> count."""
         abouts, examples = self._abouts(), dict[str, tuple[list[str], str]]()
         counts = {name: Counter[str]() for name in ("rejected", "unused", "dropped")}
         for about in abouts:
@@ -214,12 +207,8 @@ class Shards:
                 examples.setdefault(reason, (keys, detail))
             for name in ("unused", "dropped"):
                 counts[name].update(about[name])
-        found = {
-            "fields": str(self.manifests[0].fields),
-            "read": sum(about["read"] for about in abouts),
-            "documents": len(self),
-        }
-        return found | counts | {"examples": examples}
+        found = {"read": sum(about["read"] for about in abouts), "documents": len(self), "examples": examples}
+        return found | counts | {"fields": str(self.manifests[0].fields)}
 
 
 def describe_balance(balance: Mapping[str, Any]) -> str:
@@ -237,8 +226,8 @@ def describe_balance(balance: Mapping[str, Any]) -> str:
 def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str, shard_bytes: int = 64 << 20) -> Shards:
     """Write documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
 
-    A shard gets its name when it is complete. Documents without a key are numbered. The same documents give the same bytes.
-    Documents that cannot be read back are rejected in the manifest. Raises ValueError for a key that WebDataset would change.
+    Documents without a key are numbered. The same documents give the same bytes. Documents that cannot be read back are
+    rejected in the manifest. Raises ValueError for a key that WebDataset would change.
     """
     import webdataset
 

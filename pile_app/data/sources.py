@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, map_arrays, save_arrays
 from pile_app.data.index import EXTENSIONS, UNORDERED, ShardIndex, starts
-from pile_app.data.order import ORDER_VERSION, Pieces, SourceOrder, SourceTokens
+from pile_app.data.order import ORDER_VERSION, SourceOrder, SourceTokens, piece_table
 from pile_app.data.packing import cut_document
 from pile_app.data.remote import ShardCache
-from pile_app.data.shards import OPEN_SHARDS, Shards, describe_balance
+from pile_app.data.shards import OpenShard, Shards, describe_balance
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.tokens import KeptIds, text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LARGE_SOURCE = 1_000_000  # documents, from which on the tables of the order are kept
 LONG_TOKENS = 64 << 20  # of long documents that a process keeps
+READ_WHOLE = 1 << 14  # bytes of a document that cost no more to read than a part of them
 SHARD_COLUMNS = ("pieces", "tokens", "too_long", "shortest", "longest")
 TXT = EXTENSIONS.index("txt")
 STAND_IN = ("txt", "png", "wav")  # extension of a segment outside of a piece, by modality
@@ -41,13 +44,86 @@ Span = tuple[int, int] | None  # tokens [start, stop) that are needed of a docum
 Found = tuple[str, Document | BadSample]  # (key, document, or the reason why it cannot be used)
 
 
+class SourceShard(OpenShard):
+    """An open shard of a source, with the tokens of its segments."""
+
+    def __init__(self, about: tuple[Any, ...], vocabulary: Vocabulary, tokenizer: Tokenizer, context: int) -> None:
+        super().__init__(*about)
+        self.vocabulary, self.tokenizer, self.context = vocabulary, tokenizer, context
+        self.is_bytes = tokenizer.fingerprint == "bytes"
+        self.checked = set[int]()  # long documents whose checksum was right
+
+    @cached_property
+    def kept(self) -> KeptIds | None:
+        """The ids that are kept next to a local shard."""
+        if not self.is_bytes and self.cache is None:
+            with suppress(OSError, ValueError):
+                return KeptIds(self.index, self.path, self.tokenizer)
+        return None
+
+    @cached_property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """((G,) tokens of each segment with opener and closing token, breaks in tokens)."""
+        counts, breaks = text_counts(self.index, self.tokenizer)
+        return segment_tokens(self.index, self.vocabulary, counts), breaks
+
+    def cut(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """(table of the pieces, (S,) tokens of the documents, number of documents with a medium longer than the context)."""
+        index, (every, breaks) = self.index, self.lengths
+        rows = np.flatnonzero(~index.choice)  # the first alternative of each segment
+        tokens = np.maximum.reduceat(every, rows) if len(rows) else every  # room for the longest alternative
+        loss, modality, first = index.loss[rows], index.modality[rows], np.searchsorted(rows, index.first_segment)
+
+        def total(values: np.ndarray) -> np.ndarray:  # (S,), of the segments of each document
+            return np.diff(starts(values)[first])
+
+        count, learned, lengths = np.diff(first), total(loss), total(tokens) + 2
+        ends = loss[first[1:] - 1]  # whether `<end>` is predicted
+        varies = (count < index.segments) | ((index.flags & UNORDERED > 0) & (learned < count))
+        hides = (count > 1) & (learned == count)
+        cut: list[tuple[int, int, int, int]] = []  # sample, start, stop, targets
+        too_long, first_break = 0, starts(index.break_count)
+        for sample in np.flatnonzero(lengths > self.context).tolist():
+            start, stop = first[sample : sample + 2].tolist()
+            sizes = every[rows[start:stop]].tolist()  # a document that is cut has its first alternatives
+            good: list[int] = []
+            position = 1
+            for row, size in zip(rows[start:stop].tolist(), sizes, strict=True):
+                good += (breaks[first_break[row] : first_break[row + 1]] + np.int64(position + 1)).tolist()
+                position += size
+            try:
+                ranges = cut_document(list(zip(modality[start:stop].tolist(), sizes, strict=True)), self.context, good)
+            except ValueError:
+                too_long += 1
+                continue
+            if learned[sample] == count[sample]:  # every token but the first of a piece
+                cut += [(sample, begin, end, end - begin - 1) for begin, end in ranges]
+            else:
+                before = starts(np.repeat([False, *loss[start:stop], ends[sample]], [1, *sizes, 1]))  # predicted tokens
+                cut += [(sample, begin, end, int(before[end] - before[begin + 1])) for begin, end in ranges]
+        fits = np.flatnonzero(lengths <= self.context)
+        table = np.stack([fits, 0 * fits, lengths[fits], (total(tokens * loss) + ends)[fits]], 1)
+        sample, start, stop, targets = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)]).T
+        whole = np.arange(len(sample)) < len(fits)
+        columns = {"whole": whole, "targets": targets, "varies": whole & varies[sample], "hides": hides[sample]}
+        return piece_table(document=sample, start=start, stop=stop, **columns), lengths, too_long
+
+    def choose(self, sample: int, draw: Draw) -> Sequence[int]:
+        """The rows of a document: row `draw()` of each group of alternatives, the first if the document may be cut."""
+        rows, choice, tokens = self.index.rows(sample), self.index.numbers.choice, self.lengths[0]
+        if not any(choice[rows.start : rows.stop]):
+            return rows
+        groups: list[list[int]] = []
+        for row in rows:
+            groups += [] if choice[row] else [[]]
+            groups[-1].append(row)
+        longest = sum(int(tokens[group].max()) for group in groups) + 2
+        number = draw() if draw and longest <= self.context else 0
+        return [group[number % len(group)] for group in groups]
+
+
 class SourceData(Shards):
-    """The documents of one source: their pieces of at most `context` tokens for the order, their contents for training.
-
-    See `Shards` for the arguments.
-    """
-
-    CACHES = (*Shards.CACHES, "_kept_ids", "_lengths", "_last_long", "_checked")
+    """The documents of one source: their pieces of at most `context` tokens for the order, their contents for training."""
 
     def __init__(
         self,
@@ -71,20 +147,18 @@ class SourceData(Shards):
         self.tokens = SourceTokens(name, *counts, self.pieces, np.array(self.sizes), self.segments)
         if counts[0].sum():
             return
-        if len(self):
-            lengths = f"{self.counts['shortest'].min():,} to {self.counts['longest'].max():,}"
-            why = f"that fits a context of {context:,} tokens: they have {lengths} tokens. Raise data.context"
-        else:
-            balance = self.balance()
-            why = f": {describe_balance(balance)}. {'; '.join(detail for _, detail in balance['examples'].values())}"
-        raise ShardError(f"source {name!r} ({pattern!r}) holds no document{' ' * bool(len(self))}{why}")
+        lengths = f"{self.counts['shortest'].min():,} to {self.counts['longest'].max():,}"
+        why = f" that fits a context of {context:,} tokens: they have {lengths} tokens. Raise data.context"
+        if not len(self):
+            why = f": {describe_balance(self.balance())}. {'; '.join(text for _, text in self.balance()['examples'].values())}"
+        raise ShardError(f"source {name!r} ({pattern!r}) holds no document{why}")
 
-    def _open_caches(self) -> None:
-        super()._open_caches()
-        self._kept_ids = lru_cache(OPEN_SHARDS)(self._open_ids)
-        self._lengths = lru_cache(OPEN_SHARDS)(self._count_lengths)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._last_long: OrderedDict[tuple[int, int], tuple[int, list[Segment]]] = OrderedDict()
-        self._checked: set[tuple[int, int]] = set()  # long documents whose checksum was right
+
+    def _open(self, shard: int) -> SourceShard:
+        return SourceShard(self._about(shard), self.vocabulary, self.tokenizer, self.context)
 
     def describe(self) -> str:
         """One line for people: samples, documents, rejections, unused names, the field map."""
@@ -123,135 +197,79 @@ class SourceData(Shards):
 
     def _count(self, shard: int) -> list[int]:
         """`SHARD_COLUMNS` of a shard."""
-        pieces, lengths, too_long = self._cut(shard)
+        pieces, lengths, too_long = self.opened(shard).cut()
         bounds = (int(lengths.min()), int(lengths.max())) if len(lengths) else (1 << 62, 0)
-        return [len(pieces), int((pieces.stop - pieces.start).sum()), too_long, *bounds]
+        return [len(pieces), int((pieces["stop"] - pieces["start"]).sum()), too_long, *bounds]
 
-    def pieces(self, shard: int) -> Pieces:
-        """The pieces that the documents of a shard are cut into."""
-        return self._cut(shard)[0]
-
-    def _count_lengths(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """((G,) tokens of each segment with opener and closing token, breaks in tokens) of a shard."""
-        counts, breaks = text_counts(self.index(shard), self.tokenizer)
-        return segment_tokens(self.index(shard), self.vocabulary, counts), breaks
-
-    def _cut(self, shard: int) -> tuple[Pieces, np.ndarray, int]:
-        """(pieces, (S,) tokens of the documents, number of documents with a medium longer than the context) of a shard."""
-        index, (every, breaks) = self.index(shard), self._lengths(shard)
-        rows = np.flatnonzero(~index.choice)  # the first alternative of each segment
-        tokens = np.maximum.reduceat(every, rows) if len(rows) else every  # room for the longest alternative
-        loss, modality, first = index.loss[rows], index.modality[rows], np.searchsorted(rows, index.first_segment)
-
-        def total(values: np.ndarray) -> np.ndarray:  # (S,), of the segments of each document
-            return np.diff(starts(values)[first])
-
-        count, learned, lengths = np.diff(first), total(loss), total(tokens) + 2
-        ends = loss[first[1:] - 1]  # whether `<end>` is predicted
-        varies = (count < index.segments) | ((index.flags & UNORDERED > 0) & (learned < count))
-        hides = (count > 1) & (learned == count)
-        numbers = np.arange(len(index)) + self.first_document[shard]
-        cut: list[tuple[int, int, int, int]] = []  # document, start, stop, targets
-        too_long, first_break = 0, starts(index.break_count)
-        for sample in np.flatnonzero(lengths > self.context).tolist():
-            start, stop = first[sample : sample + 2].tolist()
-            sizes = every[rows[start:stop]].tolist()  # a document that is cut has its first alternatives
-            good: list[int] = []
-            position = 1
-            for row, size in zip(rows[start:stop].tolist(), sizes, strict=True):
-                good += (breaks[first_break[row] : first_break[row + 1]] + np.int64(position + 1)).tolist()
-                position += size
-            try:
-                ranges = cut_document(list(zip(modality[start:stop].tolist(), sizes, strict=True)), self.context, good)
-            except ValueError:
-                too_long += 1
-                continue
-            before = starts(np.repeat([False, *loss[start:stop], ends[sample]], [1, *sizes, 1]))  # predicted tokens
-            cut += [(int(numbers[sample]), begin, end, int(before[end] - before[begin + 1])) for begin, end in ranges]
-        table = np.stack([numbers, np.zeros_like(lengths), lengths, total(tokens * loss) + ends], 1)[lengths <= self.context]
-        is_whole = np.arange(len(table) + len(cut)) < len(table)
-        table = np.concatenate([table, np.array(cut, np.int64).reshape(-1, 4)])
-        sample_of = table[:, 0] - self.first_document[shard]
-        numbers, (begin, end, targets) = table[:, 0].copy(), table.T[1:].astype(np.int32)
-        flags = is_whole & varies[sample_of], hides[sample_of]
-        return Pieces(numbers, begin, end, targets, is_whole, *flags), lengths, too_long
+    def pieces(self, shard: int) -> np.ndarray:
+        """The table of the pieces that the documents of a shard are cut into."""
+        table, *_ = self.opened(shard).cut()
+        table["document"] += self.first_document[shard]
+        return table
 
     def segments(self, number: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
         """([(tokens, learned)] of the segments of a document, whether their order is fixed)."""
         shard, sample = self.place(number)
-        n, tokens = self.index(shard).numbers, self._lengths(shard)[0]
-        sizes = [(int(tokens[row]), bool(n.loss[row])) for row in self._choose(shard, sample, lambda: draw)]
+        opened = self.opened(shard)
+        n, tokens = opened.index.numbers, opened.lengths[0]
+        sizes = [(int(tokens[row]), bool(n.loss[row])) for row in opened.choose(sample, lambda: draw)]
         return sizes, not n.flags[sample] & UNORDERED
-
-    def _choose(self, shard: int, sample: int, draw: Draw) -> Sequence[int]:
-        """The rows of a document: row `draw()` of each group of alternatives, the first if the document may be cut."""
-        index, tokens = self.index(shard), self._lengths(shard)[0]
-        rows = index.rows(sample)
-        if not any(index.numbers.choice[rows.start : rows.stop]):
-            return rows
-        groups: list[list[int]] = []
-        for row in rows:
-            groups += [] if index.numbers.choice[row] else [[]]
-            groups[-1].append(row)
-        longest = sum(int(tokens[group].max()) for group in groups) + 2
-        number = draw() if draw and longest <= self.context else 0
-        return [group[number % len(group)] for group in groups]
 
     # -- Documents
 
     def document_or_reason(self, number: int, draw: Draw = None, span: Span = None) -> Found:
         """Read a document with its texts and `meta`, whole."""
         shard, sample = self.place(number)
-        index = self.index(shard)
+        opened = self.opened(shard)
         try:
             document = self.document(number)
             if draw is not None and any(segment.choices for segment in document.segments):
-                found = index.contents(sample, self.block(shard, sample))
-                chosen = [found[row] for row in self._choose(shard, sample, draw)]
+                found = opened.index.contents(sample, self.block(shard, sample))
+                chosen = [found[row] for row in opened.choose(sample, draw)]
                 parts = (replace(one, data=data, choices=()) for one, data in zip(document.segments, chosen, strict=True))
                 document = replace(document, segments=tuple(parts))
-            return index.key(sample), document
+            return opened.index.key(sample), document
         except BadSample as error:
-            return index.key(sample), error
+            return opened.index.key(sample), error
 
     def document_to_train(self, number: int, draw: Draw = None, span: Span = None) -> Found:
-        """Read a document as training needs it: texts as token ids, no `meta`.
-
-        The contents of segments outside of `span` may be zeros, so that reading all pieces takes time linear in the document.
-        """
-        shard, sample = self.place(number)
-        index = self.index(shard)
+        """Read a document as training needs it: texts as token ids, no `meta`. Contents outside of `span` may be zeros, so that
+        reading all pieces takes time linear in the document."""
+        shard = bisect_right(self.first_document, number) - 1
+        opened, sample = self.opened(shard), number - self.first_document[shard]
+        n, key = opened.index.numbers, opened.index.key(sample)
         try:
+            row = n.first_segment[sample]
+            if n.segments[sample] == 1 and n.file[row] == TXT:
+                # A text, as most documents are: `_segments` does the same in three times the time.
+                if opened.kept and not span:
+                    return key, Document((Segment("", "txt", n.loss[row], opened.kept.ids(row)),), key)
+                if opened.is_bytes and n.file_offset[row] and (not span or n.size[sample] <= READ_WHOLE):
+                    ids = np.frombuffer(self.block(shard, sample), np.uint8, n.file_size[row], n.file_offset[row])
+                    return key, Document((Segment("", "txt", n.loss[row], ids),), key)
             segments = self._segments(shard, sample, None if span else draw, span)
-            return index.key(sample), Document(tuple(segments), "", not index.numbers.flags[sample] & UNORDERED)
+            return key, Document(tuple(segments), key, not n.flags[sample] & UNORDERED)
         except BadSample as error:
-            return index.key(sample), error
+            return key, error
 
     def _segments(self, shard: int, sample: int, draw: Draw, span: Span) -> list[Segment]:
-        index, kept = self.index(shard), self._kept_ids(shard)
-        n, is_bytes, only = index.numbers, self.tokenizer.fingerprint == "bytes", index.rows(sample)
-        row = only.start
-        if not span and len(only) == 1 and n.file[row] == TXT and (kept or (is_bytes and n.file_offset[row])):
-            # A whole text, as most documents are: the code below does the same in three times the time.
-            if kept:
-                return [Segment("", "txt", n.loss[row], kept.ids(row))]
-            ids = np.frombuffer(self.block(shard, sample), np.uint8, n.file_size[row], n.file_offset[row])
-            return [Segment("", "txt", n.loss[row], ids)]
-        rows, lengths = self._choose(shard, sample, draw), self._lengths(shard)[0]
+        opened = self.opened(shard)
+        index, kept, is_bytes, n = opened.index, opened.kept, opened.is_bytes, opened.index.numbers
+        rows, lengths = opened.choose(sample, draw), opened.lengths[0]
         in_tar = [row for row in rows if kept is None or n.file[row] != TXT]
         if span and not all(n.file_offset[row] and (is_bytes or n.file[row] != TXT) for row in in_tar):
             return self._long(shard, sample)
         block, parsed = b"", dict[int, Any]()
-        if (shard, sample) not in self._checked if span else in_tar:  # once for all pieces of a long document
+        if sample not in opened.checked if span else in_tar:  # once for all pieces of a long document
             block = self.block(shard, sample)
-            self._checked |= {(shard, sample)} if span else set()
+            opened.checked |= {sample} if span else set()
         if in_tar and not span:
             parsed = {} if all(n.file_offset[row] for row in in_tar) else index.contents(sample, block)
 
         def read(row: int, begin: int, size: int) -> bytes:
             """Bytes of the file of a segment."""
             offset = n.file_offset[row] + begin
-            return self.read(shard, n.offset[sample] + offset, size) if span else block[offset : offset + size]
+            return block[offset : offset + size] if block else os.pread(opened.descriptor, size, n.offset[sample] + offset)
 
         def ids_of(row: int, count: int, low: int, high: int) -> np.ndarray:
             """(count,) ids of a text: those of [low, high)."""
@@ -303,19 +321,10 @@ class SourceData(Shards):
             self._last_long.popitem(last=False)
         return segments
 
-    def _open_ids(self, shard: int) -> KeptIds | None:
-        """The ids that are kept next to a local shard."""
-        if self.tokenizer.fingerprint != "bytes" and not self.remote[shard]:
-            with suppress(OSError, ValueError):
-                return KeptIds(self.index(shard), self.paths[shard], self.tokenizer)
-        return None
-
 
 def segment_tokens(index: ShardIndex, vocabulary: Vocabulary, counts: np.ndarray) -> np.ndarray:
-    """(G,) tokens of each segment of a shard, with opener and closing token. counts: (G,) tokens of each text.
-
-    Raises `ShardError` if the shard holds a modality that the model has no codec for.
-    """
+    """(G,) tokens of each segment of a shard, with opener and closing token, from those of its texts. Raises `ShardError` if it
+    holds a modality that the model has no codec for."""
     for modality in (IMAGE, AUDIO):
         if (index.modality == modality).any() and modality not in vocabulary.modalities:
             name = MODALITIES[modality]

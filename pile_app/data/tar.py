@@ -46,7 +46,7 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
             file.seek(0)
             for member, start, stop in _checked_members(file):
                 if is_ignored(member):
-                    ignored["._* (macOS)"] += not member.isdir()
+                    ignored["hidden files"] += not member.isdir()
                     continue
                 key, name = split_name(member.name)
                 if not samples or samples[-1].key != key or name in samples[-1].files:
@@ -125,9 +125,13 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, rest
 
 
+def is_hidden(name: str) -> bool:
+    """Tell whether a name is hidden, or of the resource forks that macOS adds."""
+    return name.rpartition("/")[2].startswith(".") or "__MACOSX" in name.split("/")
+
+
 def is_ignored(member: tarfile.TarInfo) -> bool:
-    """Skip folders, and the resource forks that macOS adds."""
-    return member.isdir() or "__MACOSX" in member.name or member.name.rpartition("/")[2].startswith("._")
+    return member.isdir() or is_hidden(member.name)
 
 
 def files_of_block(block: bytes) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+from pile_app.data.files import whole_file
 
 _warn = lru_cache(logging.getLogger(__name__).warning)  # each message once
 NO_TOKENS = np.zeros(0, np.int64)
@@ -40,21 +41,14 @@ def clean_text(text: str) -> str:
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Text to ids and back."""
 
-    `size`: ids are 0 to size - 1. `fingerprint`: differs between tokenizers that give different ids. `token_bytes`: (size,)
-    int64, UTF-8 bytes that each id stands for.
-    """
-
-    size: int
-    fingerprint: str
-    token_bytes: np.ndarray
+    size: int  # ids are 0 to size - 1
+    fingerprint: str  # differs between tokenizers that give different ids
+    token_bytes: np.ndarray  # (size,) int64, UTF-8 bytes that each id stands for
 
     def encode(self, text: str) -> np.ndarray:
         """Return int32 ids (tokens,)."""
-
-    def count(self, text: str) -> int:
-        """Count the tokens of `text`."""
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (ids, number of tokens before each break) of each text; breaks are character offsets."""
@@ -70,9 +64,6 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-    def count(self, text: str) -> int:
-        return len(text.encode())
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
@@ -106,9 +97,8 @@ PARTS = ("normalizer", "pre_tokenizer", "decoder")
 class JsonTokenizer:
     """A `tokenizer.json`: BPE (byte-level or with byte fallback), Unigram, WordPiece or WordLevel.
 
-    Nothing is added to a text, not even the space with which Llama 2 begins it, and nothing is truncated. Control tokens that
-    are written in a text are encoded as ordinary text; only the `<unk>` of a WordLevel model is the unknown word, as in
-    WikiText. A warning says what the tokenizer loses.
+    Nothing is added to a text or truncated. Control tokens that are written in a text are encoded as ordinary text, except for
+    the `<unk>` of a WordLevel model, as in WikiText. A warning says what the tokenizer loses.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -173,9 +163,6 @@ class JsonTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate([ids for ids, _, _ in self._encode(text)])
 
-    def count(self, text: str) -> int:
-        return len(self.encode(text))
-
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -221,16 +208,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: int, path: str | Path) -> None:
     """Train a tokenizer of at most `size` tokens and write it to `path`; the same texts give the same file.
 
-    `bpe` is byte-level byte-pair encoding. `words` is the vocabulary of classic word-level language models: the most frequent
-    words (lower-cased, split at whitespace and punctuation); all others are `<unk>`.
+    `bpe` is byte-level; `words` are the most frequent words, lower-cased, split at whitespace and punctuation, else `<unk>`.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     smallest = {"bpe": 256, "words": 2}
-    if kind not in smallest:
-        raise ValueError(f"a tokenizer of kind {kind!r} cannot be trained; kinds are {', '.join(smallest)}")
-    if size < smallest[kind]:
-        raise ValueError(f"size {size} is too small for a {kind} tokenizer; it needs {smallest[kind]} tokens or more")
+    if size < smallest.get(kind, size + 1):
+        raise ValueError(f"no tokenizer of kind {kind!r} and size {size} can be trained; kinds and smallest sizes: {smallest}")
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -244,6 +228,5 @@ def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: i
         trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    tokenizer.save(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(tokenizer.to_str(pretty=True).encode())

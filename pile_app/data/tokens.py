@@ -85,7 +85,7 @@ def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool)
             if not any(index.numbers.modality[row] == TEXT for row in index.rows(sample)):
                 continue
             try:
-                block = index.block(sample, lambda offset, size: os.pread(file.fileno(), size, offset))
+                block = index.block(sample, file.fileno())
                 for row, content in index.contents(sample, block).items():
                     if isinstance(content, str):
                         waiting[row] = content

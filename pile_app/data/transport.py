@@ -13,7 +13,6 @@ import mmap
 import os
 import uuid
 import weakref
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -32,11 +31,10 @@ class Memory:
         self.map = mmap.mmap(self.descriptor, HEADER + size)
         weakref.finalize(self, os.close, self.descriptor)
 
-    def data(self, size: int) -> np.ndarray:
-        return np.frombuffer(self.map, np.uint8, size, HEADER)
-
     def reference(self, size: int) -> tuple[Any, ...]:
         """Return the arguments for `receive` in another process."""
+        from multiprocessing.reduction import DupFd  # not on Windows
+
         first, self.was_sent = not self.was_sent, True
         return os.getpid(), self.name, size, DupFd(self.descriptor) if first else None
 

@@ -123,7 +123,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        fix = "run `uv sync --extra s3` or `pip install 'pile-app[s3]'`" if is_s3 else f"{error}"
+        fix = "pip install s3fs" if is_s3 else f"{error}"
         raise ShardError(f"{url!r} needs a package that is not installed: {fix}") from error
     except ValueError as error:
         raise ShardError(f"{url!r} cannot be read: {error}") from error

@@ -67,7 +67,7 @@ class Transformer(Backbone):
         self.check(width, heads, key_value_heads)
         if not sharpness > 0:
             raise ValueError(f"backbone sharpness={sharpness} must be above 0")
-        self.heads, self.rope_base, self.sharpness = heads, rope_base, sharpness
+        self.heads, self.rope_base, self.skips, self.sharpness = heads, rope_base, skips, sharpness
         self.blocks = nn.ModuleList(
             TransformerBlock(width, heads, key_value_heads or heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)

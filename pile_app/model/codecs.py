@@ -14,8 +14,7 @@ Codecs compute in float32 without TF32 whatever the run does: rounding would mov
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -96,37 +95,32 @@ def check_levels(levels: Sequence[int]) -> None:
         raise ValueError(f"FSQ needs at least 3 levels in each dimension, not {list(levels)}")
 
 
-@contextmanager
-def full_precision(media: Any) -> Iterator[None]:
-    """Compute in float32 without autocast and TF32. `media`: a tensor, or a batch, on the device."""
-    kind = getattr(media, "tokens", media).device.type
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv) if kind == "cuda" else ()
-    before = [flag.fp32_precision for flag in flags]
-    try:
-        for flag in flags:
-            flag.fp32_precision = "ieee"
-        with torch.autocast(kind, enabled=False):
-            yield
-    finally:
-        for flag, precision in zip(flags, before, strict=True):
-            flag.fp32_precision = precision
-
-
 def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method of a codec compute in float32, without autocast and TF32."""
+
     @wraps(method)
     def call(codec: nn.Module, media: Tensor, *arguments: Tensor) -> Tensor:
-        with full_precision(media):
-            return method(codec, media, *arguments)
+        cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+        flags = cuda if media.device.type == "cuda" else ()
+        before = [flag.fp32_precision for flag in flags]
+        try:
+            for flag in flags:
+                flag.fp32_precision = "ieee"
+            with torch.autocast(media.device.type, enabled=False):
+                return method(codec, media, *arguments)
+        finally:
+            for flag, precision in zip(flags, before, strict=True):
+                flag.fp32_precision = precision
 
     return call
 
 
-class FiniteScalarQuantizer(nn.Module):
-    """FSQ: bounds each of d numbers and rounds it to one of L_i levels; gradients pass the rounding unchanged.
+def without_gradient(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.no_grad()(in_full_precision(method))
 
-    Args:
-        levels: L_1 .. L_d; `codes` = their product.
-    """
+
+class FiniteScalarQuantizer(nn.Module):
+    """FSQ: bounds each of d numbers and rounds it to L_i levels; gradients pass the rounding unchanged."""
 
     levels: Tensor
     basis: Tensor
@@ -185,11 +179,7 @@ class _ResidualBlock(nn.Sequential):
 
 
 class ImageCodec(nn.Module):
-    """Patches -> CNN -> FSQ -> CNN -> patches. Pixels are scaled to [-1, 1] inside.
-
-    Args:
-        config: its shape.
-    """
+    """Patches -> CNN -> FSQ -> CNN -> patches. Pixels are scaled to [-1, 1] inside."""
 
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
@@ -226,14 +216,12 @@ class ImageCodec(nn.Module):
     def _reconstruct(self, quantized: Tensor) -> Tensor:
         return self.decoder(quantized.permute(0, 3, 1, 2))  # (N, C, height, width) in [-1, 1]
 
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def encode(self, images: Tensor) -> Tensor:
         """(N, C, height, width) uint8 -> (N, rows * columns) codes, row by row."""
         return self.quantizer.to_codes(self._quantize(images)).flatten(1)
 
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def decode(self, codes: Tensor) -> Tensor:
         """(N, rows * columns) codes -> (N, C, height, width) uint8."""
         pixels = self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
@@ -270,10 +258,7 @@ class AudioCodec(nn.Module):
     """Log-mel frames -> CNN -> FSQ -> CNN -> magnitudes and phases -> inverse STFT.
 
     Sounds are ragged: `audio` (A, samples_per_token) holds the samples of each code, sound after sound, the last code of each
-    padded with silence; `tokens` (M,) is the number of codes of each sound, A together. `decode` is the inverse of `encode`.
-
-    Args:
-        config: its shape.
+    padded with silence; `tokens` (M,) is the number of codes of each sound, A together.
     """
 
     window: Tensor
@@ -312,18 +297,14 @@ class AudioCodec(nn.Module):
             self.window.copy_(torch.hann_window(self.config.window))
         self.filterbank.copy_(weights * rate / self.config.window)  # sums to 1
 
-    # -- One row of all sounds: `audio` (A, ...) <-> (R, ...), R = A + (M + 1) * gap
-
-    def _places(self, tokens: Tensor, total: int) -> tuple[Tensor, int]:
-        """(A,) index of each code in the row of all sounds; R. The device is not waited for."""
-        sounds = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens, output_size=total)
-        return torch.arange(total, device=tokens.device) + (sounds + 1) * self.gap, total + (len(tokens) + 1) * self.gap
-
     def _row(self, codes: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, ...) values of each code -> (R, ...) with zeros between sounds; (R, 1) 1 inside sounds; (A,) see `_places`."""
-        places, size = self._places(tokens, len(codes))
-        inside = torch.zeros(size, 1, device=codes.device).index_fill_(0, places, 1.0)
-        return codes.new_zeros(size, *codes.shape[1:]).index_copy_(0, places, codes), inside, places
+        """(A, ...) values of each code -> (R, ...) one row with zeros between sounds, R = A + (M + 1) * gap; (R, 1) 1 inside
+        sounds; (A,) index of each code in the row. Does not wait for the device."""
+        device, size = codes.device, len(codes) + (len(tokens) + 1) * self.gap
+        sounds = torch.arange(len(tokens), device=device).repeat_interleave(tokens, output_size=len(codes))
+        indices = torch.arange(len(codes), device=device) + (sounds + 1) * self.gap
+        inside = torch.zeros(size, 1, device=device).index_fill_(0, indices, 1.0)
+        return codes.new_zeros(size, *codes.shape[1:]).index_copy_(0, indices, codes), inside, indices
 
     def _in_slices(self, function: Callable[[Tensor, Tensor], Tensor], row: Tensor, inside: Tensor) -> Tensor:
         """`function` of (R, ...) and `inside`, computed on slices that overlap by all that its layers reach."""
@@ -333,8 +314,6 @@ class AudioCodec(nn.Module):
             part = function(row[low:high], inside[low:high])
             parts.append(part[first - low : first - low + self.SLICE].clone())  # not a view, which would keep the rest
         return torch.cat(parts)
-
-    # -- Its parts, on a row
 
     def spectrogram(self, audio: Tensor, window: int | None = None, hop: int | None = None) -> Tensor:
         """(S,) samples -> (S / hop, bins) magnitudes; frames are centred on hops, no frame beyond the sound."""
@@ -392,46 +371,39 @@ class AudioCodec(nn.Module):
         trim = (window - hop) // 2
         return (samples / overlap_add(weights.square()).clamp_min(1e-3))[trim : size[1] - trim]
 
-    # -- What it is used for
-
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) -> (A, frames_per_token * mels) log-mel frames that each code represents, in about [-1, 1]."""
-        row, inside, places = self._row(audio, tokens)
-        return self._in_slices(self._patches, row, inside)[places]
+        row, inside, indices = self._row(audio, tokens)
+        return self._in_slices(self._patches, row, inside)[indices]
 
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def encode(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) samples -> (A,) codes."""
-        row, inside, places = self._row(audio, tokens)
+        row, inside, indices = self._row(audio, tokens)
 
         def encode(row: Tensor, inside: Tensor) -> Tensor:
             return self.quantizer.to_codes(self._quantize(self._patches(row, inside), inside))
 
-        return self._in_slices(encode, row, inside)[places]
+        return self._in_slices(encode, row, inside)[indices]
 
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def decode(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, samples_per_token) samples in [-1, 1]."""
-        row, inside, places = self._row(self.quantizer.from_codes(codes), tokens)
-        return self._in_slices(lambda row, inside: self._synthesize(row, inside)[1], row, inside)[places].clamp(-1, 1)
+        row, inside, indices = self._row(self.quantizer.from_codes(codes), tokens)
+        return self._in_slices(lambda row, inside: self._synthesize(row, inside)[1], row, inside)[indices].clamp(-1, 1)
 
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def decode_magnitudes(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, frames_per_token, bins) magnitudes, for Griffin-Lim as a check on the phases."""
-        row, inside, places = self._row(self.quantizer.from_codes(codes), tokens)
+        row, inside, indices = self._row(self.quantizer.from_codes(codes), tokens)
 
         def magnitudes(row: Tensor, inside: Tensor) -> Tensor:
             return self._synthesize(row, inside)[0].unflatten(0, (len(row), -1))
 
-        return self._in_slices(magnitudes, row, inside)[places]
+        return self._in_slices(magnitudes, row, inside)[indices]
 
-    @torch.no_grad()
-    @in_full_precision
+    @without_gradient
     def log_mel_distances(self, audio: Tensor, again: Tensor, tokens: Tensor) -> Tensor:
         """(A * frames_per_token,) mean absolute difference over the mel bands, in nats, of each frame of two versions."""
         difference = self.patches(again, tokens) - self.patches(audio, tokens)
@@ -443,9 +415,9 @@ class AudioCodec(nn.Module):
 
         Mean over the codes, each weighted alike: the losses of two batches average to that of both, by their numbers of codes.
         """
-        row, inside, places = self._row(audio, tokens)
+        row, inside, indices = self._row(audio, tokens)
         sounds = torch.arange(len(tokens), device=row.device).repeat_interleave(tokens, output_size=len(audio))
-        sound_of_row = sounds.new_zeros(len(row)).index_copy(0, places, sounds)
+        sound_of_row = sounds.new_zeros(len(row)).index_copy(0, indices, sounds)
         frames_inside = inside.repeat_interleave(self.config.frames_per_token, 0)
         with torch.no_grad():
             patches = self._in_slices(self._patches, row, inside)

@@ -35,7 +35,6 @@ from pile_app.model.codecs import (
     FiniteScalarQuantizer,
     ImageCodec,
     ImageCodecConfig,
-    full_precision,  # noqa: F401
 )
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained
@@ -44,16 +43,12 @@ from pile_app.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from pile_app.data.tokenizers import Tokenizer
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Lightning's precision
+
 
 class FactoredTable(nn.Module):
-    """One vector per code: its own plus the sum of its levels' vectors; then `extra` plain ones.
-
-    Args:
-        quantizer: knows the levels of a code; None for a plain table.
-        extra: rows after the codes (or all rows).
-        width: D.
-        std: of the normal initialization; 0 for zeros.
-    """
+    """One vector per code of the quantizer: its own plus the sum of its levels' vectors; then `extra` plain vectors. Normally
+    distributed with `std` at first."""
 
     level_rows: Tensor
 
@@ -87,12 +82,12 @@ class FactoredTable(nn.Module):
 
 @dataclass
 class ModalityLoss:
-    """Of one modality in one batch: summed nats, nats of each target (K,), targets (K,), most likely codes (K,) if asked."""
+    """Of one modality in one batch."""
 
-    total: Tensor
-    each: Tensor
-    targets: Tensor
-    predictions: Tensor | None
+    total: Tensor  # summed nats
+    each: Tensor  # (K,) nats of each target
+    targets: Tensor  # (K,)
+    predictions: Tensor | None  # (K,) most likely codes
 
 
 register_dataclass(ModalityLoss)  # FSDP2 looks into it for what gradients will come back through
@@ -149,29 +144,22 @@ class FusedLanguageModel(nn.Module):
         rows, columns = self.vocabulary.image_grid
         self.image_rows = nn.Parameter(torch.empty(rows, width))
         self.image_columns = nn.Parameter(torch.empty(columns, width))
-        self.register_buffer(
-            "token_bytes", torch.empty(Vocabulary.SPECIALS + tokenizer.size, dtype=torch.int64), persistent=False
-        )
+        self.register_buffer("token_bytes", torch.empty(self.vocabulary.slices[TEXT].stop, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize what is in none of its parts."""
+        """Initialize the parameters and buffers of this module itself."""
         nn.init.zeros_(self.image_rows)
         nn.init.zeros_(self.image_columns)
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
         self.token_bytes.copy_(F.pad(token_bytes, (Vocabulary.SPECIALS, 0)))
 
-    def initialize(self) -> None:
-        """Initialize all parameters and buffers: after `to_empty`, for a model that was built on the meta device."""
-        initialize(self)
+    initialize = initialize
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone_class: type[Backbone] | None = None) -> FusedLanguageModel:
         """Load the model of a folder that `pile export` wrote, in evaluation mode on the CPU; no code of the folder runs.
-
-        Raises:
-            ValueError: the folder is none of Pile's, or its parts do not belong together.
-        """
+        Raises ValueError if it is no such folder, or its parts do not belong together."""
         arguments, weights = read_pretrained(Path(folder), backbone_class)
         try:
             model = cls(**arguments)
@@ -275,8 +263,8 @@ class FusedLanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
-        table = self.tables[2][modality] if self.tables else self.heads[modality]()
-        logits = F.linear(hidden, table.to(hidden.dtype)).float()
+        table = self.tables[2][modality] if self.tables else self.heads[modality]().to(hidden.dtype)
+        logits = F.linear(hidden.to(table.dtype), table).float()
         cap = self.backbone.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -315,7 +303,7 @@ class FusedLanguageModel(nn.Module):
                 torch.set_autocast_enabled(kind, was[0])
 
     def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
-        """Cross-entropy of every target, by modality; modalities without a target are left out. `predict`: also the most likely
+        """Cross-entropy of every target, by modality; modalities without a target are omitted. `predict`: also the most likely
         codes."""
         return self.losses(*self.read(batch), batch, predict)
 

@@ -1,4 +1,4 @@
-"""Generation: documents in, one more segment of any modality out; or as many as the model wants.
+"""Generation: documents in, another segment of any modality out, or as many as the model wants.
 
 The prompt is laid out and encoded as in training; then one token at a time is drawn from the softmax of the modality that is
 written: an image takes its fixed number of codes, a sound runs until `<audio_end>`, a text until an opener or `<end>`. With
@@ -6,7 +6,7 @@ written: an image takes its fixed number of codes, a sound runs until `<audio_en
 (classifier-free guidance, arXiv:2207.12598; see `guide`).
 
     generate             a segment for each prompt          answer_prompts   the same, with log-probabilities
-    stream               a text, piece by piece             score.choose     one of some given texts
+    stream               a text, piece by piece             score.choose     a choice among given texts
     generate_document    segments of any modality, as the model chooses, until `<end>`
 """
 
@@ -39,18 +39,11 @@ TEXT_ENDS = (Vocabulary.END, *Vocabulary.OPENERS)  # what may follow a text
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated segment.
-
-    Args:
-        segment: what was written.
-        codes: (K,) drawn ids within the modality's slice of the vocabulary, including the one that ended the segment.
-        log_probabilities: (K,) of each by the model at temperature 1, with guidance; on the CPU.
-        ended_by: the "model", a "stop" string, or the "limit" of the sampling.
-    """
+    """A generated segment, and how it was drawn."""
 
     segment: Segment
-    codes: Tensor
-    log_probabilities: Tensor
+    codes: Tensor  # (K,) ids within the modality's slice of the vocabulary, including the code that ended the segment
+    log_probabilities: Tensor  # (K,) of each code by the model at temperature 1, with guidance
     ended_by: Literal["model", "stop", "limit"]
 
 
@@ -59,9 +52,7 @@ def generate(
 ) -> list[Segment]:
     """Write a segment of modality `to` for each prompt. A text at the end of a prompt is continued by text.
 
-    Raises:
-        ValueError: the model does not know a modality.
-        BadSample: a medium of a prompt cannot be decoded.
+    Raises ValueError if the model does not know a modality, BadSample if a medium of a prompt cannot be decoded.
     """
     return [answer.segment for answer in answer_prompts(model, prompts, to, sampling)]
 
@@ -86,7 +77,7 @@ def _result(writing: Generator[str, None, list[Answer]]) -> list[Answer]:
         try:
             next(writing)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            return end.value
 
 
 @torch.no_grad()
@@ -112,11 +103,8 @@ def generate_document(
     """Continue a document as the model sees fit, segment by segment of any modality, until `<end>` or a stop string.
 
     Yields pieces of a text while it is written, and an `Answer` for every finished segment. A text that reaches `max_text` is
-    the last segment; empty texts are left out.
-
-    Args:
-        most_segments: most segments to write.
-        continue_text: False: a text at the end of the prompt is complete, and a new segment follows.
+    the last segment; empty texts are omitted. Without `continue_text` a text at the end of the prompt is complete, and a new
+    segment follows.
     """
     sampling = sampling or Sampling()
     check_modalities(model, set(), [prompt])
@@ -144,15 +132,12 @@ def generate_document(
 
 
 class Decoder:
-    """Rows of one length that are read and continued together, with a cache of fixed size.
+    """Rows of one length that are read and continued together, within `model.inference`, with a cache of fixed size.
 
     Args:
-        model: see `FusedLanguageModel`, within `inference`.
         context: the rows; and the same rows without the prompt, where guidance or a prior needs them.
         room: tokens that may follow; beyond it the cache grows.
-        guidance: weight of the prompt in the logits; with 1 the second context does not change them.
-        seed: of the draws. Each row has a generator of its own, so that its draws depend on neither its batch nor the device.
-        indices: of the rows, for their generators.
+        seed, indices: of the rows' generators. Each row has its own, so that draws depend on neither the batch nor the device.
     """
 
     def __init__(
@@ -200,7 +185,7 @@ class Decoder:
 
     def guided(self, logits: list[Tensor]) -> list[Tensor]:
         """The logits of each context; with guidance, their mixture."""
-        return logits if self.guidance == 1 else [guide(*logits, self.guidance)]
+        return logits if self.guidance == 1 else [guide(logits[0], logits[1], self.guidance)]
 
     def logits(self, to: int) -> Tensor:
         """(B, slice of modality `to`) logits of the next token."""

@@ -31,17 +31,10 @@ ENDS = [Vocabulary.END, *Vocabulary.OPENERS]
 
 
 def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, folder: Path) -> None:
-    """Write the folder.
+    """Write a text-only Transformer with `skips: false` and `sharpness: 1` into a new or empty folder.
 
-    Args:
-        model: text only, a Transformer with `skips: false` and `sharpness: 1`.
-        tokenizer: as configured: "bytes", or the path of a `tokenizer.json`.
-        context: tokens that the model was trained with.
-        folder: new, or empty.
-
-    Raises:
-        ValueError: transformers has no architecture like this model's; the message names the setting. Or the folder is not
-            empty.
+    `tokenizer`: as configured, "bytes" or the path of a `tokenizer.json`. Raises ValueError if transformers has no architecture
+    like this model's, naming the setting, or if the folder is not empty.
     """
     if isinstance(model.backbone, HuggingFace):
         return save_open_weights(model, model.backbone, folder)
@@ -51,7 +44,7 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
     config = ids | {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
-        "vocab_size": len(model.heads[TEXT]()),
+        "vocab_size": model.vocabulary.slices[TEXT].stop,
         "hidden_size": backbone.width,
         "intermediate_size": first.expand.out_features,
         "num_hidden_layers": backbone.layers,
@@ -72,7 +65,7 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
         "eos_token": SPECIALS[Vocabulary.END],
         "pad_token": SPECIALS[Vocabulary.END],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # their names are ordinary text where they stand in one
+        "split_special_tokens": True,  # their names in a text are ordinary text
     }
     make_empty(folder)
     save_weights({name: weight.float() for name, weight in hf_weights(model, backbone).items()}, folder)
@@ -124,7 +117,7 @@ def check_exportable(model: FusedLanguageModel) -> Transformer:
         reason = "it has media; only models with model.image: null and model.audio: null are text alone"
     elif not isinstance(backbone, Transformer):
         reason = f"its backbone is {type(backbone).__name__}, not Transformer"
-    elif backbone.blocks[0].skips is not None:
+    elif backbone.skips:
         reason = "its blocks mix the embedding back in; train with model.backbone.init_args.skips: false"
     elif backbone.sharpness != 1:
         reason = f"its attention is scaled by {backbone.sharpness}; train with model.backbone.init_args.sharpness: 1"

@@ -4,7 +4,7 @@
     model.safetensors  weights
     tokenizer.json     where the tokenizer is not bytes
 
-Reading a folder runs no code of it: safetensors holds numbers only, and the backbone is one of `backbones.py`, by name; the
+Reading a folder runs no code of it: safetensors holds numbers only, and the backbone is a class of `backbones.py`, by name; the
 caller passes the class of any other.
 """
 
@@ -33,39 +33,34 @@ CODECS = {"image": ImageCodecConfig, "audio": AudioCodecConfig}
 
 
 def load_weights(model: nn.Module, source: Mapping[str, Tensor] | Path, prefix: str = "") -> None:
-    """Copy weights into a model, or into a part of one.
+    """Copy weights into a model, or into a part of one, from tensors by name or a folder that `pile export` wrote.
 
-    Args:
-        model: every tensor of its state has to be in the source, and no other.
-        source: tensors by name, or a folder that `pile export` wrote.
-        prefix: of the names in the source; tensors with other names are ignored ("model.", "model.image_codec.").
-
-    Raises:
-        ValueError: tensors are missing, unknown, or of another shape; the message lists them.
+    `prefix` of the names in the source ("model.", "model.image_codec."); tensors with other names are ignored. Raises
+    ValueError if tensors are missing, unknown, or of another shape; the message lists them.
     """
     weights = _read_folder(source)[1] if isinstance(source, Path) else source
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    different = [f"{name}: {saved.get(name, 'missing')} in the source, {own.get(name, 'missing')} in the model"
-                 for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]  # fmt: skip
-    if different:
-        listed = "\n  ".join(different[:5] + ["..."] * (len(different) > 5))
-        raise ValueError(f"the weights are of another model ({len(different)} of {len(own)} tensors differ):\n  {listed}")
+    check_shapes(model, weights)
     model.load_state_dict(weights)
 
 
+def check_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if weights, by name, are not those of the module."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    different = [f"{name}: {saved.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in the model"
+                 for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]  # fmt: skip
+    if different:
+        raise ValueError(
+            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ): "
+            f"{'; '.join(different[:5])}. Set the model back as it was (the run's config.yaml says how), or begin another run "
+            "with another --name"
+        )
+
+
 def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """Write the folder.
-
-    Args:
-        model: a `FusedLanguageModel`, whose weights are written in their own precision.
-        config: the `model` section of a run's config.yaml, which it was built from.
-        folder: new, or empty.
-
-    Raises:
-        ValueError: the folder is not empty.
-    """
+    """Write a `FusedLanguageModel`, weights in their own precision, into a new or empty folder. `config`: the `model` section
+    of the run's config.yaml. Raises ValueError if the folder is not empty."""
     make_empty(folder)
     values = {name: config[name] for name in inspect.signature(type(model)).parameters if name in config}
     backbone = config["backbone"]

@@ -20,7 +20,14 @@ from pile_app.model.base import Backbone, Cache, initialize_block, norm
 
 
 class _Recurrent(Backbone):
-    """Stack of recurrent cells: `x + cell(norm(x))`, without `x` in a first cell whose input has another width."""
+    """Stack of recurrent cells: `x + cell(norm(x))`, without `x` in a first cell whose input has another width.
+
+    Args:
+        width: D, also the size of each cell's state.
+        layers: number of cells.
+        dropout: see `Backbone`.
+        embedding_width: size of the token vectors; null: D.
+    """
 
     cell: type[nn.LSTM] | type[nn.RNN]
     step: Callable[..., tuple[Tensor, ...]]  # of one token
@@ -77,14 +84,7 @@ class _Recurrent(Backbone):
 
 
 class LSTM(_Recurrent):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997), residual and pre-norm.
-
-    Args:
-        width: D, also the size of each cell's state.
-        layers: number of cells.
-        dropout: see `Backbone`.
-        embedding_width: size of the token vectors; null: D.
-    """
+    """Long short-term memory (Hochreiter and Schmidhuber 1997), residual and pre-norm."""
 
     cell = nn.LSTM
     step = staticmethod(torch.lstm_cell)
@@ -100,14 +100,7 @@ class LSTM(_Recurrent):
 
 
 class RNN(_Recurrent):
-    """Recurrent net with tanh (Elman 1990), residual and pre-norm.
-
-    Args:
-        width: D, also the size of each cell's state.
-        layers: number of cells.
-        dropout: see `Backbone`.
-        embedding_width: size of the token vectors; null: D.
-    """
+    """Recurrent net with tanh (Elman 1990), residual and pre-norm."""
 
     cell = nn.RNN
     step = staticmethod(lambda x, state, *weights: (torch.rnn_tanh_cell(x, state[0], *weights),))
@@ -115,15 +108,13 @@ class RNN(_Recurrent):
 
 class MinGRU(Backbone):
     """Gated linear recurrence: minGRU (arXiv:2410.01201) with the short convolution of Griffin (arXiv:2402.19427), residual and
-    pre-norm, each cell followed by a feed-forward net as in a Transformer. Griffin's output gate did not pay
-    (docs/benchmarks.md).
+    pre-norm, each cell followed by a feed-forward net as in a Transformer.
 
         y   = norm(x);  c = convolution(y), each channel over its last `CONVOLUTION` tokens
         f_t = sigmoid(F c_t + bias);  h_t = f_t h_{t-1} + (1 - f_t) Z c_t
         x   = x + O norm(h)
 
-    Gates do not depend on the state before, so every matrix product is over all tokens at once, and what has to be done one
-    token after another is a multiplication and an addition. A document begins with f = 0.
+    Gates do not depend on the state before, so every matrix product is over all tokens at once. A document begins with f = 0.
 
     Args:
         width: D.

@@ -5,7 +5,7 @@ depend on what is computed together. What counts:
 
     score_choices          a closed set of segments: tokens and end of the segment; the opener only if modalities differ
     score_answers          a segment that ends the document: opener, tokens and `<end>`, as in the training loss
-    score_continuations    text that goes on where the prompt stops: its tokens
+    score_continuations    text that continues the prompt: its tokens
     rolling_scores         a long text in windows that overlap: every token once
 """
 
@@ -55,13 +55,8 @@ class Choice:
 def choose(
     model: FusedLanguageModel, prompts: Sequence[Document], texts: Sequence[str], sampling: Sampling | None = None
 ) -> list[Choice]:
-    """Choose one of the texts for each prompt, as if answers had been drawn until one was among them. Temperature and `top_p`
-    apply to the choice among the texts.
-
-    Raises:
-        ValueError: fewer than two texts, an empty one, or one twice.
-        BadSample: a medium of a prompt cannot be decoded.
-    """
+    """Choose one of the texts for each prompt, as if answers had been drawn until a given text came. Temperature and `top_p`
+    apply to the choice among the texts. Raises ValueError for fewer than two texts, an empty one, or one twice."""
     sampling = sampling or Sampling()
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts):
         raise ValueError(f"choices are two or more different texts, none of them empty, not {list(texts)}")
@@ -81,14 +76,11 @@ def score_choices(
     beam: int | None = None,
     normalize: Literal["none", "tokens", "bytes"] = "none",
 ) -> Tensor:
-    """(prompts, choices) float32 log-probabilities of a closed set of answers of any modality, on the CPU.
+    """Score a closed set of answers of any modality: (prompts, choices) float32 log-probabilities, on the CPU.
 
-    `log_softmax` over the choices gives their probabilities, given that the answer is one of them.
+    `log_softmax` over the choices gives probabilities. A text at the end of a prompt is continued by texts.
 
     Args:
-        model: see `FusedLanguageModel`.
-        prompts: a text at the end of a prompt is continued by texts.
-        choices: all answers there are.
         guidance: weight of the prompt, see `generate.guide`.
         prior: fraction of the log-probability without the prompt's segments (except a text that is continued) that is
             subtracted; 1 gives how much likelier they make a choice, whose own frequency then does not count.
@@ -107,11 +99,10 @@ def score_choices(
     to = min(modalities) if len(modalities) == 1 else None
     with model.inference():
         paths = [_path(model, choice)[to is not None :] for choice in choices]
-        masked = [len(prompt.segments) - (bool(prior) and is_continued(prompt, to)) for prompt in prompts]
-        contexts = [
-            lay_out(model, *pair, bool(prior) or guidance != 1, count)
-            for *pair, count in zip(prompts, [to] * len(prompts), masked, strict=True)
-        ]
+        contexts = []
+        for prompt in prompts:
+            masked = len(prompt.segments) - (bool(prior) and is_continued(prompt, to))
+            contexts.append(lay_out(model, prompt, to, bool(prior) or guidance != 1, masked))
         found = score_paths(model, contexts, [paths] * len(prompts), guidance, prior, beam)
     scores = torch.full((len(prompts), len(choices)), -torch.inf)
     for row, some in enumerate(found):
@@ -126,17 +117,9 @@ def score_choices(
 def score_answers(
     model: FusedLanguageModel, prompts: Sequence[Document], answers: Sequence[Segment], context: int | None = None
 ) -> list[Score]:
-    """Score each answer as the segment that follows its prompt and ends the document.
+    """Score each answer, of any modality, as the segment that follows its prompt and ends the document.
 
-    Args:
-        model: see `FusedLanguageModel`.
-        prompts: one for each answer.
-        answers: texts, images or sounds.
-        context: most tokens of a document; of a longer one the first are not seen. None: all are.
-
-    Raises:
-        ValueError: an answer alone is longer than the context.
-        BadSample: a medium cannot be decoded.
+    `context`: most tokens of a document; of longer ones the first are not seen. Raises ValueError if an answer alone is longer.
     """
     contexts, paths = [], []
     with model.inference():
@@ -154,20 +137,14 @@ def score_answers(
 def score_continuations(
     model: FusedLanguageModel, prompts: Sequence[str], continuations: Sequence[str], context: int | None = None
 ) -> list[Score]:
-    """Score each continuation as text that goes on where its prompt stops; `<end>` does not count.
+    """Score each continuation as text that continues its prompt; `<end>` does not count.
 
     Prompt and continuation are tokenized together, as in training; tokens count from the first that differs from those of the
     prompt alone. (Spaces at the end of a prompt go to the continuation, as in EleutherAI's harness: a token seldom ends with
     one.) An empty prompt is the beginning of a document.
 
-    Args:
-        model: see `FusedLanguageModel`.
-        prompts: one for each continuation; a prompt of several continuations is read once.
-        continuations: texts.
-        context: most tokens that are seen, those of the continuation included; None: all.
-
-    Raises:
-        ValueError: a continuation alone is longer than the context.
+    A prompt of several continuations is read once. `context`: most tokens that are seen, those of the continuation included.
+    Raises ValueError if a continuation alone is longer.
     """
     spans = []
     for prompt, continuation in zip(prompts, continuations, strict=True):
@@ -176,21 +153,14 @@ def score_continuations(
         first = 2 + int(np.append(ids[:shared] == alone[:shared], False).argmin())
         tokens = _text_tokens(ids)
         spans.append((tokens[_start(first, len(tokens), context) : first], tokens[first:]))
-    return _score_texts(model, spans)
+    return score_tokens(model, spans)
 
 
 def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: int | None = None) -> list[Score]:
-    """Score all tokens of a text, window by window: each window counts its last `stride` tokens (the first window all of them)
-    and sees at least `context - stride` tokens before them. `<end>` does not count.
+    """Score all tokens of a text, window by window: each window of `context` tokens counts its last `stride` tokens (the first
+    window all of them), having seen those before them. `<end>` does not count.
 
-    Args:
-        model: see `FusedLanguageModel`.
-        text: of any length.
-        context: tokens of a window.
-        stride: new tokens of each; None: all but one, so that windows overlap as little as can be, as in EleutherAI's harness.
-
-    Raises:
-        ValueError: `stride` is not in [1, context).
+    `stride`: 1 to below the context; None: all but one, as in EleutherAI's harness, so that they overlap little.
     """
     stride = context - 1 if stride is None else stride
     if not 1 <= stride < context:
@@ -198,12 +168,12 @@ def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: i
     tokens = _text_tokens(model.tokenizer.encode(text))
     firsts = [2, *range(context, len(tokens), stride)] if len(tokens) > 2 else []
     stops = [min(first + stride if first > 2 else context, len(tokens)) for first in firsts]
-    return _score_texts(
+    return score_tokens(
         model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in zip(firsts, stops, strict=True)]
     )
 
 
-def _score_texts(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+def score_tokens(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
     """Score tokens after the tokens before them."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, (before, _) in enumerate(spans):
@@ -217,7 +187,7 @@ def _score_texts(model: FusedLanguageModel, spans: Sequence[tuple[list[int], lis
 
 
 def _path(model: FusedLanguageModel, answer: Segment) -> Path:
-    """A segment as it is laid out in training, from its opener to its end."""
+    """Lay out a segment as in training, from its opener to its end."""
     tokens, indices = (part[1:].tolist() for part in prompt_tokens(model, Document((answer,)), None))
     return [*zip(tokens, indices, strict=True), *[(TEXT_END, 0)] * (answer.modality == TEXT)]
 
@@ -283,7 +253,7 @@ def score_paths(
                 runs = [os.path.commonprefix([paths[prompt][m][stop - 1 : -1] for m in group]) for prompt, _, group in part]  # noqa: RUF071
                 branching = [len(run) for run, (_, _, group) in zip(runs, part, strict=True) if len(group) > 1]
                 count = min(branching) if branching else max(map(len, runs))
-                tokens = torch.tensor([(run + [(0, 0)] * count)[:count] for run in runs], device=decoder.device)
+                tokens = torch.tensor([[*run, *[(0, 0)] * count][:count] for run in runs], device=decoder.device)
                 next_decoder = decoder.select([row for _, row, _ in part])
                 next_decoder.append(tokens[..., 0], tokens[..., 1])
                 pending.append((next_decoder, [(prompt, group) for prompt, _, group in part], stop, count))

@@ -26,12 +26,8 @@ def prompt_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Lay out a prompt: (T,) tokens and (T,) image indices (see `FusedLanguageModel.image_indices`).
 
-    Args:
-        to: modality whose opener follows, unless the last text is continued; None: no opener.
-        masked_segments: the first segments, which become `<null>`, as with condition dropout in training.
-
-    Raises:
-        BadSample: a medium cannot be decoded.
+    `to`: modality whose opener follows, unless the last text is continued; None: no opener. `masked_segments`: so many segments
+    become `<null>`, as with condition dropout in training. Raises BadSample if a medium cannot be decoded.
     """
     tokens = torch.tensor([Vocabulary.BEGIN], device=model.token_bytes.device)
     indices = torch.zeros_like(tokens)
@@ -59,11 +55,8 @@ def segment_length(model: FusedLanguageModel, segment: Segment) -> int:
 
 
 def plain(model: FusedLanguageModel, segment: Segment) -> Segment:
-    """Decode an encoded segment with the model's tokenizer and codecs; return any other as it is.
-
-    Raises:
-        BadSample: the sample was damaged before it was encoded.
-    """
+    """Decode an encoded segment with the model's tokenizer and codecs; return any other as it is. Raises BadSample if it was
+    damaged before it was encoded."""
     if not segment.is_encoded:
         return segment
     if segment.codes.is_lost:

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,11 @@ class Tally(NamedTuple):
     text_bytes: int = 0
     images: int = 0
     audio_seconds: float = 0.0
+
+
+def listed(counts: Mapping[str, int], what: str = "") -> str:
+    ordered = sorted(counts.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name}: {n:,} {what}" if what else f"{n:,} {name}" for name, n in ordered)
 
 
 @dataclass
@@ -82,10 +87,35 @@ class Summary:
         labels = {"labels": self.labels} if self.labels else {}
         return {"pile_dataset": 1, "sources": sources, "fields": self.maps, **labels, **counts, "balance": self.balance()}
 
-    def yaml(self) -> str:
-        """Return the `data.sources` of a configuration, of every source that has training data; and the labels, in order."""
+    def print(self) -> None:
+        """Print the balance to stderr, and to stdout the `data.sources` of a configuration and the labels in order."""
         import yaml
+        from rich.console import Console
+        from rich.table import Column, Table
 
+        figures = (Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
+        table, total, unread = Table("source", "split", *figures), self.balance(), self.of("unread")
+        for source, splits in self.sources.items():
+            for split, tally in splits.items():
+                table.add_row(source, split, *(f"{figure:,}" for figure in tally[:3]), f"{tally.audio_seconds / 3600:,.3f}")
+        pieces = f" + {total['pieces']:,} pieces of long sounds" * bool(total["pieces"])
+        lost = f" + {total['of_rejected']:,} of rejected samples" * bool(total["of_rejected"])
+        reasons, unused = f" ({listed(self.rejected)})", f" ({listed(self.of('unused'), 'unused')})" * bool(total["unused"])
+        missing = [f"{source} has no {split} documents" for source, splits in self.sources.items()
+                   for split in SPLITS[:2] if split not in splits]  # fmt: skip
+        hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
+        lines = {
+            f"samples: {total['samples']:,} read ({listed(self.of('read'))}){pieces} = {total['documents']:,} documents + "
+            f"{total['rejected']:,} rejected{reasons * bool(total['rejected'])}": True,
+            f"files and fields: {total['fields']:,} read = {total['used']:,} used + "
+            f"{total['unused']:,} unused{unused}{lost}": True,
+            f"parts of chats dropped: {listed(total['dropped_parts'])}": total["dropped_parts"],
+            f"files not read: {listed(unread)}": unread,
+            f"see {self.output / 'rejected.jsonl'}": unread or total["rejected"],
+            f"{', '.join(missing)}: {hint}": missing,
+        }
+        shown = [line for line, is_shown in lines.items() if is_shown]
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(table, *shown, sep="\n")
         sources = {
             source: {split: os.path.join(self.output, f"{source}-{split}-[0-9]*.tar") for split in splits if split != "test"}
             for source, splits in self.sources.items()
@@ -94,7 +124,8 @@ class Summary:
         description: dict[str, Any] = {"data": {"sources": sources}}
         if 1 < len(self.labels) <= MOST_LABELS:
             description["model"] = {"objective": {"init_args": {"labels": self.labels}}}
-        return yaml.safe_dump(description, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10_000).rstrip()
+        style: dict[str, Any] = {"default_flow_style": None, "sort_keys": False, "allow_unicode": True, "width": 10_000}
+        print(yaml.safe_dump(description, **style).rstrip())
 
 
 def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
@@ -114,12 +145,12 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
         is_own = is_kept & (rows["source"] == number)
         if not (has_splits and 2 in given):
             candidates = np.flatnonzero(is_own & (splits == 1))
-            splits[candidates] += _choose(rows["draw"][candidates], work.options.validation_fraction)
+            splits[candidates] += _choose(rows["draw"][candidates], work.maps.options.validation_fraction)
         for split, name in enumerate(SPLITS, 1):
             if len(index := np.flatnonzero(is_own & (splits == split))):
                 by_job = enumerate(np.split(index, np.searchsorted(index, starts[1:-1])))
                 parts = [(job, part) for job, part in by_job if len(part)]
-                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.options.shard_megabytes)
+                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.maps.options.shard_megabytes)
                 text_bytes, images = (rows[figure][index].sum().item() for figure in ("text_bytes", "images"))
                 seconds = sum(rows["audio_seconds"][part].sum().item() for _, part in parts)
                 summary.sources.setdefault(source, {})[name] = Tally(len(index), text_bytes, images, seconds)
@@ -130,11 +161,11 @@ def _drop_duplicates(
 ) -> np.ndarray:
     """Write `rejected.jsonl` and count everything; return which rows are kept, (N,) bool."""
     is_kept = np.ones(len(rows), bool)
-    if work.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
+    if work.maps.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
         order = np.lexsort((-rows["split"].astype(int), *rows["digest"].T))  # stable
         digests = rows["digest"][order]
         is_kept[order[1:]] = (digests[1:] != digests[:-1]).any(axis=1)
-    similar = NearDuplicates(threshold) if (threshold := work.options.near_duplicates) else None
+    similar = NearDuplicates(threshold) if (threshold := work.maps.options.near_duplicates) else None
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
         for job, (start, stop) in enumerate(pairwise(starts.tolist())):
             about = work.part(job, "about")
@@ -172,7 +203,7 @@ def _choose(draws: np.ndarray, fraction: float | None) -> np.ndarray:
 
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     """Order the labels by number, else by letter; return the names that they were given."""
-    labels, names = list(summary.of("label")), work.options.label_names
+    labels, names = list(summary.of("label")), work.maps.options.label_names
     are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
     labels.sort(key=(lambda label: (float(label), label)) if are_numbers else None)
     if names and len(names) != len(labels):
@@ -189,7 +220,7 @@ def _blocks(work: Work, rows: np.ndarray, parts: list[tuple[int, np.ndarray]], n
             for offset, size in rows[["offset", "size"]][part].tolist():
                 file.seek(offset)
                 block = file.read(size)
-                yield _renamed(block, names, work.options.learn_label) if names else block
+                yield _renamed(block, names, work.maps.options.learn_label) if names else block
 
 
 def _renamed(block: bytes, names: dict[str, str], learn_label: bool) -> bytes:

@@ -73,8 +73,7 @@ def import_ray() -> Any:
     # Read by Ray on import: otherwise `uv run` starts its workers without an environment, and usage is reported to its makers.
     for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
-    require("ray.data", "ray", "--engine ray")
-    return require("ray", "ray", "--engine ray")
+    return require("ray.data", "ray", "--engine ray") and require("ray", "ray", "--engine ray")
 
 
 ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _local, "ray": _ray}

@@ -1,16 +1,14 @@
 """List and read the files of an untrusted input: names, bytes, lines and pieces of text, all bounded; unpack archives.
 
-    Tree(root) ──► name -> File          `open_text` reads compressed and UTF-16 files as UTF-8 bytes
+    Tree(input) ──► name -> File          `open_text` reads compressed and UTF-16 files as UTF-8 bytes
 
 Links are only followed on request, within a given folder; devices and pipes are never opened. A name in a table reaches a file
-only through `Tree.resolve`, so never a file outside the input.
-"""
+only through `Tree.resolve`, so never a file outside the input."""
 
 from __future__ import annotations
 
 import bz2
 import codecs
-import csv
 import hashlib
 import io
 import json
@@ -32,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
+from pile_app.data.tar import is_hidden
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, BadSample
 from pile_app.prepare.text import BOMS, encoding_of
 
@@ -45,9 +44,15 @@ COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 CUTS = (b"\n\n", b"\n", b" ")  # where a text is best cut: after a paragraph, a line, a word
 MEDIA = frozenset((*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS))
 DAMAGE = (
-    EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, UnicodeError, tarfile.TarError, zipfile.BadZipFile,
-    csv.Error,
-)  # fmt: skip
+    EOFError,
+    OSError,
+    zlib.error,
+    lzma.LZMAError,
+    zstandard.ZstdError,
+    UnicodeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 class File(NamedTuple):
@@ -59,19 +64,19 @@ class File(NamedTuple):
 
 
 class Tree:
-    """List all plain files below a folder; `skipped` holds (name, reason, detail) of everything else.
+    """List all plain files below a folder; `skipped` holds (name, reason, detail) of all others.
 
     A file as input is in the tree with the files around it (`around`), which a table may name. follow: the folder that links
-    may lead into; stamp: called with the name, size and time of change of each file.
-    """
+    may lead into; digest: a hash of the name, size and time of change of each file."""
 
-    def __init__(self, input: str, follow: str | None = None, stamp: Callable[[bytes], Any] = len, around: bool = True) -> None:
+    def __init__(self, input: str, follow: str | None = None, around: bool = True) -> None:
         self.files: dict[str, File] = {}
         self.skipped: list[tuple[str, str, str]] = []
-        self.root = root_of(input)
-        self.real = os.path.realpath(self.root)
-        self._follow, self._stamp = follow and os.path.realpath(follow), stamp
+        self.digest = hashlib.blake2b(digest_size=16)
         self.only = None if os.path.isdir(input) else os.path.basename(os.path.abspath(input))
+        self.root = os.path.abspath(input if self.only is None else os.path.dirname(os.path.abspath(input)))
+        self.real = os.path.realpath(self.root)
+        self._follow = follow and os.path.realpath(follow)
         if self.only is not None:  # a link that the user names is followed
             self._add(self.only, os.path.realpath(input), os.stat(input))
         if self.only is None or around:
@@ -81,23 +86,21 @@ class Tree:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            self.skipped.append((prefix, "unreadable_folder", str(error)))
-            return
+            return self.skipped.append((prefix, "unreadable_folder", str(error)))
         folders = []
         for entry in entries:
             name, path, about = prefix + entry.name, entry.path, entry.stat(follow_symlinks=False)
-            if stat.S_ISLNK(about.st_mode):
+            reason, detail = ("hidden_file", "hidden files and folders are not read") if is_hidden(entry.name) else ("", "")
+            if not reason and stat.S_ISLNK(about.st_mode):
                 path = os.path.realpath(path)
                 if not os.path.exists(path):
-                    self.skipped.append((name, "broken_link", "its target is missing: git annex get or dvc pull fetches it"))
-                    continue
-                if self._follow is None or path in parents or not is_below(path, self._follow):
-                    hint = "links are not followed; --follow-links ROOT reads those that lead into the folder ROOT"
-                    self.skipped.append((name, "ignored_link", hint))
-                    continue
-                about = os.stat(path)
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                self.skipped.append((name, "hidden_file", "hidden files and folders are not read"))
+                    reason, detail = "broken_link", "its target is missing: git annex get or dvc pull fetches it"
+                elif self._follow is None or path in parents or not is_below(path, self._follow):
+                    reason, detail = "ignored_link", "--follow-links ROOT reads links that lead into the folder ROOT"
+                else:
+                    about = os.stat(path)
+            if reason:
+                self.skipped.append((name, reason, detail))
             elif stat.S_ISDIR(about.st_mode):
                 folders.append((path, f"{name}/"))
             elif name != self.only:
@@ -108,10 +111,9 @@ class Tree:
 
     def _add(self, name: str, real: str, about: os.stat_result) -> None:
         if not stat.S_ISREG(about.st_mode):
-            self.skipped.append((name, "no_plain_file", "devices and pipes are not read"))
-            return
+            return self.skipped.append((name, "no_plain_file", "devices and pipes are not read"))
         self.files[name] = File(name, real, about.st_size)
-        self._stamp(os.fsencode(name) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
+        self.digest.update(os.fsencode(name) + f"\0{about.st_size}\0{about.st_mtime_ns}".encode())
 
     def unpack(self, name: str, folder: str) -> None:
         """Replace an archive by its files, which are written below `folder` once. Raises `BadSample`."""
@@ -130,10 +132,10 @@ class Tree:
             os.rename(f"{target}.partial", target)
         inner = Tree(target)
         del self.files[name]
-        self.files |= {f"{name}/{one.name}": File(f"{name}/{one.name}", one.real, one.size) for one in inner.files.values()}
+        self.files |= {f"{name}/{one.name}": one._replace(name=f"{name}/{one.name}") for one in inner.files.values()}
         unsafe = "links, devices and names that leave the archive are not unpacked"
-        skipped = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
-        self.skipped += [(f"{name}/{member}", reason, detail) for member, reason, detail in inner.skipped + skipped]
+        links = [(member, "unsafe_member", unsafe) for member in json.loads(Path(f"{target}.json").read_text())]
+        self.skipped += [(f"{name}/{member}", reason, detail) for member, reason, detail in inner.skipped + links]
 
     @cached_property
     def _names(self) -> tuple[dict[str, list[str]], ...]:
@@ -148,11 +150,8 @@ class Tree:
         return bases, stems, folded
 
     def resolve(self, table: str, value: str) -> File | None:
-        """Find the file that a value in a table means.
-
-        The value is relative to the table or to the input; else it means the one file with that base name, or the one medium
-        with that name and any extension, whose folders fit best.
-        """
+        """Find the file that a value in a table means: relative to the table or to the input; else the one file with that base
+        name, or the one medium with that name and any extension, whose folders fit best."""
         if not value or len(value) > 4096 or "\n" in value:
             return None
         folder, value = os.path.dirname(table), re.sub(r"#\d+$", "", value.strip()).replace("\\", "/").removeprefix("file://")
@@ -179,11 +178,6 @@ def _common_tail(first: str, second: str) -> int:
     """Count the last path components, without extension, that two paths share."""
     parts = [os.path.splitext(path)[0].split("/")[::-1] for path in (first, second)]
     return next((n for n, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), min(map(len, parts)))
-
-
-def root_of(input: str) -> str:
-    """Return the folder that names of files are relative to: the input, or the folder of a file."""
-    return os.path.abspath(input if os.path.isdir(input) else os.path.dirname(os.path.abspath(input)))
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -268,27 +262,41 @@ FRAMES: dict[bytes, Callable[[], Any]] = {
 }
 
 
-def open_text(path: str, encoding: str = "") -> tuple[BinaryIO, bool]:
+def open_text(path: str, encoding: str = "", start: int = 0, stop: int = 0) -> tuple[BinaryIO, int]:
     """Open a file as UTF-8 bytes: its content says whether it is compressed or UTF-16, `encoding` is that of other files.
 
-    Returns:
-        The stream, and whether its offsets are those of the file.
-    """
+    start, stop: read the lines that begin in this range of bytes, which plain files allow (stop 0: to the end). Returns the
+    stream, and the offset of its first byte in the file, -1 if the file is not plain."""
     file: Any = io.BufferedReader(open_plain(path).detach(), 1 << 17)  # type: ignore[attr-defined]
-    new_frame = next((new_frame for magic, new_frame in FRAMES.items() if file.peek(6).startswith(magic)), None)
-    if new_frame:
-        file = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17)
+    is_plain, head = True, file.peek(6)
+    if new_frame := next((new_frame for magic, new_frame in FRAMES.items() if head.startswith(magic)), None):
+        file, is_plain = io.BufferedReader(_Chunks(_decompressed(file, new_frame)), 1 << 17), False
     head = file.peek(6)[: 1 << 12]
     try:
         found = encoding_of(head, whole=False) if not encoding or head.startswith(tuple(BOMS)) else encoding
-        if codecs.lookup(found).name == "utf-8":
-            return file, new_frame is None
-    except BadSample:  # decoding the lines says where the damage is
-        return file, new_frame is None
+        if codecs.lookup(found).name != "utf-8":
+            texts = codecs.iterdecode(
+                iter(partial(file.read, 1 << 16), b""), found, "surrogateescape"
+            )  # wrong bytes stay wrong
+            return io.BufferedReader(_Chunks(text.encode(errors="surrogateescape") for text in texts), 1 << 17), -1
+    except BadSample:
+        pass  # decoding the lines says where the damage is
     except LookupError as error:
         raise ValueError(f"--encoding {encoding!r} is unknown to Python") from error
-    texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found, "surrogateescape")  # wrong bytes stay wrong
-    return io.BufferedReader(_Chunks(text.encode(errors="surrogateescape") for text in texts), 1 << 17), False
+    if is_plain and (start or stop):
+        end = _seek_line(file, stop) if stop else os.fstat(file.fileno()).st_size
+        start = _seek_line(file, start)
+        sizes = (min(1 << 17, end - at) for at in range(start, end, 1 << 17))
+        file = io.BufferedReader(_Chunks(map(file.read, sizes)), 1 << 17)
+    return file, start if is_plain else -1
+
+
+def _seek_line(file: BinaryIO, position: int) -> int:
+    """Seek to the first line that begins at or after `position`; return its offset."""
+    file.seek(max(0, position - 1))
+    while position and _is_cut(file.readline(MAX_LINE_BYTES)):
+        pass
+    return file.tell()
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | BadSample]:
@@ -306,25 +314,10 @@ def _is_cut(line: bytes) -> bool:
     return bool(line) and not line.endswith(b"\n")
 
 
-def next_cut(file: BinaryIO, position: int, limit: int) -> int:
-    """Find the first beginning of a paragraph, line, word or character within `limit` bytes from `position`."""
-    if position in (0, os.fstat(file.fileno()).st_size):
-        return position
-    file.seek(position)
-    window = file.read(min(limit, 1 << 16))
-    cuts = (at + len(mark) for mark in CUTS if (at := window.find(mark)) >= 0)
-    characters = (at for at in range(min(4, len(window))) if window[at] & 0xC0 != 0x80)
-    return position + (next(cuts, 0) or next(characters, 0))
-
-
-def pieces_of(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:
-    """Yield the next `size` bytes (-1: all) in pieces of at most `limit`, cut after a paragraph, line, word or character."""
-    rest, piece = 1 << 62 if size < 0 else size, b""
-    while True:
-        more = file.read(min(limit + 1 - len(piece), rest))
-        piece, rest = piece + more, rest - len(more)
-        if len(piece) <= limit:
-            break
+def pieces_of(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Yield a text in pieces of at most `limit` bytes, cut after a paragraph, line, word or character."""
+    piece = b""
+    while len(piece := piece + file.read(limit + 1 - len(piece))) > limit:
         cuts = (at + len(mark) for mark in CUTS if (at := piece.rfind(mark, limit // 2, limit)) >= 0)
         characters = (at for at in range(limit, limit - 4, -1) if piece[at] & 0xC0 != 0x80)
         cut = next(cuts, 0) or next(characters, 0) or limit
@@ -334,30 +327,27 @@ def pieces_of(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:
 
 
 def _extract(file: File, target: str) -> list[str]:
-    """Write the files of an archive below `target`; returns the names of members that are refused."""
-    refused, count, size, most = list[str](), 0, 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
+    """Write the files of an archive below `target`; return the names of members that are refused."""
+    refused, size, most = list[str](), 0, max(MAX_ARCHIVE[0], MAX_ARCHIVE[1] * file.size)
     os.makedirs(target)
     with ExitStack() as stack:
         if is_zip := file.name.lower().endswith(".zip"):
             archive: Any = stack.enter_context(zipfile.ZipFile(file.real))
-            members, extract = archive.infolist(), archive.extract
         else:
             stream = stack.enter_context(open_text(file.real)[0])
-            members = archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
-            extract = partial(archive.extract, filter="data")
-        for member in members:
+            archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+        for count, member in enumerate(archive.infolist() if is_zip else archive, start=1):
             if is_zip:
                 name, bytes_, is_folder = member.filename, member.file_size, member.is_dir()
                 is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
             else:
                 name, bytes_, is_folder = member.name, member.size, member.isdir()
                 is_plain = member.isreg() and not member.issparse()
-            count, size = count + 1, size + bytes_
+            size += bytes_
             if size > most or count > MAX_ARCHIVE[2]:
-                detail = f"it holds more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first"
-                raise BadSample("archive_too_large", detail)
+                raise BadSample("archive_too_large", f"more than {most:,} bytes or {MAX_ARCHIVE[2]:,} files: unpack it first")
             if is_plain and not is_folder and name[:1] != "/" and ".." not in name.split("/") and "\\" not in name:
-                extract(member, path=target)
+                archive.extract(member, target, **({} if is_zip else {"filter": "data"}))
             elif not is_folder:  # the filter of tarfile alone was no protection (CVE-2025-4517)
                 refused.append(name)
     return refused

@@ -7,13 +7,11 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -71,22 +69,10 @@ def normalize_text(text: str, options: Options) -> str:
     return clean_text(text) if options.clean else text
 
 
-# ftfy changes such characters, or HTML entities, in any context; elsewhere it needs a character that is not ASCII within 7.
-_ALWAYS_FIXED = re.compile("[&\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffc]")
-_FAR_ASCII = re.compile("(?<=[\x00-\x7f]{7})[\x00-\x7f]+(?=[\x00-\x7f]{7})")
-
-
-def may_need_repair(text: str) -> bool:
-    """Return False if `repair_text` certainly changes nothing, tens of times faster than ftfy."""
-    if text.isascii() or _ALWAYS_FIXED.search(text):
-        return bool(_ALWAYS_FIXED.search(text))
-    return bool(require("ftfy.badness", "prepare", "--repair").BADNESS_RE.search(_FAR_ASCII.sub("", text)))
-
-
 def repair_text(text: str) -> str:
     """Fix mojibake, HTML entities, terminal escapes and control characters with ftfy (Speer 2019), but keep quotes, ligatures
     and full-width characters. Repairing twice changes nothing."""
-    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config()) if may_need_repair(text) else text
+    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config())
 
 
 @lru_cache(1)
@@ -155,10 +141,11 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     said = [n for n, segment in enumerate(document.segments) if n not in sounds and segment.data != document.meta.get("label")]
     is_timed = 0 < max((end - start for start, end, _ in parts), default=0) <= limit
     if len(sounds) > 1 or len(said) > 1 or (said and not (is_timed and document.segments[said[0]].modality == TEXT)):
-        if seconds <= whole:
-            return [document]
-        detail = f"{seconds:,.1f} seconds, and its text has no times by which to cut it; max_audio_seconds is {whole:g}"
-        raise BadSample("audio_too_long", detail)
+        if seconds > whole:
+            raise BadSample(
+                "audio_too_long", f"{seconds:,.1f} seconds, without times to cut it; max_audio_seconds is {whole:g}"
+            )
+        return [document]
     sound, rate = document.segments[sounds[0]], sizes[0][1]
     waveform = decode_audio(sound.file, rate)
     silent = [] if said else split_at_silence(waveform, rate, limit)
@@ -192,16 +179,13 @@ def _pack(parts: Sequence[Part], limit: float, seconds: float) -> list[Part]:
 
 def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
     """Find the timed parts of a transcript: Whisper's `segments`, `words` or `chunks`, among the columns or in the `json`."""
-    holders: tuple[Any, ...] = (sample, sample.get("json"))
-    for name in ("segments", "chunks", "words"):
-        for holder in holders:
-            with suppress(TypeError, KeyError, ValueError, AttributeError, RecursionError, OSError):
-                holder = holder.read_bytes() if isinstance(holder, Path) else holder
-                found = (json.loads(holder) if isinstance(holder, bytes) else holder)[name]
-                parts = [
-                    (*(part.get("timestamp") or (part["start"], part["end"])), part.get("text") or part["word"])
-                    for part in found
-                ]
-                if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
-                    return parts
+    data = sample.get("json")
+    with suppress(ValueError, RecursionError):
+        data = json.loads(data) if isinstance(data, bytes) else data
+    for name, holder in product(("segments", "chunks", "words"), (sample, data)):
+        with suppress(TypeError, KeyError, ValueError, AttributeError):
+            found = holder[name]
+            parts = [(*(one.get("timestamp") or (one["start"], one["end"])), one.get("text") or one["word"]) for one in found]
+            if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
+                return parts
     return []

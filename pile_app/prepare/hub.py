@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from pile_app.prepare.layouts import named_split
 from pile_app.prepare.options import require
 
 
-@dataclass
-class Card:
+class Card(NamedTuple):
     """A data set card. splits: file -> split, of all files that are read; classes: column -> names of its classes."""
 
-    splits: dict[str, str | None] = field(default_factory=dict)
-    classes: dict[str, list[str]] = field(default_factory=dict)
+    splits: dict[str, str | None] = {}  # noqa: RUF012
+    classes: dict[str, list[str]] = {}  # noqa: RUF012
 
 
 def localize(input: str, work: str) -> str:
-    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once.
-
-    Returns:
-        Its path; a local path is returned unchanged.
-
-    Raises:
-        ValueError: the data set cannot be fetched.
-    """
+    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once; return
+    its path. A local path is returned unchanged. Raises ValueError: the data set cannot be fetched."""
     path, _, config = input.partition("#")
     hub = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", path)
     if os.path.exists(path) or not (hub or "://" in path):
@@ -54,22 +47,18 @@ def localize(input: str, work: str) -> str:
     except ValueError:
         raise
     except Exception as error:  # of any file system
-        message = f"input {input!r} is no local path, and cannot be fetched: {type(error).__name__}: {error}"
-        raise ValueError(message[:400]) from error
+        raise ValueError(
+            f"input {input!r} is not here, and cannot be fetched: {type(error).__name__}: {error}"[:400]
+        ) from error
     return f"{target}#{config}" if config else target
 
 
 def read_card(root: str, config: str = "") -> Card:
     """Read the card of a folder in the hub's layout, whose README.md names configurations or features; else an empty one.
-
-    Raises:
-        ValueError: there are several configurations, and none is the default or asked for.
-    """
-    try:
-        with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
-            head = file.read(1 << 20)
-    except OSError:
-        return Card()
+    Raises ValueError: there are several configurations, and none is the default or asked for."""
+    head = ""
+    with suppress(OSError), open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
+        head = file.read(1 << 20)
     if not re.match(r"---\s*\n(?:.*\n)*?(configs|dataset_info):", head):
         return Card()
     datasets = require("datasets", "prepare", "reading data set cards")
@@ -79,8 +68,7 @@ def read_card(root: str, config: str = "") -> Card:
     except Exception as error:
         if isinstance(error, ValueError) and "Config name is missing" in str(error):
             names = datasets.get_dataset_config_names(root)
-            message = f"{root!r} has the configurations {', '.join(names)}: choose one, e.g. {root}#{names[0]}"
-            raise ValueError(message) from error
+            raise ValueError(f"{root!r} has several configurations: {', '.join(names)}; e.g. {root}#{names[0]}") from error
         return Card()  # a card that `datasets` cannot use; the files say what they are
     splits = {os.path.relpath(path, root): named_split(str(split)) or str(split) for split in found for path in found[split]}
     features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}

@@ -9,6 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS
@@ -24,7 +25,7 @@ _WORDS = {
 _IN_NAME = re.compile(rf"(?:^|[^a-z])(?:news)?({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?:set)?(?=[^a-z]|$)")
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice?|note|changelog|citation|contributing|authors|credits|requirements|class(_?names|es)|labels|"
-    r"update)\b[^.]*(\.(txt|md|rst|text|cff))?|(dataset_infos?|dataset_dict|state)\.json|sample_submission\.csv",
+    r"update|(meta|speaker)?[_-]?info)(?![a-z])[^.]*(\.(txt|md|rst|text|cff))?|(dataset_infos?|dataset_dict|state)\.json|sample_submission\.csv",
     re.IGNORECASE,
 )
 
@@ -79,9 +80,9 @@ def kaldi(listing: Any) -> None:
         for key, path in found[0].items():
             file = listing.tree.resolve(scp, path)
             if file is None:
-                listing.bad.append((f"{scp}:{key}", "missing_file", f"{path!r} is not in the input", "Kaldi"))
+                listing.reject(f"{scp}:{key}", "Kaldi", "missing_file", f"{path!r} is not in the input")
             elif key not in found[1]:
-                listing.bad.append((f"{scp}:{key}", "missing_text", f"text has no line of {key!r}", "Kaldi"))
+                listing.reject(f"{scp}:{key}", "Kaldi", "missing_text", f"text has no line of {key!r}")
             else:
                 values = {name: some[key] for name, some in zip(("text", "speaker"), found[1:], strict=True) if key in some}
                 listing.add("Kaldi", f"{scp}:{key}", {"audio": file}, values)
@@ -120,7 +121,7 @@ def parallel_folders(listing: Any) -> None:
                 if key in found:
                     named[text_name] = listing.tree.files[found[key]]
                 elif is_speech:
-                    listing.bad.append((name, "missing_field", f"no text in {other}/ has its name", "VCTK"))
+                    listing.reject(name, "VCTK", "missing_field", f"no text in {other}/ has its name")
                     continue
                 speaker = {"speaker": key.split("/")[-2]} if is_speech and "/" in key else {}
                 listing.add("VCTK" if is_speech else f"{child}/ and {other}/", name, named, speaker)
@@ -129,20 +130,21 @@ def parallel_folders(listing: Any) -> None:
 
 
 def split_lists(listing: Any) -> None:
-    """Read `validation_list.txt`, whose lines name media files; media that no list names are for training."""
+    """Read `validation_list.txt` or `meta/test.txt`, whose lines name media; media that no list names are for training."""
     named: dict[str, str] = {}
     for name in list(listing.rest):
         base = os.path.basename(name)
-        if extension(name) != "txt" or not split_of(name) or not re.search("list|split|names|images", base):
+        if extension(name) != "txt" or not named_split(base):
             continue
         try:
             lines = decode_text(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
         except (ValueError, *DAMAGE):
             continue
-        files = [listing.tree.resolve(name, line) for line in map(str.strip, lines) if line]
-        if files and all(file is not None and extension(file.name) in MEDIA for file in files):
+        found = (listing.tree.resolve(name, line) for line in map(str.strip, lines) if line)
+        files = [file.name for file in takewhile(lambda file: file is not None and extension(file.name) in MEDIA, found)]
+        if files and next(found, None) is None and len(files) == sum(map(bool, map(str.strip, lines))):
             listing.take(name)
-            named |= {file.name: named_split(base) or "" for file in files}
+            named |= dict.fromkeys(files, named_split(base) or "")
     if named:
         listing.splits = {name: named.get(name, "train") for name in listing.tree.files if extension(name) in MEDIA}
 

@@ -15,7 +15,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(f'{purpose} needs {module}: pip install "pile-app[{extra}]"') from error
+        raise ValueError(f"{purpose} needs {module}: pip install {module} (or, in a clone, uv sync --extra {extra})") from error
 
 
 def _option(default: Any, help: str, *bounds: float, choices: tuple[Any, ...] = (), off: str = "", metavar: str = "") -> Any:

@@ -1,46 +1,47 @@
 """The pipeline of `pile prepare`: data sets as they are to shards.
 
-    input ──► units ──► field maps ──► jobs: read, filter ──► duplicates, splits ──► <source>-train-*.tar, ...
-              listed    inferred       in parallel, `spill.py`    in order, `assign.py`
+    input ──► units ──────► field maps ──► jobs: read, filter ──► duplicates, splits ──► <source>-train-*.tar, ...
+              `listing.py`  `readers.py`   in parallel, `spill.py`    in order, `assign.py`
 
 The same command continues an interrupted one from `<output>.partial/`. The same input gives the same bytes with any engine, any
 number of processes, and after any interruption."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 from pile_app.data.shards import Shards
-from pile_app.documents import media_extension
 from pile_app.fields import OWN, Fields
-from pile_app.infer import infer_fields
-from pile_app.prepare.assign import Summary, write_shards
+from pile_app.prepare.assign import Summary, listed, write_shards
 from pile_app.prepare.engines import ENGINES, import_ray, tracked
 from pile_app.prepare.hub import localize
+from pile_app.prepare.listing import Listing, Unit
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.readers import Unit, evaluation_texts, list_units, read_unit
-from pile_app.prepare.spill import SPLITS, Work, read_job, slug, table_of, with_label
+from pile_app.prepare.readers import Maps, evaluation_texts
+from pile_app.prepare.spill import Work, read_job, slug
 
-PREPARE_VERSION = 5  # changes with the result of the same options, and with the files in between
+PREPARE_VERSION = 6  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
-SAMPLES = 200  # of a table or folder, by which its field map is inferred
 
 
 def prepare(
@@ -70,17 +71,18 @@ def prepare(
     _check(given, output, chosen, engine, overwrite)
     folder, summary = output.parent / f"{output.name}.partial", Summary(output)
     result, earlier = folder / "result", output.parent / f".{output.name}.{uuid.uuid4().hex}.old"
-    with _lock(folder), ENGINES[engine](processes or len(os.sched_getaffinity(0))) as run:
+    with _lock(folder), ENGINES[engine](processes or available_cores()) as run:
         local = localize(given, str(folder))
         path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
-        if not os.path.exists(path):
-            raise ValueError(f"input {given!r} does not exist (working folder {os.getcwd()})")
+        listing = Listing(local, chosen, str(folder))
+        units = list(listing.units())
+        maps, summary.maps = Maps(path, chosen, str(folder), listing.tree.digest.hexdigest()).infer(units)
+        for line in summary.maps:
+            print(f"fields: {line}", file=sys.stderr)
         name = os.path.basename(path if local == given else given.partition("#")[0].rstrip("/"))
-        root, source = (path, name) if os.path.isdir(path) else (os.path.dirname(path), name.split(".")[0])
-        digest = hashlib.blake2b(digest_size=16)  # of the names, sizes and times of change of all files
-        work = Work(folder, root, slug(source) or "data", chosen)
-        jobs, work = _list_jobs(work, list_units(local, chosen, str(folder), digest.update), summary)
-        _continue(work, digest.hexdigest(), output, overwrite)
+        work = Work(folder, slug(name if os.path.isdir(path) else name.split(".")[0]) or "data", maps)
+        _continue(work, output, overwrite)
+        jobs = _jobs(units)
         waiting = [(job, units) for job, units in enumerate(jobs) if not work.is_read(job)]
         if len(waiting) < len(jobs):
             print(f"continues {folder}: {len(jobs) - len(waiting):,} of {len(jobs):,} jobs are done", file=sys.stderr)
@@ -102,9 +104,9 @@ def prepare(
         if output.exists():
             os.replace(output, earlier)
         os.replace(result, output)
-        shutil.rmtree(earlier, ignore_errors=True)
-        shutil.rmtree(folder)
-    _print_summary(summary)
+        for done in (earlier, folder):
+            shutil.rmtree(done, ignore_errors=True)
+    summary.print()
     return summary
 
 
@@ -129,6 +131,11 @@ def _check(given: str, output: Path, options: Options, engine: str, overwrite: b
             raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
 
 
+def available_cores() -> int:
+    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
@@ -138,7 +145,8 @@ def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:
@@ -152,58 +160,28 @@ def _lock(folder: Path) -> Iterator[None]:
             raise
 
 
-def _list_jobs(work: Work, listed: Iterator[Unit], summary: Summary) -> tuple[list[list[Unit]], Work]:
-    """Group the input to jobs of some megabytes, and infer the field map of each table and folder from its first samples."""
-    options, jobs, weight = work.options, list[list[Unit]](), JOB_BYTES
-    samples, files, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
-    for unit in listed:
+def _jobs(units: Iterable[Unit]) -> list[list[Unit]]:
+    """Group units to jobs of some megabytes."""
+    jobs, weight = list[list[Unit]](), JOB_BYTES
+    for unit in units:
         if weight >= JOB_BYTES or len(jobs[-1]) == JOB_UNITS:
             jobs, weight = [*jobs, []], 0
         jobs[-1].append(unit)
         weight += unit.weight
-        kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
-        if options.fields is None and seen[kind] < 10 * SAMPLES and seen[kind, folder] < SAMPLES:
-            seen.update([kind, (kind, folder)])
-            for record in islice(read_unit(work.root, unit, options), None if kind == "samples" else SAMPLES):
-                table = table_of(record)
-                files.setdefault(table, record.where.partition(":")[0])
-                if isinstance(record.content, dict) and len(samples[table]) < SAMPLES:
-                    samples[table].append({name: _head(name, value) for name, value in record.content.items()})
-    maps, tables = dict[str, str](), defaultdict[str, list[str]](list)
-    for table, known in samples.items():
-        with suppress(ValueError):  # each record of the table is rejected with the reason
-            maps[table] = str(with_label(infer_fields(known), options))
-            tables[maps[table]].append(table)
-    for line, names in tables.items():
-        layout, _, path = names[0].partition(": ")
-        where = files[names[0]] if path[-1:] not in ("", "/") else path or "the input"
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        count = sum(len(samples[name]) for name in names)
-        summary.maps.append(f"{line}  (inferred from {count:,} samples of {where}{more}, {layout})")
-    if options.fields is not None:
-        maps[""] = str(with_label(Fields.parse(options.fields), options))
-        summary.maps.append(f"{maps['']}  (given)")
-    for line in summary.maps:
-        print(f"fields: {line}", file=sys.stderr)
-    return jobs, replace(work, maps=maps)
+    return jobs
 
 
-def _head(name: str, value: Any) -> Any:
-    """Return the beginning of a medium, which shows its kind."""
-    return value[:64] if isinstance(value, bytes) and name.lower() not in ("json", "txt") and media_extension(value) else value
-
-
-def _continue(work: Work, digest: str, output: Path, overwrite: bool) -> None:
+def _continue(work: Work, output: Path, overwrite: bool) -> None:
     """Keep the jobs that an interrupted preparation of the same input and options has done, or refuse, or remove them."""
-    folder, options = work.folder, work.options
+    folder, maps, options = work.folder, work.maps, work.maps.options
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
         count, short = EvaluationTexts.save(texts, options.ngram, folder / "evaluation")
         print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
     state: dict[str, Any] = {
-        "prepare_version": PREPARE_VERSION, "output": str(output.resolve()), "source": work.source, "field maps": work.maps,
-        "files of the input": digest,
+        "prepare_version": PREPARE_VERSION, "output": str(output.resolve()), "source": work.source,
+        "field maps": maps.maps, "files of the input": maps.digest,
         "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
         **asdict(options) | {"label_names": None},  # they are given at the end
@@ -238,37 +216,5 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
     with open(reasons) as lines:
         rank = {reason: int(reason.startswith(("about", "hidden"))) for reason in counts} | dict.fromkeys(summary.rejected, -1)
         first = min(map(json.loads, lines), key=lambda line: rank[line["reason"]])
-    text = f"{given!r} holds nothing usable: {_listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed"
+    text = f"{given!r} holds nothing usable: {listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed"
     raise ValueError(f"{text} in {reasons}. Options such as --fields, --label and --kind say how to read it")
-
-
-def _listed(counts: Counter[str], what: str = "") -> str:
-    return ", ".join(f"{name}: {n:,} {what}" if what else f"{n:,} {name}" for name, n in counts.most_common())
-
-
-def _print_summary(summary: Summary) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(
-        "source", "split", *(Column(name, justify="right") for name in ("documents", "text bytes", "images", "hours"))
-    )
-    for source, splits in summary.sources.items():
-        for split, tally in splits.items():
-            table.add_row(source, split, *(f"{figure:,}" for figure in tally[:3]), f"{tally.audio_seconds / 3600:,.3f}")
-    total, reasons, unused = summary.balance(), _listed(summary.rejected), _listed(summary.of("unused"), "unused")
-    pieces = f" + {total['pieces']:,} pieces of long sounds" * bool(total["pieces"])
-    lost = f" + {total['of_rejected']:,} of rejected samples" * bool(total["of_rejected"])
-    found, kept = f"{total['samples']:,} read ({_listed(summary.of('read'))}){pieces}", f"{total['documents']:,} documents"
-    fields = f"{total['fields']:,} read = {total['used']:,} used + {total['unused']:,} unused"
-    lines = [f"samples: {found} = {kept} + {total['rejected']:,} rejected" + f" ({reasons})" * bool(reasons),
-             f"files and fields: {fields}" + f" ({unused})" * bool(unused) + lost]  # fmt: skip
-    for name, counts in (("parts of chats dropped", summary.of("dropped")), ("files not read", summary.of("unread"))):
-        lines += [f"{name}: {_listed(counts)}"] if counts else []
-    lines += [f"see {summary.output / 'rejected.jsonl'}"] if reasons or summary.of("unread") else []
-    missing = [f"{source} has no {split} documents" for source, splits in summary.sources.items()
-               for split in SPLITS[:2] if split not in splits]  # fmt: skip
-    hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
-    lines += [f"{', '.join(missing)}: {hint}"] if missing else []
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(table, *lines, sep="\n")
-    print(summary.yaml())

@@ -16,8 +16,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,26 @@ import numpy as np
 from pile_app.data.files import whole_file
 from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
-from pile_app.fields import Field, Fields
-from pile_app.infer import infer_fields
 from pile_app.media import audio_size
 from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
+from pile_app.prepare.layouts import named_split
+from pile_app.prepare.listing import Record, Unit
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
-from pile_app.prepare.options import Options
-from pile_app.prepare.readers import Record, Unit, medium, named_split, read_unit
+from pile_app.prepare.readers import Maps, read_unit
 
 SPLITS = ("train", "validation", "test")
 # Of a document: its range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and for its split
 ROW = np.dtype([("offset", "<u8"), ("size", "<u8"), ("source", "<u4"), ("split", "|u1"), ("text_bytes", "<u8"),
                 ("images", "<u4"), ("audio_seconds", "<f8"), ("digest", "<u8", 2), ("draw", "<u8")])  # fmt: skip
-_parse = lru_cache(1024)(Fields.parse)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A preparation in progress. root: of the input; source: the name for documents without a source; maps: field maps by
-    `table_of`, or by "" for all records."""
+    """A preparation in progress. source: the name for documents without a source."""
 
     folder: Path
-    root: str
     source: str
-    options: Options
-    maps: Mapping[str, str] = field(default_factory=dict)
+    maps: Maps
 
     def blocks(self, job: int) -> Path:
         return self.folder / "spill" / f"{job // 1000:04d}" / f"{job:07d}.blocks"
@@ -65,43 +59,13 @@ class Work:
             return bool(self.blocks(job).stat().st_size == self.part(job, "about")["blocks"])
         return False
 
-    def fields(self, record: Record) -> Fields:
-        """Return the field map of a record. Raises BadSample (`no_fields`) if none could be inferred."""
-        if spec := self.maps.get("") or self.maps.get(table_of(record)):
-            return _parse(spec)
-        try:  # of a table that was not sampled: by the record alone
-            return with_label(infer_fields([record.content]), self.options)  # type: ignore[list-item]
-        except ValueError as error:
-            raise error if isinstance(error, BadSample) else BadSample("no_fields", str(error)) from error
-
-
-def table_of(record: Record) -> str:
-    """Name the records that share a field map: those of tables whose names differ in digits only, else of a folder."""
-    name, is_row, _ = record.where.partition(":")
-    return f"{record.layout}: {re.sub(r'[0-9]+', '', name) if is_row else os.path.join(os.path.dirname(name), '')}"
-
-
-def with_label(fields: Fields, options: Options) -> Fields:
-    """Apply the options about labels to a field map."""
-    entries, learn = list(fields.entries), options.learn_label
-    if options.label:
-        names = tuple(dict.fromkeys((options.label, f"json.{options.label.removeprefix('json.')}")))
-        others = (entry for entry in entries if entry.role != "label" and not set(entry.names) & set(names))
-        entries = [*others, Field(names, "label")]
-    for n, entry in enumerate(entries):
-        if entry.role == "label":
-            entries[n] = replace(entry, learn=entry.learn or learn)
-        elif options.label_loss_only:
-            entries[n] = replace(entry, loss=False)
-    return replace(fields, entries=tuple(entries), shuffle=fields.shuffle and not learn)
-
 
 def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     """Read, check and change the units of a job, and write its blocks and table."""
     job, units = item
     if not work.folder.is_dir():
         raise ValueError(f"a node cannot see {str(work.folder)!r}: input and output have to be in folders that all nodes share")
-    if work.options.resample:  # the same bits everywhere, and processes do not compete for cores
+    if work.maps.options.resample:  # the same bits everywhere, and processes do not compete for cores
         import torch
 
         threads = torch.get_num_threads()
@@ -111,14 +75,14 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     with whole_file(path) as blocks:
         reader = _Reader(work, job, blocks)
         for unit in units:
-            for record in read_unit(work.root, unit, work.options):
+            for record in read_unit(unit, work.maps.options):
                 reader.read(record)
         about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")}
         about |= {"sources": list(reader.sources), "blocks": blocks.tell()}
     rows, signatures = np.array(reader.rows, ROW), np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)
     with whole_file(path.with_suffix(".npz")) as file:
         np.savez(file, rows=rows, signatures=signatures, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
-    if work.options.resample:
+    if work.maps.options.resample:
         torch.set_num_threads(threads)
 
 
@@ -126,18 +90,18 @@ class _Reader:
     """Reads the records of a job. counts: by `<what>:<name>`, as `Summary` has them."""
 
     def __init__(self, work: Work, job: int, blocks: Any) -> None:
-        self.work, self.job, self.options, self.blocks = work, job, work.options, blocks
-        self.evaluation = EvaluationTexts(work.folder / "evaluation") if work.options.decontaminate else None
+        self.work, self.job, self.options, self.blocks = work, job, work.maps.options, blocks
+        self.evaluation = EvaluationTexts(work.folder / "evaluation") if self.options.decontaminate else None
         self.rows, self.signatures, self.files = list[tuple[Any, ...]](), list[np.ndarray](), list[str]()
         self.rejected, self.sources, self.counts = list[tuple[str, ...]](), dict[str, int](), Counter[str]()
 
     def read(self, record: Record) -> None:
-        source = self.work.source
+        source, sample = self.work.source, record.content if isinstance(record.content, Mapping) else {}
         self.counts.update([f"read:{record.layout}"] * bool(record.layout))
         try:
-            document, parts = self._document(record)
+            document = self._complete(self._document(record, sample), record)
             source = slug(str(document.meta.get("pile_set_name", ""))) or source
-            pieces = cut_long_sounds(document, self.options, parts)
+            pieces = cut_long_sounds(document, self.options, transcript_parts(sample))
         except BadSample as error:
             return self._reject(record, error, source, "rejected" if record.layout else "unread")
         self.counts["pieces:"] += len(pieces) - 1
@@ -147,15 +111,10 @@ class _Reader:
             except BadSample as error:
                 self._reject(record, error, source)
 
-    def _document(self, record: Record) -> tuple[Document, list[Any]]:
-        """Return the document of a record, and the timed parts of its transcript."""
-        sample = record.content
-        if isinstance(sample, BadSample):
-            raise sample
-        if isinstance(sample, Document):
-            return self._complete(sample, record), []
+    def _document(self, record: Record, sample: Mapping[str, Any]) -> Document:
+        """Return the document of a record, and count its fields."""
         try:
-            reading = self.work.fields(record).read(record.where, sample, partial(medium, self.work.root, record.where))
+            reading = self.work.maps.read(record)
         except BadSample:
             self.counts.update(f"lost:{name}" for name in sample)
             raise
@@ -167,8 +126,7 @@ class _Reader:
         self.counts.update(f"{'used' if name == 'meta' and meta else 'unused'}:{name}" for name in reading.unused)
         self.counts.update(f"used:{name}" for name in reading.used)
         self.counts.update({f"dropped:{name}": count for name, count in reading.dropped.items()})
-        document = replace(reading.document, meta={**meta, **reading.document.meta})
-        return self._complete(document, record), transcript_parts(sample)
+        return replace(reading.document, meta={**meta, **reading.document.meta})
 
     def _complete(self, document: Document, record: Record) -> Document:
         """Add the label that a folder gives, and the name of the file."""
@@ -181,8 +139,7 @@ class _Reader:
             segments += (Segment(folder),) * options.learn_label
         if (options.label or options.label_from_folder) and "label" not in meta:
             raise BadSample("no_label", f"there is no {options.label or 'folder below the input to take the label from'}")
-        file = os.fsencode(record.where).decode(errors="replace")
-        return replace(document, segments=segments, ordered=ordered, meta={"file": file} | meta)
+        return replace(document, segments=segments, ordered=ordered, meta={"file": record.where} | meta)
 
     def _draw(self, document: Document) -> int:
         """Hash to 64 bits, which decide the split: the group, else the media, else the texts without the label."""

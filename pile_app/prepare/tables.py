@@ -1,53 +1,64 @@
 """Read rows of tables: CSV in any dialect, JSON lines and arrays, Parquet and Arrow files, and lists of `name text`.
 
-    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample, bytes read)
+    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample)
 
 A table with a column of existing file names is the index of those files. A row that does not fit the header, a quote that is
-not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read.
-"""
+not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read."""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, BinaryIO
 
 from pile_app.documents import AUDIO_EXTENSIONS, BadSample
-from pile_app.fields import as_list
+from pile_app.fields import as_list, is_texts
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
+from pile_app.prepare.layouts import named_split
 from pile_app.prepare.options import require
 from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS, document_of_record
 from pile_app.prepare.text import decode_text
 from pile_app.records import is_interleaved
 
-KNOWN_COLUMNS = {*TEXT_NAMES, *LABEL_NAMES, *GROUP_NAMES} | {
-    "image", "audio", "file", "file_name", "filename", "path", "id", "split"
-}  # fmt: skip
+FILE_NAMES = ("image", "audio", "file", "file_name", "filename", "path")
+KNOWN_COLUMNS = {*TEXT_NAMES, *LABEL_NAMES, *GROUP_NAMES, *FILE_NAMES, "id", "split"}
 PREVIEW = 100  # rows that show which columns name files
 MAX_LABELS = 50
+MAX_QUOTED = 10_000  # lines in a quoted cell
 csv.field_size_limit(files.MAX_LINE_BYTES)
 _UNDECODED = re.compile("[\ud800-\udfff]")
-_LAYOUTS = {"csv": "table", "lines": "JSON lines", "json": "JSON", "yaml": "YAML", "parquet": "Parquet", "arrow": "Arrow"}
+_LAYOUTS = {"csv": "table", "lines": "JSON lines", "json": "JSON", "parquet": "Parquet", "arrow": "Arrow"}
+
+
+class Undecoded(BadSample):
+    """A row in an unknown encoding. row: the row as Latin-1, which shows the files that it names."""
+
+    def __init__(self, detail: str, row: Any) -> None:
+        super().__init__("invalid_utf8", detail)
+        self.row = row
+
+
+def shown(row: Any) -> Any:
+    return row.row if isinstance(row, Undecoded) else row
 
 
 @dataclass(frozen=True)
 class Table:
-    """Describe a table, or its part from byte `start` (after `line` lines) to `stop`.
+    """Describe a table, or a part of it: JSON lines from byte `start` to `stop`, or a row group of Parquet.
 
-    format: csv, lines, json, yaml, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records
-    name files at any depth; tagged: rows are texts with entities; classes: column -> names of its classes; merged: rows of one
-    image become one; group: of Parquet; lenient: text in an unknown encoding is read, as Latin-1, to see which files it names.
-    """
+    format: csv, lines, json, parquet or arrow; columns: of a CSV file; files: columns that name files; nested: records name
+    files at any depth; tagged: rows are texts with entities; classes: column -> names of its classes."""
 
     name: str
     real: str
@@ -62,12 +73,9 @@ class Table:
     tagged: bool = False
     split: str | None = None
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    merged: bool = False
     start: int = 0
     stop: int = 0
-    line: int = 0
     group: int = -1
-    lenient: bool = False
 
     @property
     def is_index(self) -> bool:
@@ -79,22 +87,17 @@ class Table:
         return f"entities ({name})" if self.tagged else f"{name} of files" if self.is_index else name
 
 
-Row = tuple[str, Any, int]
+def rows(table: Table) -> Iterator[tuple[str, Any]]:
+    """Yield (`file:line`, the row or why it cannot be read) of each row.
 
-
-def rows(table: Table) -> Iterator[Row]:
-    """Yield (`file:line`, the row or why it cannot be read, position in bytes) of each row.
-
-    Raises:
-        BadSample, OSError, EOFError: the file is damaged; rows before the damage are yielded.
-    """
-    for number, row, position in READERS[table.format](table):
+    Raises BadSample, OSError, EOFError: the file is damaged; rows before the damage are yielded."""
+    for number, row in READERS[table.format](table):
         if isinstance(row, dict):
             row = {name: value for name, value in row.items() if value is not None}
             row |= {name: _class_names(row[name], names) for name, names in table.classes.items() if name in row}
         elif not isinstance(row, BadSample):
             row = BadSample("no_object", f"the record is {row!r:.80}, not an object with fields")
-        yield f"{table.name}{number}", row, position
+        yield f"{table.name}{number}", row
 
 
 def _class_names(value: Any, names: Sequence[str]) -> Any:
@@ -108,89 +111,61 @@ def _class_names(value: Any, names: Sequence[str]) -> Any:
 # -- CSV
 
 
-def _csv_rows(table: Table) -> Iterator[Row]:
+def _csv_rows(table: Table) -> Iterator[tuple[str, Any]]:
     with open_text(table.real, table.encoding)[0] as file:
-        if table.start:
-            file.seek(table.start)
-        found = _cells(file, table)
-        if table.has_header and not table.start:
-            next(found, None)
-        for line, cells, position in found:
-            yield f":{table.line + line}", _row(cells, table), table.start + position
-            if table.stop and table.start + position >= table.stop:
-                return
+        for line, cells in islice(_cells(file, table), int(table.has_header), None):
+            yield f":{line}", cells if isinstance(cells, BadSample) else _row(cells, table)
 
 
-def _row(cells: list[str] | BadSample, table: Table) -> Any:
-    if isinstance(cells, BadSample):
-        return cells
-    if _UNDECODED.search("".join(cells)):
-        if not table.lenient:
-            return BadSample("invalid_utf8", "the row is not UTF-8: give --encoding, e.g. cp1252 or latin-1")
+def _row(cells: list[str], table: Table) -> Any:
+    if is_damaged := bool(_UNDECODED.search("".join(cells))):
         cells = [cell.encode("utf-8", "surrogateescape").decode("latin-1") for cell in cells]
     if len(cells) != len(table.columns):
         wanted = f"{len(table.columns)}: {', '.join(table.columns)}"
         return BadSample("row_width", f"the row has {len(cells)} cells instead of {wanted:.200}. Quote the texts")
-    return dict(zip(table.columns, cells, strict=True))
+    row = dict(zip(table.columns, cells, strict=True))
+    return Undecoded("the row is not UTF-8: give --encoding, e.g. cp1252 or latin-1", row) if is_damaged else row
 
 
-def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadSample, int]]:
-    """Yield (line, cells or the error, bytes read) of each row.
-
-    An unclosed quote costs its own line only: the lines after it, which the cell swallowed, are read again.
-    """
-    source, pending, taken = lines_of(file), deque[bytes | BadSample](), list[bytes]()
-    line = position = size = 0
-
-    def feed() -> Iterator[str]:
-        nonlocal size
-        while (found := pending.popleft() if pending else next(source, None)) is not None:
-            if isinstance(found, BadSample):
-                raise found
-            taken.append(found)
-            size += len(found)
-            if size > files.MAX_LINE_BYTES:
-                raise csv.Error("end of data")
-            yield found.decode("utf-8-sig" if line == 0 and len(taken) == 1 else "utf-8", "surrogateescape")
-
-    reader = _reader(feed(), table)
-    while True:
-        taken.clear()
-        size = 0
-        cells: list[str] | BadSample | None
-        try:
-            cells = next(reader, None)
-        except (BadSample, csv.Error) as error:
-            reader = _reader(feed(), table)
-            if isinstance(error, BadSample):
-                cells = error
-                taken.append(b"")
-            elif "end of data" in str(error) or len(taken) > 1:
-                again = f"; the {len(taken) - 1:,} lines after it are read again" * (len(taken) > 1)
-                cells = BadSample("unclosed_quote", f"a quote opens in line {table.line + line + 1} and is not closed{again}")
-                pending.extendleft(reversed(taken[1:]))
-                del taken[1:]
-            else:  # a quote within a cell
-                found = _try_rows([taken[0].decode("utf-8", "surrogateescape")], table, strict=False)
-                cells = found[0] if found else BadSample("damaged_row", str(error))
+def _cells(file: BinaryIO, table: Table) -> Iterator[tuple[int, list[str] | BadSample]]:
+    """Yield (line, cells or the error) of each row. A quote that `MAX_QUOTED` lines do not close costs its own line only."""
+    source, pending, number = lines_of(file), deque[bytes | BadSample](), 1
+    while (line := pending.popleft() if pending else next(source, None)) is not None:
+        taken = [line]
+        cells = line if isinstance(line, BadSample) else _parse(line, table, number == 1)
+        while cells is None and len(taken) < MAX_QUOTED and (more := pending.popleft() if pending else next(source, None)):
+            taken.append(more)
+            if isinstance(more, BadSample):
+                break
+            if b'"' in more:
+                cells = _parse(b"".join(taken), table, number == 1)  # type: ignore[arg-type]
         if cells is None:
-            return
-        position += sum(map(len, taken))
+            again = f"; the {len(taken) - 1:,} lines after it are read again" * (len(taken) > 1)
+            cells = BadSample("unclosed_quote", f"a quote opens in line {number} and is not closed{again}")
+            pending.extendleft(reversed(taken[1:]))
+            del taken[1:]
         if cells:
-            yield line + 1, cells, position
-        line += len(taken)
+            yield number, cells
+        number += len(taken)
 
 
-def _reader(lines: Iterator[str], table: Table, strict: bool = True) -> Iterator[list[str]]:
-    if table.delimiter not in "\t|\x1f ":
-        escape = table.escape or None
-        yield from csv.reader(lines, delimiter=table.delimiter, escapechar=escape, strict=strict, skipinitialspace=True)
-        return
-    for line in lines:  # never quoted: a lone quote in a caption would swallow the rows up to the next
-        cells = line.split(None, 1) if table.delimiter == " " else line.rstrip("\r\n").split(table.delimiter)
-        if len(cells) == 1 < len(table.columns) and table.delimiter == " ":
-            cells.append("")
-        yield [_unquoted(cell.strip()) for cell in cells] if line.strip() else []
+def _parse(data: bytes, table: Table, is_first: bool) -> list[str] | None:
+    """Split a row; None if a quote is open."""
+    text = data.decode("utf-8-sig" if is_first else "utf-8", "surrogateescape")
+    if not text.strip():
+        return []
+    if table.delimiter == " ":
+        return [*text.strip().split(None, 1), ""][:2]
+    if table.delimiter in "\t|\x1f":  # never quoted: a lone quote in a caption would swallow the rows up to the next
+        return [_unquoted(cell.strip()) for cell in text.rstrip("\r\n").split(table.delimiter)]
+    for strict in (True, False):  # not strict: a quote within a cell
+        try:
+            escape = table.escape or None
+            return next(csv.reader([text], delimiter=table.delimiter, escapechar=escape, skipinitialspace=True, strict=strict))
+        except csv.Error as error:
+            if "end of data" in str(error):
+                return None
+    return [text]
 
 
 def _unquoted(cell: str) -> str:
@@ -199,38 +174,27 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if '"' not in inner != cell[1:-1] and cell[0] == cell[-1] == '"' else cell
 
 
-def _try_rows(lines: Sequence[str], table: Table, strict: bool = True) -> list[list[str]]:
-    found: list[list[str]] = []
-    try:
-        found.extend(row for row in _reader(iter(lines), table, strict) if row)
-    except csv.Error as error:
-        if strict and "end of data" not in str(error):
-            found += _try_rows(lines[len(found) :], table, strict=False)
-    return found
-
-
 def _sniff_csv(table: Table, tree: Tree) -> Table:
     """Find the delimiter, and whether the first row is a header; name the columns that have no header by their content."""
     with open_text(table.real, table.encoding)[0] as file:
         head = file.read(1 << 18)
     if b"\0" in head:
         raise BadSample("damaged_file", "it holds bytes that are no text")
-    lines = [f"{line}\n" for line in head.decode("utf-8-sig", "replace").split("\n")][: 2 * PREVIEW]
-    lines = lines[:-1] if len(head) == 1 << 18 and len(lines) > 1 else lines
-    best, found = (False, False, 0.0), list[list[str]]()
-    chosen = replace(table, delimiter="\x1f")
-    for delimiter in "\t|" if extension(table.name) == "tsv" else ",\t;|":
-        for escape in ("", "\\") if delimiter in ",;" and any('\\"' in line for line in lines) else ("",):
+    lines = head.splitlines(keepends=True)[: 2 * PREVIEW]
+    head = b"".join(lines[:-1] if len(head) == 1 << 18 and len(lines) > 1 else lines)
+    best, chosen, found = (False, False, 0.0), table, list[list[str]]()
+    for delimiter in "\t|\x1f" if extension(table.name) == "tsv" else ",\t;|\x1f":
+        for escape in ("", "\\") if delimiter in ",;" and b'\\"' in head else ("",):
             trial = replace(table, delimiter=delimiter, escape=escape)
-            cells = _try_rows(lines, trial)
+            cells = [row for _, row in _cells(io.BytesIO(head), trial) if not isinstance(row, BadSample)]
             width = len(cells[0]) if cells else 0
             even = [row for row in cells if len(row) == width]
             fits = len(even) / max(1, len(cells))
             names_files = any(_is_media(column[1:] or column, tree, table.name) for column in zip(*even, strict=True))
             score = names_files, width > 1, fits
-            if (width > 1 or (delimiter == "," and fits == 1)) and fits >= 0.5 and score > best:
+            if not found or ((width > 1 or delimiter in ",\x1f") and fits >= (0.5 if width > 1 else 1) and score > best):
                 best, chosen, found = score, trial, cells
-    if not (found := found or _try_rows(lines, chosen)):
+    if not found:
         raise BadSample("empty_file", "the table holds no row")
     has_header = _is_header(found, tree, table.name)
     body = [row for row in found if len(row) == len(found[0])][has_header:]
@@ -240,7 +204,7 @@ def _sniff_csv(table: Table, tree: Tree) -> Table:
 
 
 def _is_header(found: Sequence[Sequence[str]], tree: Tree, name: str) -> bool:
-    first, body = [cell.strip() for cell in found[0]], found[1:]
+    first, body = [stripped for cell in found[0] if (stripped := cell.strip())], found[1:]  # spreadsheets add empty columns
     has_number = any(map(_is_number, first))
     if any(cell.lower() in KNOWN_COLUMNS for cell in first) and not has_number:
         return True
@@ -260,10 +224,12 @@ def _names_by_content(body: Sequence[Sequence[str]], tree: Tree, name: str) -> l
         names[n] = "audio" if extension(file.name) in AUDIO_EXTENSIONS else "image"
     rest = [n for n in names if n not in media]
     prose = [n for n in rest if sum(" " in cell for cell in columns[n]) > len(body) / 2]
-    labels = [n for n in rest if n not in prose and len({*columns[n]}) <= max(2, min(MAX_LABELS, len(body) * 0.8))]
+    numbers = {n for n in rest if all(map(_is_number, columns[n]))}
+    most = {n: max(2, min(MAX_LABELS if n in numbers else len(body), len(body) * 0.8)) for n in rest}
+    labels = sorted((n for n in rest if n not in prose and len({*columns[n]}) <= most[n]), key=lambda n: n in numbers)
     labels = [n for n in labels if not any(re.fullmatch(r"\d+\.\d*", cell) for cell in columns[n])]
-    if not prose and media:  # transcripts of one word
-        prose = [n for n in rest if not all(map(_is_number, columns[n]))][-1:]
+    if not prose and media:  # transcripts of one word, not names such as n01443537
+        prose = [n for n in rest if n not in numbers and not any(map(str.isdigit, "".join(columns[n])))][-1:]
     texts = ("text", "normalized_text") if media else ("title", "text") if len(prose) == 2 else ("text",)
     names |= dict(zip(prose, texts, strict=False)) if len(prose) <= 2 else {}
     names |= dict.fromkeys([n for n in labels if n not in prose][:1], "label")
@@ -277,68 +243,48 @@ def _is_number(cell: str) -> bool:
 # -- JSON, YAML, Parquet, Arrow
 
 
-def _json_lines(table: Table) -> Iterator[Row]:
-    file, is_plain = open_text(table.real, table.encoding)
+def _json_lines(table: Table) -> Iterator[tuple[str, Any]]:
+    file, start = open_text(table.real, table.encoding, table.start, table.stop)
     with file:
-        position = table.start
-        if position:  # the line that crosses the border belongs to the part before
-            file.seek(position - 1)
-            position += len(file.readline(files.MAX_LINE_BYTES)) - 1
         for number, line in enumerate(lines_of(file), start=1):
-            if table.stop and position >= table.stop:
-                return
-            name = f":@{position}" if table.stop else f":{number}"
-            if isinstance(line, BadSample):
-                yield name, line, position
-                position = file.tell() if is_plain else position
-                continue
-            position += len(line)
-            if line.strip():
-                yield name, _parsed(line, table.lenient), position
+            if isinstance(line, BadSample) or line.strip():
+                name = f":@{start}+{number}" if table.stop else f":{number}"  # the line after that byte
+                yield name, line if isinstance(line, BadSample) else _parsed(line)
 
 
-def _parsed(data: bytes, lenient: bool = False) -> Any:
+def _parsed(data: bytes) -> Any:
     try:
         return json.loads(decode_text(data))
     except BadSample as error:
-        return _parsed(data.decode("latin-1").encode()) if lenient and error.reason == "invalid_utf8" else error
+        with suppress(ValueError, RecursionError):
+            return Undecoded(error.detail, json.loads(data.decode("latin-1")))
+        return error
     except (ValueError, RecursionError) as error:
         return BadSample("invalid_json", str(error))
 
 
-def _json_file(table: Table) -> Iterator[Row]:
+def _json_file(table: Table) -> Iterator[tuple[str, Any]]:
     """Yield the records of a file; if its encoding is unknown, an error for each record."""
-    data = read_text(table.real, table.encoding)
-    content = _parsed_yaml(data) if table.format == "yaml" else _parsed(data, table.lenient)
-    error = content if isinstance(content, BadSample) else None
-    if error and (error.reason != "invalid_utf8" or isinstance(content := _parsed(data, lenient=True), BadSample)):
-        raise error
+    found = _parsed(read_text(table.real, table.encoding))
+    content = shown(found)
+    if isinstance(content, BadSample):
+        raise content
     if isinstance(content, dict):
         content = _records_of(content)
     for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield f":{number}", error or record, 0
-
-
-def _parsed_yaml(data: bytes) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # strings, lists and mappings only
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, loader)):
-            raise ValueError("it refers to parts of itself, which may be a bomb")
-        return yaml.load(data, loader)
-    except Exception as error:  # of a hostile file
-        return BadSample("invalid_yaml", f"{error}"[:200])
+        yield f":{number}", Undecoded(found.detail, record) if isinstance(found, Undecoded) else record
 
 
 def _records_of(content: dict[str, Any]) -> list[Any]:
-    """Find the records in an object: COCO, Karpathy's splits, ChatterBot, `{"data": [...]}`, an object a key, or itself."""
+    """Find the records: COCO, captions by file, files by class or split, `{"data": [...]}`, an object a key, or the object."""
     lists = {name: value for name, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
-    dialogues, images = content.get("conversations"), lists.get("images", [{}])
-    if isinstance(dialogues, list) and any(isinstance(one, list) for one in dialogues):
-        return [{"exchange": as_list(one)} for one in dialogues]
     if content and all(extension(key) in MEDIA and isinstance(value, str | list) for key, value in content.items()):
         return [{"file": key, "captions" if isinstance(value, list) else "text": value} for key, value in content.items()]
+    if len(content) > 1 and all(
+        is_texts(some) and all("/" in one and " " not in one for one in some) for some in content.values()
+    ):
+        column = "split" if all(map(named_split, content)) else "label"
+        return [{"file": file, column: name} for name, some in content.items() for file in some]
     if "images" in lists and "annotations" in lists:
         captions: dict[Any, list[str]] = defaultdict(list)
         for one in lists["annotations"]:
@@ -346,11 +292,7 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
                 captions[one.get("image_id")].append(one["caption"])
         if not captions:
             raise BadSample("no_caption", "its annotations are no captions")
-        return [{"image": one.get("file_name"), "captions": captions[one.get("id")]} for one in images]
-    if isinstance(images[0].get("sentences"), list):
-        texts = ([one.get("raw") for one in image.get("sentences", [])] for image in images)
-        pairs = zip(images, texts, strict=True)
-        return [{"image": one.get("filename"), "captions": some, "split": one.get("split")} for one, some in pairs]
+        return [{"image": one.get("file_name"), "captions": captions[one.get("id")]} for one in lists["images"]]
     if len(lists) == 1 and not content.keys() & {"messages", "conversations", "segments", "text"}:
         return next(iter(lists.values()))
     if len(content) > 1 and all(isinstance(value, dict) for value in content.values()):
@@ -358,84 +300,68 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
     return [content]
 
 
-def _columnar_rows(table: Table) -> Iterator[Row]:
-    """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
-    number = 0
-    with open_plain(table.real) as file, _damage():
-        if table.format == "arrow":
-            batches: Any = _open_arrow(file)
-            if hasattr(batches, "num_record_batches"):
-                batches = map(batches.get_batch, range(batches.num_record_batches))
-        else:
-            opened = _parquet().ParquetFile(file, memory_map=False)
-            groups = [opened.metadata.row_group(group) for group in range(opened.metadata.num_row_groups)]
-            number = sum(group.num_rows for group in groups[: max(0, table.group)])
-            chosen = range(len(groups)) if table.group < 0 else [table.group]
-            row_bytes = max((groups[n].total_byte_size // max(1, groups[n].num_rows) for n in chosen), default=0)
-            if row_bytes > files.MAX_FILE_BYTES:
-                raise BadSample("damaged_file", f"{row_bytes:,} bytes a row")
-            at_once = max(1, min(1024, (1 << 24) // max(1, row_bytes)))
-            batches = opened.iter_batches(at_once, row_groups=list(chosen), use_threads=False)
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f":{number}", row, 0
-
-
 @contextmanager
-def _damage() -> Iterator[None]:
-    """Raise `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
+def _columnar(table: Table) -> Iterator[Any]:
+    """Open a Parquet or Arrow file. Raises `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
+    is_parquet = table.format == "parquet"
+    library = require(f"pyarrow.{'parquet' if is_parquet else 'ipc'}", "prepare", f"reading {_LAYOUTS[table.format]} files")
     try:
-        yield
+        with open_plain(table.real) as file:
+            is_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            if is_parquet:
+                yield library.ParquetFile(file, memory_map=False)
+            else:
+                yield library.open_stream(file) if is_stream else library.open_file(file)
     except BadSample:
         raise
     except Exception as error:
         raise BadSample("damaged_file", f"{error}"[:300]) from error
 
 
-def _parquet() -> Any:
-    return require("pyarrow.parquet", "prepare", "reading Parquet")
-
-
-def _open_arrow(file: BinaryIO) -> Any:
-    ipc = require("pyarrow.ipc", "prepare", "reading Arrow files")
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
-    return ipc.open_file(file) if is_file else ipc.open_stream(file)
+def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
+    number = 0
+    with _columnar(table) as batches:
+        if table.format == "parquet":
+            groups = [batches.metadata.row_group(group) for group in range(batches.metadata.num_row_groups)]
+            number = sum(group.num_rows for group in groups[: max(0, table.group)])
+            chosen = list(range(len(groups)) if table.group < 0 else [table.group])
+            row_bytes = max((groups[n].total_byte_size // max(1, groups[n].num_rows) for n in chosen), default=0)
+            if row_bytes > files.MAX_FILE_BYTES:
+                raise BadSample("damaged_file", f"{row_bytes:,} bytes a row")
+            at_once = max(1, min(1024, (1 << 24) // max(1, row_bytes)))
+            batches = batches.iter_batches(at_once, row_groups=chosen, use_threads=False)
+        elif hasattr(batches, "num_record_batches"):
+            batches = map(batches.get_batch, range(batches.num_record_batches))
+        found = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f":{line}", row) for line, row in enumerate(found, start=number + 1))
 
 
 def row_groups(table: Table) -> int:
-    with open_plain(table.real) as file:
-        return int(_parquet().read_metadata(file).num_row_groups)
+    with _columnar(table) as opened:
+        return int(opened.metadata.num_row_groups)
 
 
 def _classes(table: Table) -> dict[str, list[str]]:
     """Read column -> names of its classes, as Hugging Face's `datasets` writes them into the schema."""
-    with open_plain(table.real) as file, _damage():
-        schema = _parquet().read_schema(file) if table.format == "parquet" else _open_arrow(file).schema
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    with _columnar(table) as opened:
+        about = (opened.schema_arrow if table.format == "parquet" else opened.schema).metadata or {}
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
+        features = json.loads(about[b"huggingface"])["info"]["features"]
         inner = {name: about[0] if isinstance(about, list) else about.get("feature", about) for name, about in features.items()}
         return {name: list(map(str, about["names"])) for name, about in inner.items() if isinstance(about.get("names"), list)}
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return {}
+    return {}
 
 
-READERS = {
-    "csv": _csv_rows, "lines": _json_lines, "json": _json_file, "yaml": _json_file, "parquet": _columnar_rows,
-    "arrow": _columnar_rows,
-}  # fmt: skip
+READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file} | dict.fromkeys(("parquet", "arrow"), _columnar_rows)
 
 
 # -- the form and the meaning of a table
 
 
 def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Table, list[dict[str, Any]]]:
-    """Describe the table in a file by its content, and return its first rows.
-
-    Raises:
-        BadSample, OSError, EOFError: the file cannot be read.
-    """
+    """Describe the table in a file by its content, and return its first rows. Raises BadSample, OSError, EOFError."""
     table = Table(file.name, file.real, format, encoding)
     if file.size < 1024 and read_file(file.real).startswith(b"version https://git-lfs"):
         raise BadSample("lfs_pointer", "it is a pointer of Git LFS: fetch the data with git lfs pull")
@@ -447,21 +373,23 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         table = replace(table, format="lines" if _is_lines(table) else "json")
     elif format in ("parquet", "arrow"):
         table = replace(table, classes=_classes(table))
-    found = [row for _, row, _ in islice(rows(replace(table, lenient=True)), PREVIEW)]
+    found = [shown(row) for _, row in islice(rows(table), PREVIEW)]
     if not found:
         raise BadSample("empty_file", "it holds no row")
     preview = [row for row in found if isinstance(row, dict)]
-    return replace(table, **_naming_columns(table, preview, tree), tagged=any(map(_is_tagged, preview))), preview
+    named = [] if any(map(is_interleaved, preview)) else _naming_columns(table, preview, tree)
+    nested = not named and any(named_within(tree, table.name, row) for row in preview)
+    return replace(table, files=tuple(named), nested=nested, tagged=any(map(_is_tagged, preview))), preview
 
 
 def _is_lines(table: Table) -> bool:
-    """Whether JSON is one value a line."""
+    """Tell whether JSON is one value a line."""
     is_named = extension(table.name) in ("jsonl", "ndjson")
     with open_text(table.real, table.encoding)[0] as opened:
         first = next((line for line in iter(partial(opened.readline, files.MAX_LINE_BYTES), b"") if line.strip()), b"")
         more = opened.read(1 << 16).strip()
     is_object = first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
-    if not isinstance(_parsed(first, lenient=True), BadSample):
+    if not isinstance(shown(_parsed(first)), BadSample):
         return bool(more) or (is_named and is_object)
     return (is_named and len(first.strip()) > 2) or (is_object and more.startswith(b"{"))  # its first line is damaged
 
@@ -474,7 +402,7 @@ def _is_tagged(row: Mapping[str, Any]) -> bool:
 
 
 def _naming(values: Sequence[Any], tree: Tree, name: str, is_list: bool = False) -> tuple[bool, bool]:
-    """Whether values name files of the input, and whether they do or look as if they did."""
+    """Tell whether values name files of the input, and whether they do or look as if they did."""
     texts = [one for value in values for one in as_list(value) if isinstance(one, str) and one]
     if is_list:  # of names and texts: a word is no name of a file
         texts = [text if re.search(r"[\d.]", text) else "" for text in texts]
@@ -486,40 +414,36 @@ def _naming(values: Sequence[Any], tree: Tree, name: str, is_list: bool = False)
 
 
 def _is_media(cells: Sequence[str], tree: Tree, table: str) -> bool:
-    """Whether a column of a CSV file names files of the input."""
+    """Tell whether a column of a CSV file names files of the input."""
     return _naming(cells, tree, table)[0] and _are_ids("id", cells)
 
 
-def _naming_columns(table: Table, preview: Sequence[dict[str, Any]], tree: Tree) -> dict[str, Any]:
-    """Find the columns that name files, or whether records name files at any depth."""
-    names = [] if any(map(is_interleaved, preview)) else list(dict.fromkeys(name for row in preview for name in row))
-    columns = {name: [row[name] for row in preview if name in row] for name in names}
+def _naming_columns(table: Table, preview: Sequence[dict[str, Any]], tree: Tree) -> list[str]:
+    """Find the columns that name files."""
+    columns = {name: [row[name] for row in preview if name in row] for name in dict.fromkeys(n for row in preview for n in row)}
     verdicts = {name: _naming(values, tree, table.name, table.delimiter == " ") for name, values in columns.items()}
-    found = [name for name in names if verdicts[name][0]]
+    found = [name for name in columns if verdicts[name][0]]
     exact = [name for name in found if any(extension(f"{value}") in MEDIA for value in columns[name])]
     if not found and not any(is_held(value) for row in preview for value in row.values()):  # all files are missing
-        exact = [name for name in names if verdicts[name][1]]
-    found = exact or [name for name in found if _are_ids(name, columns[name])][:1]
-    nested = not found and any(True for row in preview for _ in named_within(tree, table.name, row))
-    return {"files": tuple(found), "nested": nested}
+        exact = [name for name in columns if verdicts[name][1]]
+    return exact or [name for name in found if _are_ids(name, columns[name])][:1]
 
 
 def is_held(value: Any) -> bool:
-    """Whether a value holds a medium, as Hugging Face's Parquet files do."""
+    """Tell whether a value holds a medium, as Hugging Face's Parquet files do."""
     return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
 def _are_ids(name: str, values: Sequence[Any]) -> bool:
-    """Whether values without extension may well be names of files, rather than labels or numbers."""
+    """Tell whether values without extension may well be names of files, rather than labels or numbers."""
     is_named = re.search("id|file|name|image|audio|path|key|utt", name.lower())
     return len({*map(str, values)}) > len(values) / 2 and bool(is_named or not all(_is_number(f"{value}") for value in values))
 
 
-def named_within(tree: Tree, table: str, value: Any) -> Iterator[File]:
-    """Yield the files that a record names, at any depth."""
+def named_within(tree: Tree, table: str, value: Any) -> list[File]:
+    """Return the files that a record names, at any depth."""
     if isinstance(value, str):
-        if extension(value[-12:]) in MEDIA and (file := tree.resolve(table, value)):
-            yield file
-    elif isinstance(value, Mapping | list):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from named_within(tree, table, one)
+        file = tree.resolve(table, value) if extension(value[-12:]) in MEDIA else None
+        return [file] if file else []
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [file for one in values for file in named_within(tree, table, one)]

@@ -11,6 +11,7 @@ from itertools import accumulate, chain, pairwise
 from typing import Any, BinaryIO
 
 from pile_app.documents import BadSample, Document, Segment
+from pile_app.fields import is_texts
 from pile_app.prepare.entities import Offsets, scheme_of_tags, spans_of_tags, word_offsets
 from pile_app.prepare.files import MAX_LINE_BYTES, lines_of
 from pile_app.prepare.text import decode_text
@@ -86,16 +87,15 @@ def document_of_record(record: Mapping[str, Any], clean: Clean) -> tuple[Documen
     """Read a tagged record; None if it has another layout. Raises `BadSample`."""
     spans, tags = (next((record[name] for name in names if isinstance(record.get(name), list)), None)
                    for names in (SPAN_FIELDS, TAG_FIELDS))  # fmt: skip
-    words = record.get("tokens")
-    if tags is not None and isinstance(words, list) and all(isinstance(word, str) for word in words):
+    words, text = record.get("tokens"), record.get("text")
+    if tags is not None and is_texts(words):
         if any(isinstance(tag, int) for tag in tags):
             raise BadSample("unknown_tag", "its tags are numbers without names: write names, such as B-person")
-        names = list(map(str, tags))
-        return document_of_words(words, names, scheme_of_tags([names]), clean)
-    if spans is None or not isinstance(record.get("text"), str):
+        return document_of_words(words, list(map(str, tags)), scheme_of_tags([list(map(str, tags))]), clean)  # type: ignore[arg-type]
+    if spans is None or not isinstance(text, str):
         return None
     are_spans = (span.keys() >= KEYS if isinstance(span, dict) else isinstance(span, list) and len(span) == 3 for span in spans)
-    return document_of_spans(record["text"], spans, clean) if all(are_spans) else None
+    return document_of_spans(text, spans, clean) if all(are_spans) else None
 
 
 def _span(text: str, span: Any) -> tuple[int, int, str]:

@@ -1,21 +1,22 @@
-"""A conversation with a model: what is said, what still fits its context, what comes back. Without a user interface: see
-`commands/chat.py` for the terminal and `chat_page.py` for the browser.
+"""A conversation with a model, and its terminal.
 
     conversation.ask([Segment("What is this?"), picture], sampling)  ──►  str pieces, Segment, Segment ..., Notice
 
-The layout is that of training (`records.py`). What does not fit the context is dropped from the front, by whole
-turns, and a `Notice` says so; what the assistant says can be no longer than what is left.
+The layout is that of training (`records.py`). Turns that do not fit the context are dropped from the front, whole, and a
+`Notice` says so; an answer is at most as long as the rest of the context.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import PurePath
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePath
+from typing import Any
 
 from pile_app import documents, media
 from pile_app.data.tokenizers import Tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, Document, Segment
+from pile_app.documents import AUDIO, MODALITIES, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate_document
 from pile_app.model.segments import segment_length
@@ -26,16 +27,8 @@ ANSWER_SHARE = 4  # a quarter of the context, at least, is kept free for the ans
 
 @dataclass(frozen=True)
 class Limits:
-    """Of what a user may send at a time, and what may come back.
-
-    Args:
-        upload_bytes: of a file.
-        uploads: files of a message.
-        image_pixels: of an image.
-        audio_seconds: of a sound.
-        characters: of the text of a message.
-        segments: of an answer.
-    """
+    """Limits of a message: bytes of a file, number of files, pixels of an image, seconds of a sound, characters of the text;
+    and segments of an answer."""
 
     upload_bytes: int = 10 << 20
     uploads: int = 4
@@ -47,36 +40,34 @@ class Limits:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the user should know and the model does not."""
+    """A message to the user that the model does not see."""
 
     text: str
 
 
-def read_upload(name: str, data: bytes, limits: Limits) -> Segment:
-    """An image or a sound that somebody sent, decoded once to be sure that it can be.
+def read_upload(name: str, data: bytes, limits: Limits | None = None) -> Segment:
+    """Make a segment of an image or a sound, decoded once to be sure that it can be.
 
     Raises:
-        ValueError: it is too large or too long, of no kind that is read, or damaged.
+        ValueError: it is too large or too long, of an unknown kind, or damaged.
     """
     extension = PurePath(name).suffix[1:].lower()
-    if len(data) > limits.upload_bytes:
-        raise ValueError(f"{name} has {len(data) / 1e6:.1f} MB; at most {limits.upload_bytes / 1e6:.1f} MB can be sent")
+    if limits and len(data) > limits.upload_bytes:
+        raise ValueError(f"{name} has {len(data) / 1e6:.3g} MB; at most {limits.upload_bytes / 1e6:.3g} MB can be sent")
     try:
         if extension in documents.IMAGE_EXTENSIONS:
             height, width = media.image_size(data)
-            if height * width > limits.image_pixels:
-                raise ValueError(
-                    f"{name} has {width} x {height} pixels; at most {limits.image_pixels / 1e6:.0f} million can be sent"
-                )
+            if limits and height * width > limits.image_pixels:
+                raise ValueError(f"{name} has {width} x {height} pixels; at most {limits.image_pixels:,} can be sent")
             media.decode_image(data, 3, 16, 16)
         elif extension in documents.AUDIO_EXTENSIONS:
             samples, rate = media.audio_size(data)
-            if samples / rate > limits.audio_seconds:
-                raise ValueError(f"{name} has {samples / rate:.1f} s; at most {limits.audio_seconds:.0f} s can be sent")
+            if limits and samples / rate > limits.audio_seconds:
+                raise ValueError(f"{name} has {samples / rate:.3g} s; at most {limits.audio_seconds:g} s can be sent")
             media.decode_audio(data, rate)
         else:
             known = ", ".join((*documents.IMAGE_EXTENSIONS, *documents.AUDIO_EXTENSIONS))
-            raise ValueError(f"{name} is of no kind that is read: {known}")
+            raise ValueError(f"{name} is of a kind that cannot be read; its name has to end in {known}")
     except documents.BadSample as error:
         raise ValueError(f"{name} cannot be used, {error}") from error
     return Segment(data, extension)
@@ -86,60 +77,47 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer cannot write the markers of roles."""
     if any(tokenizer.decode(tokenizer.encode(marker)) != marker for marker in MARKERS):
         raise ValueError(
-            "conversations need a tokenizer that writes control characters, for they mark who speaks: bytes or byte-level BPE"
+            "conversations need a tokenizer that writes control characters, which mark who speaks: bytes or byte-level BPE"
         )
 
 
 class Conversation:
-    """Turns so far, and the model that answers.
+    """A model that answers, and the turns so far.
 
     Args:
         model: trained on conversations.
         context: tokens that it was trained to see at a time.
         limits: of messages and answers.
+        turns: the conversation so far.
 
     Raises:
         ValueError: the model's tokenizer cannot write the markers of roles.
     """
 
-    def __init__(self, model: FusedLanguageModel, context: int, limits: Limits | None = None) -> None:
+    def __init__(
+        self, model: FusedLanguageModel, context: int, limits: Limits | None = None, turns: Sequence[Turn] = ()
+    ) -> None:
         check_tokenizer(model.tokenizer)
-        self.model = model
-        self.context = context
-        self.limits = limits or Limits()
-        self.turns: list[Turn] = []
-        self.answers = 0  # drawn so far: each with a seed of its own
+        self.model, self.context, self.limits, self.turns = model, context, limits or Limits(), list(turns)
+        self.answers = 0  # drawn so far: each has its own seed
 
     def ask(self, segments: Sequence[Segment], sampling: Sampling) -> Iterator[str | Segment | Notice]:
-        """Says something, and yields the answer: pieces of a text while it is written, then each segment when it is finished.
+        """Say something; yield the pieces of a text while it is written, then each segment when it is finished.
 
-        An answer that is broken off (the iterator is closed) is kept as far as it came. A message that is refused leaves the
-        conversation as it was.
+        An answer that is interrupted (the iterator is closed) is kept as far as it came. A message that is refused leaves the
+        conversation unchanged.
 
         Raises:
             ValueError: the message is empty, too long, or of a modality that the model cannot read.
         """
-        turn = self._checked(segments)
-        before, self.turns = self.turns, [*self.turns, turn]
-        try:
-            prompt, notice = self._fitting()
-        except ValueError:
-            self.turns = before
-            raise
-        if notice:
-            yield notice
-        yield from self._answer(prompt, sampling)
+        yield from self._answer([*self.turns, self._checked(segments)], sampling)
 
     def retry(self, sampling: Sampling) -> Iterator[str | Segment | Notice]:
-        """Another answer in place of the last. Raises ValueError where nothing was asked."""
-        if self.turns and self.turns[-1].role == "assistant":
-            self.turns.pop()
-        if not self.turns:
+        """Replace the last answer. Raises ValueError if nothing was asked."""
+        turns = self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
+        if not turns:
             raise ValueError("nothing was asked yet")
-        prompt, notice = self._fitting()
-        if notice:
-            yield notice
-        yield from self._answer(prompt, sampling)
+        yield from self._answer(turns, sampling)
 
     def _checked(self, segments: Sequence[Segment]) -> Turn:
         turn = clean_turn(Turn("user", tuple(segments)))
@@ -148,47 +126,48 @@ class Conversation:
         characters = sum(len(segment.data) for segment in turn.segments if isinstance(segment.data, str))
         if characters > self.limits.characters:
             raise ValueError(f"the message has {characters:,} characters; at most {self.limits.characters:,} can be sent")
-        media = [segment for segment in turn.segments if not isinstance(segment.data, str)]
-        if len(media) > self.limits.uploads:
-            raise ValueError(f"the message has {len(media)} files; at most {self.limits.uploads} can be sent")
-        for segment in media:
+        files = [segment for segment in turn.segments if not isinstance(segment.data, str)]
+        if len(files) > self.limits.uploads:
+            raise ValueError(f"the message has {len(files)} files; at most {self.limits.uploads} can be sent")
+        for segment in files:
             if segment.modality not in self.model.vocabulary.modalities:
                 raise ValueError(f"the model has no {MODALITIES[segment.modality]} codec: it cannot read {segment.extension}")
         return turn
 
-    def _fitting(self) -> tuple[Document, Notice | None]:
-        """The prompt, as many of the last turns as fit; and what to say of those that do not."""
+    def _fitting(self, turns: list[Turn]) -> tuple[Document, int]:
+        """Make the prompt of as many of the last turns as fit, and count those that do not."""
         room = self.context - self.context // ANSWER_SHARE
-        for first in range(len(self.turns)):
-            if first and self.turns[first].role == "assistant":
+        for first in range(len(turns)):
+            if first and turns[first].role == "assistant":
                 continue  # an answer without its question
-            prompt = conversation_prompt(self.turns[first:])
+            prompt = conversation_prompt(turns[first:])
             if prompt_length(self.model, prompt) <= room:
-                text = (
-                    f"The model sees {self.context:,} tokens at a time: it no longer sees the first {first} of "
-                    f"{len(self.turns)} turns."
-                )
-                return prompt, Notice(text) if first else None
-        length = prompt_length(self.model, conversation_prompt(self.turns[-1:]))
+                return prompt, first
+        length = prompt_length(self.model, conversation_prompt(turns[-1:]))
         raise ValueError(
-            f"the message takes {length:,} tokens; the model sees {self.context:,} at a time, {room:,} of them of what is asked"
+            f"the message takes {length:,} tokens; the model sees {self.context:,} at a time, {room:,} of them of the question"
         )
 
-    def _answer(self, prompt: Document, sampling: Sampling) -> Iterator[str | Segment | Notice]:
+    def _answer(self, turns: list[Turn], sampling: Sampling) -> Iterator[str | Segment | Notice]:
+        prompt, dropped = self._fitting(turns)
+        self.turns = turns
+        if dropped:
+            unseen = f"it no longer sees the first {dropped} of {len(turns)} turns."
+            yield Notice(f"The model sees {self.context:,} tokens at a time: {unseen}")
         left = self.context - prompt_length(self.model, prompt)
-        sampling = replace(
-            sampling, stop=(*sampling.stop, *MARKERS), max_text=min(sampling.max_text, left), seed=sampling.seed + self.answers
-        )
+        seconds = sampling.max_seconds
         if AUDIO in self.model.vocabulary.modalities:
-            seconds = left / self.model.vocabulary.audio_tokens_per_second
-            sampling = replace(sampling, max_seconds=min(sampling.max_seconds, seconds))
+            seconds = min(seconds, left / self.model.vocabulary.audio_tokens_per_second)
+        sampling = replace(
+            sampling, stop=(*sampling.stop, *MARKERS), max_text=min(sampling.max_text, left), max_seconds=seconds,
+            seed=sampling.seed + self.answers,
+        )  # fmt: skip
         self.answers += 1
         written: list[Segment] = []
-        text = ""  # of the segment under way
+        text = ""  # of the unfinished segment
+        limit = self.limits.segments
         try:
-            for event in generate_document(
-                self.model, prompt, sampling, most_segments=self.limits.segments, continue_text=False
-            ):
+            for event in generate_document(self.model, prompt, sampling, most_segments=limit, continue_text=False):
                 if isinstance(event, str):
                     text += event
                     yield event
@@ -206,21 +185,93 @@ class Conversation:
 
 
 def prompt_length(model: FusedLanguageModel, prompt: Document) -> int:
-    """Tokens, `<begin>` included."""
+    """Count the tokens, including `<begin>`."""
     return 1 + sum(segment_length(model, segment) for segment in prompt.segments)
 
 
-def shown_image(segment: Segment, pixels: int = 224) -> bytes:
-    """A PNG of an image as large as people like to see it: small ones are enlarged, pixel by pixel."""
-    import io
+HELP = """\
+/image FILE     send a picture with the next message (alone on a line, an empty message sends it)
+/sound FILE     send a sound
+/retry          another answer to the last message
+/reset          start again
+/settings       show the settings; /settings temperature 0.5 changes one
+/quit           end (or Ctrl-D)"""
+SETTINGS: dict[str, type[Any]] = {one.name: float if isinstance(one.default, float) else int for one in fields(Sampling)[:6]}
 
-    from PIL import Image
 
-    assert segment.modality == IMAGE
-    image = media.load_image(segment.file, pixels).convert("RGB")
-    scale = pixels // max(image.size)
-    if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
+class Terminal:
+    """Read lines, print answers; pictures and sounds of an answer are saved to a folder and named."""
+
+    def __init__(self, conversation: Conversation, sampling: Sampling, folder: Path) -> None:
+        self.conversation, self.sampling, self.folder = conversation, sampling, folder
+        self.attached: list[Segment] = []
+        self.commands = {"image": self.attach, "sound": self.attach, "retry": self.retry, "reset": self.reset}
+        self.commands |= {"settings": self.settings, "help": lambda _: print(HELP)}
+
+    def talk(self) -> None:
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print("Write something; /help lists the commands.")
+        while True:
+            try:
+                line = input("you> " if interactive else "").strip()
+            except EOFError:
+                return
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                self.take(line)
+            except (ValueError, OSError) as error:
+                print(f"({error})")
+
+    def take(self, line: str) -> None:
+        """Answer one line of the user."""
+        name, _, argument = line.removeprefix("/").partition(" ")
+        if line.startswith("/"):
+            if name not in self.commands:
+                raise ValueError(f"there is no /{name}; /help lists the commands")
+            self.commands[name](argument.strip())
+        elif line or self.attached:
+            segments, self.attached = [*self.attached, *([Segment(line)] if line else [])], []
+            self.show(self.conversation.ask(segments, self.sampling))
+
+    def attach(self, path: str) -> None:
+        if not path:
+            raise ValueError("name a file: /image digit.png, /sound word.wav")
+        self.attached.append(read_upload(Path(path).name, Path(path).expanduser().read_bytes(), self.conversation.limits))
+        print("(goes with your next message; an empty line sends it alone)")
+
+    def retry(self, _: str) -> None:
+        self.show(self.conversation.retry(self.sampling))
+
+    def reset(self, _: str) -> None:
+        self.conversation.turns, self.attached = [], []
+        print("(a new conversation)")
+
+    def settings(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        name = name.replace("-", "_")
+        if argument:
+            if name not in SETTINGS:
+                raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+            self.sampling = replace(self.sampling, **{name: SETTINGS[name](value)})
+        print("(" + ", ".join(f"{name} {getattr(self.sampling, name):g}" for name in SETTINGS) + ")")
+
+    def show(self, events: Iterator[str | Segment | Notice]) -> None:
+        """Print an answer while it is written; Ctrl-C interrupts it."""
+        try:
+            for event in events:
+                if isinstance(event, str):
+                    print(event, end="", flush=True)
+                elif isinstance(event, Notice):
+                    print(f"({event.text})")
+                elif isinstance(event.data, str):
+                    print()
+                else:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    path = self.folder / f"{len(list(self.folder.iterdir())):03d}.{event.extension}"
+                    path.write_bytes(event.data)
+                    print(path)
+        except KeyboardInterrupt:
+            events.close()  # type: ignore[attr-defined]
+            print("\n(interrupted)")

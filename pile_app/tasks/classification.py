@@ -5,12 +5,12 @@ document up to the label, and a linear head classifies its pooled hidden vectors
 that is a text. Either way the label is not seen: the model is causal.
 
     hidden (B, T, D) -> mean, maximum, deviation, last of each document (L, F) -> head -> logits (L, classes)
-    and beside it, where asked for: runs of tokens, statistics of sounds -> linear -> added to the logits
+    optionally added to the logits: linear functions of token n-grams, and of statistics of sounds
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,9 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.objective import Objective, frames_of_codes, labels_by_piece, mean_by_piece, refuse_encoded
+from pile_app.model.generate import evaluating
+from pile_app.model.segments import segment_length
+from pile_app.training.objective import Objective, frames_of_codes, labelled_pieces, mean_by_piece, refuse_encoded
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -34,20 +36,22 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "max", "deviation", "last"]
 ROWS = 64  # documents that are read at once for predictions
 BUCKETS = 1 << 18  # that n-grams are hashed into
+MOST_NAMED = 100  # labels with metrics of their own
 
 
 class LabelAnnotator(Annotator):
-    """Gives every token of the segments the number of the label, and the token after them too: `<end>`, or the opener of the
-    label where that is a text.
+    """Give the number of the label to every token of the segments and to the token after them, `<end>` or the opener of a label
+    in text.
 
     Args:
         labels: in order.
         as_text: refuse documents whose label is not a text, to be predicted by the model itself.
+        option: of the objective, needs the media themselves.
     """
 
-    def __init__(self, labels: Sequence[str], as_text: bool = False) -> None:
+    def __init__(self, labels: Sequence[str], as_text: bool = False, option: str = "") -> None:
         self.numbers = {label: number for number, label in enumerate(labels)}
-        self.as_text = as_text
+        self.as_text, self.option = as_text, option
 
     def arrange(self, document: Document) -> Document:
         return label_last(document)
@@ -55,6 +59,7 @@ class LabelAnnotator(Annotator):
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
+        refuse_encoded(document, self.option)
         label, is_text = number_of_label(document, self.numbers)
         if self.as_text and not is_text:
             raise ValueError(
@@ -69,11 +74,7 @@ class LabelAnnotator(Annotator):
 
 
 def number_of_label(document: Document, numbers: Mapping[str, int]) -> tuple[int, bool]:
-    """Return the number of the label, and whether it is the last segment.
-
-    Raises:
-        ValueError: the label is unknown, or nothing comes before it.
-    """
+    """Return the number of the label, and whether it is the last segment; raise ValueError if it is unknown or stands alone."""
     label, is_text = label_of(document)
     if label not in numbers:
         raise ValueError(f"document {document.key!r} has the label {label!r}, model.objective.labels names {list(numbers)}")
@@ -91,21 +92,24 @@ def split_label(document: Document, labels: Sequence[str]) -> tuple[Document, in
 
 
 class Classification(Objective):
-    """Which of several labels a document has.
+    """Predict which of several labels a document has.
+
+    Metrics: accuracy (which is also micro precision, recall and F1), macro precision, recall and F1, and those of each label,
+    for up to `MOST_NAMED` labels. `confusion.png` and `summary.json` hold the confusion matrix.
 
     Args:
         labels: all labels, in the order of the classes, as `pile prepare` prints them.
         head: linear, on the pooled vectors; or language: the model's own softmax where the label begins, over the first tokens
             of the labels, which have to differ. That needs no new weights (arXiv:2001.07676 calls the labels a verbalizer).
-        pooling: what is taken of the hidden vectors of a document, one after the other: their mean, the maximum or the standard
-            deviation of each component, the last one, which has seen them all. (The head `language` reads the last one.)
+        pooling: features of a document, concatenated: mean, maximum or standard deviation of its hidden vectors, or the last
+            one, which has read all of it. (The head `language` reads the last one.)
         class_weights: of the labels in the loss, in their order; balanced: total / (classes * count), by the labels that the
             run has seen so far; null: all 1.
-        ngrams: 1 or more: beside the head stands a linear model of the text's runs of up to so many tokens, which learns
-            at once what speaks for which label (wide and deep, arXiv:1606.07792, with fastText's features, arXiv:1607.01759).
-        sound_statistics: beside the head stands a linear model of what each band of the sounds' log-mel frames does over time,
-            see `SoundStatistics`; nothing where the model has no sound. Not from encoded shards.
-        dropout: share of the features that is dropped in training.
+        ngrams: 1 or more: add a linear model of the text's runs of up to so many tokens, which learns at once which words speak
+            for which label (wide and deep, arXiv:1606.07792, with fastText's features, arXiv:1607.01759).
+        sound_statistics: add a linear model of the sounds' log-mel bands over time, see `SoundStatistics`; not from encoded
+            shards.
+        dropout: fraction of the features that is dropped in training.
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
@@ -115,6 +119,7 @@ class Classification(Objective):
     seen: Tensor
     first_tokens: Tensor
     reads_end: Tensor
+    weights: Tensor
 
     def __init__(
         self,
@@ -141,28 +146,21 @@ class Classification(Objective):
             raise ValueError(f"objective.ngrams is 0 or more, not {ngrams}")
         if head == "language" and freeze:
             raise ValueError("objective.head language has no weights of its own: with objective.freeze set head to linear")
-        self.labels = labels
-        self.kind = head
+        self.labels, self.kind, self.ngrams, self.sound_statistics = labels, head, ngrams, sound_statistics
         self.pooling: list[Pooling] = ["last"] if head == "language" else pooling
         self.class_weights = class_weights
-        self.ngrams = ngrams
-        self.sound_statistics = sound_statistics
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.confusion: Tensor | None = None  # (true, predicted) counts of the last validation
 
     @property
     def annotator(self) -> Annotator:
-        return LabelAnnotator(self.labels, self.kind == "language")
+        return LabelAnnotator(
+            self.labels, self.kind == "language", self.reads_media or "sound_statistics" * self.sound_statistics
+        )
 
     def build(self, model: FusedLanguageModel) -> None:
         from torchmetrics import MetricCollection
-        from torchmetrics.classification import (
-            MulticlassAccuracy,
-            MulticlassConfusionMatrix,
-            MulticlassF1Score,
-            MulticlassPrecision,
-            MulticlassRecall,
-        )
+        from torchmetrics import classification as metrics
 
         super().build(model)
         classes = len(self.labels)
@@ -180,15 +178,17 @@ class Classification(Objective):
             nn.init.zeros_(self.head.bias)
         if self.class_weights == "balanced":
             self.register_buffer("seen", torch.ones(classes))
-        self.metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(classes, average="micro"),
-                "precision": MulticlassPrecision(classes, average="macro"),
-                "recall": MulticlassRecall(classes, average="macro"),
-                "f1": MulticlassF1Score(classes, average="macro"),
-                "confusion": MulticlassConfusionMatrix(classes),
-            }
-        )
+        given = self.class_weights if isinstance(self.class_weights, list) else [1.0] * classes
+        self.register_buffer("weights", torch.tensor(given), persistent=False)
+        kinds = {
+            "precision": metrics.MulticlassPrecision,
+            "recall": metrics.MulticlassRecall,
+            "f1": metrics.MulticlassF1Score,
+        }
+        collected = {name: kind(classes, average="macro") for name, kind in kinds.items()}
+        collected |= {f"{name}_by_label": kind(classes, average="none") for name, kind in kinds.items()}
+        collected["accuracy"] = metrics.MulticlassAccuracy(classes, average="micro")
+        self.metrics = MetricCollection(collected | {"confusion": metrics.MulticlassConfusionMatrix(classes)})
 
     def _first_tokens(self, tokenizer: Tokenizer) -> list[int]:
         firsts = {label: int(tokenizer.encode(label)[0]) for label in self.labels}
@@ -203,29 +203,38 @@ class Classification(Objective):
         return list(firsts.values())
 
     def logits(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(L, classes) float32 of the labelled pieces, (L,) their labels."""
-        features, labels = pool(hidden, batch, self.pooling)
+        """Return (L, classes) float32 of the labelled pieces, and (L,) their labels."""
+        pieces, labels = labelled_pieces(batch)
+        features = pool(hidden, batch, self.pooling)[pieces]
         if self.kind == "language":
             logits = model.logits(features, TEXT)[:, self.first_tokens + model.vocabulary.SPECIALS]
         else:
-            logits = self.head(self.dropout(features)).float()
-        kept = labels_by_piece(batch) >= 0
+            logits = self.head(self.drop(features, batch, batch.piece_starts[pieces].long(), self.dropout)).float()
         for wide in self.wide:
-            logits = logits + wide(model, batch, self.dropout)[kept]
+            logits = logits + wide(model, batch, self)[pieces]
         return logits, labels
 
-    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
-        logits, labels = self.logits(model, hidden, batch)
-        self.reads_end |= ((batch.labels >= 0) & (batch.tokens == Vocabulary.END)).any()
-        if not len(labels):
-            return logits.sum()
-        weights: Tensor | None = None
+    def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
+        labels = labelled_pieces(batch)[1]
+        ends = ((batch.labels >= 0) & (batch.tokens == Vocabulary.END)).any()
+        counts = torch.zeros_like(self.weights).index_add(0, labels, torch.ones_like(labels, dtype=torch.float32))
+        return torch.cat([ends.float()[None], counts, *(wide.count(model, batch) for wide in self.wide)])  # type: ignore[operator]
+
+    def begin_step(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        ends, counts, *more = total.split([1, len(self.labels), *(wide.counted for wide in self.wide)])
+        self.reads_end |= ends[0] > 0
+        for wide, of_wide in zip(self.wide, more, strict=True):
+            wide.see(of_wide)  # type: ignore[operator]
+        weights = self.weights
         if self.class_weights == "balanced":
-            self.seen += labels.bincount(minlength=len(self.labels))
+            self.seen += counts
             weights = self.seen.sum() / (len(self.labels) * self.seen)
-        elif self.class_weights is not None:
-            weights = logits.new_tensor(self.class_weights)
-        return F.cross_entropy(logits, labels, weights)
+        return weights, (weights * counts).sum().clamp_min(1e-9)
+
+    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch, step: Any = None) -> Tensor:
+        weights, total = step or self.prepare(model, [batch])[0]
+        logits, labels = self.logits(model, hidden, batch)
+        return F.cross_entropy(logits, labels, weights, reduction="sum") / total
 
     @torch.no_grad()
     def update(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> None:
@@ -235,21 +244,33 @@ class Classification(Objective):
 
     def compute(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = self.metrics.compute()
-        self.confusion = values.pop("confusion").cpu()
         self.metrics.reset()
+        self.confusion = values.pop("confusion").cpu()
+        self.by_label = {name: values.pop(f"{name}_by_label").tolist() for name in ("precision", "recall", "f1")}
+        if len(self.labels) <= MOST_NAMED:
+            for name, of_labels in self.by_label.items():
+                values |= {f"{name}/{label}": torch.tensor(v) for label, v in zip(self.labels, of_labels, strict=True)}
         return values
 
     def report(self, folder: Path) -> dict[str, Any]:
-        """`confusion.png`, also into the W&B run that is open."""
+        """Write `confusion.png`, also into the W&B run that is open."""
         if self.confusion is None:
             return {}
-        picture = folder / "confusion.png"
-        draw_confusion(self.confusion, self.labels, picture)
         import wandb
+        from matplotlib.pyplot import close
+        from torchmetrics.utilities.plot import plot_confusion_matrix
+
+        picture = folder / "confusion.png"
+        figure, _ = plot_confusion_matrix(self.confusion, labels=self.labels, add_text=len(self.labels) <= 40, cmap="Blues")
+        figure.set_size_inches(*[3.5 + 0.55 * min(len(self.labels), 40)] * 2)
+        figure.savefig(picture, bbox_inches="tight")
+        close(figure)
 
         if wandb.run is not None:
             wandb.log({"confusion": wandb.Image(str(picture))})
-        return {"confusion": self.confusion.tolist()}
+        rows = zip(*self.by_label.values(), strict=True)
+        by_label = {label: dict(zip(self.by_label, row, strict=True)) for label, row in zip(self.labels, rows, strict=True)}
+        return {"confusion": self.confusion.tolist(), "labels": by_label}
 
     def _with_any_label(self, document: Document) -> Document:
         """Give a document a label, which nothing reads, in the form that labels had in training."""
@@ -261,13 +282,11 @@ class Classification(Objective):
 
     @torch.no_grad()
     def predict(self, model: FusedLanguageModel, documents: Sequence[Document]) -> Tensor:
-        """(N, classes) float32 probabilities for documents without a label, read whole, however long; on the CPU.
+        """Return (N, classes) float32 probabilities for documents without a label, read whole, however long; on the CPU.
 
         Raises:
             BadSample: a medium cannot be decoded, or the model has no codec for it.
         """
-        from pile_app.model.generate import evaluating, segment_length
-
         asked = [self._with_any_label(document) for document in documents]
         lengths = [2 + sum(segment_length(model, segment) for segment in document.segments) for document in asked]
         order = sorted(range(len(asked)), key=lengths.__getitem__)  # rows of about one length: little padding
@@ -286,133 +305,118 @@ class Classification(Objective):
 
 
 class Ngrams(nn.Module):
-    """Logits of a document as the sum over its runs of 1 to `longest` tokens, divided by the square root of their number.
+    """Sum the logits of a document's runs of 1 to `longest` tokens, divided by the square root of their number.
 
-    Runs are hashed; those that fall into one of the `BUCKETS` share their weights.
-
-    Args:
-        longest: tokens of a run.
-        classes: C.
-        text_stop: token from which on it is not text.
+    Runs are hashed into `BUCKETS` rows of weights. `text_stop`: the first token id that is not text.
     """
+
+    counted = 0
 
     def __init__(self, longest: int, classes: int, text_stop: int) -> None:
         super().__init__()
-        self.longest = longest
-        self.text_stop = text_stop
+        self.longest, self.text_stop = longest, text_stop
         self.weight = nn.Parameter(torch.zeros(BUCKETS, classes))
 
-    def forward(self, model: FusedLanguageModel, batch: Batch, dropout: nn.Module) -> Tensor:
-        """(P, C) float32, 0 of pieces without text that is labelled."""
+    def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
+        return self.weight.new_zeros(0)
+
+    def see(self, total: Tensor) -> None:
+        pass
+
+    def forward(self, model: FusedLanguageModel, batch: Batch, objective: Classification) -> Tensor:
+        """Return (P, classes) float32, 0 of pieces without labelled text."""
         tokens, piece = batch.tokens.flatten().long(), batch.piece_numbers.flatten()
         is_text = (batch.labels.flatten() >= 0) & (tokens >= Vocabulary.SPECIALS) & (tokens < self.text_stop)
         inside, run = is_text, torch.zeros_like(tokens)
+        indices = torch.arange(len(tokens), device=tokens.device)
         sums = self.weight.new_zeros(len(batch.piece_sources), 1 + self.weight.size(1))  # of runs, and their logits
         for back in range(self.longest):
             inside = inside & is_text.roll(back) & (piece.roll(back) == piece)
             run = (run * 1_000_003 + tokens.roll(back)) % ((1 << 31) - 1)
-            logits = dropout(F.embedding(run % BUCKETS, self.weight))
+            logits = objective.drop(F.embedding(run % BUCKETS, self.weight), batch, indices, objective.dropout, 2 + back)
             sums = sums.index_add(0, piece, F.pad(logits, (1, 0), value=1.0) * inside[:, None])
         return sums[:, 1:] / sums[:, :1].clamp_min(1).sqrt()
 
 
 class SoundStatistics(nn.Module):
-    """Logits of a document as a linear function of what each band of its sounds does over time: mean, maximum and standard
-    deviation of its log-mel frames, mean of how far they move from one to the next.
+    """Logits of a document as a linear function of each log-mel band over time: mean, maximum, standard deviation, and the mean
+    change from one frame to the next, each standardized by the statistics of training so far.
 
-    Features of music and of noises since Tzanetakis and Cook (2002), whom ESC-50's own baseline follows; with a few hundred
-    recordings they say more than a small language model can learn. Each is standardized by what training has seen of it.
-
-    Args:
-        mels: F, bands of a frame.
-        classes: C.
+    Features of music and of noises since Tzanetakis and Cook (2002) and in ESC-50's own baseline; with a few hundred recordings
+    they say more than a small language model can learn.
     """
 
     seen: Tensor
 
     def __init__(self, mels: int, classes: int) -> None:
         super().__init__()
-        self.mels = mels
+        self.mels, self.counted = mels, 12 * mels
         self.linear = nn.Linear(4 * mels, classes, bias=False)
         nn.init.zeros_(self.linear.weight)
         self.register_buffer("seen", torch.zeros(3, 4 * mels))  # of each feature: number, sum, sum of squares
 
-    def forward(self, model: FusedLanguageModel, batch: Batch, dropout: nn.Module) -> Tensor:
-        """(P, C) float32, 0 of pieces without sound."""
-        refuse_encoded(model, batch, "sound_statistics")
-        logits = self.linear.weight.new_zeros(len(batch.piece_sources), len(self.linear.weight))
-        if model.audio_codec is None or not len(batch.audio):
-            return logits
-        frames = frames_of_codes(model.audio_codec, batch).unflatten(1, (-1, self.mels))  # (codes, frames, F)
-        piece = batch.piece_numbers.flatten()[batch.audio_slots].repeat_interleave(frames.size(1))
-        heard, piece = piece.unique(return_inverse=True)
-        features = self.describe(frames.flatten(0, 1), piece, len(heard))
-        if self.training:
-            self.seen += torch.stack([torch.ones_like(features), features, features.square()]).sum(1)
+    def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
+        features, heard = self.describe(model, batch)
+        return (torch.stack([torch.ones_like(features), features, features.square()]) * heard[:, None]).sum(1).flatten()
+
+    def see(self, total: Tensor) -> None:
+        self.seen += total.view_as(self.seen)
+
+    def forward(self, model: FusedLanguageModel, batch: Batch, objective: Classification) -> Tensor:
+        """Return (P, classes) float32, 0 of pieces without sound."""
+        features, heard = self.describe(model, batch)
         number, total, squares = self.seen
         mean = total / number.clamp_min(1)
         deviation = (squares / number.clamp_min(1) - mean.square()).clamp_min(1e-4).sqrt()
-        return logits.index_copy(0, heard, self.linear(dropout((features - mean) / deviation)).float())
+        starts = batch.piece_starts[:-1].long()
+        dropped = objective.drop((features - mean) / deviation, batch, starts, objective.dropout, 1)
+        return self.linear(dropped).float() * heard[:, None]
 
-    @staticmethod
-    def describe(frames: Tensor, piece: Tensor, pieces: int) -> Tensor:
-        """(N, F) frames, (N,) piece of each, increasing -> (pieces, 4 F) mean, maximum, deviation, mean step of each band."""
+    def describe(self, model: FusedLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (P, 4 mels) features of each piece, and (P,) whether it has sound."""
+        pieces = len(batch.piece_sources)
+        features = self.linear.weight.new_zeros(pieces, 4 * self.mels)
+        if model.audio_codec is None or not len(batch.audio):
+            return features, features.new_zeros(pieces)
+        frames = frames_of_codes(model.audio_codec, batch).unflatten(1, (-1, self.mels))  # (codes, frames, mels)
+        piece = batch.piece_numbers.flatten()[batch.audio_slots].repeat_interleave(frames.size(1))
+        frames = frames.flatten(0, 1)
 
-        def mean(values: Tensor, piece: Tensor) -> Tensor:
-            counts = piece.bincount(minlength=pieces).clamp_min(1)
-            return values.new_zeros(pieces, values.size(1)).index_add(0, piece, values) / counts[:, None]
+        def mean(values: Tensor, weight: Tensor) -> Tensor:
+            counts = values.new_zeros(pieces).index_add(0, piece, weight)
+            sums = values.new_zeros(pieces, self.mels).index_add(0, piece, values * weight[:, None])
+            return sums / counts.clamp_min(1)[:, None]
 
-        means = mean(frames, piece)
-        maxima = torch.full_like(means, -torch.inf).scatter_reduce(0, piece[:, None].expand_as(frames), frames, "amax")
-        deviations = (mean((frames - means[piece]).square(), piece) + 1e-6).sqrt()
-        steps = frames.diff(dim=0).abs()
-        within = (piece.diff() == 0).nonzero().squeeze(1)
-        return torch.cat([means, maxima, deviations, mean(steps[within], piece[within])], dim=1)
+        every = torch.ones_like(frames[:, 0])
+        heard = every.new_zeros(pieces).index_fill(0, piece, 1.0)
+        means = mean(frames, every)
+        lowest = torch.full_like(means, -torch.inf)
+        maxima = lowest.scatter_reduce(0, piece[:, None].expand_as(frames), frames, "amax").nan_to_num(neginf=0.0)
+        deviations = (mean((frames - means[piece]).square(), every) + 1e-6).sqrt()
+        follows = F.pad((piece.diff() == 0).float(), (1, 0))
+        changes = mean(F.pad(frames.diff(dim=0).abs(), (0, 0, 1, 0)), follows)
+        return torch.cat([means, maxima, deviations, changes], dim=1) * heard[:, None], heard
 
 
-def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> tuple[Tensor, Tensor]:
-    """(L, D * kinds) float32 of the labelled places of each piece that has some, in the order of the pieces; (L,) labels."""
-    means, labels = mean_by_piece(hidden, batch)
-    kept = labels >= 0
+def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> Tensor:
+    """Return (P, D * kinds) float32 of the labelled tokens of each piece."""
+    means = mean_by_piece(hidden, batch)
     labelled = batch.labels.flatten() >= 0
     piece = batch.piece_numbers.flatten()
     flat = hidden.flatten(0, 1)
-    parts = []
-    for kind in kinds:
-        if kind == "mean":
-            parts.append(means[kept])
-        elif kind == "max":
-            lowest = flat.new_full(means.shape, -torch.inf, dtype=torch.float32)
-            inside = flat.float().masked_fill(~labelled[:, None], -torch.inf)
-            parts.append(lowest.scatter_reduce(0, piece[:, None].expand_as(inside), inside, "amax")[kept])
-        elif kind == "deviation":
-            squares, _ = mean_by_piece((flat.float() - means[piece]).square().unflatten(0, batch.labels.shape), batch)
-            parts.append((squares[kept] + 1e-6).sqrt())
-        else:
-            places = torch.arange(len(flat), device=flat.device).masked_fill(~labelled, 0)
-            last = torch.zeros_like(labels).scatter_reduce(0, piece, places, "amax")
-            parts.append(flat[last[kept]].float())
-    return torch.cat(parts, dim=-1), labels[kept]
 
+    def maximum() -> Tensor:
+        inside = flat.float().masked_fill(~labelled[:, None], -torch.inf)
+        lowest = torch.full_like(means, -torch.inf)
+        return lowest.scatter_reduce(0, piece[:, None].expand_as(inside), inside, "amax")
 
-def draw_confusion(counts: Tensor, labels: Sequence[str], path: Path) -> None:
-    """A picture of (true, predicted) counts: shares of each true label as colors, counts as numbers where they can be read."""
-    from matplotlib.figure import Figure
+    def deviation() -> Tensor:
+        squares = (flat.float() - means[piece]).square().unflatten(0, batch.labels.shape)
+        return (mean_by_piece(squares, batch) + 1e-6).sqrt()
 
-    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
-    side = 2.5 + 0.55 * min(len(labels), 40)
-    figure = Figure((side + 1, side), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(shown, ax=axes, label="share of the true label")
-    ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=90)
-    axes.set_yticks(ticks, labels)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(labels) <= 40:
-        for (row, column), count in np.ndenumerate(counts.numpy()):
-            if count:
-                dark = bool(shares[row, column] > 0.5)
-                axes.text(column, row, f"{count}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
-    figure.savefig(path)
+    def last() -> Tensor:
+        indices = torch.arange(len(flat), device=flat.device).masked_fill(~labelled, 0)
+        return flat[torch.zeros_like(indices[: len(means)]).scatter_reduce(0, piece, indices, "amax")].float()
+
+    found: dict[str, Callable[[], Tensor]] = {"mean": lambda: means, "max": maximum, "deviation": deviation, "last": last}
+    return torch.cat([found[kind]() for kind in kinds], dim=-1)

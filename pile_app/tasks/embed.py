@@ -1,17 +1,17 @@
-"""Embeddings of any segment and document, by a run that `retrieval.py` has trained.
+"""Embed segments and documents with a run of the objective `Contrastive`.
 
-A segment is laid out alone, as training lays it out: its opener and its tokens are a piece of their own, which sees nothing
-else. A document is the mean of its segments, of length 1. Of a text longer than the run's context only the beginning is read,
-and an image or a sound that is longer has no embedding: training leaves it out, too.
+A segment is embedded alone, laid out as in training. The vector of a document is the mean of its segments', normalized. Only
+the beginning of a text longer than the run's context is read; a longer image or sound has no embedding, as in training.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from pile_app.data.index import segment_size
 from pile_app.documents import MODALITIES, TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.retrieval import Contrastive, GroupAnnotator
+from pile_app.training.module import PileModule
 
 
 class _Numbers(GroupAnnotator):
-    """The label of a segment is its number, which is the key of its document."""
+    """Use the index of a segment, which is the key of its document, as its label."""
 
     def label(self, document: Document) -> int:
         return int(document.key)
@@ -42,20 +43,16 @@ class Embedder:
 
     def __init__(self, model: FusedLanguageModel, objective: Contrastive, context: int, batch_tokens: int = 16_384) -> None:
         self.model, self.objective = model.eval(), objective.eval()
-        self.context = context
-        self.batch_tokens = batch_tokens
+        self.context, self.batch_tokens, self.run = context, batch_tokens, ""
 
     @classmethod
-    def of_run(cls, run: Path, checkpoint: str = "best", device: str = "cpu") -> Embedder:
-        """Raises ValueError where there is no such run or checkpoint, or it was not trained to embed."""
-        from pile_app.training.load import load_run
-
-        module, data, _ = load_run(run, checkpoint)
+    def of_run(cls, run: Path | str, module: PileModule, context: int) -> Embedder:
+        """Make it of a run's module. Raises ValueError if it was not trained to embed."""
         if not isinstance(module.objective, Contrastive):
-            raise ValueError(
-                f"{str(run)!r} was not trained to embed: its model.objective is not that of conf/tasks/retrieval.yaml"
-            )
-        return cls(module.model.to(device), module.objective.to(device), data.context)
+            raise ValueError(f"{str(run)!r} was not trained to embed: train one with --config retrieval")
+        embedder = cls(module.model, module.objective, context)
+        embedder.run = str(Path(run).resolve())
+        return embedder
 
     @property
     def fingerprint(self) -> str:
@@ -63,8 +60,8 @@ class Embedder:
         digest = hashlib.blake2b(f"{self.model.vocabulary.tokenizer} {self.context}".encode(), digest_size=16)
         for module in (self.model, self.objective):
             for name, tensor in sorted(module.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                content = int(torch.hash_tensor(tensor).view(torch.int64)) if tensor.numel() else 0
+                digest.update(f"{name} {tuple(tensor.shape)} {content}".encode())
         return digest.hexdigest()
 
     def segments(self, segments: Sequence[Segment]) -> tuple[np.ndarray, dict[int, BadSample]]:
@@ -77,7 +74,7 @@ class Embedder:
                 rows.append((*self._measured(segment, number),))
             except BadSample as error:
                 bad[number] = error
-        for some in self._batches(sorted(rows, key=lambda row: row[0])):
+        for some in batches_by_length(rows, lambda row: row[0], self.batch_tokens):
             batch = assemble(
                 [[whole(Document((segment,), str(number)), tokens)] for tokens, number, segment in some],
                 self.model.vocabulary,
@@ -126,13 +123,17 @@ class Embedder:
             raise BadSample("longer_than_context", f"{tokens} tokens; the run was trained with {self.context}")
         return min(tokens, self.context), number, segment
 
-    def _batches(self, rows: list[tuple[int, int, Segment]]) -> Iterator[list[tuple[int, int, Segment]]]:
-        """Rows of about a length together; the last of a batch is the longest."""
-        batch: list[tuple[int, int, Segment]] = []
-        for row in rows:
-            if batch and row[0] * (len(batch) + 1) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
+
+T = TypeVar("T")
+
+
+def batches_by_length(rows: Iterable[T], length: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
+    """Group rows of similar length to batches of about `tokens` with the padding; the last row of a batch is the longest."""
+    batch: list[T] = []
+    for row in sorted(rows, key=length):
+        if batch and length(row) * (len(batch) + 1) > tokens:
             yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

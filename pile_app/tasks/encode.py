@@ -1,18 +1,14 @@
-"""Pre-encoding: `pile encode`, shards of documents -> shards of the same documents as token ids.
+"""`pile encode`: shards of documents → shards of the same documents as token ids.
 
-Frozen codecs give the same codes in every epoch. Here they are computed once: each image and sound becomes an encoded segment
-(`Codes`), each text too where the tokenizer is not bytes. A new shard holds the documents of the old one under the same name,
-in the same order, with the same keys, flags and sizes, so that training plans the same packs from either; only the decoding is
-gone. That the index says the same of both is checked for every shard.
+Frozen codecs give the same codes in every epoch; here they are computed once. Images and sounds become encoded segments
+(`Codes`), texts too if the tokenizer is not bytes. A new shard holds the same documents under the same name, in the same order,
+with the same keys, flags and sizes, so training plans the same packs from either; the manifests are compared. A medium that
+cannot be decoded is copied; a sample that differs from the manifest leaves segments of its sizes that say so (`is_lost`).
 
-What cannot be encoded must not move anything: a medium that cannot be decoded stays as it is, to be masked and counted where it
-would have been; a sample whose bytes are not those that were indexed leaves segments of its sizes that say so (`is_lost`).
-
-`encoded.json` beside the new shards, written after each of them, says what they were made from and by, so that an interrupted
-run continues:
+`encoded.json` next to the new shards, written after each of them, lets an interrupted run continue:
 
     {"<shard>": {"source": fingerprint of the old shard, "bytes": of the new one, "encoders": {modality: fingerprint},
-                 "documents", "encoded": {modality: segments}, "left": {reason: segments or samples left as they were}}}
+                 "documents", "encoded": {modality: segments}, "left": {reason: segments or samples left unchanged}}}
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pile_app.data.files import ShardError, whole_file
-from pile_app.data.index import TYPES, UNORDERED, ShardIndex, segment_breaks, segment_size, starts
+from pile_app.data.index import TYPES, UNORDERED, segment_breaks, segment_size, starts
 from pile_app.data.manifest import split_path
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
@@ -52,6 +48,7 @@ from pile_app.media import decode_audio, decode_image
 
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
+    from pile_app.training.module import PileModule
 
 LEDGER = "encoded.json"
 DOCUMENTS_AT_ONCE = 512
@@ -81,40 +78,46 @@ class Encoders:
             raise ValueError("nothing to encode: bytes are read as fast as their ids, and there is no codec for media")
 
     @classmethod
-    def of_run(cls, run: Path, checkpoint: str = "last", device: str = "cpu", batch: int = 64) -> Encoders:
-        """Raises ValueError where there is no such run or checkpoint, or its codecs are still learning."""
-        from pile_app.training.load import load_run
-
-        module, _, saved = load_run(run, checkpoint)
-        if saved["global_step"] < module.codec_steps:
+    def of_run(cls, run: str, module: PileModule, step: int, batch: int = 64) -> Encoders:
+        """Make them of a run's module. Raises ValueError if its codecs are still being trained at `step`."""
+        if step < module.codec_steps:
             raise ValueError(
-                f"the codecs of {str(run)!r} learn for {module.codec_steps} steps, and the checkpoint is of step "
-                f"{saved['global_step']}: codes of codecs that still change are of no use"
+                f"the codecs of {run!r} are trained for {module.codec_steps} steps, and the checkpoint is of step {step}: "
+                "train further, codes of codecs that still change cannot be used"
             )
-        return cls(module.tokenizer, module.model.to(device), batch)
+        return cls(module.tokenizer, module.model, batch)
 
 
 def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: bool = False) -> dict[str, Any]:
-    """Writes `folder/<name>` for every shard, tells a line of each, and returns what `encoded.json` then says of them.
+    """Write `folder/<name>` for every shard, and return what `encoded.json` says of them.
 
     Args:
         shards: of documents; segments that are encoded already are copied.
-        folder: another one than theirs.
-        overwrite: encode all of them anew.
+        folder: not that of the shards.
+        overwrite: encode all of them again.
 
     Raises:
-        ValueError: two shards have one name, a shard would replace the one it is made from, or another one is in its place.
+        ValueError: two shards have the same name, or a shard would replace its source or an unrelated file.
         ShardError: a shard cannot be read.
     """
     names = [split_path(path)[1] for path in shards.paths]
     if bad := [name for name in names if not name.endswith(".tar")]:
-        raise ValueError(f"shard {bad[0]!r} has no name that ends in .tar, to call the new one by")
+        raise ValueError(f"the name of shard {bad[0]!r} does not end in .tar: rename it")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two shards are called {twice[0]!r}: encode them into different folders")
     if any(os.path.realpath(path) == os.path.realpath(folder / name) for path, name in zip(shards.paths, names, strict=True)):
         raise ValueError(f"{str(folder)!r} is the folder of the shards themselves: give another one")
     folder.mkdir(parents=True, exist_ok=True)
-    done = _read_ledger(folder)
+    try:
+        done = dict(json.loads((folder / LEDGER).read_text()))
+    except (OSError, ValueError, TypeError):  # shards that are there are not known to be ours
+        done = {}
+
+    def note(name: str, entry: dict[str, Any]) -> None:
+        done[name] = entry
+        with whole_file(folder / LEDGER) as file:
+            file.write(json.dumps(done, indent=1, sort_keys=True).encode() + b"\n")
+
     by_name = {MODALITIES[modality]: fingerprint for modality, fingerprint in encoders.fingerprints.items()}
     for shard, name in enumerate(names):
         path = folder / name
@@ -122,22 +125,23 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
         if path.exists() and not overwrite:
             stored = done.get(name, {})
             if any(stored.get(key) != value for key, value in entry.items()):
-                raise ValueError(
-                    f"{str(path)!r} was not made from {shards.paths[shard]!r} by these encoders: give --overwrite, or another "
-                    "folder"
-                )
+                wrong = f"{str(path)!r} was not made from {shards.paths[shard]!r} by these encoders"
+                raise ValueError(f"{wrong}: give --overwrite, or another folder")
             if stored.get("bytes") == path.stat().st_size:
                 print(f"{path}: there already")
                 continue
-        done[name] = entry  # from here on, the file of that name is ours
-        _write_ledger(folder, done)
+        note(name, entry)  # from here on, the file of that name is ours
         counts = _encode_shard(shards, shard, path, encoders)
-        done[name] = entry | {"bytes": path.stat().st_size, "documents": len(shards.index(shard))} | counts
-        _write_ledger(folder, done)
+        note(name, entry | {"bytes": path.stat().st_size, "documents": len(shards.index(shard))} | counts)
         print(f"{path}: {describe_counts([done[name]])}")
-    new = Shards([str(folder / name) for name in names], fields=OWN, again="changed")
-    for shard in range(len(names)):
-        _check_same(new.index(shard), shards.index(shard))
+    made = Shards([str(folder / name) for name in names], fields=OWN, again="changed")
+    for new, old in ((made.index(shard), shards.index(shard)) for shard in range(len(names))):
+        compared = (name for name in TYPES if name not in FILES)
+        if different := [name for name in compared if not np.array_equal(new.columns[name], old.columns[name])]:
+            raise ShardError(
+                f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run "
+                f"`pile index --overwrite {old.path}`, then this command with --overwrite"
+            )
     return {name: done[name] for name in names}
 
 
@@ -148,28 +152,6 @@ def describe_counts(entries: Sequence[dict[str, Any]]) -> str:
         counts = sum((Counter(entry[key]) for entry in entries), Counter[str]())
         told.append(f"{what}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'nothing'}")
     return "; ".join(told)
-
-
-def _read_ledger(folder: Path) -> dict[str, Any]:
-    """Empty where there is none, or none that can be read: then shards that are there are not known to be ours."""
-    try:
-        return dict(json.loads((folder / LEDGER).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _write_ledger(folder: Path, done: dict[str, Any]) -> None:
-    with whole_file(folder / LEDGER) as file:
-        file.write(json.dumps(done, indent=1, sort_keys=True).encode() + b"\n")
-
-
-def _check_same(new: ShardIndex, old: ShardIndex) -> None:
-    different = [name for name in TYPES if name not in FILES and not np.array_equal(new.columns[name], old.columns[name])]
-    if different:
-        raise ShardError(
-            f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run "
-            f"`pile index --overwrite {old.path}`, then this command with --overwrite"
-        )
 
 
 def _encode_shard(shards: Shards, shard: int, path: Path, encoders: Encoders) -> dict[str, Counter[str]]:
@@ -260,7 +242,7 @@ def encode_text(segment: Segment, tokenizer: Tokenizer) -> Segment:
 
 
 def _encode_media(files: list[bytes], modality: int, model: FusedLanguageModel, left: Counter[str]) -> list[np.ndarray | None]:
-    """Codes (T,) of each image or sound, None for what cannot be decoded."""
+    """Encode each image or sound to codes (T,), or None if it cannot be decoded."""
     vocabulary = model.vocabulary
 
     def decode(file: bytes) -> np.ndarray | BadSample:
@@ -271,7 +253,7 @@ def _encode_media(files: list[bytes], modality: int, model: FusedLanguageModel, 
         except BadSample as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
         decoded = list(pool.map(decode, files))
     left.update(medium.reason for medium in decoded if isinstance(medium, BadSample))
     media = [medium for medium in decoded if not isinstance(medium, BadSample)]
@@ -280,26 +262,22 @@ def _encode_media(files: list[bytes], modality: int, model: FusedLanguageModel, 
 
 
 def encode_images(images: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
-    """uint8 pixels (C, H, W) -> codes (T,) of each."""
+    """Encode uint8 pixels (C, H, W) to codes (T,) each."""
     import torch
 
     assert model.image_codec is not None
-    pixels = np.stack([image.transpose(1, 2, 0) for image in images])  # as batches hold them: channels last
-    return list(
-        model.image_codec.encode(torch.from_numpy(pixels).to(model.token_bytes.device).permute(0, 3, 1, 2)).cpu().numpy()
-    )
+    pixels = torch.from_numpy(np.stack([image.transpose(1, 2, 0) for image in images]))  # channels last, as in batches
+    return list(model.image_codec.encode(pixels.to(model.token_bytes.device).permute(0, 3, 1, 2)).cpu().numpy())
 
 
 def encode_sounds(sounds: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
-    """Encode sounds, float32 samples (S,), to codes (T,) each."""
+    """Encode float32 samples (S,) to codes (T,) each."""
     import torch
 
     assert model.audio_codec is not None
     per_token, device = model.vocabulary.samples_per_token, model.token_bytes.device
     tokens = [-(-len(sound) // per_token) for sound in sounds]
-    audio = np.zeros((sum(tokens), per_token), np.float32)
-    starts = np.cumsum([0, *tokens[:-1]])
-    for start, sound in zip(starts * per_token, sounds, strict=True):
-        audio.reshape(-1)[start : start + len(sound)] = sound
-    codes = model.audio_codec.encode(torch.from_numpy(audio).to(device), torch.tensor(tokens, device=device))
-    return np.split(codes.cpu().numpy(), starts[1:])
+    padded = [np.pad(sound, (0, count * per_token - len(sound))) for count, sound in zip(tokens, sounds, strict=True)]
+    audio = torch.from_numpy(np.concatenate(padded).astype(np.float32).reshape(-1, per_token)).to(device)
+    codes = model.audio_codec.encode(audio, torch.tensor(tokens, device=device))
+    return np.split(codes.cpu().numpy(), np.cumsum(tokens)[:-1])

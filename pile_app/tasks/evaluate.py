@@ -1,17 +1,13 @@
-"""Evaluation of a trained run: `Trainer.validate` on any shards, and its figures by source.
+"""Evaluate a run: `Trainer.validate` on any shards, with figures by source.
 
-    text    perplexity a token, accuracy of the next token, bits a UTF-8 byte
-    image   bits of the codes a pixel and channel, PSNR of the codec
-    audio   bits of the codes a second, log-mel distance of the codec
-    objective of the run, if it has one: its metrics, such as accuracy, precision, recall and F1
+    text    perplexity, accuracy of the next token, bits per UTF-8 byte
+    image   bits of the codes per pixel and channel, PSNR of the codec
+    audio   bits of the codes per second, log-mel distance of the codec
+    metrics of the run's objective, such as accuracy, precision, recall and F1
 
-Bits a byte are those of The Pile (arXiv:2101.00027, section 3.1): nats of all tokens that write text, divided by ln 2 and by
-the UTF-8 bytes they write. As there, each source (component) has its own figure; "all" is the mean over all bytes, and
-"weighted" the mean by the shares that the run gives its sources in training, where every evaluated source has one.
-
-Documents are packed as in validation: one longer than the context is cut into pieces that see nothing of those before them
-(docs/architecture.md, "Cutting"), so its bits a byte are above what a longer context, or overlapping windows, would give.
-`score.rolling_scores` has overlapping windows.
+Bits per byte are those of The Pile (arXiv:2101.00027, section 3.1): nats of tokens that write text, by ln 2 and their
+UTF-8 bytes; "all" is over all bytes, "weighted" by the sources' weights in training. Documents are packed as in validation: no
+piece of a long document sees the pieces before it, so bits per byte exceed those of overlapping windows.
 """
 
 from __future__ import annotations
@@ -30,217 +26,169 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from pile_app.data.batch import Batch
-from pile_app.data.datamodule import Source
+from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.files import whole_file
-from pile_app.documents import MODALITIES, TEXT
-from pile_app.model.fused import full_precision
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
 from pile_app.training.cli import fast_precision
 from pile_app.training.load import find_checkpoint, load_run, read_config
 from pile_app.training.metrics import likelihoods, validation_values
 from pile_app.training.module import PileModule
-from pile_app.training.run import make_wandb_logger
+from pile_app.training.report import short
+from pile_app.training.wandb_run import WandbRun
 
 
 class SourceFigures(Callback):
-    """What validation alone does not measure: quality of the codecs, and documents, by source."""
+    """Measure by source what validation does not: quality of the codecs, documents, rejected documents."""
 
     def __init__(self) -> None:
         self.documents: Counter[int] = Counter()
         self.rejected: Counter[tuple[int, str]] = Counter()
-        self.likelihoods = torch.zeros(0)  # table of `TokenMetrics`, over all devices
+        self.table = torch.zeros(0)  # of `TokenMetrics`
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sources = len(trainer.datamodule.validation_names)  # type: ignore[attr-defined]
-        self.psnr = nn.ModuleList(PeakSignalNoiseRatio(data_range=255.0) for _ in range(sources)).to(pl_module.device)
-        self.log_mel = nn.ModuleList(MeanMetric() for _ in range(sources)).to(pl_module.device)
+        count = len(trainer.datamodule.validation_names)  # type: ignore[attr-defined]
+        self.psnr = nn.ModuleList(PeakSignalNoiseRatio(data_range=255.0) for _ in range(count)).to(pl_module.device)
+        self.log_mel = nn.ModuleList(MeanMetric() for _ in range(count)).to(pl_module.device)
 
     @torch.no_grad()
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
         assert isinstance(pl_module, PileModule)
-        model = pl_module.model
+        image_codec, audio_codec = pl_module.model.image_codec, pl_module.model.audio_codec
         self.documents.update(source for pack in batch.documents for source, _, _, start, _ in pack if start == 0)
         self.rejected.update((source, reason) for source, _, reason, _ in batch.rejected)
-        if model.image_codec is not None and len(batch.images):
-            with full_precision(batch):
-                again = model.image_codec.decode(model.image_codec.encode(batch.images)).float()
-            of = batch.source.flatten()[batch.image_starts[: len(batch.images)].long()]
-            for number in of.unique().tolist():
-                self.psnr[number].update(again[of == number], batch.images[of == number].float())
-        if model.audio_codec is not None and len(batch.audio):
-            codec, tokens = model.audio_codec, batch.audio_tokens
-            with full_precision(batch):
-                distances = codec.log_mel_distances(
-                    batch.audio, codec.decode(codec.encode(batch.audio, tokens), tokens), tokens
-                )
-            of = batch.source.flatten()[batch.audio_starts.long()]
-            of_frames = of.repeat_interleave(tokens * codec.config.frames_per_token)
-            for number in of.unique().tolist():
-                self.log_mel[number].update(distances[of_frames == number])
+        if image_codec is not None and len(batch.images):
+            images, decoded = batch.images.float(), image_codec.decode(image_codec.encode(batch.images)).float()
+            sources = batch.source.flatten()[batch.image_starts[: len(images)].long()]
+            for source in sources.unique().tolist():
+                self.psnr[source].update(decoded[sources == source], images[sources == source])
+        if audio_codec is not None and len(batch.audio):
+            tokens = batch.audio_tokens
+            decoded = audio_codec.decode(audio_codec.encode(batch.audio, tokens), tokens)
+            distances = audio_codec.log_mel_distances(batch.audio, decoded, tokens)
+            sources = batch.source.flatten()[batch.audio_starts.long()]
+            sources = sources.repeat_interleave(tokens * audio_codec.config.frames_per_token)
+            for source in sources.unique().tolist():
+                self.log_mel[source].update(distances[sources == source])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the module's, which resets the table."""
+        """Keep the table, which the module's own hook resets afterwards."""
         assert isinstance(pl_module, PileModule)
-        self.likelihoods = pl_module.token_metrics.compute().cpu().clone()
+        self.table = pl_module.token_metrics.compute().cpu().clone()
 
-    def codec_figures(self, number: int) -> dict[str, dict[str, float]]:
-        """Modality -> figure of its codec on a source, where it holds such media."""
-        pairs: list[tuple[str, str, Any]] = [
-            ("image", "psnr", self.psnr[number]),
-            ("audio", "log_mel_distance", self.log_mel[number]),
-        ]
-        return {modality: {name: float(metric.compute())} for modality, name, metric in pairs if metric._update_count}
+    def of_source(self, source: int, data: PileDataModule, found: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """All figures of a source; `found`: its likelihoods by modality."""
+        codecs: dict[int, tuple[str, Any]] = {
+            IMAGE: ("psnr", self.psnr[source]),
+            AUDIO: ("log_mel_distance", self.log_mel[source]),
+        }
+        for modality, (name, metric) in codecs.items():
+            if metric._update_count:
+                found.setdefault(MODALITIES[modality], {})[name] = float(metric.compute())
+        rejected = Counter({reason: count for (of, reason), count in sorted(self.rejected.items()) if of == source})
+        rejected.update(data.validation_data[source].rejected())
+        return {"documents": self.documents[source], "rejected": dict(rejected), **found}
 
 
-def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "last", output: Path | None = None) -> dict[str, Any]:
-    """Evaluates a run; the figures also go to `output` (default: `evaluation.json` in the run's folder) and to its W&B run.
+def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output: Path | None = None) -> dict[str, Any]:
+    """Evaluate a run of a language model or an objective; save the figures as JSON and in the summary of its W&B run.
 
     Args:
         run: its folder.
-        on: name -> pattern of shards; empty: the run's own sources of validation.
+        on: name -> pattern of shards; empty: the run's own validation sources.
         checkpoint: see `load_run`.
-        output: file to write.
+        output: file for the figures; None: `evaluation.json` in the run's folder.
 
     Raises:
-        ValueError: `run` or `checkpoint` is not one, or there is nothing to evaluate on.
+        ValueError: there is no such run or checkpoint, or nothing to evaluate on.
         ShardError: shards cannot be read.
     """
     config = read_config(run)
     module, data, saved = load_run(run, checkpoint)
     weights = {name: source.weight for name, source in data.sources.items()}
     if on:
-        data.sources = {name: Source(train=pattern, validation=pattern) for name, pattern in on.items()}
-        data.prepare = None
+        data.sources, data.prepare = {name: Source(train=pattern, validation=pattern) for name, pattern in on.items()}, None
     elif not any(source.validation for source in data.sources.values()):
-        raise ValueError(f"run {str(run)!r} has no source of validation: name shards with --on NAME=SHARDS")
+        raise ValueError(f"run {str(run)!r} has no validation source: name shards with --on NAME=SHARDS")
     figures = SourceFigures()
-    trainer = make_trainer(config, figures)
-    logged: Mapping[str, Any] = trainer.validate(module, datamodule=data, verbose=False)[0]
-    names, table, vocabulary = data.validation_names, figures.likelihoods, module.vocabulary
-    known = {f"validation/{name}" for name in validation_values(table, names, vocabulary)}
-    known |= {f"validation/{MODALITIES[modality]}_codec_loss" for modality in module.model.codecs}
-    result: dict[str, Any] = {
-        "run": str(run),
-        "checkpoint": str(find_checkpoint(run, checkpoint)),
-        "step": saved["global_step"],
-        "context": data.context,
-        "precision": str(trainer.precision),
-        "sources": {},
+    precision: Any = config["trainer"].get("precision") or fast_precision("auto")
+    trainer = Trainer(
+        accelerator="auto", devices=1, precision=precision, callbacks=[figures], logger=False, enable_checkpointing=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    logged = trainer.validate(module, datamodule=data, verbose=False)[0]
+    names, vocabulary = data.validation_names, module.vocabulary
+    sources = {
+        name: figures.of_source(index, data, likelihoods(figures.table[index], vocabulary)) for index, name in enumerate(names)
     }
-    for number, name in enumerate(names):
-        by_modality = likelihoods(table[number], vocabulary)
-        for modality, of_codec in figures.codec_figures(number).items():
-            by_modality.setdefault(modality, {}).update(of_codec)
-        rejected = {reason: count for (source, reason), count in sorted(figures.rejected.items()) if source == number}
-        rejected_before = data.validation_data[number].rejected()
-        result["sources"][name] = {
-            "documents": figures.documents[number],
-            "rejected": dict(Counter(rejected) + Counter(rejected_before)),
-            **by_modality,
-        }
-    result["all"] = likelihoods(table.sum(0), vocabulary)
-    if weighted := weighted_bits_per_byte(result["sources"], weights):
-        result["weighted"] = weighted
-    if module.objective is not None:
-        result["objective"] = {n.removeprefix("validation/"): float(v) for n, v in logged.items() if n not in known}
+    result: dict[str, Any] = {
+        "run": str(run), "checkpoint": str(find_checkpoint(run, checkpoint)), "step": saved["global_step"],
+        "context": data.context, "precision": str(trainer.precision), "sources": sources,
+        "all": likelihoods(figures.table.sum(0), vocabulary),
+    }  # fmt: skip
     values = {
         f"{name}/{modality}_{figure}": value
-        for name, source in [*result["sources"].items(), ("all", result["all"])]
-        for modality, found in source.items()
-        if modality in MODALITIES
-        for figure, value in found.items()
+        for name, found in [*sources.items(), ("all", result["all"])]
+        for modality in MODALITIES
+        for figure, value in found.get(modality, {}).items()
     }
-    values |= {f"objective/{name}": value for name, value in result.get("objective", {}).items()}
-    if weighted:
-        values["weighted/text_bits_per_byte"] = weighted["bits_per_byte"]
-    keep(result, values, output or run / "evaluation.json", run, config.get("wandb"))
+    if weighted := weighted_bits_per_byte(sources, weights):
+        result["weighted"], values["weighted/text_bits_per_byte"] = weighted, weighted["bits_per_byte"]
+    if module.objective is not None:
+        known = {*validation_values(figures.table, names, vocabulary), *(f"{name}_codec_loss" for name in MODALITIES)}
+        metrics = {name.removeprefix("validation/"): float(value) for name, value in logged.items()}
+        result["objective"] = {name: value for name, value in metrics.items() if name not in known}
+        values |= {f"objective/{name}": value for name, value in result["objective"].items()}
+    save_figures(result, values, output or run / "evaluation.json", run, config.get("wandb"))
     return result
 
 
-def make_trainer(config: Mapping[str, Any], *callbacks: Callback) -> Trainer:
-    """Of one device, in the precision of the run."""
-    precision: Any = config["trainer"].get("precision") or fast_precision("auto")
-    return Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=precision,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
 def weighted_bits_per_byte(sources: Mapping[str, Any], weights: Mapping[str, float | None]) -> dict[str, Any]:
-    """Mean of the sources' bits a byte by their weights in training; nothing where one has no weight or no text."""
-    shares = {name: weights.get(name) for name in sources}
-    bits = {name: figures.get(MODALITIES[TEXT], {}).get("bits_per_byte") for name, figures in sources.items()}
-    if len(sources) < 2 or None in shares.values() or None in bits.values():
+    """Mean of the sources' bits per byte by their weights in training; empty where a source has no weight or no text."""
+    known = {name: float(weights.get(name) or 0) for name in sources}
+    bits = {name: found.get(MODALITIES[TEXT], {}).get("bits_per_byte") for name, found in sources.items()}
+    if len(sources) < 2 or None in [weights.get(name) for name in sources] or None in bits.values():
         return {}
-    total = sum(share for share in shares.values() if share)
-    return {
-        "shares": {name: (share or 0.0) / total for name, share in shares.items()},
-        "bits_per_byte": sum((shares[name] or 0.0) * bits[name] for name in sources) / total,
-    }
+    fractions = {name: weight / sum(known.values()) for name, weight in known.items()}
+    return {"shares": fractions, "bits_per_byte": sum(fractions[name] * bits[name] for name in sources)}
 
 
-def keep(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:
-    """Writes the result as JSON, and its values into the summary of the run's W&B run, under `evaluation/`, where it has a
-    project; offline that is one more folder for `wandb sync`."""
+def save_figures(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:
+    """Write the result as JSON, and the values under `evaluation/` into the summary of the run's W&B run, if it has a project
+    (offline: in another folder for `wandb sync`)."""
     with whole_file(str(file)) as written:
         written.write(json.dumps(result, indent=1).encode())
     if project is not None:
-        experiment = make_wandb_logger(run, project).experiment
+        experiment = WandbRun(run, project, "evaluation").experiment
         experiment.summary.update({f"evaluation/{name}": value for name, value in values.items()})
         experiment.finish()
 
 
-# -- The table on the screen.
-
-COLUMNS = {  # modality -> (heading, figure, digits after the point)
-    "text": (
-        ("bytes", "bytes", 0), ("tokens", "targets", 0), ("perplexity", "perplexity", 2), ("accuracy", "accuracy", 4),
-        ("bits a byte", "bits_per_byte", 4),
-    ),
-    "image": (
-        ("codes", "targets", 0), ("perplexity", "perplexity", 2), ("accuracy", "accuracy", 4),
-        ("code bits a pixel and channel", "code_bits_per_pixel_channel", 4), ("PSNR of the codec, dB", "psnr", 2),
-    ),
-    "audio": (
-        ("codes", "targets", 0), ("perplexity", "perplexity", 2), ("accuracy", "accuracy", 4),
-        ("code bits a second", "code_bits_per_second", 2), ("log-mel distance of the codec, nats", "log_mel_distance", 4),
-    ),
-}  # fmt: skip
-
-
 def print_tables(result: Mapping[str, Any]) -> None:
-    """The figures as tables, one a modality, a line a source."""
+    """Print one table a modality, a line a source, then the objective's metrics."""
+    sources: dict[str, Any] = {**result["sources"], **({"all": result["all"]} if len(result["sources"]) > 1 else {})}
+    for modality in MODALITIES:
+        rows = {name: found[modality] for name, found in sources.items() if found.get(modality)}
+        if rows and modality == MODALITIES[TEXT] and "weighted" in result:
+            rows["weighted"] = result["weighted"]
+        names = list(dict.fromkeys(figure for figures in rows.values() for figure in figures if figure != "shares"))
+        cells = [[name, *(short(figures[n]) if n in figures else "" for n in names)] for name, figures in rows.items()]
+        print_table(f"{modality}, step {result['step']:,}", ["source", *names], cells)
+    print_table("objective", ["metric", "value"], [[name, short(value)] for name, value in result.get("objective", {}).items()])
+    if rejected := {name: found["rejected"] for name, found in result["sources"].items() if found["rejected"]}:
+        print(f"documents that could not be used: {rejected}")
+
+
+def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """Print a table, figures to the right; nothing if it has no rows."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room
-    sources: dict[str, Any] = {**result["sources"], **({"all": result["all"]} if len(result["sources"]) > 1 else {})}
-    for modality, columns in COLUMNS.items():
-        if not any(modality in source for source in sources.values()):
-            continue
-        table = Table("source", title=f"{modality}, step {result['step']:,}")
-        for heading, _, _ in columns:
-            table.add_column(heading, justify="right")
-        for name, source in sources.items():
-            figures = source.get(modality)
-            if figures:
-                cells = (f"{figures[key]:,.{digits}f}" if key in figures else "" for _, key, digits in columns)
-                table.add_row(name, *cells)
-        if modality == "text" and "weighted" in result:
-            table.add_row("weighted", *[""] * (len(columns) - 1), f"{result['weighted']['bits_per_byte']:,.4f}")
-        console.print(table)
-    if "objective" in result:
-        table = Table("objective", "value")
-        for name, value in result["objective"].items():
-            table.add_row(name, f"{value:.4f}")
-        console.print(table)
-    rejected = {name: source["rejected"] for name, source in result["sources"].items() if source["rejected"]}
-    if rejected:
-        console.print(f"documents that could not be used: {rejected}")
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading.replace("_", " "), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    if rows:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has room

@@ -1,17 +1,16 @@
-"""A run behind the interface of EleutherAI's evaluation harness, so that its tasks measure it (extra `lm-eval`).
+"""A run behind the interface of EleutherAI's evaluation harness (extra `lm-eval`).
 
-    pile evaluate runs/mine --tasks my_task --include my_tasks/      tasks of own YAML files, from local data
-    pile evaluate runs/mine --tasks arc_easy,hellaswag               tasks of the harness, whose data it fetches itself
+    pile evaluate runs/mine --tasks my_task --include my_tasks/      own tasks in YAML files, with local data
+    pile evaluate runs/mine --tasks arc_easy,hellaswag               tasks of the harness, which downloads their data
 
-What is asked for goes to `model/score.py` and `model/generate.py`. A prompt longer than the run's context loses its beginning;
-`loglikelihood_rolling` reads a long text in windows of the context that overlap as little as can be, each token once.
+A prompt that is too long for the run's context loses its beginning. Long texts are scored in windows of the context.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,72 +18,92 @@ import torch
 
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
-from pile_app.model.score import rolling_scores, score_continuations
+from pile_app.model.score import rolling_scores, score_tokens
 from pile_app.prepare.options import require
-from pile_app.tasks.evaluate import keep
+from pile_app.tasks.evaluate import print_table, save_figures
 from pile_app.training.load import find_checkpoint, load_run, read_config
+from pile_app.vocabulary import Vocabulary
 
 HARNESS = require("lm_eval.api.model", "lm-eval", "evaluating on tasks of the harness")
 
-MAX_TOKENS = 256  # of an answer, where a task does not say
+MAX_TOKENS = 256  # of a generated answer, unless a task says otherwise
 
 
-class PileLM(HARNESS.LM):  # type: ignore[name-defined]
+class PileLM(HARNESS.TemplateLM):  # type: ignore[name-defined]
     """A model as the harness asks it.
 
     Args:
         model: in evaluation mode, on its device.
         context: tokens that it was trained with.
-        batch: prompts that are answered at a time.
+        batch: prompts that are answered together.
     """
+
+    eot_token_id = Vocabulary.END
+    prefix_token_id = Vocabulary.OPENERS[TEXT]
 
     def __init__(self, model: Any, context: int, batch: int = 32) -> None:
         super().__init__()
-        self.model = model
-        self.context = context
-        self.batch = batch
+        self.model, self.context, self.batch = model, context, batch
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would give it) of each request's (context, continuation)."""
-        prompts, continuations = zip(*(request.args for request in requests), strict=True)
-        scores = score_continuations(self.model, prompts, continuations, self.context)
-        return [(-score.nats, score.is_greedy) for score in scores]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return [int(token) + Vocabulary.SPECIALS for token in self.model.tokenizer.encode(string)]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding writes it) of each continuation, in windows if it fills the context."""
+        spans, owners = [], []
+        for index, (_, prompt, continuation) in enumerate(requests):
+            text = [token for token in prompt + continuation if token >= Vocabulary.SPECIALS]
+            tokens = [Vocabulary.BEGIN, self.prefix_token_id, *text]
+            stop = len(tokens)
+            first = stop - len(continuation)
+            size = len(continuation) if len(continuation) < self.context else self.context // 2
+            for begin in range(first, stop, max(1, size)):
+                end = min(begin + size, stop)
+                spans.append((tokens[max(0, end - self.context) : begin], tokens[begin:end]))
+                owners.append(index)
+        found: dict[int, list[Any]] = defaultdict(list)
+        for owner, score in zip(owners, score_tokens(self.model, spans), strict=True):
+            found[owner].append(score)
+        return [
+            (-sum(score.nats for score in found[index]), all(score.is_greedy for score in found[index]))
+            for index in range(len(requests))
+        ]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each request's text."""
         return [-sum(score.nats for score in rolling_scores(self.model, r.args[0], self.context)) for r in requests]
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What the model writes after each request's context, up to the first of its stop strings."""
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuation of each request's context, up to the first of its stop strings. At least half of the context is kept for
+        the prompt: longer answers end there."""
         groups: dict[str, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(number)
+        for index, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(index)
         answers: dict[int, str] = {}
-        for settings, numbers in groups.items():
-            sampling = _sampling(json.loads(settings))
-            for first in range(0, len(numbers), self.batch):
-                some = numbers[first : first + self.batch]
-                prompts = [self._prompt(requests[number].args[0], sampling.max_text) for number in some]
-                for number, answer in zip(some, generate(self.model, prompts, TEXT, sampling), strict=True):
-                    answers[number] = answer.text
-        return [answers[number] for number in range(len(requests))]
+        for settings, indices in groups.items():
+            sampling = self._sampling(json.loads(settings))
+            room = self.context - 2 - sampling.max_text
+            for first in range(0, len(indices), self.batch):
+                some = indices[first : first + self.batch]
+                texts = [self._end(requests[index].args[0], room) for index in some]
+                prompts = [Document((Segment(text),)) for text in texts]
+                answers |= {i: a.text for i, a in zip(some, generate(self.model, prompts, TEXT, sampling), strict=True)}
+        return [answers[index] for index in range(len(requests))]
 
-    def _prompt(self, text: str, answer: int) -> Document:
-        """The text, without its beginning where prompt and answer are longer than the context."""
+    def _end(self, text: str, room: int) -> str:
         ids = self.model.tokenizer.encode(text)
-        room = max(1, self.context - 2 - answer)
-        return Document((Segment(text if len(ids) <= room else self.model.tokenizer.decode(ids[-room:])),))
+        return text if len(ids) <= room else str(self.model.tokenizer.decode(ids[-room:]))
 
-
-def _sampling(settings: dict[str, Any]) -> Sampling:
-    """The harness's generation settings as ours."""
-    until = settings.get("until") or []
-    return Sampling(
-        temperature=float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0,
-        top_p=float(settings.get("top_p", 1.0)),
-        max_text=int(settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_TOKENS))),
-        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
-    )
+    def _sampling(self, settings: dict[str, Any]) -> Sampling:
+        """The harness's generation settings as ours."""
+        until = settings.get("until") or []
+        longest = int(settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_TOKENS)))
+        return Sampling(
+            temperature=float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0,
+            top_p=float(settings.get("top_p", 1.0)),
+            max_text=max(1, min(longest, self.context // 2 - 2)),
+            stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+        )
 
 
 def evaluate_tasks(
@@ -93,22 +112,22 @@ def evaluate_tasks(
     include: Path | None = None,
     fewshot: int | None = None,
     limit: int | None = None,
-    checkpoint: str = "last",
+    checkpoint: str = "auto",
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Task -> metric -> value; also in `output` (default: `evaluation-tasks.json` in the run's folder) and the run's W&B run.
+    """Evaluate a run on tasks: task -> metric -> value; save them as JSON and in the summary of its W&B run.
 
     Args:
-        run: folder of a run.
+        run: its folder.
         tasks: names of tasks or groups.
-        include: folder with YAML files of own tasks; then only those are known, and nothing is fetched.
+        include: folder of own tasks in YAML files; then only those are known, and nothing is downloaded.
         fewshot: solved examples before each question; None: as each task says.
         limit: most documents of each task; None: all.
-        checkpoint: see `load_run`.
-        output: file to write.
+        checkpoint: see `evaluate`.
+        output: file for the figures; None: `evaluation-tasks.json` in the run's folder.
 
     Raises:
-        ValueError: `run` or `checkpoint` is not one, a task is not known, or `lm-eval` is not installed.
+        ValueError: there is no such run, checkpoint or task, or `lm-eval` is not installed.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -117,42 +136,28 @@ def evaluate_tasks(
     module, data, saved = load_run(run, checkpoint)
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     manager = TaskManager(include_path=str(include) if include else None, include_defaults=include is None)
-    known: Callable[[str], bool] = set(manager.all_tasks).__contains__
-    if unknown := [task for task in tasks if not known(task)]:
+    if unknown := [task for task in tasks if task not in set(manager.all_tasks)]:
         where = f"{str(include)!r} has {', '.join(manager.all_tasks) or 'none'}" if include else "the harness has no such task"
         raise ValueError(f"--tasks {', '.join(unknown)}: {where}")
-    language_model = PileLM(module.model, data.context)
     found = simple_evaluate(
-        language_model, tasks=list(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=False,
-        bootstrap_iters=1000,
+        PileLM(module.model, data.context), tasks=list(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager,
+        log_samples=False, bootstrap_iters=1000,
     )  # fmt: skip
-    values = {task: metrics_of(metrics) for task, metrics in found["results"].items()}
+    values: dict[str, dict[str, float]] = defaultdict(dict)
+    for task, metrics in found["results"].items():
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and "," in name:
+                values[task][name.removesuffix(",none")] = float(value)
     result = {
         "run": str(run), "checkpoint": str(find_checkpoint(run, checkpoint)), "step": saved["global_step"],
         "context": data.context, "tasks": values,
     }  # fmt: skip
     flat = {f"{task}/{name}": value for task, metrics in values.items() for name, value in metrics.items()}
-    keep(result, flat, output or run / "evaluation-tasks.json", run, config.get("wandb"))
+    save_figures(result, flat, output or run / "evaluation-tasks.json", run, config.get("wandb"))
     return result
 
 
-def metrics_of(found: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` and the like -> value, under the name without the filter where that is `none`."""
-    return {
-        name.removesuffix(",none"): float(value)
-        for name, value in found.items()
-        if isinstance(value, int | float) and "," in name
-    }
-
-
 def print_tasks(result: dict[str, Any]) -> None:
-    """A line for each metric."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("task", "metric", title=f"tasks, step {result['step']:,}")
-    table.add_column("value", justify="right")
-    for task, metrics in result["tasks"].items():
-        for name, value in metrics.items():
-            table.add_row(task, name, f"{value:.4f}")
-    Console().print(table)
+    """Print a line a metric."""
+    rows = [[task, name, f"{value:.4f}"] for task, metrics in result["tasks"].items() for name, value in metrics.items()]
+    print_table(f"tasks, step {result['step']:,}", ["task", "metric", "value"], rows)

@@ -1,33 +1,29 @@
-"""What a data set holds, and how it fills packs: `pile inspect PATH ...`.
+"""`pile inspect PATH ...`: statistics of a data set and its packs; and the page of documents, also for steps of a run.
 
-PATH is a folder that `pile prepare` wrote, shards (a folder or a pattern), a run, or its configuration. Only that one says how
-many tokens an image or a sound takes, and then counts everything; without it media are told in pixels and seconds. Everything
-follows from the indexes of the shards; `duplicates` alone reads them. The output folder gets `lengths.png`, `documents.html`
-with some documents of each source, their media in `documents/`, and
-
-    statistics.json   {"paths", "tokenizer", "context", "vocabulary": null where media are not counted, "notes",
-                       "sources": [{"source", "split", "shards", "bytes", "documents", "rejected": {reason: samples},
-                                    "segments": {modality: number}, "text_bytes", "audio_seconds", "image_pixels": quantiles,
-                                    "tokens": {modality: number | null, "special": ..., "all": ...},
-                                    "document_tokens": quantiles, "only_text": media are not in document_tokens,
-                                    "longer": documents longer than the context, "cut": those that are cut, "left_out": those
-                                    that are not used, as a medium in them is longer than the context, "packs" of an epoch,
-                                    "fill": share of their places that hold tokens, "padding": 1 - fill}],
-                       "duplicates": null | {"documents" | "images" | "sounds": {...}, see `find_duplicates`}}
-
-Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}.
+PATH is a folder of `pile prepare`, shards (a folder or a pattern), a run, or a configuration. Only the last two tell how many
+tokens an image or a sound takes; without them media are counted in pixels and seconds. Everything follows from the manifests,
+only `duplicates` reads the shards. The output folder gets `documents.html` with its media in `documents/`, and
+`statistics.json`: {"paths", "tokenizer", "context", "vocabulary": null if media are not counted, "notes", "sources": a list of
+`Part.description()`, "duplicates": null or `find_duplicates()`}.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import count
+from html import escape
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -40,12 +36,15 @@ from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.data.tokens import text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
 from pile_app.prepare.engines import tracked
-from pile_app.tasks.inspect_duplicates import find_duplicates
-from pile_app.tasks.inspect_lengths import Histogram, draw_lengths
-from pile_app.tasks.inspect_page import describe_segment, write_page
+from pile_app.training.report import STYLE, medium, short
 from pile_app.vocabulary import Vocabulary
 
-CONTEXT = 512  # as `data.context` is where nobody sets it
+CONTEXT = 512  # the default of `data.context`
+QUANTILES = {"minimum": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "maximum": 1.0}
+KINDS = ("documents", "images", "sounds")  # of duplicates
+EXAMPLES = 10
+SHOWN_CHARACTERS = 20_000  # of a text on the page
+Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None if that is impossible
 
 
 def inspect_data(
@@ -56,7 +55,7 @@ def inspect_data(
     duplicates: bool = False,
     samples: int = 8,
 ) -> dict[str, Any]:
-    """Writes `statistics.json`, `lengths.png` and `documents.html` into `folder`, and returns the first.
+    """Write `statistics.json` and `documents.html` into `folder`, and return the former.
 
     Args:
         paths: see above; at most one of them a run or a configuration.
@@ -66,8 +65,8 @@ def inspect_data(
         samples: documents of each source to show.
 
     Raises:
-        ValueError: a path is none of what it may be, or a number is out of its bounds.
-        ShardError: a shard is missing, damaged, or not what was indexed.
+        ValueError: a path is none of the above, or a number is out of its bounds.
+        ShardError: a shard is missing, damaged, or differs from its manifest.
     """
     if samples < 0 or (context is not None and context < 8):
         raise ValueError(f"samples={samples} must be 0 or more, context={context} tokens at least 8")
@@ -87,13 +86,12 @@ def inspect_data(
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     (folder / "statistics.json").write_text(text, "utf-8", "backslashreplace")
-    draw_lengths(parts, plan.context, folder / "lengths.png")
     groups = [(part.title, list(sample_documents(part, samples, plan, folder / "documents"))) for part in parts if samples]
     write_page("Documents of " + ", ".join(map(str, paths)), [], groups, folder, "documents")
     return description
 
 
-# -- What is to be looked at
+# -- What to inspect
 
 
 @dataclass
@@ -115,23 +113,22 @@ class Plan:
 
 
 def make_plan(paths: Sequence[str], tokenizer: str | None, context: int | None) -> Plan:
-    """Raises ValueError where a path is none of what `inspect_data` takes, ShardError where a pattern matches nothing."""
+    """Raises ValueError if a path is none of what `inspect_data` takes, ShardError if a pattern matches nothing."""
     from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
     from pile_app.model.fused import make_vocabulary
 
     plan = Plan(ShardCache(cache_folder() / "shards", int(100e9)))
-    config = None
+    config = image = audio = None
     for path in paths:
         here = Path(path)
         if (here / "dataset.json").is_file():
             _add_prepared(plan, here / "dataset.json")
         elif (here / "config.yaml").is_file() or here.suffix in (".yaml", ".yml"):
             if config is not None:
-                raise ValueError(f"{path!r} is a second run or configuration: give one, which says how tokens are counted")
+                raise ValueError(f"{path!r} is a second run or configuration: give one, which tells how tokens are counted")
             config = _add_config(plan, here)
         else:
             _add_shards(plan, expand_shards(str(here / "*.tar") if here.is_dir() else path))
-    image = audio = None
     if config is not None:
         image = config.model.image and ImageCodecConfig(**vars(config.model.image))
         audio = config.model.audio and AudioCodecConfig(**vars(config.model.audio))
@@ -155,11 +152,11 @@ def _add_prepared(plan: Plan, path: Path) -> None:
 
 
 def _add_config(plan: Plan, path: Path) -> Any:
-    """The `model` and `data` of a run, or of a configuration as `train.py` reads it: laid over `conf/default.yaml`."""
+    """Read `model` and `data` of a run, or of a configuration as training reads it: laid over `conf/default.yaml`."""
     import yaml
     from jsonargparse import ArgumentError
 
-    from pile_app.training.cli import make_model_parser
+    from pile_app.training.load import make_model_parser
 
     below = Path("conf/default.yaml")
     parser, parsed = make_model_parser(), None
@@ -181,7 +178,7 @@ def _add_config(plan: Plan, path: Path) -> Any:
 
 
 def _add_shards(plan: Plan, tars: Sequence[str]) -> None:
-    """Shards are of one source that lie in one folder and differ in the number at the end of their names only."""
+    """Shards of one folder whose names differ in the last number only are of one source."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for path in tars:
         folder, _, name = path.partition("?")[0].rpartition("/")
@@ -195,20 +192,50 @@ def _add_shards(plan: Plan, tars: Sequence[str]) -> None:
 # -- Counting
 
 
+class Histogram:
+    """Integers from 0 on, and how often each was seen: memory grows with the number of distinct values only."""
+
+    def __init__(self) -> None:
+        self.values = self.counts = np.zeros(0, np.int64)  # (U,) increasing, (U,)
+
+    def add(self, values: np.ndarray) -> None:
+        counts = np.concatenate([self.counts, np.ones(len(values), np.int64)])
+        self.values, where = np.unique(np.concatenate([self.values, values.astype(np.int64)]), return_inverse=True)
+        self.counts = np.bincount(where, counts, len(self.values)).astype(np.int64)
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def sum(self) -> int:
+        return int((self.values * self.counts).sum())
+
+    def quantiles(self, fractions: Sequence[float]) -> list[int]:
+        return np.quantile(self.values, fractions, method="inverted_cdf", weights=self.counts).tolist()
+
+    def description(self) -> dict[str, int] | None:
+        if not self.count:
+            return None
+        found = zip(QUANTILES, self.quantiles([*QUANTILES.values()]), strict=True)
+        return {"count": self.count, "sum": self.sum, **dict(found)}
+
+
 @dataclass
 class Part:
-    """One split of one source, and what was counted in it.
+    """A split of a source, and what was counted in it.
 
-    sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens:
-    of each modality, without openers; without_codec: modalities that are there and whose tokens are not known: then
-    `document_tokens` counts texts alone.
+    sizes: bytes of the texts, pixels of the images, milliseconds of the sounds; segment_tokens: by modality, without openers;
+    only_text: the tokens of some modality are not known, `document_tokens` counts texts only; longer: documents longer than the
+    context; left_out: those with a medium longer than it, which are not used; packs: of an epoch; fill: fraction of their
+    positions that hold tokens.
     """
 
     source: str
     split: str
     shards: Shards
     sizes: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
-    segment_tokens: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
+    segment_tokens: list[int] = field(default_factory=lambda: [0] * len(MODALITIES))
     document_tokens: Histogram = field(default_factory=Histogram)
     without_codec: list[int] = field(default_factory=list)
     longer: int = 0
@@ -225,13 +252,13 @@ class Part:
         return bool(self.without_codec)
 
     def description(self) -> dict[str, Any]:
-        text, image, audio = (tokens.sum for tokens in self.segment_tokens)
+        """Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}."""
+        by_modality = self.segment_tokens
         everything = self.document_tokens.sum
-        tokens: dict[str, int | None] = {"text": text, "image": image, "audio": audio}
-        tokens |= {"special": everything - text - image - audio, "all": everything}
-        return {
-            "source": self.source,
-            "split": self.split,
+        tokens: dict[str, int | None] = dict(zip(MODALITIES, by_modality, strict=True))
+        tokens |= {"special": everything - sum(by_modality), "all": everything}
+        kept = {name: getattr(self, name) for name in ("source", "split", "only_text", "left_out", "packs", "fill")}
+        return kept | {
             "shards": len(self.shards.paths),
             "bytes": sum(self.shards.sizes),
             "documents": len(self.shards),
@@ -240,31 +267,39 @@ class Part:
             "text_bytes": self.sizes[TEXT].sum,
             "audio_seconds": self.sizes[AUDIO].sum / 1000,
             "image_pixels": self.sizes[IMAGE].description(),
-            "tokens": dict.fromkeys(tokens) | {"text": text} if self.only_text else tokens,
+            "tokens": dict.fromkeys(tokens) | {"text": by_modality[TEXT]} if self.only_text else tokens,
             "document_tokens": self.document_tokens.description(),
-            "only_text": self.only_text,
             "longer": None if self.only_text else self.longer,
             "cut": None if self.left_out is None else self.longer - self.left_out,
-            "left_out": self.left_out,
-            "packs": self.packs,
-            "fill": self.fill,
             "padding": None if self.fill is None else 1 - self.fill,
         }
 
 
 def measure(part: Part, plan: Plan) -> None:
-    """Counts what the indexes of a part say, and packs it as training would."""
-    present: set[int] = set()
-    for shard in range(len(part.shards.paths)):
-        present |= set(np.unique(part.shards.index(shard).modality).tolist())
+    """Count what the manifests of a part tell, and pack it as training would."""
+    indexes = range(len(part.shards.paths))
+    present = set(np.concatenate([np.unique(part.shards.index(shard).modality) for shard in indexes]).tolist())
     part.without_codec = sorted(present - set(plan.vocabulary.modalities))
-    for shard in tracked(range(len(part.shards.paths)), f"{part.title}: counting", len(part.shards.paths)):
-        _measure_shard(part, shard, plan)
+    for shard in tracked(indexes, f"{part.title}: counting", len(indexes)):
+        index = part.shards.index(shard)
+        counts, _ = text_counts(index, plan.tokenizer)
+        sizes = index.segment_size.astype(np.int64)
+        sizes = np.where(index.modality == AUDIO, np.rint(1000 * sizes / np.maximum(index.sample_rate, 1)), sizes)
+        tokens = counts if part.only_text else segment_tokens(index, plan.vocabulary, counts)
+        special = 0 if part.only_text else 1 + (index.modality == AUDIO)
+        for modality in range(len(MODALITIES)):
+            part.sizes[modality].add(sizes[index.modality == modality])
+            if modality == TEXT or not part.only_text:
+                part.segment_tokens[modality] += int((tokens - special)[index.modality == modality].sum())
+        if len(index):
+            lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
+            part.document_tokens.add(lengths)
+            part.longer += int((lengths > plan.context).sum())
     if part.only_text or not len(part.shards):
         return
     try:
         data = SourceData(part.source, part.shards.paths, plan.vocabulary, plan.tokenizer, plan.context, plan.cache)
-    except ShardError:  # every shard was read above: what remains is that no document fits
+    except ShardError:  # every shard was read above, so no document fits
         part.left_out, part.packs = len(part.shards), 0
         return
     part.left_out = int(data.counts["too_long"].sum())
@@ -272,42 +307,19 @@ def measure(part: Part, plan: Plan) -> None:
     part.fill = float(data.tokens.tokens.sum()) / (part.packs * plan.context)
 
 
-def _measure_shard(part: Part, shard: int, plan: Plan) -> None:
-    index = part.shards.index(shard)
-    counts, _ = text_counts(index, plan.tokenizer)
-    sizes = index.segment_size.astype(np.int64)
-    sizes = np.where(index.modality == AUDIO, np.rint(1000 * sizes / np.maximum(index.sample_rate, 1)), sizes)
-    tokens = counts if part.only_text else segment_tokens(index, plan.vocabulary, counts)
-    special = 0 if part.only_text else 1 + (index.modality == AUDIO)
-    for modality in range(len(MODALITIES)):
-        part.sizes[modality].add(sizes[index.modality == modality])
-        if modality == TEXT or not part.only_text:
-            part.segment_tokens[modality].add((tokens - special)[index.modality == modality])
-    if len(index):
-        lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
-        part.document_tokens.add(lengths)
-        part.longer += int((lengths > plan.context).sum())
-
-
 def notes(parts: Sequence[Part], plan: Plan) -> list[str]:
-    """What has to be said of the statistics."""
     unknown = sorted({modality for part in parts for modality in part.without_codec})
-    if not unknown:
-        return []
     names = " and ".join(("texts", "images", "sounds")[modality] for modality in unknown)
-    if plan.has_model:
+    if unknown and plan.has_model:
         return [f"The model of the run has no codec for {names}: it cannot be trained on sources that hold them."]
     return [
-        f"How many tokens {names} take hangs on the codecs of a model: give a run or a configuration beside the shards. "
-        "Without it, sources with media tell the tokens of their texts only, and are not packed."
-    ]
-
-
-# -- Documents to look at and listen to
+        f"The tokens of {names} depend on the codecs of a model: give a run or a configuration with the shards. Without it, "
+        "sources with media are counted in tokens of their texts only, and are not packed."
+    ] * bool(unknown)
 
 
 def sample_documents(part: Part, samples: int, plan: Plan, folder: Path) -> Iterator[dict[str, Any]]:
-    """The entries of some documents, drawn by a hash of their number, for `write_page`; media are written into `folder`."""
+    """Describe some documents, drawn by a hash, for `write_page`; media are written into `folder`."""
 
     def decode(segment: Segment) -> Segment | None:
         codes = segment.codes
@@ -331,10 +343,210 @@ def sample_documents(part: Part, samples: int, plan: Plan, folder: Path) -> Iter
         except BadSample as error:
             yield entry | {"rejected": {"reason": error.reason, "detail": error.detail}}
             continue
-        if not document.ordered:
-            entry["facts"] += ", in free order"
+        entry["facts"] += ", in free order" * (not document.ordered)
         entry["segments"] = [
             describe_segment(segment, folder / f"{name}-{number}-{place}", decode)
             for place, segment in enumerate(document.segments)
         ]
         yield entry
+
+
+# -- Duplicates
+
+
+def find_duplicates(parts: Sequence[Part]) -> dict[str, Any]:
+    """Find documents, images and sounds that occur more than once, whatever their keys.
+
+    The shards are read once; hashes of 128 bits go to a temporary database, which SQLite sorts on disk.
+
+    Returns {"unreadable": documents whose bytes differ from the manifest, "documents" | "images" | "sounds": {"groups":
+    contents that occur more than once, "copies": how many could go, "of_source": {source and split: copies in it, all but the
+    first of each group}, "leaked": those outside the training split that occur in the training split of any source,
+    "examples": [[source, split, key] of each copy, at most 5 of a group], leaked ones first}}.
+    """
+    unreadable = Counter[str]()
+    found: dict[str, Any] = {
+        kind: {"groups": 0, "copies": 0, "of_source": Counter(), "leaked": 0, "examples": []} for kind in KINDS
+    }
+    with closing(sqlite3.connect("")) as database:
+        database.execute("CREATE TABLE seen (kind, hash, held_out, part, number)")
+        for number, part in enumerate(parts):
+            held_out = part.split not in ("train", "")
+            rows = ((kind, one, held_out, number, document) for kind, one, document in _hashes(part, unreadable))
+            database.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?)", rows)
+        ordered = database.execute("SELECT * FROM seen ORDER BY kind, hash, held_out, part, number")
+        for (kind, _), group in groupby(ordered, lambda row: row[:2]):
+            copies = list(group)
+            if len(copies) < 2:
+                continue
+            of_kind, is_leak = found[KINDS[kind]], not copies[0][2] and copies[-1][2]
+            of_kind["groups"] += 1
+            of_kind["copies"] += len(copies) - 1
+            of_kind["of_source"].update(parts[part].title for *_, part, _ in copies[1:])
+            of_kind["leaked"] += sum(held_out for _, _, held_out, *_ in copies) if is_leak else 0
+            example = [[parts[p].source, parts[p].split, parts[p].shards.key(n)] for *_, p, n in copies[:4] + copies[4:][-1:]]
+            of_kind["examples"] = sorted([*of_kind["examples"], (not is_leak, example)], key=lambda one: one[0])[:EXAMPLES]
+    for kind in KINDS:
+        found[kind]["examples"] = [example for _, example in found[kind]["examples"]]
+    return {"unreadable": unreadable["documents"]} | found
+
+
+def _hashes(part: Part, unreadable: Counter[str]) -> Iterator[tuple[int, bytes, int]]:
+    """Yield (index of the kind, hash, index of the document) of every document and medium."""
+    for number in tracked(range(len(part.shards)), f"{part.title}: reading", len(part.shards)):
+        try:
+            document = part.shards.document(number)
+        except BadSample:
+            unreadable["documents"] += 1
+            continue
+        hashes = [_hash(segment) for segment in document.segments]
+        whole = b"".join(hashes if document.ordered else sorted(hashes))
+        yield 0, hashlib.blake2b(whole, digest_size=16).digest(), number
+        yield from ((one.modality, its, number) for one, its in zip(document.segments, hashes, strict=True) if one.modality)
+
+
+def _hash(segment: Segment) -> bytes:
+    kind = segment.extension if segment.is_encoded else MODALITIES[segment.modality]
+    data = segment.data.encode("utf-8", "surrogatepass") if isinstance(segment.data, str) else segment.data
+    return hashlib.blake2b(data, digest_size=16, person=kind.encode()).digest()
+
+
+# -- Tables
+
+
+def format_statistics(description: Mapping[str, Any]) -> str:
+    """Write `statistics.json` for people: a table of what there is, a table of how it packs, and notes."""
+    sources, found = description["sources"], description["duplicates"]
+    lines = [_table(list(map(_content, sources)))]
+    lines += [f"In tokens ({description['tokenizer']}), for packs of {description['context']:,}:"]
+    lines += [_table(list(map(_packing, sources)))]
+    for one in sources:
+        if one["rejected"]:
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in one["rejected"].items())
+            lines.append(f"rejected of {one['source']} {one['split']}".rstrip() + f": {reasons}")
+    lines += description["notes"]
+    if found is None:
+        return "\n".join(lines)
+    lines += [f"{found['unreadable']:,} documents differ from the manifest: `pile index --verify`"] * bool(found["unreadable"])
+    lines += ["no document occurs more than once"] * (not found["documents"]["groups"])
+    for kind, one in ((kind, found[kind]) for kind in KINDS if found[kind]["groups"]):
+        where = ", ".join(f"{number:,} in {title}" for title, number in one["of_source"].items())
+        lines.append(f"duplicate {kind}: {one['groups']:,} occur more than once, {one['copies']:,} copies could go: {where}")
+        if one["leaked"]:
+            lines.append(f"  LEAK: {one['leaked']:,} of the {kind} held out from training are in a training split too")
+        lines += ["  " + " = ".join(" ".join(filter(None, name)) for name in example) for example in one["examples"][:5]]
+    return "\n".join(lines)
+
+
+def _content(one: Mapping[str, Any]) -> dict[str, str]:
+    pixels = one["image_pixels"] or {}
+    return {
+        **{name: one[name] for name in ("source", "split")},
+        **{name: f"{one[name]:,}" for name in ("shards", "documents")},
+        "rejected": f"{sum(one['rejected'].values()):,}",
+        "size": f"{short(one['bytes'])}B",
+        **{f"{name}s": f"{count:,}" if count else "" for name, count in one["segments"].items()},
+        "pixels: min / median / max": " / ".join(short(pixels[name]) for name in ("minimum", "50%", "maximum") if pixels),
+        "hours": f"{one['audio_seconds'] / 3600:,.3f}" if one["segments"]["audio"] else "",
+    }
+
+
+def _packing(one: Mapping[str, Any]) -> dict[str, str]:
+    lengths = {"shortest 1 %": "1%", "median": "50%", "longest 1 %": "99%", "longest": "maximum"}
+    numbers = {name: f"{(one['document_tokens'] or {}).get(key, 0):,}" for name, key in lengths.items()}
+    return {
+        **{name: one[name] for name in ("source", "split")},
+        **{name: "-" if one["tokens"][name] is None else short(one["tokens"][name]) for name in ("all", *MODALITIES)},
+        **{name: number + " of text" * one["only_text"] for name, number in numbers.items()},
+        **{name: "-" if one[name] is None else f"{one[name]:,}" for name in ("cut", "left_out", "packs")},
+        **{name: "-" if one[name] is None else f"{one[name]:.1%}" for name in ("fill", "padding")},
+    }
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format rows as text, without empty columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table, names = Table(box=None, pad_edge=False), [name for name in rows[0] if any(row[name] for row in rows)]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("source", "split") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    console = Console(file=io.StringIO(), width=1000, markup=False, highlight=False)
+    console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+# -- Page of documents. A policy makes sure that nothing else is loaded, and that no script of a sample runs.
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta
+http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:;
+media-src 'self' file:"><title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p>{body}</html>
+"""
+PAGE_STYLE = """
+.documents{--least:24rem}.card>small{display:block;margin-bottom:.5rem;overflow-wrap:anywhere}.segment{margin:.45rem 0}
+.segment>small{display:block}.away{opacity:.5}.bad{color:var(--c1)}.segment img{max-height:16rem}figure.sound img{height:3.5rem}
+"""
+
+
+def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
+    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` plus its
+    extension, unchanged or decoded from its codes."""
+    entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
+    if segment.is_encoded:
+        try:
+            decoded = decode(segment)
+        except BadSample as error:
+            return entry | {"note": str(error)}
+        if decoded is None:
+            return entry | {"note": f"encoded as {len(segment.file):,} bytes of codes, which only the model's run can decode"}
+        segment = decoded
+    if segment.modality == TEXT:
+        return entry | {"text": segment.text}
+    path = path.with_name(f"{path.name}.{segment.extension}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(segment.file)
+    return entry | {"file": path.name}
+
+
+def write_page(
+    title: str, notes: Sequence[str], groups: Iterable[tuple[str, Sequence[Mapping[str, Any]]]], folder: Path, media: str = ""
+) -> None:
+    """Write `folder/documents.html`.
+
+    Args:
+        groups: (heading, documents) each; a document has a "key", "facts", "segments" (see `describe_segment`) and "rejected".
+        media: folder of the media, within `folder`.
+    """
+    body = ""
+    for heading, documents in groups:
+        cards = "".join(_card(one, folder / media, media) for one in documents)
+        body += f'<h2>{escape(heading)}</h2><div class="grid documents">{cards}</div>'
+    status = "".join(f"<span>{escape(note)}</span>" for note in notes)
+    page = PAGE.format(title=escape(title), style=STYLE + PAGE_STYLE, status=status, body=body)
+    (folder / "documents.html").write_text(page, "utf-8", errors="backslashreplace")
+
+
+def state_of(segment: Mapping[str, Any]) -> str:
+    """Tell whether the model saw and learned a segment; "" if it did both."""
+    return "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
+
+
+def _card(one: Mapping[str, Any], folder: Path, media: str) -> str:
+    card = f"<small><b>{escape(one['key'])}</b> {escape(one['facts'])}</small>"
+    if one["rejected"]:
+        card += f'<small class="bad">{escape(one["rejected"]["reason"])}: {escape(one["rejected"]["detail"])}</small>'
+    for segment in one["segments"]:
+        note = f"<small>{escape(state_of(segment))}</small>" if state_of(segment) else ""
+        if "note" in segment:
+            shown = f'<small class="bad">{escape(segment["modality"])}: {escape(segment["note"])}</small>'
+        elif "text" in segment:
+            text, more = segment["text"], len(segment["text"]) - SHOWN_CHARACTERS
+            text = f"{text[:SHOWN_CHARACTERS]}\n... and {more:,} more characters" if more > 0 else text
+            shown = medium({"text": text}, folder)
+        else:
+            link = escape(quote(f"{media}/{segment['file']}" if media else segment["file"]))
+            shown = medium(dict(segment), folder, link, least=120)
+        card += f'<div class="segment{" away" * segment["hidden"]}">{note}{shown}</div>'
+    return f'<div class="card">{card}</div>'

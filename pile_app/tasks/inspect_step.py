@@ -1,17 +1,13 @@
-"""What a run was trained on, at any step or position: `pile inspect RUN --step N`, `pile inspect RUN --position P:Q`.
+"""`pile inspect RUN --step N` or `--position P:Q`: the training data of a run at any step or position.
 
-The order of the data is a pure function of the position, so step N (the one after which `global_step` is N) saw the packs at
-positions [(N - 1) * G, N * G), G being `data.global_batch`; nothing has to be logged while training. Texts and media are those
-that the packs held: segments in the order drawn for that epoch, pieces of cut documents, hidden conditions. Segments that were
-stored encoded are decoded, by the tokenizer and the codecs of the run.
+The order of the data is a pure function of the position: step N (after which `global_step` is N) saw the packs at positions
+[(N - 1) * G, N * G), where G is `data.global_batch`; nothing is logged while training. Texts and media are those that the packs
+held: segments in the order drawn for that epoch, pieces of cut documents, hidden conditions; codes are decoded by the run.
 
-The output folder holds the media, `documents.html` to look at and listen to, and `documents.json`:
-
-    {"run", "step": null where positions were asked for, "trained", "phase": "codecs" | "language model" | both with a comma,
-     "positions": [first, stop], "found": documents of the positions,
-     "documents": [{"position", "step", "source", "epoch", "key", "facts", "tokens": [start, stop] of the document,
-                    "place": first in the pack, "rejected": null | {"reason", "detail"},
-                    "segments": [{"modality", "text" | "file" | "note", "hidden", "learned"}]}]}
+The output folder holds the media, `documents.html`, and `documents.json`: {"run", "step": null for positions, "trained",
+"phase", "positions": [first, stop], "found": documents of the positions, "documents": [{"position", "step", "source", "epoch",
+"key", "facts", "tokens": [start, stop] of the document, "place": first index in the pack, "rejected": null | {"reason",
+"detail"}, "segments": [{"modality", "text" | "file" | "note", "hidden", "learned"}]}]}.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from pile_app.data.datamodule import PackDataset, PileDataModule
 from pile_app.data.index import segment_size
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Segment
-from pile_app.tasks.inspect_page import Decode, describe_segment, state_of, write_page
+from pile_app.tasks.inspect_data import Decode, describe_segment, state_of, write_page
 from pile_app.training.load import load_run
 from pile_app.vocabulary import Vocabulary
 
@@ -36,29 +32,15 @@ if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
 
 TOLD_CHARACTERS = 100  # of a text in the summary
-PHASES = {  # of the training, and what one has to know of it
-    "codecs": "only the codecs learned from it",
-    "codecs, language model": "first the codecs learned, then the rest",
-}
-
-
-def parse_positions(text: str) -> tuple[int, int]:
-    """(first, stop) of `7` or `7:12`, where 12 is not included."""
-    first, colon, stop = text.partition(":")
-    try:
-        return int(first), int(stop) if colon else int(first) + 1
-    except ValueError:
-        raise ValueError(f"--position {text!r} is neither a position, as 7, nor a range, as 7:12") from None
 
 
 def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limit: int | None = None) -> str:
-    """Writes the documents of an optimizer step, or at positions [first, stop), into `folder`: their media, `documents.html`
-    and `documents.json`; returns a summary for people, a line a segment.
+    """Write the documents of an optimizer step, or at positions [first, stop), into `folder`; return a summary for people.
 
     Args:
         run: folder of the run.
-        asked: a step, from 1; or positions, from 0. Those that are still to come are told as planned.
-        limit: at most so many documents; None: all.
+        asked: a step, from 1; or positions, from 0; steps to come are described as planned.
+        limit: at most this many documents; None: all.
 
     Raises:
         ValueError: there are no such positions, `limit` is below 1, or the data are not what the run was trained on.
@@ -95,7 +77,7 @@ def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limi
 
 
 def check_same_data(data: PileDataModule, saved: dict[str, Any]) -> None:
-    """Raises ValueError where today's positions are not those of the run that saved `saved`."""
+    """Raise ValueError if today's positions are not those of the run that saved `saved`."""
     now = data.identity()
     for name, fingerprint in saved["fingerprints"].items():
         if now["fingerprints"].get(name) != fingerprint:
@@ -110,7 +92,7 @@ def check_same_data(data: PileDataModule, saved: dict[str, Any]) -> None:
 
 
 def describe_pack(dataset: PackDataset, position: int, batch: int, folder: Path, decode: Decode) -> Iterator[dict[str, Any]]:
-    """The entry of each document in the pack of a position; media are written into `folder`."""
+    """Describe each document in the pack of a position; write its media into `folder`."""
     pack = dataset[position]
     used = set(pack.document[0].tolist())
     rejected = iter(pack.rejected)
@@ -137,7 +119,7 @@ def describe_pack(dataset: PackDataset, position: int, batch: int, folder: Path,
 
 
 def segments_of_piece(one: PackedDocument, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Iterator[tuple[int, bool, Segment]]:
-    """(number, whether it was hidden, segment) for what lies inside the piece; of a text that was cut, the part inside."""
+    """Yield (index, whether it was hidden, segment) for what lies inside the piece; of a text that was cut, the part inside."""
     if isinstance(one.document, BadSample):
         return
     start, stop = one.piece.start, one.piece.stop
@@ -161,7 +143,7 @@ def segments_of_piece(one: PackedDocument, vocabulary: Vocabulary, tokenizer: To
 
 
 def decoder(model: FusedLanguageModel) -> Decode:
-    """Decodes what tokenizer and codecs of a model encoded."""
+    """Make a function that decodes what tokenizer and codecs of a model encoded."""
     import torch
 
     from pile_app.model.segments import decode_codes
@@ -176,17 +158,17 @@ def decoder(model: FusedLanguageModel) -> Decode:
         if segment.modality == TEXT:
             return Segment(model.tokenizer.decode(values), "txt", segment.loss)
         with torch.no_grad():
-            return decode_codes(model, [torch.from_numpy(values.astype("int64"))], segment.modality)[0]
+            return decode_codes(model, [values.tolist()], segment.modality)[0]
 
     return decode
 
 
 def _tell(description: Mapping[str, Any], folder: Path) -> str:
-    """Writes the page, and returns the summary."""
+    """Write the page, and return the summary."""
     first, stop = description["positions"]
     where = f"positions {first} to {stop - 1}" if stop > first + 1 else f"position {first}"
     run, step = description["run"], description["step"]
-    notes = [PHASES[description["phase"]]] if description["phase"] in PHASES else []
+    notes = [f"trained in this phase: {description['phase']}"] if "codecs" in description["phase"] else []
     notes += [] if description["trained"] else ["planned: the checkpoint is from before it"]
     what = run if step is None else f"step {step} of {run}"
     lines = [f"{what}: {where}, {description['found']} documents" + (f" ({'; '.join(notes)})" if notes else "")]
@@ -201,13 +183,11 @@ def _tell(description: Mapping[str, Any], folder: Path) -> str:
             if one["rejected"]:
                 lines.append(f"    not used, {one['rejected']['reason']}: {one['rejected']['detail']}")
             for segment in one["segments"]:
-                state, text = state_of(segment), segment.get("text")
-                shown = segment.get("file") or segment.get("note") or ""
-                if text is not None:
-                    shown = repr(text[:TOLD_CHARACTERS]) + (" ..." if len(text) > TOLD_CHARACTERS else "")
-                lines.append(f"    {segment['modality']} {shown}" + (f" ({state})" if state else ""))
+                shown, state = segment.get("file") or segment.get("note") or "", state_of(segment)
+                if (text := segment.get("text")) is not None:
+                    shown = repr(text[:TOLD_CHARACTERS]) + " ..." * (len(text) > TOLD_CHARACTERS)
+                lines.append(f"    {segment['modality']} {shown}" + f" ({state})" * bool(state))
     if len(description["documents"]) < description["found"]:
         lines.append(f"and {description['found'] - len(description['documents'])} more documents")
-    asked = where if step is None else f"step {step}"
-    write_page(f"{Path(run).resolve().name}: {asked}", notes, groups, folder)
+    write_page(f"{Path(run).resolve().name}: {where if step is None else f'step {step}'}", notes, groups, folder)
     return "\n".join(lines)

@@ -1,30 +1,28 @@
-"""Retrieval across modalities: segments of one document are drawn together in one space, those of others apart.
+"""Retrieval across modalities: segments of one document get similar vectors, segments of different documents do not.
 
     segment -> mean of its hidden vectors -> projection of its modality -> unit vector; similarity = cosine
 
-The loss is that of CLIP (arXiv:2103.00020), symmetric InfoNCE with a learned temperature, over every pair of modalities that
-the batch holds. Each segment is read alone: it sees nothing of the document around it, in training as in search.
+The loss is CLIP's (arXiv:2103.00020): symmetric InfoNCE with a learned temperature, over every pair of modalities. Each segment
+is read alone: it does not attend to the rest of its document, in training as in search. **Negatives** are the segments of all
+other documents of the optimizer step, on all devices and in all micro-batches (GradCache, arXiv:2101.06983). So
+`data.global_batch` sets their number; gradient accumulation costs one more forward pass, without gradients.
 
-**Negatives** are the segments of the other documents in the micro-batch, over all devices (gathered with their gradients). So
-their number is set by packing: about `data.context * data.global_batch` tokens / tokens of a document, where a global batch is
-one micro-batch a device. More come from a larger `global_batch`, not from gradient accumulation.
-
-**Who belongs together**: documents of one `meta.concept`, or without that of the same first text, say the same. They are never
-negatives of each other: each is a right answer, and the loss of a query is the mean over its right answers, each against the
-wrong ones (arXiv:2004.11362, the sum outside). With one right answer that is CLIP's loss.
+Documents with the same `meta.concept`, or else the same first text, are positives of each other. With several positives the
+loss of a query is the mean over them, each against the negatives (arXiv:2004.11362, sum outside).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, permutations
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,7 +30,7 @@ from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, MODALITIES, TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.objective import Objective, mean_by_piece
+from pile_app.training.objective import Objective, labelled_pieces, mean_by_piece, refuse_encoded
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -41,21 +39,25 @@ if TYPE_CHECKING:
 LARGEST_SCALE = 100.0  # 1 / temperature, as in CLIP
 CUTOFFS = (1, 5, 10)
 RANKED_AT_ONCE = 1024  # queries
-PLACE_WIDTH = 16  # numbers that each code of an image adds to it, by its place
+PLACE_WIDTH = 16  # features of each code of an image that keep its position
 
 
 class GroupAnnotator(Annotator):
-    """The label of a segment: 31 bits of a hash of what its document says."""
+    """Label segments with 31 bits of a hash of their document's content. `option`: see `refuse_encoded`."""
 
     splits_segments = True
 
+    def __init__(self, option: str = "") -> None:
+        self.option = option
+
     def label(self, document: Document) -> int:
-        """Of all segments of a document."""
+        """Return the label of all segments of a document."""
         return group_of(document)
 
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
+        refuse_encoded(document, self.option)
         labels = np.full(length, NO_LABEL, np.int32)
         label = self.label(document)
         for first, stop in spans:
@@ -64,20 +66,28 @@ class GroupAnnotator(Annotator):
 
 
 def group_of(document: Document) -> int:
-    """Of `meta.concept`, else of its first text, else of its key."""
+    """Hash `meta.concept`, else the first text, else the key."""
     text = next((segment.data for segment in document.segments if segment.modality == TEXT), document.key)
     group = document.meta.get("concept", text)
     content = group if isinstance(group, bytes) else str(group).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) >> 1
 
 
+class Step(NamedTuple):
+    """All segments of an optimizer step, without gradients. A micro-batch is one of `parts` and begins at row `start`."""
+
+    segments: Embeddings
+    start: int
+    parts: int
+
+
 class Contrastive(Objective):
-    """What belongs together is near, whatever its modality.
+    """Learn one vector space for all modalities.
 
     Args:
         dimensions: of the space.
         temperature: at the start.
-        dropout: share of the pooled features that is dropped in training.
+        dropout: fraction of the pooled features that is dropped in training.
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
@@ -101,12 +111,12 @@ class Contrastive(Objective):
             )
         self.dimensions = dimensions
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-        self.dropout = nn.Dropout(dropout)
-        self.seen: list[Embeddings] = []  # of the validation under way
+        self.dropout = dropout
+        self.seen: list[Embeddings] = []  # in the validation
 
     @property
     def annotator(self) -> Annotator:
-        return GroupAnnotator()
+        return GroupAnnotator(self.reads_media)
 
     def build(self, model: FusedLanguageModel) -> None:
         super().build(model)
@@ -117,25 +127,56 @@ class Contrastive(Objective):
             self.of_grid = nn.Linear(PLACE_WIDTH * model.vocabulary.image_tokens, self.dimensions, bias=False)
 
     def embed(self, hidden: Tensor, batch: Batch) -> Embeddings:
-        """Of every labelled segment that begins in the batch, in its order. Of a text that was cut that is the first part."""
-        features, labels = mean_by_piece(hidden, batch)
-        openers = batch.tokens.flatten()[batch.piece_starts[:-1].long()]
-        modalities = openers - Vocabulary.OPENERS[TEXT]
-        kept = (labels != NO_LABEL) & (modalities >= TEXT) & (modalities <= AUDIO)
-        features, labels, modalities = self.dropout(features[kept]), labels[kept], modalities[kept]
+        """Embed every labelled segment, in the order of the batch. Later parts of a text that was cut have no modality (-1)."""
+        pieces, labels = labelled_pieces(batch)
+        starts = batch.piece_starts[pieces].long()
+        opened = batch.tokens.flatten()[starts].long() - Vocabulary.OPENERS[TEXT]
+        modalities = opened.masked_fill((opened < TEXT) | (opened > AUDIO), -1)
+        features = self.drop(mean_by_piece(hidden, batch)[pieces], batch, starts, self.dropout)
         vectors = features.new_zeros(len(features), self.dimensions)
         for modality, projection in enumerate(self.projections):
-            own = modalities == modality
-            vectors = vectors + projection(features * own[:, None]).float() * own[:, None]
+            vectors = vectors + projection(features).float() * (modalities == modality)[:, None]
         if len(batch.image_starts):
-            number = (kept.cumsum(0) - 1)[batch.piece_numbers.flatten()[batch.image_starts.long()]]
+            number = labels.new_zeros(len(batch.piece_sources)).index_copy(
+                0, pieces, torch.arange(len(pieces), device=pieces.device)
+            )
+            first = batch.image_starts.long()
             places = self.of_place(hidden.flatten(0, 1)[batch.image_slots].float())  # (N, codes of an image, PLACE_WIDTH)
-            vectors = vectors.index_add(0, number, self.of_grid(self.dropout(places.flatten(1))).float())
+            grids = self.of_grid(self.drop(places.flatten(1), batch, first, self.dropout, 1)).float()
+            vectors = vectors.index_add(0, number[batch.piece_numbers.flatten()[first]], grids)
         return Embeddings(F.normalize(vectors, dim=1), labels, modalities)
 
-    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
-        scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
-        return contrastive_loss(gather(self.embed(hidden, batch)), scale)
+    def prepare(
+        self, model: FusedLanguageModel, batches: Sequence[Batch], seed: Callable[[Batch], None] = lambda batch: None
+    ) -> list[Step | None]:
+        if len(batches) == 1:  # `forward` has all that this device knows of the step
+            return [None]
+        embedded = []
+        with torch.no_grad():
+            for batch in batches:
+                seed(batch)
+                embedded.append(self.embed(self.read(model, batch)[1], batch))
+        return [*self._steps(embedded)]
+
+    def _steps(self, embedded: Sequence[Embeddings]) -> list[Step]:
+        """Return the step for each micro-batch of this device."""
+        segments, sizes = gather(Embeddings.join(embedded))
+        first = sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
+        starts = accumulate((len(one.labels) for one in embedded[:-1]), initial=first)
+        return [Step(segments, start, len(embedded) * len(sizes)) for start in starts]
+
+    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch, step: Step | None = None) -> Tensor:
+        own = self.embed(hidden, batch)
+        segments, start, parts = step or self._steps([own])[0]
+        before, _, after = segments.vectors.tensor_split([start, start + len(own.labels)])
+        vectors = torch.cat([before, own.vectors, after])
+        # All parts compute the step's loss. The gradients of the own vectors are of this part alone; those of the temperature,
+        # and the loss itself, are divided.
+        log_scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE))
+        log_scale = log_scale.detach() + (log_scale - log_scale.detach()) / parts
+        with torch.autocast(vectors.device.type, enabled=False):
+            loss = contrastive_loss(Embeddings(vectors, segments.labels, segments.modalities), log_scale.exp())
+        return loss + (loss / parts - loss).detach()
 
     @torch.no_grad()
     def update(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> None:
@@ -143,8 +184,8 @@ class Contrastive(Objective):
 
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
-        """Of the whole validation set: see `retrieval_metrics`; `recall_5` is the mean over directions, to choose by."""
-        found = gather(Embeddings(*(torch.cat(parts) for parts in zip(*self.seen, strict=True))))
+        """`retrieval_metrics` of every direction; `recall_5`, the mean over directions, is to choose by."""
+        found, _ = gather(Embeddings.join(self.seen))
         self.seen = []
         values: dict[str, Tensor] = {}
         for query, target in permutations(range(len(MODALITIES)), 2):
@@ -152,21 +193,21 @@ class Contrastive(Objective):
             name = f"{MODALITIES[query]}_to_{MODALITIES[target]}"
             values |= {f"{name}_{key}": torch.tensor(value) for key, value in of_direction.items()}
         recalls = [value for key, value in values.items() if key.endswith("recall_5")]
-        if recalls:
-            values["recall_5"] = torch.stack(recalls).mean()
-        return values
+        return values | ({"recall_5": torch.stack(recalls).mean()} if recalls else {})
 
 
 @dataclass
 class Embeddings:
-    """vectors (S, E) float32 of length 1; labels (S,) int64, equal where segments belong together; modalities (S,)."""
+    """vectors (S, E) float32 of length 1; labels (S,) int64, equal for positives; modalities (S,)."""
 
     vectors: Tensor
     labels: Tensor
     modalities: Tensor
 
-    def __iter__(self) -> Any:
-        return iter((self.vectors, self.labels, self.modalities))
+    @staticmethod
+    def join(parts: Sequence[Embeddings]) -> Embeddings:
+        rows = zip(*((part.vectors, part.labels, part.modalities) for part in parts), strict=True)
+        return Embeddings(*map(torch.cat, rows))
 
     def of(self, modality: int) -> Embeddings:
         own = self.modalities == modality
@@ -174,22 +215,20 @@ class Embeddings:
 
 
 def contrastive_loss(segments: Embeddings, scale: Tensor) -> Tensor:
-    """() mean over the queries, which are the segments that have a right answer in another modality; 0 without any.
+    """Return () the mean over the queries, which are the segments with a positive in another modality; 0 without any.
 
     Args:
-        segments: of all devices.
+        segments: of the whole step.
         scale: () 1 / temperature.
     """
-    total, count = segments.vectors.sum() * 0.0, segments.vectors.new_zeros(())
+    logits = scale * segments.vectors @ segments.vectors.T  # (queries, answers)
+    total, count = logits.sum() * 0.0, logits.new_zeros(())
+    same = segments.labels[:, None] == segments.labels
     for modality in range(len(MODALITIES)):
-        among = segments.of(modality)
-        if not len(among.labels):
-            continue
-        others = segments.modalities != modality
-        logits = scale * segments.vectors[others] @ among.vectors.T  # (queries, answers)
-        right = segments.labels[others][:, None] == among.labels
-        wrong = logits.masked_fill(right, torch.finfo(logits.dtype).min / 2).logsumexp(1, keepdim=True)
-        of_answers = F.softplus(wrong - logits) * right  # -log of one right answer's share beside all wrong ones
+        is_answer, is_query = segments.modalities == modality, segments.modalities != modality
+        right = same & is_answer & (is_query & (segments.modalities >= TEXT))[:, None]
+        wrong = logits.masked_fill(same | ~is_answer, torch.finfo(logits.dtype).min / 2).logsumexp(1, keepdim=True)
+        of_answers = F.softplus(wrong - logits) * right  # -log of the probability of one positive among all negatives
         answers = right.sum(1)
         total = total + (of_answers.sum(1) / answers.clamp_min(1)).sum()
         count = count + (answers > 0).sum()
@@ -197,10 +236,10 @@ def contrastive_loss(segments: Embeddings, scale: Tensor) -> Tensor:
 
 
 def retrieval_metrics(queries: Embeddings, among: Embeddings) -> dict[str, float]:
-    """Of the queries that have a right answer: recall at `CUTOFFS` (is one among the first k?), median rank of the best one,
-    mean of 1 / rank (MRR), their number, and `chance_5`, the recall at 5 of a random order; nothing where there are none.
+    """Compute recall at `CUTOFFS`, median rank and mean reciprocal rank (MRR) of the best positive, and the number of queries.
 
-    A wrong answer as near as the right one stands before it.
+    `chance_5` is the recall at 5 of a random order. Queries without a positive do not count; without any the result is empty. A
+    negative as near as the positive ranks before it.
     """
     ranks, chances = [], []
     for start in range(0, len(queries.labels), RANKED_AT_ONCE):
@@ -216,7 +255,7 @@ def retrieval_metrics(queries: Embeddings, among: Embeddings) -> dict[str, float
         chances += [chance_of_recall(answers, len(among.labels), 5) for answers in right.sum(1).tolist()]
     if not ranks:
         return {}
-    rank = torch.cat(ranks).double()
+    rank = torch.cat(ranks).cpu().double()
     values = {f"recall_{cutoff}": float((rank <= cutoff).double().mean()) for cutoff in CUTOFFS}
     return values | {
         "median_rank": float(rank.quantile(0.5)),
@@ -227,42 +266,27 @@ def retrieval_metrics(queries: Embeddings, among: Embeddings) -> dict[str, float
 
 
 def chance_of_recall(answers: int, among: int, cutoff: int) -> float:
-    """That one of `answers` is among the first `cutoff` of `among` in a random order."""
+    """Return the probability that one of `answers` is among the first `cutoff` of `among` in a random order."""
     return 1 - math.comb(among - answers, cutoff) / math.comb(among, cutoff) if among > cutoff else 1.0
 
 
-def gather(segments: Embeddings) -> Embeddings:
-    """Those of all devices, in the order of ranks. Gradients come back to where the vectors are from, summed over the devices
-    that computed a loss of them all; DDP then takes the mean, which is the gradient of that one loss."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return segments
-    device = segments.vectors.device
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(counts, torch.tensor([len(segments.labels)], device=device))
-    sizes = torch.cat(counts).tolist()
-    labels, modalities = (_gather_rows(rows, sizes) for rows in (segments.labels, segments.modalities))
-    vectors: Tensor = _Gather.apply(segments.vectors, sizes)
-    return Embeddings(vectors, labels, modalities)
+def gather(segments: Embeddings) -> tuple[Embeddings, list[int]]:
+    """Return the segments of all devices, in the order of ranks, without gradients, and how many are of each rank.
 
-
-def _gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(sizes[rank], ...) of each rank -> (sum, ...)."""
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        rank = torch.distributed.get_rank()
-        ctx.own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        return _gather_rows(rows, sizes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        torch.distributed.all_reduce(gradient)
-        return gradient[ctx.own], None
+    With several devices this waits for the device, once: they exchange these numbers.
+    """
+    sizes = [len(segments.labels)]
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Embeddings(segments.vectors.detach(), segments.labels, segments.modalities), sizes
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=segments.labels.device)
+    counts[dist.get_rank()] = sizes[0]
+    dist.all_reduce(counts)
+    sizes = counts.tolist()
+    found = []
+    for rows in (segments.vectors.detach(), segments.labels, segments.modalities):
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        found.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    return Embeddings(*found), sizes

@@ -1,12 +1,11 @@
-"""Texts -> their named entities, by a run with the objective `Tagging`; and how they are shown.
+"""Find named entities in texts, with a run of the objective `Tagging`.
 
 text ──► pieces of at most the context, cut between words ──► tags of their words ──► spans of the text
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +14,13 @@ import torch
 from pile_app.data.assembly import assemble, whole
 from pile_app.documents import Document, Segment
 from pile_app.prepare.entities import Offsets
+from pile_app.tasks.embed import batches_by_length
 from pile_app.tasks.entities import Span, document_words, last_tokens, merge_words, spans_of_words
 from pile_app.tasks.tagging import Tagging, gather_words
 from pile_app.training.module import PileModule
 
 BATCH_TOKENS = 16_384
-AROUND = 4  # `<begin>`, `<text>`, `<end>`, and a token more or less where a text is cut
+AROUND = 4  # `<begin>`, `<text>`, `<end>`, and one more token if the text is cut
 
 
 class Tagged(NamedTuple):
@@ -29,7 +29,7 @@ class Tagged(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Of text number `text`, from `start` on: words [first, stop) of it, `tokens` long."""
+    """Some words of text number `text`, from character `start` on."""
 
     text: int
     start: int
@@ -40,12 +40,12 @@ class _Piece(NamedTuple):
 
 @torch.no_grad()
 def tag_documents(module: PileModule, documents: Sequence[Document], context: int) -> list[Tagged]:
-    """Each text with its entities, in order and apart from each other.
+    """Find the entities of each text, in order and without overlaps.
 
     Args:
         module: in evaluation mode, of a run with the objective `Tagging`.
         documents: of one text each, with `words` in their meta or without.
-        context: most tokens that are read at once: longer texts are cut, at the end of a sentence where there is one.
+        context: largest number of tokens that are read at once; longer texts are cut, at the end of a sentence if possible.
 
     Raises:
         ValueError: the run has another objective.
@@ -55,7 +55,7 @@ def tag_documents(module: PileModule, documents: Sequence[Document], context: in
         raise ValueError("the run was not trained to tag: its model.objective is not pile_app.tasks.tagging.Tagging")
     tagged = [Tagged(document.segments[0].text, []) for document in documents]
     pieces = [piece for number, document in enumerate(documents) for piece in _pieces(number, document, context, module)]
-    for batch in _batches(sorted(pieces, key=lambda piece: piece.tokens)):
+    for batch in batches_by_length(pieces, lambda piece: piece.tokens + AROUND, BATCH_TOKENS):
         longest = batch[-1].tokens + AROUND
         packs = [[whole(piece.document, piece.tokens + AROUND - 1)] for piece in batch]
         inputs = assemble(packs, module.vocabulary, module.tokenizer, longest, annotator=objective.annotator)
@@ -88,75 +88,25 @@ def _pieces(number: int, document: Document, context: int, module: PileModule) -
         part = text[start : words[stop - 1][1]]
         places = [(a - start, b - start) for a, b in words[first:stop]]
         meta = {"words": places, "spans": []}
-        yield _Piece(number, start, places, Document((Segment(part),), str(number), meta=meta), module.tokenizer.count(part))
+        yield _Piece(
+            number, start, places, Document((Segment(part),), str(number), meta=meta), len(module.tokenizer.encode(part))
+        )
         first = stop
-
-
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Of pieces in order of their length, about `BATCH_TOKENS` with the padding."""
-    batch: list[_Piece] = []
-    for piece in pieces:
-        if batch and (len(batch) + 1) * (piece.tokens + AROUND) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
-
-
-# -- how they are shown
 
 
 def as_inline(tagged: Tagged) -> str:
     """`I was in [Paris|location] .`"""
-    return "".join(part if name is None else f"[{part}|{name}]" for part, name in _parts(tagged))
+    return "".join(part if name is None else f"[{part}|{name}]" for part, name in split_parts(tagged))
 
 
 def as_record(tagged: Tagged) -> dict[str, Any]:
-    """As `pile prepare` reads it, with the words of each span for people."""
+    """Return what `pile prepare` reads, with the words of each span for people."""
     spans = [{"start": a, "end": b, "label": name, "text": tagged.text[a:b]} for a, b, name in tagged.spans]
     return {"text": tagged.text, "spans": spans}
 
 
-def as_page(tagged: Sequence[Tagged], types: Sequence[str], title: str) -> str:
-    """An HTML page, which needs nothing else: entities on a colour a type, the name of the type behind them."""
-    hues = {name: round(360 * number / len(types)) for number, name in enumerate(types)}
-    style = {name: f"background:hsl({hue} 80% 85%)" for name, hue in hues.items()}
-    texts = []
-    for one in tagged:
-        parts = (
-            html.escape(part)
-            if name is None
-            else f'<mark style="{style[name]}">{html.escape(part)}<small>{html.escape(name)}</small></mark>'
-            for part, name in _parts(one)
-        )
-        texts.append(f"<p>{''.join(parts)}</p>")
-    legend = " ".join(
-        f'<mark style="{style[name]}">{html.escape(name)} '
-        f"{sum(span.type == name for one in tagged for span in one.spans):,}</mark>"
-        for name in types
-    )
-    return PAGE.format(title=html.escape(title), legend=legend, texts="\n".join(texts))
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.9 system-ui, sans-serif; max-width: 48em; margin: 2em auto; padding: 0 1em }}
-body {{ color: #222; background: #fff }}
-p {{ white-space: pre-wrap; overflow-wrap: anywhere }}
-mark {{ padding: .15em .3em; border-radius: .3em; color: inherit }}
-small {{ font-size: .65em; margin-left: .4em; opacity: .75; text-transform: uppercase }}
-</style></head>
-<body><h1>{title}</h1><div>{legend}</div>
-{texts}
-</body></html>
-"""
-
-
-def _parts(tagged: Tagged) -> Iterator[tuple[str, str | None]]:
-    """The text in parts, each with its type or None."""
+def split_parts(tagged: Tagged) -> Iterator[tuple[str, str | None]]:
+    """Yield the text in parts, each with its type or None."""
     place = 0
     for start, stop, name in tagged.spans:
         yield tagged.text[place:start], None

@@ -1,11 +1,11 @@
 """Named-entity recognition: which words of a text are names, and of what.
 
-    hidden vectors (B, T, D) -> a vector a word: that of its last token, and the mean of its tokens (S, W, 2 D)
-                             -> LSTM in both directions (S, W, 2 · width) -> scores of tags (S, W, K) -> linear chain
+    hidden vectors (B, T, D) -> for each word the vector of its last token and the mean of its tokens (S, W, 2 D)
+                             -> LSTM in both directions (S, W, 2 * width) -> scores of tags (S, W, K) -> linear chain
 
-The model is causal: what it knows at the end of a word does not see what follows. The small LSTM reads its vectors in both
+The model is causal: its vector at the end of a word does not depend on what follows. The small LSTM reads these vectors in both
 directions, as taggers over character language models do (Flair: Akbik et al. 2018; arXiv:1603.01360), and the linear chain
-decides for the sentence as a whole. Documents: see `tasks/entities.py`.
+scores the sentence as a whole. Documents: see `tasks/entities.py`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torchmetrics import Metric
 
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.entities import OUTSIDE, document_words, last_tokens, merge_words, tags_of_words
-from pile_app.tasks.entity_scores import EntityScores
 from pile_app.tasks.linear_chain import LinearChain
-from pile_app.training.objective import Objective
+from pile_app.training.objective import Objective, labelled_pieces
 
 if TYPE_CHECKING:
     from pile_app.data.tokenizers import Tokenizer
 
 
 class TagAnnotator(Annotator):
-    """The token in which a word ends has the tag of the word. `types`: of entities, in order."""
+    """Label the token in which a word ends with the tag of the word. `types`: of entities, in order."""
 
     def __init__(self, types: Sequence[str]) -> None:
         self.types = list(types)
@@ -42,7 +41,7 @@ class TagAnnotator(Annotator):
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
-        texts = [place for place, segment in enumerate(document.segments) if segment.modality == TEXT]
+        texts = [index for index, segment in enumerate(document.segments) if segment.modality == TEXT]
         if len(texts) != 1 or "spans" not in document.meta:
             raise ValueError(
                 f"document {document.key!r} is not tagged: it needs one text, and its entities as `spans` in its meta, which "
@@ -56,54 +55,61 @@ class TagAnnotator(Annotator):
                 tags = tags_of_words(words, document.meta["spans"], self.types)
             except ValueError as error:
                 raise ValueError(f"document {document.key!r}: {error}") from error
-            places, _, tags = merge_words(last_tokens(text, words, tokenizer), words, tags)
-            labels[spans[texts[0]][0] + places] = tags
+            last, _, tags = merge_words(last_tokens(text, words, tokenizer), words, tags)
+            labels[spans[texts[0]][0] + last] = tags
         return labels
 
 
 class Words(NamedTuple):
-    """The labelled words of a batch, S pieces with words. features: (S, W, 2 D) float32; tags: (S, W) int64, `OUTSIDE` past the
-    end; lengths: (S,)."""
+    """The labelled words of a batch with S sentences (pieces with words).
+
+    features: (S, W, 2 D) float32; tags: (S, W) int64, `OUTSIDE` past the end; lengths: (S,); indices: (S, W) flat index of the
+    last token of each word.
+    """
 
     features: Tensor
     tags: Tensor
     lengths: Tensor
+    indices: Tensor
 
 
 def gather_words(hidden: Tensor, batch: Batch) -> Words:
-    """The words of each piece, from (B, T, D) hidden vectors. A word's tokens are those after the word before it."""
-    labels, piece = batch.labels.flatten().long(), batch.piece_numbers.flatten()
-    hidden = hidden.flatten(0, 1).float()
-    labelled = labels >= 0
-    places = labelled.nonzero().squeeze(1)  # (L,)
-    of_word = piece[places]
-    _, sentence, lengths = torch.unique_consecutive(of_word, return_inverse=True, return_counts=True)
-    place = torch.arange(len(places), device=places.device) - (lengths.cumsum(0) - lengths)[sentence]
+    """Gather the words of each piece from (B, T, D) hidden vectors. A word's tokens are those after the word before it."""
+    labels, piece, hidden = batch.labels.flatten().long(), batch.piece_numbers.flatten(), hidden.flatten(0, 1).float()
+    counts = [count for count in batch.label_counts if count]  # words of each sentence
+    total, shape = sum(counts), (len(counts), max(counts, default=0))
+    if not total:
+        return Words(hidden.new_zeros(*shape, 2 * hidden.size(1)), labels.new_zeros(shape), labels[:0], labels.new_zeros(shape))
+    last = torch.nonzero_static(labels >= 0, size=total, fill_value=0).squeeze(1)  # (L,) last token of each word
+    pieces, _ = labelled_pieces(batch)
+    of_piece = labels.new_zeros(len(batch.piece_sources))
+    lengths = of_piece.index_add(0, piece[last], torch.ones_like(last))[pieces]
+    sentence = of_piece.index_copy(0, pieces, torch.arange(len(pieces), device=pieces.device))[piece[last]]
+    within = torch.arange(total, device=last.device) - (lengths.cumsum(0) - lengths)[sentence]
 
-    word = labelled.cumsum(0) - labelled.long()  # number of the word that a token is of, if there is one in its piece
-    owned = (word < len(places)).nonzero().squeeze(1)
-    owned = owned[piece[owned] == of_word[word[owned]]]
-    sums = hidden.new_zeros(len(places), hidden.size(1)).index_add(0, word[owned], hidden[owned])
-    counts = torch.bincount(word[owned], minlength=len(places)).clamp_min(1)
-    features = torch.cat([hidden[places], sums / counts[:, None]], 1)  # (L, 2 D)
-
-    shape = (len(lengths), int(lengths.max()) if len(lengths) else 0)
-    padded = features.new_zeros(*shape, features.size(1)).index_put((sentence, place), features)
-    tags = labels.new_full(shape, OUTSIDE).index_put((sentence, place), labels[places])
-    if tags.size(1):  # a piece may begin within an entity, the part of which in it is one
-        inside = (tags[:, 0] > OUTSIDE) & (tags[:, 0] % 2 == 0)
-        tags[:, 0] -= inside.long()
-    return Words(padded, tags, lengths)
+    ended = (labels >= 0).long()
+    word = ended.cumsum(0) - ended  # number of the word that a token belongs to, if there is one in its piece
+    nearest = word.clamp_max(total - 1)
+    owned = (word < total) & (piece[last][nearest] == piece)
+    sums = hidden.new_zeros(total, hidden.size(1)).index_add(0, nearest, hidden * owned[:, None])
+    sizes = hidden.new_zeros(total).index_add(0, nearest, owned.float())
+    features = torch.cat([hidden[last], sums / sizes.clamp_min(1)[:, None]], 1)  # (L, 2 D)
+    at = (sentence, within)
+    padded = features.new_zeros(*shape, features.size(1)).index_put(at, features)
+    tags = labels.new_full(shape, OUTSIDE).index_put(at, labels[last])
+    # The part of an entity in a piece that begins within it is an entity.
+    tags[:, 0] -= ((tags[:, 0] > OUTSIDE) & (tags[:, 0] % 2 == 0)).long()
+    return Words(padded, tags, lengths, labels.new_zeros(shape).index_put(at, last))
 
 
 class Tagging(Objective):
-    """Which words are entities of which type. The metrics are `precision`, `recall` and `f1` of entities, and `<type>_f1`.
+    """Find entities and their types. Metrics: micro `precision`, `recall` and `f1` of entities, and `<type>_f1`.
 
     Args:
         types: of entities, in the order of the tags.
         width: of the LSTM over words, in each direction.
-        dropout: share of a sentence's features that is dropped in training, the same in all its words (arXiv:1512.05287).
-        word_dropout: share of the words whose features are dropped altogether.
+        dropout: fraction of a sentence's features that is dropped in training, the same in all its words (arXiv:1512.05287).
+        word_dropout: fraction of the words whose features are all dropped.
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
@@ -124,44 +130,48 @@ class Tagging(Objective):
             raise ValueError(f"objective.types needs one type of entity or more, each once, not {types}")
         if not (0 <= dropout < 1 and 0 <= word_dropout < 1 and width > 0):
             raise ValueError(f"0 <= dropout, word_dropout < 1 and width >= 1, not {dropout}, {word_dropout} and {width}")
-        self.types = types
-        self.width = width
-        self.dropout = dropout
-        self.word_dropout = word_dropout
-        self.last: dict[str, Tensor] = {}  # what `compute` found
+        self.types, self.width, self.dropout, self.word_dropout = types, width, dropout, word_dropout
+        self.last: dict[str, Tensor] = {}  # results of the last `compute`
 
     @property
     def annotator(self) -> Annotator:
         return TagAnnotator(self.types)
 
     def build(self, model: FusedLanguageModel) -> None:
-        self.reader = nn.LSTM(2 * model.backbone.width, self.width, batch_first=True, bidirectional=True)
+        sizes = 2 * model.backbone.width, self.width
+        self.forwards, self.backwards = (nn.LSTM(*sizes, batch_first=True) for _ in range(2))
         self.head = nn.Linear(2 * self.width, 1 + 2 * len(self.types))
         self.chain = LinearChain(len(self.types))
         self.scores = EntityScores(len(self.types))
 
-    def emissions(self, words: Words) -> Tensor:
-        """(S, W, K) float32 scores of the tags of each word."""
+    def emissions(self, words: Words, batch: Batch | None = None) -> Tensor:
+        """Return (S, W, K) float32 scores of the tags of each word. `batch`: in training, for dropout."""
+        steps = torch.arange(words.tags.size(1), device=words.tags.device).expand_as(words.tags)
+        mirrored = torch.where(steps < words.lengths[:, None], words.lengths[:, None] - 1 - steps, steps)[..., None]
+
+        def mirror(sequences: Tensor) -> Tensor:  # without padding; no packed sequence, whose lengths must be on the host
+            return sequences.gather(1, mirrored.expand_as(sequences))
+
+        def drop(features: Tensor, purpose: int) -> Tensor:  # the same components in all words
+            if batch is None:
+                return features
+            one = features.new_ones(len(features), features.size(2))
+            return features * self.drop(one, batch, words.indices[:, 0], self.dropout, purpose)[:, None]
+
         with torch.autocast(words.features.device.type, enabled=False):
-            features = self._drop(words.features)
-            if self.training and self.word_dropout:
-                kept = torch.rand(features.shape[:2], device=features.device) >= self.word_dropout
-                features = features * kept[..., None]
-            packed = pack_padded_sequence(features, words.lengths.cpu(), batch_first=True, enforce_sorted=False)
-            read, _ = pad_packed_sequence(self.reader(packed)[0], batch_first=True)
-            return self.head(self._drop(read))
+            features = drop(words.features, 0)
+            if batch is not None and self.training and self.word_dropout:
+                draws = batch.uniform(words.indices.flatten(), purpose=2).view_as(words.tags)
+                features = features * (draws >= self.word_dropout)[..., None]
+            read = torch.cat([self.forwards(features)[0], mirror(self.backwards(mirror(features))[0])], 2)
+            return self.head(drop(read, 1))
 
-    def _drop(self, features: Tensor) -> Tensor:
-        if not self.training or not self.dropout:
-            return features
-        kept = torch.rand(len(features), 1, features.size(2), device=features.device) >= self.dropout
-        return features * kept / (1 - self.dropout)
-
-    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
+    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch, step: Any = None) -> Tensor:
+        total = self.prepare(model, [batch])[0] if step is None else step
         words = gather_words(hidden, batch)
         if not len(words.lengths):
             return hidden.sum() * 0.0
-        return self.chain(self.emissions(words), words.tags, words.lengths).sum() / words.lengths.sum()
+        return self.chain(self.emissions(words, batch), words.tags, words.lengths).sum() / total.squeeze()
 
     @torch.no_grad()
     def update(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> None:
@@ -170,10 +180,8 @@ class Tagging(Objective):
 
     @torch.no_grad()
     def decode(self, words: Words) -> Tensor:
-        """(S, W) int64 tags, valid BIO."""
-        if not len(words.lengths):
-            return words.tags
-        return self.chain.decode(self.emissions(words), words.lengths)
+        """Return (S, W) int64 tags, valid BIO."""
+        return self.chain.decode(self.emissions(words), words.lengths) if len(words.lengths) else words.tags
 
     def compute(self) -> dict[str, Tensor]:
         self.last = self.scores.compute()
@@ -182,10 +190,57 @@ class Tagging(Objective):
         return {name: self.last[name] for name in ("precision", "recall", "f1")} | {f"{name}_f1": f1 for name, f1 in by_type}
 
     def report(self, folder: Path) -> dict[str, Any]:
-        """Writes `entities.json`: the scores of each type, and how many entities of it there are."""
+        """Write `entities.json`: the scores of each type, and its number of entities."""
         names = ("precision", "recall", "f1", "count")
         table = {
             one: {name: self.last[f"{name}_by_type"][number].item() for name in names} for number, one in enumerate(self.types)
         }
         (folder / "entities.json").write_text(json.dumps(table, indent=2) + "\n")
         return {}
+
+
+class EntityScores(Metric):
+    """Precision, recall and F1 of entities, as seqeval and conlleval define them.
+
+    An entity counts as right if its type, first and last word are right (Tjong Kim Sang and De Meulder 2003). The tags are
+    valid BIO, where seqeval's schemes agree.
+    """
+
+    full_state_update = False
+    right: Tensor
+    found: Tensor
+    gold: Tensor
+
+    def __init__(self, types: int) -> None:
+        super().__init__()
+        for name in ("right", "found", "gold"):
+            self.add_state(name, torch.zeros(types, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, found: Tensor, gold: Tensor) -> None:
+        """Count (S, W) int64 tags, `OUTSIDE` past the end of a sentence."""
+        begins = gold % 2 == 1
+        for state, tags in (
+            (self.right, gold[begins & (found == gold) & (entity_stops(found) == entity_stops(gold))]),
+            (self.found, found[found % 2 == 1]),
+            (self.gold, gold[begins]),
+        ):
+            state += torch.bincount(tags // 2, minlength=len(state))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return precision, recall, f1: () over all entities (micro average), and (types,) with `_by_type`; 0 without any."""
+        values = {"count_by_type": self.gold}
+        sums = torch.stack([self.right, self.found, self.gold]).float()
+        for suffix, (right, found, gold) in (("", sums.sum(1)), ("_by_type", sums)):
+            values["precision" + suffix] = right / found.clamp_min(1)
+            values["recall" + suffix] = right / gold.clamp_min(1)
+            values["f1" + suffix] = 2 * right / (found + gold).clamp_min(1)
+        return values
+
+
+def entity_stops(tags: Tensor) -> Tensor:
+    """Return (S, W) for each word the first later word that does not continue an entity."""
+    words = tags.size(1)
+    steps = torch.arange(words, device=tags.device).expand_as(tags)
+    ends = steps.masked_fill((tags > 0) & (tags % 2 == 0), words)
+    following = torch.cat([ends[:, 1:], torch.full_like(ends[:, :1], words)], 1)
+    return following.flip(1).cummin(1).values.flip(1)

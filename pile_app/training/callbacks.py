@@ -1,66 +1,70 @@
-"""Callbacks: what is measured, kept and shown while a run trains. Checkpoints and stopping are in `checkpoints.py`, steps that
-are not taken in `guards.py`."""
+"""Callbacks that measure, record and show a run while it trains. Stopping: `checkpoints.py`, rejected steps: `guards.py`."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 
 from pile_app.data.batch import PADDING, Batch
 from pile_app.data.datamodule import data_parallel
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, whole_file
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
+from pile_app.training.wandb_run import log_samples, step_of
 
-log = logging.getLogger(__name__)
 MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
 
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the unwanted lines of a JSON lines file, and a line that a killed process left unfinished."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    with whole_file(path) as file:
+        file.write("".join(f"{line}\n" for line in lines if wanted(json.loads(line))).encode())
+
+
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether a micro-batch is the last of its optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def is_logged(trainer: Trainer, batch_idx: int) -> bool:
+    return ends_step(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
 class DataReport(Callback):
-    """Counts padding, tokens of each source, and documents that could not be used, which it lists in `quarantine.jsonl` (see
-    `count_quarantined`).
+    """Count padding, tokens of each source and unusable documents, which are listed in `quarantine.jsonl`.
 
-    Args:
-        run: the run's folder.
-        max_rejected_share: stop above this fraction: of the samples of a source when it was indexed, and of the documents read,
-            once there are 100.
-
-    Raises:
-        RuntimeError: more than that share could not be used, of the documents of any device.
+    Raises ShardError or RuntimeError if more than `max_rejected_share` is unusable: of the samples of a source when it was
+    indexed (at least half), or of the documents that any device read, once there are 100.
     """
 
     def __init__(self, run: Path, max_rejected_share: float) -> None:
-        self.path = run / "quarantine.jsonl"
-        self.max_rejected_share = max_rejected_share
+        self.path, self.max_rejected_share = run / "quarantine.jsonl", max_rejected_share
         self.documents = 0
-        self.rejected: Counter[str] = Counter()
-        self.source_tokens: Counter[str] = Counter()
-        self.padding: torch.Tensor | None = None  # places of it; on the device, where to read it is to wait for it
-        self.places = 0
+        self.rejected, self.source_tokens = Counter[str](), Counter[str]()
+        self.padding: Tensor | None = None  # tokens of it; stays on the device, since reading it would wait
+        self.positions = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "documents": self.documents,
-            "rejected": dict(self.rejected),
-            "source_tokens": dict(self.source_tokens),
-        }
+        return {"documents": self.documents, "rejected": dict(self.rejected), "source_tokens": dict(self.source_tokens)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.documents = state_dict["documents"]
-        self.rejected = Counter(state_dict["rejected"])
-        self.source_tokens = Counter(state_dict["source_tokens"])
+        self.rejected, self.source_tokens = Counter(state_dict["rejected"]), Counter(state_dict["source_tokens"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the entries after the checkpoint that is resumed, and check how many documents were rejected at indexing."""
@@ -78,21 +82,22 @@ class DataReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        names: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         self.documents += sum(map(len, batch.documents))
         padding = (batch.document == PADDING).sum()
         self.padding = padding if self.padding is None else self.padding + padding
-        self.places += batch.document.numel()
-        self._record(trainer, "train", batch, batch_idx // trainer.accumulate_grad_batches + 1)
-        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_step:
-            self.source_tokens.update(dict(zip(trainer.datamodule.source_names, batch.source_tokens, strict=True)))  # type: ignore[attr-defined]
-        if not is_step or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        self.positions += batch.document.numel()
+        self._record("train", names, batch, batch_idx // trainer.accumulate_grad_batches + 1)
+        self.rejected.update(f"{names[source]}/{reason}" for source, _, reason, _ in batch.rejected)
+        if ends_step(trainer, batch_idx):
+            self.source_tokens.update(dict(zip(names, batch.source_tokens, strict=True)))
+        if not is_logged(trainer, batch_idx):
             return
-        pl_module.log("data/padding_share", float(self.padding) / self.places, rank_zero_only=True, batch_size=1)
-        values = {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
+        values = {"data/padding_share": float(self.padding) / self.positions}
+        values |= {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
         values |= {f"data/rejected/{name}": float(count) for name, count in self.rejected.items()}
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        self.padding, self.places = None, 0
+        self.padding, self.positions = None, 0
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
         if trainer.strategy.reduce_boolean_decision(too_many, all=False):
@@ -102,51 +107,41 @@ class DataReport(Callback):
             )
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        self._record(trainer, "validation", batch, trainer.global_step)
+        self._record("validation", trainer.datamodule.validation_names, batch, trainer.global_step)  # type: ignore[attr-defined]
 
-    def _record(self, trainer: Trainer, split: Literal["train", "validation"], batch: Batch, step: int) -> None:
-        if not batch.rejected:
-            return
-        names = trainer.datamodule.source_names if split == "train" else trainer.datamodule.validation_names  # type: ignore[attr-defined]
-        with open(self.path, "a") as file:
-            for source, key, reason, detail in batch.rejected:
-                if split == "train":
-                    self.rejected[f"{names[source]}/{reason}"] += 1
-                entry = {"step": step, "split": split, "source": names[source], "key": key}
-                file.write(json.dumps(entry | {"reason": reason, "detail": detail}) + "\n")
+    def _record(self, split: str, names: list[str], batch: Batch, step: int) -> None:
+        for source, key, reason, detail in batch.rejected:
+            entry = {"step": step, "split": split, "source": names[source], "key": key, "reason": reason, "detail": detail}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the lines of a JSON lines file that are not wanted, and one that a kill left unfinished."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines if wanted(json.loads(line))))
-    os.replace(temporary, path)
+def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
+    """Return source -> reason -> unusable documents, each counted once however often it was read."""
+    path = run / "quarantine.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for source, _, reason in sorted({(entry["source"], entry["key"], entry["reason"]) for entry in entries}):
+        counts[source][reason] += 1
+    return {source: dict(reasons) for source, reasons in counts.items()}
 
 
 class Ledger(Callback):
-    """Writes down which documents each optimizer step was trained on, in `ledger/`: what `read_ledger` reads. (Steps that
-    `rejected.jsonl` names stand there as well: they were read, and not taken.)
+    """Record the documents of each optimizer step in `ledger/rank-*.jsonl`, for `read_ledger`. Rejected steps are included.
 
-    A line a pack: {"step": from 1, "position": of the pack, "documents": [[source, key, epoch, first token, stop], ...]}. Each
-    device writes a file of its own; how the packs were shared out does not show in what is read.
-
-    Args:
-        run: the run's folder.
+    A line a pack: {"step": from 1, "position": of the pack, "documents": [[source, key, epoch, first token, stop], ...]}.
     """
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "ledger"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What a killed attempt wrote after its last checkpoint comes anew."""
+        """Drop what a killed process recorded after its last checkpoint."""
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            for path in sorted(self.folder.glob("*.jsonl")):
+            for path in self.folder.glob("*.jsonl"):
                 keep_lines(path, lambda entry: entry["step"] <= trainer.global_step)
         trainer.strategy.barrier("ledger")
 
@@ -157,7 +152,7 @@ class Ledger(Callback):
         sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         mesh = pl_module.device_mesh
         if mesh is not None and mesh["tensor_parallel"].get_local_rank():
-            return  # trained on what the first of its group writes down
+            return  # trained on what the first of its group records
         with open(self.folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
             for position, documents in zip(batch.numbers, batch.documents, strict=True):
                 named = [[sources[source], *rest] for source, *rest in documents]
@@ -165,45 +160,30 @@ class Ledger(Callback):
 
 
 def read_ledger(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's ledger, by position. Raises ValueError: a position stands there twice or is missing."""
-    paths = sorted((run / "ledger").glob("*.jsonl"))
-    entries = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    """Return the entries of a run's ledger, by position. Raises ValueError if a position is missing or recorded twice."""
+    entries = [json.loads(line) for path in (run / "ledger").glob("*.jsonl") for line in path.read_text().splitlines()]
     entries.sort(key=lambda entry: entry["position"])
     if [entry["position"] for entry in entries] != list(range(len(entries))):
         raise ValueError(f"the ledger of {run} holds a position twice, or lacks one")
     return entries
 
 
-def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
-    """Source -> reason -> documents that could not be used, each counted once however often it came up."""
-    path = run / "quarantine.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    counts: dict[str, dict[str, int]] = {}
-    for source, _, reason in sorted({(entry["source"], entry["key"], entry["reason"]) for entry in entries}):
-        reasons = counts.setdefault(source, {})
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return counts
-
-
 class Throughput(Callback):
-    """Tokens a second by modality, share of the time spent waiting for data, and model FLOP utilization.
+    """Log tokens per second by modality, the fraction of time spent waiting for data, and model FLOP utilization.
 
-    The utilization is against a matrix product measured on this machine at the start, so 1 would be "every cycle multiplies".
+    The utilization is relative to a matrix product measured on this machine at the start: 1 means that every cycle multiplies.
+    (Lightning's ThroughputMonitor knows peaks of GPUs only, and neither waiting nor modalities.)
     """
-
-    def __init__(self) -> None:
-        self.peak_flops = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.tokens = [0, 0, 0]
-        self.attended: list[torch.Tensor] = []  # (2,) of each batch: places that hold something, tokens that they look at
-        self.waited = 0.0
-        self.began = self.ended = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.peak_flops = measure_matmul_flops(pl_module.device)
         self._reset()
+
+    def _reset(self) -> None:
+        self.tokens = [0, 0, 0]
+        self.attended: list[Tensor] = []  # (2,) of each batch: tokens, and tokens that they attend to
+        self.waited = 0.0
+        self.began = self.ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         self.waited += time.perf_counter() - self.ended
@@ -212,84 +192,68 @@ class Throughput(Callback):
         self.paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        away = time.perf_counter() - self.paused
-        self.began += away
-        self.ended += away
+        if hasattr(self, "began"):
+            away = time.perf_counter() - self.paused
+            self.began, self.ended = self.began + away, self.ended + away
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PileModule)
-        for modality, targets in enumerate(batch.targets):
-            self.tokens[modality] += len(targets)
+        self.tokens = [count + len(targets) for count, targets in zip(self.tokens, batch.targets, strict=True)]
         if not pl_module.in_codec_phase:
             is_token = batch.document != PADDING
             self.attended.append(torch.stack([is_token.sum(), (batch.position + 1).mul(is_token).sum()]))
         self.ended = time.perf_counter()
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not is_logged(trainer, batch_idx):
             return
-        seconds = max(self.ended - self.began, 1e-9)
-        shares, _ = data_parallel(trainer)
-        values = {
-            f"throughput/{MODALITIES[m]}_tokens_per_second": self.tokens[m] * shares / seconds
-            for m in pl_module.vocabulary.modalities
-        }
-        values["throughput/tokens_per_second"] = sum(values.values())
-        values["throughput/data_wait_share"] = self.waited / seconds
+        seconds, (shares, _) = max(self.ended - self.began, 1e-9), data_parallel(trainer)
+        speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in pl_module.vocabulary.modalities}
+        values = {f"throughput/{name}_tokens_per_second": speed for name, speed in speeds.items()}
+        values |= {"throughput/tokens_per_second": sum(speeds.values()), "throughput/data_wait_share": self.waited / seconds}
         if self.attended:
-            places, attended = torch.stack(self.attended).sum(0).tolist()
-            flops = places * shares / trainer.world_size * pl_module.model.flops_per_token(attended / max(1, places))
+            tokens, attended = torch.stack(self.attended).sum(0).tolist()
+            flops = tokens * shares / trainer.world_size * pl_module.model.flops_per_token(attended / max(1, tokens))
             values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        speed = values["throughput/tokens_per_second"]
-        pl_module.log("tokens/s", speed, prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
+        pl_module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
         self._reset()
 
 
 def measure_matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a large matrix product in the precision the device trains fastest in, best of a few."""
+    """Return the FLOP/s of a large matrix product in the precision the device trains fastest in, best of a few."""
     cuda = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if cuda else lambda: None
     best = float("inf")
     for _ in range(5):
-        if cuda:
-            torch.cuda.synchronize(device)
+        wait()
         began = time.perf_counter()
         a @ b
-        if cuda:
-            torch.cuda.synchronize(device)
+        wait()
         best = min(best, time.perf_counter() - began)
     return 2.0 * size**3 / best
 
 
 class PileProgressBar(TQDMProgressBar):
-    """Loss of each modality and tokens a second, with the time that is left. Refreshed rarely where no one watches."""
+    """Show the loss of each modality, tokens per second and the remaining time; rarely if stderr is no terminal."""
 
     def __init__(self) -> None:
-        import sys
-
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
         self.shown: tuple[int, dict[str, Any]] = (-1, {})
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         step = trainer.global_step // trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self.shown[0]:
-            return dict(self.shown[1])  # nothing new was logged, and to read what was waits for the device
-        self.shown = (step, self._read_metrics(trainer, pl_module))
+        if step != self.shown[0]:  # something new was logged; reading it waits for the device
+            hidden = ("v_num",) if pl_module.in_codec_phase else ("v_num", "_codec_loss")
+            metrics = super().get_metrics(trainer, pl_module).items()
+            self.shown = step, {name.removeprefix("train/"): v for name, v in metrics if not name.endswith(hidden)}
         return dict(self.shown[1])
-
-    def _read_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        if not pl_module.in_codec_phase:
-            metrics = {name: value for name, value in metrics.items() if not name.endswith("_codec_loss")}
-        return {name.removeprefix("train/"): value for name, value in metrics.items()}
 
 
 class SampleGeneration(Callback):
-    """Lets the model read and write in every modality, and keeps what comes out in `samples/step-.../` and W&B.
+    """Let the model answer prompts in every modality, and write the answers to `samples/step-.../` and W&B.
 
     Args:
         every_n_steps: optimizer steps between samples; there is always one at the end of a run.
@@ -300,17 +264,13 @@ class SampleGeneration(Callback):
     def __init__(self, every_n_steps: int = 500, count: int = 8, sampling: Sampling = Sampling(guidance=2.0)) -> None:  # noqa: B008
         if every_n_steps < 1 or count < 1:
             raise ValueError(f"every_n_steps and count must be at least 1, not {every_n_steps} and {count}")
-        self.every_n_steps = every_n_steps
-        self.count = count
-        self.sampling = sampling
+        self.every_n_steps, self.count, self.sampling = every_n_steps, count, sampling
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        last = trainer.fit_loop.epoch_loop.max_steps
-        due = step % self.every_n_steps == 0 or step == last
-        if due and not pl_module.in_codec_phase and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        is_due = trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
+        if is_due and not pl_module.in_codec_phase and ends_step(trainer, batch_idx):
             self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -322,23 +282,22 @@ class SampleGeneration(Callback):
         entries = []
         for title, prompts, to, references in self._prompts(trainer, model):
             answers = generate(model, prompts, to, self.sampling)
-            for prompt, answer, reference in zip(prompts, answers, references, strict=True):
-                entries.append((title, prompt, answer, reference))
-        write_samples(folder, [plain_example(model, *entry) for entry in entries])
-        log_samples_to_wandb(trainer, folder)
+            triples = zip(prompts, answers, references, strict=True)
+            entries += [plain_example(model, title, *triple) for triple in triples]
+        write_samples(folder, entries)
+        log_samples(trainer, folder, step_of(folder))
 
     def _prompts(
         self, trainer: Trainer, model: FusedLanguageModel
     ) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
-        """(title, prompts, modality wanted, real media to set beside) for each transition that the validation data shows.
+        """Return (title, prompts, modality to generate, references) of each pair of modalities in the validation data.
 
-        A document of several segments gives its first as the prompt and its second as the reference; a plain text gives its
-        beginning.
+        The first segment of a document is the prompt, the second the reference; of a plain text, the beginning is the prompt.
         """
         kinds: dict[tuple[int, int], tuple[list[Document], list[Segment | None]]] = defaultdict(lambda: ([], []))
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
-                try:  # codes of a medium are the better prompt: they need not be made again
+                try:
                     prompt, *rest = (plain(model, s) if s.modality == TEXT else s for s in data.document(number).segments)
                 except ValueError:
                     continue  # bad samples are counted where they are read for training
@@ -362,13 +321,13 @@ class SampleGeneration(Callback):
 def plain_example(
     model: FusedLanguageModel, title: str, prompt: Document, answer: Segment, reference: Segment | None
 ) -> tuple[str, Document, Segment, Segment | None]:
-    """An entry of `write_samples` without encoded segments."""
+    """Return an entry of `write_samples`, without encoded segments."""
     shown = Document(tuple(plain(model, segment) for segment in prompt.segments))
     return title, shown, answer, plain(model, reference) if reference else None
 
 
 def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segment | None]]) -> None:
-    """Prompts, answers and references as PNG, WAV and TXT, with `samples.json` saying which is which (see `report.py`)."""
+    """Write prompts, answers and references as PNG, WAV and TXT, and `samples.json`, which lists them for `report.py`."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(number: int, role: str, *segments: Segment | None) -> list[dict[str, str]]:
@@ -390,26 +349,3 @@ def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segm
         for number, (title, prompt, answer, reference) in enumerate(entries)
     ]
     (folder / "samples.json").write_text(json.dumps(described, indent=1, ensure_ascii=False))
-
-
-def log_samples_to_wandb(trainer: Trainer, folder: Path) -> None:
-    """The folder's samples as one W&B table with pictures and players."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    if not loggers:
-        return
-    import wandb
-
-    def cell(part: dict[str, str]) -> Any:
-        if part["modality"] == "text":
-            return part["text"]
-        kind = wandb.Image if part["modality"] == "image" else wandb.Audio
-        return kind(str(folder / part["file"]))
-
-    rows = json.loads((folder / "samples.json").read_text())
-    for title in dict.fromkeys(row["title"] for row in rows):
-        pairs = [(row["prompt"][-1], row["outputs"][0]) for row in rows if row["title"] == title]
-        table = wandb.Table(["prompt", "answer"], [[cell(prompt), cell(answer)] for prompt, answer in pairs])
-        media = {f"media/{title}": [cell(answer) for _, answer in pairs]} if pairs[0][1]["modality"] != "text" else {}
-        loggers[0].experiment.log({f"samples/{title}": table, "trainer/global_step": trainer.global_step} | media)

@@ -1,33 +1,37 @@
 """What `train.py` does: read and check the configuration, build, train or resume, evaluate, report.
 
-The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line. What
-cannot be is refused before data or model are built.
+The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line.
+Invalid settings fail before data or model are built.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
-import os
 import re
 import shlex
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, Literal, NoReturn
 
-# Lightning's own advice on its internals, of no use to whoever trains a model.
-warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory).*")
+# Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
+warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
 warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
 
 logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 
+gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
+
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
-from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402, F401
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402, F401
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
@@ -37,11 +41,38 @@ from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
-from pile_app.training.guards import DivergedError, GuardConfig  # noqa: E402
+from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, Throughput  # noqa: E402
+from pile_app.training.checkpoints import (  # noqa: E402
+    DurableCheckpointIO,
+    GracefulStop,
+    LastCheckpoint,
+    StoppedInValidation,
+    choose_checkpoint,
+    range_to_skip,
+    read_checkpoint,
+)
+from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
+from pile_app.training.load import TOKENIZER, SkipInitialization, link_model_to_data  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.muon import cpu_multiplies_bfloat16  # noqa: E402
-from pile_app.training.sharded import read_checkpoint  # noqa: E402
-from pile_app.training.strategy import ShardedStrategy  # noqa: E402, F401 (registers `fsdp2`)
+from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
+from pile_app.training.run import (  # noqa: E402
+    RunFolder,
+    check_complete,
+    check_origin,
+    check_resume,
+    find_divergence,
+    keep_freed_memory,
+    lock,
+    make_loggers,
+)
+from pile_app.training.wandb_run import close  # noqa: E402
+
+REFUSED = 2  # exit code: the configuration is invalid
+DIVERGED = 3  # exit code: the same command would end in the same way
+
+gc.freeze()
+gc.enable()
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -55,27 +86,24 @@ TRAINER_DEFAULTS = {
 }
 
 
+OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("name", str, "run", "name of the run; naming an existing run resumes it"),
+    ("runs", str, "runs", "folder that holds the runs"),
+    ("checkpoint_every", int, 500, "optimizer steps between checkpoints (last.ckpt and previous.ckpt)"),
+    ("monitor", str, "validation/loss", "metric that best.ckpt is the best by, see metrics.csv"),
+    ("monitor_mode", Literal["min", "max"], "min", "which values of it are better"),
+    ("wandb", str | None, "pile", "project in Weights & Biases; null: none"),
+    ("ledger", bool, False, "record the documents of every optimizer step, in runs/<name>/ledger"),
+    ("guard", GuardConfig, GuardConfig(), "which optimizer steps are rejected"),
+)
+
+
 class PileCLI(LightningCLI):
-    """LightningCLI plus the run folder: `--name`, `--runs`, `--checkpoint_every`, `--wandb`, `--ledger`, `--guard`."""
+    """LightningCLI with a run folder, `OPTIONS`, and a checked configuration."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, default="run", help="name of the run; naming an existing run resumes it")
-        parser.add_argument("--runs", type=str, default="runs", help="folder that holds the runs")
-        parser.add_argument(
-            "--checkpoint_every",
-            type=int,
-            default=500,
-            help="optimizer steps between checkpoints (last.ckpt and previous.ckpt)",
-        )
-        parser.add_argument(
-            "--monitor", type=str, default="validation/loss", help="metric that best.ckpt is the best by, see metrics.csv"
-        )
-        parser.add_argument("--monitor_mode", type=Literal["min", "max"], default="min", help="which values of it are better")
-        parser.add_argument("--wandb", type=str | None, default="pile", help="project in Weights & Biases; null: none")
-        parser.add_argument(
-            "--ledger", type=bool, default=False, help="write down the documents of every optimizer step, in runs/<name>/ledger"
-        )
-        parser.add_argument("--guard", type=GuardConfig, default=GuardConfig(), help="optimizer steps that are not taken")
+        for name, kind, default, text in OPTIONS:
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         link_model_to_data(parser)
 
     @property
@@ -83,12 +111,11 @@ class PileCLI(LightningCLI):
         return Path(self.scratch.name if self.config.trainer.fast_dev_run else self.config.runs) / self.config.name
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(default_config_files=[str(find_default_config())], **kwargs)
+        default = find_default_config()
+        sys.path.append(str(default.absolute().parents[1]))  # callbacks of `data/`
+        return super().init_parser(default_config_files=[str(default)], **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        from pile_app.training.resume import TOKENIZER, check_complete, check_origin, check_resume, choose_checkpoint
-        from pile_app.training.run import lock
-
         config, model, is_first = self.config, self.config.model, is_first_process()
         check_config(config)
         group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
@@ -124,45 +151,39 @@ class PileCLI(LightningCLI):
         if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
             model.tokenizer = str(run / TOKENIZER)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, Throughput
-        from pile_app.training.checkpoints import DurableCheckpointIO, GracefulStop, LastCheckpoint
-        from pile_app.training.guards import StepGuard
-        from pile_app.training.run import RunFolder, make_loggers
+    def instantiate_classes(self) -> None:
+        """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""
+        is_replaced = self.checkpoint is not None or (is_sharded(self.config.trainer) and not is_first_process())
+        with SkipInitialization() if is_replaced else nullcontext():
+            super().instantiate_classes()
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, asked = self.run_folder, self.config.trainer
         self.run = RunFolder(run, self.dumped)
         self.stop = GracefulStop(asked.max_time)
-        callbacks: list[Callback] = [
+        best = BestCheckpoint(
+            run / "checkpoints",
+            filename="best",
+            monitor=self.config.monitor,
+            mode=self.config.monitor_mode,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+        callbacks: list[tuple[bool, Callback]] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
-            *([Ledger(run)] if self.config.ledger else []),
-            self.stop,
-            self.run,
-            StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop),
-            DataReport(run, self.config.data.max_rejected_share),
-            Throughput(),
-            PileProgressBar(),
-            LearningRateMonitor("step"),
-            ModelCheckpoint(
-                run / "checkpoints",
-                filename="best",
-                monitor=self.config.monitor,
-                mode=self.config.monitor_mode,
-                save_top_k=1,
-                enable_version_counter=False,
-            ),
-            LastCheckpoint(run / "checkpoints", self.config.checkpoint_every),  # after the best one, whose score it keeps
+            (self.config.ledger and not asked.fast_dev_run, Ledger(run)),
+            (True, self.stop),
+            (True, self.run),
+            (True, StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop)),
+            (True, DataReport(run, self.config.data.max_rejected_share)),
+            (True, Throughput()),
+            (asked.enable_progress_bar is not False, PileProgressBar()),
+            (asked.logger is not False and not asked.fast_dev_run, LearningRateMonitor("step")),
+            (not asked.fast_dev_run, best),
+            (True, LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),  # after the best, whose score it keeps
         ]
-        unwanted: list[type[Callback]] = []
-        if asked.fast_dev_run:
-            unwanted += [Ledger, ModelCheckpoint]
-        if asked.logger is False or asked.fast_dev_run:
-            unwanted.append(LearningRateMonitor)
-        if asked.enable_progress_bar is False:
-            unwanted.append(PileProgressBar)
-        callbacks = [callback for callback in callbacks if not isinstance(callback, tuple(unwanted))]
         chosen = {
-            "callbacks": [*callbacks, *(self.config_init.trainer.callbacks or [])],
+            "callbacks": [callback for wanted, callback in callbacks if wanted] + (self.config_init.trainer.callbacks or []),
             "default_root_dir": str(run),
             "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
             "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
@@ -175,26 +196,23 @@ class PileCLI(LightningCLI):
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Skip Lightning's warning about files in the folder: a resumed run has some, and it imports s3fs to look for them."""
+
+
+def is_sharded(trainer: Namespace) -> bool:
+    name = str(getattr(trainer.strategy, "class_path", trainer.strategy))
+    return name.rpartition(".")[2] in ("fsdp2", "ShardedStrategy")
+
+
 def fast_precision(accelerator: Any) -> str:
     """bf16-mixed (weights stay float32) where the hardware multiplies bfloat16, for the demo a third faster; else 32-true."""
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
-
-
-def link_model_to_data(parser: LightningArgumentParser) -> None:
-    parser.link_arguments("model.vocabulary", "data.vocabulary", apply_on="instantiate")
-    parser.link_arguments("model.tokenizer", "data.tokenizer", apply_on="instantiate")
-    parser.link_arguments("model.annotator", "data.annotator", apply_on="instantiate")
-
-
-def make_model_parser() -> LightningArgumentParser:
-    """Of `model` and `data` alone, as training has them, for what uses a run without training it (see `load.py`)."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(PileModule, "model")
-    parser.add_lightning_class_args(PileDataModule, "data")
-    link_model_to_data(parser)
-    return parser
 
 
 def check_config(config: Namespace) -> None:
@@ -243,10 +261,7 @@ IN_STEPS = "set trainer.max_steps (optimizer steps) or data.epochs (passes over 
 SWITCHES = {
     "accumulate_grad_batches": ("1", "set data.global_batch and data.micro_batch, it follows from them"),
     "barebones": ("False", "it excludes checkpoints and metrics, without which there is no run"),
-    "enable_checkpointing": (
-        "None True",
-        "a run resumes from its checkpoints; checkpoint_every says how often they are written",
-    ),
+    "enable_checkpointing": ("None True", "a run resumes from its checkpoints; set checkpoint_every"),
     "limit_train_batches": ("None 1.0", IN_STEPS),
     "max_epochs": ("None -1", IN_STEPS),
     "min_epochs": ("None", IN_STEPS),
@@ -264,7 +279,12 @@ def find_default_config() -> Path:
     """`conf/default.yaml`, which every configuration is laid over: next to `train.py`, in the working folder, or ours.
     Raises FileNotFoundError: there is none."""
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    folders = [*([main.parent] if main.name == "train.py" else []), Path(), Path(__file__).parents[2]]
+    folders = [
+        *([main.parent] if main.name == "train.py" else []),
+        Path(),
+        Path(__file__).parents[2],
+        Path(__file__).parents[1] / "bundled",
+    ]
     found = [path for folder in folders if (path := folder / "conf" / "default.yaml").is_file()]
     if not found:
         raise FileNotFoundError(
@@ -306,17 +326,11 @@ def parse_config(arguments: list[str]) -> Namespace:
             raise ValueError(str(error)) from error
 
 
-REFUSED = 2  # exit code: the configuration cannot be
-DIVERGED = 3  # exit code: the same command would come to the same end
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python", "train.py")) -> None:
     """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
     Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
     could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
-    from pile_app.training.checkpoints import StoppedInValidation
-    from pile_app.training.run import keep_freed_memory
-
+    atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
     try:
         cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
@@ -344,16 +358,15 @@ def main(arguments: list[str] | None = None) -> None:
         except (KeyboardInterrupt, SystemExit):  # Lightning exits on Ctrl-C
             cli.stop.received = signal.SIGINT
     if not cli.trainer.is_global_zero:
-        raise SystemExit  # with 0: Lightning kills all other processes when one that it started fails
-    command = shlex.join(["python", *(sys.argv if arguments is None else ["train.py", *arguments])])
+        raise SystemExit  # with 0: Lightning kills all other processes if one of them fails
+    close(cli.trainer)
+    command = shlex.join(["python", *sys.argv] if arguments is None else [*program, *arguments])
     print(f"\n{cli.run_folder}: stopped after step {cli.trainer.global_step}; continue with: {command}", flush=True)
     raise SystemExit(cli.stop.exit_code)
 
 
 def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
     """Say how the run can go on."""
-    from pile_app.training.resume import range_to_skip
-
     guard, run = cli.config.guard, cli.run_folder
     skipped = range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
     ranges = [list(one) for one in (*guard.skip_steps, *([skipped] if skipped else []))]
@@ -361,45 +374,44 @@ def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
         raise SystemExit
     print(f"{run}: {error}")
     if skipped is None:
-        print("Every checkpoint is from after the first of them. Lower the learning rate, or begin anew with another --name")
+        print("All checkpoints are from later steps. Lower the learning rate, or begin anew with another --name")
     else:
         print(f"Lower the learning rate, or skip those data: the same command with --guard.skip_steps '{ranges}'")
     raise SystemExit(DIVERGED)
 
 
-def is_first_process() -> bool:
-    """Of all, as far as launchers have said it: torchrun, SLURM, Lightning for the processes that it starts."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
-
-
 def finish(cli: PileCLI) -> None:
-    """The last validation, the evaluations the config asks for, `summary.json` and `report.html`."""
-    from pile_app.tasks.cross_modal import EvaluateCrossModal
+    """Validate, run the evaluations of the config's callbacks, and write `summary.json` and `report.html`."""
     from pile_app.training.report import write_report
 
-    trainer, module = cli.trainer, cli.model
-    figures: dict[str, Any] = {}
-    best = cli.run_folder / "checkpoints" / "best.ckpt"
-    if module.objective is not None and best.exists():  # with little data, the last weights are seldom those to use
-        module.load_state_dict(read_checkpoint(best)["state_dict"])
-        print(f"{cli.run_folder}: the figures are those of best.ckpt, by {cli.config.monitor}")
-    metrics = trainer.validate(module, datamodule=cli.datamodule, verbose=False)
-    for name, value in (metrics[0] if metrics else {}).items():
-        figures[name.removeprefix("validation/").replace("source/", "")] = value
+    trainer, module, run = cli.trainer, cli.model, cli.run_folder
+    logged, best = dict(trainer.callback_metrics), run / "checkpoints" / "best.ckpt"
+    step, metrics = cli.run.validation
+    if module.objective is not None and best.exists():  # with little data, the last weights are seldom the best
+        module.load_state_dict(read_checkpoint(best, optimizer=False)["state_dict"])
+        print(f"{run}: the figures are those of best.ckpt, by {cli.config.monitor}")
+        step = -1
+    if step != trainer.global_step or module.whole is not None:  # not yet of these weights; a sharded model leaves its devices
+        metrics = dict((trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0])
+    else:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+    figures: dict[str, Any] = {n.removeprefix("validation/").replace("source/", ""): value for n, value in metrics.items()}
     whole = module.whole_model()
     if whole is None:
         return
     module.model = whole
     module.to(trainer.strategy.root_device)
     if module.objective is not None:
-        figures |= module.objective.report(cli.run_folder)
+        figures |= module.objective.report(run)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EvaluateCrossModal):
+        if hasattr(callback, "evaluate"):
             figures |= callback.evaluate(trainer, module)
-    cli.run.write_summary(trainer, module, figures)
+    warned = find_divergence(trainer, module, {**logged, **metrics}, cli.config.monitor)
+    cli.run.write_summary(trainer, module, figures | ({"warnings": warned} if warned else {}))
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, float)}, step=trainer.global_step)
         logger.save()
-    report = write_report(cli.run_folder)
-    print(f"\n{cli.run_folder} is complete: open {report}")
+    close(trainer)
+    report = write_report(run)
+    print("".join(f"\n{run}: {text}" for text in warned), f"\n{run} is complete: open {report}", sep="")

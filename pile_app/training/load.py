@@ -1,6 +1,7 @@
-"""A run folder back to its model: `runs/<name>/` -> module with its weights, data module, checkpoint.
+"""Load the model of a run folder for inference: `runs/<name>/` -> module with its weights, data module, checkpoint.
 
-Nothing of training is built (no Trainer, no logger), and no shard is opened before `data.setup()` is called.
+Nothing of training is built (no Trainer, no logger). The weights are mapped, the optimizer's state is not read, and no shard is
+opened before `data.setup()` is called.
 """
 
 from __future__ import annotations
@@ -9,50 +10,73 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
-from pile_app.training.cli import make_model_parser
-from pile_app.training.module import PileModule, check_shapes
-from pile_app.training.resume import TOKENIZER, find_damage
-from pile_app.training.sharded import read_checkpoint
+from pile_app.model.fused import AUTOCAST
+from pile_app.model.pretrained import check_shapes
+from pile_app.training.checkpoints import find_damage, read_checkpoint
+from pile_app.training.module import PileModule
+
+TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
 
 
-def load_run(run: Path, checkpoint: str = "last") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
-    """The module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
+FILLING = ("uniform_", "normal_", "zero_", "fill_")
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Within this context, modules do not initialize their weights, which are replaced anyway.
+
+    Allocated memory that is never written takes no room.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = (kwargs or {}).get("tensor", args[0] if args else None)
+        is_filled = getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in FILLING
+        if is_filled and isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs or {})
+
+
+def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
+    """Return the module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
 
     Args:
         run: folder of the run.
-        checkpoint: "last", "best", "previous" (the one before the last), or the path of a checkpoint.
+        checkpoint: "auto", "last", "best", "previous" (the one before the last), or the path of a checkpoint. "auto": the one
+            that the run's summary is about, the best with an objective, else the last.
 
     Raises:
         ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
     """
-    config = read_config(run)
-    path = find_checkpoint(run, checkpoint)
-    module, data = _build(run, config)
-    if damage := find_damage(path):
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read, or is not one of a run of Pile: {damage}")
-    saved = read_checkpoint(path)
-    state = saved["state_dict"]
+    config, path = read_config(run), find_checkpoint(run, checkpoint)
+    if damage := find_damage(path, "weights"):
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {damage}")
+    with SkipInitialization():
+        module, data = build_run(run, config)
+    saved = read_checkpoint(path, optimizer=False)
     try:
-        check_shapes(module, state)
+        check_shapes(module, saved["state_dict"])
     except ValueError as error:
         raise ValueError(f"{str(path)!r} does not fit {str(run / 'config.yaml')!r}: {error}") from error
-    module.load_state_dict(state)
+    module.load_state_dict(saved["state_dict"], assign=True)
     trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
     if module.tokenizer.fingerprint != trained:
         raise ValueError(
-            f"the tokenizer {config['model']['tokenizer']!r} is not the one that {str(run)!r} was trained with (fingerprint "
+            f"the tokenizer {config['model']['tokenizer']!r} is not that of the run {str(run)!r} (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
+    module.model.autocast_dtype = AUTOCAST.get(str((config.get("trainer") or {}).get("precision")))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """`config.yaml` of a run folder, with the run's own copy of its tokenizer."""
+    """Read `config.yaml` of a run folder, with the run's own copy of its tokenizer."""
     path = run / "config.yaml"
     if not run.is_dir():
         raise ValueError(f"there is no run folder {str(run)!r} (working folder {os.getcwd()})")
@@ -70,17 +94,35 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
-    """The file or folder that "last", "best", "previous" or a path means."""
+    """Return the file or folder of a checkpoint; see `load_run`."""
+    if checkpoint == "auto":
+        has_best = read_config(run)["model"].get("objective") and (run / "checkpoints" / "best.ckpt").exists()
+        checkpoint = "best" if has_best else "last"
     named = checkpoint in ("last", "best", "previous")
     path = run / "checkpoints" / f"{checkpoint}.ckpt" if named else Path(checkpoint)
     if not path.exists():
-        found = ", ".join(sorted(one.stem for one in (run / "checkpoints").glob("*.ckpt"))) or "none"
+        found = ", ".join(sorted(file.stem for file in (run / "checkpoints").glob("*.ckpt"))) or "none"
         raise ValueError(f"there is no checkpoint {str(path)!r}; checkpoints of run {str(run)!r}: {found}")
     return path
 
 
-def _build(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
-    model = config["model"] | {"codecs_from": None, "start_from": None}  # the checkpoint holds all; these may be gone
+def link_model_to_data(parser: LightningArgumentParser) -> None:
+    for name in ("vocabulary", "tokenizer", "annotator"):
+        parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
+
+
+def make_model_parser() -> LightningArgumentParser:
+    """Return a parser of `model` and `data` alone, as training has them."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(PileModule, "model")
+    parser.add_lightning_class_args(PileDataModule, "data")
+    link_model_to_data(parser)
+    return parser
+
+
+def build_run(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
+    """Build model and data module of a run's configuration, without the files that training began with, and not compiled."""
+    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
     parser = make_model_parser()
     try:
         built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))

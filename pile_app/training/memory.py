@@ -1,60 +1,45 @@
-"""What a training step needs of a device's memory, without the memory: the step itself, run on fake tensors.
+"""Memory of a training step on one device, traced on fake tensors: shapes, types and storages, no numbers.
 
-PyTorch's fake tensors have shapes, types and storages, but no numbers. Forward and backward of the model as it is run on them,
-and `LiveBytes` counts the storages that are alive. So whatever the model does (autocast, activation checkpointing, another
-loss) is in the figures, and no formula has to follow it.
-
-    weights       parameters and buffers
-    gradients     as wide as the parameters
-    optimizer     Muon: one momentum; AdamW: two moments; SGD: one momentum
-    activations   what forward leaves for backward
-    peak          the most that is alive at once
-
-The codecs' phase is not in it, nor what the device's runtime takes for itself.
+`LiveBytes` counts the storages that are alive while forward and backward of the real model run, so autocast, activation
+checkpointing, kernels and losses are counted as they are. `fake_gpu` takes the code path of CUDA, without a GPU. The codecs'
+phase, workspaces of CUDA kernels and the CUDA runtime are not included.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pile_app.data.batch import NOT_LEARNED, Batch, allocate
-from pile_app.model import attention, loss
+from pile_app.model.attention import BLOCK, LONGEST, AttentionMask
 from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
-
-COLUMNWISE = ("query", "key", "value", "expand")  # matrices that tensor parallelism cuts by outputs; the others by inputs
-LSTM_WORKSPACE = {"32": 65, "bf16": 47}  # bytes a unit and token that oneDNN keeps for backward; fake tensors do not show them
+from pile_app.training.parallel import tensor_parallel_plan
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a run is shared out.
-
-    Args:
-        strategy: single, ddp, or fsdp (FSDP2: weights, gradients and optimizer are cut over the data-parallel ranks).
-        devices: of the whole run.
-        tensor_parallel: devices that share the matrices of each block.
-        bucket_view: DDP's gradients are views of its buckets (`gradient_as_bucket_view`), or stand beside them.
-    """
+class Layout(NamedTuple):
+    """Distribution over devices. bucket_view: DDP's gradients are views of its buckets, not copies."""
 
     strategy: Literal["single", "ddp", "fsdp"] = "single"
     devices: int = 1
-    tensor_parallel: int = 1
+    tensor_parallel: int = 1  # devices that share the matrices of a block
     bucket_view: bool = False
 
     @property
@@ -63,65 +48,48 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """Parts that weights, gradients and optimizer are cut into over the data-parallel ranks."""
         return self.data_parallel if self.strategy == "fsdp" else 1
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device. See the module's docstring; `parallel`: DDP's buckets, or what FSDP2 gathers of others."""
+SINGLE = Layout()
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    parallel: int
-    peak: int
+    activations: int  # saved by forward for backward
+    parallel: int  # DDP's buckets, or parameters and gradients gathered by FSDP2
+    peak: int  # most at once during the step
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and that are alive.
-
-    Args:
-        given: tensors that are there already; views of them are nothing new.
-    """
+    """Count the bytes of all storages that operations create and that are alive, without those of the tensors `given`."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now, self.peak = 0.0, 0.0
-        self.gradients: dict[int, float] = {}  # of `now`, by parameter
-        self._sizes = WeakIdKeyDictionary({tensor.untyped_storage(): [0.0] for tensor in given})
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in given})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        for storage in [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]:
+            if storage not in self._seen:
+                self._seen[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._sizes:
-            size = [float(storage.nbytes())]
-            self._sizes[storage] = size
-            self.now += size[0]
-            weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: list[float]) -> None:
-        self.now -= size[0]
-
-    def keep_gradient(self, kept: float, parameter: Tensor) -> None:
-        """Once backward is done with a parameter: `kept` bytes of its gradient are left (FSDP2 keeps a part of it)."""
-        assert parameter.grad is not None
-        storage = parameter.grad.untyped_storage()
-        self._add(storage)
-        size = self._sizes[storage]
-        self.now += kept - size[0]
-        size[0] = self.gradients[id(parameter)] = kept
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
-def count_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+def count_bytes(tensors: Iterable[Tensor], shards: int = 1) -> int:
+    """Bytes of the tensors, or of the first shards if FSDP2 divides their rows."""
+    return sum(math.ceil(len(t) / shards) * t[0].nbytes if t.dim() and len(t) else t.nbytes for t in tensors)
 
 
 def plan_memory(
@@ -130,168 +98,160 @@ def plan_memory(
     micro_batch: int,
     context: int,
     *,
-    shares: tuple[float, ...] = (1.0, 0.0, 0.0),
+    fractions: tuple[float, ...] = (1.0, 0.0, 0.0),
     accumulated: bool = False,
     precision: str = "32-true",
-    layout: Layout = Layout(),
+    layout: Layout = SINGLE,
     codec_steps: int = 0,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Memory:
-    """Memory of one device in a language-model step.
+    """Memory of one device in an optimizer step of the language model.
 
     Args:
-        model: on the meta device; its matrices are cut where `layout` asks for tensor parallelism.
-        config: of the optimizer.
-        micro_batch: packs that the device computes at once.
-        context: tokens of a pack.
-        shares: of the modalities in the targets.
-        accumulated: several micro-batches make one step, so that gradients are there when forward begins.
-        precision: Lightning's: 32-true or bf16-mixed.
-        layout: how the run is shared out.
-        codec_steps: of the run; the codecs' optimizer state stays after their phase.
-        device: attention on a CPU keeps its probabilities.
+        model: on the meta device; the trace changes it.
+        micro_batch: packs of `context` tokens in a forward pass.
+        fractions: of the modalities among the targets.
+        accumulated: gradients of an earlier micro-batch exist when forward begins.
+        precision: Lightning's 32-true, bf16-mixed or 16-mixed.
+        codec_steps: of the run; the state of the codecs' optimizer stays after their phase.
+        device: whose kernels are traced.
     """
     if layout.tensor_parallel > 1:
-        cut_matrices(model, layout.tensor_parallel)
-    codecs = {id(p) for codec in model.codecs.values() for p in codec.parameters()}
-    trained = [p for p in model.parameters() if id(p) not in codecs]
-    optimizer, _ = make_optimizer(model, config, codec_steps, codec_steps + 1)
-    states = {"muon": 1, "adamw": 2, "sgd": int(config.momentum > 0)}
-    state, state_of_codecs = 0, 0
-    for group in optimizer.param_groups:
-        kind = "muon" if group.get("muon") else "adamw" if config.name == "muon" else config.name
-        size = states[kind] * count_bytes(group["params"])
-        state, state_of_codecs = (state, size) if group["name"] == "codecs" else (state + size, state_of_codecs)
-    gradients = count_bytes(trained)  # as large as the language model's weights
-    whole = count_bytes(model.parameters()) - gradients + count_bytes(model.buffers())  # codecs are on every device
-    kept_bytes = {n: p.numel() * p.itemsize / layout.shards for n, p in model.named_parameters() if id(p) not in codecs}
-    parallel = 0
+        shard_matrices(model, layout.tensor_parallel)
+    codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
+    in_codecs = {id(p) for p in codecs}
+    trained = {name: p for name, p in model.named_parameters() if id(p) not in in_codecs}
+    kept = {name: count_bytes([parameter], layout.shards) for name, parameter in trained.items()}
+    weights = sum(kept.values()) + count_bytes(codecs) + count_bytes(model.buffers())
+    optimizer = parallel = 0
+    for group in make_optimizer(model, config, codec_steps, codec_steps + 1)[0].param_groups:
+        momenta = 1 if group.get("muon") else int(config.momentum > 0) if config.name == "sgd" else 2
+        optimizer += momenta * count_bytes(group["params"], 1 if group["name"] == "codecs" else layout.shards)
     if layout.strategy == "ddp" and not layout.bucket_view:
-        parallel = gradients
-    elif layout.shards > 1:  # two blocks at a time with their weights and one with gradients; all that is in no block stays
-        blocks = list(getattr(model.backbone, "blocks", ()))
-        largest = max((count_bytes(block.parameters()) for block in blocks), default=0)
-        root = gradients - sum(count_bytes(block.parameters()) for block in blocks)
-        for block in blocks if precision == "bf16-mixed" else ():
-            block.to(torch.bfloat16)  # as they are gathered
-        parallel = 2 * root + 2 * max((count_bytes(block.parameters()) for block in blocks), default=0) + largest
-    batch = make_batch(model, micro_batch, context, shares)
-    with _as_on_cuda(model) if device == "cuda" else nullcontext():
-        held, peak = trace_step(model, batch, accumulated, precision, kept_bytes)
-    half_cells = precision != "32-true" and not (isinstance(model.backbone, LSTM) and not model.backbone.autocast_on_cpu)
-    units = sum(cell.hidden_size for cell in model.modules() if isinstance(cell, nn.LSTM)) * micro_batch * context
-    workspace = units * LSTM_WORKSPACE["bf16" if half_cells else "32"]
-    if device == "cpu":
-        workspace += (
-            probabilities_bytes(model, micro_batch, context, 4 if precision == "32-true" else 2) // layout.tensor_parallel
-        )
-    held, peak = held + workspace, peak + workspace
-    weights, state = gradients // layout.shards + whole, state // layout.shards + state_of_codecs
-    return Memory(weights, gradients // layout.shards, state, held, parallel, weights + state + parallel + peak)
+        parallel = sum(kept.values())
+    elif layout.shards > 1:  # parameters and gradients of the root, parameters of two blocks, gradients of one
+        blocks = [count_bytes(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
+        root = count_bytes(trained.values()) - sum(blocks)
+        parallel = 2 * root + (3 if precision == "32-true" else 2) * max(blocks, default=0)
+        if precision != "32-true" and blocks:
+            model.backbone.blocks.bfloat16()  # as FSDP2 gathers them
+    gradients: dict[Tensor, Tensor] = {}
 
+    def keep(parameter: Tensor) -> None:
+        parameter.grad = None
+        gradients.setdefault(parameter, torch.empty(sizes[parameter], dtype=torch.uint8))
 
-def probabilities_bytes(model: FusedLanguageModel, micro_batch: int, context: int, itemsize: int) -> int:
-    """What attention in blocks keeps for backward (`attention.py`); fake tensors take another way, which keeps nothing."""
-    backbone = model.backbone
-    if not isinstance(backbone, Transformer) or context > attention.LONGEST:
-        return 0
-    ends = [min(begin + attention.BLOCK, context) for begin in range(0, context, attention.BLOCK)]
-    seen = sum((end - begin) * end for begin, end in zip([0, *ends], ends, strict=False))
-    return micro_batch * backbone.heads * seen * itemsize * (1 if backbone.recompute else backbone.layers)
-
-
-def cut_matrices(model: FusedLanguageModel, parts: int) -> None:
-    """Gives every block of a Transformer the shapes it has on one of `parts` tensor-parallel devices."""
-    if not isinstance(model.backbone, Transformer):
-        raise ValueError("tensor parallelism is for the Transformer: recurrent cells are not cut")
-    for module in model.backbone.modules():
-        for name, linear in list(module.named_children()):
-            if isinstance(linear, nn.Linear):
-                rows, columns = linear.weight.shape
-                cut = rows if name in COLUMNWISE else columns
-                if cut % parts:
-                    raise ValueError(f"tensor_parallel={parts} does not divide the {cut} of backbone matrix {name!r}")
-                shape = (rows // parts, columns) if name in COLUMNWISE else (rows, columns // parts)
-                linear.weight = nn.Parameter(linear.weight.new_empty(shape))
-                linear.out_features, linear.in_features = shape
-
-
-def trace_step(
-    model: FusedLanguageModel, batch: Batch, accumulated: bool, precision: str, kept: Mapping[str, float]
-) -> tuple[int, int]:
-    """(bytes that forward leaves for backward, most bytes at once beside weights and optimizer) of one micro-batch.
-
-    `accumulated`: gradients are there before; `kept`: parameter -> bytes of its gradient once it is complete.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        model.to_empty(device="cpu")
-        batch = replace(batch, buffer=fake.from_tensor(batch.buffer))
-        with _documents_as_packs(model), LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            for name, size in kept.items():
-                parameter = model.get_parameter(name)
-                keep = partial(live.keep_gradient, size)
+    half = torch.float16 if precision.startswith("16") else torch.bfloat16
+    is_lstm = isinstance(model.backbone, LSTM)
+    # Without cuDNN, which needs a GPU, an LSTM's weights would be cast at every token.
+    in_half = precision != "32-true" and not (is_lstm and device == "cuda")
+    with fake_gpu() if device == "cuda" else _fake_cpu() as fake:
+        model.to_empty(device=device)
+        sizes: dict[Tensor, int] = {model.get_parameter(name): size for name, size in kept.items()}
+        batch = make_batch(model, micro_batch, context, fractions)
+        batch = replace(batch, buffer=fake.from_tensor(batch.buffer)).to(torch.device(device))
+        with LiveBytes([*model.parameters(), *model.buffers(), batch.buffer]) as live:
+            for parameter in sizes:
                 parameter.register_post_accumulate_grad_hook(keep)
                 if accumulated:
-                    parameter.grad = torch.empty_like(parameter)
                     keep(parameter)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                losses = model(batch)
-                total = torch.stack([one.total for one in losses.values()]).sum()
-            del losses
-            held = live.now - sum(live.gradients.values())
-            total.backward()
-    return int(held), int(live.peak)
+            before = live.now
+            with torch.autocast(device, half, enabled=in_half):
+                total = torch.stack([loss.total for loss in model(batch).values()]).sum()
+            activations = live.now - before
+            run_backward(total)
+    if is_lstm and device == "cpu":  # oneDNN keeps so many bytes a unit and token, invisible to fake tensors
+        each = 47 if in_half and model.backbone.autocast_on_cpu else 65
+        workspace = each * model.backbone.width * model.backbone.layers * micro_batch * context
+        activations, live.peak = activations + workspace, live.peak + workspace
+    peak = weights + optimizer + parallel + live.peak
+    return Memory(weights, sum(kept.values()), optimizer, activations, parallel, peak)
 
 
-def make_batch(model: FusedLanguageModel, micro_batch: int, context: int, shares: tuple[float, ...]) -> Batch:
-    """Packs of one document each, with targets of the modalities in their shares; no media: codes count as given."""
-    places, nothing = (micro_batch, context), ("int32", (0,))
-    arrays, buffer, layout, memory = allocate(
-        {
-            "tokens": ("int32", places),
-            "learned": ("uint8", places),
-            "piece_starts": ("int32", (micro_batch + 1,)),
-            "piece_sources": ("int32", (micro_batch,)),
-            "images": ("uint8", (0, 1, 1, 1)),
-            **dict.fromkeys(("image_starts", "audio_starts", "audio_tokens"), nothing),
-            "audio": ("float32", (0, 0)),
-            "normalizer": ("float32", ()),
-        }
-    )
-    arrays["tokens"][:] = 0
+def shard_matrices(model: FusedLanguageModel, parts: int) -> None:
+    """Give every block of a Transformer the shapes of a single device among `parts` tensor-parallel devices."""
+    if not isinstance(model.backbone, Transformer):
+        raise ValueError("tensor parallelism needs a Transformer: recurrent cells cannot be sharded")
+    styles = tensor_parallel_plan()
+    for name, linear in model.backbone.named_modules():
+        if isinstance(linear, nn.Linear):
+            dimension = 0 if isinstance(styles[name.rpartition(".")[2]], ColwiseParallel) else 1
+            if linear.weight.size(dimension) % parts:
+                raise ValueError(f"tensor_parallel_size={parts} must divide {name}, {tuple(linear.weight.shape)}")
+            linear.weight = nn.Parameter(linear.weight.chunk(parts, dimension)[0].clone())
+
+
+@contextmanager
+def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeTensorMode]:
+    """Tensors created here are fake tensors on a CUDA device of this compute capability. Backward: `run_backward`."""
+    with (
+        patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: capability >= (8, 0)),
+        patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),  # or autocast turns itself off
+        torch.backends.cudnn.flags(enabled=False),  # it asks the driver
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        torch.device("cuda"),
+    ):
+        yield fake
+
+
+@contextmanager
+def _fake_cpu() -> Iterator[FakeTensorMode]:
+    """Fake tensors on a CPU, whose kernels look for documents in the values of tensors: here each pack is one document."""
+
+    def make_mask(document: Tensor, position: Tensor, starts: Tensor | None, dtype: torch.dtype, width: int) -> AttentionMask:
+        rows = [min(BLOCK, document.size(1) - begin) for begin in range(0, document.size(1), BLOCK)]
+        is_long = document.size(1) > LONGEST
+        return AttentionMask(blocks=None if is_long else [(0, torch.empty(size, size, dtype=dtype)) for size in rows])
+
+    def find_rows(document: Tensor, position: Tensor) -> list[tuple[Tensor, Any]]:
+        return [(torch.arange(document.numel()).view_as(document), ...)]
+
+    with (
+        patch("pile_app.model.backbones.make_mask", make_mask),
+        patch("pile_app.model.recurrent._document_rows", find_rows),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+    ):
+        yield fake
+
+
+@torch.no_grad()
+def run_backward(loss: Tensor) -> None:
+    """`loss.backward()` without autograd's engine, which needs a real device: nodes run in reverse order of creation."""
+    pending: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
+    loss.detach_()  # which would keep the graph alive
+
+    def run_next() -> None:
+        node = max(pending, key=lambda node: node._sequence_nr())
+        gradients = (node.apply if isinstance(node, BackwardCFunction) else node)(*pending.pop(node))
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        for (following, index), gradient in zip(node.next_functions, gradients, strict=False):
+            if following is not None and gradient is not None:
+                expected = following._input_metadata
+                gradient = gradient.sum_to_size(expected[index].shape).to(expected[index].dtype)
+                inputs = pending.setdefault(following, [None] * len(expected))
+                inputs[index] = gradient if inputs[index] is None else inputs[index] + gradient
+
+    with patch("torch._C._current_graph_task_id", lambda: 1):  # checkpointed blocks are recomputed once
+        while pending:
+            run_next()
+
+
+def make_batch(model: FusedLanguageModel, micro_batch: int, context: int, fractions: tuple[float, ...]) -> Batch:
+    """Packs of one document each, with targets of the modalities in these fractions; codes instead of media."""
+    borders = (np.cumsum([0.0, *fractions]) / sum(fractions) * (context - 1)).round().astype(int).tolist()
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("int32", (micro_batch, context))}
+    fields |= dict.fromkeys(("image_starts", "audio_starts", "audio_tokens"), ("int32", (0,)))
+    fields |= {"piece_starts": ("int32", (micro_batch + 1,)), "piece_sources": ("int32", (micro_batch,))}
+    fields |= {"learned": ("uint8", (micro_batch, context)), "images": ("uint8", (0, 1, 1, 1))}
+    fields |= {"audio": ("float32", (0, 0)), "normalizer": ("float32", ())}
+    arrays, buffer, layout, memory = allocate(fields)
+    buffer.zero_()
     arrays["learned"][:] = NOT_LEARNED
     arrays["piece_starts"][:] = np.arange(micro_batch + 1) * context
-    arrays["piece_sources"][:] = 0
     arrays["normalizer"][...] = micro_batch * (context - 1)
-    borders = (np.cumsum([0.0, *shares]) / sum(shares) * (context - 1)).round().astype(int).tolist()
     for modality, (first, stop) in enumerate(pairwise(borders)):
         arrays["learned"][:, first:stop] = modality
         arrays["tokens"][:, first + 1 : stop + 1] = model.vocabulary.slices[modality].start
-    text, image, audio = (micro_batch * (stop - first) for first, stop in pairwise(borders))
+    text, image, audio = (micro_batch * int(count) for count in np.diff(borders))
     return Batch(buffer, layout, (text, image, audio), memory=memory)
-
-
-@contextmanager
-def _as_on_cuda(model: FusedLanguageModel) -> Iterator[None]:
-    """The trace is on fake tensors of a CPU, on which some things are done otherwise."""
-    block, loss.BLOCK = loss.BLOCK, loss.CHUNK
-    if isinstance(model.backbone, LSTM):
-        model.backbone.autocast_on_cpu = True
-    try:
-        yield
-    finally:
-        loss.BLOCK = block
-
-
-@contextmanager
-def _documents_as_packs(model: FusedLanguageModel) -> Iterator[None]:
-    """Recurrent backbones look at numbers to find documents, and fake tensors have none: with a cache every pack is one row."""
-    if isinstance(model.backbone, Transformer):
-        yield
-        return
-    hidden: Callable[..., Tensor] = model.hidden
-    model.hidden = lambda *args: hidden(*args[:4], model.backbone.new_cache())  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.hidden

@@ -1,7 +1,7 @@
-"""What validation counts: nats, targets, hits and bytes of each source and modality, in one table that is summed over devices.
+"""Validation metrics: nats, targets, hits and bytes of each source and modality, in one table that is summed over devices.
 
-Everything that is told of likelihoods follows from it: loss, perplexity, accuracy, bits a UTF-8 byte of text, bits of codes a
-pixel and channel or a second.
+All likelihoods follow from it: loss, perplexity, accuracy, bits per UTF-8 byte of text, bits of codes per pixel and channel or
+per second.
 """
 
 from __future__ import annotations
@@ -21,42 +21,48 @@ from pile_app.vocabulary import Vocabulary
 NATS, TARGETS, HITS, WRITTEN_NATS, BYTES = range(5)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class TokenMetrics(Metric):
     """Sums over the targets of validation batches.
 
-    table: (sources, modalities, 5) float64: nats; targets; targets that were most likely; nats and UTF-8 bytes of targets that
-    write text (openers and `<end>` have no bytes and do not count among those).
+    table: (sources, modalities, 5): nats; targets; targets that were the most likely token; nats and UTF-8 bytes of targets
+    with bytes (openers and `<end>` have none).
 
     Args:
         sources: number of sources.
+        dtype: see `sum_dtype`.
     """
 
     full_state_update = False
     table: Tensor
 
-    def __init__(self, sources: int) -> None:
+    def __init__(self, sources: int, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.add_state("table", torch.zeros(sources, len(MODALITIES), 5, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("table", torch.zeros(sources, len(MODALITIES), 5, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, batch: Batch, losses: dict[int, ModalityLoss], token_bytes: Tensor) -> None:
-        """Adds a batch. `token_bytes`: of each text token, see `FusedLanguageModel`; losses have their predictions."""
+        """Add a batch. `token_bytes`: of each text token, see `FusedLanguageModel`; losses have their predictions."""
         for modality, loss in losses.items():
             source = batch.source.flatten()[batch.targets[modality]].long()
             sizes = token_bytes[loss.targets] if modality == TEXT else torch.zeros_like(loss.targets)
             assert loss.predictions is not None
             hits = loss.predictions.eq(loss.targets)
             columns = (loss.each, torch.ones_like(loss.each), hits, loss.each * (sizes > 0), sizes)
-            self.table[:, modality].index_add_(0, source, torch.stack([c.double() for c in columns], 1))
+            self.table[:, modality].index_add_(0, source, torch.stack([c.to(self.table.dtype) for c in columns], 1))
 
     def compute(self) -> Tensor:
-        """The table over all devices. Raises RuntimeError: a loss was not a number."""
+        """Return the table over all devices. Raises RuntimeError if a loss was not a number."""
         if bool(self.table.isnan().any()):
             raise RuntimeError("a loss of the validation is not a number: the weights of the model are damaged, or diverged")
         return self.table
 
 
 def likelihoods(rows: Tensor, vocabulary: Vocabulary) -> dict[str, dict[str, float]]:
-    """Modality -> its figures, of the modalities that have targets in `rows` (modalities, 5) of a table."""
+    """Return modality -> its figures, for the modalities with targets in `rows` (modalities, 5) of a table."""
     figures: dict[str, dict[str, float]] = {}
     for modality, (nats, targets, hits, written_nats, size) in enumerate(rows.tolist()):
         if not targets:
@@ -80,7 +86,7 @@ def likelihoods(rows: Tensor, vocabulary: Vocabulary) -> dict[str, dict[str, flo
 
 
 def validation_values(table: Tensor, sources: Sequence[str], vocabulary: Vocabulary) -> dict[str, float]:
-    """The values of a validation by their names, see docs/architecture.md."""
+    """Return the values of a validation by name, see docs/architecture.md."""
     counted = ("targets", "bytes")
     values = {
         f"{modality}_{name}": value

@@ -1,25 +1,25 @@
-"""The Lightning module: what one optimizer step does, and what is measured.
+"""The Lightning module: the loss of an optimizer step, and what is measured.
 
 Phase one (`codec_steps`): the codecs learn to reconstruct the media of the batches. Then they are frozen, and the language
-model learns to predict the next token, with targets that no longer move. Both phases read the same stream of batches.
+model learns to predict the next token, or an objective is learned. Both phases read the same stream of batches.
 
-The loss of a step is the sum over all its targets, on all devices, divided by their planned number, so that it is the same
-however the global batch is shared out. All losses are in nats a target token.
+The loss of a step is the sum over all its targets divided by their number, however the step is divided into devices and
+micro-batches; of codecs, over images and over the codes of sounds; of objectives, as they define it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import check_encoder
@@ -28,24 +28,24 @@ from pile_app.data.datamodule import PileDataModule, data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES, BadSample
+from pile_app.documents import MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.fused import FusedLanguageModel, ModalityLoss
-from pile_app.training.metrics import TokenMetrics, validation_values
-from pile_app.training.objective import Objective
+from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
+from pile_app.model.pretrained import check_shapes
+from pile_app.training.checkpoints import load_origin
+from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
+from pile_app.training.objective import Objective, sum_over_devices
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
-from pile_app.training.sharded import read_checkpoint
 from pile_app.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from pile_app.training.guards import StepGuard
+BUCKET = 1 << 25  # gradients that are averaged at a time
 
 
 @dataclass(frozen=True)
 class ModalityWeights:
-    """Weights of the modalities in the loss; 1 each is the likelihood of the documents.
+    """Weights of the modalities in the loss; with 1 each it is the likelihood of the documents.
 
     Args:
         text: of text and segment openers.
@@ -62,6 +62,16 @@ class ModalityWeights:
             raise ValueError(f"weights of modalities must be at least 0, not {self}")
 
 
+class Guard(Protocol):
+    """Decides which optimizer steps are not taken (see `guards.py`)."""
+
+    def skips(self, step: int) -> bool:
+        """Return whether step `step`, from 1, is not trained on."""
+
+    def rejects(self, module: PileModule, loss: Tensor, gradient_norm: Tensor) -> bool:
+        """Return whether the current step is dropped, the same on all ranks. `loss`: () of this rank's part of the step."""
+
+
 class PileModule(LightningModule):
     """One model over text, images and sound.
 
@@ -72,18 +82,17 @@ class PileModule(LightningModule):
         audio: shape of the audio codec; null: no sound.
         codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
         codec_crop: audio tokens of each sound that the codec trains on at a time.
-        codecs_from: checkpoint of another run to take the codecs from; they have to have this shape.
-        start_from: run folder (its last checkpoint) or checkpoint to take the whole model from, codecs included; it has to have
-            this shape. Training begins anew: only the weights are taken.
-        objective: what is learned instead of the next token, or besides it; null: the next token.
-        optimizer: how parameters move.
+        codecs_from: checkpoint of another run to take codecs of this shape from.
+        start_from: run folder (its last checkpoint) or checkpoint to take all weights from, of a model of this shape. Training
+            starts at step 0.
+        objective: trained instead of the next token, or in addition; null: the next token.
+        optimizer: optimizer and schedule.
         weights: of the modalities in the loss.
-        dropout: share of the embeddings that is dropped in training (blocks: `backbone.dropout`).
-        word_dropout: share of the learned text tokens that are hidden in training from what follows them.
-        code_dropout: the same of the codes of images and sounds that are given, not learned.
+        dropout: fraction of the embeddings that is dropped in training (blocks: `backbone.dropout`).
+        word_dropout: fraction of the learned text tokens that are hidden in training from what follows them.
+        code_dropout: the same for codes of images and sounds that are given, not learned.
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
-        recompute: compute what is within the backbone's blocks again in backward instead of keeping it (activation
-            checkpointing): memory of one block instead of all, for a third more time.
+        recompute: activation checkpointing of the backbone's blocks: memory of one block instead of all, for a third more time.
         compile: compile each block of the backbone by `torch.compile`; pays on GPUs, on CPUs it takes a minute to start.
     """
 
@@ -111,7 +120,7 @@ class PileModule(LightningModule):
         if codec_steps < 0 or codec_crop < 1 or l1 < 0:
             raise ValueError(f"codec_steps >= 0, codec_crop >= 1 and l1 >= 0, not {codec_steps}, {codec_crop} and {l1}")
         if not (0 <= word_dropout < 1 and 0 <= code_dropout < 1):
-            raise ValueError(f"word_dropout and code_dropout are shares, 0 to below 1, not {word_dropout} and {code_dropout}")
+            raise ValueError(f"word_dropout and code_dropout are in [0, 1), not {word_dropout} and {code_dropout}")
         self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
         self.codec_steps = codec_steps if self.model.codecs else 0
         self.codec_crop = codec_crop
@@ -121,15 +130,17 @@ class PileModule(LightningModule):
         backbone.recompute = recompute
         if compile:
             backbone.compile_blocks()
-        self.sums: dict[str, Tensor] = {}
-        self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the optimizer step under way
-        self.guard: StepGuard | None = None  # says which steps are not taken; it enters itself here
+        self.sums: dict[str, Tensor] = {}  # of the losses of the current step
+        self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the current step
+        self.held: list[Batch] = []  # micro-batches of the current step, where its loss depends on all of them
+        self.is_reduced_next = False  # the next backward pass is the last of a step whose gradients DDP does not average
+        self.guard: Guard | None = None  # a callback that sets itself
         self.counted: Trainer | None = None  # whose settings are in optimizer steps
-        self.whole: WholeModel | None = None  # of a model that is cut over the devices
+        self.whole: WholeModel | None = None  # of a sharded model
         if codecs_from is not None:
-            load_codecs(self.model, codecs_from)
+            load_origin(self.model, codecs_from, codecs_only=True)
         if start_from is not None:
-            load_model(self.model, start_from)
+            load_origin(self.model, start_from)
         if (codecs_from or start_from) and not self.codec_steps:
             self.model.fingerprint_codecs()
         self.objective = objective
@@ -154,9 +165,19 @@ class PileModule(LightningModule):
     def in_codec_phase(self) -> bool:
         return self.global_step < self.codec_steps and self.trainer.state.fn == "fit"
 
-    def setup(self, stage: str) -> None:
-        import torchmetrics
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step over all devices."""
+        return data_parallel(self.trainer)[0] * int(self.trainer.accumulate_grad_batches)
 
+    @property
+    def codec_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for codec in self.model.codecs.values() for p in codec.parameters()]
+
+    def setup(self, stage: str) -> None:
+        from torchmetrics import MeanMetric
+
+        self.model.autocast_dtype = AUTOCAST.get(str(self.trainer.precision))
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
@@ -165,25 +186,29 @@ class PileModule(LightningModule):
             check_encoded(source, bool(data.sources[source.name].transforms))
         for source in data.validation_data:
             check_encoded(source)
-        self.token_metrics = TokenMetrics(len(data.validation_names))
-        self.codec_losses = torch.nn.ModuleDict(
-            {MODALITIES[m]: torchmetrics.MeanMetric(nan_strategy="error") for m in self.model.codecs}
-        )
+        self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
+        self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
     def _count_in_steps(self) -> None:
-        """Let every setting of the trainer be in optimizer steps; Lightning counts some of them in micro-batches.
-        Raises ValueError: the trainer cannot train this module."""
+        """Express all settings of the trainer in optimizer steps; Lightning counts some of them in micro-batches.
+
+        Raises:
+            ValueError: the trainer cannot train this module.
+        """
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PileDataModule):
             raise ValueError("PileModule trains on a PileDataModule: trainer.fit(module, datamodule=PileDataModule(...))")
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError("the data module shares out each step itself: Trainer(use_distributed_sampler=False)")
+            raise ValueError("the data module divides each step itself: Trainer(use_distributed_sampler=False)")
         if trainer.accumulate_grad_batches != 1:
             raise ValueError("set data.global_batch and data.micro_batch; trainer.accumulate_grad_batches follows from them")
+        steps: int = data.steps(trainer)
         _, trainer.accumulate_grad_batches = data.micro_batches(data_parallel(trainer)[0])
-        trainer.fit_loop.epoch_loop.max_steps = data.steps(trainer)
+        trainer.fit_loop.epoch_loop.max_steps = steps
         if isinstance(trainer.val_check_interval, int):
+            if self.objective is not None:  # whose best checkpoint is used: one validation at least
+                trainer.val_check_interval = min(trainer.val_check_interval, steps)
             trainer.val_check_interval *= trainer.accumulate_grad_batches
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.limit_train_batches *= trainer.accumulate_grad_batches
@@ -192,7 +217,7 @@ class PileModule(LightningModule):
                 callback.on_validation_end = self._after_codecs(callback.on_validation_end)
 
     def _after_codecs(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """Early stopping and the best checkpoint wait for the language model; until then there is nothing to compare."""
+        """Let early stopping and the best checkpoint wait for the language model."""
 
         def call(trainer: Trainer, module: LightningModule) -> None:
             if not self.in_codec_phase:
@@ -201,70 +226,75 @@ class PileModule(LightningModule):
         return call
 
     def configure_model(self) -> None:
-        """Cuts the language model over the devices, where the strategy says so. Lightning calls it before every stage."""
+        """Shard the language model, if the strategy does. Lightning calls it before every stage."""
         if self.device_mesh is None or self.whole is not None:
             return
         if self.objective is not None:
-            raise ValueError("model.objective hangs on a model in one piece: set trainer.strategy to ddp or auto")
+            raise ValueError("model.objective needs the whole model on each device: set trainer.strategy to ddp or auto")
         if self.l1:
             raise ValueError(f"model.l1={self.l1} needs whole matrices: set it to 0, or trainer.strategy to ddp")
         self.whole = WholeModel(self.model)
         shard(self.model, self.device_mesh, torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None)
 
     def whole_model(self) -> FusedLanguageModel | None:
-        """The model in one piece on the first device, None on the others. All have to ask."""
+        """Return the unsharded model on the first device, None on the others. All devices have to call it."""
         if self.whole is not None:
             return self.whole.gather(self.model)
         return self.model if self.trainer.is_global_zero else None
 
+    # -- Training
+
     def on_train_start(self) -> None:
-        """The checkpoint holds the optimizer's settings as they were; those that are asked for now are followed."""
+        """Follow the optimizer's settings of the configuration, not those of the checkpoint."""
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, torch.optim.Optimizer) and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         for group, asked, factor in zip(optimizer.param_groups, self.groups, schedule.lr_lambdas, strict=True):
             group.update(asked, lr=asked["initial_lr"] * factor(schedule.last_epoch))
         schedule.base_lrs = [asked["initial_lr"] for asked in self.groups]
+        self.held = []
         if not self.in_codec_phase:
             for codec in self.model.codecs.values():
                 codec.eval()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout and crops depend on the place in the global batch alone: a resumed run draws what the uninterrupted one would
-        # have, and two devices what one draws in two micro-batches.
-        step, number = divmod(batch_idx, self.trainer.accumulate_grad_batches)
-        number += data_parallel(self.trainer)[1] * self.trainer.accumulate_grad_batches
-        key = hash64(self.trainer.datamodule.seed, step, number)  # type: ignore[attr-defined]
-        torch.manual_seed(int(key) >> 1)
+        self._seed(batch)
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):  # else we average gradients ourselves, of what the step trains
+            wrapper.require_backward_grad_sync = not self._needs_whole_step
+
+    def _seed(self, batch: Batch) -> None:
+        """Let dropout depend on the position of the batch: a resumed run draws what the uninterrupted run would have drawn, and
+        two devices what one draws in two micro-batches."""
+        position = min(batch.numbers, default=0)
+        torch.manual_seed(int(hash64(self.trainer.datamodule.seed, "dropout", position)) >> 1)  # type: ignore[attr-defined]
+
+    @property
+    def _needs_whole_step(self) -> bool:
+        return self.in_codec_phase or self.objective is not None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.guard is not None and self.guard.passes_over(self.global_step + 1):
-            reached = [p for p in self.model.parameters() if p.requires_grad] if self.whole is None else []
-            loss = self._touch(reached).requires_grad_()  # what is cut waits for nobody outside of a forward pass
+        if self.guard is not None and self.guard.skips(self.global_step + 1):
+            whole = self.whole is not None or self._needs_whole_step  # nothing waits for gradients
+            loss = self._touch([] if whole else [p for p in self.model.parameters() if p.requires_grad]).requires_grad_()
+        elif self._needs_whole_step:
+            return self._whole_step(batch)
         else:
-            loss = self._codec_step(batch) if self.in_codec_phase else self._language_step(batch)
-            loss = loss + self._touch_unused(batch)
-        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
+            loss = self._language_step(batch) + self._touch_unused(batch)
+        self._add_step_loss(loss)
         return loss
 
-    def _codec_step(self, batch: Batch) -> Tensor:
-        losses = self.model.codec_loss(batch, self.codec_crop)
-        for modality, loss in losses.items():
-            self._add(f"{MODALITIES[modality]}_codec_loss", loss.detach(), 1.0)
-        return sum(losses.values(), torch.zeros((), device=self.device))
+    def _add_step_loss(self, loss: Tensor) -> None:
+        self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
 
     def _language_step(self, batch: Batch) -> Tensor:
-        if self.objective is not None:
-            return self._objective_step(batch, self.objective)
         losses = self.model(batch)
+        return self._language_loss(batch, losses) * self.parts + self._penalty()  # Lightning and DDP average over the parts
+
+    def _language_loss(self, batch: Batch, losses: dict[int, ModalityLoss]) -> Tensor:
+        """Return () the batch's part of the step's loss: weighted nats / targets of the step."""
         if self._is_logged(self.global_step + 1):
             self._add_losses(batch, losses)
-        return self._mean_loss(batch, losses) + self._penalty()
-
-    def _mean_loss(self, batch: Batch, losses: dict[int, ModalityLoss]) -> Tensor:
-        """() nats a target, weighted, so that all micro-batches on all devices add up to those of the optimizer step."""
-        shares = data_parallel(self.trainer)[0] * self.trainer.accumulate_grad_batches  # both will divide by
-        total = sum(self.weights[modality] * loss.total for modality, loss in losses.items())
-        return total * (shares / batch.normalizer)
+        return sum(self.weights[modality] * loss.total for modality, loss in losses.items()) / batch.normalizer
 
     def _penalty(self) -> Tensor | float:
         if not self.l1:
@@ -272,78 +302,99 @@ class PileModule(LightningModule):
         language = (self.model.backbone, self.model.embeddings, self.model.heads)
         return self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
 
-    def _objective_step(self, batch: Batch, objective: Objective) -> Tensor:
+    def _whole_step(self, batch: Batch) -> Tensor:
+        """Hold the micro-batches of a step until the last, as the loss of each depends on all of them; then train on all."""
+        self.held.append(batch)
+        if len(self.held) < self.trainer.accumulate_grad_batches:
+            return torch.zeros((), device=self.device, requires_grad=True)
+        batches, self.held = self.held, []
+        losses = self._codec_losses(batches) if self.in_codec_phase else self._objective_losses(batches)
+        for number, part in enumerate(losses, start=1):
+            loss = part * self.parts
+            self._add_step_loss(loss)
+            if number < len(batches):
+                self.trainer.strategy.backward(loss / len(batches), None)
+        self.is_reduced_next = True
+        return loss
+
+    def _codec_losses(self, batches: list[Batch]) -> Iterator[Tensor]:
+        """Yield each batch's part of the step's loss, which is a mean over all images, and over all codes of sounds."""
+        counts = [self.model.codec_counts(batch, self.codec_crop) for batch in batches]
+        sums = {modality: float(sum(count.get(modality, 0) for count in counts)) for modality in self.model.codecs}
+        on_device = sum_over_devices(torch.stack([torch.full((), value, device=self.device) for value in sums.values()]))
+        copies = self.trainer.world_size / data_parallel(self.trainer)[0]  # tensor-parallel devices read the same
+        totals = dict(zip(sums, on_device.clamp_min(1) / copies, strict=True))
+        for batch, count in zip(batches, counts, strict=True):
+            self._seed(batch)
+            loss = torch.zeros((), device=self.device, requires_grad=True)
+            for modality, mean in self.model.codec_loss(batch, self.codec_crop).items():
+                self._add(f"{MODALITIES[modality]}_codec_loss", mean.detach() * count[modality], count[modality])
+                loss = loss + mean * count[modality] / totals[modality]
+            yield loss
+
+    def _objective_losses(self, batches: list[Batch]) -> Iterator[Tensor]:
+        objective = self.objective
+        assert objective is not None
         if objective.freeze:
             self.model.eval()  # and no dropout either
-        with torch.set_grad_enabled(not objective.freeze):
-            tokens, hidden = objective.read(self.model, batch)
-        loss = objective(self.model, hidden, batch)
-        if self._is_logged(self.global_step + 1):
-            self._add("objective_loss", loss.detach(), 1.0)
-        if objective.language_weight:
-            losses = self.model.losses(tokens, hidden, batch)
-            if self._is_logged(self.global_step + 1):
-                self._add_losses(batch, losses)
-            loss = loss + objective.language_weight * self._mean_loss(batch, losses)
-        return loss + self._penalty()
+        steps = objective.prepare(self.model, batches, self._seed)
+        torch.clear_autocast_cache()  # of weights without gradients
+        for batch, step in zip(batches, steps, strict=True):
+            self._seed(batch)
+            with torch.set_grad_enabled(not objective.freeze):
+                tokens, hidden = objective.read(self.model, batch)
+            loss = objective(self.model, hidden, batch, step)
+            self._add("objective_loss", loss.detach(), 1 / self.parts)
+            if objective.language_weight:
+                language = self._language_loss(batch, self.model.losses(tokens, hidden, batch))
+                loss = loss + objective.language_weight * language
+            yield loss + self._penalty() / self.parts
 
-    def _is_logged(self, step: int) -> bool:
-        """Whether the losses of optimizer step `step`, from 1, go to the loggers; of others nothing is summed up."""
-        return step % self.trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+    def on_after_backward(self) -> None:
+        """Average gradients that DDP and FSDP2 do not: of the codecs in their phase, and with an objective.
 
-    def _add_losses(self, batch: Batch, losses: dict[int, ModalityLoss]) -> None:
-        sources: list[str] = self.trainer.datamodule.source_names  # type: ignore[attr-defined]
-        for modality, loss in losses.items():
-            self._add(f"{MODALITIES[modality]}_loss", loss.total.detach(), len(loss.each))
-            self._add("loss", loss.total.detach(), len(loss.each))
-            source = batch.source.flatten()[batch.targets[modality]].long()
-            totals = loss.each.new_zeros(2, len(sources))
-            totals.index_add_(1, source, torch.stack([loss.each, torch.ones_like(loss.each)]))
-            for name, total, count in zip(sources, *totals, strict=True):
-                self._add(f"source/{name}_loss", total, count)
+        Parameters that the step did not reach have zero gradients, on one device as on several.
+        """
+        if not self.is_reduced_next:
+            return
+        self.is_reduced_next = False
+        codecs = self.codec_parameters
+        ids = {id(p) for p in codecs}
+        trained = codecs if self.in_codec_phase else [p for p in self.parameters() if p.requires_grad and id(p) not in ids]
+        bucket: list[torch.nn.Parameter] = []
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter)
+            if self.trainer.world_size > 1 and (parameter is trained[-1] or sum(p.numel() for p in bucket) > BUCKET):
+                average_gradients(bucket)
+                bucket = []
 
     def _touch_unused(self, batch: Batch) -> Tensor:
-        """Zero, through every parameter that this batch may not reach.
+        """Return zero with a gradient for every parameter that this batch may not reach.
 
-        DDP waits for the gradient of each parameter, and a batch without images does not reach the image head. One element each
-        is enough, and cheaper than letting DDP search the graph; parameters without elements (of a modality that the model does
-        not have) are waited for as well. FSDP2 waits for those of whatever was gathered in the forward pass: embeddings and
-        heads still are, blocks are not any more, and every batch reaches them.
+        DDP waits for the gradient of each parameter, and a batch without images does not reach the image head. One element of
+        each is enough, and cheaper than letting DDP search the graph; parameters without elements count as well. FSDP2 waits
+        for those that were gathered in the forward pass and still are: embeddings and heads, which every batch reaches in part.
         """
-        unused: list[torch.nn.Parameter] = []
-        if self.objective is not None:  # which may reach any of them, or none
-            unused += [p for p in self.parameters() if p.requires_grad]
-        elif self.in_codec_phase:
-            codecs = {id(p) for codec in self.model.codecs.values() for p in codec.parameters()}
-            if self.whole is None:
-                unused += [p for p in self.model.parameters() if id(p) not in codecs]
-            for modality, media in ((IMAGE, batch.images), (AUDIO, batch.audio)):
-                if modality in self.model.codecs and not len(media):
-                    unused += self.model.codecs[modality].parameters()
-        else:
-            unused += [p for codec in self.model.codecs.values() for p in codec.parameters() if p.requires_grad]
-            for modality in range(3):
-                if not len(batch.targets[modality]):
-                    unused += self.model.parameters_of_modality(modality)
-            if not any(map(len, batch.targets)):  # padding alone
-                unused += self.model.backbone.parameters()
+        unused = [p for p in self.codec_parameters if p.requires_grad]
+        for modality in range(3):
+            if not len(batch.targets[modality]):
+                unused += self.model.parameters_of_modality(modality)
+        if not any(map(len, batch.targets)):  # padding alone
+            unused += self.model.backbone.parameters()
         return self._touch([p for p in unused if not isinstance(p, DTensor)])
 
     def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
-        """() zero that hangs on an element of each."""
+        """Return () zero that depends on an element of each."""
         if not parameters:
             return torch.zeros((), device=self.device)
         return torch.cat([p.view(-1)[:1] for p in parameters]).sum() * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # What the phase does not train gets no gradient at all: a zero one would still decay weights and momenta.
-        codecs = [p for codec in self.model.codecs.values() for p in codec.parameters()]
-        ids = {id(p) for p in codecs}
-        idle = [p for p in self.model.parameters() if id(p) not in ids] if self.in_codec_phase else codecs
-        for parameter in idle:
-            parameter.grad = None
-        if self.whole is not None and self.in_codec_phase:
-            average_gradients(codecs)
+        if not self.in_codec_phase:  # no gradient at all: a zero gradient would still decay weights and momenta
+            for parameter in self.codec_parameters:
+                parameter.grad = None
 
     def configure_gradient_clipping(
         self,
@@ -351,10 +402,10 @@ class PileModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips, and asks the guard, to whom the norm is of use, whether the step is to be taken."""
+        """Clip, and ask the guard, which needs the norm, whether the step is taken."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.whole is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).to(self.device)
         else:
             norm = gradient_norm(parameters)
         loss, self.step_loss = self.step_loss, None
@@ -368,11 +419,29 @@ class PileModule(LightningModule):
             clip = torch.nn.utils.clip_grads_with_norm_ if self.whole is None else clip_gradients
             clip(parameters, gradient_clip_val, norm)
 
+    # -- What is logged
+
+    def _is_logged(self, step: int) -> bool:
+        """Return whether the losses of optimizer step `step`, from 1, go to the loggers; others are not summed."""
+        return step % self.trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+
+    def _add_losses(self, batch: Batch, losses: dict[int, ModalityLoss]) -> None:
+        sources: list[str] = self.trainer.datamodule.source_names  # type: ignore[attr-defined]
+        for modality, loss in losses.items():
+            self._add(f"{MODALITIES[modality]}_loss", loss.total.detach(), len(loss.each))
+            self._add("loss", loss.total.detach(), len(loss.each))
+            source = batch.source.flatten()[batch.targets[modality]].long()
+            totals = loss.each.new_zeros(2, len(sources))
+            totals.index_add_(1, source, torch.stack([loss.each, torch.ones_like(loss.each)]))
+            for name, total, count in zip(sources, *totals, strict=True):
+                self._add(f"source/{name}_loss", total, count)
+
     def _add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Adds to the sums of the optimizer step under way."""
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self.sums[name] += torch.stack([total.double(), torch.as_tensor(count, dtype=torch.float64, device=self.device)])
+        """Add to the sums of the current step, if it is logged."""
+        if self._is_logged(self.global_step + 1):
+            counted = count if isinstance(count, Tensor) else torch.full_like(total, count)
+            pair = torch.stack([total, counted]).to(sum_dtype(self.device))
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
@@ -380,7 +449,7 @@ class PileModule(LightningModule):
         step = self.global_step
         if self._is_logged(step):
             names = self._all_names()
-            nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+            nothing = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)
             table = torch.stack([self.sums.get(name, nothing) for name in names])
             if self.trainer.world_size > 1:
                 table = self.trainer.strategy.reduce(table, reduce_op="sum")
@@ -399,9 +468,12 @@ class PileModule(LightningModule):
         names += ["objective_loss"] * (self.objective is not None)
         return names + [f"source/{name}_loss" for name in self.trainer.datamodule.source_names]  # type: ignore[attr-defined]
 
+    # -- Validation
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        counts = self.model.codec_counts(batch)
         for modality, codec_loss in self.model.codec_loss(batch).items():
-            self.codec_losses[MODALITIES[modality]].update(codec_loss)  # type: ignore[operator]
+            self.codec_losses[MODALITIES[modality]].update(codec_loss, counts[modality])  # type: ignore[operator]
         if self.in_codec_phase:
             return
         if self.objective is None:
@@ -421,6 +493,8 @@ class PileModule(LightningModule):
                 values |= {name: float(value) for name, value in self.objective.compute().items()}
         self.log_dict({f"validation/{name}": value for name, value in values.items() if math.isfinite(value)})
 
+    # -- Optimizer and checkpoint
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps: int = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
         if self.codec_steps and steps <= self.codec_steps:
@@ -433,7 +507,7 @@ class PileModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks the shapes, and sets Lightning's counters: all follow from the optimizer steps in the checkpoint."""
+        """Check the shapes, and set Lightning's counters, which all follow from the optimizer steps in the checkpoint."""
         check_shapes(self, checkpoint["state_dict"])
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
@@ -447,30 +521,16 @@ class PileModule(LightningModule):
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_state_dict(state_dict, *args, **kwargs)
         if not self.codec_steps and self.model.codecs:
-            self.model.fingerprint_codecs()  # never trained: they are what they were
+            self.model.fingerprint_codecs()  # they were not trained in the run
         return loaded
 
 
 def _compute(metric: Any) -> Tensor:
-    """The value over all ranks (each has to ask, whether it has seen anything or not), nan where there is none; then reset."""
-    metric._update_count = max(1, metric._update_count)  # or a rank that has seen nothing would be warned of it
+    """Return the value over all ranks, nan without any; then reset. Ranks that have seen nothing must call it too."""
+    metric._update_count = max(1, metric._update_count)  # or a rank that has seen nothing would warn
     value: Tensor = metric.compute()
     metric.reset()
     return value
-
-
-def check_shapes(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises ValueError where the weights in a checkpoint are not those of the model."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    different = [f"{n}: {saved.get(n, 'missing')} in the checkpoint, {own.get(n, 'missing')} in the model"
-                 for n in sorted(own.keys() | saved.keys()) if own.get(n) != saved.get(n)]  # fmt: skip
-    if different:
-        listed = "\n  ".join(different[:5] + (["..."] if len(different) > 5 else []))
-        raise ValueError(
-            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ):\n  {listed}\n"
-            "Set the model back as it was (the run's config.yaml says how), or begin another run with another --name"
-        )
 
 
 def check_encoded(source: SourceData, augmented: bool = False) -> None:
@@ -492,41 +552,3 @@ def check_encoded(source: SourceData, augmented: bool = False) -> None:
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
             except BadSample:
                 continue  # counted where it is read for training
-
-
-def codec_weights(state: dict[str, Tensor], modality: int) -> dict[str, Tensor]:
-    """The weights of one codec, by its own names, from those of a `PileModule`."""
-    prefix = f"model.{MODALITIES[modality]}_codec."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def load_model(model: FusedLanguageModel, path: str) -> None:
-    """Takes the weights of a run's model. Raises ValueError: there is no such checkpoint, or its model has another shape or
-    another tokenizer."""
-    from pile_app.training.load import find_checkpoint
-
-    found = (
-        find_checkpoint(Path(path), "last") if Path(path).is_dir() and (Path(path) / "config.yaml").is_file() else Path(path)
-    )
-    if not found.exists():
-        raise ValueError(f"model.start_from={path!r} is neither the folder of a run nor a checkpoint")
-    checkpoint = read_checkpoint(found)
-    tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
-    if tokenizer != model.tokenizer.fingerprint:
-        raise ValueError(
-            f"model.start_from={path!r} was trained with tokenizer {tokenizer}, this one is {model.tokenizer.fingerprint}: set "
-            "model.tokenizer to that of the run"
-        )
-    prefix = "model."
-    state = {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    check_shapes(model, state)
-    model.load_state_dict(state)
-
-
-def load_codecs(model: FusedLanguageModel, path: str) -> None:
-    """Takes the codecs' weights from a checkpoint of another run."""
-    state = read_checkpoint(path)["state_dict"]
-    for modality in model.codecs:
-        weights = codec_weights(state, modality)
-        check_shapes(model.codecs[modality], weights)
-        model.codecs[modality].load_state_dict(weights)

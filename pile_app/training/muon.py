@@ -1,12 +1,10 @@
-"""Muon (https://kellerjordan.github.io/posts/muon/): torch's, also for CPUs that do not multiply bfloat16 and for matrices that
-are cut over devices.
+"""Muon (https://kellerjordan.github.io/posts/muon/), also for sharded matrices and for CPUs without bfloat16 instructions.
 
-torch's orthogonalizes in bfloat16. On a CPU with AVX2 alone 0.3 GFLOPS were measured, and 77 in float32: it took nine tenths
-of the demo's training (docs/benchmarks.md). So on CPUs it is done in float32 but where bfloat16 has instructions.
+torch's Muon orthogonalizes in bfloat16, at 0.3 GFLOPS on a CPU with AVX2 only, against 77 in float32 (docs/results.md).
 
-Of cut matrices, momentum is elementwise and stays cut. Newton-Schulz needs whole matrices: of every W matrices each of W
-devices receives one (all-to-all), orthogonalizes it, and sends the parts back. So a device does 1 / W of the work, and what is
-sent are two bfloat16 copies of the matrices a step, whatever W is.
+Momentum is elementwise and stays sharded. Newton-Schulz needs whole matrices: of every W matrices each of W devices receives
+one (all-to-all), orthogonalizes it, and sends the parts back. So a device does 1 / W of the work, and two bfloat16 copies of
+the matrices are sent in a step, whatever W is.
 """
 
 from __future__ import annotations
@@ -29,61 +27,38 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """In which matrices are orthogonalized."""
+    """Return the type in which matrices are orthogonalized."""
     return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bfloat16() else torch.float32
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, in float32 where the CPU does not multiply bfloat16."""
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        device = self.param_groups[0]["params"][0].device
-        if compute_dtype(device) == torch.bfloat16:
-            super().step()
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                    update = momentum_update(parameter.grad, state["momentum_buffer"], group)
-                    move(parameter, newton_schulz(update, group), parameter.shape, group)
-
-
-class ShardedMuon(torch.optim.Muon):
-    """The groups, the state ("momentum_buffer") and the steps of `torch.optim.Muon` on whole matrices."""
+    """`torch.optim.Muon`, with the same groups and state ("momentum_buffer"), for whole and sharded matrices."""
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_mesh: dict[DeviceMesh, list[DTensor]] = defaultdict(list)
+            by_mesh: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_mesh[parameter.device_mesh].append(parameter)
+                    by_mesh[getattr(parameter, "device_mesh", None)].append(parameter)
             for mesh, parameters in by_mesh.items():
-                for first in range(0, len(parameters), mesh.size()):
-                    self._step_together(group, mesh, parameters[first : first + mesh.size()])
+                count = mesh.size() if mesh is not None else 1
+                for first in range(0, len(parameters), count):
+                    self._step_together(group, mesh, parameters[first : first + count])
 
-    def _step_together(self, group: dict[str, Any], mesh: DeviceMesh, parameters: list[DTensor]) -> None:
-        """One step of at most as many matrices as devices; the i-th device orthogonalizes the i-th."""
-        updates = []
-        for parameter in parameters:
-            assert isinstance(parameter.grad, DTensor)
-            gradient = parameter.grad.to_local()
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            updates.append(momentum_update(gradient, state["momentum_buffer"].to_local(), group))
+    def _step_together(self, group: dict[str, Any], mesh: DeviceMesh | None, parameters: list[Tensor]) -> None:
+        """Move at most as many matrices as devices; the i-th device orthogonalizes the i-th."""
+        updates = [self._update(group, parameter) for parameter in parameters]
+        like = updates[0].new_empty(0, dtype=compute_dtype(updates[0].device))
+        updates = [update.to(like.dtype) for update in updates]
+        if mesh is None:
+            return move(parameters[0], newton_schulz(updates[0], group), parameters[0].shape, group)
         ranks = mesh.mesh.flatten().tolist()
         me = ranks.index(dist.get_rank())
         parts = [[rectangle(parameter, rank) for rank in ranks] for parameter in parameters]
-        mine = [of_parameter[me] for of_parameter in parts]
         own = parts[me] if me < len(parameters) else []
         process_group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
-        like = updates[0].new_empty(0, dtype=compute_dtype(updates[0].device))
-        received = exchange([update.to(like.dtype) for update in updates], own, like, process_group)
+        received = exchange(updates, own, like, process_group)
         pieces: list[Tensor] = []
         if own:
             whole = like.new_zeros(parameters[me].shape)
@@ -91,25 +66,33 @@ class ShardedMuon(torch.optim.Muon):
                 whole[rows_columns] = piece
             whole = newton_schulz(whole, group)
             pieces = [whole[rows_columns] for rows_columns in own]
-        returned = exchange(pieces, mine, like, process_group)
+        returned = exchange(pieces, [of_parameter[me] for of_parameter in parts], like, process_group)
         for parameter, piece in zip(parameters, returned, strict=True):
-            move(parameter.to_local(), piece, parameter.shape, group)
+            move(local(parameter), piece, parameter.shape, group)
+
+    def _update(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
+        """Update the momentum; return the local part of what is orthogonalized."""
+        state = self.state[parameter]
+        assert parameter.grad is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
+        buffer.lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
 
-def momentum_update(gradient: Tensor, buffer: Tensor, group: dict[str, Any]) -> Tensor:
-    """What is orthogonalized; the gradient goes into the buffer."""
-    buffer.lerp_(gradient, 1 - group["momentum"])
-    return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def move(parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, Any]) -> None:
-    """The step. `shape`: of the whole matrix that `parameter` may be a part of."""
+    """Take the step. `shape`: of the whole matrix that `parameter` may be a part of."""
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.add_(update, alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
 
 def newton_schulz(matrix: Tensor, group: dict[str, Any]) -> Tensor:
-    """The quintic iteration of torch's Muon, in the matrix's own type."""
+    """Orthogonalize by the quintic iteration of torch's Muon, in the matrix's own type."""
     a, b, c = group["ns_coefficients"]
     is_tall = matrix.size(0) > matrix.size(1)
     x = matrix.T if is_tall else matrix
@@ -120,26 +103,26 @@ def newton_schulz(matrix: Tensor, group: dict[str, Any]) -> Tensor:
     return x.T if is_tall else x
 
 
-def rectangle(matrix: DTensor, rank: int) -> Rectangle:
-    """What device `rank` holds of a matrix. Of two cuts of one dimension that of the last mesh dimension comes first, as
-    tensor parallelism is applied before FSDP2."""
+def rectangle(matrix: Tensor, rank: int) -> Rectangle:
+    """Return the part of a matrix that device `rank` holds."""
+    # If both mesh dimensions shard one dimension, the last comes first, as tensor parallelism is applied before FSDP2.
+    assert isinstance(matrix, DTensor)
     mesh = matrix.device_mesh
     coordinates = (mesh.mesh == rank).nonzero()[0].tolist()
     begin, size = [0, 0], list(matrix.shape)
-    for devices, place, placement in reversed(list(zip(mesh.shape, coordinates, matrix.placements, strict=True))):
+    for devices, index, placement in reversed(list(zip(mesh.shape, coordinates, matrix.placements, strict=True))):
         if placement.is_replicate():
             continue
         dimension = placement.dim
-        chunk = -(-size[dimension] // devices)  # as `torch.chunk` cuts
-        skipped = min(place * chunk, size[dimension])
+        chunk = -(-size[dimension] // devices)  # as in `torch.chunk`
+        skipped = min(index * chunk, size[dimension])
         begin[dimension] += skipped
         size[dimension] = min(chunk, size[dimension] - skipped)
     return slice(begin[0], begin[0] + size[0]), slice(begin[1], begin[1] + size[1])
 
 
 def exchange(sent: list[Tensor], expected: list[Rectangle], like: Tensor, group: Any) -> list[Tensor]:
-    """Sends the i-th matrix to the i-th device; returns what the devices sent here, of the shapes expected, in their order.
-    `like`: empty, of their type and device."""
+    """Send the i-th matrix to the i-th device; return what the devices sent here, in their order, as `like`."""
     shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in expected]
     world = dist.get_world_size(group)
     out_sizes = [tensor.numel() for tensor in sent] + [0] * (world - len(sent))

@@ -1,36 +1,38 @@
-"""What a run may learn besides the next token: a head on the model's hidden vectors, and the labels it is trained on.
+"""Objectives: heads on the model's hidden vectors with a loss of their own, trained instead of or besides the next token.
 
     labelled documents -> batch with labels (B, T) -> hidden vectors (B, T, D) of the model -> head -> loss, metrics
 
-An objective brings the `Annotator` that labels places of documents, a head, its loss and its metrics; documents, data path,
-model and training are those of every run. `model.start_from` says which trained model it begins with.
+An objective brings the `Annotator` that labels tokens, a head, its loss and its metrics. The loss is that of the whole
+optimizer step, however it is divided into devices and micro-batches. The forward pass does not wait for the device.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pile_app.data.annotation import Annotator
 from pile_app.data.batch import Batch
-from pile_app.documents import TEXT
+from pile_app.documents import TEXT, Document
 from pile_app.model.codecs import AudioCodec
-from pile_app.model.fused import FusedLanguageModel, full_precision
+from pile_app.model.fused import FusedLanguageModel
 
 
 class Objective(nn.Module, ABC):
-    """One of `tasks/`.
+    """Base class; the objectives are in `tasks/`.
 
     Args:
-        language_weight: of the next-token loss beside the objective's own, 0 or more; it keeps a small data set from being
-            learned by heart (arXiv:1806.06146 calls it the auxiliary language model).
-        freeze: train the head alone, on the model as it is.
-        learning_rate: of the head, by AdamW; the model moves as `model.optimizer` says.
-        unrounded: images and sounds are read as they are, besides as codes (see `Unrounded`); not from encoded shards.
+        language_weight: weight of the next-token loss added to the objective's own, 0 or more; it keeps a model from memorizing
+            a small data set (the auxiliary language model of arXiv:1806.06146).
+        freeze: train the head alone.
+        learning_rate: of the head, by AdamW; the model follows `model.optimizer`.
+        unrounded: read images and sounds themselves besides their codes (see `Unrounded`); not from encoded shards.
     """
 
     def __init__(
@@ -45,51 +47,76 @@ class Objective(nn.Module, ABC):
         self.freeze = freeze
         self.learning_rate = learning_rate
         self.unrounded: Unrounded | None = None
-        self._reads_unrounded = unrounded
+        self.reads_media = "unrounded" if unrounded else ""  # the option that needs the media themselves
 
     @property
     @abstractmethod
     def annotator(self) -> Annotator:
-        """What labels its documents."""
+        """Labels the tokens of documents."""
 
     def build(self, model: FusedLanguageModel) -> None:
-        """Makes head and metrics, once the model is known."""
-        if self._reads_unrounded and model.codecs:
+        """Make head and metrics for a model."""
+        if self.reads_media == "unrounded" and model.codecs:
             self.unrounded = Unrounded(model)
 
     def read(self, model: FusedLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `FusedLanguageModel.read`."""
         return model.read(batch, None if self.unrounded is None else self.unrounded(model, batch))
 
-    @abstractmethod
-    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> Tensor:
-        """() float32 loss: the mean over what is labelled in the micro-batch, 0 where nothing is.
+    def prepare(
+        self, model: FusedLanguageModel, batches: Sequence[Batch], seed: Callable[[Batch], None] = lambda batch: None
+    ) -> list[Any]:
+        """Return for each micro-batch of this device in a step what its loss needs to know of the whole step.
+
+        All devices call it together, before the first loss. By default that is `count`, summed over micro-batches and devices.
 
         Args:
-            model: that the head hangs on.
-            hidden: (B, T, D).
-            batch: with labels.
+            seed: to be called before a batch is read, so that dropout can be repeated.
+        """
+        total = sum_over_devices(torch.stack([self.count(model, batch) for batch in batches]).sum(0))
+        return [self.begin_step(total)] * len(batches)
+
+    def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
+        """Count (K,) float32 of a micro-batch what the step's loss depends on, such as its labels."""
+        return (batch.labels >= 0).sum().float()[None]
+
+    def begin_step(self, total: Tensor) -> Any:
+        """Return what `forward` takes as `step`, from the counts of the whole step."""
+        return total
+
+    @abstractmethod
+    def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch, step: Any = None) -> Tensor:
+        """Return () float32, the batch's part of the step's loss: the parts of all micro-batches and devices sum to it.
+
+        Args:
+            hidden: (B, T, D) of `read`.
+            step: see `prepare`; None: the batch is the whole step.
         """
 
     @abstractmethod
     def update(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> None:
-        """Adds a validation batch to the metrics."""
+        """Add a validation batch to the metrics."""
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
-        """Name -> () value of its metrics over all devices, which then begin anew."""
+        """Return name -> () value of the metrics over all devices, and reset them."""
 
     def report(self, folder: Path) -> dict[str, Any]:
-        """Writes pictures and tables of the last validation into `folder`; more figures for `summary.json`."""
+        """Write pictures and tables of the last validation into `folder`; return more figures for `summary.json`."""
         return {}
+
+    def drop(self, features: Tensor, batch: Batch, indices: Tensor, rate: float, purpose: int = 0) -> Tensor:
+        """Dropout of (L, F) features in training; the masks depend on the flat indices (L,), not on the rest of the batch."""
+        if not self.training or not rate:
+            return features
+        return features * (batch.uniform(indices, features.size(-1), purpose) >= rate) / (1 - rate)
 
 
 class Unrounded(nn.Module):
-    """What codes leave out: the pixels or log-mel frames that each code stands for are added to its embedding, through a linear
-    map that begins at 0 (the patch embedding of ViT, arXiv:2010.11929, and AST, arXiv:2104.01778).
+    """Add the pixels or log-mel frames of each code to its embedding, through a linear map that starts at zero.
 
-    A code of 1,000 values is enough to draw and speak with; who is speaking and what exactly a stroke looks like is lost in it.
-    Codes that the model writes itself have nothing besides, so this is for what is read.
+    This is the patch embedding of ViT (arXiv:2010.11929) and AST (arXiv:2104.01778). Codes keep enough to draw or
+    speak, but lose the speaker or the exact shape of a stroke. Codes that the model generates have no media.
     """
 
     def __init__(self, model: FusedLanguageModel) -> None:
@@ -102,50 +129,54 @@ class Unrounded(nn.Module):
         if model.audio_codec is not None:
             shape = model.audio_codec.config
             self.maps["audio"] = nn.Linear(shape.frames_per_token * shape.mels, width)
-        for one in self.maps.values():
-            nn.init.zeros_(one.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(one.bias)  # type: ignore[arg-type]
+        for parameter in self.maps.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
-        """(B, T, embedding width), 0 where no code is. Raises ValueError where media came encoded."""
-        refuse_encoded(model, batch, "unrounded")
+        """Return (B, T, embedding width), 0 where no code is."""
         flat = torch.zeros(batch.tokens.numel(), model.backbone.embedding_width, device=batch.tokens.device)
         if model.image_codec is not None and len(batch.images):
             pixels = model.image_codec.patches(batch.images).flatten(0, 1)
-            flat = flat.index_copy(0, batch.image_slots.flatten(), self.maps["image"](pixels).float())
+            slots = batch.image_slots[: len(batch.images)].flatten()
+            flat = flat.index_copy(0, slots, self.maps["image"](pixels).float())
         if model.audio_codec is not None and len(batch.audio):
             flat = flat.index_copy(0, batch.audio_slots, self.maps["audio"](frames_of_codes(model.audio_codec, batch)).float())
         return flat.unflatten(0, batch.tokens.shape)
 
 
-def refuse_encoded(model: FusedLanguageModel, batch: Batch, option: str) -> None:
-    """Raises ValueError where images or sounds of the batch are codes from the start."""
-    vocabulary = model.vocabulary
-    if bool(((batch.tokens >= vocabulary.slices[TEXT].stop) & (batch.tokens != vocabulary.audio_end)).any()):
+def refuse_encoded(document: Document, option: str) -> None:
+    """Raise ValueError if `option`, of an objective, needs images and sounds themselves and the document holds codes."""
+    if option and any(segment.is_encoded and segment.modality != TEXT for segment in document.segments):
         raise ValueError(
-            f"objective.{option} reads images and sounds themselves, and those of these shards were encoded: take the "
-            "shards that `pile encode` read, or set it to false"
+            f"objective.{option} reads images and sounds themselves, and those of document {document.key!r} were encoded: "
+            "take the shards that `pile encode` read, or set it to false"
         )
 
 
+def sum_over_devices(values: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def frames_of_codes(codec: AudioCodec, batch: Batch) -> Tensor:
-    """(A, frames_per_token * mels) float32 log-mel frames of each code; see `AudioCodec.patches`."""
-    with full_precision(batch):
-        return codec.patches(batch.audio, batch.audio_tokens)
+    """Return (A, frames_per_token * mels) float32 log-mel frames of each code; see `AudioCodec.patches`."""
+    return codec.patches(batch.audio, batch.audio_tokens)
 
 
-def mean_by_piece(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(P, D) float32 mean over the labelled places of each piece, (P,) their label; see `labels_by_piece`."""
-    piece = batch.piece_numbers.flatten()
-    pieces = len(batch.piece_sources)
-    inside = (batch.labels.flatten() >= 0).float()
-    counts = hidden.new_zeros(pieces, dtype=torch.float32).index_add_(0, piece, inside)
-    sums = torch.zeros(pieces, hidden.size(-1), device=hidden.device)
-    sums = sums.index_add(0, piece, hidden.flatten(0, 1).float() * inside[:, None])
-    return sums / counts.clamp_min(1)[:, None], labels_by_piece(batch)
-
-
-def labels_by_piece(batch: Batch) -> Tensor:
-    """(P,) int64 label of each piece, which all its labelled places have; -1 of pieces without one."""
+def labelled_pieces(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (L,) numbers of the pieces with labelled tokens, and (L,) int64 their labels, which all of their tokens share."""
     labels = batch.labels.flatten().long()
-    return labels.new_full((len(batch.piece_sources),), -1).scatter_reduce(0, batch.piece_numbers.flatten(), labels, "amax")
+    by_piece = labels.new_full((len(batch.piece_sources),), -1).scatter_reduce(0, batch.piece_numbers.flatten(), labels, "amax")
+    size = sum(map(bool, batch.label_counts))
+    pieces = torch.nonzero_static(by_piece >= 0, size=size, fill_value=0).squeeze(1)
+    return pieces, by_piece[pieces]
+
+
+def mean_by_piece(hidden: Tensor, batch: Batch) -> Tensor:
+    """Return (P, D) float32, the mean over the labelled tokens of each piece, 0 without any."""
+    piece = batch.piece_numbers.flatten()
+    inside = (batch.labels.flatten() >= 0).float()
+    counts = inside.new_zeros(len(batch.piece_sources)).index_add(0, piece, inside)
+    sums = inside.new_zeros(len(counts), hidden.size(-1)).index_add(0, piece, hidden.flatten(0, 1).float() * inside[:, None])
+    return sums / counts.clamp_min(1)[:, None]

@@ -1,12 +1,8 @@
-"""Optimizers and learning-rate schedules.
+"""Optimizers and learning-rate schedules: one optimizer object with a group for each kind of parameter.
 
-One optimizer object, whatever it is made of, so that Lightning's automatic optimization, clipping and resume keep working.
-Codecs and language model have groups of their own: each phase of a run moves only its groups.
-
-    muon   Muon (https://kellerjordan.github.io/posts/muon/) for the backbone's matrices, AdamW for the rest; both are torch's
-           (see muon.py for matrices that are cut over devices)
-    adamw  AdamW (arXiv:1711.05101) for everything
-    sgd    SGD with Nesterov momentum
+muon   Muon (see `muon.py`) for the backbone's matrices, AdamW for the rest
+adamw  AdamW (arXiv:1711.05101) for everything
+sgd    SGD with Nesterov momentum
 """
 
 from __future__ import annotations
@@ -18,29 +14,28 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.muon import Muon, ShardedMuon
+from pile_app.training.muon import Muon
 from pile_app.training.objective import Objective
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the parameters move.
+    """Optimizer and schedule.
 
     Args:
         name: muon, adamw or sgd.
         learning_rate: peak rate of AdamW or SGD.
         matrix_learning_rate: peak rate of Muon.
         codec_learning_rate: peak rate of AdamW for the codecs, in their phase.
-        weight_decay: L2, on matrices only; decoupled from the gradient but for sgd.
+        weight_decay: L2, on matrices only; decoupled from the gradient except with sgd.
         momentum: of SGD and Muon.
         betas: of AdamW.
         schedule: wsd (warm-up, stable, linear decay; arXiv:2404.06395), cosine or constant.
         warmup_steps: optimizer steps of linear warm-up.
-        decay_share: share of the steps that wsd spends decaying, at the end.
-        final_share: rate at the end as a share of the peak (wsd, cosine).
+        decay_share: fraction of the steps that wsd spends decaying, at the end.
+        final_share: rate at the end as a fraction of the peak (wsd, cosine).
         base_width: width of the backbone that the rates were tuned at: at width D the heads' rate of AdamW, and that of hidden
             matrices where it moves them, are multiplied by `base_width / D` (muP, arXiv:2203.03466). null: rates as they are.
     """
@@ -67,11 +62,11 @@ class OptimizerConfig:
         if self.base_width is not None and self.base_width < 1:
             raise ValueError(f"optimizer base_width={self.base_width} must be at least 1, or null")
         if not 0 <= self.decay_share <= 1 or not 0 <= self.final_share <= 1:
-            raise ValueError("optimizer decay_share and final_share are shares, 0 to 1")
+            raise ValueError("optimizer decay_share and final_share must be in [0, 1]")
 
 
 def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Share of the peak rate at optimizer step `step` (from 0) of `steps`; 0 outside."""
+    """Return the fraction of the peak rate at optimizer step `step` (from 0) of `steps`; 0 outside."""
     if not 0 <= step < steps:
         return 0.0
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
@@ -85,24 +80,22 @@ def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW behind one optimizer; a group with `muon: True` goes to the first, every other to the second."""
+    """Muon and torch's AdamW behind one optimizer; groups with `muon: True` go to the first, the others to the second."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {})
-        matrices = [group for group in self.param_groups if group.get("muon")]
-        others = [group for group in self.param_groups if not group.get("muon")]
-        parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            is_cut = isinstance(matrices[0]["params"][0], DTensor)
-            muon = ShardedMuon if is_cut else Muon
-            parts.append(muon(matrices, momentum=momentum, weight_decay=0.0))
+        matrices, others = self._divided()
+        self.parts: list[torch.optim.Optimizer] = [Muon(matrices, momentum=momentum, weight_decay=0.0)] if matrices else []
         if others:
-            parts.append(torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True))
-        self.parts = parts
+            self.parts.append(torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True))
         self._share()
 
+    def _divided(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        groups = self.param_groups
+        return [group for group in groups if group.get("muon")], [group for group in groups if not group.get("muon")]
+
     def _share(self) -> None:
-        """The parts and this optimizer see the same groups (a schedule writes into them) and the same state."""
+        """Let the parts and this optimizer see the same groups, which a schedule changes, and the same state."""
         muon, adamw = iter(self.parts[0].param_groups), iter(self.parts[-1].param_groups)
         self.param_groups = [next(muon) if group.get("muon") else next(adamw) for group in self.param_groups]
         for part in self.parts:
@@ -120,10 +113,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        muon = [group for group in self.param_groups if group.get("muon")]
-        others = [group for group in self.param_groups if not group.get("muon")]
-        self.parts[0].param_groups = muon or others
-        self.parts[-1].param_groups = others or muon
+        matrices, others = self._divided()
+        self.parts[0].param_groups = matrices or others
+        self.parts[-1].param_groups = others or matrices
         self._share()
 
 
@@ -136,41 +128,35 @@ def make_optimizer(
     in_codecs = {id(p) for p in codecs}
     layers = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]
     hidden = {id(p) for layer in layers for p in layer.parameters() if p.dim() == 2}
-    matrices: list[nn.Parameter] = []
-    heads: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        # Tables of modalities that the model does not have are empty: nothing cuts them, and a fused step takes no mixture.
-        if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
-            continue
-        (matrices if id(parameter) in hidden else heads if name.startswith("heads.") else others).append(parameter)
     # Muon is for hidden matrices; torch's recurrent cells stack their gates into one and do better with AdamW.
     muon = config.name == "muon" and not any(isinstance(layer, nn.RNNBase) for layer in layers)
-    decayed = [p for p in others if p.dim() >= 2]
-    plain = [p for p in others if p.dim() < 2]
-    rate = config.learning_rate
     # Adam moves every entry by the rate, so a sum over D of them D times as far; Muon's update has the same norm at any D.
-    inner_rate = rate * (config.base_width / model.backbone.width if config.base_width and config.name != "sgd" else 1.0)
-    matrix_rate = config.matrix_learning_rate if muon else inner_rate
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "lr": matrix_rate, "weight_decay": config.weight_decay, "muon": muon},
-        {"params": heads, "lr": inner_rate, "weight_decay": config.weight_decay},
-        {"params": decayed, "lr": rate, "weight_decay": config.weight_decay},
-        {"params": plain, "lr": rate, "weight_decay": 0.0},
-    ]
-    names = ["matrices", "heads", "tables", "vectors"]
+    rate, scale = config.learning_rate, config.base_width / model.backbone.width if config.base_width else 1.0
+    inner = rate * (scale if config.name != "sgd" else 1.0)
+    by_name: dict[str, dict[str, Any]] = {
+        "matrices": {"lr": config.matrix_learning_rate if muon else inner, "weight_decay": config.weight_decay, "muon": muon},
+        "heads": {"lr": inner, "weight_decay": config.weight_decay},
+        "tables": {"lr": rate, "weight_decay": config.weight_decay},
+        "vectors": {"lr": rate, "weight_decay": 0.0},
+    }
+    groups = {name: {"params": list[nn.Parameter](), **options, "name": name} for name, options in by_name.items()}
+    for name, parameter in model.named_parameters():
+        # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
+        if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
+            continue
+        outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"
+        groups["matrices" if id(parameter) in hidden else outside]["params"].append(parameter)
     if codec_steps:
-        groups.append({"params": codecs, "lr": config.codec_learning_rate, "weight_decay": 0.0})
-        names.append("codecs")
+        groups["codecs"] = {"params": codecs, "lr": config.codec_learning_rate, "weight_decay": 0.0, "name": "codecs"}
     if objective is not None:
-        groups.append({"params": list(objective.parameters()), "lr": objective.learning_rate, "weight_decay": 0.0})
-        names.append("objective")
-    groups = [group | {"name": name} for group, name in zip(groups, names, strict=True) if group["params"]]
+        head = list(objective.parameters())
+        groups["objective"] = {"params": head, "lr": objective.learning_rate, "weight_decay": 0.0, "name": "objective"}
+    used = [group for group in groups.values() if group["params"]]
     optimizer: torch.optim.Optimizer
     if config.name == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
+        optimizer = torch.optim.SGD(used, momentum=config.momentum, nesterov=config.momentum > 0)
     else:
-        optimizer = MuonAdamW(groups, config.momentum, config.betas)
+        optimizer = MuonAdamW(used, config.momentum, config.betas)
 
     def factor(name: str) -> Callable[[int], float]:
         if name == "codecs":
@@ -181,5 +167,5 @@ def make_optimizer(
 
 
 def l1_penalty(module: nn.Module) -> torch.Tensor:
-    """Sum of the absolute values of all matrices; () float32."""
+    """Return () float32 the sum of the absolute values of all matrices."""
     return torch.stack([p.abs().sum() for p in module.parameters() if p.dim() >= 2]).sum()

@@ -1,78 +1,120 @@
-"""Many devices: the language model is cut over them here, from outside; the model knows nothing of it.
+"""Many devices: FSDP2 and tensor parallelism, applied to the model from outside, and the strategy `fsdp2` of Lightning.
 
     devices = data_parallel x tensor_parallel, a mesh of (D, P); devices of one row (P) train on the same packs
 
-* `fully_shard` (FSDP2): each Transformer block, and everything else of the language model as one more unit, lies in D parts and
-  is gathered when its turn comes. All devices gather the same units in the same order, whatever their batches hold.
-* Tensor parallel: of each block the P devices of a row hold H / P heads and 1 / P of the feed-forward net each.
-* The codecs are small, and what they do depends on the media that a batch happens to hold: every device has them whole, and
-  `average_gradients` makes their gradients equal.
-
-Micro-batches accumulate in the sharded gradients, so that none is ever held whole.
+* `fully_shard` (FSDP2): each Transformer block, and the rest of the language model as another unit, is sharded over D devices
+  and gathered when it is computed. All devices gather the same units in the same order, whatever their batches hold.
+* Tensor parallel: of each block, the P devices of a row hold H / P heads and 1 / P of the feed-forward net each.
+* The codecs are small, and what they do depends on the media of a batch: every device has them whole, and `average_gradients`
+  makes their gradients equal.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import os
+import uuid
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.optim import Optimizer
 
+from pile_app.data.files import whole_file
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.pretrained import check_shapes
+from pile_app.training.checkpoints import (
+    META,
+    PARTS,
+    Region,
+    explaining_failure,
+    join_tensors,
+    publish_parts,
+    read_checkpoint,
+    read_parts,
+    remove_leftovers,
+    split_tensors,
+    tensor_sizes,
+)
 
 
 def tensor_parallel_plan() -> dict[str, ParallelStyle]:
-    """How the matrices of a block are cut: by outputs where heads and hidden units begin, by inputs where they end."""
+    """Return how the matrices of a block are sharded: by outputs before heads and hidden units, by inputs after them."""
     by_outputs = ("query", "key", "value", "expand")
     by_inputs = ("attention_out", "contract")
     return {name: ColwiseParallel() for name in by_outputs} | {name: RowwiseParallel() for name in by_inputs}
 
 
+@torch.no_grad()
 def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None = None) -> None:
-    """Cuts the language model over the devices, in place.
+    """Shard the language model over the devices, in place, with the weights of rank 0.
 
-    Args:
-        model: whole, with the same weights on every device.
-        mesh: ("data_parallel", "tensor_parallel").
-        half: what the blocks compute in (under autocast); their weights are gathered in it. None: as they are.
-
-    Raises:
-        ValueError: devices begin with different weights, or the backbone cannot be cut so.
+    Parameters are sharded on the meta device and materialized once, tensor by tensor. Other ranks need not initialize theirs.
+    `half`: dtype that blocks are gathered and computed in (under autocast). Raises ValueError if heads cannot be sharded.
     """
-    check_equal_start(model)
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     blocks = list(model.backbone.blocks) if isinstance(model.backbone, Transformer) else []
+    codecs = {p for codec in model.codecs.values() for p in codec.parameters()}
+    weights = {name: p for name, p in model.named_parameters() if p not in codecs and p.numel()}
+    buffers = dict(model.named_buffers())
+    for name in weights:
+        _assign(model, name, nn.Parameter(weights[name].to("meta"), weights[name].requires_grad))
+        if dist.get_rank():
+            weights[name] = torch.empty(0)  # type: ignore[assignment]
     if tensor.size() > 1:
-        _cut_heads(model, blocks, tensor)
-    whole = {p for codec in model.codecs.values() for p in codec.parameters()}
-    whole |= {p for p in model.parameters() if not p.numel()}  # tables of a modality that the model does not have
+        _shard_heads(model, blocks, tensor)
+    unsharded = {p for p in model.parameters() if not p.is_meta}
     # Autocast rounds the matrices to `half` anyway; rounding them first halves what is sent. Gradients are summed in float32.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=data, mp_policy=policy if half else MixedPrecisionPolicy())
-    fully_shard(model, mesh=data, ignored_params=whole)
+    fully_shard(model, mesh=data, ignored_params=unsharded)
+    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    for module in model.modules():
+        if any(p is not None and p.is_meta for p in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+    for name, buffer in buffers.items():
+        _assign(model, name, buffer)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            value = parameter.to(device)
+            dist.broadcast(value, 0)
+            parameter.copy_(value)
+        else:
+            value = weights.pop(name).to(device) if not dist.get_rank() else torch.empty(parameter.shape, device=device)
+            dist.broadcast(value, 0)
+            parameter.to_local().copy_(place_like(value, parameter).to_local())  # type: ignore[attr-defined]
 
 
-def _cut_heads(model: FusedLanguageModel, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, value)
+
+
+def _shard_heads(model: FusedLanguageModel, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
     plan = tensor_parallel_plan()
     if not blocks:
         raise ValueError(
-            f"tensor_parallel_size={mesh.size()} needs a Transformer, a {type(model.backbone).__name__} has no heads to cut: "
+            f"tensor_parallel_size={mesh.size()} needs a Transformer, a {type(model.backbone).__name__} has no heads to shard: "
             "set it to 1"
         )
     for block in blocks:
         linear = {name: child for name, child in block.named_modules() if isinstance(child, nn.Linear)}
         if unknown := linear.keys() - plan.keys():
-            raise ValueError(f"tensor_parallel_plan does not say how {sorted(unknown)} of a block are cut")
+            raise ValueError(f"tensor_parallel_plan does not say how {sorted(unknown)} of a block are sharded")
         for name in ("query", "key"):
             heads = linear[name].out_features // int(block.head_width)  # type: ignore[arg-type]
             if heads % mesh.size():
@@ -80,17 +122,8 @@ def _cut_heads(model: FusedLanguageModel, blocks: list[nn.Module], mesh: DeviceM
         parallelize_module(block, mesh, plan)
 
 
-def check_equal_start(model: nn.Module) -> None:
-    """Raises ValueError where devices hold different weights: each will keep its part of its own only."""
-    own = [float(p.detach().flatten()[0]) for p in model.parameters() if p.numel()]
-    of_all: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_all, own)
-    if any(other != own for other in of_all):
-        raise ValueError("devices begin with different weights: set seed_everything to a number")
-
-
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Mean over all devices of the gradients of parameters that each holds whole, in place; no gradient counts as zero."""
+    """Average the gradients of unsharded parameters over all devices, in place; a missing gradient counts as zero."""
     parameters = [p for p in parameters if p.numel()]
     if not parameters or dist.get_world_size() == 1:
         return
@@ -102,9 +135,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """() L2 norm of all gradients over all devices, each element counted once, however it is cut. One sum over the devices.
+    """Return the () L2 norm of all gradients over all devices, each element counted once, in one all-reduce.
 
-    `torch.nn.utils.get_total_norm` refuses gradients that are cut over different meshes.
+    `torch.nn.utils.get_total_norm` refuses gradients that are sharded over different meshes.
     """
     parameters = list(parameters)
     by_copies: dict[int, list[Tensor]] = defaultdict(list)  # number of devices that hold the same elements -> their gradients
@@ -115,7 +148,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
             copies //= math.prod(size for size, placement in pairs if not placement.is_replicate())
             gradient = gradient.to_local()
         by_copies[copies].append(gradient)
-    if not by_copies:  # of a step that is passed over, on all devices alike
+    if not by_copies:  # of a step that is skipped, on all devices alike
         return torch.zeros((), device=parameters[0].device)
     total = torch.stack([torch.nn.utils.get_total_norm(group).square() / copies for copies, group in by_copies.items()]).sum()
     dist.all_reduce(total)
@@ -123,7 +156,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], bound: float, norm: Tensor) -> None:
-    """Scales all gradients, whose norm is `norm`, so that it is at most `bound`. As `clip_grads_with_norm_` does it."""
+    """Scale all gradients, whose norm is `norm`, so that it is at most `bound`, as `clip_grads_with_norm_` does."""
     factor = (bound / (norm + 1e-6)).clamp_max(1.0)
     for parameter in parameters:
         if (gradient := parameter.grad) is not None:
@@ -131,7 +164,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float, norm: Tenso
 
 
 def place_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every device has whole, cut as `like` is, without any device sending anything."""
+    """Shard a tensor that every device has whole as `like` is sharded, without communication."""
     if not isinstance(like, DTensor):
         return tensor
     mesh = like.device_mesh
@@ -139,14 +172,37 @@ def place_like(tensor: Tensor, like: Tensor) -> Tensor:
     return whole.redistribute(placements=like.placements)
 
 
+def is_first_process() -> bool:
+    """Return whether this process is rank 0, according to the environment of its launcher: torchrun, SLURM or Lightning."""
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def local_region(tensor: Tensor) -> Region:
+    """Return this device's part of a tensor, and the index of its first element in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.ndim
+    offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    return tensor.to_local(), tuple(offset)
+
+
+def is_written(tensor: Tensor) -> bool:
+    """Return whether this device saves its part of a tensor: the first device that holds it does."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_rank() == 0
+    pairs = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    return not any(placement.is_replicate() and index for placement, index in pairs)
+
+
 class WholeModel:
-    """The language model in one piece, for writing samples and evaluation, which one device does. Made before it is cut."""
+    """The language model in one piece, for samples and evaluation on one device. To be created before the model is sharded."""
 
     def __init__(self, model: FusedLanguageModel) -> None:
-        self.copy = copy.deepcopy(model).to("meta") if dist.get_rank() == 0 else None
+        on_meta = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        self.copy = copy.deepcopy(model, on_meta) if dist.get_rank() == 0 else None
 
     def gather(self, model: FusedLanguageModel) -> FusedLanguageModel | None:
-        """A copy with all weights on the first device, in evaluation mode; None on the others. All have to call it."""
+        """Return a copy with all weights on rank 0, in evaluation mode; None on the others. All ranks have to call it."""
         weights = {}
         for name, tensor in model.state_dict().items():
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -157,7 +213,121 @@ class WholeModel:
         whole = copy.deepcopy(self.copy)
         whole.load_state_dict(weights, assign=True)
         for name, buffer in model.named_buffers():  # also those that are not in the state
-            parent, _, own = name.rpartition(".")
-            setattr(whole.get_submodule(parent), own, buffer)
+            _assign(whole, name, buffer)
         whole.vocabulary = model.vocabulary
         return whole.eval()
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices, or over groups that shard every layer, with checkpoints written in the background.
+
+    Args:
+        tensor_parallel_size: devices of such a group; best the GPUs of one node, or fewer.
+    """
+
+    restore_checkpoint_after_setup = lightning_restore_optimizer = True
+
+    def __init__(self, tensor_parallel_size: int = 1) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=tensor_parallel_size)
+        self.group_size = tensor_parallel_size
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def setup_environment(self) -> None:
+        devices = self.num_nodes * self.num_processes
+        if self.group_size < 1 or devices % self.group_size:
+            raise ValueError(f"tensor_parallel_size={self.group_size} must divide the {devices} devices")
+        self._data_parallel_size = devices // self.group_size
+        super().setup_environment()
+        if self.global_rank == 0 and not is_first_process():  # it has not initialized the weights that all others will get
+            raise ValueError("the launcher's environment does not say which process has rank 0: set RANK in each of them")
+        if self._group is None:  # of its own, for writing while the next step already uses the default one
+            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+
+    # -- Checkpoints: the same dictionary as on one device, with sharded tensors in it.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Copy what this device holds and return; a thread writes it. The next save or `teardown` raises its errors."""
+        self._finish_saving()
+        path, name = Path(self.broadcast(str(filepath))), self.broadcast(uuid.uuid4().hex[:8])
+        folder = path.with_name(f".{name}{PARTS}")
+        tensors, rest = split_tensors(checkpoint)
+        if self.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
+            folder.mkdir()
+            with explaining_failure(path), whole_file(folder / META, durable=True) as file:
+                torch.save(rest | {"parts": self.world_size}, file)
+        self.barrier("checkpoint folder")
+        regions = {name: (tuple(tensor.shape), local_region(tensor)) for name, tensor in tensors.items() if is_written(tensor)}
+        copied = {name: (shape, offset, part.to("cpu", copy=True)) for name, (shape, (part, offset)) in regions.items()}
+        self._pending = self._writer.submit(self._write, folder, path, copied)
+
+    def _write(self, folder: Path, path: Path, parts: dict[str, Any]) -> None:
+        error, errors = "", [""] * self.world_size
+        try:
+            with whole_file(folder / f"part-{self.global_rank}.pt", durable=True) as file:
+                torch.save(parts, file)
+        except (OSError, RuntimeError) as caught:
+            error = str(caught) or repr(caught)
+        with explaining_failure(path):
+            dist.all_gather_object(errors, error, self._group)
+            if any(errors):
+                raise OSError(next(filter(None, errors)))
+            if self.is_global_zero:
+                publish_parts(folder, path)
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written. Raises OSError if this or another device could not write it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def teardown(self) -> None:
+        self._finish_saving()
+        super().teardown()
+
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+        """Read this device's part of a checkpoint that any strategy wrote."""
+        self._finish_saving()
+        path, module = Path(self.broadcast(str(checkpoint_path))), self.lightning_module
+        assert module is not None
+        own = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
+        parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        own |= {f"optimizer/{number}": parameter.detach() for number, parameter in enumerate(parameters)}
+        whole = split_tensors(read_checkpoint(path)) if not path.is_dir() else None
+        sizes = tensor_sizes(path) if whole is None else {name: (t.shape, t.dtype) for name, t in whole[0].items()}
+        of_model = {n.partition("/")[2]: torch.empty(s, device="meta") for n, (s, _) in sizes.items() if n.startswith("state")}
+        check_shapes(module, of_model)
+        loaded: dict[str, Tensor] = {}
+        for name, (shape, dtype) in sizes.items():
+            like = own.get(name.rpartition("/")[0] if name.startswith("optimizer/") else name)
+            like = like if like is not None and like.shape == shape else None
+            if whole is None:
+                loaded[name] = torch.empty(shape, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype)
+            else:
+                loaded[name] = whole[0][name] if like is None else place_like(whole[0][name], like)
+        if whole is not None:
+            return join_tensors(loaded, whole[1])
+        return join_tensors(loaded, read_parts(path, {name: local_region(tensor) for name, tensor in loaded.items()}))
+
+
+StrategyRegistry.register("fsdp2", ShardedStrategy, description="every device holds a part of model and optimizer")

@@ -1,47 +1,39 @@
-"""`pile plan`: what a configuration will need and how long it will take, before anything of it is there.
+"""`pile plan`: parameters, memory and time of a configuration, and warnings, before anything is trained.
 
-The model is built on PyTorch's meta device, so 7 billion parameters are counted in seconds; memory comes from a step on fake
-tensors (`memory.py`). Time is arithmetic: FLOPs a token over the device's FLOP/s times the utilization that is asked for.
-`advice.py` writes it down, and says what is unwise.
+The model is built on PyTorch's meta device, so 7 billion parameters take seconds. Memory is that of a traced step
+(`memory.py`); time is the FLOPs of the language model over the devices' FLOP/s at a utilization.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from torch.utils.flop_counter import FlopCounterMode
 
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from pile_app.documents import AUDIO, IMAGE, MODALITIES
+from pile_app.documents import MODALITIES
 from pile_app.model.backbones import Backbone
-from pile_app.model.codecs import AudioCodec, ImageCodec
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import measure_matmul_flops
 from pile_app.training.cli import codec_configs, count_devices, fast_precision, parse_config
-from pile_app.training.memory import Layout, Memory, plan_memory
+from pile_app.training.memory import Layout, plan_memory
 from pile_app.training.optim import OptimizerConfig
-from pile_app.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class Device:
-    """A kind of device, by its maker's data sheet: dense bfloat16 and float32 (no TF32) FLOP/s, bytes of memory, bytes a second
-    that one device sends within a node and between nodes (a 400 or 200 Gbit/s adapter each)."""
+class Device(NamedTuple):
+    """A device by its data sheet."""
 
-    bf16: float
-    float32: float
-    memory: float
-    within: float
-    between: float
-
-    def flops(self, precision: str) -> float:
-        return self.float32 if precision.startswith("32") else self.bf16
+    bf16: float  # dense FLOP/s
+    float32: float  # without TF32
+    memory: float  # bytes
+    within: float  # bytes/s that one device sends within a node
+    between: float  # and between nodes, each device with an adapter of 400 or 200 Gbit/s
 
 
 DEVICES = {
@@ -53,254 +45,225 @@ DEVICES = {
     "rtx4090": Device(165e12, 82.6e12, 24e9, 32e9, 3e9),
 }
 NODE = 8  # devices of a node
-RESERVE = 1.5e9  # bytes that CUDA's context, NCCL and cuBLAS take (not measured)
+RESERVE = 1.5e9  # bytes of CUDA's context, NCCL and cuBLAS (not measured)
 FRAGMENTS = 1.15  # resident over allocated memory on a CPU, measured 1.08 to 1.22 (benchmarks/plan_memory.py)
 
 
-@dataclass(frozen=True)
-class DataShape:
-    """What the data are like. `tokens`: of one pass over all sources, None: not known."""
-
-    fill: float
-    attended: float
-    shares: tuple[float, float, float]
-    tokens: int | None = None
-    measured: bool = False
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The answer. Bytes, tokens, FLOPs and seconds; `parts`: parameters by part of the model."""
+    """Parameters, FLOPs, bytes and seconds of a configuration: `arguments` of `train.py`, and options of `pile plan`.
+    Raises ValueError: an argument or the configuration is invalid."""
 
-    config: Namespace
-    vocabulary: Vocabulary
-    tokenizer_is_there: bool
-    parts: dict[str, int]
-    data: DataShape
-    device_name: str
-    device: Device
-    layout: Layout
-    precision: str
-    utilization: float
-    micro_batch: int
-    accumulated: int
-    steps: int | None
-    flops_per_token: float
-    codec_flops_per_token: float
-    memory: Memory
+    def __init__(
+        self,
+        arguments: list[str],
+        devices: int | None = None,
+        hardware: str = "h100",
+        utilization: float = 0.4,
+        text_tokens: int = 32_762,
+        read_data: bool = False,
+    ) -> None:
+        if not 0 < utilization <= 1:
+            raise ValueError(f"utilization={utilization} must be above 0 and at most 1")
+        self.config = config = parse_config(arguments)
+        self.hardware, self.is_gpu, self.utilization = hardware, hardware != "cpu", utilization
+        self.layout = make_layout(config, devices)
+        precision = str(config.trainer.precision or ("bf16-mixed" if self.is_gpu else fast_precision("cpu")))
+        self.precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision)
+        self.micro_batch, self.accumulated = PileDataModule.micro_batches(config.data, self.layout.data_parallel)
+        spec = config.model.tokenizer
+        self.has_tokenizer = spec == "bytes" or os.path.exists(spec)
+        tokenizer = load_tokenizer(spec) if self.has_tokenizer else ByteTokenizer()
+        if not self.has_tokenizer:
+            tokenizer.size, tokenizer.token_bytes = text_tokens, np.ones(text_tokens, np.int64)
+        model = meta_model(config, tokenizer)
+        self.vocabulary, self.parts = model.vocabulary, count_parts(model)
+        self.parameters = sum(size for part, size in self.parts.items() if part != "codecs")
+        self.fill, self.attended, self.source = 1.0, (config.data.context + 1) / 2, "assumed, --read-data measures"
+        self.epoch_tokens = 0  # unknown
+        used = model.vocabulary.modalities
+        self.fractions = tuple((modality in used) / len(used) for modality in range(len(MODALITIES)))
+        if read_data:
+            self.measure_data(model, tokenizer)
+        self.steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
+        self.tokens_per_step = config.data.global_batch * config.data.context
+        if config.data.epochs is not None and read_data:
+            in_epochs = math.ceil(config.data.epochs * self.epoch_tokens / self.fill / self.tokens_per_step)
+            self.steps = min(in_epochs, self.steps or in_epochs)
+        self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
+        self.flops_per_token = model.flops_per_token(self.attended, self.fractions)
+        self.memory = plan_memory(
+            model,
+            OptimizerConfig(**vars(config.model.optimizer)),
+            self.micro_batch,
+            config.data.context,
+            fractions=self.fractions,
+            accumulated=self.accumulated > 1,
+            precision=self.precision,
+            layout=self.layout,
+            codec_steps=config.model.codec_steps,
+            device="cuda" if self.is_gpu else "cpu",
+        )
+        if self.is_gpu:
+            self.device, self.needed = DEVICES[hardware], self.memory.peak * 1.05 + RESERVE
+        else:
+            rate, memory = measure_matmul_flops(torch.device("cpu")), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            self.device, self.needed = Device(rate, rate, memory, 5e9, 1e9), self.memory.peak * FRAGMENTS
+        self.fits = self.needed <= self.device.memory
+        rate = self.device.float32 if self.precision == "32-true" else self.device.bf16
+        self.seconds_per_step = self.tokens_per_step * self.flops_per_token / (self.layout.devices * rate * utilization)
 
-    @property
-    def language_parameters(self) -> int:
-        return sum(size for part, size in self.parts.items() if part != "codecs")
-
-    @property
-    def tokens_per_step(self) -> int:
-        return int(self.config.data.global_batch * self.config.data.context)
-
-    @property
-    def tokens(self) -> float | None:
-        return None if self.steps is None else self.steps * self.tokens_per_step * self.data.fill
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Of computing alone: at the utilization, which is understood to contain what is lost to waiting."""
-        flops = self.tokens_per_step * (self.flops_per_token + self.codec_flops_per_token)
-        return flops / (self.layout.devices * self.device.flops(self.precision) * self.utilization)
-
-    @property
     def seconds_sending(self) -> float:
-        """What each device sends and receives in a step, one after the other; most of it can hide behind computing.
+        """Time to send gradients (DDP: twice) or weights twice and gradients once for each micro-batch (FSDP2), which overlaps
+        with computing. Tensor parallelism's sums of activations are not included."""
+        if self.layout.data_parallel == 1:
+            return 0.0
+        weights = 2.0 if self.precision == "32-true" else 1.0  # twice, half as wide
+        copies = 2.0 if self.layout.strategy == "ddp" else self.accumulated * (weights + 1)
+        speed = self.device.between if self.layout.devices > NODE else self.device.within
+        return copies * self.memory.gradients * self.layout.shards / speed
 
-        Ring all-reduce (DDP): twice the gradients. FSDP2: weights twice and gradients once for every micro-batch. Tensor
-        parallel: four sums a block over the activations of a micro-batch.
-        """
-        layout, speed = self.layout, self.device.between if self.layout.devices > NODE else self.device.within
-        whole = self.memory.gradients * layout.shards
-        sent = 0.0
-        if layout.data_parallel > 1:
-            half = 0.5 if self.precision == "bf16-mixed" else 1.0
-            sent = {"fsdp": self.accumulated * (2 * half + 1) * whole, "ddp": 2.0 * whole}.get(layout.strategy, 0.0) / speed
-        if layout.tensor_parallel > 1:
-            sizes = self.config.model.backbone.init_args
-            activations = self.micro_batch * self.config.data.context * sizes.width * (4 if self.precision == "32-true" else 2)
-            sent += self.accumulated * sizes.layers * 4 * 2 * activations / self.device.within
-        return sent
+    def measure_data(self, model: FusedLanguageModel, tokenizer: Tokenizer, packs: int = 64) -> None:
+        """Open the shards and assemble some packs."""
+        options = {n: v for n, v in vars(self.config.data).items() if n not in ("vocabulary", "tokenizer", "sources")}
+        sources = {name: Source(**vars(source)) for name, source in self.config.data.sources.items()}
+        data = PileDataModule(sources=sources, vocabulary=model.vocabulary, tokenizer=tokenizer, **options)
+        data.prepare_data()
+        data.setup()
+        batch = data.train_dataset().__getitems__(list(range(packs)))
+        is_token = batch.document >= 0
+        self.fill, self.source = float(is_token.float().mean()), f"from {packs} packs"
+        self.attended = float((batch.position + 1)[is_token].float().mean())
+        self.fractions = tuple(len(targets) / int(is_token.sum()) for targets in batch.targets)
+        self.epoch_tokens = round(data.order.packs_per_epoch * self.config.data.context * self.fill)
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Weights and optimizer of all devices (too much under tensor parallel: its devices hold some of it alike)."""
-        return 4 * sum(self.parts.values()) + self.memory.optimizer * self.layout.shards * self.layout.tensor_parallel
+    def figures(self) -> dict[str, str]:
+        """Name -> figure, one a line."""
+        layout, memory, data = self.layout, self.memory, self.config.data
+        fractions = ", ".join(f"{MODALITIES[m]} {self.fractions[m]:.0%}" for m in self.vocabulary.modalities)
+        batch = f"{self.micro_batch} x {self.accumulated} x {layout.data_parallel}"
+        parallel = f", tensor parallel {layout.tensor_parallel}" if layout.tensor_parallel > 1 else ""
+        each = ", ".join(f"{name} {_bytes(size)}" for name, size in memory._asdict().items() if size and name != "peak")
+        overhead = "CUDA's own and fragments" if self.is_gpu else "memory kept by malloc"
+        speed = f"{self.tokens_per_step / self.seconds_per_step:,.0f} tokens/s at {self.utilization:.0%} utilization"
+        sending = f"; {self.seconds_sending():.3g} s of communication to overlap" if layout.data_parallel > 1 else ""
+        checkpoint = 4 * sum(self.parts.values()) + memory.optimizer * layout.shards * layout.tensor_parallel
+        lines = {
+            "parameters": ", ".join(f"{part} {size:,}" for part, size in self.parts.items() if size),
+            "language model": f"{self.parameters:,} parameters",
+            "data": f"fill {self.fill:.1%}, {self.attended:,.0f} tokens attended to, targets {fractions} ({self.source})",
+            "FLOPs a token": f"{self.flops_per_token / 1e6:,.1f} M forward and backward, without codecs",
+            "step": f"{data.global_batch} packs ({batch}) of {data.context:,}: {self.tokens_per_step:,} tokens",
+            "devices": f"{layout.devices} x {self.hardware}, {layout.strategy}{parallel}, {self.precision}",
+            "memory of a device": f"{_bytes(memory.peak)} at the peak: {each} (gradients grow as activations are freed)",
+            "needed of a device": f"{_bytes(self.needed)} of {_bytes(self.device.memory)}, with {overhead}",
+            "a checkpoint": _bytes(checkpoint),
+            "speed": f"{speed}, {self.seconds_per_step:.3g} s a step{sending}",
+        }
+        if self.steps is not None:
+            passes = f", {self.tokens / self.epoch_tokens:.2f} passes over the data" if self.epoch_tokens else ""
+            ratio, hours = self.tokens / (20 * self.parameters), self.steps * self.seconds_per_step / 3600
+            lines["tokens"] = f"{self.tokens:,.0f} in {self.steps:,} steps{passes}, {ratio:.2f} x Chinchilla's 20 a parameter"
+            unit, size = ("days", 24.0) if hours > 24 else ("hours", 1.0) if hours > 1 else ("minutes", 1 / 60)
+            lines["time"] = f"{hours / size:,.1f} {unit} ({hours * layout.devices:,.1f} device hours)"
+        return lines
 
-    @property
-    def peak_bytes(self) -> float:
-        """What the device has to have: with what malloc keeps, or on CUDA with the runtime's own and 5 % for fragments."""
-        return self.memory.peak * FRAGMENTS if self.device_name == "cpu" else self.memory.peak * 1.05 + RESERVE
+    def warnings(self) -> list[str]:
+        """Warnings by rules of thumb, each with its figure and a fix."""
+        return [text for is_unwise, text in self._rules() if is_unwise]
+
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """(whether to warn, warning)."""
+        layout, model, memory, needed = self.layout, self.config.model, self.device.memory, self.needed
+        million, per_step, optimizer, steps = self.parameters / 1e6, self.tokens_per_step, model.optimizer, self.steps
+        is_deep = self.memory.activations > 0.4 * needed
+        fixes = {
+            f"a smaller data.micro_batch (now {self.micro_batch})": self.micro_batch > 1,
+            "trainer.strategy fsdp2": layout.strategy != "fsdp" and layout.devices > 1,
+            "model.recompute true": is_deep and not model.recompute,
+            "tensor parallelism within a node": is_deep and layout.tensor_parallel == 1 and layout.devices > 1,
+            "trainer.precision bf16-mixed": self.precision == "32-true" and self.is_gpu,
+        }
+        fix = ", ".join(fix for fix, helps in fixes.items() if helps) or "a smaller model"
+        yield not self.fits, f"does not fit: a step needs {_bytes(needed)} of a device with {_bytes(memory)}: {fix}"
+        is_empty = self.is_gpu and self.accumulated > 1 and needed < 0.4 * memory
+        yield is_empty, f"{1 - needed / memory:.0%} of the memory stays empty: a larger data.micro_batch is faster"
+        has_buckets = layout.strategy == "ddp" and self.memory.parallel > 1e9
+        yield has_buckets, f"DDP's buckets take {_bytes(self.memory.parallel)}: set gradient_as_bucket_view=true of DDPStrategy"
+        # nanochat's measured batches: 262k tokens at 42 M parameters, 524k at 70 to 235 M, 1.05 M at 0.3 to 0.9 G.
+        usual = 524_288 * (million / 130) ** 0.5
+        size = f"{per_step:,} tokens a step (usual is {usual:,.0f} for this model)"
+        yield per_step > 4 * usual, f"{size} waste steps: lower data.global_batch"
+        yield layout.devices > 1 and per_step < usual / 4, f"{size} are few: a larger data.global_batch is much faster"
+        each = per_step / layout.devices
+        yield self.is_gpu and each < 4096, f"{each:,.0f} tokens a step and device: too many devices for data.global_batch"
+        sending, computing = self.seconds_sending(), self.seconds_per_step
+        longer = f"communication takes {sending:.2g} s of a step that computes for {computing:.2g} s"
+        yield sending > computing, f"{longer}: fewer devices, or a larger data.micro_batch"
+        fitting = f"{million:,.0f} M parameters fit every device"
+        yield layout.strategy == "fsdp" and million < 300, f"{fitting}: ddp is simpler and sends less than fsdp2"
+        yield steps is None, "the length is unknown: set trainer.max_steps, or let --read-data count the epochs"
+        if steps is not None:
+            ratio, warmup = self.tokens / (20 * self.parameters), optimizer.warmup_steps
+            passes = self.tokens / (self.epoch_tokens or math.inf)
+            yield ratio < 0.25, f"{ratio:.2f} of Chinchilla's tokens: a smaller model trained longer is better at the same cost"
+            yield passes > 4, f"{passes:.0f} passes over the data: after four, repeated tokens teach little (arXiv:2305.16264)"
+            yield warmup > 0.1 * steps, f"{warmup} of {steps:,} steps are warm-up: lower model.optimizer.warmup_steps"
+            yield million > 100 and warmup < 100, f"a warm-up of {warmup} steps is short for {million:,.0f} M parameters"
+        width = getattr(model.backbone.init_args, "width", 0)
+        head = width // getattr(model.backbone.init_args, "heads", width) or 64
+        is_untuned = optimizer.base_width is None and width > 256 and optimizer.name != "sgd"
+        tuned = "set model.optimizer.base_width to the width the rates were tuned at (128 for the defaults)"
+        yield is_untuned, f"rates tuned on a narrow model are too high for the heads at width {width}: {tuned}"
+        yield self.precision.startswith("16"), "float16 overflows where bfloat16 does not: trainer.precision bf16-mixed"
+        if self.is_gpu:
+            unused = 1 - self.device.float32 / self.device.bf16
+            yield self.precision == "32-true", f"float32 leaves {unused:.0%} of the {self.hardware} unused: bf16-mixed"
+            yield width % 128 > 0, f"width {width} is no multiple of 128: matrix units compute whole tiles of 128"
+            yield head not in (1, 64, 128), f"heads of size {head}: attention is fastest with 64 or 128"
+        missing = f"{model.tokenizer} does not exist yet: planned with {self.vocabulary.text_tokens:,} text tokens"
+        yield not self.has_tokenizer, f"{missing} (--text-tokens)"
+        padding = f"{1 - self.fill:.0%} of the positions are padding"
+        yield self.fill < 0.95, f"{padding}: data.context={self.config.data.context} does not suit these documents"
+
+    def __str__(self) -> str:
+        lines = [f"{name:<18}  {text}" for name, text in self.figures().items()]
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings())])
 
 
-def make_plan(
-    arguments: list[str],
-    devices: int | None = None,
-    device: str = "h100",
-    utilization: float = 0.4,
-    strategy: str | None = None,
-    tensor_parallel: int | None = None,
-    text_tokens: int = 32_762,
-    read_data: bool = False,
-) -> Plan:
-    """The plan of a configuration.
-
-    Args:
-        arguments: as `train.py` takes them.
-        devices: of the whole run; None: what the configuration says, else 1.
-        device: one of `DEVICES`, or cpu (measured: this machine).
-        utilization: share of the device's FLOP/s that will be reached.
-        strategy: single, ddp or fsdp; None: what the configuration says.
-        tensor_parallel: devices that share the matrices of a block; None: what the configuration says.
-        text_tokens: size of the tokenizer, where its file is not there yet.
-        read_data: open the shards and look at some packs, instead of assuming full packs of one document each.
-
-    Raises:
-        ValueError: the configuration, or what is asked of it, cannot be.
-    """
-    if not 0 < utilization <= 1:
-        raise ValueError(f"utilization is a share, 0 < utilization <= 1, not {utilization}")
-    config = parse_config(arguments)
-    layout = make_layout(config, devices, strategy, tensor_parallel)
-    precision = config.trainer.precision or (fast_precision("cpu") if device == "cpu" else "bf16-mixed")
-    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(str(precision), str(precision))
-    micro_batch, accumulated = PileDataModule.micro_batches(config.data, layout.data_parallel)
-    tokenizer, is_there = find_tokenizer(config.model.tokenizer, text_tokens)
-    model = meta_model(config, tokenizer)
-    data = look_at_data(config, model, tokenizer) if read_data else assume_data(config, model.vocabulary)
-    steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
-    if config.data.epochs is not None and data.tokens is not None:
-        in_epochs = math.ceil(config.data.epochs * data.tokens / data.fill / config.data.context / config.data.global_batch)
-        steps = min(in_epochs, steps or in_epochs)
-    parts, flops = count_parts(model), model.flops_per_token(data.attended, data.shares)
-    memory = plan_memory(
-        model,
-        OptimizerConfig(**vars(config.model.optimizer)),
-        micro_batch,
-        config.data.context,
-        shares=data.shares,
-        accumulated=accumulated > 1,
-        precision=precision,
-        layout=layout,
-        codec_steps=config.model.codec_steps,
-        device="cpu" if device == "cpu" else "cuda",
-    )
-    return Plan(
-        config, model.vocabulary, is_there, parts, data, device, find_device(device), layout, precision, utilization,
-        micro_batch, accumulated, steps, flops, codec_flops(config, data), memory,
-    )  # fmt: skip
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
-def find_device(name: str) -> Device:
-    if name != "cpu":
-        return DEVICES[name]
-    rate = measure_matmul_flops(torch.device("cpu"))
-    return Device(rate, rate, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 5e9, 1e9)
-
-
-def make_layout(config: Namespace, devices: int | None, strategy: str | None, tensor_parallel: int | None) -> Layout:
-    """From the trainer's options, unless they are given."""
-    trainer = config.trainer
-    devices = count_devices(trainer) if devices is None else devices
-    chosen = trainer.strategy
+def make_layout(config: Namespace, devices: int | None) -> Layout:
+    """Read the trainer's options."""
+    chosen = config.trainer.strategy
+    devices = count_devices(config.trainer) if devices is None else devices
     options = {} if isinstance(chosen, str) else vars(getattr(chosen, "init_args", None) or Namespace())
     name = (chosen if isinstance(chosen, str) else chosen.class_path).lower()
-    if strategy is None:
-        sharded = any(word in name for word in ("fsdp", "modelparallel", "sharded"))
-        strategy = "fsdp" if sharded else "ddp" if devices > 1 else "single"
-    size = options.get("tensor_parallel_size", 1)
-    parallel = tensor_parallel or (size if isinstance(size, int) else 1)
+    is_sharded = any(word in name for word in ("fsdp", "modelparallel", "sharded"))
+    parallel = options.get("tensor_parallel_size", 1)
     if devices < 1 or parallel < 1 or devices % parallel:
-        raise ValueError(f"tensor_parallel={parallel} must divide the {devices} devices")
-    if parallel > 1 and strategy != "fsdp":
-        raise ValueError(f"tensor_parallel={parallel} needs the strategy fsdp, not {strategy}")
-    if strategy == "single" and devices > 1:
-        raise ValueError(f"{devices} devices need a strategy: ddp or fsdp")
-    return Layout(strategy, devices, parallel, bool(options.get("gradient_as_bucket_view", False)))  # type: ignore[arg-type]
-
-
-class _PlannedTokenizer(ByteTokenizer):
-    """Stands for a tokenizer that is not there yet, of which only the size is known."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.fingerprint = size, "planned"
-        self.token_bytes = np.ones(size, np.int64)
-
-
-def find_tokenizer(spec: str, text_tokens: int) -> tuple[Tokenizer, bool]:
-    """(the tokenizer or one of that size, whether it is there)."""
-    if spec == "bytes" or os.path.exists(spec):
-        return load_tokenizer(spec), True
-    return _PlannedTokenizer(text_tokens), False
+        raise ValueError(f"tensor_parallel_size={parallel} must divide the {devices} devices")
+    strategy: Any = "fsdp" if is_sharded else "ddp" if devices > 1 else "single"
+    return Layout(strategy, devices, parallel, bool(options.get("gradient_as_bucket_view", False)))
 
 
 def meta_model(config: Namespace, tokenizer: Tokenizer) -> FusedLanguageModel:
-    """The model of a configuration, with shapes and without numbers."""
+    """Build the model on the meta device."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=Backbone)
-    image, audio = codec_configs(config)
     with torch.device("meta"):
-        backbone = parser.instantiate_classes(Namespace(backbone=config.model.backbone)).backbone
+        backbone = parser.instantiate(Namespace(backbone=config.model.backbone)).backbone
         backbone.recompute = config.model.recompute
-        return FusedLanguageModel(backbone, tokenizer, image, audio, config.model.dropout)
+        return FusedLanguageModel(backbone, tokenizer, *codec_configs(config), config.model.dropout)
 
 
 def count_parts(model: FusedLanguageModel) -> dict[str, int]:
-    """Parameters by part."""
-    matrices = sum(p.numel() for p in model.backbone.parameters() if p.dim() >= 2)
-    parts = {
-        "embeddings": sum(p.numel() for p in model.embeddings.parameters())
-        + model.image_rows.numel() + model.image_columns.numel(),
-        "heads": sum(p.numel() for p in model.heads.parameters()),
-        "backbone matrices": matrices,
-        "backbone vectors": sum(p.numel() for p in model.backbone.parameters()) - matrices,
-        "codecs": sum(p.numel() for codec in model.codecs.values() for p in codec.parameters()),
-    }  # fmt: skip
-    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    """Parameters by part of the model."""
+    parts = dict.fromkeys(("embeddings", "heads", "backbone matrices", "backbone vectors", "codecs"), 0)
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        if part == "backbone":
+            part = "backbone matrices" if parameter.dim() >= 2 else "backbone vectors"
+        parts[part if part in parts else "codecs" if part.endswith("codec") else "embeddings"] += parameter.numel()
     return parts
-
-
-def assume_data(config: Namespace, vocabulary: Vocabulary) -> DataShape:
-    """Packs full of one document each, which attends to the most, and as many targets of each modality."""
-    used = vocabulary.modalities
-    text, image, audio = ((modality in used) / len(used) for modality in range(len(MODALITIES)))
-    return DataShape(1.0, (config.data.context + 1) / 2, (text, image, audio))
-
-
-def look_at_data(config: Namespace, model: FusedLanguageModel, tokenizer: Tokenizer, packs: int = 64) -> DataShape:
-    """Opens the shards, and assembles some packs."""
-    values = {name: value for name, value in vars(config.data).items() if name not in ("vocabulary", "tokenizer", "sources")}
-    sources = {name: Source(**vars(source)) for name, source in config.data.sources.items()}
-    data = PileDataModule(sources=sources, vocabulary=model.vocabulary, tokenizer=tokenizer, **values)
-    data.prepare_data()
-    data.setup()
-    dataset = data.train_dataset()
-    batch = dataset.__getitems__(list(range(packs)))
-    places = (batch.document >= 0).sum().item()
-    targets = [len(places_of) for places_of in batch.targets]
-    text, image, audio = (count / places for count in targets)
-    packs_per_epoch = data.order.packs_per_epoch
-    fill = places / batch.document.numel()
-    attended = float((batch.position + 1)[batch.document >= 0].float().mean())
-    return DataShape(fill, attended, (text, image, audio), round(packs_per_epoch * config.data.context * fill), True)
-
-
-def codec_flops(config: Namespace, data: DataShape) -> float:
-    """FLOPs of the frozen codecs for one token of the stream: counted while they encode one image and one second of sound."""
-    total = 0.0
-    image, audio = codec_configs(config)
-    with FlopCounterMode(display=False) as counter:
-        if image:
-            codes = ImageCodec(image).encode(torch.zeros(1, image.channels, image.size, image.size, dtype=torch.uint8))
-            total = data.shares[IMAGE] * counter.get_total_flops() / codes.numel()
-    with FlopCounterMode(display=False) as counter:
-        if audio:
-            count = audio.sample_rate // audio.samples_per_token
-            codes = AudioCodec(audio).encode(torch.zeros(count, audio.samples_per_token), torch.tensor([count]))
-            total += data.shares[AUDIO] * counter.get_total_flops() / codes.numel()
-    return total

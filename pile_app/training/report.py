@@ -1,13 +1,9 @@
-"""One page about one run: `write_report(Path("runs/digits"))` writes `runs/digits/report.html` and returns its path.
+"""One page about a run: `write_report(Path("runs/digits"))` writes `runs/digits/report.html`.
 
-The page carries its styles, charts (SVG), images and sounds (`data:` URIs) in itself, so that it can be mailed, kept beside the
-weights and opened without a network. It is made from what lies in the run folder; what is missing is left out:
-
-    metrics.csv                     the curves, as Lightning's CSVLogger writes them; `CHARTS` says where each is drawn
-    summary.json                    the final figures; `FIGURES` says what each means
-    config.yaml                     the resolved configuration
-    samples/{evaluation,step-N}/    samples.json, a list of {"title", "prompt", "outputs", "references"}, with its PNG and WAV
-                                    files; a part is {"modality": "text", "text": ...} or {"modality": "image", "file": ...}
+The page contains its styles, charts (SVG), images and sounds (`data:` URIs), so it can be mailed and opened without a network.
+It shows the files of the run folder that exist: metrics.csv (the curves, see `CHARTS`), summary.json (final figures, see
+`FIGURES`), config.yaml, and samples/{evaluation,step-N}/samples.json: a list of {"title", "prompt", "outputs", "references"} of
+parts, {"modality": "text", "text": ...} or {"modality": "image", "file": ...}.
 """
 
 from __future__ import annotations
@@ -19,86 +15,56 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pile_app.documents import BadSample
 from pile_app.media import audio_size, image_size
 
-JUDGED = "of what was made is recognised as what was asked for, by a judge trained on real media only"
-FIGURES = {  # key in summary.json: label, unit, meaning
-    "image_to_text_accuracy": ("Image → text", "%", "of unseen images are named right"),
-    "audio_to_text_accuracy": ("Sound → text", "%", "of unseen sounds are named right"),
-    "text_to_image_accuracy": ("Text → image", "%", JUDGED),
-    "text_to_audio_accuracy": ("Text → sound", "%", JUDGED),
-    "unseen_image_to_text_top5": (
-        "Unseen combinations → text",
-        "%",
-        "of never seen drawings: right name among the five likeliest",
-    ),
-    "unseen_image_to_text_raised_top5": (
-        "Unseen combinations → text, prior taken off",
-        "%",
-        "of never seen drawings: right name among the five that the drawing makes likelier than the others",
-    ),
-    "unseen_image_to_text_accuracy": ("Unseen combinations → text, exactly", "%", "are named right, letter by letter"),
-    "unseen_text_to_image_accuracy": ("Unseen combinations → image", "%", JUDGED),
-    "unseen_text_to_image_top5": ("Unseen combinations → image, five guesses", "%", JUDGED),
-    "unseen_image_codec_accuracy": ("Unseen combinations through the codec", "%", "are recognised by the judge"),
-    "image_to_text_top5": ("Image → text, five guesses", "%", "of unseen images: the right name is among the five likeliest"),
-    "image_to_text_raised_top5": ("Image → text, five guesses, prior taken off", "%", "of unseen images: the same"),
-    "text_to_image_top5": ("Text → image, five guesses", "%", JUDGED),
-    "text_to_audio_top5": ("Text → sound, five guesses", "%", JUDGED),
-    "image_codec_accuracy": ("Images through the codec", "%", "are recognised by the judge: as far as generation can get"),
-    "audio_codec_accuracy": ("Sounds through the codec", "%", "are recognised by the judge: as far as generation can get"),
-    "image_judge_accuracy": ("Real images", "%", "are recognised by the judge"),
-    "audio_judge_accuracy": ("Real sounds", "%", "are recognised by the judge"),
-    "text_bits_per_byte": ("Text", "bits a byte", "to encode unseen text with the model; less is better"),
-    "text_bits_per_byte_xz": ("Text with xz", "bits a byte", "to encode the same text with the compressor xz"),
-    "text_bits_per_byte_zstd": ("Text with zstd", "bits a byte", "to encode the same text with the compressor zstd"),
-    "text_conditioning_gain": ("Use of the condition", "nats a token", "that a wrong image or sound adds to a text's loss"),
-    "image_psnr": ("Image codec", "dB", "peak signal-to-noise ratio of unseen images through the codec; more is better"),
-    "image_code_use": ("Image codes in use", "%", "of all image codes occur in unseen images"),
-    "audio_code_use": ("Sound codes in use", "%", "of all sound codes occur in unseen sounds"),
-    "parameters": ("Parameters", "", "learned numbers"),
-    "steps": ("Steps", "", "of the optimizer"),
-    "tokens": ("Tokens", "", "trained on, all modalities"),
-    "train_seconds": ("Training time", "s", "by the clock on the wall"),
-    "tokens_per_second": ("Throughput", "tokens/s", "mean over the training"),
-    "peak_memory_bytes": ("Peak memory", "bytes", "held at once"),
-}
-LOSS_UNITS = ("nats a token", "bits a byte", "reconstruction loss")
+FIGURES = (  # pattern of a key in summary.json, unit, meaning; the first match counts
+    (r"\w*_to_text_accuracy", "%", "of unseen media are named right, letter by letter"),
+    (r"\w*_to_text\w*_top5", "%", "of unseen media: the right name is among the five likeliest (raised: frequency taken off)"),
+    (r"\w*_to_(image|audio)_\w+", "%", "is recognised as what was asked for, by a judge trained on real media only"),
+    (r"\w*_codec_accuracy", "%", "of media through the codec are recognised by the judge: the most that generation can reach"),
+    (r"\w*_judge_accuracy", "%", "of real media are recognised by the judge"),
+    (r"text_bits_per_byte(_\w+)?", "bits per byte", "to encode unseen text (xz, zstd: with that compressor); less is better"),
+    (r"text_conditioning_gain", "nats per token", "that a wrong image or sound adds to a text's loss"),
+    (r"image_psnr", "dB", "peak signal-to-noise ratio of unseen images through the codec; more is better"),
+    (r"\w+_code_use", "%", "of all codes occur in unseen media"),
+    (r"parameters|steps|tokens", "", ""),
+    (r"train_seconds", "s", "wall-clock"),
+    (r"tokens_per_second", "tokens/s", "mean over the training"),
+    (r"peak_memory_bytes", "bytes", "held at once"),
+    (r"(?s).*", "", ""),
+)
+LOSS_UNITS = ("nats per token", "bits per byte", "reconstruction loss")
 STATUS = ("device", "steps", "tokens", "train_seconds", "tokens_per_second", "parameters")
-HEADLINE = {  # the figures on top: key, and what it is held against
+HEADLINE = {  # figures on top, each with the figure to compare it with
     "image_to_text_accuracy": "image_judge_accuracy", "audio_to_text_accuracy": "audio_judge_accuracy",
     "text_to_image_accuracy": "image_codec_accuracy", "text_to_audio_accuracy": "audio_codec_accuracy",
-    "image_to_audio_accuracy": "audio_codec_accuracy",
-    "unseen_image_to_text_top5": "unseen_image_to_text_accuracy",
-    "unseen_text_to_image_accuracy": "unseen_image_codec_accuracy",
-    "text_bits_per_byte": "text_bits_per_byte_xz", "image_psnr": "", "text_conditioning_gain": "",
+    "image_to_audio_accuracy": "audio_codec_accuracy", "unseen_image_to_text_top5": "unseen_image_to_text_accuracy",
+    "unseen_text_to_image_accuracy": "unseen_image_codec_accuracy", "text_bits_per_byte": "text_bits_per_byte_xz",
+    "image_psnr": "", "text_conditioning_gain": "",
 }  # fmt: skip
-CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; the first that matches counts
-    (r"(train|validation)/loss", "Loss", "All modalities", r"\1", "nats a token"),
-    (r"(train|validation)/(\w+)(?<!_codec)_loss", "Loss", r"\2", r"\1", "nats a token"),
-    (r"(train|validation)/(\w+)_bits_per_byte", "Loss", r"\2, bits a byte", r"\1", "bits a byte"),
+CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; the first match counts
+    (r"(train|validation)/loss", "Loss", "All modalities", r"\1", "nats per token"),
+    (r"(train|validation)/(\w+)(?<!_codec)_loss", "Loss", r"\2", r"\1", "nats per token"),
+    (r"(train|validation)/(\w+)_bits_per_byte", "Loss", r"\2, bits per byte", r"\1", "bits per byte"),
     (r"(train|validation)/(\w+)_codec_loss", "Loss", "Codecs", r"\2, \1", "reconstruction loss"),
-    (r"(train|validation)/source/(\w+)_loss", "Loss", "By source", r"\2, \1", "nats a token"),
+    (r"(train|validation)/source/(\w+)_loss", "Loss", "By source", r"\2, \1", "nats per token"),
     (r"learning_rate/(.+)|lr-(.+)", "Learning rate and speed", "Learning rate", r"\1\2", "learning rate"),
     (r"throughput/(.+)", "Learning rate and speed", r"\1", "", r"\1"),
     (r"data/(.+)", "Data", r"\1", "", r"\1"),
     (r"((?:train|validation)?)/?(.+)", "Other measurements", r"\2", r"\1", r"\2"),
 )
-MIME = {
-    ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif",
-    ".bmp": "image/bmp", ".avif": "image/avif", ".jpe": "image/jpeg", ".jfif": "image/jpeg", ".tiff": "image/tiff",
-    ".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".mp3": "audio/mpeg", ".opus": "audio/ogg",
-    ".m4a": "audio/mp4", ".aac": "audio/aac", ".webm": "audio/webm",
-}  # fmt: skip
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".m4a", ".aac", ".webm")
+MIME = {".jpg": "jpeg", ".jpe": "jpeg", ".jfif": "jpeg", ".mp3": "mpeg", ".opus": "ogg", ".m4a": "mp4"}  # else as the suffix
 STYLE = """
 :root{color-scheme:light dark;--page:#fafaf8;--card:#fff;--ink:#20242a;--soft:#666e79;--line:#e2e4e1;--c0:#2f6fb5;--c1:#d9702b;
 --c2:#2e9268;--c3:#a2508f;--c4:#8a7422;--c5:#5a6b7c}@media(prefers-color-scheme:dark){:root{--page:#15181c;--card:#1d2126;
@@ -123,7 +89,7 @@ fill:var(--soft);font-size:11px}svg path{stroke:var(--line)}polyline{fill:none;s
 stroke-linecap:round}.raw{opacity:.2}i{display:inline-block;width:.9rem;height:3px;vertical-align:middle}figcaption i{
 margin-right:.35rem}figcaption span{display:inline-block}@media print{audio,nav{display:none}body{padding:0}}
 """
-# The policy lets the browser itself see to it that nothing is loaded from elsewhere and no script of a sample runs.
+# With this policy the browser loads nothing from elsewhere and runs no script of a sample.
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta
 http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:">
 <title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p><nav>{links}</nav>{body}</html>
@@ -131,55 +97,56 @@ http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'uns
 
 
 def write_report(run: Path) -> Path:
-    """Write `run/report.html`. Raises ValueError where `summary.json` or a `samples.json` is there and cannot be read."""
+    """Write `run/report.html` and return its path. Raises ValueError if `summary.json` or a `samples.json` cannot be read."""
     summary: dict[str, Any] = read_json(run / "summary.json", dict)
     charts = draw_charts(read_curves(run / "metrics.csv"))
-    steps = sorted((int(path.parent.name[5:]), path.parent) for path in run.glob("samples/step-*/samples.json"))
-    some = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, 6)})] if steps else []
-    evaluation = sample_cards({"made": run / "samples/evaluation"}, "references")
+    steps = {int(path.parent.name[5:]): path.parent for path in run.glob("samples/step-*/samples.json")}
+    some = sorted(steps)[:: -max(1, -(-len(steps) // 6))][::-1]  # six at most, the last included
+    evaluation = run / "samples/evaluation"
+    made = evaluation if (evaluation / "samples.json").exists() else steps[max(steps)] if steps else evaluation
     config = (run / "config.yaml").read_text("utf-8") if (run / "config.yaml").exists() else ""
     versions = {"git_revision": summary.pop("git_revision", None)} | (summary.pop("versions", None) or {})
-    bad = [
-        [escape(source), escape(why), when, short(n)]
+    rejected = [
+        [escape(source), escape(reason), when, short(count)]
         for name, when in (("rejected_when_indexed", "when indexed"), ("quarantined", "when read"))
         for source, reasons in (summary.pop(name, None) or {}).items()
-        for why, n in reasons.items()
+        for reason, count in reasons.items()
     ]
+    keys = sorted(summary, key=lambda key: (find_row(FIGURES, key)[0], key))
+    results = [[label(key), figure(key, summary[key]), find_row(FIGURES, key)[2][1]] for key in keys]
     sections = {
-        "What it made": evaluation or sample_cards({"made": steps[-1][1]} if steps else {}, "references"),
-        "Progress over training": sample_cards({f"step {step:,}": path for step, path in some}, least=3, style="steps"),
+        "What it made": sample_cards({"made": made}, "references"),
+        "Progress over training": sample_cards({f"step {step:,}": steps[step] for step in some}, least=3, style="steps"),
         "Loss": charts["Loss"],
-        "Results": results(summary),
+        "Results": table(["", "", "meaning"], results),
         "Learning rate and speed": charts["Learning rate and speed"],
-        "Data": charts["Data"] + table(["source", "set aside because", "", "samples"], bad),
+        "Data": charts["Data"] + table(["source", "rejected because", "", "samples"], rejected),
         "Other measurements": charts["Other measurements"],
         "Configuration": config and f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>",
         "Versions": table(["", ""], [[escape(name), figure("", value)] for name, value in versions.items() if value]),
     }
-    sections = {name: content for name, content in sections.items() if content}
+    shown = [(name, content) for name, content in sections.items() if content]
     facts = [f"<span><b>{figure(key, summary[key])}</b> {label(key).lower()}</span>" for key in STATUS if key in summary]
-    links = "".join(f'<a href="#{i}">{name}</a>' for i, name in enumerate(sections))
-    body = "".join(f'<h2 id="{i}">{name}</h2>{content}' for i, (name, content) in enumerate(sections.items()))
-    page = PAGE.format(
-        title=escape(run.resolve().name), status="".join(facts), links=links, body=headline(summary) + body, style=STYLE
-    )
+    links = "".join(f'<a href="#{i}">{name}</a>' for i, (name, _) in enumerate(shown))
+    body = headline(summary) + "".join(f'<h2 id="{i}">{name}</h2>{content}' for i, (name, content) in enumerate(shown))
+    page = PAGE.format(title=escape(run.resolve().name), status="".join(facts), links=links, body=body, style=STYLE)
     (run / "report.html").write_text(page, "utf-8", errors="backslashreplace")
     return run / "report.html"
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The list or dictionary in a file; empty where there is no file."""
+    """Read a list or dictionary; empty if there is no file."""
     try:
         content = json.loads(path.read_text("utf-8")) if path.exists() else kind()
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): write it again, or delete it and do without") from error
+        raise ValueError(f"{path} is not readable JSON ({error}): delete it or write it again") from error
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__} where a {kind.__name__} belongs")
     return content
 
 
 def read_curves(path: Path) -> dict[str, dict[int, float]]:
-    """Column → {step: value} of a CSVLogger file; a step logged twice (after a resume) keeps its last value."""
+    """Column → {step: value} of a file of CSVLogger; the last value of a step counts (resuming repeats steps)."""
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for row in csv.DictReader(path.read_text("utf-8").splitlines()) if path.exists() else ():
         for name in row.keys() - {"step", "epoch", None}:
@@ -188,8 +155,13 @@ def read_curves(path: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
+def find_row(rows: Sequence[tuple[str, ...]], name: str) -> tuple[int, re.Match[str], tuple[str, ...]]:
+    """Index of the first row whose pattern matches a name, the match, and the rest of the row."""
+    return next((i, match, row[1:]) for i, row in enumerate(rows) if (match := re.fullmatch(row[0], name)))
+
+
 def label(key: str) -> str:
-    return FIGURES[key][0] if key in FIGURES else escape(key.replace("_", " ").capitalize())
+    return escape(key.replace("_to_", " → ").replace("audio", "sound").replace("_", " ").capitalize())
 
 
 def figure(key: str, value: Any) -> str:
@@ -198,32 +170,23 @@ def figure(key: str, value: Any) -> str:
         return ", ".join(f"{escape(name)} {figure('', part)}" for name, part in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    unit = FIGURES[key][1] if key in FIGURES else ""
+    unit = find_row(FIGURES, key)[2][0]
     scale, unit = {"%": (100, "%"), "bytes": (2**-30, "GiB"), "s": (1 / 60, "min")}.get(unit, (1, unit))
     return f"{short(value * scale)} <small>{unit}</small>" if unit else short(value)
 
 
 def short(value: float) -> str:
     """Three or four digits: 0.0123, 97.25, 1,250, 12.5M."""
-    size, letter = next(
-        ((size, letter) for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if abs(value) >= size), (1, "")
-    )
+    size, letter = next((unit for unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if abs(value) >= unit[0]), (1, ""))
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value / size:.{3 if letter else 4}g}{letter}"
 
 
 def headline(summary: dict[str, Any]) -> str:
     cards = ""
-    for key, rival in ((key, rival) for key, rival in HEADLINE.items() if key in summary):
-        beside = f"<small>{label(rival)}: {figure(rival, summary[rival])}</small>" if rival in summary else ""
-        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{beside}</div>'
+    for key, other in ((key, other) for key, other in HEADLINE.items() if key in summary):
+        note = f"<small>{label(other)}: {figure(other, summary[other])}</small>" if other in summary else ""
+        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{note}</div>'
     return f'<div class="grid">{cards}</div>'
-
-
-def results(summary: dict[str, Any]) -> str:
-    """Every figure there is: those of FIGURES in its order, then those that it does not know."""
-    keys = [*(key for key in FIGURES if key in summary), *(key for key in summary if key not in FIGURES)]
-    rows = [[label(key), figure(key, summary[key]), FIGURES[key][2] if key in FIGURES else ""] for key in keys]
-    return table(["", "", "what it means"], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -234,7 +197,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def sample_cards(folders: dict[str, Path], *extra: str, least: int = 2, style: str = "made") -> str:
-    """Under each title a card a prompt: what the samples of each folder answer to it; `least` parts make a card."""
+    """Under each title one card a prompt with the outputs of each folder; cards of fewer than `least` parts are skipped."""
     titles: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, folder in folders.items():
         for sample in read_json(folder / "samples.json", list):
@@ -275,7 +238,8 @@ def medium(part: dict[str, Any], folder: Path, link: str | None = None, least: i
 
 
 def data_uri(suffix: str, content: bytes) -> str:
-    return f"data:{MIME.get(suffix, 'application/octet-stream')};base64,{base64.b64encode(content).decode()}"
+    kind = "audio" if suffix in SOUNDS else "image"
+    return f"data:{kind}/{MIME.get(suffix, suffix[1:])};base64,{base64.b64encode(content).decode()}"
 
 
 def spectrogram(waveform: np.ndarray, window: int = 256, columns: int = 160) -> bytes:
@@ -285,9 +249,7 @@ def spectrogram(waveform: np.ndarray, window: int = 256, columns: int = 160) -> 
     frames = waveform[starts[:, None] + np.arange(window)] * np.hanning(window)  # (columns, window)
     decibels = 20 * np.log10(np.abs(np.fft.rfft(frames)).T[:0:-1] + 1e-5)  # (window / 2, columns)
     image = Image.fromarray(np.clip(255 * (1 + (decibels - decibels.max()) / 70), 0, 255).astype(np.uint8))
-    colors = ((22, 70, 170, 240, 255), (20, 40, 60, 140, 240), (48, 120, 110, 70, 180))  # red, green, blue from silent to loud
-    ramp = [np.interp(np.arange(256), np.linspace(0, 255, 5), channel) for channel in colors]
-    image.putpalette(np.stack(ramp, 1).astype(np.uint8).tobytes())
+    image = ImageOps.colorize(image, "#14142f", "#fff0b4", mid="#aa3c6e")
     image.save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
@@ -296,8 +258,8 @@ def draw_charts(curves: dict[str, dict[int, float]]) -> dict[str, str]:
     """Section → its charts, in the order of CHARTS, and text before images before sound."""
     charts: dict[tuple[int, str, str, str], dict[str, np.ndarray]] = defaultdict(dict)
     for name in sorted(curves, key=lambda name: ("text" not in name, "image" not in name, name)):
-        order, match = next((i, match) for i, row in enumerate(CHARTS) if (match := re.fullmatch(row[0], name)))
-        section, title, curve, unit = (match.expand(part).replace("_", " ") for part in CHARTS[order][1:])
+        order, match, row = find_row(CHARTS, name)
+        section, title, curve, unit = (match.expand(part).replace("_", " ") for part in row)
         charts[order, section, title, unit][curve] = np.array(sorted(curves[name].items()))  # (N, 2): step, value
     page: dict[str, str] = defaultdict(str)
     for (_, section, title, unit), lines in sorted(charts.items(), key=lambda item: item[0][0]):
@@ -306,7 +268,7 @@ def draw_charts(curves: dict[str, dict[int, float]]) -> dict[str, str]:
 
 
 def line_chart(title: str, unit: str, curves: dict[str, np.ndarray], width: int = 480, height: int = 190) -> str:
-    """Curves (N, 2) of steps and values as an SVG figure: means over a 40th of them over faint measured values."""
+    """Curves (N, 2) of steps and values as an SVG figure: means over a 40th of the points, over the faint points."""
     means = {}
     for name, curve in curves.items():
         window = np.ones(1 if unit == "learning rate" else 1 + 2 * (len(curve) // 80))
@@ -325,7 +287,7 @@ def line_chart(title: str, unit: str, curves: dict[str, np.ndarray], width: int 
         thin = curve[np.linspace(0, len(curve) - 1, min(len(curve), 400)).astype(int)].clip([0, low], None)
         x, y = width * thin[:, 0] / last, height * (bend(high) - bend(thin[:, 1])) / (bend(high) - bend(low))
         points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)]
-        return " ".join([points[0], *points])  # the first one twice, so that a curve of one point shows as a dot
+        return " ".join([points[0], *points])  # a curve of one point is drawn as a dot
 
     lines = keys = grid = ""
     for i, (name, mean) in enumerate(means.items()):

@@ -1,4 +1,4 @@
-"""A run is a folder: `runs/<name>/`. What is in it, and how it is picked up again.
+"""A run is a folder `runs/<name>/`: its files, its loggers, and how its settings may change when it is continued.
 
 config.yaml  tokenizer.json  checkpoints/{last,best}.ckpt  metrics.csv  samples/  wandb/  quarantine.jsonl  summary.json
 report.html
@@ -11,19 +11,20 @@ import ctypes
 import io
 import json
 import logging
+import math
 import os
 import platform
-import resource
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -32,13 +33,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from pile_app.training.callbacks import count_quarantined
+from pile_app.data.files import whole_file
+from pile_app.documents import MODALITIES
+from pile_app.training.callbacks import count_quarantined, ends_step
+from pile_app.training.checkpoints import read_state
+from pile_app.training.load import TOKENIZER
 from pile_app.training.module import PileModule
-from pile_app.training.resume import TOKENIZER
-from pile_app.training.sharded import write_durably
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+from pile_app.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -46,24 +47,24 @@ PACKAGES = ("lightning", "torch", "torchvision", "torchaudio", "torchmetrics", "
 
 
 def keep_freed_memory() -> None:
-    """Lets malloc keep what it was given back, for training on a CPU: as glibc comes, large tensors go back to the system and
-    are got anew, page by page and zeroed, 700,000 pages in a step of 50 M parameters (docs/benchmarks.md)."""
+    """Let malloc keep freed memory, for training on a CPU. By default glibc returns large tensors to the system and gets them
+    back page by page and zeroed, 700,000 pages in a step of 50 M parameters."""
     if sys.platform != "linux":
         return
     with suppress(AttributeError):  # musl has no such option
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before they are given back
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before they are returned
 
 
 class _MetricsFile(ExperimentWriter):
-    """Adds to the metrics that are in the folder; Lightning's deletes them."""
+    """Append to the metrics in the folder; Lightning's deletes them."""
 
     def _check_log_dir_exists(self) -> None:
         self._read()
 
     def _read(self) -> list[dict[str, str]]:
-        """Its rows, but for one that a kill left unfinished; new ones will have their columns."""
+        """Return the rows, except an unfinished last one; new rows will have their columns."""
         path = Path(self.metrics_file_path)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         reader = csv.DictReader(line for line in lines if line.endswith("\n"))
@@ -71,15 +72,15 @@ class _MetricsFile(ExperimentWriter):
         return list(reader)
 
     def keep_until(self, step: int) -> None:
-        """Drops what was logged from optimizer step `step` on: what a killed run logged after its checkpoint comes anew."""
+        """Drop what a killed process logged after its last checkpoint, at optimizer step `step`."""
         kept = [row for row in self._read() if int(row["step"]) < step]
-        if not self.metrics_keys:
-            return
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.metrics_keys)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_durably(Path(self.metrics_file_path), text.getvalue().encode())
+        if self.metrics_keys:
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(kept)
+            with whole_file(self.metrics_file_path, durable=True) as file:
+                file.write(text.getvalue().encode())
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -97,62 +98,37 @@ class ResumableCSVLogger(CSVLogger):
 
 
 def make_loggers(run: Path, wandb_project: str | None) -> list[Logger]:
-    """The CSV logger and, where a project is named, W&B's."""
-    return [ResumableCSVLogger(run), *([make_wandb_logger(run, wandb_project)] if wandb_project is not None else [])]
-
-
-def make_wandb_logger(run: Path, project: str) -> WandbLogger:
-    """Online with a key, offline without, never asking. The same run folder is the same W&B run."""
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    if mode == "offline":
-        os.environ.setdefault("WANDB_SILENT", "true")
-    identity = run / "wandb" / "id"
-    if not identity.exists():
-        identity.parent.mkdir(parents=True, exist_ok=True)
-        identity.write_text(uuid.uuid4().hex[:8])
-    return WandbLogger(
-        name=run.name,
-        project=project,
-        id=identity.read_text(),
-        save_dir=str(run),
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        settings=wandb.Settings(silent=mode != "online", console="off"),
-    )
+    """Return the CSV logger and, if a project is named, W&B's."""
+    return [ResumableCSVLogger(run), *([WandbRun(run, wandb_project)] if wandb_project is not None else [])]
 
 
 class RunFolder(Callback):
-    """Keeps the resolved config (YAML) and the time spent, over all attempts."""
+    """Write the configuration, the tokenizer and the summary of a run, and count its time and tokens over all attempts."""
 
     def __init__(self, run: Path, config: str) -> None:
-        self.run = run
-        self.config = config
-        self.train_seconds = 0.0
-        self.tokens = 0
-        self._uncounted: torch.Tensor | None = None  # on the device: to read it is to wait for it
+        self.run, self.config = run, config
+        self.train_seconds, self.tokens = 0.0, 0
+        self._uncounted: torch.Tensor | None = None  # stays on the device, since reading it would wait
         self._began: float | None = None
         self.has_begun = False
+        self.validation: tuple[int, dict[str, float]] = (-1, {})  # the last one: its optimizer step, its metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self._elapsed(), "tokens": self._count()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds, self.tokens = state_dict["train_seconds"], state_dict["tokens"]
 
     def _count(self) -> int:
         if self._uncounted is not None:
             self.tokens, self._uncounted = self.tokens + int(self._uncounted), None
         return self.tokens
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.train_seconds = state_dict["train_seconds"]
-        self.tokens = state_dict["tokens"]
-
     def _elapsed(self) -> float:
         return self.train_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not before: a run that is refused leaves the folder as it is."""
+        """Write into the folder; not earlier, since a run that is refused must not change it."""
         self._began, self.has_begun = time.perf_counter(), True
         if not trainer.is_global_zero:
             return
@@ -164,68 +140,91 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
                 logger.experiment.keep_until(trainer.global_step)
+            elif isinstance(logger, WandbRun):  # after metrics.csv, from which it takes the steps before
+                logger.start(yaml.safe_load(self.config), trainer.global_step)
             else:
                 logger.log_hyperparams(yaml.safe_load(self.config))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            targets = batch.normalizer.double()
+        if ends_step(trainer, batch_idx):
+            targets = batch.normalizer.long()
             self._uncounted = targets if self._uncounted is None else self._uncounted + targets
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics.items()
+        self.validation = trainer.global_step, {name: float(v) for name, v in metrics if name.startswith("validation/")}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
 
-    def write_summary(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> Path:
-        """`summary.json`: final figures under flat keys, for machines and for the report."""
-        assert isinstance(pl_module, PileModule)
-        model = pl_module.model
-        codecs = sum(p.numel() for codec in model.codecs.values() for p in codec.parameters())
-        everything = sum(p.numel() for p in model.parameters())
-        device = pl_module.device
-        on_gpu = device.type == "cuda"
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        kind = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    def write_summary(self, trainer: Trainer, module: PileModule, figures: dict[str, Any]) -> None:
+        """Write `summary.json`: final figures under flat keys, for machines and for the report."""
+        codecs = sum(p.numel() for codec in module.model.codecs.values() for p in codec.parameters())
+        everything = sum(p.numel() for p in module.model.parameters())
+        on_gpu = module.device.type == "cuda"
+        cpu = f"{torch.get_num_threads()} threads, {platform.machine()}"
         summary = {
             "name": self.run.name,
             "steps": trainer.global_step,
             "tokens": self._count(),
             "train_seconds": round(self.train_seconds, 2),
             "tokens_per_second": round(self._count() / max(self.train_seconds, 1e-9), 1),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else usage,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(module.device) if on_gpu else peak_memory(),
             "parameters": {"language_model": everything - codecs, "codecs": codecs},
             **figures,
             "quarantined": count_quarantined(self.run),
             "rejected_when_indexed": {data.name: data.rejected() for data in trainer.datamodule.train_data},  # type: ignore[attr-defined]
-            "device": kind,
+            "device": torch.cuda.get_device_name(module.device) if on_gpu else cpu,
             "devices": trainer.world_size,
             "git_revision": git_revision(),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         }
-        path = self.run / "summary.json"
-        path.write_text(json.dumps(summary, indent=1))
-        return path
+        (self.run / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def find_divergence(trainer: Trainer, module: PileModule, metrics: dict[str, Any], monitor: str) -> list[str]:
+    """Say if a run ended far worse than its best validation, or worse than guessing."""
+    if module.objective is not None:
+        return []
+    ids = {MODALITIES[m]: module.vocabulary.slices[m] for m in module.vocabulary.modalities}
+    chances = {f"{name}_loss": math.log(span.stop - span.start) for name, span in ids.items()}
+    losses = {n: float(metrics.get(f"validation/{n}", metrics.get(f"train/{n}", math.nan))) for n in chances}
+    worse = {name for name, loss in losses.items() if loss > 1.1 * chances[name]}
+    if not worse and all(not loss < 0.99 * chances[name] for name, loss in losses.items()):
+        worse = {name for name, loss in losses.items() if math.isfinite(loss)}
+    said = "{} is {:.4g}, guessing has {:.4g}: lower the learning rate"
+    found = [said.format(name, losses[name], chances[name]) for name in sorted(worse)]
+    for callback in trainer.checkpoint_callbacks:
+        best, mode = getattr(callback, "best_model_score", None), getattr(callback, "mode", "")
+        if best is not None and monitor in metrics:
+            last, best = float(metrics[monitor]), float(best)
+            if last > 1.5 * best > 0 if mode == "min" else 1.5 * last < best:
+                found.append(f"{monitor} ended at {last:.4g}, its best was {best:.4g}: best.ckpt holds those weights")
+    return found
+
+
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process in bytes; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def git_revision() -> str:
-    """Of the working folder, "-dirty" after it where files differ, "unknown" outside git."""
+    """Return the revision of the working folder, with "-dirty" if files differ, or "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.stdout.strip()
 
 
 def lock(run: Path) -> IO[str]:
-    """A file that is locked until it is closed, or this process ends; one process trains in a run folder at a time.
-
-    Raises:
-        ValueError: another process does.
-        OSError: the folder cannot be written.
-    """
+    """Lock a run folder until this process ends. Raises ValueError if another one trains in it, OSError if it is read-only."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
@@ -249,3 +248,85 @@ def lock(run: Path) -> IO[str]:
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
     return file
+
+
+# -- Settings that may change. Configurations are compared, since tensors of another model may have the same shapes.
+
+# Settings that a resumed run follows when they change; all others of `model` must stay.
+FOLLOWED = re.compile(
+    r"model\.(optimizer\.(?!name$)|weights\.|(dropout|word_dropout|code_dropout|l1|recompute|compile|codec_crop|tokenizer)$|"
+    r"backbone\.init_args\.dropout$|objective\.init_args\.(learning_rate|language_weight)$)"
+)
+# Settings that say how a run is computed, not what it learns.
+EXECUTION = re.compile(
+    r"data\.(micro_batch|num_workers|prepare|cache|allow_pipe)|trainer\.(?!precision|gradient_clip|callbacks)"
+)
+
+
+def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted name, old value, new value) of each setting that differs and that both have."""
+    if isinstance(was, dict) and isinstance(now, dict) and was.get("class_path") == now.get("class_path"):
+        for key in was | now if name == "data.sources" else was.keys() & now.keys():
+            yield from differences(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield name, was, now
+
+
+def describe(changes: list[tuple[str, Any, Any]]) -> str:
+    """Format changes as "name was a, now it is b; ..."."""
+
+    def short(value: Any) -> str:
+        path: str | None = value.get("class_path") if isinstance(value, dict) else None
+        return path.rpartition(".")[2] if path else str(value)[:80]
+
+    return "; ".join(f"{name} was {short(was)}, now it is {short(now)}" for name, was, now in sorted(changes, key=str))
+
+
+def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the run's old configuration. Raises ValueError if the new one has another model, or too few steps."""
+    steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
+    if 0 <= wanted < steps:
+        raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
+    path = run / "config.yaml"
+    was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"model": {}}
+    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # positions depend on some of `data`
+    changes = list(differences(was, fixed | {"data": {key: asked["data"][key] for key in ("context", "global_batch", "seed")}}))
+    unused = ("model.start_from", "model.codecs_from")
+    changes = [one for one in changes if not FOLLOWED.match(one[0]) and not (one[0] in unused and one[2] is None)]
+    if changes:
+        raise ValueError(f"{run} cannot resume: {describe(changes)}. Set it back, or begin another run with another --name")
+    return was
+
+
+def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
+    """Return the steps of a complete run, else None. Raises ValueError if it is complete for another configuration."""
+    if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
+        return None
+    was = yaml.safe_load((run / "config.yaml").read_text())
+    for length in (("trainer", "max_steps"), ("data", "epochs")):
+        if was[length[0]].get(length[1]) != asked[length[0]].get(length[1]):
+            return None
+    steps = int(json.loads((run / "summary.json").read_text())["steps"])
+    parts = ("seed_everything", "model", "data", "trainer")
+    changes = [one for part in parts for one in differences(was.get(part), asked[part], part) if not EXECUTION.match(one[0])]
+    if changes:
+        raise ValueError(
+            f"{run} is complete ({steps} steps) with another configuration: {describe(changes)}. Choose another --name, or "
+            "raise trainer.max_steps to train it longer"
+        )
+    return steps
+
+
+def check_origin(model: dict[str, Any]) -> None:
+    """Raise ValueError if `start_from` or `codecs_from` names a run whose model or codecs differ."""
+    for option, parts in (("start_from", ("backbone", "image", "audio")), ("codecs_from", ("image", "audio"))):
+        path = Path(model.get(option) or os.devnull)
+        config = next((c for f in (path, *path.absolute().parents[1:2]) if (c := f / "config.yaml").is_file()), None)
+        was = yaml.safe_load(config.read_text())["model"] if config else {}
+        parts_now = [part for part in parts if option == "start_from" or model.get(part)]
+        changes = [one for p in parts_now if p in was for one in differences(was[p], model.get(p), f"model.{p}")]
+        if changes := [one for one in changes if not FOLLOWED.match(one[0])]:
+            raise ValueError(
+                f"model.{option}={str(path)!r} holds another model: {describe(changes)}. (`--config {config}` before "
+                "your own takes the model as it was)"
+            )

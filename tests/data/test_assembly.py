@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 
 from pile_app.data.assembly import PackedDocument, assemble, whole
 from pile_app.data.batch import PADDING, Batch
@@ -381,3 +382,19 @@ def test_media_of_a_rejected_document_go_with_it(image: Callable[[int], Segment]
     ):
         assert torch.equal(getattr(batch, name), getattr(alone, name)), name
     assert batch.sound_tokens == alone.sound_tokens == [3, 2] and not batch.audio[2, 260:].any()
+
+
+def test_a_batch_is_copied_to_a_gpu_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = Document((Segment("abc"),), "a")
+    batch = assemble([[whole(document, 6)]], Vocabulary(), ByteTokenizer(), 8)
+    asked: list[tuple[str, bool]] = []
+    copy = torch.Tensor.to
+
+    def to(self: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        asked.append((torch.device(device).type, non_blocking))
+        return copy(self, "cpu")
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for device in ("cuda", "cpu", "mps"):
+        move_data_to_device(batch, torch.device(device))
+    assert asked == [("cuda", True), ("cpu", False), ("mps", False)]

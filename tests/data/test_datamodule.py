@@ -407,9 +407,15 @@ def test_the_table_of_a_large_source_is_kept_and_gives_the_same_order(
 # Streams
 
 
+@pytest.fixture
+def many_shards(shards_of_streams: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """40 shards of texts, and 12, of a few packs each."""
+    monkeypatch.setattr(order, "STREAM_PACKS", 1)
+    return shards_of_streams
+
+
 @pytest.fixture(scope="module")
-def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 shards of texts, and one of 12 shards."""
+def shards_of_streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
     for name, shards in {"news": 40, "books": 12}.items():
         lengths = np.random.default_rng(shards).integers(1, 60, 12 * shards).tolist()
@@ -546,9 +552,9 @@ def test_transforms_of_a_source_change_its_training_and_not_its_validation(
         sources = {"x": Source(pattern, pattern, transforms=transforms)}
         made = PileDataModule(sources, vocabulary, ByteTokenizer(), CONTEXT, global_batch=1, epochs=1)
         made.setup()
-        train = np.array(made.train_dataset()[0].images)
+        train = made.train_dataset()[0].images.numpy()
         made.trainer = SimpleNamespace(distributed_sampler_kwargs=None)  # type: ignore[assignment]
-        return train, np.array(next(iter(made.val_dataloader())).images)
+        return train, next(iter(made.val_dataloader())).images.numpy()
 
     plain, flipped = pixels([]), pixels(["flip(1.0)"])
     assert np.array_equal(plain[0][..., ::-1], flipped[0]) or np.array_equal(plain[0][..., ::-1, :], flipped[0])

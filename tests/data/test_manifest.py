@@ -418,7 +418,7 @@ def test_without_a_published_manifest_the_shards_are_read_once(
     pattern = f"{url}/x-{{0,1}}.tar"
     for _ in range(2):
         data = source(pattern, bpe, cache=cache(tmp_path / "c"))
-        assert len(data) == 2 and text_counts(data.index(0), bpe)[0].tolist() == [bpe.count("the cat sat")]
+        assert len(data) == 2 and text_counts(data.index(0), bpe)[0].tolist() == [len(bpe.encode("the cat sat"))]
     assert sorted(asked) == [f"GET x-{n}.tar 200" for n in range(2)] + [f"GET x{SUFFIX} 404"]
 
 
@@ -449,7 +449,15 @@ def test_token_counts_are_those_of_the_texts(tmp_path: Path, bpe: JsonTokenizer)
     assert not sidecars(tmp_path)
     counts, _ = text_counts(source(path, bpe).index(0), bpe)
     assert counts.dtype == np.int64
-    assert counts.tolist() == [0, bpe.count(CORPUS[0]), 0, bpe.count("the"), bpe.count(CORPUS[1]), 0, bpe.count("the")]
+    assert counts.tolist() == [
+        0,
+        len(bpe.encode(CORPUS[0])),
+        0,
+        len(bpe.encode("the")),
+        len(bpe.encode(CORPUS[1])),
+        0,
+        len(bpe.encode("the")),
+    ]
     assert [path.name for path in sidecars(tmp_path)] == [f"a-000000.tar.{bpe.fingerprint[:16]}.tokens.safetensors"]
 
 
@@ -462,7 +470,7 @@ def test_token_counts_are_kept_until_the_shard_changes(
         assert text_counts(source(path, bpe).index(0), bpe)[0].tolist() == before.tolist()
     assert not counted
     write_corpus(tmp_path, ["xyz wq."])  # as many samples, segments and bytes
-    assert text_counts(source(path, bpe).index(0), bpe)[0][1] == bpe.count("xyz wq.") != before[1]
+    assert text_counts(source(path, bpe).index(0), bpe)[0][1] == len(bpe.encode("xyz wq.")) != before[1]
 
 
 @pytest.mark.parametrize("state", ["kept", "absent", "damaged", "garbage", "of another shard"])
@@ -526,9 +534,9 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
         index = source(write_shards(documents, tmp_path, "a").paths[0], bpe).index(0)
         counts, breaks = text_counts(index, bpe)
         assert counts.tolist() == [
-            *(bpe.count(LONG), 0, bpe.count("short")),
-            *(len(made), bpe.count(LONG[3:])),
-            *(bpe.count(LONG[9:]), len(made)),
+            *(len(bpe.encode(LONG)), 0, len(bpe.encode("short"))),
+            *(len(made), len(bpe.encode(LONG[3:]))),
+            *(len(bpe.encode(LONG[9:])), len(made)),
         ]
         first = starts(index.break_count)
         assert np.flatnonzero(index.break_count).tolist() == [0, 3, 4, 5, 6]
@@ -552,8 +560,8 @@ def test_text_that_another_tokenizer_encoded_is_refused(tmp_path: Path, bpe: Jso
 
 def pieces_of(data: SourceData, number: int) -> list[tuple[int, int]]:
     pieces = data.pieces(0)
-    mine = pieces.document == number
-    return list(zip(pieces.start[mine].tolist(), pieces.stop[mine].tolist(), strict=True))
+    mine = pieces["document"] == number
+    return list(zip(pieces["start"][mine].tolist(), pieces["stop"][mine].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "kept ids", "no ids", "json", "encoded", "media"])
@@ -622,7 +630,7 @@ def test_one_of_several_captions_is_drawn_and_the_longest_fits(tmp_path: Path, b
         data = source(write_shards(documents, tmp_path, "x").paths[0], tokenizer)
         longest = max(len(tokenizer.encode(text)) for text in captions)
         assert pieces_of(data, 0) == [(0, 1 + 5 + 1 + longest + 1)]
-        assert data.pieces(0).varies.tolist() == [True, False]
+        assert data.pieces(0)["varies"].tolist() == [True, False]
         for number, caption in enumerate(captions):
             _, document = data.document_to_train(0, lambda number=number: 300 + number)  # type: ignore[misc]
             assert isinstance(document, Document) and len(document.segments) == 2

@@ -167,10 +167,11 @@ def test_what_is_not_used_is_counted_by_name(tmp_path: Path) -> None:
         ("3.npy", b"numbers"),
         ("README", b"no extension"),
         ("._0.txt", b"macOS"),
+        (".cache.txt", b"hidden"),
         ("__MACOSX/0.txt", b"macOS"),
     ]
     reader = Shards(write_tar(tmp_path / "x.tar", files), fields="[txt]")
-    assert reader.balance()["unused"] == {"json.url": 3, "json.text": 3, "npy": 1, "._* (macOS)": 2}
+    assert reader.balance()["unused"] == {"json.url": 3, "json.text": 3, "npy": 1, "hidden files": 3}
     assert told(reader) == {"missing_field": (1, ["README"])}
 
 

@@ -69,7 +69,7 @@ def test_bytes_round_trip(text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == text
-    assert tokenizer.count(text) == len(ids) == tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert len(tokenizer.encode(text)) == len(ids) == tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
 def test_bytes_that_are_no_text_decode_to_the_replacement_character() -> None:
@@ -81,13 +81,13 @@ def test_bpe_round_trip(bpe: JsonTokenizer, text: str) -> None:
     ids = bpe.encode(text)
     assert ids.dtype == np.int32
     assert bpe.decode(ids) == text
-    assert bpe.count(text) == len(ids)
+    assert len(bpe.encode(text)) == len(ids)
     assert bpe.token_bytes[ids].sum() == len(text.encode())
 
 
 def test_bpe_merges(bpe: JsonTokenizer) -> None:
     assert bpe.size == len(bpe.token_bytes) == 290
-    assert bpe.count(CORPUS[0]) < len(CORPUS[0]) / 2
+    assert len(bpe.encode(CORPUS[0])) < len(CORPUS[0]) / 2
 
 
 def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_reversible_tokenizers_give_texts_and_their_bytes_back(
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode()), "no prefix space is counted"
-        assert tokenizer.count(text) == len(ids)
+        assert len(tokenizer.encode(text)) == len(ids)
         pieces = TextPieces(tokenizer)
         assert "".join([*map(pieces.push, ids.tolist()), pieces.finish()]) == text, "token by token"
 
@@ -274,9 +274,9 @@ def test_load_tokenizer_names_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_train_tokenizer_refuses_wrong_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs 256 tokens or more"):
+    with pytest.raises(ValueError, match=r"kind .bpe. and size 255 .*smallest sizes"):
         train_tokenizer(CORPUS, "bpe", 255, tmp_path / "t.json")
-    with pytest.raises(ValueError, match="kinds are bpe, words"):
+    with pytest.raises(ValueError, match=r"kind .chars. and size 300"):
         train_tokenizer(CORPUS, "chars", 300, tmp_path / "t.json")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The promises of `model/fused.py`: one exact likelihood over text, images and sound, whatever is packed with what."""
+"""The promises of `model/fused.py`: an exact likelihood over text, images and sound, however documents are packed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def batch_of(model: FusedLanguageModel, rows: Sequence[Sequence[Document | BadSa
 
 
 def losses_by_place(model: FusedLanguageModel, batch: Batch) -> dict[tuple[int, int], float]:
-    """(modality, flat place) -> nats."""
+    """(modality, flat index) -> nats."""
     losses = model(batch)
     return {
         (modality, place): nats

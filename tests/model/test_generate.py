@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.tokenizers import ByteTokenizer
@@ -18,6 +21,7 @@ from pile_app.media import audio_size, decode_image, image_size
 from pile_app.model.backbones import LSTM
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Answer, Sampling, answer_prompts, generate, generate_document, guide, stream
+from pile_app.model.score import choose, rolling_scores
 from pile_app.model.segments import prompt_tokens
 from pile_app.vocabulary import Vocabulary
 
@@ -29,7 +33,7 @@ GREEDY = Sampling(temperature=0, max_text=12, max_seconds=0.5)
 
 @pytest.fixture
 def prompts(image: MakeSegment, sound: MakeSegment) -> list[Document]:
-    """Of different lengths, some of one length, one of nothing."""
+    """Prompts of different and of equal lengths, and an empty prompt."""
     return [
         Document((Segment("seven"),)),
         Document(()),
@@ -59,7 +63,7 @@ def write_letters_only(model: FusedLanguageModel) -> None:
 
 @torch.no_grad()
 def write_without_cache(model: FusedLanguageModel, prompt: Document, to: int, guidance: float, count: int) -> list[int]:
-    """The greedy answer, everything computed anew for every code."""
+    """Write the greedy answer, recomputing the whole row for every code."""
     rows = [prompt_tokens(model, prompt, to, masked) for masked in (0, len(prompt.segments))]
     codes: list[int] = []
     ends = {TEXT: (Vocabulary.END, *Vocabulary.OPENERS), IMAGE: (), AUDIO: (model.vocabulary.audio_codes,)}[to]
@@ -273,7 +277,7 @@ def test_a_model_in_training_stays_in_training(tiny_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("to", [TEXT, IMAGE, AUDIO])
 def test_an_answer_does_not_depend_on_the_prompts_beside_it(tiny_model: MakeModel, prompts: list[Document], to: int) -> None:
-    """Prompt number n is answered alike whoever stands at the other numbers."""
+    """The answer to prompt n does not depend on the other prompts."""
     model = tiny_model()
     sampling = Sampling(max_text=12, max_seconds=0.5, seed=1, temperature=0.8, top_p=0.9)
     together = generate(model, prompts, to, sampling)
@@ -404,3 +408,39 @@ def test_a_text_only_model_opens_no_image() -> None:
     for seed in range(5):
         for event in generate_document(model, Document((Segment("a"),)), Sampling(seed=seed), most_segments=20):
             assert isinstance(event, str) or event.segment.modality == TEXT
+
+
+def test_generation_does_not_run_compiled_blocks(tiny_model: MakeModel, prompts: list[Document]) -> None:
+    """A compiled block would be compiled again for each length; training still runs it."""
+
+    def refuse(graph: object, inputs: object) -> None:
+        raise AssertionError("compiled")
+
+    model = tiny_model()
+    expected = generate(model, prompts[:2], TEXT, GREEDY)
+    model.backbone.is_compiled = True
+    for block in model.backbone.blocks:  # type: ignore[union-attr]
+        block.compile(backend=refuse)
+    assert generate(model, prompts[:2], TEXT, GREEDY) == expected
+    with pytest.raises(Exception, match="compiled"):
+        model.backbone(torch.randn(1, 4, 32), torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None])
+
+
+def test_generation_and_scoring_make_no_float64_on_the_device(
+    tiny_model: MakeModel, prompts: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MPS has none."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))  # type: ignore[operator]
+            assert all(x.dtype != torch.float64 for x in tree_leaves(out) if isinstance(x, torch.Tensor)), func
+            return out
+
+    model = tiny_model("mingru")
+    with NoFloat64():
+        for to in (TEXT, IMAGE, AUDIO):
+            generate(model, prompts[:3], to, replace(GREEDY, temperature=1, top_p=0.9, guidance=2.0))
+        choose(model, prompts[:3], ["one", "two"], Sampling())
+        rolling_scores(model, "a text", 4)
+        model(assemble([[whole(Document((*prompts[2].segments,), "k"), 20)]], model.vocabulary, model.tokenizer, 20))

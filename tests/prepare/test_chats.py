@@ -114,18 +114,6 @@ def test_llava_inserts_the_image_at_its_placeholder(folder: Path, image: MakeSeg
     assert told(document) == [("user", [image(0).file, "What is it?"]), ("assistant", ["A frog."])]
 
 
-def test_chatterbot_dialogues_take_turns(folder: Path) -> None:
-    (folder / "ai.yml").write_text(
-        "categories:\n- AI\nconversations:\n- - What is AI?\n  - Yes\n- - 3\n  - 4\n  - five\n  - 6\n- odd: one\n"
-    )
-    documents, rejected = prepared(folder)
-    assert [one["reason"] for one in rejected] == ["no_conversation"], "the other dialogues of the file are read"
-    assert sorted(map(told, documents)) == [
-        [("user", ["3"]), ("assistant", ["4"]), ("user", ["five"]), ("assistant", ["6"])],
-        [("user", ["What is AI?"]), ("assistant", ["Yes"])],
-    ]
-
-
 def test_unreadable_conversations_are_counted_by_reason(folder: Path, image: MakeSegment, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(image(0).file)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")

@@ -7,11 +7,10 @@ import json
 import stat
 import tarfile
 import zipfile
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from layouts import Choices, chat, commas, doc, lines, picture, read_back, sound, tar, write
+from layouts import Choices, commas, doc, lines, picture, read_back, sound, tar, write
 from test_public_bugs import expect, run
 
 from pile_app.prepare.pipeline import prepare
@@ -29,9 +28,6 @@ def test_a_label_is_no_caption(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "license.md", "LICENSE.txt"])
 def test_a_readme_is_no_data(tmp_path: Path, name: str) -> None:
     about: dict[str, str | bytes] = {name: "# A data set\n\nOf many things."}
-    chats = "conversations:\n- - What is AI?\n  - A branch of computer science.\n"
-    _, balance = run(tmp_path / "chats", about | {"ai.yml": chats})
-    assert balance.documents == 1 and balance.unread == [name]
     documents, balance = run(tmp_path / "texts", about | {"a.txt": "a text"})
     assert documents == expect(doc("a text")) and balance.unread == [name]
     with pytest.raises(ValueError, match=r"a\.xyz"):
@@ -216,26 +212,20 @@ def test_preferences_keep_the_question(tmp_path: Path) -> None:
 SPLIT_NAMES = {
     "train": "train/a.txt train-clean-100/84/a.txt train_clean_360/a.txt TRAIN/DR1/a.txt trainset/a.txt mini_train.jsonl "
     "tr_TR/a.txt train.clean.100-00000-of-00014.jsonl cv-valid-train/a.txt my-test-project/train/a.txt protest.jsonl "
-    "latest/a.txt wnut17train.jsonl train_v2.1.jsonl pretraining.jsonl",
+    "latest/a.txt wnut17train.jsonl train_v2.1.jsonl pretraining.jsonl trains/x.txt contest/x.txt wikipedia.jsonl",
     "validation": "val/a.txt val2017/a.txt dev-other/a.txt validation_matched.jsonl valid.jsonl valset/a.txt dev-v2.0.jsonl "
-    "newsdev2016.jsonl cv-valid-dev/a.txt Validation/a.txt x-val-000.jsonl",
+    "newsdev2016.jsonl cv-valid-dev/a.txt Validation/a.txt x-val-000.jsonl captions_val2014.jsonl",
     "test": "test/a.txt test-clean/61/a.txt test2017/a.txt testset/a.txt newstest2014.jsonl devtest.jsonl "
     "test_mismatched.jsonl cv-valid-test/a.txt eval/a.txt x_test.jsonl public_test/a.txt testing/a.txt",
 }
 
 
-@pytest.mark.parametrize(("split", "name"), [(split, name) for split, names in SPLIT_NAMES.items() for name in names.split()])
-def test_names_of_splits(tmp_path: Path, split: str, name: str) -> None:
-    def content(name: str, text: str) -> str:
-        return lines([{"text": text}]) if name.endswith("jsonl") else text
-
-    others = {f"{kind}/{kind}{n}.txt": f"{kind} {n}" for kind in ("train", "validation", "test") for n in range(3)}
-    write(tmp_path / "in", others | {name: content(name, "this")})
-    prepare(tmp_path / "in", tmp_path / "out", processes=1, fields="txt|text")
-    found = {
-        kind for kind, documents in read_back(tmp_path / "out").items() for one in documents if one.segments[0].text == "this"
-    }
-    assert found == {split}
+def test_names_of_splits(tmp_path: Path) -> None:
+    files = {name: f"{split} {name}" for split, names in SPLIT_NAMES.items() for name in names.split()}
+    texts = {name: lines([{"text": text}]) if name.endswith("jsonl") else text for name, text in files.items()}
+    prepare(write(tmp_path / "in", texts), tmp_path / "out", processes=1, fields="txt|text")
+    found = {document.segments[0].text: split for split, some in read_back(tmp_path / "out").items() for document in some}
+    assert found == {text: text.split()[0] for text in files.values()}
 
 
 def test_the_splits_of_conll(tmp_path: Path) -> None:
@@ -245,17 +235,6 @@ def test_the_splits_of_conll(tmp_path: Path) -> None:
     prepare(tmp_path / "in", tmp_path / "out", processes=1, kind="entities")
     texts = {split: [document.segments[0].text for document in some] for split, some in read_back(tmp_path / "out").items()}
     assert texts == {"train": ["eng.train"], "validation": ["eng.testa"], "test": ["eng.testb"]}
-
-
-def test_yaml_that_grows_without_end_is_rejected(tmp_path: Path) -> None:
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    bomb += (
-        "".join(f"{after}: &{after} [{', '.join([f'*{name}'] * 9)}]\n" for name, after in pairwise("abcdefg"))
-        + "conversations: *g\n"
-    )
-    documents, balance = run(tmp_path, {"bomb.yml": bomb, "good.yml": "conversations:\n- - Q?\n  - A.\n"})
-    assert documents == expect(chat("user", "Q?", "assistant", "A."))
-    assert sum(balance.rejected.values()) + len(balance.unread) == 1
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
@@ -317,3 +296,78 @@ def test_a_row_may_name_several_pictures(tmp_path: Path) -> None:
     records = [{"images": [f"{2 * n}.jpg", f"{2 * n + 1}.jpg"], "text": f"two pictures {n}"} for n in range(2)]
     documents, _ = run(tmp_path, {"a.jsonl": lines(records)} | {f"{n}.jpg": picture(n) for n in range(4)})
     assert documents == expect(*(doc(picture(2 * n), picture(2 * n + 1), f"two pictures {n}") for n in range(2)))
+
+
+# -- data sets of OpenSLR, Kaggle and the hub that were tried as a new user would
+
+
+def test_two_tables_that_say_the_same_are_read_once(tmp_path: Path) -> None:
+    """M-AILABS: metadata.csv and metadata_mls.json hold the same transcripts."""
+    table = "".join(f"a_{n}|Dr. {n}, ja.|Doktor {n}, ja.\n" for n in range(3))
+    about = {f"a_{n}.wav": {"clean": f"Doktor {n}, ja.", "original": f"Dr. {n}, ja."} for n in range(3)}
+    tables: dict[str, str | bytes] = {"k/metadata.csv": table, "k/metadata_mls.json": json.dumps(about), "info.txt": "Eva K."}
+    documents, balance = run(tmp_path, tables | {f"k/wavs/a_{n}.wav": sound(n) for n in range(3)})
+    assert documents == expect(*(doc(sound(n), f"Doktor {n}, ja.") for n in range(3)))
+    assert balance.rejected == {"duplicate": 3} and balance.unread == ["info.txt"]
+
+
+def test_tables_about_speakers_and_classes_are_no_texts(tmp_path: Path) -> None:
+    """Multilingual LibriSpeech: transcripts.txt a split, speakers are groups; metainfo and segments are no texts."""
+    files: dict[str, str | bytes] = {"metainfo.txt": "SPEAKER | BOOK\n48 | X\n", "words.txt": "n01\tgoldfish, carp\nn02\tcat\n"}
+    for n, split in enumerate(("train", "dev", "test")):
+        stems = [f"{n}8_103_{k:06d}" for k in range(2)]
+        files[f"{split}/transcripts.txt"] = "".join(f"{stem}\tes war einmal {stem[-1]}\n" for stem in stems)
+        files[f"{split}/segments.txt"] = "".join(f"{stem}\thttp://x.org/a.mp3\t0.0\t1.0\n" for stem in stems)
+        files |= {f"{split}/audio/{n}8/103/{stem}.flac": sound(2 * n + k, "flac") for k, stem in enumerate(stems)}
+    documents, balance = run(tmp_path, files)
+    said = [doc(sound(2 * n + k, "flac"), f"es war einmal {k}", group=f"{n}8") for n in range(3) for k in range(2)]
+    assert documents == expect(*said) and not balance.rejected and not balance.unused
+    assert balance.unread == ["metainfo.txt", "segments.txt", "segments.txt", "segments.txt", "words.txt"]
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_lists_of_files_by_class_are_labels_and_splits(tmp_path: Path, with_json: bool) -> None:
+    """Food-101: meta/train.txt and meta/train.json; each list of a class became one document of all its pictures."""
+    names = {split: {kind: [f"{kind}/{n}" for n in numbers] for kind in ("pie", "soup")}
+             for split, numbers in (("train", (1, 2, 3)), ("test", (4,)))}  # fmt: skip
+    files: dict[str, str | bytes] = {f"images/{kind}/{n}.jpg": picture(n + 10 * (kind == "pie")) for kind in ("pie", "soup")
+                                     for n in range(1, 5)}  # fmt: skip
+    for split, classes in names.items():
+        files[f"meta/{split}.txt"] = "".join(f"{name}\n" for some in classes.values() for name in some)
+        files |= {f"meta/{split}.json": json.dumps(classes)} if with_json else {}
+    write(tmp_path / "in", files)
+    prepare(tmp_path / "in", tmp_path / "out", processes=1, validation_fraction=0)
+    found = {split: sorted(document.meta["label"] for document in some) for split, some in read_back(tmp_path / "out").items()}
+    assert found == {"train": ["pie"] * 3 + ["soup"] * 3, "test": ["pie", "soup"]}
+
+
+def test_lists_of_files_by_split_are_no_labels(tmp_path: Path) -> None:
+    names = {"train": [f"images/{n}.jpg" for n in range(3)], "val": ["images/3.jpg"]}
+    write(tmp_path / "in", {"splits.json": json.dumps(names)} | {f"images/{n}.jpg": picture(n) for n in range(4)})
+    prepare(tmp_path / "in", tmp_path / "out", processes=1)
+    found = {split: [document.meta.get("label") for document in some] for split, some in read_back(tmp_path / "out").items()}
+    assert found == {"train": [None] * 3, "validation": [None]}
+
+
+def test_a_header_with_empty_columns_is_no_row(tmp_path: Path) -> None:
+    """SMS Spam Collection of Kaggle: `v1,v2,,,` in Latin-1."""
+    table = 'v1,v2,,,\r\nham,"Go on, then.. £5",,,\r\nspam,Free entry £100 a week,,,\r\n'
+    documents, balance = run(tmp_path, {"spam.csv": table.encode("latin-1")}, encoding="latin-1", label="v1")
+    assert documents == expect(doc("Go on, then.. £5", label="ham"), doc("Free entry £100 a week", label="spam"))
+    assert balance.unused == {f"column_{n}": 2 for n in (2, 3, 4)}
+
+
+def test_parse_trees_are_no_texts_and_a_dash_is_no_label(tmp_path: Path) -> None:
+    """SNLI: `gold_label` is "-" where the annotators did not agree."""
+    records = [{"gold_label": label, "sentence1": f"A man {n}.", "sentence1_parse": "(ROOT (NP a))", "sentence2": f"So {n} is."}
+               for n, label in enumerate(("-", "neutral"))]  # fmt: skip
+    documents, balance = run(tmp_path, {"snli_1.0_train.jsonl": lines(records)})
+    assert documents == expect(doc("A man 0.", "So 0 is."), doc("A man 1.", "So 1 is.", label="neutral"))
+    assert balance.unused == {"sentence1_parse": 2}
+
+
+def test_ids_of_classes_are_labels_and_no_captions(tmp_path: Path) -> None:
+    """Tiny ImageNet: val_annotations.txt has picture, class and a box, without header."""
+    table = "".join(f"val_{n}.JPEG\tn0162981{n % 2}\t{n}\t32\t44\t62\n" for n in range(6))
+    documents, _ = run(tmp_path, {"val/annotations.txt": table} | {f"val/images/val_{n}.JPEG": picture(n) for n in range(6)})
+    assert documents == expect(*(doc(picture(n), label=f"n0162981{n % 2}") for n in range(6)))

@@ -76,8 +76,8 @@ def test_members_of_a_sample_need_not_be_adjacent(tmp_path: Path) -> None:
 
 def test_macos_resource_forks_are_no_samples(tmp_path: Path) -> None:
     members = [("./._1.jpg", b"\0\5\26\7Mac OS X"), ("./1.jpg", picture(1)), ("./._1.txt", b"\0\5\26\7Mac"), ("./1.txt", "one")]
-    documents, _ = run(tmp_path, {"x.tar": tar(members), ".DS_Store": "Bud1", "__MACOSX/._x.tar": "Mac"})
-    assert documents == expect(doc(picture(1), "one"))
+    documents, balance = run(tmp_path, {"x.tar": tar(members), ".DS_Store": "Bud1", "__MACOSX/._x.tar": "Mac"})
+    assert documents == expect(doc(picture(1), "one")) and len(balance.unread) == 4
 
 
 def test_an_empty_tar_is_named(tmp_path: Path) -> None:

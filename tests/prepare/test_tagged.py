@@ -12,9 +12,10 @@ import pytest
 
 from pile_app.data.shards import Shards
 from pile_app.documents import BadSample, Document
+from pile_app.prepare.listing import Listing, Record
 from pile_app.prepare.options import Options
 from pile_app.prepare.pipeline import prepare
-from pile_app.prepare.readers import Record, list_units, read_unit
+from pile_app.prepare.readers import read_unit
 
 CONLL = "-DOCSTART- -X- O O\n\nU.N. NNP I-NP I-ORG\nofficial NN I-NP O\nEkeus NNP I-NP I-PER\n\t\nWien\tB-LOC\nWien\tI-LOC\n"
 
@@ -22,7 +23,7 @@ CONLL = "-DOCSTART- -X- O O\n\nU.N. NNP I-NP I-ORG\nofficial NN I-NP O\nEkeus NN
 def found(folder: Path, name: str, data: str, **options: Any) -> list[Record]:
     (folder / name).write_text(data)
     chosen = Options(**options)
-    return [one for unit in list_units(str(folder / name), chosen) for one in read_unit(str(folder), unit, chosen)]
+    return [one for unit in Listing(str(folder / name), chosen).units() for one in read_unit(unit, chosen)]
 
 
 def entities(one: Record) -> list[tuple[str, str]]:
@@ -93,9 +94,7 @@ def test_token_lists_of_hugging_face_in_json_lines_and_parquet(tmp_path: Path) -
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(about), tmp_path / "b.parquet")
     options = Options(kind="entities")
-    (one,) = (
-        one for unit in list_units(str(tmp_path / "b.parquet"), options) for one in read_unit(str(tmp_path), unit, options)
-    )
+    (one,) = (one for unit in Listing(str(tmp_path / "b.parquet"), options).units() for one in read_unit(unit, options))
     assert entities(one) == wanted and one.layout == "entities (Parquet)"
 
 

@@ -13,15 +13,14 @@ import torch
 from conftest import REPOSITORY, TinyRun, train
 
 from pile_app.cli import main
-from pile_app.commands.chat import Terminal
 from pile_app.data.tokenizers import ByteTokenizer, load_tokenizer, train_tokenizer
-from pile_app.documents import AUDIO, IMAGE, TEXT, Segment
-from pile_app.media import image_size
+from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.model.backbones import LSTM
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling
 from pile_app.records import MARKERS, Turn, conversation_prompt
-from pile_app.tasks.chat import Conversation, Limits, Notice, check_tokenizer, prompt_length, read_upload, shown_image
+from pile_app.tasks import chat
+from pile_app.tasks.chat import Conversation, Limits, Notice, Terminal, check_tokenizer, prompt_length, read_upload
 from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]
@@ -62,9 +61,13 @@ def test_an_answer_comes_in_pieces_and_segments_and_becomes_a_turn(talker: Fused
 
 def test_old_turns_are_dropped_whole_and_that_is_said(talker: FusedLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = Conversation(talker, context=100)  # 75 places for what is asked
-    prompts = []
-    answer = conversation._answer
-    monkeypatch.setattr(conversation, "_answer", lambda prompt, sampling: prompts.append(prompt) or answer(prompt, sampling))
+    prompts: list[Document] = []
+    made = chat.generate_document
+    monkeypatch.setattr(
+        chat,
+        "generate_document",
+        lambda model, prompt, *rest, **named: prompts.append(prompt) or made(model, prompt, *rest, **named),
+    )
     for number in range(6):
         before = list(conversation.turns)
         events = list(conversation.ask([Segment(f"message {number}")], SAMPLING))
@@ -113,11 +116,11 @@ def test_uploads_over_the_limits_or_damaged_are_refused(image: MakeSegment, soun
     for name, data, reason in (
         ("a.png", b"\0" * 20_001, "MB can be sent"),
         ("a.png", large, "10 x 11 pixels"),
-        ("a.flac", sound(0, 2000).file, "0.2 s|0.3 s"),
+        ("a.flac", sound(0, 2000).file, "has 0.25 s; at most 0.2 s"),
         ("a.png", sound(0).file, "undecodable_image"),
         ("a.png", image(0).file[:40], "undecodable_image"),
-        ("a.svg", b"<svg onload=alert(1)>", "no kind that is read"),
-        ("passwd", b"root", "no kind that is read"),
+        ("a.svg", b"<svg onload=alert(1)>", "kind that cannot be read"),
+        ("passwd", b"root", "kind that cannot be read"),
     ):
         with pytest.raises(ValueError, match=reason):
             read_upload(name, data, limits)
@@ -150,7 +153,7 @@ def test_the_terminal_talks_attaches_retries_and_changes_settings(
     talker: FusedLanguageModel, image: MakeSegment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "one.png").write_bytes(image(0).file)
-    terminal = Terminal(lambda: Conversation(talker, 400), SAMPLING, tmp_path / "out")
+    terminal = Terminal(Conversation(talker, 400), SAMPLING, tmp_path / "out")
     terminal.take(f"/image {tmp_path / 'one.png'}")
     terminal.take("What is this?")
     terminal.take("/retry")
@@ -174,11 +177,6 @@ def test_the_terminal_talks_attaches_retries_and_changes_settings(
     assert terminal.conversation.turns == []
 
 
-def test_small_pictures_are_shown_large_and_sharp(image: MakeSegment) -> None:
-    assert image_size(shown_image(image(0))) == (224, 224)
-    assert image_size(shown_image(Segment.from_image(np.zeros((300, 200, 3), np.uint8)))) == (300, 200)
-
-
 def test_a_run_learns_from_conversations_and_talks_in_the_terminal(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,10 +195,15 @@ def test_a_run_learns_from_conversations_and_talks_in_the_terminal(
         "--trainer.val_check_interval", "4", "--data.sources", json.dumps(sources), cwd=tmp_path,
     )  # fmt: skip
     capsys.readouterr()
-    monkeypatch.setattr("sys.stdin", io.StringIO("Say 3\n/retry\n/nix\n/settings seed 5\n/quit\nnever read\n"))
-    main(["chat", str(tmp_path / "runs" / "chat"), "--max-text", "6", "--max-seconds", "0.2"])
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.StringIO(
+            "/settings max_text 6\n/settings max_seconds 0.2\nSay 3\n/retry\n/nix\n/settings seed 5\n/quit\nnever read\n"
+        ),
+    )
+    main(["chat", str(tmp_path / "runs" / "chat")])
     told = capsys.readouterr().out
-    assert "(there is no /nix; /help lists what there is)" in told and "seed 5" in told and told.count("\n") >= 4
+    assert "(there is no /nix; /help lists the commands)" in told and "seed 5" in told and told.count("\n") >= 4
 
 
 def test_tokenizers_that_cannot_write_markers_are_refused(tmp_path: Path) -> None:

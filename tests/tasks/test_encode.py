@@ -205,7 +205,7 @@ def packs(name: str, bench: Workbench, shards: Path, count: int = 120) -> list[A
     for position in range(count):
         batch = data.train_dataset()[position]
         targets = [places.tolist() for places in batch.targets]
-        filled = module.model.fill(batch), module.model.image_places(batch), batch.document, batch.position
+        filled = module.model.fill(batch), module.model.image_indices(batch), batch.document, batch.position
         found.append((*(tensor.tolist() for tensor in filled), targets, batch.documents, [r[:3] for r in batch.rejected]))
     return found
 

@@ -17,7 +17,7 @@ from pile_app.data.shards import Shards, write_shards
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.media import decode_image
 from pile_app.model.score import score_answers
-from pile_app.training.load import load_run
+from pile_app.training.load import find_checkpoint, load_run
 
 TEXTS = {"short": ["a text", "another, with ümläut"], "long": ["lorem ipsum " * 9]}  # none is cut
 
@@ -64,8 +64,8 @@ def test_bits_per_byte_are_those_of_each_document(evaluated: tuple[TinyRun, dict
 def test_own_sources_have_codecs_measured_and_weights(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "figures.json"
-    main(["evaluate", str(tiny_run.folder), "--output", str(output), "--checkpoint", "best"])
+    output = tmp_path / "evaluation.json"
+    main(["evaluate", str(tiny_run.folder), "--output", str(tmp_path), "--checkpoint", "best"])
     result, shown = json.loads(output.read_text()), capsys.readouterr().out
     summary = json.loads((tiny_run.folder / "summary.json").read_text())
     media, prose = result["sources"]["media"], result["sources"]["prose"]
@@ -84,7 +84,7 @@ def test_own_sources_have_codecs_measured_and_weights(
     psnr = peak_signal_noise_ratio(again.float(), images.float(), data_range=255.0)
     assert media["image"]["psnr"] == pytest.approx(float(psnr), rel=1e-4) and "image" not in prose
     assert 0 < media["audio"]["log_mel_distance"] < 10 and media["audio"]["code_bits_per_second"] > 0
-    for heading in ("bits a byte", "PSNR", "log-mel", "weighted", "media", "prose"):
+    for heading in ("bits per byte", "psnr", "log mel distance", "weighted", "media", "prose"):
         assert heading in " ".join(shown.split()), shown
 
 
@@ -96,14 +96,14 @@ def test_documents_that_cannot_be_used_are_named(evaluated: tuple[TinyRun, dict]
     content = bytearray(shard.read_bytes())
     content[content.index(b"another")] ^= 1
     shard.write_bytes(content)
-    main(["evaluate", str(run.folder), "--on", f"damaged={shard}", "--output", str(run.shards / "out.json")])
+    main(["evaluate", str(run.folder), "--on", f"damaged={shard}", "--output", str(run.shards)])
     assert "documents that could not be used: {'damaged': {'checksum': 1}}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_cannot_be_evaluated_is_refused(evaluated: tuple[TinyRun, dict], capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[type-arg]
     run, _ = evaluated
     for arguments, told in (
-        (["--on", "shards/*.tar"], "not NAME=SHARDS"),
+        (["--on", "a="], "names no shards"),
         (["--on", "a=x.tar", "--on", "a=y.tar"], "'a' twice"),
         (["--on", f"a={run.shards}/none-*.tar"], "none-*.tar"),
         (["--checkpoint", "other.ckpt"], "no checkpoint"),
@@ -111,3 +111,12 @@ def test_what_cannot_be_evaluated_is_refused(evaluated: tuple[TinyRun, dict], ca
         with pytest.raises(SystemExit):
             main(["evaluate", str(run.folder), *arguments])
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("objective", "chosen"), [("null", "last"), ("{class_path: Classification}", "best")])
+def test_the_default_checkpoint_is_the_one_that_the_summary_is_about(tmp_path: Path, objective: str, chosen: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {{objective: {objective}}}\ndata: {{}}\n")
+    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    assert find_checkpoint(tmp_path, "auto").stem == "last"  # there is no other yet
+    (tmp_path / "checkpoints" / "best.ckpt").mkdir()
+    assert find_checkpoint(tmp_path, "auto").stem == chosen

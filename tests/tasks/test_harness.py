@@ -7,12 +7,14 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import TinyRun
 
 from pile_app.cli import main
 from pile_app.documents import TEXT, Document, Segment
+from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate
 from pile_app.model.score import score_continuations
 from pile_app.tasks.harness import PileLM
@@ -87,13 +89,54 @@ def test_tasks_from_local_files_measure_the_run(
         assert told in capsys.readouterr().err
 
 
-def test_answers_end_at_a_stop_string(tiny_run: TinyRun) -> None:
-    model = load_run(tiny_run.folder)[0].model
+@pytest.fixture(scope="module")
+def model(tiny_run: TinyRun) -> FusedLanguageModel:
+    return load_run(tiny_run.folder)[0].model
+
+
+def ask(kind: str, language_model: PileLM, *arguments: tuple[object, ...]) -> list[Any]:
+    answers: list[Any] = getattr(language_model, kind)([SimpleNamespace(args=args) for args in arguments])
+    return answers
+
+
+def test_answers_end_at_a_stop_string(model: FusedLanguageModel) -> None:
     prompts = ["What follows 1?", "Who?", "x" * 300]
     settings = {"until": ["q"], "max_gen_toks": 9, "do_sample": False}
-    language_model = PileLM(model, 128)
-    found = language_model.generate_until([SimpleNamespace(args=(prompt, settings)) for prompt in prompts])
+    found = ask("generate_until", PileLM(model, 128), *((prompt, settings) for prompt in prompts))
     shown = [*prompts[:2], "x" * (128 - 2 - 9)]
     for prompt, answer in zip(shown, found, strict=True):
         free = generate(model, [Document((Segment(prompt),))], TEXT, Sampling(temperature=0, max_text=9))[0]
         assert answer == free.text.partition("q")[0]
+
+
+@pytest.mark.parametrize("context", [16, 256])
+def test_a_prompt_keeps_half_of_the_context(model: FusedLanguageModel, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness asks for answers of 256 tokens at any context."""
+    seen: list[tuple[str, int]] = []
+
+    def write(model: FusedLanguageModel, prompts: list[Document], to: int, sampling: Sampling) -> list[Segment]:
+        seen.extend((str(prompt.segments[0].text), sampling.max_text) for prompt in prompts)
+        return [Segment("answer")] * len(prompts)
+
+    monkeypatch.setattr("pile_app.tasks.harness.generate", write)
+    question = "".join(chr(97 + n % 26) for n in range(300))
+    assert ask("generate_until", PileLM(model, context), (question, {"until": []})) == ["answer"]
+    [(prompt, longest)] = seen
+    assert question.endswith(prompt) and context // 2 <= len(prompt) and len(prompt) + longest + 2 <= context
+
+
+def test_a_continuation_longer_than_the_context_is_scored_in_windows(model: FusedLanguageModel) -> None:
+    """Each window of half the context sees the half before it."""
+    prompt, continuation = "What follows?", "onetwothreefourfivesixseveneightnineten"
+    [(log_p, is_greedy)] = ask("loglikelihood", PileLM(model, 20), (prompt, continuation))
+    whole = prompt + continuation
+    nats = 0.0
+    for first in range(len(prompt), len(whole), 10):
+        stop = min(first + 10, len(whole))
+        [score] = score_continuations(model, [whole[:first]], [whole[first:stop]], 20)
+        nats += score.nats
+    assert log_p == pytest.approx(-nats, rel=1e-3) and not is_greedy
+    texts = ["", "How"]
+    short = ask("loglikelihood", PileLM(model, 64), *((text, " many") for text in texts))
+    nats_of_each = [score.nats for score in score_continuations(model, texts, [" many"] * 2)]
+    assert [-log_p for log_p, _ in short] == pytest.approx(nats_of_each, rel=1e-5)

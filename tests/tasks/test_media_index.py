@@ -12,9 +12,8 @@ import torch
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.embed import Embedder
-from pile_app.tasks.media_index import Hit, MediaIndex
+from pile_app.tasks.media_index import Hit, MediaIndex, read_query, show_hits
 from pile_app.tasks.retrieval import Contrastive
-from pile_app.tasks.search_page import read_query, write_search_page
 
 pytest.importorskip("lancedb", reason="extra `search`")
 MakeImage = Callable[[int], Segment]
@@ -70,13 +69,20 @@ def test_search_returns_the_exact_neighbours_and_a_key_that_comes_again_replaces
     assert images[0].text.startswith("it's number") and images[0].medium[8:12] == b"WEBP"
 
     again = [Document((Segment("other"),), "it's/3"), Document((Segment("new"),), "new"), Document((Segment("newer"),), "new")]
-    assert index.add([(document, "b.tar") for document in again])[:2] == (2, 2)
+    assert index.add([(document, "a.tar") for document in again])[:2] == (2, 2)
     assert len(index) == 60
     new = [hit for hit in index.search(query, 60) if hit.document in ("it's/3", "new")]
-    assert sorted((hit.document, hit.text, hit.origin) for hit in new) == [
-        ("it's/3", "other", "b.tar"),
-        ("new", "newer", "b.tar"),
-    ]
+    assert sorted((hit.document, hit.text) for hit in new) == [("it's/3", "other"), ("new", "newer")]
+
+
+def test_keys_of_another_shard_replace_nothing(embedder: Embedder, tmp_path: Path) -> None:
+    """Every `pile prepare` begins at the key 0000000-000000: a second folder replaced the first."""
+    index = MediaIndex(str(tmp_path / "index"), embedder, is_new=True)
+    for origin in ("/data/cats/x-000000.tar", "/data/dogs/x-000000.tar", "/data/cats/x-000000.tar"):
+        index.add([(Document((Segment(f"{origin} {n}"),), f"0000000-{n:06d}"), origin) for n in range(5)])
+    assert len(index) == 10
+    hits = index.find(Document((Segment("/data/dogs/x-000000.tar 3"),)), 1)
+    assert (hits[0].origin, hits[0].document) == ("/data/dogs/x-000000.tar", "0000000-000003")
 
 
 def test_an_approximate_index_is_checked_against_the_exact_search(embedder: Embedder, tmp_path: Path) -> None:
@@ -96,7 +102,8 @@ def test_an_index_refuses_another_model(embedder: Embedder, tmp_path: Path) -> N
     uri = str(tmp_path / "index")
     with pytest.raises(ValueError, match=r"no index at .*: make one with `pile index-media"):
         MediaIndex(uri, embedder)
-    MediaIndex(uri, embedder, is_new=True, run="runs/a")
+    embedder.run = "runs/a"
+    MediaIndex(uri, embedder, is_new=True)
     MediaIndex(uri, embedder)
     with torch.no_grad():
         embedder.objective.projections[1].weight[0, 0] += 1e-3
@@ -105,23 +112,22 @@ def test_an_index_refuses_another_model(embedder: Embedder, tmp_path: Path) -> N
             MediaIndex(uri, embedder, is_new)
 
 
-def test_a_page_carries_its_media_and_runs_nothing_that_an_index_holds(image: MakeImage, tmp_path: Path) -> None:
+def test_hits_carry_their_media_and_run_nothing_that_an_index_holds(image: MakeImage) -> None:
     evil = '<script>alert("x")</script>'
     hits = [
         Hit(0.5, evil, 0, "image", "a.tar", evil, image(1).file, "png"),
         Hit(0.4, "b", 1, "audio", evil, "far", b"", "flac"),
         Hit(0.3, "c", 1, "audio", "c", "near", b"RIFF", "ogg"),
     ]
-    write_search_page(tmp_path / "page.html", evil, image(2), hits, 3)
-    page = (tmp_path / "page.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;alert") == 5
-    assert page.count("data:image/png;base64,") == 2 and page.count('<audio controls src="data:audio/ogg;base64,') == 1
-    assert "default-src 'none'" in page and "http://" not in page and "https://" not in page
+    shown = show_hits(hits)
+    assert "<script" not in shown and shown.count("&lt;script&gt;alert") == 4
+    assert shown.count("data:image/png;base64,") == 1 and shown.count('<audio controls src="data:audio/ogg;base64,') == 1
+    assert "http://" not in shown and "https://" not in shown
 
 
 def test_a_query_is_a_text_or_the_file_that_it_names(image: MakeImage, tmp_path: Path) -> None:
     (tmp_path / "a.PNG").write_bytes(image(1).file)
-    assert read_query("a red fish").text == "a red fish"
-    assert read_query(str(tmp_path / "a.PNG")).extension == "png"
+    assert read_query("a red fish").segments[0].text == "a red fish"
+    assert read_query(str(tmp_path / "a.PNG")).segments[0].extension == "png"
     with pytest.raises(ValueError, match=r"no file 'bark\.wav'"):
         read_query("bark.wav")

@@ -52,6 +52,10 @@ class Watch(Callback):
     SLEEP: seconds that each micro-batch takes longer; INTERRUPT_IN_LAST_VALIDATION: SIGINT in that after training.
     """
 
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Called at the end of the run, as for every callback of the config; the figures go to summary.json."""
+        return {"watched_step": trainer.global_step}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
 

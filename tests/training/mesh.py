@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,9 +14,12 @@ from processes import forks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model.backbones import Transformer
-from pile_app.training.muon import ShardedMuon
-from pile_app.training.parallel import clip_gradients, gradient_norm, place_like, tensor_parallel_plan
+from pile_app.model.fused import FusedLanguageModel
+from pile_app.training.load import SkipInitialization
+from pile_app.training.muon import Muon
+from pile_app.training.parallel import WholeModel, clip_gradients, gradient_norm, place_like, shard, tensor_parallel_plan
 
 MeshFunction = Callable[[DeviceMesh, Path], None]
 
@@ -40,6 +44,34 @@ def _member(rank: int, port: int, shape: tuple[int, int], function: MeshFunction
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=shape[0] * shape[1])
     function(init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel")), folder)
     dist.destroy_process_group()
+
+
+def shard_on_mesh(mesh: DeviceMesh, folder: Path) -> None:
+    """Shard a model of 170 MB, as `fsdp2` does, and check what this process holds of it and has ever held."""
+    rank = dist.get_rank()
+    before = memory("VmRSS")
+    torch.manual_seed(0)
+    with SkipInitialization() if rank else nullcontext():
+        model = FusedLanguageModel(Transformer(width=768, layers=6, heads=4), ByteTokenizer())
+    weights = dict(model.state_dict()) if not rank else {}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    norm = float(sum(p.detach().double().square().sum() for p in model.parameters())) if not rank else 0.0
+    whole = WholeModel(model)
+    shard(model, mesh)
+    held = sum(p.to_local().numel() * 4 for p in model.parameters() if isinstance(p, DTensor))
+    assert not any(p.is_meta for p in model.parameters()) and held < 0.6 * size
+    assert not rank or memory("VmHWM") - before < 0.85 * size, (memory("VmHWM") - before, size)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    gathered = whole.gather(model)
+    assert (gathered is None) == bool(rank)
+    if gathered is not None:
+        assert norm and all(torch.equal(tensor, weights[name]) for name, tensor in gathered.state_dict().items())
+
+
+def memory(name: str) -> int:
+    """Bytes that this process holds in memory (VmRSS), or has held at most (VmHWM)."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
 
 
 def make_blocks() -> torch.nn.Module:
@@ -98,6 +130,6 @@ def save_from_mesh(mesh: DeviceMesh, folder: Path) -> None:
         if mesh.shape[1] > 1:
             parallelize_module(block, mesh["tensor_parallel"], tensor_parallel_plan())
         fully_shard(block, mesh=mesh["data_parallel"])
-    moved, gradients = moved_by_muon(model, ShardedMuon), clipped(model, clip_parts)
+    moved, gradients = moved_by_muon(model, Muon), clipped(model, clip_parts)
     if dist.get_rank() == 0:
         torch.save((moved, gradients), folder / "saved.pt")

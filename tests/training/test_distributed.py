@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from attempts import (
     Workbench,
     assert_close_runs,
@@ -29,20 +29,25 @@ from processes import surroundings
 
 from pile_app.training import muon
 from pile_app.training.callbacks import read_ledger
+from pile_app.training.checkpoints import (
+    find_damage,
+    join_tensors,
+    publish_parts,
+    read_checkpoint,
+    remove_leftovers,
+    split_tensors,
+)
 from pile_app.training.muon import Muon
-from pile_app.training.resume import find_damage
-from pile_app.training.sharded import META, publish, put_tensors, read_checkpoint, remove_leftovers, take_tensors
 
 FSDP2 = ("--trainer.strategy", "fsdp2")
 TENSOR_PARALLEL = (
-    *("--trainer.strategy", "pile_app.training.strategy.ShardedStrategy"),
+    *("--trainer.strategy", "pile_app.training.parallel.ShardedStrategy"),
     *("--trainer.strategy.tensor_parallel_size", "2"),
 )
 
 
-def train_on_two(bench: Workbench, name: str, *arguments: str) -> None:
-    for rank in bench.start_ranks(name, *arguments):
-        rank.succeed()
+def train_on_two(bench: Workbench, name: str, *arguments: str) -> list[str]:
+    return [rank.succeed() for rank in bench.start_ranks(name, *arguments)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """With `one`, a run of one process in micro-batches of 2, and `two`, the same on two processes."""
     bench = make_bench(tmp_path_factory.mktemp("distributed"))
     bench.train("one", "--data.micro_batch", "2")
-    train_on_two(bench, "two")
+    assert not any("sync_dist" in said for said in train_on_two(bench, "two"))
     return bench
 
 
@@ -59,6 +64,18 @@ def test_two_processes_read_what_one_reads_and_lose_what_one_loses(bench: Workbe
     assert len(one) == 14 and all(one.values())
     assert one == two
     assert_close_runs(bench.run("two"), bench.run("one"))
+
+
+def test_damaged_checkpoint_is_found_by_one_process_and_both_resume_from_the_one_before(bench: Workbench) -> None:
+    shutil.copytree(bench.run("two"), bench.run("damaged"))
+    last = bench.run("damaged") / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 16
+    last.write_bytes(content)
+    first, second = train_on_two(bench, "damaged", "--trainer.max_steps", "15", "--model.optimizer.schedule", "constant")
+    assert "the checksum of" in first and "previous.ckpt, step 12" in first and "the checksum of" not in second
+    assert checkpoint(bench.run("damaged"))["global_step"] == 15 and (last.parent / "aside.ckpt").exists()
+    assert len(documents(bench.run("damaged"))) == 15
 
 
 def test_run_killed_on_two_processes_goes_on_with_one(bench: Workbench) -> None:
@@ -184,11 +201,13 @@ def test_muon_in_float32_is_torchs_but_for_the_rounding(monkeypatch: pytest.Monk
     assert not is_same(exact, rounded)
 
 
-def save_parts(folder: Path, value: float) -> None:
-    tensors, rest = take_tensors({"state_dict": {"w": torch.full((3,), value)}, "global_step": int(value)})
+def save_parts(folder: Path, value: int) -> None:
+    """A checkpoint of (3, 2) weights, whose rows two devices share."""
     folder.mkdir()
-    torch.save(rest, folder / META)
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    torch.save({"global_step": value, "parts": 2}, folder / "meta.pt")
+    whole = torch.arange(6).view(3, 2) + 10 * value
+    for number, (first, stop) in enumerate(((0, 2), (2, 3))):
+        torch.save({"state_dict/w": ((3, 2), (first, 0), whole[first:stop].clone())}, folder / f"part-{number}.pt")
 
 
 def test_checkpoint_in_parts_is_the_old_one_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -197,30 +216,39 @@ def test_checkpoint_in_parts_is_the_old_one_until_the_new_one_is_complete(tmp_pa
     for value in (1, 2):
         save_parts(tmp_path / f".{value}.parts", value)
         assert read_checkpoint(last)["global_step"] == value - 1
-        publish(tmp_path / f".{value}.parts", last)
+        publish_parts(tmp_path / f".{value}.parts", last)
         found = read_checkpoint(last)
-        assert found["global_step"] == value and found["state_dict"]["w"].tolist() == [value] * 3
+        assert found["global_step"] == value and found["state_dict"]["w"].flatten().tolist() == [
+            10 * value + n for n in range(6)
+        ]
+        assert read_checkpoint(tmp_path / "previous.ckpt")["global_step"] == value - 1
     save_parts(tmp_path / ".3.parts", 3)  # a kill before it is published
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".2.parts", "last.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".1.parts", ".2.parts", "last.ckpt", "previous.ckpt"]
     assert not find_damage(last)
-    [part] = (tmp_path / ".2.parts").glob("*.distcp")
-    part.write_bytes(part.read_bytes()[:-1])
-    assert "cut off" in find_damage(last)
+    part = tmp_path / ".2.parts" / "part-1.pt"
+    content = bytearray(part.read_bytes())
+    content[content.index(torch.tensor([24, 25]).numpy().tobytes())] ^= 1
+    part.write_bytes(content)
+    assert "checksum" in find_damage(last) and "state_dict/w" in find_damage(last, "weights") and not find_damage(last, "")
+    part.write_bytes(content[:-1])
+    assert find_damage(last, "")
+    part.unlink()
+    assert "part-1.pt" in find_damage(last, "")
 
 
 def test_checkpoint_in_parts_runs_nothing_that_is_pickled(tmp_path: Path) -> None:
     save_parts(tmp_path / "parts", 1)
-    (tmp_path / "parts" / ".metadata").write_bytes(pickle.dumps(print))
-    with pytest.raises(pickle.UnpicklingError, match=r"names builtins\.print, which describes no tensor"):
+    torch.save({"state_dict/w": print}, tmp_path / "parts" / "part-1.pt")
+    with pytest.raises(pickle.UnpicklingError, match="print"):
         read_checkpoint(tmp_path / "parts")
 
 
 def test_optimizer_state_survives_being_taken_apart() -> None:
     state = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2)}, 3: {}}, "param_groups": [{"params": [0, 3]}]}
-    tensors, rest = take_tensors({"state_dict": {"a/b.c": torch.ones(1)}, "optimizer_states": [state], "global_step": 4})
+    tensors, rest = split_tensors({"state_dict": {"a/b.c": torch.ones(1)}, "optimizer_states": [state], "global_step": 4})
     assert sorted(tensors) == ["optimizer/0/exp_avg", "optimizer/0/step", "state_dict/a/b.c"]
-    whole = put_tensors(rest, tensors)
+    whole = join_tensors(tensors, rest)
     assert whole["global_step"] == 4 and whole["state_dict"].keys() == {"a/b.c"}
     assert whole["optimizer_states"][0]["state"][0].keys() == {"step", "exp_avg"}
     assert whole["optimizer_states"][0]["param_groups"] == [{"params": [0, 3]}]

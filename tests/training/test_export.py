@@ -13,6 +13,7 @@ from conftest import TinyRun
 from pile_app.cli import main
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.training.checkpoints import load_origin
 from pile_app.training.load import load_run
 
 
@@ -75,3 +76,16 @@ def test_tokenizer_travels_with_the_model(tmp_path: Path) -> None:
     loaded = FusedLanguageModel.from_pretrained(tmp_path / "out")
     assert loaded.tokenizer.fingerprint == model.tokenizer.fingerprint
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("two one")) == "two one"
+
+
+def test_training_starts_from_an_exported_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
+    main(["export", str(tiny_run.folder), str(tmp_path / "out")])
+    model = load_run(tiny_run.folder)[0].model
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_origin(model, str(tmp_path / "out"))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="neither a run, a checkpoint that can be read, nor a folder of `pile export`"):
+        load_origin(model, str(tmp_path))

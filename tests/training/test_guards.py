@@ -10,8 +10,8 @@ import pytest
 import torch
 from attempts import Workbench, assert_same_run, checkpoint, is_same, losses, make_bench
 
+from pile_app.training.checkpoints import choose_checkpoint, find_damage, range_to_skip
 from pile_app.training.guards import GuardConfig, find_not_finite
-from pile_app.training.resume import choose_checkpoint, find_damage, range_to_skip
 
 DIVERGED = 3
 
@@ -124,7 +124,7 @@ def test_newest_readable_checkpoint_is_chosen_and_never_the_beginning(tmp_path: 
     assert choose_checkpoint(tmp_path, (), True) == previous
     assert "cannot be read" in caplog.text and not last.exists() and (tmp_path / "aside.ckpt").exists()
     previous.write_bytes(b"")
-    with pytest.raises(ValueError, match="no other checkpoint to resume from"):
+    with pytest.raises(ValueError, match="No other checkpoint can be resumed from"):
         choose_checkpoint(tmp_path, (), True)
 
 

@@ -60,7 +60,7 @@ def test_last_checkpoint_knows_the_score_of_the_validation_before_it(bench: Work
     """Or a resumed run would take a worse model for the best one."""
     assert bench.start("scored", "--checkpoint_every", "5", KILL_AT="11").wait() == KILLED
     saved = checkpoint(bench.run("scored"))
-    state = next(state for key, state in saved["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    state = next(state for key, state in saved["callbacks"].items() if key.startswith("BestCheckpoint"))
     assert saved["global_step"] == 10
     assert float(state["current_score"]) == pytest.approx(float(losses(bench.run("scored"))[9]["validation/loss"]))
 
@@ -152,7 +152,7 @@ def test_full_disk_leaves_the_checkpoint_before(bench: Workbench) -> None:
     attempt = bench.start("disk", FILE_LIMIT="7 60000")
     assert attempt.wait() == 1
     error = attempt.text.split("OSError: ")[-1]
-    assert "last.ckpt.next' could not be written" in error and "the checkpoint before it is whole" in error
+    assert "last.ckpt' could not be written" in error and "the checkpoint before it is whole" in error
     folder = bench.run("disk") / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert checkpoint(bench.run("disk"))["global_step"] == 6

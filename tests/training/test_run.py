@@ -51,7 +51,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
         (["--trainer.max_steps", "-1"], ["trainer.max_steps", "data.epochs"]),
         (["--data.micro_batch", "3"], ["data.micro_batch=3", "data.global_batch=4"]),
         (["--checkpoint_every", "0"], ["checkpoint_every=0"]),
-        (["--trainer.devices", "3"], ["data.global_batch=4", "3 devices", "[1, 2, 4]"]),
+        (["--trainer.devices", "5"], ["data.global_batch=4", "5 devices"]),
         (["--trainer.accumulate_grad_batches", "2"], ["accumulate_grad_batches=2", "data.micro_batch"]),
         (["--trainer.barebones", "true"], ["trainer.barebones"]),
         (["--trainer.enable_checkpointing", "false"], ["trainer.enable_checkpointing", "checkpoint_every"]),
@@ -118,6 +118,18 @@ def test_run_is_complete_for_its_own_configuration_only(bench: Workbench, argume
     assert "is complete (4 steps): open" in bench.train("whole", *SHORT, "--data.micro_batch", "2", "--checkpoint_every", "9")
 
 
+def test_run_that_ends_worse_than_guessing_says_so(bench: Workbench, tmp_path: Path) -> None:
+    """And, with another folder for its runs, writes nothing into the working folder."""
+    before = set(bench.folder.iterdir())
+    words = ("--runs", str(tmp_path), "--model.optimizer.name", "adamw", "--model.optimizer.learning_rate", "1e6")
+    said = bench.train("wild", *SHORT, *words, "--model.optimizer.schedule", "constant")
+    assert "text_loss is" in said and "guessing has 5.5" in said and "lower the learning rate" in said
+    summary = json.loads((tmp_path / "wild" / "summary.json").read_text())
+    assert "guessing" in summary["warnings"][0] and summary["watched_step"] == 4
+    assert "warnings" not in json.loads((bench.run("full") / "summary.json").read_text())
+    assert {path.name for path in set(bench.folder.iterdir()) - before if not path.name.startswith("output-")} == set()
+
+
 def test_other_settings_than_those_of_start_from_are_refused(bench: Workbench) -> None:
     attempt = bench.start("from", "--model.start_from", "runs/full", "--model.backbone.init_args.heads", "4")
     assert attempt.wait() == 2
@@ -164,7 +176,7 @@ def test_run_keeps_its_tokenizer(bench: Workbench, tmp_path: Path) -> None:
     bench.train(*words, "--trainer.max_steps", "5")
     assert load_run(run)[1].tokenizer.fingerprint == trained
     shutil.copy(other, run / "tokenizer.json")
-    with pytest.raises(ValueError, match=f"not the one that .* was trained with .* instead of {trained}"):
+    with pytest.raises(ValueError, match=f"is not that of the run .* instead of {trained}"):
         load_run(run)
 
 

@@ -1,4 +1,4 @@
-"""Judges: classifiers from features of real media to their labels, which say what a model's drawing or word is taken for."""
+"""Judges: classifiers from features of real media to their labels, which classify what a model draws or says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Judge:
 
     Args:
         features: decoded medium -> (F,) float.
-        real: what it is trained on.
+        real: media to train it on.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -58,11 +58,11 @@ class Judge:
         self.classifier.fit(table, real.labels)
 
     def accuracy(self, arrays: Sequence[np.ndarray], labels: Sequence[str]) -> float:
-        """Share of media that it calls by their label."""
+        """Return the fraction of media that it gives their label."""
         return float(self.classifier.score([self.features(array) for array in arrays], list(labels)))
 
     def best(self, arrays: Sequence[np.ndarray], count: int) -> list[list[str]]:
-        """The labels that it thinks most likely for each medium, best first. For more than two labels."""
+        """Return the likeliest labels of each medium, best first. Needs more than two labels."""
         scores = self.classifier.decision_function([self.features(array) for array in arrays])
         order = np.argsort(-scores, axis=1)[:, :count]
         return [[str(self.classifier.classes_[place]) for place in row] for row in order]

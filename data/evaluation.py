@@ -1,15 +1,15 @@
-"""Does the model name what it sees and hears, and draw and say what it is told? Measured by judges that never saw its output.
+"""The demos' evaluation: does the model name images and sounds, and draw and say what it is told?
 
 Labelled media (documents of one image or sound and its name, or its names in several languages) are split into training and
 held-out shards. The judges, classifiers of pixels and of log-mel frames, are trained on real media only. Every generative
-figure stands beside two others: the judge on real held-out media, and on the codec's reconstruction of them, which is the
-ceiling of the model.
+figure has two references: the judge on real held-out media, and on the codec's reconstruction of them, which bounds the model.
 """
 
 from __future__ import annotations
 
 import lzma
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from data.judges import MANY, Judge, Labelled, audio_features, image_features
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.sources import SourceData
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
@@ -29,9 +30,9 @@ from pile_app.media import decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
 from pile_app.model.score import score_choices
-from pile_app.tasks.judges import MANY, Judge, Labelled, audio_features, image_features
-from pile_app.training.callbacks import log_samples_to_wandb, plain_example, write_samples
+from pile_app.training.callbacks import plain_example, write_samples
 from pile_app.training.module import PileModule
+from pile_app.training.wandb_run import log_samples
 
 BEAM = 24  # beginnings of names that are followed
 PHASES = 300  # sounds whose phases are found by Griffin-Lim, 32 rounds each
@@ -46,13 +47,14 @@ class EvaluateCrossModal(Callback):
         heldout: shards of labelled held-out media.
         unseen: shards of labelled media whose labels were held out of training altogether; null: none. Their figures begin
             with `unseen_`.
-        text_source: source whose held-out text is also given to `xz -9e` and `zstd -19`; null: none.
+        text_source: source whose held-out text is also compressed by `xz -9e` and `zstd -19`; null, or a source that the run
+            does not validate on: none.
         draws: media generated for each kind of request.
         reads: media that are named, more than once where there are fewer; null: each once.
-        separator: what stands in a name between its language, which is given when it is asked for, and what is to be answered:
-            ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: all of a name is to be
-            answered.
-        prior: where names are ranked by how much likelier a medium makes them (`rank_names`): figures `..._raised_...`.
+        separator: between the language of a name, which is given in the prompt, and the name to be answered:
+            ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: the whole name is to
+            be answered.
+        prior: where names are ranked by how much likelier a medium makes them (`score_choices`): figures `..._raised_...`.
         sampling: how they are drawn (names are always read greedily).
     """
 
@@ -78,7 +80,7 @@ class EvaluateCrossModal(Callback):
         self.prior = prior
         self.sampling = sampling
         self._examples: list[tuple[str, Document, Segment, Segment | None]] = []
-        self._choices: dict[str, list[str]] = {}  # what is asked ("fr:") -> the names there are to choose from
+        self._choices: dict[str, list[str]] = {}  # prompt ("fr:") -> the names to choose from
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """All figures, by their names in `summary.json`."""
@@ -106,11 +108,13 @@ class EvaluateCrossModal(Callback):
                     found |= self._image_to_audio(model, judges[AUDIO], media, sets[""][AUDIO])
                 figures |= {prefix + key: value for key, value in found.items()}
         figures |= self._conditioning_gains(model, sets[""])
-        if self.text_source is not None:
+        if self.text_source and self.text_source in trainer.datamodule.validation_names:  # type: ignore[attr-defined]
             figures |= self._text_figures(trainer, model)
+        elif self.text_source:
+            print(f"no source {self.text_source!r} is validated on: no comparison with xz and zstd", file=sys.stderr)
         folder = Path(trainer.default_root_dir) / "samples" / "evaluation"
         write_samples(folder, [plain_example(model, *example) for example in self._examples])
-        log_samples_to_wandb(trainer, folder)
+        log_samples(trainer, folder, trainer.global_step)
         return figures
 
     def _load(self, model: FusedLanguageModel, pattern: str) -> dict[int, Labelled]:
@@ -155,8 +159,8 @@ class EvaluateCrossModal(Callback):
         return figures
 
     def _read(self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str) -> dict[str, float]:
-        """Medium -> name: share of names read letter by letter as they should be, in every language in turn; where there are
-        many names, whether the right one is among the five likeliest of its language, too."""
+        """Medium -> name: fraction of names generated without an error, in every language in turn; with many names also the
+        fraction that are among the five likeliest of their language."""
         count = len(media.segments)
         chosen = spread(count, self.reads or count)
         turns = [turn // count + turn for turn in range(len(chosen))]  # another language when a medium comes once more
@@ -228,7 +232,7 @@ class EvaluateCrossModal(Callback):
         return judge.figures("image_to_audio", [decoded(model, answer) for answer in answers], labels)
 
     def _conditioning_gains(self, model: FusedLanguageModel, heldout: dict[int, Labelled]) -> dict[str, float]:
-        """Nats a token that the right condition saves over one of another document: near 0, it is ignored."""
+        """Return the nats per token saved by the right condition over another document's; near 0, the condition is ignored."""
         gains: dict[int, list[float]] = {}
         for modality, media in heldout.items():
             names = [Segment(several[0]) for several in media.names]
@@ -259,7 +263,7 @@ class EvaluateCrossModal(Callback):
 
 
 def spread(length: int, count: int) -> list[int]:
-    """`count` places of `length`, evenly spread; where there are fewer, all of them again and again."""
+    """Return `count` evenly spread indices below `length`, each several times if `count` is larger."""
     return [place * length // count if count < length else place % length for place in range(count)]
 
 
@@ -272,7 +276,7 @@ def first_of_each(
 
 
 def decoded(model: FusedLanguageModel, segment: Segment) -> np.ndarray:
-    """What the codecs see of a medium, or make of its codes: uint8 (C, H, W) pixels or float32 samples."""
+    """Return the codec's input for a medium, or its output for codes: uint8 (C, H, W) pixels or float32 samples."""
     segment = plain(model, segment)
     if segment.modality == IMAGE:
         return decode_image(segment.file, *model.vocabulary.image_shape)

@@ -1,10 +1,10 @@
-"""What a judge takes a medium for (`tasks/judges.py`)."""
+"""What a judge takes a medium for (`data/judges.py`)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pile_app.tasks.judges import MANY, Judge, Labelled
+from data.judges import MANY, Judge, Labelled
 
 
 def test_many_labels_are_judged_too_and_the_right_one_is_among_the_five_best() -> None:
