@@ -129,9 +129,9 @@ def encode(
     if tokenizer:
         encoders = Encoders(load_tokenizer(tokenizer), batch=batch)
     else:
-        from pile_app.commands.use import open_run
+        from pile_app.training.load import load_on
 
-        module, _, saved = open_run(inputs[0], checkpoint, device)
+        module, _, saved = load_on(Path(inputs[0]), checkpoint, device)
         encoders = Encoders.of_run(inputs[0], module, saved["global_step"], batch)
     found = encode_shards(shards, Path(folder), encoders, overwrite)
     print(f"{len(found):,} shards in {folder}: {describe_counts(list(found.values()))}")

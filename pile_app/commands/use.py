@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pile_app.data.datamodule import PileDataModule
     from pile_app.documents import BadSample, Document, Segment
     from pile_app.model.generate import Answer
     from pile_app.tasks.embed import Embedder
@@ -21,17 +20,6 @@ if TYPE_CHECKING:
 
 DOCUMENTS_AT_ONCE = 512
 Prompt = Sequence[tuple[str, str]]  # (modality, text or path)
-
-
-def open_run(run: Path | str, checkpoint: str, device: str = "auto") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
-    """Load a run onto a device: the module, its data module, and the checkpoint."""
-    import torch
-
-    from pile_app.training.load import load_run
-
-    module, data, saved = load_run(Path(run), checkpoint)
-    module.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return module, data, saved
 
 
 def generate(
@@ -58,6 +46,7 @@ def generate(
     from pile_app.documents import MODALITIES, TEXT, Segment
     from pile_app.model.generate import Sampling, answer_prompts, generate_document, stream
     from pile_app.model.score import choose
+    from pile_app.training.load import load_on
 
     check_count(count)
     if choices and to != "text":
@@ -66,7 +55,7 @@ def generate(
         raise ValueError("--logprobs goes with --to text, image or audio")
     sampling = Sampling(temperature, top_p, guidance, max_text, max_seconds, seed, tuple(stop))
     document = read_prompt(prompt)
-    model = open_run(run, checkpoint, device)[0].model
+    model = load_on(run, checkpoint, device)[0].model
 
     def write() -> Iterator[tuple[str, Segment, dict[str, Any]]]:
         """(file name without extension, segment, what NNN.json says of it); texts are printed."""
@@ -161,8 +150,9 @@ def chat(run: Path, *, checkpoint: str = "auto", device: str = "auto", output: P
     """
     from pile_app.model.generate import Sampling
     from pile_app.tasks.chat import Conversation, Terminal
+    from pile_app.training.load import load_on
 
-    module, data, _ = open_run(run, checkpoint, device)
+    module, data, _ = load_on(run, checkpoint, device)
     sampling = Sampling(temperature=0.7, top_p=0.9, max_text=512, max_seconds=5.0)
     Terminal(Conversation(module.model, data.context), sampling, output or run / "chat").talk()
 
@@ -182,9 +172,10 @@ def app(
         password: of the user `pile` (default: PILE_PASSWORD; else, if --host is not this machine, it is made and printed)
     """
     from pile_app.tasks.app import import_gradio, make_app, serve
+    from pile_app.training.load import load_on
 
     import_gradio()
-    module, data, _ = open_run(run, checkpoint, device)
+    module, data, _ = load_on(run, checkpoint, device)
     name, found = run.resolve().name, index or (str(run / "index") if (run / "index").is_dir() else None)
     serve(lambda: make_app(module, data.context, name, found), host, port, password)
 
@@ -208,11 +199,12 @@ def classify(
     from pile_app.commands.data import open_shards, parse_sources, read_texts
     from pile_app.documents import TEXT
     from pile_app.tasks.classification import Classification, split_label
+    from pile_app.training.load import load_on
 
     if sum(map(bool, (prompt, file, on))) != 1:
         raise ValueError("what to classify? Give --text, --image and --audio, or --file, or --on")
     asked, given = read_prompt(prompt), parse_sources(on)
-    module, _, _ = open_run(run, checkpoint, device)
+    module, _, _ = load_on(run, checkpoint, device)
     objective = module.objective
     if not isinstance(objective, Classification):
         raise ValueError(f"{str(run)!r} is no classifier: train one with --config classification")
@@ -303,6 +295,7 @@ def tag(
     from pile_app.commands.data import read_texts
     from pile_app.documents import BadSample, Document, Segment
     from pile_app.tasks.tag_texts import as_inline, as_record, tag_documents
+    from pile_app.training.load import load_on
 
     documents = [Document((Segment(one),)) for one in text if one]
     for where, document in read_texts(file) if file is not None else ():
@@ -312,7 +305,7 @@ def tag(
             documents.append(document)
     if not documents:
         raise ValueError("there is nothing to tag: give a FILE, or --text")
-    module, data, _ = open_run(run, checkpoint, device)
+    module, data, _ = load_on(run, checkpoint, device)
     tagged = tag_documents(module, documents, data.context)
     lines = (as_inline(one) if format == "inline" else json.dumps(as_record(one), ensure_ascii=False) for one in tagged)
     written = "".join(f"{line}\n" for line in lines)
@@ -327,8 +320,9 @@ def tag(
 
 def open_embedder(run: Path, checkpoint: str, device: str) -> Embedder:
     from pile_app.tasks.embed import Embedder
+    from pile_app.training.load import load_on
 
-    module, data, _ = open_run(run, checkpoint, device)
+    module, data, _ = load_on(run, checkpoint, device)
     return Embedder.of_run(run, module, data.context)
 
 

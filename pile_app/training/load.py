@@ -76,6 +76,13 @@ def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataM
     return module.eval(), data, saved
 
 
+def load_on(run: Path, checkpoint: str, device: str = "auto") -> tuple[PileModule, PileDataModule, dict[str, Any]]:
+    """Load a run onto a device; "auto": a GPU if there is one."""
+    module, data, saved = load_run(run, checkpoint)
+    module.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return module, data, saved
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """Read `config.yaml` of a run folder, with the run's own copy of its tokenizer."""
     path = run / "config.yaml"
