@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pile_app.model.attention import AttentionMask, attend, make_mask
 from pile_app.model.base import Backbone, Cache, initialize_block, matmul_dtype, norm
+from pile_app.model.open_weights import HuggingFace
 from pile_app.model.recurrent import LSTM, RNN, MinGRU
 
-__all__ = ["LSTM", "RNN", "Backbone", "Cache", "MinGRU", "Transformer", "matmul_dtype", "norm"]
+__all__ = ["LSTM", "RNN", "Backbone", "Cache", "HuggingFace", "MinGRU", "Transformer", "matmul_dtype", "norm"]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pile_app.data.tokenizers import Tokenizer
+
 EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -45,6 +47,9 @@ class Cache:
         return Cache(layers, self.length, self.capacity)
 
 
+LOGIT_CAP = 15.0  # logits are capped softly (arXiv:2408.00118)
+
+
 class Backbone(nn.Module, ABC):
     """See `backbones.py`.
 
@@ -55,6 +60,10 @@ class Backbone(nn.Module, ABC):
     """
 
     recompute = False  # activation checkpointing of each block
+    normalizes_input = True  # the embedding is RMS-normed before the first block
+    code_std = 0.5  # of the initial vectors of codes
+    logit_cap: float | None = LOGIT_CAP
+    tokenizer: str | None = None  # the only one that the backbone works with
     is_compiled = False
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
@@ -70,6 +79,11 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, capacity: int = 0) -> Cache:
         """An empty cache. `capacity`: tokens to reserve memory for; 0: it grows by doubling."""
         return Cache(capacity=capacity)
+
+    def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module] | None:
+        """Embedding and head of the special and text tokens, if the backbone brings its own: modules that return
+        (special + text tokens, D). None: they are trained from scratch."""
+        return None
 
     @abstractmethod
     def forward(

@@ -43,7 +43,6 @@ from pile_app.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from pile_app.data.tokenizers import Tokenizer
 
-LOGIT_CAP = 15.0
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Lightning's precision
 
 
@@ -136,8 +135,12 @@ class FusedLanguageModel(nn.Module):
             (self.audio_codec.quantizer if self.audio_codec else None, 1),
         )
         width = backbone.embedding_width
-        self.embeddings = nn.ModuleList(FactoredTable(quantizer, extra, width, 0.5) for quantizer, extra in shapes)
+        self.embeddings = nn.ModuleList(
+            FactoredTable(quantizer, extra, width, backbone.code_std) for quantizer, extra in shapes
+        )
         self.heads = nn.ModuleList(FactoredTable(quantizer, extra, backbone.width, 0.0) for quantizer, extra in shapes)
+        if (tables := backbone.text_tables(tokenizer)) is not None:
+            self.embeddings[TEXT], self.heads[TEXT] = tables
         rows, columns = self.vocabulary.image_grid
         self.image_rows = nn.Parameter(torch.empty(rows, width))
         self.image_columns = nn.Parameter(torch.empty(columns, width))
@@ -255,13 +258,15 @@ class FusedLanguageModel(nn.Module):
             x = x + F.embedding(image_indices, grid)
         if extra is not None:
             x = x + extra
-        return self.backbone(self.dropout(norm(x)), document, position, cache, piece_starts)
+        x = norm(x) if self.backbone.normalizes_input else x
+        return self.backbone(self.dropout(x), document, position, cache, piece_starts)
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
         table = self.tables[2][modality] if self.tables else self.heads[modality]().to(hidden.dtype)
         logits = F.linear(hidden.to(table.dtype), table).float()
-        return LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
+        cap = self.backbone.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -329,7 +334,7 @@ class FusedLanguageModel(nn.Module):
                 continue
             targets = following[indices + 1] - self.vocabulary.slices[modality].start
             found = linear_cross_entropy(
-                hidden[indices], self.heads[modality](), targets, LOGIT_CAP, predict, self.backbone.is_compiled
+                hidden[indices], self.heads[modality](), targets, self.backbone.logit_cap, predict, self.backbone.is_compiled
             )
             losses[modality] = ModalityLoss(found[0], found[1], targets, found[2])
         if not losses and torch.is_grad_enabled():  # padding alone: the other devices wait for gradients all the same

@@ -14,13 +14,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pile_app.data.tokenizers import plain_description
 from pile_app.documents import TEXT
-from pile_app.model.backbones import Transformer
-from pile_app.model.base import EPSILON
-from pile_app.model.fused import LOGIT_CAP, FusedLanguageModel
+from pile_app.model.backbones import HuggingFace, Transformer
+from pile_app.model.base import EPSILON, LOGIT_CAP
+from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.pretrained import make_empty, save_weights
 from pile_app.vocabulary import Vocabulary
 
@@ -35,6 +36,8 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
     `tokenizer`: as configured, "bytes" or the path of a `tokenizer.json`. Raises ValueError if transformers has no architecture
     like this model's, naming the setting, or if the folder is not empty.
     """
+    if isinstance(model.backbone, HuggingFace):
+        return save_open_weights(model, model.backbone, folder)
     backbone = check_exportable(model)
     first: Any = backbone.blocks[0]
     ids = {"bos_token_id": Vocabulary.BEGIN, "eos_token_id": Vocabulary.END, "pad_token_id": Vocabulary.END}
@@ -70,6 +73,41 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
     files = {"config": config, "tokenizer": described, "tokenizer_config": of_tokenizer, "generation_config": generation}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def save_open_weights(model: FusedLanguageModel, backbone: HuggingFace, folder: Path) -> None:
+    """Write the language model of text as a folder that transformers loads, adapters merged, logits equal.
+
+    `<begin>` and `<text>`, which precede each text, and `<end>` join the vocabulary; the tokenizer writes the first two.
+
+    Raises:
+        ValueError: the folder is not empty.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    make_empty(folder)
+    plain: Any = backbone.merged()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbone.path, revision=backbone.revision)
+    specials = {"<begin>": Vocabulary.BEGIN, "<text>": Vocabulary.OPENERS[TEXT], "<end>": Vocabulary.END}
+    first = max(len(backbone.text_head()), len(tokenizer))
+    plain.resize_token_embeddings(first + len(specials), mean_resizing=False)
+    tokenizer.add_tokens([f"<unused{i}>" for i in range(first - len(tokenizer))] + list(specials), special_tokens=True)
+    read, written = plain.get_input_embeddings(), plain.get_output_embeddings()
+    with torch.no_grad():
+        for row, token in enumerate(specials.values(), first):
+            written.weight[row] = model.heads[TEXT]()[token]
+            if written.weight is not read.weight or token != Vocabulary.END:
+                read.weight[row] = model.embeddings[TEXT]()[token] / getattr(read, "scalar_embed_scale", 1.0)
+    ids = dict(zip(specials, range(first, first + len(specials)), strict=True))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<begin> <text> $A", special_tokens=[(name, ids[name]) for name in ("<begin>", "<text>")]
+    )
+    tokenizer.bos_token, tokenizer.eos_token = "<begin>", "<end>"
+    for config in (plain.config, plain.generation_config):
+        config.bos_token_id, config.eos_token_id = ids["<begin>"], ids["<end>"]
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def check_exportable(model: FusedLanguageModel) -> Transformer:

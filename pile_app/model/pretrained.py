@@ -68,6 +68,8 @@ def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -
     if config.get("tokenizer", "bytes") != "bytes":
         shutil.copyfile(config["tokenizer"], folder / "tokenizer.json")
         values["tokenizer"] = "tokenizer.json"
+    if isinstance(own := model.backbone, backbones.HuggingFace):
+        own.save_description(folder / "backbone")
     description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     save_weights(model.state_dict(), folder)
@@ -83,7 +85,10 @@ def make_empty(folder: Path) -> None:
 def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write `model.safetensors`, whole or not at all."""
     temporary = folder / "model.safetensors.tmp"
-    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, temporary, {"format": "pt"})
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    first = {weight.data_ptr(): name for name, weight in reversed(tensors.items())}
+    tied = {name: weight.clone() for name, weight in tensors.items() if first[weight.data_ptr()] != name}
+    save_file(tensors | tied, temporary, {"format": "pt"})
     os.replace(temporary, folder / "model.safetensors")
 
 
@@ -96,13 +101,16 @@ def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
     found = backbone_class or vars(backbones).get(name)
     if not (inspect.isclass(found) and issubclass(found, Backbone)):
         raise ValueError(f"{str(folder)!r} holds a backbone {name!r}, which is not Pile's: pass its class as backbone_class")
+    if found is backbones.HuggingFace:
+        sizes |= {"path": str(folder / "backbone"), "pretrained": False}
     is_bytes = arguments.pop("tokenizer", "bytes") == "bytes"
     try:
         arguments |= {key: make(**arguments[key]) for key, make in CODECS.items() if arguments.get(key)}
         arguments["backbone"] = found(**sizes)
     except TypeError as error:
         raise ValueError(f"{str(folder / 'config.json')!r} does not belong to this version of Pile: {error}") from error
-    arguments["tokenizer"] = load_tokenizer("bytes" if is_bytes else str(folder / "tokenizer.json"))  # never a path out of it
+    file = "bytes" if is_bytes else str(folder / "tokenizer.json")  # never a path out of the folder
+    arguments["tokenizer"] = load_tokenizer(arguments["backbone"].tokenizer or file)
     return arguments, weights
 
 

@@ -52,7 +52,7 @@ from pile_app.training.checkpoints import (  # noqa: E402
     read_checkpoint,
 )
 from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
-from pile_app.training.load import TOKENIZER, SkipInitialization, link_model_to_data  # noqa: E402
+from pile_app.training.load import TOKENIZER, SkipInitialization, link_model_to_data, take_description  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.muon import cpu_multiplies_bfloat16  # noqa: E402
 from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
@@ -150,6 +150,7 @@ class PileCLI(LightningCLI):
             model.start_from, model.codecs_from = None, str(self.checkpoint) if model.image or model.audio else None
         if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
             model.tokenizer = str(run / TOKENIZER)
+        take_description(model.backbone, run)
 
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""

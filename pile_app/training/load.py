@@ -23,6 +23,7 @@ from pile_app.training.checkpoints import find_damage, read_checkpoint
 from pile_app.training.module import PileModule
 
 TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
+BACKBONE = "backbone"  # config and tokenizer of open weights there
 
 
 FILLING = ("uniform_", "normal_", "zero_", "fill_")
@@ -97,7 +98,14 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} has no model and data: it is not the config.yaml of a run")
     if config["model"].get("tokenizer", "bytes") != "bytes" and (run / TOKENIZER).is_file():
         config["model"]["tokenizer"] = str(run / TOKENIZER)
+    take_description(config["model"]["backbone"], run)
     return config
+
+
+def take_description(backbone: Any, run: Path) -> None:
+    """Let open weights be built from the description in the run's folder; the checkpoint has the weights."""
+    if backbone["class_path"].endswith("HuggingFace") and (run / BACKBONE).is_dir():
+        backbone["init_args"]["path"], backbone["init_args"]["pretrained"] = str(run / BACKBONE), False
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:

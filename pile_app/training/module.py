@@ -76,8 +76,8 @@ class PileModule(LightningModule):
     """One model over text, images and sound.
 
     Args:
-        backbone: Transformer, LSTM, RNN or MinGRU, with its sizes.
-        tokenizer: "bytes", or the path of a `tokenizer.json`.
+        backbone: Transformer, LSTM, RNN or MinGRU, with its sizes; or HuggingFace, with the path of open weights.
+        tokenizer: "bytes", or the path of a `tokenizer.json`; open weights bring theirs.
         image: shape of the image codec; null: no images.
         audio: shape of the audio codec; null: no sound.
         codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
@@ -121,6 +121,11 @@ class PileModule(LightningModule):
             raise ValueError(f"codec_steps >= 0, codec_crop >= 1 and l1 >= 0, not {codec_steps}, {codec_crop} and {l1}")
         if not (0 <= word_dropout < 1 and 0 <= code_dropout < 1):
             raise ValueError(f"word_dropout and code_dropout are in [0, 1), not {word_dropout} and {code_dropout}")
+        if backbone.tokenizer is not None and tokenizer not in ("bytes", backbone.tokenizer):
+            raise ValueError(
+                f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
+            )
+        tokenizer = backbone.tokenizer or tokenizer
         self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
         self.codec_steps = codec_steps if self.model.codecs else 0
         self.codec_crop = codec_crop

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pile_app.model.backbones import HuggingFace
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.muon import Muon
 from pile_app.training.objective import Objective
@@ -29,6 +30,8 @@ class OptimizerConfig:
         learning_rate: peak rate of AdamW or SGD.
         matrix_learning_rate: peak rate of Muon.
         codec_learning_rate: peak rate of AdamW for the codecs, in their phase.
+        backbone_learning_rate: peak rate of AdamW for open weights or their adapters (`HuggingFace`).
+        thaw_at: optimizer steps (after the codecs' phase) in which open weights stay as they are.
         weight_decay: L2, on matrices only; decoupled from the gradient except with sgd.
         momentum: of SGD and Muon.
         betas: of AdamW.
@@ -44,6 +47,8 @@ class OptimizerConfig:
     learning_rate: float = 0.003
     matrix_learning_rate: float = 0.02
     codec_learning_rate: float = 0.003
+    backbone_learning_rate: float = 5e-5
+    thaw_at: int = 0
     weight_decay: float = 0.0
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
@@ -54,11 +59,11 @@ class OptimizerConfig:
     base_width: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "matrix_learning_rate", "codec_learning_rate"):
+        for name in ("learning_rate", "matrix_learning_rate", "codec_learning_rate", "backbone_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer {name}={getattr(self, name)} must be above 0")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ValueError("optimizer weight_decay and warmup_steps must be at least 0")
+        if min(self.weight_decay, self.warmup_steps, self.thaw_at) < 0:
+            raise ValueError("optimizer weight_decay, warmup_steps and thaw_at must be at least 0")
         if self.base_width is not None and self.base_width < 1:
             raise ValueError(f"optimizer base_width={self.base_width} must be at least 1, or null")
         if not 0 <= self.decay_share <= 1 or not 0 <= self.final_share <= 1:
@@ -138,11 +143,16 @@ def make_optimizer(
         "heads": {"lr": inner, "weight_decay": config.weight_decay},
         "tables": {"lr": rate, "weight_decay": config.weight_decay},
         "vectors": {"lr": rate, "weight_decay": 0.0},
+        "open weights": {"lr": config.backbone_learning_rate, "weight_decay": config.weight_decay},
+        "open vectors": {"lr": config.backbone_learning_rate, "weight_decay": 0.0},  # and the embedding
     }
     groups = {name: {"params": list[nn.Parameter](), **options, "name": name} for name, options in by_name.items()}
     for name, parameter in model.named_parameters():
         # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
         if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
+            continue
+        if isinstance(model.backbone, HuggingFace) and name.startswith("backbone."):
+            groups["open weights" if id(parameter) in hidden else "open vectors"]["params"].append(parameter)
             continue
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"
         groups["matrices" if id(parameter) in hidden else outside]["params"].append(parameter)
@@ -161,7 +171,8 @@ def make_optimizer(
     def factor(name: str) -> Callable[[int], float]:
         if name == "codecs":
             return lambda step: schedule_factor(config, step, codec_steps)
-        return lambda step: schedule_factor(config, step - codec_steps, steps - codec_steps)
+        start = codec_steps + (config.thaw_at if name.startswith("open") else 0)
+        return lambda step: schedule_factor(config, step - start, steps - start)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(str(g["name"])) for g in optimizer.param_groups])
 

@@ -15,7 +15,8 @@ from pile_app.data.batch import Batch
 from pile_app.data.order import Piece
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
 from pile_app.media import audio_size
-from pile_app.model.fused import LOGIT_CAP, FactoredTable, FusedLanguageModel
+from pile_app.model.base import LOGIT_CAP
+from pile_app.model.fused import FactoredTable, FusedLanguageModel
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]

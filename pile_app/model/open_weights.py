@@ -1,0 +1,281 @@
+"""A backbone of open weights: any causal language model of Hugging Face's transformers.
+
+    x (B, T, D) -> decoder layers of the model, within documents -> (B, T, D), normed as its head expects
+
+The model keeps its words: its token embedding and its head are the text rows of the fused model's tables. Only the special
+tokens and the codes of images and sounds are new. Attention runs through `attention.py`, registered with transformers as
+"pile", so packed documents do not see each other, on every device and without padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pile_app.data.tokenizers import Tokenizer
+from pile_app.documents import TEXT
+from pile_app.model.attention import AttentionMask, attend, make_mask
+from pile_app.model.base import Backbone, Cache, matmul_dtype
+from pile_app.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685), by `peft`.
+
+    Args:
+        rank: of the update of each matrix.
+        alpha: scale of the update, divided by `rank`.
+        targets: names of the adapted layers, or "all-linear".
+        dropout: of the adapters' input.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | list[str] = "all-linear"
+    dropout: float = 0.0
+
+
+class HuggingFace(Backbone):
+    """A causal language model of transformers: Llama, Qwen, SmolLM, GPT-2, Gemma, Mistral and others.
+
+    Args:
+        path: folder with `config.json` and safetensors, or a name on the Hugging Face hub.
+        lora: train low-rank adapters instead of the weights; null: train all weights.
+        revision: branch, tag or commit on the hub.
+        pretrained: load the weights; false: build the model from its config with random weights.
+        trust_remote_code: run the model code of the folder or the hub. Only for sources that you trust.
+
+    Raises:
+        ValueError: transformers has no causal language model there, or the model has a part that this class does not support
+            (a bias of the head, capped attention scores, layers without attention).
+    """
+
+    normalizes_input = False
+    model: Any  # `PreTrainedModel`
+
+    def __init__(
+        self,
+        path: str,
+        lora: LoRA | None = None,
+        revision: str = "main",
+        pretrained: bool = True,
+        trust_remote_code: bool = False,
+    ) -> None:
+        try:
+            from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+        except ImportError as error:
+            raise ValueError(
+                "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
+            ) from error
+        AttentionInterface.register("pile", _attention)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model: Any
+        try:
+            config = AutoConfig.from_pretrained(path, **options).get_text_config()
+            config._attn_implementation = "pile"
+            if pretrained:
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, config=config, dtype=torch.float32, use_safetensors=True, **options
+                )
+            else:
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"backbone path={path!r} is no causal language model of transformers: {error}") from error
+        super().__init__(config.hidden_size, config.num_hidden_layers)
+        self.path, self.revision, self.heads = path, revision, config.num_attention_heads
+        self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        self._end = ends[0] if ends[0] is not None else 0
+        self._begin = self._end if config.bos_token_id is None else config.bos_token_id
+        self.code_std = float(model.get_input_embeddings().weight.detach().std()) / 2
+        self.tokenizer = _tokenizer_file(path, revision)
+        self.window: int | None = getattr(config, "sliding_window", None)
+        self.context: int = config.max_position_embeddings
+        self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._check(model, config)
+        lora = LoRA(**lora) if isinstance(lora, dict) else lora  # of a file
+        if lora is not None:
+            from peft import LoraConfig, inject_adapter_in_model
+
+            model.requires_grad_(False)
+            adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout)
+            inject_adapter_in_model(adapters, model)
+        self.model, self._checkpoints = model, False
+        self._cache_name = (
+            "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
+        )
+
+    def _check(self, model: Any, config: Any) -> None:
+        head = model.get_output_embeddings()
+        reason = ""
+        if head is None or getattr(head, "bias", None) is not None:
+            reason = "its head has a bias"
+        elif getattr(config, "attn_logit_softcapping", None):
+            reason = "its attention caps the scores"
+        elif set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+            reason = f"it has layers of {sorted(set(config.layer_types))}"
+        if reason:
+            raise ValueError(f"backbone path={self.path!r} ({type(model).__name__}) cannot be used: {reason}")
+
+    def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
+        words = len(self.text_embedding())
+        if tokenizer.size > words:
+            raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model of {self.path!r} has vectors of {words}")
+        like = {
+            Vocabulary.BEGIN: self._begin,
+            Vocabulary.END: self._end,
+            Vocabulary.OPENERS[TEXT]: int(tokenizer.encode("\n")[-1]),
+        }
+        return (TextTable(self.text_embedding, tokenizer.size, like), TextTable(self.text_head, tokenizer.size, like))
+
+    def text_embedding(self) -> Tensor:
+        """(text tokens, D) the vectors that the model reads."""
+        table: Any = self.model.get_input_embeddings()
+        return table.weight * getattr(table, "scalar_embed_scale", 1.0)
+
+    def text_head(self) -> Tensor:
+        """(text tokens, D)"""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def save_description(self, folder: Path) -> None:
+        """Write config and tokenizer, from which the model can be built without its weights."""
+        from transformers import PreTrainedTokenizerFast
+
+        self.model.config.save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(self.path, revision=self.revision).save_pretrained(folder)
+        shutil.copyfile(str(self.tokenizer), folder / "tokenizer.json")  # byte for byte: its fingerprint is the run's
+
+    def merged(self) -> nn.Module:
+        """A copy of the model of transformers with the adapters merged into its weights."""
+        model = copy.deepcopy(self.model)
+        for name, layer in list(model.named_modules()):
+            if hasattr(layer, "get_base_layer"):  # of peft
+                layer.merge()
+                model.set_submodule(name, layer.get_base_layer())
+        return model
+
+    def compile_blocks(self) -> None:
+        for block in self._blocks():
+            block.compile()
+
+    def _blocks(self) -> nn.ModuleList:
+        """The decoder layers: the one list of as many modules as the config says."""
+        return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers)
+
+    def flops_per_token(self, context: float) -> float:
+        tables = {id(self.model.get_input_embeddings().weight), id(self.text_head())}
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2 and id(p) not in tables)
+        return 2.0 * matrices + 4.0 * self.layers * self.heads * self.head_width * context
+
+    def forward(
+        self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
+    ) -> Tensor:
+        past = cache.length if cache is not None else 0
+        if past + x.size(1) > self.context:
+            raise ValueError(
+                f"{past + x.size(1)} tokens of context, but the model of {self.path!r} takes {self.context} at most"
+            )
+        masks = self._masks(x, document, position, piece_starts, cache is not None, past)
+        wanted = self.recompute and self.training and torch.is_grad_enabled()
+        if wanted != self._checkpoints:
+            prefix = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+            getattr(self.model, f"{prefix}_checkpointing_{'enable' if wanted else 'disable'}")()
+            self._checkpoints = wanted
+        options: dict[str, Any] = {self._cache_name: _LayerCache(cache)} if cache is not None else {}
+        hidden: Tensor = self.model.base_model(
+            inputs_embeds=x, position_ids=position, use_cache=cache is not None, pile_masks=masks, **options
+        ).last_hidden_state
+        if cache is not None:
+            cache.length += x.size(1)
+        return hidden
+
+    def _masks(
+        self, x: Tensor, document: Tensor, position: Tensor, piece_starts: Tensor | None, is_cached: bool, past: int
+    ) -> tuple[AttentionMask, AttentionMask]:
+        """Attention masks of the layers that see the whole document, and of those with a sliding window."""
+        tokens, keys = x.size(1), past + x.size(1)
+        if not is_cached:
+            whole = make_mask(document, position, piece_starts, matmul_dtype(x), self.head_width)
+        elif tokens == 1 or not past:
+            whole = AttentionMask()
+        else:
+            whole = AttentionMask(mask=torch.ones(tokens, keys, dtype=torch.bool, device=x.device).tril(past)[None, None])
+        if self.window is None or keys <= self.window:
+            return whole, whole
+        seen = torch.ones(tokens, keys, dtype=torch.bool, device=x.device).tril(past).triu(past - self.window + 1)[None]
+        if not is_cached:
+            seen = seen & (document[:, :, None] == document[:, None, :])
+        return whole, AttentionMask(mask=seen[:, None])
+
+
+class TextTable(nn.Module):
+    """Vectors of the special tokens, which are new, before those of the model's words.
+
+    Args:
+        words: returns the model's vectors, (at least `size`, D).
+        size: number of text tokens.
+        like: special token -> word that it begins as; other special tokens begin as the mean of all words.
+    """
+
+    def __init__(self, words: Callable[[], Tensor], size: int, like: Mapping[int, int]) -> None:
+        super().__init__()
+        self.words, self.size = words, size
+        with torch.no_grad():
+            table = words()
+            rows = table[:size].mean(0).repeat(Vocabulary.SPECIALS, 1)
+            for special, word in like.items():
+                if word < len(table):
+                    rows[special] = table[word]
+        self.weight = nn.Parameter(rows)
+
+    def forward(self) -> Tensor:
+        """(SPECIALS + size, D)"""
+        return torch.cat([self.weight, self.words()[: self.size].to(self.weight.dtype)])
+
+
+class _LayerCache:
+    """What a decoder layer of transformers asks of its cache, on a `Cache` of ours."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        return self.cache.append(layer_idx, key, value)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.length
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    pile_masks: tuple[AttentionMask, AttentionMask] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers: query (B, H, T, d), key and value (B, H_kv, keys, d) -> (B, T, H, d)."""
+    assert pile_masks is not None
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, pile_masks[sliding_window is not None], scale).transpose(1, 2), None
+
+
+def _tokenizer_file(path: str, revision: str) -> str | None:
+    """The `tokenizer.json` of a folder or a name on the hub; None where there is none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else str(Path(found))
