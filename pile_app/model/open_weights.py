@@ -39,7 +39,7 @@ class LoRA:
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     targets: str | list[str] = "all-linear"
     dropout: float = 0.0
 
