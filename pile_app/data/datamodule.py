@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -160,6 +161,24 @@ class StepBatches(Sampler[list[int]]):
         for first in range(self.start * self.global_batch, self.steps * self.global_batch, self.global_batch):
             for begin, stop in pairwise(self.bounds):
                 yield list(range(first + begin, first + stop)) or [~first]
+
+
+class TimedLoader(DataLoader[Batch]):
+    """A loader that measures the seconds for which its batches are waited for."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - began
+            yield batch
 
 
 def _unchanged(batch: Any) -> Any:
@@ -370,11 +389,11 @@ class PileDataModule(LightningDataModule):
     def train_dataset(self) -> PackDataset:
         return PackDataset(self.train_data, self.order, *self._model, self.global_batch, self.annotator, self.transforms)
 
-    def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> DataLoader[Batch]:
+    def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> TimedLoader:
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
         method = "forkserver" if self.num_workers and is_remote else None  # a fork would copy the locks of prefetching threads
-        return DataLoader(
+        return TimedLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,

@@ -177,24 +177,20 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.peak_flops = measure_matmul_flops(pl_module.device)
-        self._reset()
+        self._reset(trainer)
 
-    def _reset(self) -> None:
+    def _reset(self, trainer: Trainer) -> None:
         self.tokens = [0, 0, 0]
         self.attended: list[Tensor] = []  # (2,) of each batch: tokens, and tokens that they attend to
-        self.waited = 0.0
-        self.began = self.ended = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self.waited += time.perf_counter() - self.ended
+        self.waited = getattr(trainer.train_dataloader, "waited", 0.0)  # before this interval
+        self.began = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if hasattr(self, "began"):
-            away = time.perf_counter() - self.paused
-            self.began, self.ended = self.began + away, self.ended + away
+            self.began += time.perf_counter() - self.paused
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -204,20 +200,20 @@ class Throughput(Callback):
         if not pl_module.in_codec_phase:
             is_token = batch.document != PADDING
             self.attended.append(torch.stack([is_token.sum(), (batch.position + 1).mul(is_token).sum()]))
-        self.ended = time.perf_counter()
         if not is_logged(trainer, batch_idx):
             return
-        seconds, (shares, _) = max(self.ended - self.began, 1e-9), data_parallel(trainer)
+        seconds, (shares, _) = max(time.perf_counter() - self.began, 1e-9), data_parallel(trainer)
+        waited = getattr(trainer.train_dataloader, "waited", 0.0) - self.waited
         speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in pl_module.vocabulary.modalities}
         values = {f"throughput/{name}_tokens_per_second": speed for name, speed in speeds.items()}
-        values |= {"throughput/tokens_per_second": sum(speeds.values()), "throughput/data_wait_share": self.waited / seconds}
+        values |= {"throughput/tokens_per_second": sum(speeds.values()), "throughput/data_wait_share": waited / seconds}
         if self.attended:
             tokens, attended = torch.stack(self.attended).sum(0).tolist()
             flops = tokens * shares / trainer.world_size * pl_module.model.flops_per_token(attended / max(1, tokens))
             values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
         pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
         pl_module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
-        self._reset()
+        self._reset(trainer)
 
 
 def measure_matmul_flops(device: torch.device) -> float:

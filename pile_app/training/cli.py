@@ -150,7 +150,7 @@ class PileCLI(LightningCLI):
             model.start_from, model.codecs_from = None, str(self.checkpoint) if model.image or model.audio else None
         if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
             model.tokenizer = str(run / TOKENIZER)
-        take_description(model.backbone, run)
+        take_description(model, run)
 
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""

@@ -98,14 +98,15 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} has no model and data: it is not the config.yaml of a run")
     if config["model"].get("tokenizer", "bytes") != "bytes" and (run / TOKENIZER).is_file():
         config["model"]["tokenizer"] = str(run / TOKENIZER)
-    take_description(config["model"]["backbone"], run)
+    take_description(config["model"], run)
     return config
 
 
-def take_description(backbone: Any, run: Path) -> None:
+def take_description(model: Any, run: Path) -> None:
     """Let open weights be built from the description in the run's folder; the checkpoint has the weights."""
-    if backbone["class_path"].endswith("HuggingFace") and (run / BACKBONE).is_dir():
-        backbone["init_args"]["path"], backbone["init_args"]["pretrained"] = str(run / BACKBONE), False
+    if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
+        arguments = model["backbone"]["init_args"]
+        arguments["path"], arguments["pretrained"] = str(run / BACKBONE), False
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:

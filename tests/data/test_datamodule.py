@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -561,3 +562,13 @@ def test_transforms_of_a_source_change_its_training_and_not_its_validation(
     assert np.array_equal(plain[1], flipped[1])
     with pytest.raises(ValueError, match="transforms: 'flop' cannot be used"):
         pixels(["flop"])
+
+
+def test_waiting_for_data_is_measured_apart_from_the_work_between_batches(folder: Path) -> None:
+    data = module(folder)
+    dataset = data.train_dataset()
+    slow = SimpleNamespace(__getitems__=lambda positions: (time.sleep(0.05), dataset.__getitems__(positions))[1])
+    loader = data._loader(slow, [[0], [1], [2]])  # type: ignore[arg-type]
+    for _ in loader:
+        time.sleep(0.1)
+    assert 0.15 <= loader.waited < 0.3
