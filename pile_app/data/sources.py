@@ -57,8 +57,14 @@ class SourceShard(OpenShard):
     def kept(self) -> KeptIds | None:
         """The ids that are kept next to a local shard."""
         if not self.is_bytes and self.cache is None:
-            with suppress(OSError, ValueError):
-                return KeptIds(self.index, self.path, self.tokenizer)
+            try:
+                with suppress(OSError):
+                    return KeptIds(self.index, self.path, self.tokenizer)
+            except ValueError as error:
+                log.warning(
+                    "%s has token ids next to it that cannot be used (%s), so training tokenizes its texts, which is slow: "
+                    "run `pile index --overwrite --tokenizer ...` on the shards", self.path, error,
+                )  # fmt: skip
         return None
 
     @cached_property

@@ -474,7 +474,9 @@ def test_token_counts_are_kept_until_the_shard_changes(
 
 
 @pytest.mark.parametrize("state", ["kept", "absent", "damaged", "garbage", "of another shard"])
-def test_training_reads_the_ids_of_the_texts(tmp_path: Path, bpe: JsonTokenizer, state: str) -> None:
+def test_training_reads_the_ids_of_the_texts(
+    tmp_path: Path, bpe: JsonTokenizer, state: str, caplog: pytest.LogCaptureFixture
+) -> None:
     data = source(write_corpus(tmp_path, CORPUS), bpe)
     (sidecar,) = sidecars(tmp_path)
     whole = sidecar.read_bytes()
@@ -495,6 +497,7 @@ def test_training_reads_the_ids_of_the_texts(tmp_path: Path, bpe: JsonTokenizer,
                 assert segment.ids is not None and segment.ids.tolist() == bpe.encode(plain.text).tolist()
             else:
                 assert segment.data == plain.data
+    assert ("cannot be used" in caplog.text) == (state in ("garbage", "of another shard"))  # or training is slow without a word
 
 
 def test_damaged_counts_are_refused(tmp_path: Path, bpe: JsonTokenizer) -> None:

@@ -243,7 +243,7 @@ def test_learned_words_and_given_codes_are_hidden_from_what_follows_them_and_sti
         assert found.keys() == exact.keys()
         return sorted(key for key in exact if not math.isclose(exact[key], found[key], rel_tol=1e-5))
 
-    assert changed_by(1.0, 0.0) == [(TEXT, place) for place in words[-3:]]  # "a", "t" and the end, for "c" follows no word
-    assert changed_by(0.0, 1.0) == [(TEXT, place) for place in words[-5:]]  # all of it, from the opener
+    assert changed_by(1.0, 0.0) == [(TEXT, index) for index in words[-3:]]  # "a", "t" and the end, since no word precedes "c"
+    assert changed_by(0.0, 1.0) == [(TEXT, index) for index in words[-5:]]  # all of it, from the opener
     model.eval()
     assert losses_by_place(model, batch) == exact

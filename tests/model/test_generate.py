@@ -141,7 +141,7 @@ def test_the_greedy_answer_is_what_the_model_finds_most_likely(tiny_model: MakeM
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_greedy_codes_of_an_image_are_the_most_likely_ones(tiny_model: MakeModel, backbone: str) -> None:
-    """The same, without the codec: the codes are found by taking the most likely one, one place after another."""
+    """The same without the codec: take the most likely code at each position in turn."""
     model = tiny_model(backbone)
     vocabulary = model.vocabulary
     tokens, places = prompt_tokens(model, Document((Segment("seven"),)), IMAGE)
@@ -219,8 +219,8 @@ def test_guidance_does_not_raise_what_is_implausible() -> None:
     free = (2 * prompted - unprompted).softmax(-1)
     assert free[2] > 0.9, "without the constraint it would all but always be drawn"
     guided = guide(prompted, unprompted, 2.0).softmax(-1)
-    assert guided[2] < 3e-4 and guided[3] < 1e-8, "what is implausible is not raised, and may be lowered"
-    assert guided[0] / guided[1] == pytest.approx(float(free[0] / free[1])), "what is plausible is weighed as ever"
+    assert guided[2] < 3e-4 and guided[3] < 1e-8, "implausible tokens are not raised, and may be lowered"
+    assert guided[0] / guided[1] == pytest.approx(float(free[0] / free[1])), "plausible tokens keep their ratio"
     half = guide(prompted, unprompted, 0.5)
     torch.testing.assert_close(half, (prompted + unprompted) / 2, msg="below 1 nothing is held back")
 
@@ -367,7 +367,7 @@ def test_a_document_goes_on_with_segments_of_any_modality_until_its_end(tiny_mod
 
 
 def test_a_document_is_continued_as_if_its_segments_had_been_given(tiny_model: MakeModel) -> None:
-    """Greedy: what is written after two segments is what is written after them as a prompt; an image of 4 codes for a check."""
+    """Greedy: text written after two generated segments equals text written after them as a prompt."""
     model = prefer(tiny_model(), {Vocabulary.OPENERS[IMAGE]: 20.0})
     greedy = Sampling(temperature=0, max_text=6, max_seconds=0.2)
     first, second = generate_document(model, Document((Segment("a"),)), greedy, most_segments=2, continue_text=False)

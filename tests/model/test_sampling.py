@@ -1,4 +1,4 @@
-"""The promises of `model/sampling.py`: what is drawn, and what of a text may be shown while it is written."""
+"""The promises of `model/sampling.py`: how tokens are drawn, and which part of a text can be shown while it is written."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def pieces_of(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...] = (
 
 
 def up_to_the_first(text: str, stop: list[str]) -> str:
-    """Nothing is read beyond the stop string that is complete first; of several that are, the one that begins first counts."""
+    """Nothing is read beyond the first complete stop string; of several, the earliest start counts."""
     for end in range(len(text) + 1):
         if places := [text[:end].find(one) for one in stop if one in text[:end]]:
             return text[: min(places)]

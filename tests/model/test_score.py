@@ -91,7 +91,7 @@ def test_rolling_windows_count_every_token_once(backbone: str, tiny_model: Model
         assert sum(one.tokens for one in scores) == sum(one.bytes for one in scores) == len(text)
         if context == 200:
             assert scores[0].nats == pytest.approx(exact.nats, rel=1e-5)
-    window = text[32 - 2 - 24 - 1 : 32 - 2 + 8 - 1]  # what the second window of (32, 8) sees: tokens [8, 40)
+    window = text[32 - 2 - 24 - 1 : 32 - 2 + 8 - 1]  # the second window of (32, 8) reads tokens [8, 40)
     assert len(window) == 32
     with pytest.raises(ValueError, match="stride=32"):
         rolling_scores(model, text, 32, 32)

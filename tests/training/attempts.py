@@ -121,12 +121,12 @@ class Workbench:
         return start_ranks(self.words(name, *words), self.folder, ranks, **environment)
 
     def train(self, name: str, *arguments: str, **environment: str) -> str:
-        """A run that has to succeed; what it printed."""
+        """Train a run, which must succeed, and return its output."""
         return self.start(name, *arguments, **environment).succeed()
 
 
 def losses(run: Path) -> dict[int, dict[str, str]]:
-    """Step -> what metrics.csv holds for it, as it is written there."""
+    """Step -> its values in metrics.csv, as strings."""
     rows: dict[int, dict[str, str]] = defaultdict(dict)
     for row in csv.DictReader((run / "metrics.csv").open()):
         kept = {key: value for key, value in row.items() if value and not key.startswith(PASSING)}
@@ -156,7 +156,7 @@ def is_same(one: Any, two: Any) -> bool:
 
 
 def assert_close_runs(run: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """Every loss is the same but for rounding."""
+    """Every loss is equal up to rounding."""
     one, two = losses(run), losses(other)
     assert one.keys() == two.keys()
     for step in one:

@@ -1,4 +1,4 @@
-"""Processes that form a mesh of devices and run one function each: what they hold is cut, what they do is not."""
+"""Processes that form a mesh of devices and run one function each: their tensors are sharded."""
 
 from __future__ import annotations
 

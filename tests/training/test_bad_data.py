@@ -35,7 +35,7 @@ def broken(data: bytes, place: int, value: bytes) -> bytes:
 
 
 def nan_sound(n: int) -> bytes:
-    """A WAV file of float32 samples, one of which is no number."""
+    """A WAV file of float32 samples, with one NaN."""
     samples = np.full(1600, 0.1, "<f4")
     samples[n] = np.nan
     body = struct.pack("<HHIIHH", 3, 1, 8000, 32000, 4, 32)

@@ -139,7 +139,7 @@ def test_fsdp2_loses_what_one_process_loses(bench: Workbench) -> None:
 
 
 def test_tensor_parallel_loses_what_one_process_loses(bench: Workbench) -> None:
-    """Both processes train on the same packs, each with one of the two heads."""
+    """Both processes train on the same packs, each with half of the heads."""
     train_on_two(bench, "tensor", *TENSOR_PARALLEL, "--data.micro_batch", "2")
     assert documents(bench.run("tensor")) == documents(bench.run("one"))
     assert_close_runs(bench.run("tensor"), bench.run("one"), 1e-4)

@@ -32,7 +32,7 @@ def test_step_that_is_no_number_leaves_weights_and_momenta_as_they_were(bench: W
     assert is_same(before["state_dict"], after["state_dict"])
     moved, kept = after["optimizer_states"][0], before["optimizer_states"][0]
     assert is_same(moved["state"], kept["state"])
-    assert not is_same(moved["param_groups"], kept["param_groups"])  # the schedule goes on
+    assert not is_same(moved["param_groups"], kept["param_groups"])  # the schedule advances
     (entry,) = rejected(bench.run("one"))
     assert entry["step"] == 8 and entry["positions"] == [28, 29, 30, 31]
     assert {source for source, *_ in entry["documents"]} <= {"media", "prose"} and len(entry["documents"]) > 4
@@ -48,7 +48,7 @@ def test_run_that_rejects_steps_resumes_exactly(bench: Workbench) -> None:
 
 
 def test_too_many_rejected_steps_stop_the_run_and_their_data_can_be_passed_over(bench: Workbench) -> None:
-    """As if the run had passed over them from the start."""
+    """Equal to a run that skipped them from the start."""
     words = ("--guard.max_rejected", "1", "--guard.rewind_steps", "1")
     attempt = bench.start("by-hand", *words, POISON="7 8 0")
     assert attempt.wait() == DIVERGED, attempt.text[-3000:]

@@ -33,7 +33,7 @@ for name in ("SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-StrategyRegistry.pop("fsdp2")  # all of Pile is imported anew
+StrategyRegistry.pop("fsdp2")  # all of Pile is imported again
 for name in [name for name in sys.modules if name.startswith("pile_app")]:
     del sys.modules[name]
 import pile_app

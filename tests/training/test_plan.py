@@ -83,7 +83,7 @@ def test_flops_per_token_are_what_torch_counts() -> None:
     batch = make_batch(model, 2, 65, FRACTIONS)
     with FlopCounterMode(display=False) as counter:
         torch.stack([one.total for one in model(batch).values()]).sum().backward()
-    # In blocks of 128 queries, each of 65 places is multiplied with all 65; and 64 of them have a target.
+    # In blocks of 128 queries, each of 65 positions attends to all 65; 64 of them have a target.
     backbone = model.flops_per_token(65, (0.0, 0.0, 0.0))
     heads = model.flops_per_token(65, FRACTIONS) - backbone
     assert counter.get_total_flops() / (2 * 65) == pytest.approx(backbone + heads * 64 / 65, rel=0.01)

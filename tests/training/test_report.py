@@ -160,8 +160,8 @@ def test_resumed_step_keeps_its_last_value_and_empty_cells_are_no_points(tmp_pat
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-2.0, 3.0], [1e-9, 1e9], [5.0, 5.0]])
 def test_chart_draws_any_finite_curve_inside_its_frame(values: list[float]) -> None:
     figure = line_chart("t", "nats a token", {"train": np.array([[step, value] for step, value in enumerate(values)])})
-    places = [tuple(map(float, place.split(","))) for line in re.findall(r'points="(.*?)"', figure) for place in line.split()]
-    assert places and all(0 <= x <= 480 and 0 <= y <= 190 for x, y in places)
+    points = [tuple(map(float, point.split(","))) for line in re.findall(r'points="(.*?)"', figure) for point in line.split()]
+    assert points and all(0 <= x <= 480 and 0 <= y <= 190 for x, y in points)
 
 
 @pytest.mark.parametrize(("low", "high", "log"), [(0, 1, False), (0, 2000, False), (0.8, 7, True), (1e-4, 1e4, True)])

@@ -1,4 +1,4 @@
-"""What is killed goes on as if nothing had been: the same command resumes a run to the last bit, or says why it cannot."""
+"""The same command resumes a killed run bit for bit, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -204,5 +204,5 @@ def test_metrics_cut_off_by_a_kill_are_mended(bench: Workbench) -> None:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """File -> what is in it."""
+    """File -> its content."""
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}

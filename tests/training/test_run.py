@@ -1,4 +1,4 @@
-"""A run from its command line to its summary: what is refused, what is counted, when it is complete."""
+"""A run from its command line to its summary: refusals, counts and completion."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_run_keeps_its_tokenizer(bench: Workbench, tmp_path: Path) -> None:
 
 
 def test_trainer_by_hand_takes_optimizer_steps(bench: Workbench, tmp_path: Path) -> None:
-    """Of the global batch, whatever the micro-batch."""
+    """It counts the global batch, not the micro-batch."""
 
     def fit(micro_batch: int, **options: Any) -> tuple[Trainer, PileModule]:
         torch.manual_seed(0)

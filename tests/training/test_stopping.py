@@ -60,7 +60,7 @@ def test_max_time_stops_and_the_same_command_continues(bench: Workbench) -> None
 
 @pytest.mark.parametrize("steps", ["1", "5"])
 def test_fast_dev_run_leaves_nothing_behind(bench: Workbench, steps: str) -> None:
-    """Neither of a run of its own, nor in one that exists; 5 steps train codecs and language model, in 2 micro-batches each."""
+    """Neither a run of its own nor traces in an existing run; 5 steps train codecs and language model in 2 micro-batches."""
     for name in ("trial", "full"):
         before = snapshot(bench.folder)
         said = bench.train(name, "--trainer.fast_dev_run", steps, "--data.micro_batch", "2")

@@ -138,7 +138,7 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
 
 
 def test_a_run_resumed_twice_has_each_step_once(bench: Workbench, server: Server, image: Callable[[int], Segment]) -> None:
-    """Killed, of which W&B's file may be cut short; stopped and synced; finished, evaluated and synced once more."""
+    """A run is killed, which can truncate W&B's file; stopped and synced; finished, evaluated and synced again."""
     run = bench.run("watched")
     assert bench.start("watched", *OFFLINE, WANDB_MODE="offline", KILL_AT="3").wait() == -9
     assert bench.start("watched", *OFFLINE, WANDB_MODE="offline", STOP_AT="3").wait() == 143
