@@ -7,6 +7,7 @@ Makes its data in a temporary folder (texts, small images and sounds), reads it 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -113,9 +114,9 @@ def main() -> None:
     data = make(folder, model, 512, global_batch=16, num_workers=1)
     seen, first = 0, 0.0
     batches = iter(data.train_dataloader())
-    worker = batches._workers[0].pid  # type: ignore[attr-defined]
     while seen < 100_000:
         seen += sum(map(len, next(batches).documents))
+        (worker,) = (child.pid for child in multiprocessing.active_children())
         if not first and seen >= 1000:
             first = resident(worker)
     last = resident(worker)
