@@ -139,14 +139,14 @@ def kill(run: Disturbed, draw: random.Random, number: int) -> str:
     least, written, began = size * draw.random(), 0, time.monotonic()
     while time.monotonic() - began < 60:
         with suppress(FileNotFoundError):
-            written = max((path.stat().st_size for path in run.checkpoints.glob(".last.ckpt.next.*.tmp")), default=0)
+            written = max((path.stat().st_size for path in run.checkpoints.glob(".last.ckpt.new.*.tmp")), default=0)
             if written >= max(1.0, least):
                 break
         time.sleep(0.0002)
     send(attempts, signal.SIGKILL)
     for attempt in attempts:
         attempt.wait()
-    torn = [path.stat().st_size for path in run.checkpoints.glob(".last.ckpt.next.*.tmp")]
+    torn = [path.stat().st_size for path in run.checkpoints.glob(".last.ckpt.new.*.tmp")]
     return f"killed with {torn[0]:,} of {size:,} bytes written" if torn else "killed just after the write"
 
 
