@@ -28,9 +28,6 @@ from typing import NamedTuple
 from pile_app.data.files import ShardError, flock, locked, release
 from pile_app.data.urls import MissingError, opened, with_retries
 
-with suppress(ImportError):  # Windows
-    pass
-
 log = logging.getLogger(__name__)
 
 Check = Callable[[str], None]  # raises if the file at a path is not the indexed file

@@ -53,6 +53,13 @@ def make_mask(
     return AttentionMask(mask=same.tril()[:, None])
 
 
+def make_cached_mask(tokens: int, past: int, device: torch.device) -> AttentionMask:
+    """Mask of the next `tokens` tokens of a document, one a row, whose first `past` tokens are in a cache."""
+    if tokens == 1 or not past:
+        return AttentionMask()
+    return AttentionMask(mask=torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None, None])
+
+
 def flash_runs(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether the flash kernel takes this type and head size on this GPU: sm80 or later, a multiple of 8 up to 256."""
     is_possible = dtype in (torch.bfloat16, torch.float16) and head_width % 8 == 0 and head_width <= 256

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pile_app.model.attention import AttentionMask, attend, make_mask
+from pile_app.model.attention import AttentionMask, attend, make_cached_mask, make_mask
 from pile_app.model.base import Backbone, Cache, initialize_block, matmul_dtype, norm
 from pile_app.model.open_weights import HuggingFace
 from pile_app.model.recurrent import LSTM, RNN, MinGRU
@@ -100,11 +100,8 @@ class Transformer(Backbone):
         tokens, past = x.size(1), cache.length if cache is not None else 0
         if cache is None:
             mask = make_mask(document, position, piece_starts, dtype, head_width)
-        elif tokens == 1 or not past:
-            mask = AttentionMask()
         else:
-            seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=x.device).tril(past)
-            mask = AttentionMask(mask=seen[None, None])
+            mask = make_cached_mask(tokens, past, x.device)
         embedding = x
         for index, block in enumerate(self.blocks):
             # A compiled block would be compiled again for each index.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
-from pile_app.model.attention import AttentionMask, attend, make_mask
+from pile_app.model.attention import AttentionMask, attend, make_cached_mask, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype
 from pile_app.vocabulary import Vocabulary
 
@@ -204,12 +204,10 @@ class HuggingFace(Backbone):
     ) -> tuple[AttentionMask, AttentionMask]:
         """Attention masks of the layers that see the whole document, and of those with a sliding window."""
         tokens, keys = x.size(1), past + x.size(1)
-        if not is_cached:
-            whole = make_mask(document, position, piece_starts, matmul_dtype(x), self.head_width)
-        elif tokens == 1 or not past:
-            whole = AttentionMask()
+        if is_cached:
+            whole = make_cached_mask(tokens, past, x.device)
         else:
-            whole = AttentionMask(mask=torch.ones(tokens, keys, dtype=torch.bool, device=x.device).tril(past)[None, None])
+            whole = make_mask(document, position, piece_starts, matmul_dtype(x), self.head_width)
         if self.window is None or keys <= self.window:
             return whole, whole
         seen = torch.ones(tokens, keys, dtype=torch.bool, device=x.device).tril(past).triu(past - self.window + 1)[None]

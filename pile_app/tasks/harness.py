@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.generate import Sampling, generate
 from pile_app.model.score import rolling_scores, score_tokens
 from pile_app.prepare.options import require
 from pile_app.tasks.evaluate import print_table, save_figures
-from pile_app.training.load import find_checkpoint, load_run, read_config
+from pile_app.training.load import find_checkpoint, load_on, read_config
 from pile_app.vocabulary import Vocabulary
 
 HARNESS = require("lm_eval.api.model", "lm-eval", "evaluating on tasks of the harness")
@@ -133,8 +131,7 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
 
     config = read_config(run)
-    module, data, saved = load_run(run, checkpoint)
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module, data, saved = load_on(run, checkpoint)
     manager = TaskManager(include_path=str(include) if include else None, include_defaults=include is None)
     if unknown := [task for task in tasks if task not in set(manager.all_tasks)]:
         where = f"{str(include)!r} has {', '.join(manager.all_tasks) or 'none'}" if include else "the harness has no such task"

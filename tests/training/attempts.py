@@ -125,6 +125,14 @@ class Workbench:
         return self.start(name, *arguments, **environment).succeed()
 
 
+def damage(path: Path) -> bytes:
+    """Flip a bit in the middle of a file; return its new content."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    return bytes(content)
+
+
 def losses(run: Path) -> dict[int, dict[str, str]]:
     """Step -> its values in metrics.csv, as strings."""
     rows: dict[int, dict[str, str]] = defaultdict(dict)

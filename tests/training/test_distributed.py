@@ -17,6 +17,7 @@ from attempts import (
     assert_close_runs,
     assert_same_run,
     checkpoint,
+    damage,
     documents,
     is_same,
     losses,
@@ -69,9 +70,7 @@ def test_two_processes_read_what_one_reads_and_lose_what_one_loses(bench: Workbe
 def test_damaged_checkpoint_is_found_by_one_process_and_both_resume_from_the_one_before(bench: Workbench) -> None:
     shutil.copytree(bench.run("two"), bench.run("damaged"))
     last = bench.run("damaged") / "checkpoints" / "last.ckpt"
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 16
-    last.write_bytes(content)
+    damage(last)
     first, second = train_on_two(bench, "damaged", "--trainer.max_steps", "15", "--model.optimizer.schedule", "constant")
     assert "the checksum of" in first and "previous.ckpt, step 12" in first and "the checksum of" not in second
     assert checkpoint(bench.run("damaged"))["global_step"] == 15 and (last.parent / "aside.ckpt").exists()

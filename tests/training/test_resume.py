@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attempts import Workbench, assert_same_run, checkpoint, losses, make_bench
+from attempts import Workbench, assert_same_run, checkpoint, damage, losses, make_bench
 from conftest import prose_documents
 
 from pile_app.data.shards import write_shards
@@ -183,9 +183,7 @@ def test_kill_within_the_write_of_a_checkpoint_leaves_the_one_before(bench: Work
 def test_broken_last_checkpoint_falls_back_to_the_one_before_and_says_so(bench: Workbench) -> None:
     shutil.copytree(bench.run("part"), bench.run("broken"))
     last = bench.run("broken") / "checkpoints" / "last.ckpt"
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 16
-    last.write_bytes(content)
+    content = damage(last)
     said = bench.train("broken")
     assert "last.ckpt' cannot be read: the checksum of" in said and "previous.ckpt, step 3" in said
     assert (last.parent / "aside.ckpt").read_bytes() == content
