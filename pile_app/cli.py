@@ -64,9 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `pile inspect ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        if words[0] != "prepare":  # which has printed how to continue
-            print(f"\npile: {words[0]} was interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\npile: {error or f'{words[0]} was interrupted'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from pile_app.data.files import ShardError

@@ -34,7 +34,7 @@ from pile_app.data import order as data_order
 from pile_app.data.annotation import Annotator
 from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
-from pile_app.data.files import cache_folder
+from pile_app.data.files import cache_folder, worker_context
 from pile_app.data.order import ORDER_VERSION, Phase, Piece, SourceOrder, TrainingOrder, ValidationOrder
 from pile_app.data.remote import Prefetcher, ShardCache, Wanted
 from pile_app.data.sources import SourceData
@@ -392,14 +392,14 @@ class PileDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset[Any], batches: Sampler[list[int]] | list[list[int]]) -> TimedLoader:
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
-        method = "forkserver" if self.num_workers and is_remote else None  # a fork would copy the locks of prefetching threads
+        forks = self.num_workers and is_remote  # not of this process: a fork would copy the locks of prefetching threads
         return TimedLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=method,
+            multiprocessing_context=worker_context() if forks else None,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import mmap
+import multiprocessing
 import os
+import signal
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,10 +146,26 @@ def map_arrays(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError(f"missing array or value: {error}") from error
 
 
+def worker_context(*preload: str) -> Any:
+    """Start the server that forks worker processes and return its context. Ctrl-C is blocked in them: their parent ends them.
+
+    preload: modules that the server imports, if it did not run already."""
+    context = multiprocessing.get_context("forkserver")
+    if preload:
+        context.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # which would unblock Ctrl-C
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return context
+
+
 def for_each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> list[Any]:
     """Map a function over items in several processes (None: one for each core), in this process if that is one."""
     processes = min(processes or os.cpu_count() or 1, len(items))
     if processes < 2:
         return [function(item) for item in items]
-    with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(processes, worker_context()) as pool:
         return list(pool.map(function, items, chunksize=max(1, len(items) // (8 * processes))))

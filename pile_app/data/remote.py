@@ -69,8 +69,14 @@ class ShardCache:
         name = re.sub(r"[^\w.,=+-]+", "_", path.rpartition("/")[2], flags=re.ASCII)[-100:].strip(".")
         return os.path.join(self.folder, hashlib.blake2b(url.encode(), digest_size=16).hexdigest(), name or "shard")
 
-    def fetch(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> str:
-        """Return the path of a whole local copy, downloaded by one process at most; it may be evicted later.
+    def fetch(self, url: str, size: int | None = None, check: Check | None = None) -> str:
+        """Return the path of a whole local copy; it may be evicted later."""
+        release(self.open(url, size, check))
+        return self.path(url)
+
+    def open(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> int:
+        """Open a whole local copy for reading, downloaded by one process at most: a descriptor, which protects it from eviction
+        until closed.
 
         A copy of another `size` is replaced, a new copy for which `check` raises is fetched once more. ahead: for prefetching:
         do not wait for room or for other processes, and end when this event is set.
@@ -78,23 +84,13 @@ class ShardCache:
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
-        if not _is_whole(path, size):
+        if (descriptor := _open_whole(path, size)) is None:
             with locked(path + ".lock", wait=ahead is None) as ours:
                 if not ours:
                     raise _Later(f"{url!r} is being fetched by another process")
-                if not _is_whole(path, size):
-                    self._download(Wanted(url, size, check), path, ahead)
-        return path
-
-    def open(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> int:
-        """Open the copy that `fetch` returns for reading: a descriptor, which protects it from eviction until closed."""
-        while True:
-            with suppress(FileNotFoundError):  # evicted in between
-                descriptor = os.open(self.fetch(url, size, check, ahead), os.O_RDONLY)
-                flock(descriptor, "LOCK_SH")
-                if os.fstat(descriptor).st_nlink:
-                    return descriptor
-                os.close(descriptor)
+                if (descriptor := _open_whole(path, size)) is None:
+                    descriptor = self._download(Wanted(url, size, check), path, ahead)
+        return descriptor
 
     def fetch_small(self, url: str, to: str) -> str | None:
         """Fetch a small file, such as a manifest, to the path `to`; None for 404, and for 403 as S3 answers without listing."""
@@ -102,12 +98,12 @@ class ShardCache:
             return None  # a query, such as a signature, is valid for the shard only
         with locked(to + ".lock"), suppress(MissingError):
             if not os.path.exists(to):
-                self._download(Wanted(url), to, None)
+                release(self._download(Wanted(url), to, None))
             return to
         return None
 
-    def _download(self, wanted: Wanted, path: str, ahead: Event | None) -> None:
-        """Fetch a file to `path`, whose lock is held."""
+    def _download(self, wanted: Wanted, path: str, ahead: Event | None) -> int:
+        """Fetch a file to `path`, whose `.lock` is held, and return it open: it must be protected before others can see it."""
         for stale in (path, *glob.glob(glob.escape(path) + ".*.part")):
             Path(stale).unlink(missing_ok=True)
         part, stop = Path(f"{path}.{uuid.uuid4().hex[:8]}.part"), ahead or Event()
@@ -128,8 +124,10 @@ class ShardCache:
             try:
                 if wanted.check is not None:
                     wanted.check(str(part))
+                descriptor = _open_in_use(part)
                 with locked(self.room):
-                    return os.replace(part, path)
+                    os.replace(part, path)
+                return descriptor
             except Exception as error:
                 if is_last:
                     raise
@@ -270,14 +268,25 @@ class Prefetcher:
         return None
 
 
-def _is_whole(path: str, size: int | None) -> bool:
-    """Tell whether a whole file of that size exists, and mark it as recently used."""
+def _open_in_use(path: str | Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    flock(descriptor, "LOCK_SH")
+    return descriptor
+
+
+def _open_whole(path: str, size: int | None) -> int | None:
+    """Open a copy of that size and mark it as recently used; None if there is none, or if it was evicted meanwhile."""
     try:
         with suppress(PermissionError):  # another user's
             os.utime(path)
-        return size in (None, os.stat(path).st_size)
+        descriptor = _open_in_use(path)
     except FileNotFoundError:
-        return False
+        return None
+    about = os.fstat(descriptor)
+    if about.st_nlink and size in (None, about.st_size):
+        return descriptor
+    release(descriptor)
+    return None
 
 
 def _delete_unused(path: str, is_stuck: bool) -> bool:

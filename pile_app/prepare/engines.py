@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+from pile_app.data.files import worker_context
 from pile_app.prepare.options import require
 
 Task = Callable[[Any], object]
@@ -26,11 +27,18 @@ T = TypeVar("T")
 
 @contextmanager
 def _local(processes: int) -> Iterator[Run]:
-    context, others = multiprocessing.get_context("forkserver"), set(multiprocessing.active_children())
-    context.set_forkserver_preload(["pile_app.prepare.spill"])
+    context, others = worker_context("pile_app.prepare.spill"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, _start_worker) as pool:  # a process starts when there is work for it
+
+        def run(task: Task, items: Sequence[Any]) -> Iterable[Any]:
+            if min(processes, len(items)) < 2:
+                return map(task, items)
+            with _delayed_interrupt():  # a worker that was just being started would not be found below
+                futures = [pool.submit(task, item) for item in items]
+            return (future.result() for future in futures)  # not `map`, which cancels the rest: an error if a worker was killed
+
         try:
-            yield lambda task, items: map(task, items) if min(processes, len(items)) < 2 else pool.map(task, items)
+            yield run
         except BrokenProcessPool as error:
             raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
         except BaseException:  # such as Ctrl-C: do not wait for the running tasks
@@ -39,9 +47,24 @@ def _local(processes: int) -> Iterator[Run]:
             raise
 
 
+@contextmanager
+def _delayed_interrupt() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for work forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End with the parent: a worker whose parent was killed would wait for work forever."""
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

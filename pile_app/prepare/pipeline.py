@@ -147,9 +147,11 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            interrupted = "interrupted: " * isinstance(error, KeyboardInterrupt)
             if (folder / "state.json").exists():
-                print(f"{interrupted}what is done is kept in {folder}: the same command continues", file=sys.stderr)
+                kept = f"what is done is kept in {folder}: the same command continues"
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"interrupted: {kept}") from None
+                print(kept, file=sys.stderr)
             elif not (folder / "rejected.jsonl").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
