@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt as error:
-        print(f"\npile: {error or f'{words[0]} was interrupted'}", file=sys.stderr)
+        print(f"\npile: {str(error) or f'{words[0]} was interrupted'}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from pile_app.data.files import ShardError

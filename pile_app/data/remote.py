@@ -134,6 +134,7 @@ class ShardCache:
                 log.warning("%s is damaged and is fetched once more: %s", wanted.url, error)
             finally:
                 part.unlink(missing_ok=True)
+        raise AssertionError
 
     def _transfer(self, wanted: Wanted, part: str, pause: Callable[[float], None], now: bool) -> None:
         """Download to `part` once."""

@@ -489,7 +489,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, processes: int, mo
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes
     said = child.communicate(timeout=60)[1]
-    assert child.returncode == 130
+    assert child.returncode in (130, -signal.SIGINT), said  # a shell shows 130 for both; Python's choice if it ran an `exec`
     last = [line for line in said.splitlines() if line and not line.startswith("fields:")]
     kept = r"pile: interrupted: what is done is kept in .*out\.partial: the same command continues"
     assert len(last) == 1 and re.fullmatch("pile: prepare was interrupted|" * (moment == "*") + kept, last[0]), said
