@@ -26,6 +26,7 @@ COMMANDS = {  # name: (module:function, a line of help)
     "train": ("commands.train:train", "train a model; without options, the demo"),
     "encode": ("commands.data:encode", "write shards again as token ids, so that training need not encode them"),
     "evaluate": ("commands.train:evaluate", "measure a run on shards, or on tasks of lm-eval"),
+    "compare": ("commands.train:compare", "compare runs: curves, final figures, settings that differ"),
     "generate": ("commands.use:generate", "let a trained model write text, images or sound"),
     "chat": ("commands.use:chat", "talk with a trained model in the terminal"),
     "app": ("commands.use:app", "serve a page for a run: generate, chat, search, classify, tag"),

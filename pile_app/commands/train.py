@@ -1,4 +1,4 @@
-"""Commands around a training run: plan, train, evaluate, export."""
+"""Commands around a training run: plan, train, evaluate, compare, export."""
 
 from __future__ import annotations
 
@@ -89,6 +89,23 @@ def evaluate(
         file = folder / "evaluation-tasks.json"
         print_tasks(evaluate_tasks(run, tasks.split(","), include, fewshot, limit, checkpoint, file))
     print(f"saved in {file}")
+
+
+def compare(runs: Sequence[Path], *, output: Path | None = None) -> None:
+    """Compare runs: their curves by steps, tokens and seconds, final figures, and settings that differ, on one page.
+
+    Args:
+        runs: folders of the runs
+        output: folder for compare.html (default: the folder that holds the first run)
+    """
+    from pile_app.tasks.evaluate import print_table
+    from pile_app.training.compare import write_comparison
+
+    page = (output or runs[0].resolve().parent) / "compare.html"
+    names, figures, settings = write_comparison(runs, page)
+    print_table("final figures", ["", *names], figures)
+    print_table("settings that differ", ["", *names], settings)
+    print(f"saved: open {page}")
 
 
 def export(run: Path, output: Path, *, format: Literal["pile", "huggingface"] = "pile", checkpoint: str = "auto") -> None:

@@ -59,6 +59,7 @@ CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; t
     (r"(train|validation)/(\w+)_codec_loss", "Loss", "Codecs", r"\2, \1", "reconstruction loss"),
     (r"(train|validation)/source/(\w+)_loss", "Loss", "By source", r"\2, \1", "nats per token"),
     (r"learning_rate/(.+)|lr-(.+)", "Learning rate and speed", "Learning rate", r"\1\2", "learning rate"),
+    (r"throughput/(tokens|train_seconds)", "", "", "", ""),  # the axes of `compare.py`
     (r"throughput/(.+)", "Learning rate and speed", r"\1", "", r"\1"),
     (r"data/(.+)", "Data", r"\1", "", r"\1"),
     (r"((?:train|validation)?)/?(.+)", "Other measurements", r"\2", r"\1", r"\2"),
@@ -260,6 +261,8 @@ def draw_charts(curves: dict[str, dict[int, float]]) -> dict[str, str]:
     for name in sorted(curves, key=lambda name: ("text" not in name, "image" not in name, name)):
         order, match, row = find_row(CHARTS, name)
         section, title, curve, unit = (match.expand(part).replace("_", " ") for part in row)
+        if not title:
+            continue
         charts[order, section, title, unit][curve] = np.array(sorted(curves[name].items()))  # (N, 2): step, value
     page: dict[str, str] = defaultdict(str)
     for (_, section, title, unit), lines in sorted(charts.items(), key=lambda item: item[0][0]):
@@ -267,7 +270,10 @@ def draw_charts(curves: dict[str, dict[int, float]]) -> dict[str, str]:
     return defaultdict(str, {name: f'<div class="grid charts">{figures}</div>' for name, figures in page.items()})
 
 
-def line_chart(title: str, unit: str, curves: dict[str, np.ndarray], width: int = 480, height: int = 190) -> str:
+def line_chart(
+    title: str, unit: str, curves: dict[str, np.ndarray], axis: str = "step", colors: Sequence[int] = range(100),
+    width: int = 480, height: int = 190,
+) -> str:  # fmt: skip
     """Curves (N, 2) of steps and values as an SVG figure: means over a 40th of the points, over the faint points."""
     means = {}
     for name, curve in curves.items():
@@ -290,7 +296,7 @@ def line_chart(title: str, unit: str, curves: dict[str, np.ndarray], width: int 
         return " ".join([points[0], *points])  # a curve of one point is drawn as a dot
 
     lines = keys = grid = ""
-    for i, (name, mean) in enumerate(means.items()):
+    for i, (name, mean) in zip(colors, means.items(), strict=False):
         color = f"var(--c{i % 6})"
         lines += f'<polyline class="raw" stroke="{color}" points="{place(curves[name])}"/>'
         lines += f'<polyline stroke="{color}" points="{place(mean)}"/>'
@@ -303,7 +309,7 @@ def line_chart(title: str, unit: str, curves: dict[str, np.ndarray], width: int 
     return (
         f'<figure class="card"><figcaption><b>{escape(title)}</b>{keys}</figcaption><svg viewBox="-64 -8 {width + 84} '
         f'{height + 46}" role="img" aria-label="{escape(title)}">{grid}<svg width="{width}" height="{height}">{lines}</svg>'
-        f'<text x="{width / 2}" y="{height + 34}" text-anchor="middle">step</text><text text-anchor="middle" '
+        f'<text x="{width / 2}" y="{height + 34}" text-anchor="middle">{axis}</text><text text-anchor="middle" '
         f'transform="translate(-52 {height / 2}) rotate(-90)">{escape(unit)}{", log scale" * log}</text></svg></figure>'
     )
 

@@ -36,7 +36,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
 from pile_app.model.backbones import HuggingFace
-from pile_app.training.callbacks import count_quarantined, ends_step
+from pile_app.training.callbacks import count_quarantined, ends_step, is_logged
 from pile_app.training.checkpoints import read_state
 from pile_app.training.load import BACKBONE, TOKENIZER
 from pile_app.training.module import PileModule
@@ -155,6 +155,9 @@ class RunFolder(Callback):
         if ends_step(trainer, batch_idx):
             targets = batch.normalizer.long()
             self._uncounted = targets if self._uncounted is None else self._uncounted + targets
+        if is_logged(trainer, batch_idx):
+            progress = {"throughput/tokens": float(self._count()), "throughput/train_seconds": self._elapsed()}
+            pl_module.log_dict(progress, rank_zero_only=True, batch_size=1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics.items()
