@@ -120,6 +120,11 @@ class Contrastive(Objective):
 
     def build(self, model: FusedLanguageModel) -> None:
         super().build(model)
+        if len(model.vocabulary.modalities) < 2:
+            raise ValueError(
+                "objective Contrastive brings modalities together, and this model has text alone: start from a run with "
+                "model.image or model.audio"
+            )
         width = model.backbone.width
         self.projections = nn.ModuleList(nn.Linear(width, self.dimensions, bias=False) for _ in MODALITIES)
         if model.image_codec is not None:
@@ -193,7 +198,12 @@ class Contrastive(Objective):
             name = f"{MODALITIES[query]}_to_{MODALITIES[target]}"
             values |= {f"{name}_{key}": torch.tensor(value) for key, value in of_direction.items()}
         recalls = [value for key, value in values.items() if key.endswith("recall_5")]
-        return values | ({"recall_5": torch.stack(recalls).mean()} if recalls else {})
+        if not recalls:
+            raise ValueError(
+                "no document of the validation data has segments of two modalities, which retrieval brings together: give "
+                "documents of a picture or a sound with its text in data.sources"
+            )
+        return values | {"recall_5": torch.stack(recalls).mean()}
 
 
 @dataclass

@@ -184,7 +184,9 @@ class Tagging(Objective):
         return self.chain.decode(self.emissions(words), words.lengths) if len(words.lengths) else words.tags
 
     def compute(self) -> dict[str, Tensor]:
-        self.last = self.scores.compute()
+        self.last = {
+            name: value.reshape(-1 if name.endswith("_by_type") else ()) for name, value in self.scores.compute().items()
+        }
         self.scores.reset()
         by_type = zip(self.types, self.last["f1_by_type"], strict=True)
         return {name: self.last[name] for name in ("precision", "recall", "f1")} | {f"{name}_f1": f1 for name, f1 in by_type}

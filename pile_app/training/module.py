@@ -35,7 +35,7 @@ from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.model.pretrained import check_shapes
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
-from pile_app.training.objective import Objective, sum_over_devices
+from pile_app.training.objective import Objective, refuse_encoded, sum_over_devices
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.vocabulary import Vocabulary
@@ -187,10 +187,11 @@ class PileModule(LightningModule):
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
             self.counted = self.trainer
+        option = getattr(getattr(self.objective, "annotator", None), "option", "")  # that needs the media themselves
         for source in data.train_data:
-            check_encoded(source, bool(data.sources[source.name].transforms))
+            check_encoded(source, bool(data.sources[source.name].transforms), option)
         for source in data.validation_data:
-            check_encoded(source)
+            check_encoded(source, option=option)
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
@@ -538,12 +539,12 @@ def _compute(metric: Any) -> Tensor:
     return value
 
 
-def check_encoded(source: SourceData, augmented: bool = False) -> None:
+def check_encoded(source: SourceData, augmented: bool = False, option: str = "") -> None:
     """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
     (A remote shard would have to be fetched for it; there the first batch says it.)
 
     Raises:
-        ValueError: another encoder than the model's made it.
+        ValueError: another encoder than the model's made it, or `option` of the objective needs the media themselves.
     """
     if source.remote[0]:
         return
@@ -552,7 +553,9 @@ def check_encoded(source: SourceData, augmented: bool = False) -> None:
         segments = (index.modality == modality).nonzero()[0][:1]
         for sample in index.first_segment.searchsorted(segments, side="right") - 1:
             try:
-                for segment in source.document(int(sample)).segments:
+                document = source.document(int(sample))
+                refuse_encoded(document, option)
+                for segment in document.segments:
                     if segment.is_encoded and not segment.codes.is_lost:
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
             except BadSample:

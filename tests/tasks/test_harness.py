@@ -10,15 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import TinyRun
 
 from pile_app.cli import main
+from pile_app.data.tokenizers import load_tokenizer, train_tokenizer
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate
+from pile_app.model.open_weights import HuggingFace
 from pile_app.model.score import score_continuations
 from pile_app.tasks.harness import PileLM
 from pile_app.training.load import load_run
+from pile_app.vocabulary import Vocabulary
 
 QUESTIONS = [{"question": f"What follows {n}?", "answers": ["one", f"{n + 1}"], "right": 1} for n in range(6)]
 COMMON = """
@@ -89,9 +94,20 @@ def test_tasks_from_local_files_measure_the_run(
         assert told in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def model(tiny_run: TinyRun) -> FusedLanguageModel:
-    return load_run(tiny_run.folder)[0].model
+@pytest.fixture(scope="module", params=["own", "open_weights"])
+def model(request: pytest.FixtureRequest, tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> FusedLanguageModel:
+    """A run of a Transformer, and open weights; a token is a byte in both."""
+    if request.param == "own":
+        return load_run(tiny_run.folder)[0].model
+    folder = tmp_path_factory.mktemp("weights")
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.3)).save_pretrained(folder)
+    train_tokenizer(["once upon a time " * 9], "bpe", 256, folder / "tokenizer.json")
+    backbone = HuggingFace(str(folder))
+    tokenizer = load_tokenizer(str(backbone.tokenizer))
+    assert len(tokenizer.encode("once upon a time")) == 16
+    return FusedLanguageModel(backbone, tokenizer).eval()
 
 
 def ask(kind: str, language_model: PileLM, *arguments: tuple[object, ...]) -> list[Any]:
@@ -140,3 +156,17 @@ def test_a_continuation_longer_than_the_context_is_scored_in_windows(model: Fuse
     short = ask("loglikelihood", PileLM(model, 64), *((text, " many") for text in texts))
     nats_of_each = [score.nats for score in score_continuations(model, texts, [" many"] * 2)]
     assert [-log_p for log_p, _ in short] == pytest.approx(nats_of_each, rel=1e-5)
+
+
+def test_log_likelihoods_of_open_weights_are_those_of_transformers(model: FusedLanguageModel) -> None:
+    if not isinstance(model.backbone, HuggingFace):
+        pytest.skip("an own model")
+    prompt, continuation = "once upon", " a time"
+    plain = transformers.LlamaForCausalLM.from_pretrained(model.backbone.path, attn_implementation="eager").eval()
+    ids = [Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], *(model.tokenizer.encode(prompt + continuation) + 6)]
+    with torch.no_grad():
+        embedded = model.embeddings[TEXT]()[torch.tensor(ids[:-1])][None]
+        logits = plain.model(inputs_embeds=embedded).last_hidden_state[0] @ model.heads[TEXT]().T
+    log_p = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[-len(continuation) :].sum()
+    [(found, _)] = ask("loglikelihood", PileLM(model, 64), (prompt, continuation))
+    assert found == pytest.approx(float(log_p), rel=1e-3)
