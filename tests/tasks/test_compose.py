@@ -92,16 +92,16 @@ class Shell:
     folder: Path
     process: subprocess.Popen[str]
 
-    def run(self, *words: str, typed: str = "") -> tuple[int, str, str]:
-        """Return the exit code, and what was printed to stdout and stderr."""
+    def run(self, *words: str, typed: str = "", small: bool = True) -> tuple[int, str, str]:
+        """Return the exit code, and what was printed to stdout and stderr. `small`: train for two steps."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([[*words, *(SMALL if words[0] == "train" else [])], typed]) + "\n")
+        self.process.stdin.write(json.dumps([[*words, *(SMALL if small and words[0] == "train" else [])], typed]) + "\n")
         self.process.stdin.flush()
         code, out, err = json.loads(self.process.stdout.readline())
         return code, out, err
 
-    def succeed(self, *words: str, typed: str = "") -> str:
-        code, out, err = self.run(*words, typed=typed)
+    def succeed(self, *words: str, typed: str = "", small: bool = True) -> str:
+        code, out, err = self.run(*words, typed=typed, small=small)
         assert code == 0, f"{' '.join(words)}\n{err[-3000:]}"
         return out
 
@@ -194,3 +194,24 @@ def test_a_task_is_laid_over_any_run_and_its_command_uses_it(shell: Shell, run: 
         shell.succeed("index-media", f"runs/{name}", source["validation"])
         found = shell.succeed("search", f"runs/{name}/index", "seven", "--count", "3")
         assert found.count("\n") == 3
+
+
+def test_few_examples_are_learned_and_the_best_checkpoint_is_kept(shell: Shell) -> None:
+    """Fault 3: three examples of each of ten classes make fewer steps than the interval between validations."""
+    kinds = [f"class{n}" for n in range(10)]
+    for split, count in (("train", 30), ("validation", 10)):
+        few = (Document((Segment(f"{n} {chr(97 + n % 10) * 8}"),), f"{n}", meta={"label": kinds[n % 10]}) for n in range(count))
+        write_shards(few, shell.folder / "few", f"few-{split}")
+    options = ["--config", "runs/text_only/config.yaml", "--config", "conf/tasks/classification.yaml", "--wandb=null"]
+    options += ["--model.start_from", "runs/text_only", "--model.objective.init_args.labels", json.dumps(kinds)]
+    options += ["--data.sources={few: {train: few/few-train-*.tar, validation: few/few-validation-*.tar}}"]
+    options += ["--data.num_workers=0", "--trainer.accelerator=cpu"]
+    shell.succeed("train", *options, "--name=few", "--trainer.max_steps=-1", "--data.global_batch=8", small=False)
+    few = json.loads((shell.folder / "runs/few/summary.json").read_text())
+    assert few["steps"] < 50 and (shell.folder / "runs/few/checkpoints/best.ckpt").exists()
+    longer = ["--data.epochs=200", "--data.global_batch=2", "--trainer.max_steps=-1"]  # as the guide says
+    shell.succeed("train", *options, *longer, "--name=longer", small=False)
+    longer_summary = json.loads((shell.folder / "runs/longer/summary.json").read_text())
+    assert longer_summary["f1"] > 0.7, longer_summary
+    found = json.loads(shell.succeed("classify", "runs/longer", "--text", "7 dddddddd"))
+    assert found["label"] == "class3" and len(found["probabilities"]) == 10
