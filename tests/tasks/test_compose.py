@@ -40,9 +40,15 @@ TASKS = {  # name of the configuration: further options of its training
     "chat": [],
 }
 DATA = {  # of a task, or of a task over a run
-    "classification": "labelled", "ner": "entities", "retrieval": "digits", "chat": "chats",
-    "images_only-retrieval": "pictures", "audio_only-retrieval": "sounds", "images_only-classification": "pictures", "audio_only-classification": "sounds",
-}  # fmt: skip
+    "classification": "labelled",
+    "ner": "entities",
+    "retrieval": "digits",
+    "chat": "chats",
+    "images_only-classification": "pictures",
+    "images_only-retrieval": "pictures",
+    "audio_only-classification": "sounds",
+    "audio_only-retrieval": "sounds",
+}
 REFUSED = {  # what does not fit, and the fix that its message names
     "text_only-retrieval": "this model has text alone: start from a run with model.image or model.audio",
     "shakespeare-retrieval": "this model has text alone: start from a run with model.image or model.audio",
