@@ -170,16 +170,9 @@ def _add_prompt(parser: ArgumentParser) -> None:
         def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
             setattr(namespace, self.dest, [*getattr(namespace, self.dest), (self.const, value)])
 
-    for modality, what in {
-        "text": "text",
-        "image": "image file (png, jpg, webp)",
-        "audio": "sound file (wav, flac, ogg, mp3)",
-    }.items():
-        named: dict[str, Any] = {
-            "const": modality,
-            "metavar": modality.upper(),
-            "help": f"{what} of the prompt; may be given several times",
-        }
+    kinds = {"text": "text", "image": "image file (png, jpg, webp)", "audio": "sound file (wav, flac, ogg, mp3)"}
+    for modality, what in kinds.items():
+        named: dict[str, Any] = {"const": modality, "metavar": modality.upper(), "help": f"{what} of the prompt, repeatable"}
         parser.add_argument(f"--{modality}", action=Append, dest="prompt", default=[], **named)
 
 

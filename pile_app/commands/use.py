@@ -120,12 +120,7 @@ def describe_tokens(model: Any, answer: Answer) -> dict[str, Any]:
 
 
 def read_prompt(parts: Prompt) -> Document:
-    """Make a document of (modality, text or path) parts.
-
-    Raises:
-        ValueError: a file is not of that modality, or cannot be decoded.
-        OSError: a file cannot be read.
-    """
+    """Make a document of (modality, text or path) parts. Raises ValueError or OSError for a file that cannot be used."""
     from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Document, Segment
     from pile_app.tasks.chat import read_upload
 

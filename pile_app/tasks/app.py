@@ -55,18 +55,8 @@ def import_gradio() -> Any:
 
 
 def make_app(module: PileModule, context: int, name: str, index: str | None = None, limits: Limits | None = None) -> Any:
-    """Make the page (a `gradio.Blocks`) of a model.
-
-    Args:
-        module: on its device, in evaluation mode.
-        context: tokens of the run's packs.
-        name: of the run, to show.
-        index: folder or URL of an index that this run made, to search.
-        limits: of what is sent.
-
-    Raises:
-        ValueError: Gradio is not installed, or another model made the index.
-    """
+    """Make the page (a `gradio.Blocks`) of a model on its device, with the context and name of its run, and an index that this
+    run made, to search. Raises ValueError if Gradio is not installed, or another model made the index."""
     page, kind = Page(module, context, limits or Limits()), type(module.objective).__name__
     tabs = {"Generate": _generate_tab, "Chat": _chat_tab, "Classify": _classify_tab, "Tag": _tag_tab, "Search": _search_tab}
     first = {"Classification": "Classify", "Tagging": "Tag", "Contrastive": "Search"}.get(kind, "Generate")
@@ -295,13 +285,8 @@ def is_this_machine(host: str) -> bool:
 
 
 def serve(make: Callable[[], Any], host: str, port: int, password: str | None = None, block: bool = True) -> Callable[[], None]:
-    """Serve a page until it is interrupted. Returns a function that ends it, at once if not `block`.
-
-    Args:
-        make: makes the page, once the folder of its files is known.
-        host: to listen on; if it is not this machine's own, visitors are asked for a password.
-        password: of the user `pile`; None: PILE_PASSWORD, or a random password, which is printed, if one is needed.
-    """
+    """Serve a page until it is interrupted; return a function that ends it, at once if not `block`. `make` makes the page. If
+    the host is not this machine, a password is asked for: the given one, PILE_PASSWORD, or a random one that is printed."""
     gr = import_gradio()
     from starlette.middleware import Middleware
 

@@ -46,11 +46,7 @@ class Notice:
 
 
 def read_upload(name: str, data: bytes, limits: Limits | None = None) -> Segment:
-    """Make a segment of an image or a sound, decoded once to be sure that it can be.
-
-    Raises:
-        ValueError: it is too large or too long, of an unknown kind, or damaged.
-    """
+    """Make a segment of an image or a sound, decoded once. Raises ValueError if it is too large, unknown, or damaged."""
     extension = PurePath(name).suffix[1:].lower()
     if limits and len(data) > limits.upload_bytes:
         raise ValueError(f"{name} has {len(data) / 1e6:.3g} MB; at most {limits.upload_bytes / 1e6:.3g} MB can be sent")
@@ -82,17 +78,8 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 class Conversation:
-    """A model that answers, and the turns so far.
-
-    Args:
-        model: trained on conversations.
-        context: tokens that it was trained to see at a time.
-        limits: of messages and answers.
-        turns: the conversation so far.
-
-    Raises:
-        ValueError: the model's tokenizer cannot write the markers of roles.
-    """
+    """A model that answers within its context, limits of messages and answers, and the turns so far. Raises ValueError if the
+    model's tokenizer cannot write the markers of roles."""
 
     def __init__(
         self, model: FusedLanguageModel, context: int, limits: Limits | None = None, turns: Sequence[Turn] = ()
@@ -104,12 +91,8 @@ class Conversation:
     def ask(self, segments: Sequence[Segment], sampling: Sampling) -> Iterator[str | Segment | Notice]:
         """Say something; yield the pieces of a text while it is written, then each segment when it is finished.
 
-        An answer that is interrupted (the iterator is closed) is kept as far as it came. A message that is refused leaves the
-        conversation unchanged.
-
-        Raises:
-            ValueError: the message is empty, too long, or of a modality that the model cannot read.
-        """
+        An answer that is interrupted (the iterator is closed) is kept as far as it came. A message that is empty, too long or
+        unreadable is refused by ValueError, and leaves the conversation unchanged."""
         yield from self._answer([*self.turns, self._checked(segments)], sampling)
 
     def retry(self, sampling: Sampling) -> Iterator[str | Segment | Notice]:

@@ -32,14 +32,7 @@ class _Numbers(GroupAnnotator):
 
 
 class Embedder:
-    """A trained model and its objective, which it sets to evaluation mode.
-
-    Args:
-        model: on its device.
-        objective: on the same.
-        context: tokens that are read of a text, of the run.
-        batch_tokens: places of a batch.
-    """
+    """A trained model and its objective, which read `context` tokens of a text, in batches of `batch_tokens`."""
 
     def __init__(self, model: FusedLanguageModel, objective: Contrastive, context: int, batch_tokens: int = 16_384) -> None:
         self.model, self.objective = model.eval(), objective.eval()
@@ -75,13 +68,8 @@ class Embedder:
             except BadSample as error:
                 bad[number] = error
         for some in batches_by_length(rows, lambda row: row[0], self.batch_tokens):
-            batch = assemble(
-                [[whole(Document((segment,), str(number)), tokens)] for tokens, number, segment in some],
-                self.model.vocabulary,
-                self.model.tokenizer,
-                some[-1][0],
-                annotator=_Numbers(),
-            )
+            packs = [[whole(Document((segment,), str(number)), tokens)] for tokens, number, segment in some]
+            batch = assemble(packs, self.model.vocabulary, self.model.tokenizer, some[-1][0], annotator=_Numbers())
             bad |= {int(key): BadSample(reason, detail) for _, key, reason, detail in batch.rejected}
             with torch.no_grad():
                 batch = batch.to(self.model.token_bytes.device)
@@ -90,11 +78,7 @@ class Embedder:
         return vectors, bad
 
     def documents(self, documents: Sequence[Document]) -> np.ndarray:
-        """(N, E) of documents.
-
-        Raises:
-            BadSample: none of the segments of a document can be used.
-        """
+        """(N, E) of documents. Raises BadSample if none of the segments of a document can be used."""
         starts = list(accumulate((len(document.segments) for document in documents), initial=0))
         vectors, bad = self.segments([segment for document in documents for segment in document.segments])
         pooled = np.zeros((len(documents), vectors.shape[1]), np.float32)

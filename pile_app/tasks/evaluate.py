@@ -92,18 +92,8 @@ class SourceFigures(Callback):
 
 
 def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output: Path | None = None) -> dict[str, Any]:
-    """Evaluate a run of a language model or an objective; save the figures as JSON and in the summary of its W&B run.
-
-    Args:
-        run: its folder.
-        on: name -> pattern of shards; empty: the run's own validation sources.
-        checkpoint: see `load_run`.
-        output: file for the figures; None: `evaluation.json` in the run's folder.
-
-    Raises:
-        ValueError: there is no such run or checkpoint, or nothing to evaluate on.
-        ShardError: shards cannot be read.
-    """
+    """Evaluate a run on `on`, name -> pattern of shards (empty: its own validation sources), and save the figures as JSON
+    (None: `evaluation.json` in the run's folder) and in the summary of its W&B run. Raises ValueError or ShardError."""
     config = read_config(run)
     module, data, saved = load_run(run, checkpoint)
     weights = {name: source.weight for name, source in data.sources.items()}

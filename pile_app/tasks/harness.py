@@ -28,13 +28,7 @@ MAX_TOKENS = 256  # of a generated answer, unless a task says otherwise
 
 
 class PileLM(HARNESS.TemplateLM):  # type: ignore[name-defined]
-    """A model as the harness asks it.
-
-    Args:
-        model: in evaluation mode, on its device.
-        context: tokens that it was trained with.
-        batch: prompts that are answered together.
-    """
+    """A model in evaluation mode, trained with `context` tokens, as the harness asks it, `batch` prompts at a time."""
 
     eot_token_id = Vocabulary.END
     prefix_token_id = Vocabulary.OPENERS[TEXT]
@@ -72,8 +66,7 @@ class PileLM(HARNESS.TemplateLM):  # type: ignore[name-defined]
         return [-sum(score.nats for score in rolling_scores(self.model, r.args[0], self.context)) for r in requests]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuation of each request's context, up to the first of its stop strings. At least half of the context is kept for
-        the prompt: longer answers end there."""
+        """Continue each request's context up to the first of its stop strings; the prompt keeps half of the context."""
         groups: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(index)
@@ -105,28 +98,11 @@ class PileLM(HARNESS.TemplateLM):  # type: ignore[name-defined]
 
 
 def evaluate_tasks(
-    run: Path,
-    tasks: Sequence[str],
-    include: Path | None = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    checkpoint: str = "auto",
-    output: Path | None = None,
-) -> dict[str, Any]:
-    """Evaluate a run on tasks: task -> metric -> value; save them as JSON and in the summary of its W&B run.
-
-    Args:
-        run: its folder.
-        tasks: names of tasks or groups.
-        include: folder of own tasks in YAML files; then only those are known, and nothing is downloaded.
-        fewshot: solved examples before each question; None: as each task says.
-        limit: most documents of each task; None: all.
-        checkpoint: see `evaluate`.
-        output: file for the figures; None: `evaluation-tasks.json` in the run's folder.
-
-    Raises:
-        ValueError: there is no such run, checkpoint or task, or `lm-eval` is not installed.
-    """
+    run: Path, tasks: Sequence[str], include: Path | None = None, fewshot: int | None = None, limit: int | None = None,
+    checkpoint: str = "auto", output: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate a run on tasks: task -> metric -> value; save them as JSON and in the summary of its W&B run. With `include`, a
+    folder of own tasks, only those are known. Raises ValueError if there is no such run, checkpoint or task."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -48,26 +48,11 @@ Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or me
 
 
 def inspect_data(
-    paths: Sequence[str],
-    folder: Path,
-    tokenizer: str | None = None,
-    context: int | None = None,
-    duplicates: bool = False,
+    paths: Sequence[str], folder: Path, tokenizer: str | None = None, context: int | None = None, duplicates: bool = False,
     samples: int = 8,
-) -> dict[str, Any]:
-    """Write `statistics.json` and `documents.html` into `folder`, and return the former.
-
-    Args:
-        paths: see above; at most one of them a run or a configuration.
-        tokenizer: "bytes" or a tokenizer.json; None: that of the run, or bytes.
-        context: tokens of a pack; None: that of the run, or 512.
-        duplicates: read all shards, and count what occurs more than once.
-        samples: documents of each source to show.
-
-    Raises:
-        ValueError: a path is none of the above, or a number is out of its bounds.
-        ShardError: a shard is missing, damaged, or differs from its manifest.
-    """
+) -> dict[str, Any]:  # fmt: skip
+    """Write `statistics.json` and `documents.html`, with `samples` documents of each source, into `folder`; return the former.
+    At most one path is a run or a configuration. Raises ValueError for a path or number that cannot be, or ShardError."""
     if samples < 0 or (context is not None and context < 8):
         raise ValueError(f"samples={samples} must be 0 or more, context={context} tokens at least 8")
     plan = make_plan(paths, tokenizer, context)
@@ -192,33 +177,12 @@ def _add_shards(plan: Plan, tars: Sequence[str]) -> None:
 # -- Counting
 
 
-class Histogram:
-    """Integers from 0 on, and how often each was seen: memory grows with the number of distinct values only."""
-
-    def __init__(self) -> None:
-        self.values = self.counts = np.zeros(0, np.int64)  # (U,) increasing, (U,)
-
-    def add(self, values: np.ndarray) -> None:
-        counts = np.concatenate([self.counts, np.ones(len(values), np.int64)])
-        self.values, where = np.unique(np.concatenate([self.values, values.astype(np.int64)]), return_inverse=True)
-        self.counts = np.bincount(where, counts, len(self.values)).astype(np.int64)
-
-    @property
-    def count(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def sum(self) -> int:
-        return int((self.values * self.counts).sum())
-
-    def quantiles(self, fractions: Sequence[float]) -> list[int]:
-        return np.quantile(self.values, fractions, method="inverted_cdf", weights=self.counts).tolist()
-
-    def description(self) -> dict[str, int] | None:
-        if not self.count:
-            return None
-        found = zip(QUANTILES, self.quantiles([*QUANTILES.values()]), strict=True)
-        return {"count": self.count, "sum": self.sum, **dict(found)}
+def describe_values(values: np.ndarray) -> dict[str, int] | None:
+    """Return the number of values, their sum and quantiles; None without any."""
+    if not len(values):
+        return None
+    found = np.quantile(values, [*QUANTILES.values()], method="inverted_cdf").tolist()
+    return {"count": len(values), "sum": int(values.sum()), **dict(zip(QUANTILES, found, strict=True))}
 
 
 @dataclass
@@ -234,9 +198,9 @@ class Part:
     source: str
     split: str
     shards: Shards
-    sizes: list[Histogram] = field(default_factory=lambda: [Histogram() for _ in MODALITIES])
+    sizes: list[np.ndarray] = field(default_factory=lambda: [np.zeros(0, np.int64) for _ in MODALITIES])
     segment_tokens: list[int] = field(default_factory=lambda: [0] * len(MODALITIES))
-    document_tokens: Histogram = field(default_factory=Histogram)
+    document_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     without_codec: list[int] = field(default_factory=list)
     longer: int = 0
     left_out: int | None = None
@@ -254,7 +218,7 @@ class Part:
     def description(self) -> dict[str, Any]:
         """Quantiles are {"count", "sum", "minimum", "1%", "25%", "50%", "75%", "99%", "maximum"}."""
         by_modality = self.segment_tokens
-        everything = self.document_tokens.sum
+        everything = int(self.document_tokens.sum())
         tokens: dict[str, int | None] = dict(zip(MODALITIES, by_modality, strict=True))
         tokens |= {"special": everything - sum(by_modality), "all": everything}
         kept = {name: getattr(self, name) for name in ("source", "split", "only_text", "left_out", "packs", "fill")}
@@ -263,12 +227,12 @@ class Part:
             "bytes": sum(self.shards.sizes),
             "documents": len(self.shards),
             "rejected": dict(self.shards.balance()["rejected"].most_common()),
-            "segments": {name: sizes.count for name, sizes in zip(MODALITIES, self.sizes, strict=True)},
-            "text_bytes": self.sizes[TEXT].sum,
-            "audio_seconds": self.sizes[AUDIO].sum / 1000,
-            "image_pixels": self.sizes[IMAGE].description(),
+            "segments": {name: len(sizes) for name, sizes in zip(MODALITIES, self.sizes, strict=True)},
+            "text_bytes": int(self.sizes[TEXT].sum()),
+            "audio_seconds": int(self.sizes[AUDIO].sum()) / 1000,
+            "image_pixels": describe_values(self.sizes[IMAGE]),
             "tokens": dict.fromkeys(tokens) | {"text": by_modality[TEXT]} if self.only_text else tokens,
-            "document_tokens": self.document_tokens.description(),
+            "document_tokens": describe_values(self.document_tokens),
             "longer": None if self.only_text else self.longer,
             "cut": None if self.left_out is None else self.longer - self.left_out,
             "padding": None if self.fill is None else 1 - self.fill,
@@ -288,12 +252,12 @@ def measure(part: Part, plan: Plan) -> None:
         tokens = counts if part.only_text else segment_tokens(index, plan.vocabulary, counts)
         special = 0 if part.only_text else 1 + (index.modality == AUDIO)
         for modality in range(len(MODALITIES)):
-            part.sizes[modality].add(sizes[index.modality == modality])
+            part.sizes[modality] = np.append(part.sizes[modality], sizes[index.modality == modality].astype(np.int64))
             if modality == TEXT or not part.only_text:
                 part.segment_tokens[modality] += int((tokens - special)[index.modality == modality].sum())
         if len(index):
             lengths = np.add.reduceat(tokens, index.first_segment[:-1]) + 2 * (not part.only_text)
-            part.document_tokens.add(lengths)
+            part.document_tokens = np.append(part.document_tokens, lengths.astype(np.int64))
             part.longer += int((lengths > plan.context).sum())
     if part.only_text or not len(part.shards):
         return

@@ -35,17 +35,8 @@ TOLD_CHARACTERS = 100  # of a text in the summary
 
 
 def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limit: int | None = None) -> str:
-    """Write the documents of an optimizer step, or at positions [first, stop), into `folder`; return a summary for people.
-
-    Args:
-        run: folder of the run.
-        asked: a step, from 1; or positions, from 0; steps to come are described as planned.
-        limit: at most this many documents; None: all.
-
-    Raises:
-        ValueError: there are no such positions, `limit` is below 1, or the data are not what the run was trained on.
-        ShardError: a shard or its index is missing.
-    """
+    """Write at most `limit` documents of a step (from 1), or at positions [first, stop) (from 0), into `folder`; return a
+    summary. Steps to come are described as planned. Raises ValueError if the data are not those of the run."""
     step = asked if isinstance(asked, int) else None
     if any(number is not None and number < 1 for number in (step, limit)):
         raise ValueError(f"steps and limits count from 1, not step {step}, limit {limit}")

@@ -53,16 +53,8 @@ class Hit:
 
 
 class MediaIndex:
-    """The table of a folder or URL.
-
-    Args:
-        uri: of the database.
-        embedder: the model that makes its vectors.
-        is_new: create the table if there is none.
-
-    Raises:
-        ValueError: there is no table, or another model made it; or LanceDB is not installed.
-    """
+    """The table of a folder or URL, made if there is none and `is_new`. Raises ValueError if there is no table, another model
+    made it, or LanceDB is not installed."""
 
     def __init__(self, uri: str, embedder: Embedder, is_new: bool = False) -> None:
         self.embedder = embedder
@@ -126,12 +118,10 @@ class MediaIndex:
         some = self.table.take_offsets(offsets).select(["vector"]).to_arrow()["vector"].to_pylist()
         recalls = []
         for vector in some:
+            query = np.array(vector, np.float32)
             exact, approximate = (
-                {
-                    (hit.origin, hit.document, hit.segment)
-                    for hit in self.search(np.array(vector, np.float32), count, exact=exact)
-                }
-                for exact in (True, False)
+                {(hit.origin, hit.document, hit.segment) for hit in self.search(query, count, exact=is_exact)}
+                for is_exact in (True, False)
             )
             recalls.append(len(exact & approximate) / len(exact))
         return float(np.mean(recalls))
@@ -140,14 +130,7 @@ class MediaIndex:
         return self.search(self.embedder.documents([query])[0], count, modality, exact)
 
     def search(self, vector: np.ndarray, count: int, modality: str | None = None, exact: bool = False) -> list[Hit]:
-        """Find the nearest segments, the nearest first.
-
-        Args:
-            vector: (E,).
-            count: how many.
-            modality: text, image or audio; None: all.
-            exact: compare all, even if there is an index.
-        """
+        """Find the segments nearest to a vector (E,), the nearest first. `exact`: compare all, even if there is an index."""
         query = self.table.search(vector).distance_type("cosine").limit(count)
         query = query.bypass_vector_index() if exact else query.refine_factor(REFINE)
         if modality is not None:
@@ -214,11 +197,7 @@ def thumbnail(file: bytes) -> bytes:
 
 
 def read_query(query: str) -> Document:
-    """Read the file that a query names by its extension; else the query is a text.
-
-    Raises:
-        ValueError: it reads like the name of a file, and there is none.
-    """
+    """Read the file that a query names by its extension, which has to exist; else the query is a text."""
     path = Path(query)
     extension = path.suffix.lower().removeprefix(".")
     if extension in (*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS):

@@ -95,15 +95,9 @@ class Contrastive(Objective):
     """
 
     def __init__(
-        self,
-        dimensions: int = 128,
-        temperature: float = 0.07,
-        dropout: float = 0.1,
-        language_weight: float = 0.0,
-        freeze: bool = False,
-        learning_rate: float = 0.001,
-        unrounded: bool = False,
-    ) -> None:
+        self, dimensions: int = 128, temperature: float = 0.07, dropout: float = 0.1, language_weight: float = 0.0,
+        freeze: bool = False, learning_rate: float = 0.001, unrounded: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(language_weight, freeze, learning_rate, unrounded)
         if dimensions < 1 or not temperature >= 1 / LARGEST_SCALE:
             raise ValueError(
@@ -225,12 +219,8 @@ class Embeddings:
 
 
 def contrastive_loss(segments: Embeddings, scale: Tensor) -> Tensor:
-    """Return () the mean over the queries, which are the segments with a positive in another modality; 0 without any.
-
-    Args:
-        segments: of the whole step.
-        scale: () 1 / temperature.
-    """
+    """Return () the mean over the queries of a step, which are the segments with a positive in another modality; 0 without any.
+    `scale`: () 1 / temperature."""
     logits = scale * segments.vectors @ segments.vectors.T  # (queries, answers)
     total, count = logits.sum() * 0.0, logits.new_zeros(())
     same = segments.labels[:, None] == segments.labels

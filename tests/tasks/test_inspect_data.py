@@ -23,7 +23,7 @@ from pile_app.data.sources import segment_tokens
 from pile_app.data.tokens import text_counts
 from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.tasks.inspect_data import Histogram, describe_segment, inspect_data
+from pile_app.tasks.inspect_data import describe_segment, describe_values, inspect_data
 from pile_app.tasks.inspect_step import decoder
 from pile_app.training.load import load_run
 
@@ -157,13 +157,10 @@ def test_a_prepared_folder_is_taken_with_its_sources_and_splits(tmp_path: Path, 
 def test_quantiles_are_exact_whatever_the_size() -> None:
     rng = np.random.default_rng(0)
     for values in (rng.integers(0, 256, 999), (10 ** rng.uniform(0, 15, 5000)).astype(np.int64), np.array([2**53, 2**60])):
-        histogram = Histogram()
-        for part in np.array_split(values, 3):
-            histogram.add(part)
-        assert histogram.count == len(values) and histogram.sum == values.sum()
-        assert [*histogram.quantiles([0, 0.5, 1])] == [
-            values.min(), np.sort(values)[(len(values) + 1) // 2 - 1], values.max(),
-        ]  # fmt: skip
+        found = describe_values(values)
+        assert found is not None and (found["count"], found["sum"]) == (len(values), values.sum())
+        middle = np.sort(values)[(len(values) + 1) // 2 - 1]
+        assert [found[name] for name in ("minimum", "50%", "maximum")] == [values.min(), middle, values.max()]
 
 
 # -- Duplicates
