@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,8 @@ def test_every_figure_of_unseen_labels_stands_apart(
 ) -> None:
     monkeypatch.setattr(data.evaluation, "MANY", 2)  # seven names are many
     trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False)
+    evaluation.text_source = "prose"  # fault 2: sources of one's own have no prose, and the run ended without a report
+    trainer.datamodule = SimpleNamespace(validation_names=["mine"])  # type: ignore[attr-defined]
     figures = evaluation.evaluate(trainer, module)
     assert figures["image_judge_accuracy"] == figures["audio_judge_accuracy"] == figures["unseen_image_judge_accuracy"] == 1
     # An untrained model finds all letters equally likely, so the two longest of seven names are not among the five likeliest.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -167,6 +169,11 @@ def test_a_trained_model_finds_pictures_by_their_names_in_an_index_of_shards_and
     assert len(lines) == 3 and "1.000" in lines[0]
     pile(["search", index, "a dog", "--to", "text", "--count", "1"])
     assert capsys.readouterr().out.split()[:6] == ["1", "1.000", "text", "dog.png", "a", "dog"]
+    from pile_app.training import load
+
+    with patch("sys.stdin", io.StringIO("a dog\na dog\n")), patch.object(load, "load_on", wraps=load.load_on) as loads:
+        pile(["search", index, "--to", "text", "--count", "1"])
+    assert capsys.readouterr().out.count("dog.png") == 2 and loads.call_count == 1, "queries of a terminal load the model once"
     with pytest.raises(SystemExit):
         pile(["search", index, "aaa", "--run", str(tiny_run.folder), "--checkpoint", "last"])
     assert "was not trained to embed" in capsys.readouterr().err
