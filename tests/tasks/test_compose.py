@@ -217,9 +217,6 @@ def test_few_examples_are_learned_and_the_best_checkpoint_is_kept(shell: Shell) 
     shell.succeed("train", *options, "--name=few", "--trainer.max_steps=-1", "--data.global_batch=8", small=False)
     few = json.loads((shell.folder / "runs/few/summary.json").read_text())
     assert few["steps"] < 50 and (shell.folder / "runs/few/checkpoints/best.ckpt").exists()
-    longer = ["--data.epochs=100", "--data.global_batch=2", "--trainer.max_steps=-1"]  # as the guide says
-    shell.succeed("train", *options, *longer, "--name=longer", small=False)
-    longer_summary = json.loads((shell.folder / "runs/longer/summary.json").read_text())
-    assert longer_summary["f1"] > 0.5, longer_summary
-    found = json.loads(shell.succeed("classify", "runs/longer", "--text", "7 dddddddd"))
+    assert few["f1"] > 0.5, few  # chance is 0.1
+    found = json.loads(shell.succeed("classify", "runs/few", "--text", "7 dddddddd"))
     assert found["label"] == "class3" and len(found["probabilities"]) == 10
