@@ -153,7 +153,7 @@ def train(run: Path) -> None:
     )
     for folder, arguments in steps:
         if not (folder / "summary.json").exists():
-            start = ["--model.start_from", str(first_run)] if folder == run else []
+            start = ["--model.start_from", str(first_run), "--model.backbone.init_args.dropout", "0"] if folder == run else []
             subprocess.run([sys.executable, "train.py", *arguments, *start, *runs], check=True)
 
 
