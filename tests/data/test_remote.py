@@ -493,7 +493,7 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
 @needs_nginx
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_each_node_fetches_its_part_of_an_epoch(tmp_path: Path, nodes: int) -> None:
-    from benchmarks.node_bytes import measure
+    from benchmarks.remote_cost import measure
 
     fetched, total = measure(tmp_path, nodes, shards=48, workers=None)
     assert max(fetched) <= 1.15 / nodes * total, [bytes_ / total for bytes_ in fetched]
