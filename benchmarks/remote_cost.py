@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from common import command, measure_alone, stand_in_trainer, table, write_texts  # noqa: E402
+from common import TESTS, command, measure_alone, stand_in_trainer, table, write_texts  # noqa: E402
 
 # -- Bytes of an epoch.
 
@@ -51,6 +51,7 @@ def measure(folder: Path, nodes: int, shards: int, workers: int | None = 1, glob
     """(bytes that each node fetched, bytes of all shards). workers: None: the nodes are read one after another, here."""
     import numpy as np
 
+    sys.path[:0] = TESTS
     from tests.data.test_remote import Server
 
     server = Server(folder / "nginx")

@@ -112,6 +112,11 @@ def kill(attempts: list[Command]) -> None:
         attempt.wait()
 
 
+def finish(run: Disturbed) -> None:
+    (attempt,) = run.start()
+    assert attempt.wait(1800) == 0, attempt.text[-3000:]
+
+
 def kills(run: Disturbed, turn: int) -> str:
     ranks, workers, micro_batch = run.draw.choice([1, 2, 3]), run.draw.randrange(4), run.draw.choice([1, 2])
     attempts = run.start(ranks, workers, micro_batch)
@@ -206,7 +211,7 @@ def disturb(folder: Path, part: str, times: int, seed: int) -> bool:
     bench = make_bench(folder)
     words = (*COMMON, "--data.global_batch", str(packs), "--trainer.max_steps", str(max(30, (8 if packs == 6 else 26) * times)))
     run, reference = Disturbed(bench, part, seed, *words), Disturbed(bench, "undisturbed", seed, *words)
-    reference.start()[0].succeed()
+    finish(reference)
     same = 0
     for turn in range(times):
         how = PARTS[part](run, turn)
@@ -216,7 +221,7 @@ def disturb(folder: Path, part: str, times: int, seed: int) -> bool:
         else:
             same += step >= 0 and run.same_until(step, reference.folder)
         print(f"{part} {turn + 1}: {how}; continues after step {step}; {same} of {turn + 1} exact", flush=True)
-    run.start()[0].succeed()
+    finish(run)
     whole = read_ledger(run.folder) == read_ledger(reference.folder)
     if part != "kills":
         assert_same_run(run.folder, reference.folder)

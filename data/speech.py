@@ -14,7 +14,7 @@ import numpy as np
 
 LEVEL = 0.1  # root mean square of a clip, -20 dB of full scale
 PEAK = 0.99
-SILENCE = 0.01  # of the peak: what is below at either end is cut
+SILENCE = 0.01  # of the peak: quieter samples at either end are removed
 MARGIN = 0.01  # seconds that are kept of it
 
 INSTALL = "install it with `uv sync --extra demo` or `pip install scikit-learn espeakng-loader`"
@@ -95,7 +95,7 @@ class Espeak:
 
 
 def trim(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Without the silence at both ends, but for `MARGIN` seconds."""
+    """Remove the silence at both ends except for `MARGIN` seconds."""
     magnitude = np.abs(waveform)
     loud = np.flatnonzero(magnitude > SILENCE * magnitude.max(initial=0))
     if not len(loud):

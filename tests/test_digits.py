@@ -132,7 +132,7 @@ def test_most_uses_of_a_medium_are_augmented_and_none_in_validation(documents: d
     plain = set(media(documents["labelled-train"], wanted))
     for prefix in ("digits-train", {"image": "images-train", "audio": "clips-train"}[wanted]):
         uses = media(documents[prefix], wanted)
-        assert np.mean([use not in plain for use in uses]) == pytest.approx(recipe.AUGMENTED_SHARE, abs=0.02)
+        assert np.mean([use not in plain for use in uses]) == pytest.approx(recipe.AUGMENTED, abs=0.02)
     assert set(media(documents["digits-validation"], wanted)) <= set(media(documents["labelled-heldout"], wanted))
 
 

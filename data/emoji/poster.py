@@ -1,7 +1,7 @@
 """The emoji demo's poster, from a run's model: `python data/emoji/poster.py runs/emoji docs/emoji.png`.
 
-What it shows was written down before the model was trained, and each drawing is the model's first: nothing is picked. On the
-left of each pair stands OpenMoji's drawing at the size that the model sees, on the right the model's.
+The prompts were chosen before the model was trained, and each drawing is the model's first: nothing is cherry-picked. On the
+left of each pair is OpenMoji's drawing at the size that the model sees, on the right the model's.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def names(poster: Poster, model: Any, recipe: ModuleType, wanted: list[Any], emo
 
 
 def speech(poster: Poster, model: Any, recipe: ModuleType, listed: list[tuple[str, Any]]) -> None:
-    with recipe.Speaker(0) as speaker:
+    with recipe.Espeak() as espeak:
+        speaker = recipe.Speaker(espeak)
         real = [speaker.answer(one, language) for language, one in listed]
     prompts = [Document((Segment(one.name(language).text),)) for language, one in listed]
     answers = generate(model, prompts, AUDIO, SAMPLING)
@@ -186,7 +187,7 @@ def main() -> None:
         f"{trained:,} emoji: drawn, named and spoken in English, Spanish and Turkish.", 19, SOFT, width=WIDTH - 2 * MARGIN,
     )  # fmt: skip
     poster.top += 76
-    poster.heading("Told a name, it draws", "left: OpenMoji's drawing, 32 x 32 pixels; right: what the model drew")
+    poster.heading("Told a name, it draws", "left: OpenMoji's drawing, 32 x 32 pixels; right: the model's")
     drawings(poster, model, [(language, emoji[one]) for language, one in DRAWN], CARD, LINES)
     explanation = "a man judge and a woman mechanic were in training, a woman judge never: not drawn, not named, not spoken"
     poster.heading("Combinations it has never seen", explanation, NEW)

@@ -17,8 +17,8 @@ WikiText (arXiv:1609.07843) separates punctuation by spaces, writes `@-@`, `@,@`
 ` = Title = ` for headings, and replaces words that are rare in its own training text by `<unk>`. `as_wikitext` brings plain
 text into that form; `<unk>` stands for words that are as rare in *these* texts.
 
-Beside the shards: `tokenizer.json` (BPE of the training text), and `evaluation-*.tar`, the evaluation text as it is, as one
-document. Packages are kept in `PILE_CACHE` (`~/.cache/pile`).
+The folder also holds `tokenizer.json` (BPE of the training text) and `evaluation-*.tar`, the unchanged evaluation text as a
+single document. Packages are kept in `PILE_CACHE` (`~/.cache/pile`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ their concepts differ.
 A training document is a picture, one caption and one sound, in `VARIANTS` versions of each stamp: the caption in English,
 French, Spanish, or in English with the names of its folders; the picture shifted, scaled, turned, mirrored (no symbols: they
 would become others), on white or on another ground; the caption spoken, or the sound the thing makes, at another speed. A
-document of validation or test is the picture as it is, on white, with its English caption and its spoken French one.
+document of validation or test is the unchanged picture on white, with its English caption and its spoken French one.
 
 `meta.group` of a document is its English caption: documents that share it are each other's right answers.
 """
@@ -73,7 +73,7 @@ def on_ground(picture: Image.Image, color: tuple[int, int, int] = (255, 255, 255
 
 
 def concepts(stamps: Sequence[Stamp]) -> list[int]:
-    """The concept of each stamp, as the number of one that it shares with."""
+    """Return the concept of each stamp, as the index of a stamp with the same concept."""
     parents = list(range(len(stamps)))
 
     def find(stamp: int) -> int:
@@ -151,7 +151,7 @@ def sound(file: Path, rng: np.random.Generator | None = None) -> Segment | None:
     try:
         waveform = decode_audio(file.read_bytes(), SAMPLE_RATE)
     except BadSample as error:
-        print(f"left out: {file}: {error}")
+        print(f"skipped {file}: {error}")
         return None
     loud = np.flatnonzero(abs(waveform) > 0.02 * abs(waveform).max())
     waveform = waveform[loud[0] : loud[-1] + 1]
