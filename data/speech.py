@@ -1,4 +1,4 @@
-"""Speech from espeak-ng, for recipes (`data/*/prepare.py`): text -> samples, cut and levelled."""
+"""Speech from espeak-ng, for recipes (`data/*/prepare.py`): text -> samples, trimmed and levelled."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Espeak:
         return 0  # go on
 
     def say(self, text: str, accent: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Samples (T,) in [-1, 1] at `sample_rate`. `rate` in words a minute, pitch and range from 0 to 100."""
+        """Return samples (T,) in [-1, 1] at `sample_rate`. `rate` is in words per minute, pitch and range from 0 to 100."""
         if voice not in self.voices:  # the library would speak in the plain voice, without a word
             raise ValueError(f"espeak-ng has no voice {voice!r}, only {self.voices}")
         if self._library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()):
@@ -105,7 +105,7 @@ def trim(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def level(waveform: np.ndarray) -> np.ndarray:
-    """At the loudness `LEVEL`, or below it where the peak would be above `PEAK`."""
+    """Scale to the loudness `LEVEL`, or less if the peak would exceed `PEAK`."""
     if not len(waveform):
         return waveform
     return waveform * min(LEVEL / np.sqrt(np.mean(waveform**2)), PEAK / np.abs(waveform).max())

@@ -45,7 +45,7 @@ SMALL_TALK = (
 
 
 class Speaker:
-    """Draws the turns of a conversation; `media` gives the next picture or clip of a digit."""
+    """Draw the turns of a conversation; `media` returns the next picture or clip of a digit."""
 
     def __init__(self, rng: np.random.Generator, media: Callable[[int, int], Segment]) -> None:
         self.rng = rng
@@ -55,7 +55,7 @@ class Speaker:
         return texts[int(self.rng.integers(len(texts)))]
 
     def conversation(self, digit: int, key: str) -> Document:
-        """Begins with `digit`."""
+        """Return a conversation that begins with `digit`."""
         turns: list[Turn] = []
         known = False  # which digit "it" is
         while True:
@@ -109,7 +109,7 @@ class Speaker:
 def conversations(
     count: int, pictures: Sequence[Any], clips: Sequence[Any], seed: int, augmented: float, prefix: str
 ) -> list[Document]:
-    """`count` conversations, every digit, picture and clip about equally often; a fraction of the media is augmented."""
+    """Return `count` conversations, with every digit, picture and clip about equally often; some media are augmented."""
     rng = np.random.default_rng([seed, 7])
     decks: dict[int, dict[int, Iterator[Any]]] = {IMAGE: digits._decks(pictures, rng), AUDIO: digits._decks(clips, rng)}
 
@@ -127,7 +127,7 @@ def conversations(
 
 
 def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Writes all shards into `folder`, which appears only when they are whole, and returns the content of its `dataset.json`.
+    """Write all shards to `folder` atomically and return the content of its `dataset.json`.
 
     Raises:
         FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.

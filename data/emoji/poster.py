@@ -70,7 +70,7 @@ class Poster:
         self.top = MARGIN
 
     def text(self, x: float, y: float, text: str, size: int = 17, color: str = INK, bold: bool = False, width: int = 0) -> None:
-        """One line; made smaller until it is at most `width` pixels wide, where that is given."""
+        """Draw a line, in a smaller font if it is wider than `width` pixels."""
         while width and size > 10 and self.draw.textlength(text, font(size, bold)) > width:
             size -= 1
         self.draw.text((x, y), text, color, font(size, bold), anchor="lm")
@@ -83,7 +83,7 @@ class Poster:
         self.top += 42
 
     def cards(self, count: int, columns: int, height: int, color: str = CARD, edge: str = LINES) -> list[tuple[int, int, int]]:
-        """(left, top, width) of so many new cards."""
+        """Add cards; returns (left, top, width) of each."""
         width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
         places = []
         for number in range(count):
@@ -95,13 +95,13 @@ class Poster:
         return places
 
     def picture(self, pixels: np.ndarray, x: int, y: int, size: int = CELL) -> None:
-        """(3, H, W) or (H, W, 3) uint8, each pixel a square."""
+        """Draw (3, H, W) or (H, W, 3) uint8, enlarged without smoothing."""
         rows = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == 3 else pixels
         self.image.paste(Image.fromarray(rows).resize((size, size), Image.Resampling.NEAREST), (x, y))
         self.draw.rectangle((x - 1, y - 1, x + size, y + size), None, LINES)
 
     def save(self, path: Path) -> None:
-        """At most 256 colours: it is mostly flat."""
+        """Save with at most 256 colours, which are enough for flat drawings."""
         cut = self.image.crop((0, 0, WIDTH, self.top + MARGIN - GAP))
         cut.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 

@@ -103,7 +103,7 @@ def make_esc10(data: Path, files: Path) -> dict[str, object]:
 
 
 def make_lexicon(data: Path, files: Path) -> dict[str, object]:
-    """Words of the VADER lexicon (Hutto and Gilbert 2014, MIT), by the sign of their mean rating by ten people."""
+    """Write the words of the VADER lexicon (Hutto and Gilbert 2014, MIT), labelled by the sign of their mean rating."""
     package = importlib.util.find_spec("vaderSentiment")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("error: the lexicon is in the package vaderSentiment: pip install --no-deps vaderSentiment")
@@ -152,7 +152,7 @@ def without_silence(waveform: np.ndarray) -> np.ndarray:
 
 
 def other_tone(waveform: np.ndarray, key: str) -> np.ndarray:
-    """Bass and treble raised or lowered by up to `TONE` each, drawn by the key."""
+    """Raise or lower bass and treble by up to `TONE` each, at random with the key as seed."""
     import torch
     from torchaudio.functional import bass_biquad, treble_biquad
 

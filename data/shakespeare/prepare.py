@@ -4,7 +4,7 @@
 
 The text is not part of the project. `--text`, else the environment's `PILE_SHAKESPEARE`, names it; without either it is
 `../shared/data/tinyshakespeare/input.txt`. Any UTF-8 text will do: every character is kept, in order, in
-documents of some 16 kB that end with a blank line where there is one. (Reading a piece takes longer from a longer document.)
+documents of some 16 kB that end with a blank line if possible. (Reading a piece of a longer document takes longer.)
 
 Tokens are bytes. Tiny Shakespeare is ASCII, so a byte is a character, and `validation/text_bits_per_byte` · ln 2 is nats a
 character over exactly the characters of the validation split. nanoGPT's softmax has 65 ids, one a character that occurs; ours
@@ -28,7 +28,7 @@ DOCUMENT_CHARACTERS = 16_384
 
 
 def documents(text: str, split: str) -> Iterator[Document]:
-    """`text` in order, in documents of at most `DOCUMENT_CHARACTERS`."""
+    """Split a text into documents of at most `DOCUMENT_CHARACTERS`."""
     start = number = 0
     while start < len(text):
         stop = start + DOCUMENT_CHARACTERS

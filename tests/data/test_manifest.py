@@ -370,7 +370,7 @@ def test_a_source_describes_its_balance_in_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """(folder, its URL, names that were asked for)."""
+    """(folder, its URL, requested names)."""
     folder, asked = tmp_path / "served", []
     folder.mkdir()
 
