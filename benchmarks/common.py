@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command line, tables, processes that take turns, environments of peers, temporary data."""
+"""Shared by the benchmarks: the command line, tables, processes that take turns, environments of peers, temporary data."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_texts(folder: Path, name: str, lengths: Sequence[int], **options: Any)
 
 
 def stand_in_trainer(step: int = 0, rank: int = 0, ranks: int = 1) -> Any:
-    """What a data module asks of its trainer."""
+    """Return a stand-in for the trainer of a data module."""
     sampler = {"num_replicas": ranks, "rank": rank} if ranks > 1 else None
     return SimpleNamespace(
         distributed_sampler_kwargs=sampler, local_rank=0, num_nodes=ranks, global_step=step, max_steps=1 << 40, training=True

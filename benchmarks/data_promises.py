@@ -1,4 +1,4 @@
-"""What the data path promises: fractions of the tokens by source, packs without much padding, constant memory of a worker.
+"""Promises of the data path: fractions of the tokens by source, packs without much padding, constant memory of a worker.
 
     python benchmarks/data_promises.py [--samples 100000]
 

@@ -175,7 +175,7 @@ def serve(loader: Iterable[Any], figure: str) -> None:
     print(json.dumps({"ready": units_of(next(batches), figure)}), flush=True)
     for line in sys.stdin:
         warm = time.perf_counter() + min(1.0, float(line) / 4)
-        while time.perf_counter() < warm:  # what the worker had ready before its turn
+        while time.perf_counter() < warm:  # batches that were ready before this turn
             next(batches)
         units, cpu, began = 0, cpu_of_workers(), time.perf_counter()
         while time.perf_counter() < began + float(line):
