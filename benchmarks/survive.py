@@ -1,6 +1,6 @@
-"""A run that is stopped, killed, out of disk space or left with a damaged checkpoint, and resumed by the same command.
+"""A run that is stopped, killed or left with a damaged checkpoint, and resumed by the same command.
 
-    python benchmarks/survive.py [--parts '[kills, stop, write, disk, damage]'] [--times 10] [--seed 0]
+    python benchmarks/survive.py [--parts '[kills, stop, write, damage]'] [--times 10] [--seed 0]
 
 Each attempt is `train.py` in real processes (Gloo on CPU). One run is disturbed `times` times and then ends. Afterwards
 all metrics, weights, momenta and counters equal those of an undisturbed run to the last bit.
@@ -9,7 +9,6 @@ all metrics, weights, momenta and counters equal those of an undisturbed run to 
             is compared instead, after each kill up to the last checkpoint (`--times 50` gives the figure of results.md)
     stop    SIGTERM and SIGUSR1 in turns, also to the loading workers, at a random time
     write   SIGKILL while a checkpoint is being written, at a random byte
-    disk    the disk (a tmpfs; needs root) is filled until less than a checkpoint is free
     damage  last.ckpt is truncated, partly zeroed, or has a bit flipped, at a random byte
 """
 
@@ -19,13 +18,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common import TESTS, command
@@ -155,22 +153,6 @@ def write(run: Disturbed, turn: int) -> str:
     return f"killed with {written():,} of {size:,} bytes written"
 
 
-def disk(run: Disturbed, turn: int) -> str:
-    attempts = run.start()
-    run.wait_for_steps(attempts, 1 + run.draw.randrange(8))
-    size = run.last.stat().st_size if run.last.exists() else 1_000_000
-    free = int(size * run.draw.random())
-    filler = run.folder.parent / "filler"
-    with suppress(OSError), open(filler, "wb") as file:
-        room = os.statvfs(filler.parent)
-        os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_frsize - free))
-    code = attempts[0].wait()
-    filler.unlink()
-    said = attempts[0].text
-    assert code == 1 and ("could not be written" in said or "No space left" in said), (code, said[-3000:])
-    return f"{free:,} of {size:,} bytes free"
-
-
 def damage(run: Disturbed, turn: int) -> str:
     attempts = run.start()
     run.wait_for_steps(attempts, 2 * EVERY + 1 + run.draw.randrange(5))  # two checkpoints
@@ -187,22 +169,7 @@ def damage(run: Disturbed, turn: int) -> str:
     return f"{how} byte {offset:,}"
 
 
-PARTS: dict[str, Callable[[Disturbed, int], str]] = {
-    "kills": kills,
-    "stop": stop,
-    "write": write,
-    "disk": disk,
-    "damage": damage,
-}
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: int = 150) -> Iterator[None]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+PARTS: dict[str, Callable[[Disturbed, int], str]] = {"kills": kills, "stop": stop, "write": write, "damage": damage}
 
 
 def disturb(folder: Path, part: str, times: int, seed: int) -> bool:
@@ -233,9 +200,7 @@ def main(parts: list[str] = list(PARTS), times: int = 10, seed: int = 0) -> bool
     survived = []
     for part in parts:
         with tempfile.TemporaryDirectory(prefix="pile-survive-") as name:
-            (Path(name) / "runs").mkdir()
-            with small_disk(Path(name, "runs")) if part == "disk" else nullcontext():
-                survived.append(disturb(Path(name), part, times, seed))
+            survived.append(disturb(Path(name), part, times, seed))
     return all(survived)
 
 
