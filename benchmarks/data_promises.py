@@ -1,8 +1,8 @@
-"""What the data path promises, measured: shares of tokens, memory of a loading worker, packed against unpacked losses, fill.
+"""Promises of the data path: fractions of the tokens by source, packs without much padding, constant memory of a worker.
 
-    python benchmarks/data_promises.py
+    python benchmarks/data_promises.py [--samples 100000]
 
-Makes its data in a temporary folder (texts, small images and sounds), reads it through `PileDataModule` as `train.py` does.
+Makes its data in a temporary folder (texts, small images and sounds) and reads it through `PileDataModule` as `train.py` does.
 """
 
 from __future__ import annotations
@@ -14,147 +14,90 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from common import command, resident, stand_in_trainer, table, write_texts
 
-from pile_app.data.assembly import assemble
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.packing import best_fit_decreasing
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import SourceData
+from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import Document, Segment
-from pile_app.model.backbones import LSTM, RNN, Transformer
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 
 WEIGHTS = {"web": 0.4, "books": 0.25, "images": 0.15, "speech": 0.15, "code": 0.05}
-MEDIAN = {"web": 400, "books": 3000, "code": 900}  # bytes
+TEXTS = {"web": (4000, 400), "books": (600, 3000), "code": (1500, 900)}  # documents, median bytes
 IMAGE = ImageCodecConfig(size=32, channels=3, patch=8, levels=(8, 5, 5), width=32, blocks=1)
 AUDIO = AudioCodecConfig(8000, hop=80, window=320, mels=20, frames_per_token=4, levels=(4, 3, 3), width=16, blocks=1)
 
 
-@dataclass
-class Stand:
-    """In place of a Trainer."""
-
-    max_steps: int = 10**9
-    global_step: int = 0
-    distributed_sampler_kwargs: None = None
-    local_rank: int = 0
-    training: bool = True
-
-
-def documents(source: str, count: int) -> Iterator[Document]:
-    rng = np.random.default_rng(sum(source.encode()))
-    words = ["lorem", "ipsum", "dolor", "sit", "amet.", "consectetur", "elit.", "sed"]
-    for n in range(count):
-        if source == "images":
-            pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-            yield Document((Segment.from_image(pixels), Segment("noise " * int(rng.integers(1, 30)))), f"{n}", ordered=False)
-        elif source == "speech":
-            yield Document((Segment.from_audio(0.3 * rng.standard_normal(int(rng.integers(4000, 80000))), 8000),), f"{n}")
-        else:
-            size = int(np.exp(rng.normal(np.log(MEDIAN[source]), 1)).clip(10, 40_000))
-            yield Document((Segment(" ".join(rng.choice(words, size // 6 + 1))),), f"{n}")
-
-
-def make(folder: Path, model: FusedLanguageModel, context: int, **options: object) -> PileDataModule:
-    sources = {name: Source(str(folder / f"{name}-*.tar"), weight=weight) for name, weight in WEIGHTS.items()}
-    data = PileDataModule(sources, model.vocabulary, model.tokenizer, context, **options)  # type: ignore[arg-type]
-    data.prepare_data()
-    data.setup()
-    data.trainer = Stand()  # type: ignore[assignment]
-    return data
+def write_sources(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, (count, median) in TEXTS.items():
+        lengths = np.exp(rng.normal(np.log(median), 1, count)).clip(10, 40_000).astype(int).tolist()
+        write_texts(folder, name, lengths, shard_bytes=2 << 20)
+    pictures = (rng.integers(0, 256, (32, 32, 3), np.uint8) for _ in range(2000))
+    captioned = (Document((Segment.from_image(pixels), Segment("noise " * int(rng.integers(1, 30)))), f"{n}", ordered=False)
+                 for n, pixels in enumerate(pictures))  # fmt: skip
+    write_shards(captioned, folder, "images", shard_bytes=2 << 20)
+    noises = (0.3 * rng.standard_normal(int(rng.integers(4000, 80_000))) for _ in range(300))
+    speech = (Document((Segment.from_audio(noise, 8000),), f"{n}") for n, noise in enumerate(noises))
+    write_shards(speech, folder, "speech", shard_bytes=2 << 20)
 
 
 def best_fill(source: SourceData, context: int) -> float:
-    """Fill of the packs if a whole source were packed at once."""
+    """The fraction of tokens in packs that are not padding, if the whole source were packed at once."""
     pieces = np.concatenate([source.pieces(shard) for shard in range(len(source.paths))])
     lengths = pieces["stop"] - pieces["start"]
     return float(lengths.sum()) / context / len(best_fit_decreasing(lengths, context))
 
 
-def resident(process: int) -> float:
-    """Anonymous megabytes of a process."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+def rows(folder: Path, samples: int) -> Iterator[tuple[str, str, str]]:
+    from pile_app.model.backbones import MinGRU
 
+    model = FusedLanguageModel(MinGRU(width=32, layers=1), ByteTokenizer(), IMAGE, AUDIO)
 
-def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="pile-promises-"))
-    for name, count in {"web": 4000, "books": 600, "images": 2000, "speech": 300, "code": 1500}.items():
-        write_shards(documents(name, count), folder, name, shard_bytes=2 << 20)
-    torch.manual_seed(0)
-    backbone = Transformer(width=64, layers=2, heads=2)
-    model = FusedLanguageModel(backbone, load(), IMAGE, AUDIO).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    def open_data(context: int, **options: int) -> PileDataModule:
+        sources = {name: Source(str(folder / f"{name}-*.tar"), weight=weight) for name, weight in WEIGHTS.items()}
+        data = PileDataModule(sources, model.vocabulary, model.tokenizer, context, **options)  # type: ignore[arg-type]
+        data.prepare_data()
+        data.setup()
+        data.trainer = stand_in_trainer()
+        return data
 
-    print("| figure | measured | bar |\n|---|---|---|")
     for context in (256, 512):
-        data = make(folder, model, context)
+        data = open_data(context)
         tokens = np.zeros(len(WEIGHTS), np.int64)
-        position = 0
-        while tokens.sum() < 1_000_000:
+        for position in range(0, 1 << 30, 8):
+            if tokens.sum() >= 1_000_000:
+                break
             tokens += data.order.sizes(position, position + 8)[0]
-            position += 8
-        shares = tokens / tokens.sum()
-        worst = max(abs(share - weight) for share, weight in zip(shares, WEIGHTS.values(), strict=True))
-        print(f"| worst error of 5 shares after 10⁶ tokens, context {context} | {worst:.3%} | ≤ 0.2 % |")
-
+        worst = np.abs(tokens / tokens.sum() - list(WEIGHTS.values())).max()
+        yield f"worst error of 5 fractions after 10⁶ tokens, context {context}", f"{worst:.3%}", "≤ 0.2 %"
     for context in (512, 4096):
-        data = make(folder, model, context)
-        fills = [f"{order.source.name} {order.tokens_per_pack / context:.2%}" for order in data.order.sources]
-        most = [f"{source.name} {best_fill(source, context):.2%}" for source in data.train_data]
-        print(f"| fill, context {context} | {', '.join(fills)} | ≥ 98 %, or best fit of the whole source: {', '.join(most)} |")
-
-    data = make(folder, model, 512, global_batch=16, num_workers=1)
-    seen, first = 0, 0.0
-    batches = iter(data.train_dataloader())
-    while seen < 100_000:
+        data = open_data(context)
+        fills = ", ".join(f"{order.source.name} {order.tokens_per_pack / context:.1%}" for order in data.order.sources)
+        best = ", ".join(f"{source.name} {best_fill(source, context):.1%}" for source in data.train_data)
+        yield f"tokens that are not padding, context {context}", fills, f"≥ 98 %; best fit of the whole source: {best}"
+    seen, first = 0, 0
+    batches = iter(open_data(512, global_batch=16, num_workers=1).train_dataloader())
+    while seen < samples:
         seen += sum(map(len, next(batches).documents))
         (worker,) = (child.pid for child in multiprocessing.active_children())
-        if not first and seen >= 1000:
-            first = resident(worker)
-    last = resident(worker)
-    print(f"| worker after 10⁵ samples ÷ after 10³ | {last:.0f} MB ÷ {first:.0f} MB = {last / first:.3f} | ≤ 1.1 |")
-    del batches
-
-    data = make(folder, model, 512, condition_dropout=0.0)
-    dataset = data.train_dataset()
-    backbones = {"Transformer": backbone, "LSTM": LSTM(width=64, layers=2), "RNN": RNN(width=64, layers=2)}
-    for name, one in backbones.items():
-        model.backbone = one.eval()
-        worst, compared = 0.0, 0
-        for position in range(40):
-            with torch.no_grad():
-                packed = losses(model, dataset[position])
-                alone: dict[int, float] = {}
-                for number, entry in enumerate(dataset.documents(position)):
-                    alone[number] = losses(model, assemble([[entry]], model.vocabulary, model.tokenizer, entry.piece.stop))[0]
-            compared += len(alone)
-            worst = max(worst, *(abs(packed[n] - alone[n]) for n in alone))
-        print(f"| packed against alone, worst loss of {compared} pieces, {name} | {worst:.1e} nats | ≤ 1e-5 |")
+        first = first or (resident("RssAnon", worker) if seen >= 1000 else 0)
+    last = resident("RssAnon", worker)
+    yield f"memory of a worker after {samples:,} samples ÷ after 1,000", f"{last / first:.3f} of {first / 1e6:.0f} MB", "≤ 1.1"
 
 
-def load() -> object:
-    from pile_app.data.tokenizers import ByteTokenizer
-
-    return ByteTokenizer()
-
-
-def losses(model: FusedLanguageModel, batch: object) -> dict[int, float]:
-    """Number of the document in the batch -> its mean loss."""
-    sums: dict[int, list[float]] = {}
-    for modality, loss in model(batch).items():
-        owners = batch.document.flatten()[batch.targets[modality]]  # type: ignore[attr-defined]
-        for owner, each in zip(owners.tolist(), loss.each.tolist(), strict=True):
-            sums.setdefault(owner, []).append(each)
-    return {owner: float(np.mean(values)) for owner, values in sums.items()}
+def main(samples: int = 100_000) -> None:
+    """samples: that a worker has loaded when its memory is compared with that after 1,000."""
+    with tempfile.TemporaryDirectory() as name:
+        write_sources(Path(name))
+        table(["figure", "measured", "bar"], rows(Path(name), samples))
 
 
 if __name__ == "__main__":
-    main()
+    command(main, __doc__)

@@ -1,17 +1,16 @@
-"""A plain baseline of `wikitext_bits.py`: interpolated Kneser-Ney smoothing with three discounts an order.
+"""The n-gram baseline of `wikitext_bits.py`: interpolated Kneser-Ney smoothing with three discounts for each order.
 
     p(w | h) = max(c(h w) - D(c(h w)), 0) / c(h ·) + gamma(h) p(w | h without its first word)
 
-(Chen and Goodman 1999, "modified Kneser-Ney"). Counts of the highest order are frequencies, those below the number of different
-words seen before; D1, D2, D3+ of an order follow from how many of its n-grams were counted once to four times; below the lowest
-order stands the uniform distribution. N-grams are sorted arrays of 64-bit keys, (number of their first n - 1 words) · V + last
-word, so that all of a text is counted, and looked up, at once.
+(Chen and Goodman 1999, "modified Kneser-Ney"). The highest order counts frequencies, lower orders count the different words
+seen before; the discounts D1, D2, D3+ of an order follow from how many n-grams were counted once to four times; the lowest
+order is interpolated with the uniform distribution. N-grams are sorted arrays of 64-bit keys, (id of the first n - 1 words) · V
++ last word, so a whole text is counted, or looked up, at once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,8 @@ import numpy as np
 
 @dataclass
 class _Order:
-    """N-grams of one length: keys (G,) increasing; discounted (G,) counts without their discount; total, weight (contexts,):
-    counts after each context, and what it leaves to the shorter one."""
+    """N-grams of one length: keys (G,) increasing; discounted (G,) counts; total, weight (contexts,): the counts after each
+    context, and the weight of the shorter context."""
 
     keys: np.ndarray
     discounted: np.ndarray
@@ -29,52 +28,45 @@ class _Order:
 
 
 class KneserNey:
-    """Trains on symbols, numbers from 0.
-
-    Args:
-        symbols: (N,) int64 of the training text.
-        size: V, different symbols there are.
-        order: n.
-    """
+    """An n-gram model of (N,) int64 symbols below `size`."""
 
     def __init__(self, symbols: np.ndarray, size: int, order: int = 5) -> None:
         self.size = size
-        numbers = np.zeros(len(symbols), np.int64)  # of the (n - 1)-gram before each place; one empty context
+        ids = np.zeros(len(symbols), np.int64)  # of the context before each index: its (n - 1)-gram; a single empty context
         found: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
         contexts = 1
         for n in range(1, order + 1):
-            # Place t of `numbers` is the context of symbol t, made of the n - 1 symbols before it.
-            keys = numbers[n - 1 :] * size + symbols[n - 1 :]
+            keys = ids[n - 1 :] * size + symbols[n - 1 :]
             unique, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
             found.append((unique, inverse, counts, contexts))
             following = np.zeros(len(symbols), np.int64)
             following[n:] = inverse[: len(symbols) - n]
-            numbers, contexts = following, len(unique)
+            ids, contexts = following, len(unique)
         self.orders = []
-        for n, (unique, _, counts, contexts) in enumerate(found, 1):
-            if n < order:  # in how many different (n + 1)-grams does it stand last?
+        for n, (unique, inverse, counts, contexts) in enumerate(found, 1):
+            if n < order:  # count the different (n + 1)-grams that end with it
                 longer, inverse_longer = found[n][0], found[n][1]
                 first = np.zeros(len(longer), np.int64)
-                first[inverse_longer] = np.arange(len(inverse_longer))  # a place where each stands
-                counts = np.bincount(found[n - 1][1][first + 1], minlength=len(unique))
+                first[inverse_longer] = np.arange(len(inverse_longer))  # an index where each begins
+                counts = np.bincount(inverse[first + 1], minlength=len(unique))
             self.orders.append(_discount(unique, counts, contexts, size))
 
     def bits(self, symbols: np.ndarray) -> np.ndarray:
-        """(N,) bits of each symbol after those before it, the first after nothing."""
+        """(N,) bits of each symbol given those before it."""
         probability = np.full(len(symbols), 1.0 / self.size)
-        numbers = np.zeros(len(symbols), np.int64)  # of the context of n - 1 symbols, -1 where it was never seen
+        ids = np.zeros(len(symbols), np.int64)  # of the context of n - 1 symbols, -1 where it was never seen
         for n, order in enumerate(self.orders, 1):
-            known = numbers >= 0
+            known = ids >= 0
             known[: n - 1] = False
-            keys = numbers * self.size + symbols
-            places = np.minimum(order.keys.searchsorted(keys), len(order.keys) - 1)
-            hit = known & (order.keys[places] == keys)
-            context = np.where(known, numbers, 0)
+            keys = ids * self.size + symbols
+            indices = np.minimum(order.keys.searchsorted(keys), len(order.keys) - 1)
+            hit = known & (order.keys[indices] == keys)
+            context = np.where(known, ids, 0)
             total = order.total[context]
-            seen = known & (total > 0)
-            own = np.where(hit, order.discounted[places], 0.0)
-            probability = np.where(seen, own / np.maximum(total, 1) + order.weight[context] * probability, probability)
-            numbers = np.concatenate([[-1], np.where(hit, places, -1)[:-1]])
+            own = np.where(hit, order.discounted[indices], 0.0)
+            mixed = own / np.maximum(total, 1) + order.weight[context] * probability
+            probability = np.where(known & (total > 0), mixed, probability)
+            ids = np.concatenate([[-1], np.where(hit, indices, -1)[:-1]])
         return -np.log2(probability)
 
 
@@ -91,37 +83,25 @@ def _discount(keys: np.ndarray, counts: np.ndarray, contexts: int, size: int) ->
     return _Order(keys, counts - discount, total, weight)
 
 
-def word_bits(training: str, text: str, order: int = 5, spelled_share: float = 0.01) -> float:
-    """Bits of all of `text` by words, a line break being one. The rarest words of the training text, which make `spelled_share`
-    of it, are one symbol there, and so is every word of `text` that is not known; a Kneser-Ney model of characters, of all
-    words of the training text once each, spells it."""
-    words, asked = _words(training), _words(text)
+def word_bits(training: str, text: str, order: int = 5, rare_fraction: float = 0.01) -> float:
+    """Bits of `text` by words, with a line break as a word. The rarest words of the training text, `rare_fraction` of it, and
+    unknown words are one symbol; a Kneser-Ney model of characters, trained on each training word once, spells them."""
+    words, asked = (some.replace("\n", " \n ").split(" ") for some in (training, text))
     counts = Counter(words)
     types = sorted(counts, key=counts.__getitem__)
-    spelled = int(np.searchsorted(np.cumsum([counts[word] for word in types]), spelled_share * len(words)))
-    known = {word: number for number, word in enumerate(types[spelled:], 1)}
-
-    def symbols(of: Sequence[str]) -> np.ndarray:
-        return np.array([known.get(word, 0) for word in of], np.int64)
-
-    bits = KneserNey(symbols(words), len(known) + 1, order).bits(symbols(asked)).sum()
-    return float(bits + _spelling_bits(types, [word for word in asked if word not in known], order))
-
-
-def _words(text: str) -> list[str]:
-    return text.replace("\n", " \n ").split(" ")
-
-
-def _spelling_bits(words: Sequence[str], asked: Sequence[str], order: int) -> float:
-    """Bits of the UTF-8 bytes of words and their ends; each begins after an end."""
-    if not asked:
-        return 0.0
-    training, text = ("\n".join(["", *some, ""]).encode() for some in (words, asked))
-    model = KneserNey(np.frombuffer(training, np.uint8).astype(np.int64), 256, order)
-    return float(model.bits(np.frombuffer(text, np.uint8).astype(np.int64))[1:].sum())
+    rare = int(np.searchsorted(np.cumsum([counts[word] for word in types]), rare_fraction * len(words)))
+    known = {word: n for n, word in enumerate(types[rare:], 1)}
+    symbols, asked_symbols = (np.array([known.get(word, 0) for word in some], np.int64) for some in (words, asked))
+    bits = float(KneserNey(symbols, len(known) + 1, order).bits(asked_symbols).sum())
+    unknown = [word for word in asked if word not in known]
+    return bits + (_byte_bits("\n".join(["", *types, ""]), "\n".join(["", *unknown, ""]), order, 1) if unknown else 0.0)
 
 
 def byte_bits(training: str, text: str, order: int = 5) -> float:
-    """Bits of all of `text` by its UTF-8 bytes."""
-    model = KneserNey(np.frombuffer(training.encode(), np.uint8).astype(np.int64), 256, order)
-    return float(model.bits(np.frombuffer(text.encode(), np.uint8).astype(np.int64)).sum())
+    """Bits of `text` by its UTF-8 bytes."""
+    return _byte_bits(training, text, order, 0)
+
+
+def _byte_bits(training: str, text: str, order: int, skipped: int) -> float:
+    symbols, asked = (np.frombuffer(some.encode(), np.uint8).astype(np.int64) for some in (training, text))
+    return float(KneserNey(symbols, 256, order).bits(asked)[skipped:].sum())

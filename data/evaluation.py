@@ -34,8 +34,8 @@ from pile_app.training.callbacks import plain_example, write_samples
 from pile_app.training.module import PileModule
 from pile_app.training.wandb_run import log_samples
 
-BEAM = 24  # beginnings of names that are followed
-PHASES = 300  # sounds whose phases are found by Griffin-Lim, 32 rounds each
+BEAM = 24  # of beam search over names
+PHASES = 300  # sounds whose phases Griffin-Lim estimates, 32 iterations each
 SHOWN = 10  # examples of each kind that the report shows
 
 
@@ -45,17 +45,15 @@ class EvaluateCrossModal(Callback):
     Args:
         train: shards of labelled training media, for the judges.
         heldout: shards of labelled held-out media.
-        unseen: shards of labelled media whose labels were held out of training altogether; null: none. Their figures begin
-            with `unseen_`.
-        text_source: source whose held-out text is also compressed by `xz -9e` and `zstd -19`; null, or a source that the run
-            does not validate on: none.
+        unseen: shards of labelled media whose labels never occur in training; null: none. Their figures begin with `unseen_`.
+        text_source: source whose held-out text is also compressed by `xz -9e` and `zstd -19`; null, or a source without
+            validation: none.
         draws: media generated for each kind of request.
-        reads: media that are named, more than once where there are fewer; null: each once.
-        separator: between the language of a name, which is given in the prompt, and the name to be answered:
-            ":" of "fr: chat" (and of its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: the whole name is to
-            be answered.
-        prior: where names are ranked by how much likelier a medium makes them (`score_choices`): figures `..._raised_...`.
-        sampling: how they are drawn (names are always read greedily).
+        reads: media that the model names, repeated if there are fewer; null: each once.
+        separator: between the language of a name, which is part of the prompt, and the rest of it, which is the answer: ":" in
+            "fr: chat" (and in its tokens "fr", ":", " chat"). "fr" alone asks for speech. Empty: the answer is the whole name.
+        prior: weight of the unconditional likelihood that is subtracted in ranking (`score_choices`): figures `..._raised_...`.
+        sampling: of generated media (names are always decoded greedily).
     """
 
     def __init__(
@@ -83,7 +81,7 @@ class EvaluateCrossModal(Callback):
         self._choices: dict[str, list[str]] = {}  # prompt ("fr:") -> the names to choose from
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """All figures, by their names in `summary.json`."""
+        """Return all figures by their names in `summary.json`."""
         assert isinstance(pl_module, PileModule)
         model = pl_module.model
         self._examples = []
@@ -92,7 +90,7 @@ class EvaluateCrossModal(Callback):
         sets = {"": self._load(model, self.heldout)}
         if self.unseen is not None:
             sets["unseen_"] = self._load(model, self.unseen)
-        self._choices = self._names_there_are(media for loaded in sets.values() for media in loaded.values())
+        self._choices = self._choices_of(media for loaded in sets.values() for media in loaded.values())
         judges = {}
         for modality, real in train.items():
             judges[modality] = Judge(
@@ -131,11 +129,11 @@ class EvaluateCrossModal(Callback):
         return media
 
     def _asked(self, name: str) -> tuple[str, str]:
-        """A name -> what of it is given when it is asked for, and what has to be answered: "fr: chat" -> "fr:", " chat"."""
+        """Split a name into its part in the prompt and the answer: "fr: chat" -> "fr:", " chat"."""
         head, separator, answer = name.partition(self.separator) if self.separator else ("", "", name)
         return head + separator, answer
 
-    def _names_there_are(self, media: Iterable[Labelled]) -> dict[str, list[str]]:
+    def _choices_of(self, media: Iterable[Labelled]) -> dict[str, list[str]]:
         names = {name for one in media for several in one.names for name in several}
         choices: dict[str, list[str]] = defaultdict(list)
         for name in sorted(names):
@@ -147,7 +145,7 @@ class EvaluateCrossModal(Callback):
         return Document((medium, Segment(asked)) if asked else (medium,))
 
     def _codec_figures(self, model: FusedLanguageModel, modality: int, judge: Judge, heldout: Labelled) -> dict[str, Any]:
-        """The judge on real media and on reconstructions; quality of the codec; how much of its code book it uses."""
+        """Return the judge's figures on real media and on reconstructions, the codec's quality, and its code use."""
         name = MODALITIES[modality]
         codes, again, figures = reconstruct(model, modality, heldout.arrays)
         figures |= judge.figures(f"{name}_judge", heldout.arrays, heldout.labels)
@@ -159,8 +157,8 @@ class EvaluateCrossModal(Callback):
         return figures
 
     def _read(self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str) -> dict[str, float]:
-        """Medium -> name: fraction of names generated without an error, in every language in turn; with many names also the
-        fraction that are among the five likeliest of their language."""
+        """Medium -> name: return the fraction of correct names, with the languages in turn; with many names also the fraction
+        among the five most likely of the language."""
         count = len(media.segments)
         chosen = spread(count, self.reads or count)
         turns = [turn // count + turn for turn in range(len(chosen))]  # another language when a medium comes once more
@@ -175,9 +173,9 @@ class EvaluateCrossModal(Callback):
         figures: dict[str, float] = {}
         found = {"accuracy": is_right}
         if max(map(len, self._choices.values())) > MANY:
-            places = self._places(model, prompts, asked, wanted, 0.0)
-            raised = self._places(model, prompts, asked, wanted, self.prior)
-            found |= {"top5": places < 5, "raised_accuracy": raised == 0, "raised_top5": raised < 5}
+            ranks = self._ranks(model, prompts, asked, wanted, 0.0)
+            raised = self._ranks(model, prompts, asked, wanted, self.prior)
+            found |= {"top5": ranks < 5, "raised_accuracy": raised == 0, "raised_top5": raised < 5}
         questions = sorted(set(asked)) if self.separator and len(found) > 1 else []
         for name, hits in found.items():
             figures[f"{MODALITIES[modality]}_to_text_{name}"] = float(hits.mean())
@@ -186,26 +184,26 @@ class EvaluateCrossModal(Callback):
                 figures[key] = float(hits[np.array(asked) == question].mean())
         return figures
 
-    def _places(
+    def _ranks(
         self, model: FusedLanguageModel, prompts: Sequence[Document], asked: Sequence[str], wanted: Sequence[str], prior: float
     ) -> np.ndarray:
-        """(N,) of the right name among all of its language, from 0; 5 where it is not among the first five."""
-        places = np.zeros(len(wanted), np.int64)
+        """Return (N,) ranks of the right name among all names of its language, from 0; 5 if it is not among the first five."""
+        ranks = np.zeros(len(wanted), np.int64)
         for question, choices in self._choices.items():
             rows = [row for row, one in enumerate(asked) if one == question]
             names_of = [Segment(name) for name in choices]
             scores = score_choices(model, [prompts[row] for row in rows], names_of, prior=prior, beam=BEAM)
             for row, best in zip(rows, scores.topk(min(5, len(choices))).indices.tolist(), strict=True):
                 names = [choices[index] for index in best]
-                places[row] = names.index(wanted[row]) if wanted[row] in names else 5
-        return places
+                ranks[row] = names.index(wanted[row]) if wanted[row] in names else 5
+        return ranks
 
     def _make(
         self, model: FusedLanguageModel, modality: int, media: Labelled, prefix: str
     ) -> tuple[list[np.ndarray], list[str]]:
-        """Name -> medium, for names of all labels in turn: what came out, and the labels that it should have."""
+        """Name -> medium, for names of all labels in turn: return the generated media and their labels."""
         first = {label: number for number, label in reversed(list(enumerate(media.labels)))}
-        labels = [sorted(first)[place] for place in spread(len(first), self.draws)]
+        labels = [sorted(first)[index] for index in spread(len(first), self.draws)]
         several = [media.names[first[label]] for label in labels]
         prompts = [Document((Segment(names[turn % len(names)]),)) for turn, names in enumerate(several)]
         answers = generate(model, prompts, modality, self.sampling)
@@ -216,7 +214,7 @@ class EvaluateCrossModal(Callback):
         return [decoded(model, answer) for answer in answers], labels
 
     def _image_to_audio(self, model: FusedLanguageModel, judge: Judge, images: Labelled, sounds: Labelled) -> dict[str, float]:
-        """Image -> its name, spoken, in the languages in turn that it is spoken in."""
+        """Image -> its spoken name, with the languages in turn: return the judge's figures."""
         said = {name: number for number, (name, *_) in reversed(list(enumerate(sounds.names)))}
         pairs = [(n, [name for name in names if name in said]) for n, names in enumerate(images.names)]
         pairs = [(n, names) for n, names in pairs if names][: self.draws]
@@ -246,7 +244,7 @@ class EvaluateCrossModal(Callback):
         return {f"{MODALITIES[modality]}_conditioning_gain": float(np.mean(values)) for modality, values in gains.items()}
 
     def _text_figures(self, trainer: Trainer, model: FusedLanguageModel) -> dict[str, float]:
-        """Bits a byte of the source's held-out text: the model's, and those of two compressors on the same bytes."""
+        """Return bits per byte of the source's held-out text: the model's, and those of two compressors on the same bytes."""
         import zstandard
 
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -264,13 +262,13 @@ class EvaluateCrossModal(Callback):
 
 def spread(length: int, count: int) -> list[int]:
     """Return `count` evenly spread indices below `length`, each several times if `count` is larger."""
-    return [place * length // count if count < length else place % length for place in range(count)]
+    return [n * length // count if count < length else n % length for n in range(count)]
 
 
 def first_of_each(
     prompts: Sequence[Document], answers: Sequence[Segment], names: Sequence[str]
 ) -> list[tuple[Document, Segment, str]]:
-    """The first example of each name, so that the report shows as many as it can."""
+    """Return the first example of each name, so that the report shows many names."""
     firsts = {name: number for number, name in reversed(list(enumerate(names)))}
     return [(prompts[n], answers[n], names[n]) for n in sorted(firsts.values())[:SHOWN]]
 
@@ -287,7 +285,7 @@ def decoded(model: FusedLanguageModel, segment: Segment) -> np.ndarray:
 
 
 def batch_audio(model: FusedLanguageModel, waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(A, samples_per_token) samples of each code, sound after sound, and (M,) tokens of each sound."""
+    """Return (A, samples_per_token) samples of each code, sound after sound, and (M,) tokens of each sound."""
     per_token, device = model.vocabulary.samples_per_token, model.token_bytes.device
     padded = [F.pad(torch.as_tensor(one), (0, -len(one) % per_token)).view(-1, per_token) for one in waveforms]
     return torch.cat(padded).to(device), torch.tensor([len(one) for one in padded], device=device)
@@ -296,7 +294,7 @@ def batch_audio(model: FusedLanguageModel, waveforms: Sequence[np.ndarray]) -> t
 def reconstruct(
     model: FusedLanguageModel, modality: int, arrays: Sequence[np.ndarray]
 ) -> tuple[Tensor, list[np.ndarray], dict[str, float]]:
-    """(codes used, media through the codec, quality): PSNR in dB over all pixels, or the mean log-mel error in nats."""
+    """Return (codes, reconstructions, quality): PSNR in dB over all pixels, or the mean log-mel error in nats."""
     if modality == IMAGE:
         assert model.image_codec is not None
         images = torch.from_numpy(np.stack(arrays)).to(model.token_bytes.device)
@@ -315,7 +313,7 @@ def reconstruct(
 
 
 def griffin_lim(model: FusedLanguageModel, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The codec's magnitudes with phases by Griffin and Lim (1984) instead of its own: the check on those."""
+    """Decode the codec's magnitudes with phases by Griffin and Lim (1984), to compare with the codec's own phases."""
     import torchaudio
 
     codec = model.audio_codec
@@ -328,7 +326,7 @@ def griffin_lim(model: FusedLanguageModel, arrays: Sequence[np.ndarray]) -> list
 
 @torch.no_grad()
 def answer_loss(model: FusedLanguageModel, pairs: Sequence[tuple[Segment, Segment]]) -> float:
-    """Mean nats a token of the second segments, given the first."""
+    """Return the mean nats per token of the second segments, given the first."""
     total, count = 0.0, 0
     model.eval()
     for condition, answer in pairs:

@@ -1,4 +1,4 @@
-"""Judges: classifiers from features of real media to their labels, which classify what a model draws or says."""
+"""Judges: classifiers that are trained on real media and label the media that a model generates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHRINKAGE = 0.02  # of the covariance towards a multiple of the identity
 
 @dataclass
 class Labelled:
-    """Media of one modality: segments, decoded arrays, the names of each, and the label that a judge is to find."""
+    """Media of a modality: segments, decoded arrays, the names of each, and its label."""
 
     segments: list[Segment] = field(default_factory=list)
     arrays: list[np.ndarray] = field(default_factory=list)
@@ -27,8 +27,8 @@ class Labelled:
 
 
 class Judge:
-    """From features of a medium to its label: a support vector machine, or for more than `MANY` labels linear discriminant
-    analysis of the principal components, whose one covariance is what shifts and turns do to any of them.
+    """Classify the features of a medium: a support vector machine, or for more than `MANY` labels linear discriminant analysis
+    of the principal components, whose common covariance models shifts and rotations.
 
     Args:
         features: decoded medium -> (F,) float.
@@ -58,17 +58,17 @@ class Judge:
         self.classifier.fit(table, real.labels)
 
     def accuracy(self, arrays: Sequence[np.ndarray], labels: Sequence[str]) -> float:
-        """Return the fraction of media that it gives their label."""
+        """Return the fraction of media that the judge labels correctly."""
         return float(self.classifier.score([self.features(array) for array in arrays], list(labels)))
 
     def best(self, arrays: Sequence[np.ndarray], count: int) -> list[list[str]]:
-        """Return the likeliest labels of each medium, best first. Needs more than two labels."""
+        """Return the most likely labels of each medium, best first. Needs more than two labels."""
         scores = self.classifier.decision_function([self.features(array) for array in arrays])
         order = np.argsort(-scores, axis=1)[:, :count]
         return [[str(self.classifier.classes_[place]) for place in row] for row in order]
 
     def figures(self, name: str, arrays: Sequence[np.ndarray], labels: Sequence[str]) -> dict[str, float]:
-        """`<name>_accuracy`, and where there are many labels `<name>_top5`."""
+        """Return `<name>_accuracy`, and with many labels `<name>_top5`."""
         figures = {f"{name}_accuracy": self.accuracy(arrays, labels)}
         if len(self.labels) > MANY:
             found = self.best(arrays, 5)

@@ -10,16 +10,20 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from pile_app.data.shards import write_shards
 from pile_app.documents import Document
 
+T = TypeVar("T")
 
-def finished(folder: Path, version: int, seed: int) -> dict[str, Any] | None:
-    """The `dataset.json` of a folder that holds just what would be made, None where there is nothing yet.
+
+def finished(folder: Path, version: int, seed: int, report: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """Return the `dataset.json` of a folder that is complete, None if there is nothing yet.
 
     Raises:
         FileExistsError: the folder holds something else, or the data of another seed or version of the recipe.
@@ -35,7 +39,20 @@ def finished(folder: Path, version: int, seed: int) -> dict[str, Any] | None:
             f"{folder} holds recipe {found['version']}, seed {found['seed']}; asked for recipe {version}, seed {seed}. "
             "Remove it or name another --folder"
         )
+    report(f"{folder} is complete already (recipe {version}, seed {seed}); nothing to do")
     return found
+
+
+def deal(cards: Sequence[T], rng: np.random.Generator) -> Iterator[T]:
+    """Yield all cards in a random order, then all in another order, without end."""
+    while True:
+        for card in rng.permutation(len(cards)).tolist():
+            yield cards[card]
+
+
+def counts(fractions: Mapping[Any, float], count: int) -> list[int]:
+    """Split `count` into these fractions, rounded so that the sum is `count`."""
+    return np.diff(np.rint(np.cumsum([0.0, *fractions.values()]) * count).astype(int)).tolist()
 
 
 def write_whole(
@@ -45,7 +62,7 @@ def write_whole(
     progress: Callable[[str], None],
     add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes the shards of every source, what `add` adds, and `dataset.json`, the summary, into a folder that is then renamed
+    """Write the shards of every source, the files of `add`, and `dataset.json`, the summary, into a folder that is then renamed
     to `folder`.
 
     Raises:
@@ -65,12 +82,12 @@ def write_whole(
 
 
 def package_versions(*packages: str) -> dict[str, str]:
-    """Of Python and the packages that the bytes depend on."""
+    """Return the versions of Python and of the packages that the bytes depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def timed(report: Callable[[str], None]) -> Callable[[str], None]:
-    """Reports lines with the seconds since this was called before them."""
+    """Report lines after the seconds since this call."""
     start = time.perf_counter()
     return lambda line: report(f"[{time.perf_counter() - start:5.1f} s] {line}")
 
@@ -82,14 +99,14 @@ def recipe_command(
     shown: Sequence[str],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """The command line of a recipe; its exit code.
+    """Run the command line of a recipe; returns its exit code.
 
     Args:
         prepare: makes the shards in a folder, from a seed, and returns the content of their `dataset.json`.
         description: the recipe's docstring.
-        folder: where shards go unless `--folder` says otherwise.
+        folder: the default of `--folder`.
         shown: keys of `dataset.json` whose figures are printed at the end.
-        arguments: None takes the command line's.
+        arguments: default: those of the command line.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=folder, help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""Speech from espeak-ng, for recipes (`data/*/prepare.py`): text -> samples, cut and levelled."""
+"""Speech from espeak-ng, for recipes (`data/*/prepare.py`): text -> samples, trimmed and levelled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 LEVEL = 0.1  # root mean square of a clip, -20 dB of full scale
 PEAK = 0.99
-SILENCE = 0.01  # of the peak: what is below at either end is cut
+SILENCE = 0.01  # of the peak: quieter samples at either end are removed
 MARGIN = 0.01  # seconds that are kept of it
 
 INSTALL = "install it with `uv sync --extra demo` or `pip install scikit-learn espeakng-loader`"
@@ -77,7 +77,7 @@ class Espeak:
         return 0  # go on
 
     def say(self, text: str, accent: str, voice: str, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Samples (T,) in [-1, 1] at `sample_rate`. `rate` in words a minute, pitch and range from 0 to 100."""
+        """Return samples (T,) in [-1, 1] at `sample_rate`. `rate` is in words per minute, pitch and range from 0 to 100."""
         if voice not in self.voices:  # the library would speak in the plain voice, without a word
             raise ValueError(f"espeak-ng has no voice {voice!r}, only {self.voices}")
         if self._library.espeak_SetVoiceByName(f"{accent}+{voice}".encode()):
@@ -95,7 +95,7 @@ class Espeak:
 
 
 def trim(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Without the silence at both ends, but for `MARGIN` seconds."""
+    """Remove the silence at both ends except for `MARGIN` seconds."""
     magnitude = np.abs(waveform)
     loud = np.flatnonzero(magnitude > SILENCE * magnitude.max(initial=0))
     if not len(loud):
@@ -105,7 +105,7 @@ def trim(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def level(waveform: np.ndarray) -> np.ndarray:
-    """At the loudness `LEVEL`, or below it where the peak would be above `PEAK`."""
+    """Scale to the loudness `LEVEL`, or less if the peak would exceed `PEAK`."""
     if not len(waveform):
         return waveform
     return waveform * min(LEVEL / np.sqrt(np.mean(waveform**2)), PEAK / np.abs(waveform).max())

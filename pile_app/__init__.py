@@ -2,6 +2,6 @@
 
 import os
 
-# GCC's OpenMP lets idle threads spin for so long that any other busy process slows training tenfold (measured, 2 cores); with
-# this it is a fair share, at 5 % less speed on an idle machine. Has to stand before torch is imported.
+# Idle threads of GCC's OpenMP spin for so long that any other busy process slows training tenfold (measured, 2 cores). This
+# limits the spinning, at 5 to 7 % less speed on an idle machine. It must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

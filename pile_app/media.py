@@ -66,7 +66,7 @@ def decode_image(
     """Decode the first frame of an image to uint8 pixels (channels, height, width): rotated as its EXIF data says, transparent
     parts white, 16 bits as 8, resized (antialiased) to cover the wanted size and cropped at the center.
 
-    out: contiguous (height, width, channels) uint8 to decode into, of which the result is a view. transform: augmentation
+    out: contiguous (height, width, channels) uint8 buffer; the result is a view of it. transform: augmentation
     (H, W, channels) -> (H', W', channels), uint8; it sees at most twice the wanted size."""
     if out is None:
         out = np.empty((height, width, channels), np.uint8)

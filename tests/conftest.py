@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: small media, and a model small enough to run in milliseconds."""
+"""Shared by the tests of several packages: small media, and a model small enough to run in milliseconds."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def media_documents(count: int, split: str) -> Iterator[Document]:
 
 
 def prose_documents(count: int, split: str) -> Iterator[Document]:
-    """Texts of 20 to 300 bytes, the longer ones of which are cut in a context of 128."""
+    """Texts of 20 to 300 bytes; the longer texts are cut in a context of 128."""
     for n in range(count):
         yield Document((Segment(f"{split} text {n}: " + "lorem ipsum " * (1 + n % 24)),), f"{split}-{n}")
 

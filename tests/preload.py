@@ -1,6 +1,6 @@
-"""What the server that commands are forked from imports (see `processes.py`).
+"""Imports of the server that commands are forked from (see `processes.py`).
 
-With what Lightning and we leave for later: `ModelCheckpoint` imports s3fs to see whether a local folder is on S3, for half a
+Including imports that Lightning and we defer: `ModelCheckpoint` imports s3fs to see whether a local folder is on S3, for half a
 second.
 """
 

@@ -1,6 +1,6 @@
 """Commands as a user gives them, each in a process of its own.
 
-It is forked from a server that has done the imports, so that a start costs half a second and not four to twelve; what is run is
+It is forked from a server that has done the imports, so a start takes half a second instead of four to twelve; it runs
 the same, `train.py` from its first line. Launching itself (`train.py` starting its ranks, torchrun) is tested in
 `training/test_distributed.py`.
 """
@@ -45,7 +45,7 @@ def forks() -> ForkServerContext:
 
 @dataclass
 class Command:
-    """One that runs, or has ended."""
+    """A command that runs, or has ended."""
 
     words: Sequence[str]
     process: ForkServerProcess
@@ -60,13 +60,13 @@ class Command:
         return self.process.exitcode
 
     def succeed(self) -> str:
-        """What it printed; it has to end well."""
+        """Wait for its success; returns its output."""
         assert self.wait() == 0, f"{shlex.join(self.words)}\n{self.text[-4000:]}"
         return self.text
 
     @property
     def text(self) -> str:
-        """What it has printed."""
+        """Its output so far."""
         return self.output.read_text()
 
 
@@ -101,5 +101,5 @@ def _run(words: list[str], folder: Path, environment: dict[str, str], output: st
     if words[0] == "pile":
         main(words[1:])
     else:
-        here = folder / words[0]  # a clone's; else the one that lays configurations over nothing
+        here = folder / words[0]  # a clone's; else a `train.py` without a default configuration
         runpy.run_path(str(here if here.exists() else TESTS / words[0]), run_name="__main__")

@@ -1,6 +1,6 @@
 """The promises of `data/digits/prepare.py`, the recipe of the demo's data.
 
-The whole recipe runs once (about 20 seconds), unless its shards lie beside it and are of this version and these packages.
+The whole recipe runs once (about 20 seconds), unless its folder holds shards of this version and these packages.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def read_clip(file: bytes) -> tuple[np.ndarray, int]:
     return soundfile.read(io.BytesIO(file), dtype="float32")
 
 
-# What the shards hold
+# The content of the shards
 
 
 def test_every_order_has_its_share_and_every_digit_too(documents: dict[str, list[Document]]) -> None:
@@ -132,7 +132,7 @@ def test_most_uses_of_a_medium_are_augmented_and_none_in_validation(documents: d
     plain = set(media(documents["labelled-train"], wanted))
     for prefix in ("digits-train", {"image": "images-train", "audio": "clips-train"}[wanted]):
         uses = media(documents[prefix], wanted)
-        assert np.mean([use not in plain for use in uses]) == pytest.approx(recipe.AUGMENTED_SHARE, abs=0.02)
+        assert np.mean([use not in plain for use in uses]) == pytest.approx(recipe.AUGMENTED, abs=0.02)
     assert set(media(documents["digits-validation"], wanted)) <= set(media(documents["labelled-heldout"], wanted))
 
 
@@ -144,7 +144,7 @@ def test_held_out_voices_are_heard_in_no_training_document(documents: dict[str, 
         if "voice" in document.meta
     }
     trained = [*media(documents["labelled-train"], "audio"), *media(documents["digits-train"], "audio")]
-    train = {voice_of[clip] for clip in trained if clip in voice_of}  # augmented ones are new files
+    train = {voice_of[clip] for clip in trained if clip in voice_of}  # augmented clips are new files
     held_out = {voice_of[clip] for clip in media(documents["labelled-heldout"], "audio")}
     assert held_out == set(recipe.HELD_OUT_VOICES)
     assert not train & held_out and len(train) > 80
@@ -317,19 +317,19 @@ def test_an_unknown_voice_or_accent_is_an_error_and_not_the_plain_voice() -> Non
 def test_a_missing_or_broken_espeak_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import espeakng_loader
 
-    mend = "uv sync --extra demo"
+    fix = "uv sync --extra demo"
     monkeypatch.setattr(espeakng_loader, "get_library_path", lambda: str(tmp_path / "libespeak-ng.so"))
-    with pytest.raises(RuntimeError, match=f"(?s)is there but fails.*libespeak-ng.so.*{mend}"), recipe.Espeak():
+    with pytest.raises(RuntimeError, match=f"(?s)is there but fails.*libespeak-ng.so.*{fix}"), recipe.Espeak():
         pass
     (tmp_path / "libespeak-ng.so").write_bytes(b"not a library")
-    with pytest.raises(RuntimeError, match=f"(?s)is there but fails.*{mend}"):
+    with pytest.raises(RuntimeError, match=f"(?s)is there but fails.*{fix}"):
         recipe.spoken_digits(0)
     monkeypatch.undo()
     monkeypatch.setattr(espeakng_loader, "get_data_path", lambda: str(tmp_path))
-    with pytest.raises(RuntimeError, match=f"(?s)is there but fails.*does not start.*{mend}"), recipe.Espeak():
+    with pytest.raises(RuntimeError, match=f"(?s)is there but fails.*does not start.*{fix}"), recipe.Espeak():
         pass
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(RuntimeError, match=f"needs? espeak-ng, which is missing.*{mend}"), recipe.Espeak():
+    with pytest.raises(RuntimeError, match=f"needs? espeak-ng, which is missing.*{fix}"), recipe.Espeak():
         pass
 
 

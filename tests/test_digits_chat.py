@@ -1,4 +1,4 @@
-"""The promises of `data/digits_chat/prepare.py`: what is answered is what was shown, said or asked for."""
+"""The promises of `data/digits_chat/prepare.py`: answers match the shown, spoken or requested digit."""
 
 from __future__ import annotations
 

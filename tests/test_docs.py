@@ -1,4 +1,4 @@
-"""What the documents show as code runs, and what they point at is there."""
+"""Code in the documents runs, and their links lead to existing files."""
 
 from __future__ import annotations
 

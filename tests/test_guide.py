@@ -1,4 +1,4 @@
-"""Every command of the user's guide runs as it is written, in its order; only sizes are added behind it."""
+"""Every command of the user's guide runs as written, in order; only sizes are appended."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(words: list[str], folder: Path) -> str:
-    """Runs a command of the guide with the sizes of a test behind it; what it printed."""
+    """Run a command of the guide with the sizes of a test appended; returns its output."""
     if "train.py" not in words:
         return start(words, folder).succeed()
     of_preset = any(word.startswith("conf/sizes/") for word in words)

@@ -1,4 +1,4 @@
-"""What a judge takes a medium for (`data/judges.py`)."""
+"""Labels that a judge gives to media (`data/judges.py`)."""
 
 from __future__ import annotations
 

@@ -45,9 +45,9 @@ def png(width: int, height: int, bits: int = 8, color: int = 0, rows: bytes = b"
 def flac_that_claims(samples: int) -> bytes:
     """A FLAC of a few bytes whose header claims any length (36 bits)."""
     data = bytearray(Segment.from_audio(TONE, 8000).file)
-    place = 8 + 13  # "fLaC", the header of STREAMINFO, its fields before
-    data[place] = data[place] & 0xF0 | samples >> 32
-    data[place + 1 : place + 5] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
+    offset = 8 + 13  # "fLaC", the header of STREAMINFO, its fields before
+    data[offset] = data[offset] & 0xF0 | samples >> 32
+    data[offset + 1 : offset + 5] = (samples & 0xFFFFFFFF).to_bytes(4, "big")
     return bytes(data)
 
 
@@ -295,7 +295,7 @@ def test_a_truncated_flac_is_refused(share: float) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0, 0.99), st.sampled_from(["ogg", "mp3"]))
 def test_a_truncated_ogg_or_mp3_is_refused_or_has_the_length_that_its_header_says(share: float, kind: str) -> None:
-    """An Ogg file says nowhere how long it is: that is where its last page ends."""
+    """An Ogg file has no field for its length: that is the end of its last page."""
     data = SOUNDS[kind][: int(share * len(SOUNDS[kind]))]
     try:
         samples, rate = audio_size(data)

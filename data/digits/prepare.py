@@ -3,10 +3,10 @@
     python data/digits/prepare.py [--folder data/digits/shards] [--seed 0]
 
 Nothing is fetched. The images are scikit-learn's `load_digits` (1,797 handwritten digits), the sounds are spoken by espeak-ng
-in over ninety voices, the prose is what Python says about itself: the help topics of `pydoc` and the docstrings of the standard
+in over ninety voices, the prose comes with Python: the help topics of `pydoc` and the docstrings of the standard
 library, without the rules under headings. Ten sets of shards are written:
 
-    digits-train       documents that show a digit as image, sound and name, or two or one of them, in the order of `SHARES`
+    digits-train       documents that show a digit as image, sound and name, or some of these, in the orders of `SHARES`
     digits-validation  the same from images and voices that appear in no training document
     labelled-train     every plain training image and every training clip once, followed by its name
     labelled-heldout   every held-out image and every held-out clip once, followed by its name
@@ -43,7 +43,7 @@ from pile_app.documents import Document, Segment
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository
 
-from data.recipe import finished, package_versions, recipe_command, timed, write_whole
+from data.recipe import counts, deal, finished, package_versions, recipe_command, timed, write_whole
 from data.speech import INSTALL, Espeak, level, trim
 
 VERSION = 6  # of this recipe: raise it when the bytes of the shards change
@@ -51,7 +51,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 PACKAGES = ("scikit-learn", "espeakng-loader", "numpy", "pillow", "torch", "torchaudio", "soundfile", "webdataset")
 
-# What a document shows, in its order, and how often.
+# The segments of a document, in order, and the fraction of the documents.
 SHARES: dict[tuple[str, ...], float] = {
     ("name", "image"): 0.14,
     ("name", "audio"): 0.15,
@@ -75,26 +75,28 @@ IMAGE_DOCUMENTS = 6_000  # of images-train
 
 IMAGE_SIZE = 16
 HELD_OUT_IMAGES = 297
-AUGMENTED_SHARE = 0.95  # of the uses of an image or a clip in training documents
+AUGMENTED = 0.95  # fraction of the uses of an image or a clip in training documents
 
 SAMPLE_RATE = 8_000
 SECONDS = (0.15, 1.0)  # a clip outside of this is rejected
 ACCENTS = ("en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc")
-# A voice is a variant of espeak-ng: a throat that speaks any accent. These three women and three men are heard in no training
-# clip. They were chosen for being intelligible and unlike every other variant (klatt6 and adam, say, are nearly one voice).
+# A voice is a variant of espeak-ng, which speaks any accent. These three women and three men speak in no training clip. They
+# were chosen because they are intelligible and unlike every other variant (klatt6 and adam are nearly the same voice).
 HELD_OUT_VOICES = ("Annie", "f1", "linda", "m2", "norbert", "pablo")
-# Unvoiced, unlike any human, or confused most by a classifier that was trained on all the others.
-VOICES_LEFT_OUT = ("Alicia", "Demonic", "Mr serious", "shelby", "whisper", "whisperf", "zac")
+# Unvoiced, unlike any human, or confused most by a classifier that was trained on all other voices.
+EXCLUDED_VOICES = ("Alicia", "Demonic", "Mr serious", "shelby", "whisper", "whisperf", "zac")
 TRAIN_CLIPS_A_VOICE = 5  # of each digit, each in another accent
 HELD_OUT_CLIPS_A_VOICE = 5
 ATTEMPTS = 5  # to say a digit within SECONDS, each with a new rate and pitch
 
 HELD_OUT_PROSE = 0.1  # of the documents, drawn by the hash of their text
-MAX_HELD_OUT_CHARACTERS = 20_000  # a longer one is for training: `_pydecimal` alone would be half of the held-out prose
+MAX_HELD_OUT_CHARACTERS = (
+    20_000  # longer documents are used for training: `_pydecimal` alone would be half of the held-out prose
+)
 MIN_PROSE_CHARACTERS = 200
-RULE = re.compile(r"^[ \t]*([^\w\s])\1{3,}[ \t]*\n", re.MULTILINE)  # "*****" under a heading: a model would write rows of them
-SHARED_PARAGRAPH = 100  # a paragraph at least this long that held-out prose has is cut from the training prose
-STDLIB_LEFT_OUT = {
+RULE = re.compile(r"^[ \t]*([^\w\s])\1{3,}[ \t]*\n", re.MULTILINE)  # "*****" under a heading, which a model would repeat
+SHARED_PARAGRAPH = 100  # characters: longer paragraphs of the held-out prose are removed from the training prose
+EXCLUDED_MODULES = {
     *("test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data"),
     *("ensurepip", "encodings", "__pycache__"),
 }
@@ -102,7 +104,7 @@ STDLIB_LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One handwritten digit: `pixels` (16, 16) uint8, `number` its row in `load_digits`."""
+    """A handwritten digit: `pixels` (16, 16) uint8; `number` is its row in `load_digits`."""
 
     digit: int
     number: int
@@ -112,7 +114,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Clip:
-    """One spoken digit: `waveform` (samples,) float32; `voice` is what decides between training and held-out."""
+    """A spoken digit: `waveform` (samples,) float32; the voice decides whether it is held out."""
 
     digit: int
     voice: str
@@ -122,16 +124,13 @@ class Clip:
 
 
 def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Writes all shards into `folder`, which appears only when they are whole, and returns the content of its `dataset.json`.
-
-    A folder that is complete already is left as it is.
+    """Write all shards to `folder` atomically and return the content of its `dataset.json`. A complete folder is not changed.
 
     Raises:
         FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.
         RuntimeError: scikit-learn or espeak-ng is missing or fails.
     """
-    if (done := finished(folder, VERSION, seed)) is not None:
-        report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
+    if (done := finished(folder, VERSION, seed, report)) is not None:
         return done
     progress = timed(report)
 
@@ -144,7 +143,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
     progress(f"{len(prose):,} training documents of prose, {len(held_out_prose):,} held out")
 
     sources: dict[str, list[Document]] = {
-        "digits-train": digit_documents(TRAIN_DOCUMENTS, pictures, clips, seed, AUGMENTED_SHARE),
+        "digits-train": digit_documents(TRAIN_DOCUMENTS, pictures, clips, seed, AUGMENTED),
         "digits-validation": digit_documents(VALIDATION_DOCUMENTS, held_out_pictures, held_out_clips, seed, 0.0),
         "labelled-train": labelled_documents(pictures, clips),
         "labelled-heldout": labelled_documents(held_out_pictures, held_out_clips),
@@ -156,7 +155,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
         ("audio", "clips", len(clips), len(held_out_clips)),
     ):
         alone: dict[tuple[str, ...], float] = {(kind,): 1.0}
-        sources[f"{name}-train"] = digit_documents(count, pictures, clips, seed, AUGMENTED_SHARE, alone, name)
+        sources[f"{name}-train"] = digit_documents(count, pictures, clips, seed, AUGMENTED, alone, name)
         sources[f"{name}-validation"] = digit_documents(
             held_out_count, held_out_pictures, held_out_clips, seed, 0.0, alone, name
         )
@@ -181,7 +180,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
 
 
 def handwritten_digits(seed: int) -> tuple[list[Picture], list[Picture]]:
-    """(training, held-out) pictures; `HELD_OUT_IMAGES` are held out, of each digit equally many within one."""
+    """Return (training, held-out) pictures; `HELD_OUT_IMAGES` are held out, about equally many of each digit."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -200,13 +199,12 @@ def handwritten_digits(seed: int) -> tuple[list[Picture], list[Picture]]:
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A variant of `pixels` (16, 16): turned by up to 12 degrees, sheared by up to 0.15, scaled by 0.85 to 1.1, shifted by up
-    to a pixel."""
+    """Augment `pixels` (16, 16): rotate by up to 12 degrees, shear by up to 0.15, scale by 0.85 to 1.1, shift up to a pixel."""
     angle, shear, scale = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.15, 0.15), rng.uniform(0.85, 1.1)
     centre = IMAGE_SIZE / 2
     goal = centre + rng.uniform(-1, 1, size=2)  # where the centre goes
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    # Pillow asks for the way back: the place in the input from which each output pixel comes.
+    # Pillow wants the inverse: the position in the input of each output pixel.
     back = turn @ np.array([[1.0, shear], [0.0, 1.0]]) / scale
     offset = centre - back @ goal
     matrix = (*back[0], offset[0], *back[1], offset[1])
@@ -220,7 +218,7 @@ def augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def spoken_digits(
     seed: int, train_clips: int = TRAIN_CLIPS_A_VOICE, held_out_clips: int = HELD_OUT_CLIPS_A_VOICE
 ) -> tuple[list[Clip], list[Clip], Counter[str]]:
-    """(training clips, held-out clips, rejections by reason): so many clips of each digit by each voice."""
+    """Return (training clips, held-out clips, rejections by reason), with this many clips of each digit by each voice."""
     from torch import from_numpy
     from torchaudio.transforms import Resample
 
@@ -232,7 +230,7 @@ def spoken_digits(
             raise RuntimeError(f"this espeak-ng lacks the voices {sorted(missing)}: {INSTALL}")
         resample = Resample(espeak.sample_rate, SAMPLE_RATE)
         for voice in espeak.voices:
-            if voice in VOICES_LEFT_OUT:
+            if voice in EXCLUDED_VOICES:
                 continue
             held_out = voice in HELD_OUT_VOICES
             for accent in rng.permutation(ACCENTS)[: held_out_clips if held_out else train_clips].tolist():
@@ -254,13 +252,13 @@ def spoken_digits(
 
 
 def vary(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A variant of a clip: 12 % slower and deeper to 12 % faster and higher, with up to 20 ms of silence at either end.
+    """Augment a clip: 12 % slower and deeper to 12 % faster and higher, with up to 20 ms of silence at either end.
 
-    It is another throat, as it were: without it a model knows the training voices by heart and stumbles over new ones.
+    This imitates other vocal tracts; without it, a model memorizes the training voices and fails on new ones.
     """
-    places = np.arange(0, len(waveform) - 1, rng.uniform(0.88, 1.12))
+    times = np.arange(0, len(waveform) - 1, rng.uniform(0.88, 1.12))
     before, after = rng.integers(0, SAMPLE_RATE // 50, size=2)
-    return np.pad(np.interp(places, np.arange(len(waveform)), waveform), (before, after)).astype(np.float32)
+    return np.pad(np.interp(times, np.arange(len(waveform)), waveform), (before, after)).astype(np.float32)
 
 
 def digit_documents(
@@ -268,13 +266,13 @@ def digit_documents(
     pictures: Sequence[Picture],
     clips: Sequence[Clip],
     seed: int,
-    augmented_share: float,
-    shares: Mapping[tuple[str, ...], float] = SHARES,
+    augmented: float,
+    fractions: Mapping[tuple[str, ...], float] = SHARES,
     prefix: str = "digits",
 ) -> list[Document]:
-    """`count` documents in these shares, every digit, picture and clip about equally often.
+    """Return `count` documents in these fractions, with every digit, picture and clip about equally often.
 
-    A share `augmented_share` of the uses of a picture or clip shows a new variant of it. Keys begin with `prefix`.
+    The fraction `augmented` of the uses of a picture or clip is augmented. Keys begin with `prefix`.
     """
     rng = np.random.default_rng([seed, 3])
     picture_decks = _decks(pictures, rng)
@@ -284,61 +282,50 @@ def digit_documents(
         if kind == "name":
             return Segment(DIGITS[digit])
         medium = next((clip_decks if kind == "audio" else picture_decks)[digit])
-        if rng.random() >= augmented_share:
+        if rng.random() >= augmented:
             return medium.segment
         if kind == "audio":
             return Segment.from_audio(vary(medium.waveform, rng), SAMPLE_RATE)
         return Segment.from_image(augment(medium.pixels, rng))
 
-    bounds = np.rint(np.cumsum([0.0, *shares.values()]) * count).astype(int)
-    orders = [order for order, times in zip(shares, np.diff(bounds).tolist(), strict=True) for _ in range(times)]
-    # Dealing the digits in turn before shuffling makes them even within each order, too.
+    orders = [order for order, times in zip(fractions, counts(fractions, count), strict=True) for _ in range(times)]
+    # Assigning the digits in turn before shuffling balances them within each order, too.
     plan = [(order, number % len(DIGITS)) for number, order in enumerate(orders)]
     documents = []
-    for number, place in enumerate(rng.permutation(len(plan)).tolist()):
-        order, digit = plan[place]
+    for number, index in enumerate(rng.permutation(len(plan)).tolist()):
+        order, digit = plan[index]
         segments = tuple(segment(kind, digit) for kind in order)
         documents.append(Document(segments, key=f"{prefix}-{number:06d}", meta={"label": DIGITS[digit]}))
     return documents
 
 
 def _decks(media: Sequence[Any], rng: np.random.Generator) -> dict[int, Iterator[Any]]:
-    """For each digit its media without end: all of them in a random order, then all in another one."""
+    """Deal the media of each digit without end."""
     of_digit: dict[int, list[Any]] = defaultdict(list)
     for medium in media:
         of_digit[medium.digit].append(medium)
-
-    def deal(cards: list[Any]) -> Iterator[Any]:
-        while True:
-            for card in rng.permutation(len(cards)).tolist():
-                yield cards[card]
-
-    return {digit: deal(cards) for digit, cards in of_digit.items()}
+    return {digit: deal(cards, rng) for digit, cards in of_digit.items()}
 
 
 def labelled_documents(pictures: Sequence[Picture], clips: Sequence[Clip]) -> list[Document]:
-    """Every picture and every clip once, followed by its name: what classification is measured on."""
-    documents = [
-        Document(
-            (picture.segment, Segment(DIGITS[picture.digit])),
-            key=f"image-{picture.number:04d}",
-            meta={"label": DIGITS[picture.digit]},
-        )
-        for picture in pictures
+    """Return every picture and every clip once, followed by its name, to measure classification."""
+    media: list[tuple[Segment, int, str, dict[str, str]]] = [
+        (one.segment, one.digit, f"image-{one.number:04d}", {}) for one in pictures
     ]
     for clip in clips:
-        name = DIGITS[clip.digit]
-        key = f"clip-{clip.voice}-{clip.accent}-{name}"
-        meta = {"label": name, "voice": clip.voice, "accent": clip.accent}
-        documents.append(Document((clip.segment, Segment(name)), key=key, meta=meta))
-    return documents
+        key = f"clip-{clip.voice}-{clip.accent}-{DIGITS[clip.digit]}"
+        media.append((clip.segment, clip.digit, key, {"voice": clip.voice, "accent": clip.accent}))
+    return [
+        Document((medium, Segment(DIGITS[digit])), key=key, meta={"label": DIGITS[digit]} | meta)
+        for medium, digit, key, meta in media
+    ]
 
 
 # Prose
 
 
 def prose_documents() -> tuple[list[Document], list[Document], Counter[str]]:
-    """(training, held-out) help topics and docstrings of the standard library, and what was left out by reason."""
+    """Return (training, held-out) help topics and docstrings of the standard library, and the rejections by reason."""
     from pydoc_data.topics import topics
 
     rejected: Counter[str] = Counter()
@@ -374,11 +361,11 @@ def _named_texts(keys: Mapping[str, str]) -> list[Document]:
 
 
 def _docstrings_of_modules(root: Path) -> dict[str, str]:
-    """For each module below `root` its docstrings in the order of the file, separated by blank lines. Nothing is imported."""
+    """Return the docstrings of each module below `root` in the order of the file. Nothing is imported."""
     texts = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if STDLIB_LEFT_OUT.intersection(parts) or not all(part.isidentifier() for part in parts):
+        if EXCLUDED_MODULES.intersection(parts) or not all(part.isidentifier() for part in parts):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes in string literals
@@ -402,7 +389,7 @@ def _words(paragraph: str) -> str:
 
 
 def _hash_fraction(text: str) -> float:
-    """From 0 to 1, the same for the same text everywhere."""
+    """Return a number from 0 to 1, the same for the same text on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 

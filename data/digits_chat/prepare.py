@@ -28,7 +28,7 @@ VERSION = 1  # of this recipe: raise it when the bytes of the shards change
 TRAIN_CONVERSATIONS = 12_000
 VALIDATION_CONVERSATIONS = 200
 FOLLOW_UP = 0.35  # chance that another question follows
-AUGMENTED_SHARE = 0.95
+AUGMENTED = 0.95
 
 SHOWN = ("", "", "What is this?", "Which digit is it?", "What do you see?", "Read this.", "And this one?")
 PLAYED = ("", "", "What do you hear?", "What did I say?", "Which digit is it?", "And this one?")
@@ -45,7 +45,7 @@ SMALL_TALK = (
 
 
 class Speaker:
-    """Draws the turns of a conversation; `media` gives the next picture or clip of a digit."""
+    """Draw the turns of a conversation; `media` returns the next picture or clip of a digit."""
 
     def __init__(self, rng: np.random.Generator, media: Callable[[int, int], Segment]) -> None:
         self.rng = rng
@@ -55,7 +55,7 @@ class Speaker:
         return texts[int(self.rng.integers(len(texts)))]
 
     def conversation(self, digit: int, key: str) -> Document:
-        """Begins with `digit`."""
+        """Return a conversation that begins with `digit`."""
         turns: list[Turn] = []
         known = False  # which digit "it" is
         while True:
@@ -67,7 +67,7 @@ class Speaker:
                 digit = int(self.rng.integers(10))
 
     def exchange(self, digit: int, known: bool) -> tuple[list[Segment], list[Segment], int, bool]:
-        """(what is asked, what is answered, the digit that was spoken of, whether there is one)"""
+        """Return (question, answer, the last digit mentioned, whether there is one)."""
         name = digits.DIGITS[digit]
         chance = self.rng.random()
         if known and chance < 0.6:
@@ -107,15 +107,15 @@ class Speaker:
 
 
 def conversations(
-    count: int, pictures: Sequence[Any], clips: Sequence[Any], seed: int, augmented_share: float, prefix: str
+    count: int, pictures: Sequence[Any], clips: Sequence[Any], seed: int, augmented: float, prefix: str
 ) -> list[Document]:
-    """`count` conversations, every digit, picture and clip about equally often; a share of the media are new variants."""
+    """Return `count` conversations, with every digit, picture and clip about equally often; some media are augmented."""
     rng = np.random.default_rng([seed, 7])
     decks: dict[int, dict[int, Iterator[Any]]] = {IMAGE: digits._decks(pictures, rng), AUDIO: digits._decks(clips, rng)}
 
     def media(modality: int, digit: int) -> Segment:
         medium = next(decks[modality][digit])
-        if rng.random() >= augmented_share:
+        if rng.random() >= augmented:
             segment: Segment = medium.segment
             return segment
         if modality == AUDIO:
@@ -127,7 +127,7 @@ def conversations(
 
 
 def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Writes all shards into `folder`, which appears only when they are whole, and returns the content of its `dataset.json`.
+    """Write all shards to `folder` atomically and return the content of its `dataset.json`.
 
     Raises:
         FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.
@@ -144,7 +144,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
         f"{len(pictures):,} pictures and {len(clips):,} clips, {len(held_out_pictures):,} and {len(held_out_clips):,} held out"
     )
     sources = {
-        "chat-train": conversations(TRAIN_CONVERSATIONS, pictures, clips, seed, AUGMENTED_SHARE, "train"),
+        "chat-train": conversations(TRAIN_CONVERSATIONS, pictures, clips, seed, AUGMENTED, "train"),
         "chat-validation": conversations(VALIDATION_CONVERSATIONS, held_out_pictures, held_out_clips, seed, 0.0, "validation"),
         "labelled-train": digits.labelled_documents(pictures, clips),
         "labelled-heldout": digits.labelled_documents(held_out_pictures, held_out_clips),

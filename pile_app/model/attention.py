@@ -8,7 +8,7 @@ elsewhere              SDPA with a (B, 1, T, T) mask
 
 Why blocks on a CPU: torch's flash kernel multiplies at a fifth of the rate of large products, and slower with a mask. A block's
 scores are one product; its probabilities are saved for backward in the type of the values, at most B · H · T² bytes in bfloat16
-(so contexts above LONGEST use SDPA). Measured in `docs/benchmarks.md`.
+(so contexts above LONGEST use SDPA).
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limi
     if any(number is not None and number < 1 for number in (step, limit)):
         raise ValueError(f"steps and limits count from 1, not step {step}, limit {limit}")
     if not isinstance(asked, int) and not 0 <= asked[0] < asked[1]:
-        raise ValueError(
-            f"positions count from 0 and have to be some, not {asked[0]}:{asked[1]} (the last one is not included)"
-        )
+        raise ValueError(f"positions are START:STOP with 0 <= START < STOP, not {asked[0]}:{asked[1]} (STOP is excluded)")
     module, data, checkpoint = load_run(run)
     data.setup()
     check_same_data(data, checkpoint["PileDataModule"])

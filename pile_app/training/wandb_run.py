@@ -1,8 +1,8 @@
 """The run in Weights & Biases, online with a key and offline without: one history, however often the run is resumed.
 
 W&B's step is the optimizer step. Online, W&B skips the steps that it has from before the run was resumed. Offline, each attempt
-would write a file that begins anew; so a resumed run starts a file with all that `metrics.csv` and `samples/` hold, and removes
-the older files. `wandb sync` then replaces what was synced before.
+would start an empty file, so a resumed run copies `metrics.csv` and `samples/` into its file and removes the older files.
+`wandb sync` then replaces the earlier history.
 """
 
 from __future__ import annotations

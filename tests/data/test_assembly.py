@@ -49,7 +49,7 @@ def length_of(document: Document) -> int:
 
 
 class Row:
-    """A batch of one pack, its places as arrays."""
+    """A batch of a single pack, with arrays by position."""
 
     def __init__(self, batch: Batch) -> None:
         assert len(batch.tokens) == 1
@@ -77,7 +77,7 @@ def lay_out(
 
 
 def predicted(row: Row) -> list[list[int]]:
-    """Places that are predicted, by modality."""
+    """The predicted positions, by modality."""
     return [(places + 1).tolist() for places in row.targets]
 
 
@@ -195,7 +195,7 @@ def test_condition_dropout_hides_segments_and_masks_their_loss(
     length = length_of(document)
     packs = [lay_out([(0, document, "k", 0, length, n)], length) for n in range(4)]
     plain = packs[0]
-    bodies = [range(2, 5), range(6, 10), range(11, 13), range(14, 16)]  # places of each segment, openers left out
+    bodies = [range(2, 5), range(6, 10), range(11, 13), range(14, 16)]  # positions of each segment without its opener
     for dropped, pack in enumerate(packs):
         hidden = [place for body in bodies[:dropped] for place in body]
         seen = np.setdiff1d(np.arange(length), hidden)

@@ -1,4 +1,4 @@
-"""The promises of `data/datamodule.py`: what a run is trained on, from the shards to the batch."""
+"""The promises of `data/datamodule.py`: the training data of a run, from the shards to the batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def whole_documents(packs: list[list[Step]]) -> Counter[tuple[int, str]]:
 
 
 def batches(made: PileDataModule, step: int = 0, max_steps: int = -1, world_size: int = 1, rank: int = 0) -> list[Batch]:
-    """What the loader gives a rank that resumes at `step`."""
+    """The batches of a rank that resumes at `step`."""
     made.trainer = SimpleNamespace(  # type: ignore[assignment]
         distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank},
         local_rank=rank,
@@ -82,7 +82,7 @@ def test_one_epoch_is_every_document_exactly_once(folder: Path, seed: int) -> No
     made = module(folder, epochs=1, global_batch=8, seed=seed)
     found = batches(made)
     assert len(found) == made.steps(made.trainer) == -(-made.order.packs_per_epoch // 8)
-    assert made.order.packs_per_epoch % 8, "the last batch is to be a partial one"
+    assert made.order.packs_per_epoch % 8, "the last batch must be partial"
     packs = [pack for batch in found for pack in batch.documents]
     assert not packs[-1] and packs == seen(made, 0, len(packs))
     counts = whole_documents(packs)
@@ -189,7 +189,7 @@ def test_without_epochs_the_steps_have_to_be_given(folder: Path) -> None:
     assert len(batches(module(folder, epochs=1), max_steps=5)) == 5, "the shorter of the two"
 
 
-# What a batch says of itself
+# The description of a batch
 
 
 def test_a_batch_knows_its_positions_documents_and_the_tokens_of_its_step(folder: Path) -> None:
@@ -293,7 +293,7 @@ def test_phases_that_have_not_begun_may_be_changed(
         return
     resumed.load_state_dict(saved)
     before = module(folder, WEIGHTS, weights_from=was)
-    assert seen(before, 0, 4 * step) == seen(resumed, 0, 4 * step), "what was trained on is not what the order says"
+    assert seen(before, 0, 4 * step) == seen(resumed, 0, 4 * step), "the trained packs differ from the order"
 
 
 def test_weights_of_the_sources_may_not_change(folder: Path) -> None:
@@ -400,7 +400,7 @@ def test_the_table_of_a_large_source_is_kept_and_gives_the_same_order(
         patch.setattr(order.SourceOrder, "count_packs", lambda *_: pytest.fail("counted again"))
         assert seen(module(folder), 0, 60) == plain
     kept[0].write_bytes(kept[0].read_bytes()[:-1])
-    assert seen(module(folder), 0, 60) == plain, "a damaged table is made anew"
+    assert seen(module(folder), 0, 60) == plain, "a damaged table must be rebuilt"
     assert seen(module(folder, context=CONTEXT + 1), 0, 60) != plain
     assert len(sorted(tmp_path.rglob("*.safetensors"))) == 4 * len(SIZES)
 
@@ -492,7 +492,7 @@ def test_a_mistyped_pattern_does_not_run_the_recipe(tmp_path: Path) -> None:
             assert "no shard matches" in str(error) or "does not exist" in str(error)
         return (recipe.parent / "ran").exists()
 
-    assert not prepared("elsewhere/text-train-*.tar"), "what the recipe makes would not be there"
+    assert not prepared("elsewhere/text-train-*.tar"), "the recipe does not write there"
     assert prepared("mine/shards/text-train-*.tar")
     assert not prepared("mine/shards/text-train-*.tar") and not prepared("mine/shards/txt-train-*.tar")
 

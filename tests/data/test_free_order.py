@@ -1,4 +1,4 @@
-"""Documents whose segments stand in free order, and documents longer than the context: together."""
+"""Documents whose segments are in free order and longer than the context."""
 
 from __future__ import annotations
 

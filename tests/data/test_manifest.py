@@ -114,7 +114,7 @@ print(json.dumps(sorted(path for path in opened if path.startswith(folder))))
 
 
 def test_a_rank_opens_few_files_until_its_first_batch(tmp_path: Path) -> None:
-    """`benchmarks/start_cost.py` counts system calls, with 1,000 shards and 8 ranks."""
+    """`benchmarks/remote_cost.py start` counts opened files with 1,000 shards and 8 ranks."""
     written = write_shards(texts(1800), tmp_path, "x", 5_000)
     assert len(written.paths) > 150
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -370,7 +370,7 @@ def test_a_source_describes_its_balance_in_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """(folder, its URL, names that were asked for)."""
+    """(folder, its URL, requested names)."""
     folder, asked = tmp_path / "served", []
     folder.mkdir()
 

@@ -442,7 +442,7 @@ def test_no_pack_is_lost_or_repeated_at_any_border_of_phases(phases: list[Phase]
     located = [plan.locate(position) for position in range(end)]
     seen: Counter[tuple[int, int]] = Counter()
     for one in located:
-        assert one is not None and one[2] == seen[one[:2]], "a pack is repeated or left out"
+        assert one is not None and one[2] == seen[one[:2]], "a pack is repeated or missing"
         seen[one[:2]] += 1
     for number, phase in enumerate(phases):
         stop = end if number == len(phases) - 1 else plan.first(number + 1)
@@ -584,7 +584,7 @@ def test_successive_steps_of_a_rank_follow_one_another() -> None:
 
 
 def captions(document: int, draw: int) -> tuple[list[tuple[int, bool]], bool]:
-    """A picture of 20 tokens with one of three captions, in free order."""
+    """A picture of 20 tokens and a caption drawn out of three, in free order."""
     return [(20, True), (10 + document % 7 + 5 * (draw % 3), True)], document % 2 == 0
 
 

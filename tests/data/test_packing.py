@@ -61,7 +61,7 @@ segment_lists = st.lists(
 
 @st.composite
 def segments_with_breaks(draw: Callable[..., Any]) -> tuple[list[tuple[int, int]], list[int]]:
-    """Segments of a document, and places inside its texts where a sentence ends."""
+    """Segments of a document, and positions inside its texts where a sentence ends."""
     segments = draw(segment_lists)
     breaks, opener = [], 1
     for modality, tokens in segments:
@@ -86,12 +86,12 @@ def test_a_cut_document_loses_nothing_and_repeats_nothing(
     first = 1
     for modality, tokens in segments:
         body = range(first + 1, first + tokens)  # without its opener
-        assert all(times[place] == 1 for place in body), "a token is never predicted"
+        assert all(times[index] == 1 for index in body), "a token is never predicted"
         if modality != TEXT:
             assert any(start <= first and first + tokens <= stop for start, stop in pieces), "a medium is cut"
             assert not any(first < edge < first + tokens for piece in pieces for edge in piece), "a medium is cut"
         first += tokens
-    # What is not predicted: openers that a piece begins with, and an `<end>` that would stand alone.
+    # Not predicted: the opener at the start of a piece, and an `<end>` that would be alone.
     openers = set(np.cumsum([1, *(tokens for _, tokens in segments)]).tolist())
     assert set(range(1, length)) - times.keys() <= openers
     assert times[length - 1] == 1 or (segments[-1][0] != TEXT and length - 1 == pieces[-1][1])

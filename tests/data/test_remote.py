@@ -210,7 +210,7 @@ class TestHTTP:
 
     def test_small_files_beside_a_shard(self, nginx: Server, cache: ShardCache, tmp_path: Path) -> None:
         url = nginx.put("a.tar.index.safetensors", b"index")
-        to = str(tmp_path / "beside" / "a.tar.index.safetensors")
+        to = str(tmp_path / "other" / "a.tar.index.safetensors")
         for _ in range(2):
             assert cache.fetch_small(url, to) == to and read(to) == b"index"
         for missing in ("b.tar.index.safetensors", "private/b.index.safetensors"):
@@ -261,7 +261,7 @@ class TestHTTP:
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
         assert list(Path(cache.folder).glob("*/*.part")) and not os.path.exists(cache.path(url))
-        other = nginx.put("b.tar", content(6, 900 * KB))  # has no room beside what the dead one left
+        other = nginx.put("b.tar", content(6, 900 * KB))  # does not fit next to the part that the dead process left
         assert read(cache.fetch(other)) == content(6, 900 * KB)
         assert not list(Path(cache.folder).glob("*/*.part"))
         nginx.put("slow/a.tar", content(5, 100 * KB))
@@ -493,7 +493,7 @@ def test_shards_of_a_training_are_fetched_ahead_once_and_hold_the_same(nginx: Se
 @needs_nginx
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_each_node_fetches_its_part_of_an_epoch(tmp_path: Path, nodes: int) -> None:
-    from benchmarks.node_bytes import measure
+    from benchmarks.remote_cost import measure
 
     fetched, total = measure(tmp_path, nodes, shards=48, workers=None)
     assert max(fetched) <= 1.15 / nodes * total, [bytes_ / total for bytes_ in fetched]

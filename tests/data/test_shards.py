@@ -1,4 +1,4 @@
-"""The promises of `data/shards.py`: what is written is read back, and damage is named where it is met."""
+"""The promises of `data/shards.py`: shards are read back as written, and damage is reported where it is found."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_a_reader_holds_only_some_files_open(tmp_path: Path, monkeypatch: pytest
     assert len(os.listdir("/proc/self/fd")) - before <= 2 * 3
 
 
-# What is known of long texts
+# Statistics of long texts
 
 
 def test_the_index_knows_where_the_sentences_of_long_texts_end(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_members_that_no_data_needs_are_rejected_and_the_others_read(tmp_path: P
         header(b"bad.txt", b"\x80" + b"\0" * 7 + b"\x7f\0\0\0") + padded(b"evil"),
         header(b"bad.txt", b"\xff" * 12) + padded(b"evil"),
         header(b"bad.txt", b"-0000000004\0") + padded(b"evil"),  # backwards
-        header(b"bad.txt", b"-7777777777\0") + padded(b"evil"),  # to where it stands, for ever
+        header(b"bad.txt", b"-7777777777\0") + padded(b"evil"),  # to its own offset, an endless loop
         header(b"bad.txt", b"0000000000x\0") + padded(b"evil"),
         pax(("size", "-512")) + MEMBER,  # to its own header
         pax(("size", "-1024")) + MEMBER,

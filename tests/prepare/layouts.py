@@ -1,7 +1,7 @@
 """Public data sets in miniature: each function writes a layout exactly as it is published, and returns the expected documents.
 
-`@layout(name, **options)` registers a function that writes files to a folder and returns what `pile prepare` must make of them,
-an `Expected`. `options` are those of `prepare`; where there are none, the layout must be recognized without help.
+`@layout(name, **options)` registers a function that writes files to a folder and returns the expected result of `pile prepare`,
+an `Expected`. `options` are those of `prepare`; without options, the layout must be recognized without help.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def read_balance(folder: Path) -> Balance:
 
 @dataclass
 class Expected:
-    """What a layout must become. unused: fields of samples that no document holds, by name; unread: files that belong to no
+    """The expected result of a layout. unused: fields of samples that no document holds, by name; unread: files of no
     sample; rejected: samples by reason."""
 
     train: Sequence[Doc] = ()

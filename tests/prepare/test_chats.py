@@ -20,7 +20,7 @@ SPEAKER = {marker: role for role, marker in ROLES.items()}
 
 
 def prepared(folder: Path, **options: Any) -> tuple[list[Document], list[dict[str, Any]]]:
-    """The documents that `pile prepare --kind chat` makes of a folder, and what it left out."""
+    """The documents that `pile prepare --kind chat` writes for a folder, and the rejected samples."""
     output = folder.parent / "out"
     prepare(folder, output, kind="chat", validation_fraction=0.0, processes=1, **options)
     shards = Shards(expand_shards(str(output / "*.tar")))
@@ -29,7 +29,7 @@ def prepared(folder: Path, **options: Any) -> tuple[list[Document], list[dict[st
 
 
 def told(document: Document) -> list[tuple[str, list[str | bytes]]]:
-    """(role, what was said) of each turn; the last is the marker at the end."""
+    """(role, content) of each turn; the last is the marker at the end."""
     turns: list[tuple[str, list[str | bytes]]] = []
     for segment in document.segments:
         if isinstance(segment.data, str) and segment.data in SPEAKER:

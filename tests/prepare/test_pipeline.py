@@ -360,7 +360,7 @@ def test_a_part_of_a_transcript_that_is_too_long_to_be_cut_is_kept_whole_up_to_a
 
 
 def test_a_transcript_without_times_goes_with_sounds_of_up_to_a_minute(tmp_path: Path) -> None:
-    """LibriSpeech's longest utterances take 35 s; what is longer is counted."""
+    """LibriSpeech's longest utterances take 35 s; longer sounds are counted."""
     files = {"a.flac": sound(1, 35.0), "a.txt": "long", "b.flac": sound(2, 61.0), "b.txt": "too long"}
     summary = run(write(tmp_path / "in", files), tmp_path / "out")
     assert texts(tmp_path / "out") == ["long"] and summary.rejected == {"audio_too_long": 1}
@@ -450,8 +450,8 @@ def test_an_empty_input_and_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty' contains no files"):
         run(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"nowhere' does not exist"):
-        run(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"missing' does not exist"):
+        run(tmp_path / "missing", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -288,7 +288,7 @@ def test_what_can_be_kept_of_a_chat_with_tools_is_kept(tmp_path: Path) -> None:
     documents, _ = run(tmp_path, {"a.jsonl": lines([{"messages": messages}])})
     assert documents == expect(chat("user", "Rain?", "dry", "assistant", "No."))
     description = (tmp_path / "out" / "dataset.json").read_text()
-    assert "tool_call" in description  # what was dropped is counted
+    assert "tool_call" in description  # dropped parts are counted
 
 
 def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `pile prepare` reads: situations that users meet, whatever the files are called, and files that were made to do harm."""
+"""Inputs of `pile prepare`: situations that users meet, under any file names, and malicious files."""
 
 from __future__ import annotations
 

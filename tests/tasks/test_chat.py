@@ -1,4 +1,4 @@
-"""The promises of `pile chat`: what is said and answered, what is dropped and said to be, what is refused."""
+"""The promises of `pile chat`: turns and answers, dropped turns with a notice, refusals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_answer_comes_in_pieces_and_segments_and_becomes_a_turn(talker: Fused
 
 
 def test_old_turns_are_dropped_whole_and_that_is_said(talker: FusedLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = Conversation(talker, context=100)  # 75 places for what is asked
+    conversation = Conversation(talker, context=100)  # 75 positions for the question
     prompts: list[Document] = []
     made = chat.generate_document
     monkeypatch.setattr(

@@ -193,7 +193,7 @@ def test_samples_and_inspection_decode_what_is_encoded(bench: Workbench, encoded
 
 
 def packs(name: str, bench: Workbench, shards: Path, count: int = 120) -> list[Any]:
-    """The packs that a run's data module gives on some shards, filled by its model: what the language model sees."""
+    """The packs that a run's data module gives on some shards, filled by its model: the input of the language model."""
     module, data, _ = load_run(bench.run(name))
     data.vocabulary = module.vocabulary
     for source in data.sources.values():

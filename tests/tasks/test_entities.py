@@ -1,4 +1,4 @@
-"""Words, spans and tags: each to the other and back, whatever the scheme, the script and the tokenizer."""
+"""Words, spans and tags are converted to each other and back, with any scheme, script and tokenizer."""
 
 from __future__ import annotations
 

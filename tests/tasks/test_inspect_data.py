@@ -1,4 +1,4 @@
-"""`pile inspect`: what it says of data is what is there, and positions show what steps show."""
+"""`pile inspect`: its statistics equal those of the data, and positions show the same as steps."""
 
 from __future__ import annotations
 

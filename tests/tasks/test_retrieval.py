@@ -1,4 +1,4 @@
-"""Contrastive learning: what the loss is, that the place of a segment in a batch does not matter, and what recall counts."""
+"""Contrastive learning: the loss, independence of the position in a batch, and recall."""
 
 from __future__ import annotations
 

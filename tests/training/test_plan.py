@@ -114,7 +114,7 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_real_step() -> Non
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_traced_memory_is_that_of_a_real_step(backbone: str, precision: str) -> None:
-    """The same count of live bytes over real tensors. (Resident memory of larger models: benchmarks/plan_memory.py.)"""
+    """The same count of live bytes over real tensors."""
     torch.manual_seed(0)
     model = FusedLanguageModel(BACKBONES[backbone](), ByteTokenizer(), IMAGE, AUDIO)
     batch = make_batch(model, 2, 64, FRACTIONS)
