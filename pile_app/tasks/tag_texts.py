@@ -44,7 +44,8 @@ def tag_documents(module: PileModule, documents: Sequence[Document], context: in
     Args:
         module: in evaluation mode, of a run with the objective `Tagging`.
         documents: of one text each, with `words` in their meta or without.
-        context: largest number of tokens that are read at once, with repetitions; longer texts are cut, at the end of a sentence if possible.
+        context: largest number of tokens that are read at once, both readings together; longer texts are cut, at the end of a
+            sentence if possible.
 
     Raises:
         ValueError: the run has another objective.

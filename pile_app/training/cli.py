@@ -119,7 +119,7 @@ class PileCLI(LightningCLI):
         if self.config.open_weights and self.config.model.backbone.class_path.endswith("HuggingFace"):
             words = list(sys.argv[1:] if args is None else args)
             place = max((number for number, word in enumerate(words) if word.startswith("--config")), default=-1) + 1
-            place += 0 < place and "=" not in words[place - 1]
+            place += place > 0 and "=" not in words[place - 1]
             words[place:place] = ["--config", json.dumps(self.config.open_weights | {"open_weights": {}})]
             super().parse_arguments(parser, words)
 
