@@ -34,8 +34,8 @@ FEW = {"model.backbone.lora": {"rank": 16}, "model.optimizer.backbone_learning_r
 TASKS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "sst2": ("", (), {}), "trec": ("", (), {}), "trec10": ("", (), FEW), "wnut17": ("", (), {}),
     "mnist": ("digits", ("mnist",), {"pooling": ["mean", "max", "last"], "language_weight": 0.0, "dropout": 0.1,
-                                     "data.epochs": 3, "model.optimizer.learning_rate": 0.004, "trainer.val_check_interval": 1400,
-                                     "model.optimizer.matrix_learning_rate": 0.02}),
+                                     "data.epochs": 3, "model.optimizer.learning_rate": 0.004,
+                                     "trainer.val_check_interval": 1400, "model.optimizer.matrix_learning_rate": 0.02}),
     "fsdd": ("sounds", ("fsdd", "esc10"), GENTLE | {"pooling": ["last"], "data.epochs": 2}),
     "esc10": ("sounds", ("fsdd", "esc10"), GENTLE | {"pooling": ["max"], "sound_statistics": True, "dropout": 0.5,
                                                      "learning_rate": 0.008}),
@@ -49,8 +49,8 @@ def run(*command: object) -> None:
 
 def prepare(name: str, data: Path, shards: Path) -> None:
     if (shards / name / "dataset.json").exists():
-        return
-    if name == "wnut17":
+        pass
+    elif name == "wnut17":
         words = ("prepare", data / "wnut17" / "wnut17train.conll", shards / name, "--kind", "entities")
         run("-m", "pile_app.cli", *words, "--validation-fraction", 0.1)
     elif name == "trec10":
@@ -106,11 +106,11 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, f
         return {key: round(found[key], 4) for key in ("accuracy", "f1", "documents")}
     development = options.data / "wnut17" / "emerging.dev.conll"
     run("-m", "pile_app.cli", "tag", folder, development, "--format", "json", "--output", folder / "tagged")
-    found = [json.loads(line)["spans"] for line in (folder / "tagged" / "entities.jsonl").read_text().splitlines()]
-    guesses = [{(span["start"], span["end"], span["label"]) for span in one} for one in found]
+    lines = (folder / "tagged" / "entities.jsonl").read_text().splitlines()
+    guesses = [{(span["start"], span["end"], span["label"]) for span in json.loads(line)["spans"]} for line in lines]
     golds = [{tuple(span) for span in document.meta["spans"]} for _, document in read_texts(development)]  # type: ignore[union-attr]
     right = sum(len(gold & guess) for gold, guess in zip(golds, guesses, strict=True))
-    return {"f1": round(2 * right / (sum(map(len, golds)) + sum(map(len, guesses))), 4), "documents": len(golds)}
+    return {"f1": round(2 * right / sum(map(len, golds + guesses)), 4), "documents": len(golds)}
 
 
 def baseline(shards: Path, name: str, split: str) -> float:
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--weights", type=Path, default=ROOT / "data" / "smollm2" / "model")
-    parser.add_argument("--folder", type=Path, default=Path("runs/labels"), help="for runs and shards")
+    parser.add_argument("--folder", type=Path, default=Path("runs/labels"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="measure on the test split, too")
     options, more = parser.parse_known_args()
