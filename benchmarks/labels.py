@@ -97,8 +97,7 @@ def train(name: str, options: argparse.Namespace, more: list[str]) -> Path:
     return folder
 
 
-def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """On the test split."""
+def measure_on_test(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     if name != "wnut17":
         words = ("--checkpoint", "last") if name in ("fsdd", "esc10") else ()  # known speakers and 17 clips cannot tell
         run("-m", "pile_app.cli", "classify", folder, *words, "--on", pattern(options.folder / "shards", name, "test"))
@@ -140,7 +139,7 @@ def main() -> None:
         summary = json.loads((folder / "summary.json").read_text())
         row: dict[str, Any] = {"task": name, "seed": options.seed, "steps": summary["steps"]}
         row |= {f"validation_{key}": round(summary[key], 4) for key in ("accuracy", "f1") if key in summary}
-        row |= measure(name, folder, options) if options.test else {}
+        row |= measure_on_test(name, folder, options) if options.test else {}
         row["seconds"] = round(time.monotonic() - begin)
         if name in ("sst2", "trec", "trec10"):
             row["tf_idf"] = baseline(options.folder / "shards", name, "test" if options.test else "validation")
