@@ -78,7 +78,7 @@ def test_open_weights_of_a_run_tag_the_second_reading(folder: Path, capsys: pyte
     assert [segment.loss for segment in document.segments] == [False, True]
     assert piece.stop == 2 + sum(1 + len(data.tokenizer.encode(segment.text)) for segment in document.segments)
     capsys.readouterr()
-    long = " ".join(["the Bo saw New Ur ."] * 20)  # more than two readings in one context
+    long = " ".join(["the Bo saw New Ur in"] * 20)  # more than two readings in one context
     pile(["tag", str(folder / "runs" / "names"), "--text", "Ada saw New Ur", "--text", long])
     short, cut = capsys.readouterr().out.splitlines()
     assert short == "[Ada|person] saw [New Ur|place]"
