@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pile_app.cli import main as pile
 from pile_app.data.shards import write_shards
@@ -67,6 +69,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
     emoji_tokenizer = str(base / "data" / "emoji" / "shards" / "tokenizer.json")
     pile(["tokenizer", f"{shards}/prose-train-*.tar", emoji_tokenizer, "--kind", "bpe", "--size", "300"])
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    weights = base / "data" / "smollm2" / "model"
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=512)).save_pretrained(weights)
+    shutil.copyfile(emoji_tokenizer, weights / "tokenizer.json")
     local = base / "data" / "local_text" / "shards"
     for name in LOCAL_TEXT:
         for split in ("train", "validation"):

@@ -18,10 +18,14 @@ class Annotator(ABC):
     """Label tokens of documents, in the loading workers."""
 
     splits_segments = False  # whether each segment, from its opener on, is a piece of its own, as are `<begin>` and `<end>`
+    readings = 1  # times that a document stands in its sequence, with loss and labels at the last
 
     def arrange(self, document: Document) -> Document:
-        """Order the segments if the order matters."""
-        return document
+        """Order the segments if the order matters; repeat them if the document is read again."""
+        if self.readings == 1:
+            return document
+        first = [replace(segment, loss=False) for segment in document.segments] * (self.readings - 1)
+        return replace(document, segments=(*first, *document.segments))
 
     @abstractmethod
     def labels(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,11 @@ Found = tuple[str, Document | BadSample]  # (key, document, or the reason why it
 class SourceShard(OpenShard):
     """An open shard of a source, with the tokens of its segments."""
 
-    def __init__(self, about: tuple[Any, ...], vocabulary: Vocabulary, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(
+        self, about: tuple[Any, ...], vocabulary: Vocabulary, tokenizer: Tokenizer, context: int, readings: int = 1
+    ) -> None:
         super().__init__(*about)
-        self.vocabulary, self.tokenizer, self.context = vocabulary, tokenizer, context
+        self.vocabulary, self.tokenizer, self.context, self.readings = vocabulary, tokenizer, context, readings
         self.is_bytes = tokenizer.fingerprint == "bytes"
         self.checked = set[int]()  # long documents whose checksum was right
 
@@ -79,13 +82,19 @@ class SourceShard(OpenShard):
         rows = np.flatnonzero(~index.choice)  # the first alternative of each segment
         tokens = np.maximum.reduceat(every, rows) if len(rows) else every  # room for the longest alternative
         loss, modality, first = index.loss[rows], index.modality[rows], np.searchsorted(rows, index.first_segment)
+        if self.readings > 1:  # see `Annotator`
+            each = [range(*ends) for ends in pairwise(first.tolist())]
+            again = np.array([row for one in each for _ in range(self.readings) for row in one], np.int64)
+            last = np.array([n == self.readings for one in each for n in range(1, self.readings + 1) for _ in one], bool)
+            rows, tokens, loss, modality = rows[again], tokens[again], loss[again] & last, modality[again]
+            first = first * self.readings
 
         def total(values: np.ndarray) -> np.ndarray:  # (S,), of the segments of each document
             return np.diff(starts(values)[first])
 
         count, learned, lengths = np.diff(first), total(loss), total(tokens) + 2
         ends = loss[first[1:] - 1]  # whether `<end>` is predicted
-        varies = (count < index.segments) | ((index.flags & UNORDERED > 0) & (learned < count))
+        varies = (count < index.segments) | ((index.flags & UNORDERED > 0) & (learned < count) & (self.readings == 1))
         hides = (count > 1) & (learned == count)
         cut: list[tuple[int, int, int, int]] = []  # sample, start, stop, targets
         too_long, first_break = 0, starts(index.break_count)
@@ -141,9 +150,10 @@ class SourceData(Shards):
         cache: ShardCache | None = None,
         processes: int | None = None,
         fields: Any = None,
+        readings: int = 1,
     ) -> None:
         super().__init__(pattern, cache, fields, tokenizer, processes)
-        self.name, self.vocabulary, self.context = name, vocabulary, context
+        self.name, self.vocabulary, self.context, self.readings = name, vocabulary, context, readings
         self._is_large = len(self) >= LARGE_SOURCE
         self._processes = processes if self._is_large else 1
         shards = range(len(self.paths))
@@ -164,7 +174,7 @@ class SourceData(Shards):
         self._last_long: OrderedDict[tuple[int, int], tuple[int, list[Segment]]] = OrderedDict()
 
     def _open(self, shard: int) -> SourceShard:
-        return SourceShard(self._about(shard), self.vocabulary, self.tokenizer, self.context)
+        return SourceShard(self._about(shard), self.vocabulary, self.tokenizer, self.context, self.readings)
 
     def describe(self) -> str:
         """One line for people: samples, documents, rejections, unused names, the field map."""
@@ -188,7 +198,7 @@ class SourceData(Shards):
         """A table of this source; that of a large source is read from the cache folder if it is there."""
         if not self._is_large:
             return compute()
-        identity = (what, ORDER_VERSION, self.name, self.fingerprint, self.context, self.vocabulary)
+        identity = (what, ORDER_VERSION, self.name, self.fingerprint, self.context, self.vocabulary, self.readings)
         digest = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
         path = cache_folder() / "tables" / f"{digest}.safetensors"
         try:

@@ -29,8 +29,7 @@ from pile_app.data.batch import Batch
 from pile_app.data.datamodule import PileDataModule, Source
 from pile_app.data.files import whole_file
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
-from pile_app.training.cli import fast_precision
-from pile_app.training.load import find_checkpoint, load_run, read_config
+from pile_app.training.load import fast_precision, find_checkpoint, load_run, read_config
 from pile_app.training.metrics import likelihoods, validation_values
 from pile_app.training.module import PileModule
 from pile_app.training.report import short

@@ -20,7 +20,6 @@ from pile_app.tasks.tagging import Tagging, gather_words
 from pile_app.training.module import PileModule
 
 BATCH_TOKENS = 16_384
-AROUND = 4  # `<begin>`, `<text>`, `<end>`, and one more token if the text is cut
 
 
 class Tagged(NamedTuple):
@@ -45,7 +44,8 @@ def tag_documents(module: PileModule, documents: Sequence[Document], context: in
     Args:
         module: in evaluation mode, of a run with the objective `Tagging`.
         documents: of one text each, with `words` in their meta or without.
-        context: largest number of tokens that are read at once; longer texts are cut, at the end of a sentence if possible.
+        context: largest number of tokens that are read at once, both readings together; longer texts are cut, at the end of a
+            sentence if possible.
 
     Raises:
         ValueError: the run has another objective.
@@ -54,11 +54,11 @@ def tag_documents(module: PileModule, documents: Sequence[Document], context: in
     if not isinstance(objective, Tagging):
         raise ValueError("the run was not trained to tag: its model.objective is not pile_app.tasks.tagging.Tagging")
     tagged = [Tagged(document.segments[0].text, []) for document in documents]
-    pieces = [piece for number, document in enumerate(documents) for piece in _pieces(number, document, context, module)]
-    for batch in batches_by_length(pieces, lambda piece: piece.tokens + AROUND, BATCH_TOKENS):
-        longest = batch[-1].tokens + AROUND
-        packs = [[whole(piece.document, piece.tokens + AROUND - 1)] for piece in batch]
-        inputs = assemble(packs, module.vocabulary, module.tokenizer, longest, annotator=objective.annotator)
+    readings = objective.readings
+    pieces = [one for number, document in enumerate(documents) for one in _pieces(number, document, context, readings, module)]
+    for batch in batches_by_length(pieces, lambda piece: piece.tokens, BATCH_TOKENS):
+        packs = [[whole(objective.annotator.arrange(piece.document), piece.tokens)] for piece in batch]
+        inputs = assemble(packs, module.vocabulary, module.tokenizer, batch[-1].tokens, annotator=objective.annotator)
         inputs = inputs.to(module.device)
         _, hidden = objective.read(module.model, inputs)
         words = gather_words(hidden, inputs)
@@ -73,9 +73,10 @@ def tag_documents(module: PileModule, documents: Sequence[Document], context: in
     return tagged
 
 
-def _pieces(number: int, document: Document, context: int, module: PileModule) -> Iterator[_Piece]:
+def _pieces(number: int, document: Document, context: int, readings: int, module: PileModule) -> Iterator[_Piece]:
     text = document.segments[0].text
-    words, limit = document_words(text, document.meta), context - AROUND
+    # `<begin>` and `<end>`; in each reading `<text>`, and one more token if the text is cut
+    words, limit = document_words(text, document.meta), (context - 2) // readings - 2
     ends = last_tokens(text, words, module.tokenizer) + 1 if words else np.zeros(0, np.int64)
     first = 0
     while first < len(words):
@@ -88,9 +89,8 @@ def _pieces(number: int, document: Document, context: int, module: PileModule) -
         part = text[start : words[stop - 1][1]]
         places = [(a - start, b - start) for a, b in words[first:stop]]
         meta = {"words": places, "spans": []}
-        yield _Piece(
-            number, start, places, Document((Segment(part),), str(number), meta=meta), len(module.tokenizer.encode(part))
-        )
+        tokens = 2 + readings * (1 + len(module.tokenizer.encode(part)))
+        yield _Piece(number, start, places, Document((Segment(part),), str(number), meta=meta), tokens)
         first = stop
 
 

@@ -1,11 +1,12 @@
 """Named-entity recognition: which words of a text are names, and of what.
 
-    hidden vectors (B, T, D) -> for each word the vector of its last token and the mean of its tokens (S, W, 2 D)
+    text, once or twice -> hidden vectors (B, T, D)
+                             -> for each word the vector of its last token and the mean of its tokens (S, W, 2 D)
                              -> LSTM in both directions (S, W, 2 * width) -> scores of tags (S, W, K) -> linear chain
 
-The model is causal: its vector at the end of a word does not depend on what follows. The small LSTM reads these vectors in both
-directions, as taggers over character language models do (Flair: Akbik et al. 2018; arXiv:1603.01360), and the linear chain
-scores the sentence as a whole. Documents: see `tasks/entities.py`.
+The model is causal: its vector at the end of a word does not depend on what follows. So the small LSTM reads these vectors in
+both directions, as taggers over character language models do (Flair: Akbik et al. 2018; arXiv:1603.01360), or the text is given
+twice and tagged at its second reading. The linear chain scores the sentence as a whole. Documents: see `tasks/entities.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.entities import OUTSIDE, document_words, last_tokens, merge_words, tags_of_words
 from pile_app.tasks.linear_chain import LinearChain
 from pile_app.training.objective import Objective, labelled_pieces
+from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pile_app.data.tokenizers import Tokenizer
@@ -35,19 +37,19 @@ if TYPE_CHECKING:
 class TagAnnotator(Annotator):
     """Label the token in which a word ends with the tag of the word. `types`: of entities, in order."""
 
-    def __init__(self, types: Sequence[str]) -> None:
-        self.types = list(types)
+    def __init__(self, types: Sequence[str], readings: int = 1) -> None:
+        self.types, self.readings = list(types), readings
 
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
         texts = [index for index, segment in enumerate(document.segments) if segment.modality == TEXT]
-        if len(texts) != 1 or "spans" not in document.meta:
+        if len(texts) != self.readings or "spans" not in document.meta:
             raise ValueError(
                 f"document {document.key!r} is not tagged: it needs one text, and its entities as `spans` in its meta, which "
                 "`pile prepare --kind entities` writes"
             )
-        text = document.segments[texts[0]].text
+        text = document.segments[texts[-1]].text
         words = document_words(text, document.meta)
         labels = np.full(length, NO_LABEL, np.int32)
         if words:
@@ -56,7 +58,7 @@ class TagAnnotator(Annotator):
             except ValueError as error:
                 raise ValueError(f"document {document.key!r}: {error}") from error
             last, _, tags = merge_words(last_tokens(text, words, tokenizer), words, tags)
-            labels[spans[texts[0]][0] + last] = tags
+            labels[spans[texts[-1]][0] + last] = tags
         return labels
 
 
@@ -74,7 +76,8 @@ class Words(NamedTuple):
 
 
 def gather_words(hidden: Tensor, batch: Batch) -> Words:
-    """Gather the words of each piece from (B, T, D) hidden vectors. A word's tokens are those after the word before it."""
+    """Gather the words of each piece from (B, T, D) hidden vectors. A word's tokens are those after the word before it, or from
+    the opener of its text on."""
     labels, piece, hidden = batch.labels.flatten().long(), batch.piece_numbers.flatten(), hidden.flatten(0, 1).float()
     counts = [count for count in batch.label_counts if count]  # words of each sentence
     total, shape = sum(counts), (len(counts), max(counts, default=0))
@@ -90,7 +93,9 @@ def gather_words(hidden: Tensor, batch: Batch) -> Words:
     ended = (labels >= 0).long()
     word = ended.cumsum(0) - ended  # number of the word that a token belongs to, if there is one in its piece
     nearest = word.clamp_max(total - 1)
-    owned = (word < total) & (piece[last][nearest] == piece)
+    places = torch.arange(len(labels), device=labels.device)
+    opener = torch.where(batch.tokens.flatten() == Vocabulary.OPENERS[TEXT], places, 0).cummax(0).values
+    owned = (word < total) & (piece[last][nearest] == piece) & (opener[last][nearest] == opener)
     sums = hidden.new_zeros(total, hidden.size(1)).index_add(0, nearest, hidden * owned[:, None])
     sizes = hidden.new_zeros(total).index_add(0, nearest, owned.float())
     features = torch.cat([hidden[last], sums / sizes.clamp_min(1)[:, None]], 1)  # (L, 2 D)
@@ -107,7 +112,9 @@ class Tagging(Objective):
 
     Args:
         types: of entities, in the order of the tags.
-        width: of the LSTM over words, in each direction.
+        readings: times that a text is read, to be tagged at the last; 2: a causal model has then seen what follows a word
+            (arXiv:2402.15449).
+        width: of the LSTM over words, in each direction; 0: none, tags are scored from the words' vectors.
         dropout: fraction of a sentence's features that is dropped in training, the same in all its words (arXiv:1512.05287).
         word_dropout: fraction of the words whose features are all dropped.
         language_weight: see `Objective`.
@@ -118,6 +125,7 @@ class Tagging(Objective):
     def __init__(
         self,
         types: list[str],
+        readings: int = 1,
         width: int = 128,
         dropout: float = 0.5,
         word_dropout: float = 0.05,
@@ -128,19 +136,22 @@ class Tagging(Objective):
         super().__init__(language_weight, freeze, learning_rate)
         if not types or len(set(types)) < len(types):
             raise ValueError(f"objective.types needs one type of entity or more, each once, not {types}")
-        if not (0 <= dropout < 1 and 0 <= word_dropout < 1 and width > 0):
-            raise ValueError(f"0 <= dropout, word_dropout < 1 and width >= 1, not {dropout}, {word_dropout} and {width}")
-        self.types, self.width, self.dropout, self.word_dropout = types, width, dropout, word_dropout
+        if not (0 <= dropout < 1 and 0 <= word_dropout < 1):
+            raise ValueError(f"0 <= dropout, word_dropout < 1, not {dropout} and {word_dropout}")
+        if width < 0 or readings < 1:
+            raise ValueError(f"width >= 0 and readings >= 1, not {width} and {readings}")
+        self.types, self.readings, self.width, self.dropout, self.word_dropout = types, readings, width, dropout, word_dropout
         self.last: dict[str, Tensor] = {}  # results of the last `compute`
 
     @property
     def annotator(self) -> Annotator:
-        return TagAnnotator(self.types)
+        return TagAnnotator(self.types, self.readings)
 
     def build(self, model: FusedLanguageModel) -> None:
-        sizes = 2 * model.backbone.width, self.width
-        self.forwards, self.backwards = (nn.LSTM(*sizes, batch_first=True) for _ in range(2))
-        self.head = nn.Linear(2 * self.width, 1 + 2 * len(self.types))
+        width = 2 * model.backbone.width
+        if self.width:
+            self.forwards, self.backwards = (nn.LSTM(width, self.width, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(2 * self.width or width, 1 + 2 * len(self.types))
         self.chain = LinearChain(len(self.types))
         self.scores = EntityScores(len(self.types))
 
@@ -163,6 +174,8 @@ class Tagging(Objective):
             if batch is not None and self.training and self.word_dropout:
                 draws = batch.uniform(words.indices.flatten(), purpose=2).view_as(words.tags)
                 features = features * (draws >= self.word_dropout)[..., None]
+            if not self.width:
+                return self.head(features)
             read = torch.cat([self.forwards(features)[0], mirror(self.backwards(mirror(features))[0])], 2)
             return self.head(drop(read, 1))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import logging
 import re
 import shlex
@@ -52,9 +53,14 @@ from pile_app.training.checkpoints import (  # noqa: E402
     read_checkpoint,
 )
 from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
-from pile_app.training.load import TOKENIZER, SkipInitialization, link_model_to_data, take_description  # noqa: E402
+from pile_app.training.load import (  # noqa: E402
+    TOKENIZER,
+    SkipInitialization,
+    fast_precision,
+    link_model_to_data,
+    take_description,
+)
 from pile_app.training.module import PileModule  # noqa: E402
-from pile_app.training.muon import cpu_multiplies_bfloat16  # noqa: E402
 from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
 from pile_app.training.run import (  # noqa: E402
     RunFolder,
@@ -95,6 +101,7 @@ OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("wandb", str | None, "pile", "project in Weights & Biases; null: none"),
     ("ledger", bool, False, "record the documents of every optimizer step, in runs/<name>/ledger"),
     ("guard", GuardConfig, GuardConfig(), "which optimizer steps are rejected"),
+    ("open_weights", dict[str, Any], {}, "what a configuration sets otherwise where the backbone is HuggingFace"),
 )
 
 
@@ -105,6 +112,16 @@ class PileCLI(LightningCLI):
         for name, kind, default, text in OPTIONS:
             parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         link_model_to_data(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lay `open_weights` over the configurations, under what the command line sets, where it applies."""
+        super().parse_arguments(parser, args)
+        if self.config.open_weights and self.config.model.backbone.class_path.endswith("HuggingFace"):
+            words = list(sys.argv[1:] if args is None else args)
+            place = max((number for number, word in enumerate(words) if word.startswith("--config")), default=-1) + 1
+            place += place > 0 and "=" not in words[place - 1]
+            words[place:place] = ["--config", json.dumps(self.config.open_weights | {"open_weights": {}})]
+            super().parse_arguments(parser, words)
 
     @property
     def run_folder(self) -> Path:
@@ -207,13 +224,6 @@ class BestCheckpoint(ModelCheckpoint):
 def is_sharded(trainer: Namespace) -> bool:
     name = str(getattr(trainer.strategy, "class_path", trainer.strategy))
     return name.rpartition(".")[2] in ("fsdp2", "ShardedStrategy")
-
-
-def fast_precision(accelerator: Any) -> str:
-    """bf16-mixed (weights stay float32) where the hardware multiplies bfloat16, for the demo a third faster; else 32-true."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
 
 
 def check_config(config: Namespace) -> None:
@@ -389,9 +399,10 @@ def finish(cli: PileCLI) -> None:
     logged, best = dict(trainer.callback_metrics), run / "checkpoints" / "best.ckpt"
     step, metrics = cli.run.validation
     if module.objective is not None and best.exists():  # with little data, the last weights are seldom the best
-        module.load_state_dict(read_checkpoint(best, optimizer=False)["state_dict"])
+        saved = read_checkpoint(best, optimizer=False)
+        module.load_state_dict(saved["state_dict"])
         print(f"{run}: the figures are those of best.ckpt, by {cli.config.monitor}")
-        step = -1
+        step = step if step == saved["global_step"] else -1
     if step != trainer.global_step or module.whole is not None:  # not yet of these weights; a sharded model leaves its devices
         metrics = dict((trainer.validate(module, datamodule=cli.datamodule, verbose=False) or [{}])[0])
     else:

@@ -21,6 +21,7 @@ from pile_app.model.fused import AUTOCAST
 from pile_app.model.pretrained import check_shapes
 from pile_app.training.checkpoints import find_damage, read_checkpoint
 from pile_app.training.module import PileModule
+from pile_app.training.muon import cpu_multiplies_bfloat16
 
 TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
 BACKBONE = "backbone"  # config and tokenizer of open weights there
@@ -71,9 +72,17 @@ def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataM
             f"the tokenizer {config['model']['tokenizer']!r} is not that of the run {str(run)!r} (fingerprint "
             f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
         )
-    module.model.autocast_dtype = AUTOCAST.get(str((config.get("trainer") or {}).get("precision")))
+    precision = (config.get("trainer") or {}).get("precision") or fast_precision("auto")
+    module.model.autocast_dtype = AUTOCAST.get(str(precision))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
     return module.eval(), data, saved
+
+
+def fast_precision(accelerator: Any) -> str:
+    """bf16-mixed (weights stay float32) where the hardware multiplies bfloat16, for the demo a third faster; else 32-true."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if cpu_multiplies_bfloat16() else "32-true"
 
 
 def load_on(run: Path, checkpoint: str, device: str = "auto") -> tuple[PileModule, PileDataModule, dict[str, Any]]:

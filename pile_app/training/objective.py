@@ -60,8 +60,10 @@ class Objective(nn.Module, ABC):
             self.unrounded = Unrounded(model)
 
     def read(self, model: FusedLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `FusedLanguageModel.read`."""
-        return model.read(batch, None if self.unrounded is None else self.unrounded(model, batch))
+        """See `FusedLanguageModel.read`. Computes in the type that the run trains in, also when it is used."""
+        dtype = model.autocast_dtype
+        with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
+            return model.read(batch, None if self.unrounded is None else self.unrounded(model, batch))
 
     def prepare(
         self, model: FusedLanguageModel, batches: Sequence[Batch], seed: Callable[[Batch], None] = lambda batch: None

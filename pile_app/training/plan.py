@@ -21,7 +21,8 @@ from pile_app.documents import MODALITIES
 from pile_app.model.backbones import Backbone
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import measure_matmul_flops
-from pile_app.training.cli import codec_configs, count_devices, fast_precision, parse_config
+from pile_app.training.cli import codec_configs, count_devices, parse_config
+from pile_app.training.load import fast_precision
 from pile_app.training.memory import Layout, plan_memory
 from pile_app.training.optim import OptimizerConfig
 

@@ -125,7 +125,7 @@ def test_a_word_is_its_last_token_and_the_mean_of_its_own(tiny_model: Callable[.
     words = gather_words(hidden, batch)
     assert words.tags.tolist() == [[1, 0, 3], [0, 0, 0]] and words.lengths.tolist() == [3, 2]
     torch.testing.assert_close(words.features[0, 2], torch.cat([hidden[0, 12], hidden[0, 8:13].mean(0)]))
-    torch.testing.assert_close(words.features[1, 0], torch.cat([hidden[0, 17], hidden[0, 14:18].mean(0)]))
+    torch.testing.assert_close(words.features[1, 0], torch.cat([hidden[0, 17], hidden[0, 15:18].mean(0)]))
     batch.labels[0, 4] = 2  # as in a piece that begins within an entity
     assert gather_words(hidden, batch).tags[0].tolist() == [1, 0, 3]
 
