@@ -32,7 +32,9 @@ for name in sys.argv[1:]:
     small = "--trainer.max_steps=3 --model.codec_steps=1 --data.global_batch=2 --trainer.val_check_interval=2"
     # The demos' evaluation needs more than tiny shards; every other config has callbacks of its own.
     callbacks = ["--trainer.callbacks=[]"] if name in ("default", "lstm", "emoji") else []
-    main([*config, *small.split(), "--trainer.accelerator=cpu", "--name", name, "--wandb=null", *callbacks])
+    pixels = ["--model.image.size=16"] if name in ("photos", "media") else []
+    others = ["--trainer.accelerator=cpu", "--name", name, "--wandb=null", "--samples=false"]
+    main([*config, *small.split(), *others, *callbacks, *pixels])
 """
 
 
@@ -48,6 +50,9 @@ def documents(kind: str, count: int) -> Iterator[Document]:
             "prose": (Segment(f"text {n} " + "lorem ipsum dolor " * (1 + n % 9)),),
             "images": (image,),
             "clips": (clip,),
+            "pictures": (image, name),
+            "recordings": (clip, name),
+            "media": (image, name, clip),
         }[kind]
         yield Document(segments, key=f"{kind}-{n}", meta={"label": name.text})
 
@@ -62,6 +67,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("train", "heldout" if kind == "labelled" else "validation"):
             write_shards(documents(kind, 24), shards, f"{kind}-{split}")
     for split in ("train", "validation"):
+        for own in ("pictures", "recordings", "media"):
+            write_shards(documents(own, 12), base / "shards" / own, f"own-{split}")
         write_shards(documents("digits", 24), base / "data" / "emoji" / "shards", f"emoji-{split}")
         write_shards(documents("prose", 24), base / "data" / "shakespeare" / "shards", split)
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
@@ -115,6 +122,9 @@ def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
         ("shakespeare", {"plays"}, set()),
         ("shakespeare_fast", {"plays"}, set()),
         ("local_text", LOCAL_TEXT, set()),
+        ("photos", {"pictures"}, {"image"}),
+        ("speech", {"recordings"}, {"audio"}),
+        ("media", {"media"}, {"image", "audio"}),
     ],
 )
 def test_nothing_of_the_demo_leaks_into_a_config(trained: Path, name: str, sources: set[str], codecs: set[str]) -> None:

@@ -41,7 +41,7 @@ from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
-from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, Throughput  # noqa: E402
+from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402
 from pile_app.training.checkpoints import (  # noqa: E402
     DurableCheckpointIO,
     GracefulStop,
@@ -93,6 +93,7 @@ OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("monitor", str, "validation/loss", "metric that best.ckpt is the best by, see metrics.csv"),
     ("monitor_mode", Literal["min", "max"], "min", "which values of it are better"),
     ("wandb", str | None, "pile", "project in Weights & Biases; null: none"),
+    ("samples", bool, True, "write samples of every modality at each validation and at the end (see SampleGeneration)"),
     ("ledger", bool, False, "record the documents of every optimizer step, in runs/<name>/ledger"),
     ("guard", GuardConfig, GuardConfig(), "which optimizer steps are rejected"),
 )
@@ -183,8 +184,11 @@ class PileCLI(LightningCLI):
             (not asked.fast_dev_run, best),
             (True, LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),  # after the best, whose score it keeps
         ]
+        given = self.config_init.trainer.callbacks or []
+        is_sampled = self.config.model.objective is None and not any(isinstance(one, SampleGeneration) for one in given)
+        callbacks.append((self.config.samples and is_sampled and not asked.fast_dev_run, SampleGeneration()))
         chosen = {
-            "callbacks": [callback for wanted, callback in callbacks if wanted] + (self.config_init.trainer.callbacks or []),
+            "callbacks": [callback for wanted, callback in callbacks if wanted] + given,
             "default_root_dir": str(run),
             "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
             "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
