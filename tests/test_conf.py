@@ -17,7 +17,7 @@ from pile_app.cli import main as pile
 from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
 
-CONFIGS = sorted(path.stem for path in (REPOSITORY / "conf").glob("*.yaml"))
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "conf").glob("*.yaml") if path.stem != "sweep")
 LOCAL_TEXT = {"encyclopedia", "brown", "factbook", "essays", "definitions", "stories", "news"}
 STEPS = 3
 WORDS = ("three", "seven")

@@ -323,8 +323,8 @@ class SampleGeneration(Callback):
                 if any(segment.is_encoded and segment.codes.is_lost for segment in segments):
                     continue
                 for prompt, to, reference in questions(replace(document, segments=segments)):
-                    source = MODALITIES[prompt.segments[-1].modality] if prompt.segments else "nothing"
-                    prompts, references = kinds[f"{source} → {MODALITIES[to]}", to]
+                    asked = " + ".join(dict.fromkeys(MODALITIES[segment.modality] for segment in prompt.segments))
+                    prompts, references = kinds[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
                     if len(prompts) < (self.count if reference else 2):
                         prompts.append(prompt)
                         references.append(reference)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import os
 import re
 import shlex
 import signal
@@ -118,6 +119,8 @@ class PileCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config, model, is_first = self.config, self.config.model, is_first_process()
+        if "WANDB_SWEEP_ID" in os.environ:  # each trial is a run of its own
+            config.name += f"-{os.environ['WANDB_RUN_ID']}"
         check_config(config)
         group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
         PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))

@@ -39,7 +39,7 @@ class WandbRun(WandbLogger):
         identity = run / "wandb" / "id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
-            identity.write_text(uuid.uuid4().hex[:8])
+            identity.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a sweep gives it
         super().__init__(
             name=run.name,
             project=project,
