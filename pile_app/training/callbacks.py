@@ -301,7 +301,8 @@ class SampleGeneration(Callback):
         self.written, entries = trainer.global_step, []
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
         for title, prompts, to, references in self._prompts(trainer, model):
-            answers = generate(model, prompts, to, self.sampling)
+            has_condition = any(segment.modality != to for segment in prompts[0].segments)  # which training hides at times
+            answers = generate(model, prompts, to, self.sampling if has_condition else replace(self.sampling, guidance=1.0))
             triples = zip(prompts, answers, references, strict=True)
             entries += [plain_example(model, title, *triple) for triple in triples]
         if entries:

@@ -149,7 +149,7 @@ def test_a_run_resumed_twice_has_each_step_once(bench: Workbench, server: Server
     sync(run, server)
     stopped_after = checkpoint(run)["global_step"]
     assert server.history is not None and [line["_step"] for line in server.history] == list(range(stopped_after))
-    drawn = ("text → image", Document((Segment("three"),)), image(3), None)  # the validation data asks for no images
+    drawn = ("image", Document(()), image(3), None)  # without a prompt
     write_samples(run / "samples" / "step-00000003", [drawn])
     bench.train("watched", *OFFLINE, WANDB_MODE="offline")
     with patch.dict(os.environ, WANDB_MODE="offline"):
