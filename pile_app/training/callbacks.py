@@ -298,7 +298,8 @@ class SampleGeneration(Callback):
     def _write(self, trainer: Trainer, model: FusedLanguageModel, logged_at: int) -> None:
         if self.written == trainer.global_step:
             return
-        self.written, entries = trainer.global_step, []
+        self.written = trainer.global_step
+        entries = []
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
         for title, prompts, to, references in self._prompts(trainer, model):
             has_condition = any(segment.modality != to for segment in prompts[0].segments)  # which training hides at times
