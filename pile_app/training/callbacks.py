@@ -327,7 +327,8 @@ class SampleGeneration(Callback):
                 for prompt, to, reference in questions(replace(document, segments=segments)):
                     asked = " + ".join(dict.fromkeys(MODALITIES[segment.modality] for segment in prompt.segments))
                     prompts, references = kinds[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
-                    if len(prompts) < (self.count if reference else 2):
+                    is_new = not prompt.segments or prompt not in prompts
+                    if is_new and len(prompts) < (self.count if reference else 2):
                         prompts.append(prompt)
                         references.append(reference)
         return [(title, prompts, to, references) for (title, to), (prompts, references) in sorted(kinds.items())]
