@@ -347,8 +347,8 @@ def questions(document: Document) -> Iterator[tuple[Document, int, Segment | Non
     elif not rest:
         yield Document(()), first.modality, first
     elif document.ordered:
-        if answer := next((number for number, segment in enumerate(segments) if number and segment.loss), 0):
-            yield Document(segments[:answer]), segments[answer].modality, segments[answer]
+        if learned := next((number for number, segment in enumerate(segments) if number and segment.loss), 0):
+            yield Document(segments[:learned]), segments[learned].modality, segments[learned]
     else:
         each = {segment.modality: segment for segment in reversed(segments)}
         for prompt, answer in permutations([each[modality] for modality in sorted(each)], 2):
