@@ -86,6 +86,9 @@ class EvaluateCrossModal(Callback):
         model = pl_module.model
         self._examples = []
         figures: dict[str, Any] = {}
+        if not self._is_of(getattr(trainer, "datamodule", None)):
+            print(f"no evaluation on {self.heldout}: the run was trained on other data", file=sys.stderr)
+            return {}
         train = self._load(model, self.train)
         sets = {"": self._load(model, self.heldout)}
         if self.unseen is not None:
@@ -114,6 +117,12 @@ class EvaluateCrossModal(Callback):
         write_samples(folder, [plain_example(model, *example) for example in self._examples])
         log_samples(trainer, folder, trainer.global_step)
         return figures
+
+    def _is_of(self, data: Any) -> bool:
+        """Tell whether training reads a shard in the folder of the labelled media, as the demos do."""
+        patterns = [source.train for source in data.sources.values()] if data else [self.train]
+        given = [one for many in patterns for one in ([many] if isinstance(many, str) else many)]
+        return Path(self.train).parent in {Path(one).parent for one in given}
 
     def _load(self, model: FusedLanguageModel, pattern: str) -> dict[int, Labelled]:
         source = SourceData("labelled", pattern, model.vocabulary, model.tokenizer, context=1 << 20)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,16 @@ import numpy as np
 from pile_app.data.tar import BLOCK, files_of_block
 from pile_app.fields import document_from_sample
 from pile_app.prepare.ngrams import NearDuplicates
-from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block
+from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block, slug
 
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
 MOST_LABELS = 1000  # that are printed
+CONFIGS = {
+    (False, False): "text_only",
+    (True, False): "photos",
+    (False, True): "speech",
+    (True, True): "media",
+}  # images, sound
 
 
 class Tally(NamedTuple):
@@ -44,7 +51,7 @@ def listed(counts: Mapping[str, int], what: str = "") -> str:
 class Summary:
     """The result of `prepare`: `sources[source][split]`. counts: `read:<layout>`, `rejected:<reason>` (samples),
     `unread:<reason>` (files), `used:<name>`, `unused:<name>`, `lost:<name>` (fields; lost: of rejected samples),
-    `dropped:<reason>` (parts of chats), `pieces:` (documents added by cutting long sounds), `label:<label>`."""
+    `label:<label>`, `entity:<type>`, `dropped:<reason>` (parts of chats), `pieces:` (documents added by cutting sounds)."""
 
     output: Path
     sources: dict[str, dict[str, Tally]] = field(default_factory=dict)
@@ -87,9 +94,37 @@ class Summary:
         labels = {"labels": self.labels} if self.labels else {}
         return {"pile_dataset": 1, "sources": sources, "fields": self.maps, **labels, **counts, "balance": self.balance()}
 
-    def print(self) -> None:
-        """Print the balance to stderr, and to stdout the `data.sources` of a configuration and the labels in order."""
+    def commands(self) -> list[str]:
+        """Return the shell commands that train on the shards: a language model, then its classes or entities."""
         import yaml
+
+        def inline(value: Any) -> str:  # YAML, or JSON where YAML needs the quotes of the shell
+            text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1_000_000).strip()
+            return shlex.quote(json.dumps(value, ensure_ascii=False) if "'" in text else text)
+
+        trained = {source: splits for source, splits in self.sources.items() if "train" in splits}
+        if not trained:
+            return []
+        sources = inline({
+            source: {split: os.path.join(self.output, f"{source}-{split}-[0-9]*.tar") for split in splits if split != "test"}
+            for source, splits in trained.items()
+        })  # fmt: skip
+        holds = [any(splits["train"][figure] for splits in trained.values()) for figure in (2, 3)]  # images, sound
+        name = slug(self.output.resolve().name) or "data"
+        train = "uv run pile train" if "UV" in os.environ else "pile train"  # `uv run` sets it
+        commands = [f"{train} --config {CONFIGS[holds[0], holds[1]]} --name {name} --data.sources {sources}"]
+        fine_tune = (
+            f"{train} --config runs/{name}/config.yaml --config tasks/{{}} --model.start_from runs/{name} --name {name}-{{}}"
+        )
+        given = "--model.objective.init_args"
+        if 1 < len(self.labels) <= MOST_LABELS:
+            commands.append(f"{fine_tune.format('classification', 'classes')} {given}.labels {inline(self.labels)}")
+        if types := sorted(self.of("entity")):
+            commands.append(f"{fine_tune.format('ner', 'entities')} --data.sources {sources} {given}.types {inline(types)}")
+        return commands
+
+    def print(self) -> None:
+        """Print the balance to stderr, and to stdout the `commands` that train on the shards."""
         from rich.console import Console
         from rich.table import Column, Table
 
@@ -104,6 +139,7 @@ class Summary:
         missing = [f"{source} has no {split} documents" for source, splits in self.sources.items()
                    for split in SPLITS[:2] if split not in splits]  # fmt: skip
         hint = "set --validation-fraction, or cut texts into more documents with --document-bytes"
+        commands = self.commands()
         lines = {
             f"samples: {total['samples']:,} read ({listed(self.of('read'))}){pieces} = {total['documents']:,} documents + "
             f"{total['rejected']:,} rejected{reasons * bool(total['rejected'])}": True,
@@ -113,19 +149,11 @@ class Summary:
             f"files not read: {listed(unread)}": unread,
             f"see {self.output / 'rejected.jsonl'}": unread or total["rejected"],
             f"{', '.join(missing)}: {hint}": missing,
+            "to train on it, from this folder:": commands,
         }
         shown = [line for line, is_shown in lines.items() if is_shown]
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(table, *shown, sep="\n")
-        sources = {
-            source: {split: os.path.join(self.output, f"{source}-{split}-[0-9]*.tar") for split in splits if split != "test"}
-            for source, splits in self.sources.items()
-            if "train" in splits
-        }
-        description: dict[str, Any] = {"data": {"sources": sources}}
-        if 1 < len(self.labels) <= MOST_LABELS:
-            description["model"] = {"objective": {"init_args": {"labels": self.labels}}}
-        style: dict[str, Any] = {"default_flow_style": None, "sort_keys": False, "allow_unicode": True, "width": 10_000}
-        print(yaml.safe_dump(description, **style).rstrip())
+        print(*commands, sep="\n", end="\n" * bool(commands), flush=True)
 
 
 def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:

@@ -35,7 +35,7 @@ from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Maps, evaluation_texts
 from pile_app.prepare.spill import Work, read_job, slug
 
-PREPARE_VERSION = 6  # changes with the result of the same options, and with the files in between
+PREPARE_VERSION = 7  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
 
@@ -50,7 +50,7 @@ def prepare(
     **options: Any,
 ) -> Summary:
     """Read `input` and write shards with their manifests, `dataset.json` and `rejected.jsonl` to the folder `output`. Print the
-    field maps and the balance to stderr, the sources to paste into a configuration to stdout.
+    field maps and the balance to stderr, and to stdout the commands that train on the shards.
 
     Args:
         input: a file or folder, a data set on the Hugging Face hub or an address of fsspec; `#name` chooses a configuration.

@@ -162,6 +162,7 @@ class _Reader:
         self.rows.append((self.blocks.tell(), self.blocks.write(block), number, given, *sizes, digest, draw))
         self.files.append(record.where)
         self.counts.update([] if label is None else [f"label:{label}"])
+        self.counts.update(f"entity:{name}" for *_, name in document.meta.get("spans", ()))
         if self.options.near_duplicates is not None:  # zeros with media, whose captions may well be alike
             is_text = len(texts) == len(segments)
             self.signatures.append(minhash("\n".join(texts)) if is_text else np.zeros(PERMUTATIONS, np.uint32))

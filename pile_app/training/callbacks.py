@@ -6,7 +6,9 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from pile_app.documents import MODALITIES, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
-from pile_app.training.wandb_run import log_samples, step_of
+from pile_app.training.wandb_run import log_samples
 
+SAMPLING = Sampling(temperature=0.9, top_p=0.9, guidance=2.0, max_text=128, max_seconds=4.0)  # of samples by default
 MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
 
@@ -252,66 +255,105 @@ class SampleGeneration(Callback):
     """Let the model answer prompts in every modality, and write the answers to `samples/step-.../` and W&B.
 
     Args:
-        every_n_steps: optimizer steps between samples; there is always one at the end of a run.
-        count: documents from the validation data that prompts are taken from.
+        every_n_steps: optimizer steps between samples; None: at each validation (of a model that is not sharded). There are
+            always samples at the end of a run.
+        count: documents from the validation data that prompts are taken from, for each pair of modalities.
         sampling: how tokens are drawn.
     """
 
-    def __init__(self, every_n_steps: int = 500, count: int = 8, sampling: Sampling = Sampling(guidance=2.0)) -> None:  # noqa: B008
-        if every_n_steps < 1 or count < 1:
+    def __init__(self, every_n_steps: int | None = None, count: int = 4, sampling: Sampling = SAMPLING) -> None:
+        if (every_n_steps is not None and every_n_steps < 1) or count < 1:
             raise ValueError(f"every_n_steps and count must be at least 1, not {every_n_steps} and {count}")
         self.every_n_steps, self.count, self.sampling = every_n_steps, count, sampling
+        self.written = -1  # the last step with samples
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        is_due = trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
+        is_due = trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
+        is_due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if is_due and not pl_module.in_codec_phase and ends_step(trainer, batch_idx):
             self.write(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write before W&B has the step of the validation."""
+        assert isinstance(pl_module, PileModule)
+        is_training = trainer.state.fn == "fit" and not pl_module.in_codec_phase
+        if is_training and self.every_n_steps is None and pl_module.whole is None:
+            self.write(trainer, pl_module)
+
+    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Write the samples of a run that ended before its last step, as by early stopping. Called on the first device."""
+        assert isinstance(pl_module, PileModule)
+        if trainer.global_step >= pl_module.codec_steps:
+            self._write(trainer, pl_module.model, trainer.global_step)
+        return {}
 
     def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PileModule)
         model = pl_module.whole_model()
-        if model is None:
+        if model is not None:
+            self._write(trainer, model, trainer.global_step - 1)
+
+    def _write(self, trainer: Trainer, model: FusedLanguageModel, logged_at: int) -> None:
+        if self.written == trainer.global_step:
             return
-        folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
+        self.written = trainer.global_step
         entries = []
+        folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
         for title, prompts, to, references in self._prompts(trainer, model):
-            answers = generate(model, prompts, to, self.sampling)
+            has_condition = any(segment.modality != to for segment in prompts[0].segments)  # which training hides at times
+            answers = generate(model, prompts, to, self.sampling if has_condition else replace(self.sampling, guidance=1.0))
             triples = zip(prompts, answers, references, strict=True)
             entries += [plain_example(model, title, *triple) for triple in triples]
-        write_samples(folder, entries)
-        log_samples(trainer, folder, step_of(folder))
+        if entries:
+            write_samples(folder, entries)
+            log_samples(trainer, folder, logged_at)
 
     def _prompts(
         self, trainer: Trainer, model: FusedLanguageModel
     ) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
-        """Return (title, prompts, modality to generate, references) of each pair of modalities in the validation data.
-
-        The first segment of a document is the prompt, the second the reference; of a plain text, the beginning is the prompt.
-        """
-        kinds: dict[tuple[int, int], tuple[list[Document], list[Segment | None]]] = defaultdict(lambda: ([], []))
+        """Return (title, prompts, modality to generate, references) of each pair of modalities in the validation data."""
+        kinds: dict[tuple[str, int], tuple[list[Document], list[Segment | None]]] = defaultdict(lambda: ([], []))
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
                 try:
-                    prompt, *rest = (plain(model, s) if s.modality == TEXT else s for s in data.document(number).segments)
+                    document = data.document(number)
+                    segments = tuple(plain(model, s) if s.modality == TEXT else s for s in document.segments)
                 except ValueError:
                     continue  # bad samples are counted where they are read for training
-                if any(segment.is_encoded and segment.codes.is_lost for segment in (prompt, *rest)):
+                if any(segment.is_encoded and segment.codes.is_lost for segment in segments):
                     continue
-                reference = rest[0] if rest else None
-                if reference is None and prompt.modality == TEXT and len(prompt.text) > 80:
-                    prompt = Segment(prompt.text[:60])
-                elif reference is None or not reference.loss or prompt.modality == reference.modality == TEXT:
-                    continue
-                prompts, references = kinds[prompt.modality, reference.modality if reference else TEXT]
-                if len(prompts) < (self.count if reference else 2):
-                    prompts.append(Document((prompt,)))
-                    references.append(reference)
-        return [
-            (f"{MODALITIES[source]} → {MODALITIES[to]}", prompts, to, references)
-            for (source, to), (prompts, references) in sorted(kinds.items())
-        ]
+                for prompt, to, reference in questions(replace(document, segments=segments)):
+                    asked = " + ".join(dict.fromkeys(MODALITIES[segment.modality] for segment in prompt.segments))
+                    prompts, references = kinds[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
+                    is_new = not prompt.segments or prompt not in prompts
+                    if is_new and len(prompts) < (self.count if reference else 2):
+                        prompts.append(prompt)
+                        references.append(reference)
+        return [(title, prompts, to, references) for (title, to), (prompts, references) in sorted(kinds.items())]
+
+
+def questions(document: Document) -> Iterator[tuple[Document, int, Segment | None]]:
+    """Yield (prompt, modality of the answer, reference) for each pair of modalities that the model learns from a document.
+
+    A text alone is continued, another segment alone has an empty prompt. In order, the first learned segment after the first
+    answers what is before it; in any order, each modality answers each other.
+    """
+    first, *rest = segments = document.segments
+    if not rest and first.modality == TEXT:
+        if beginning := first.text[: min(60, len(first.text) // 2)]:
+            yield Document((Segment(beginning),)), TEXT, None
+    elif not rest:
+        yield Document(()), first.modality, first
+    elif document.ordered:
+        if learned := next((number for number, segment in enumerate(segments) if number and segment.loss), 0):
+            yield Document(segments[:learned]), segments[learned].modality, segments[learned]
+    else:
+        each = {segment.modality: segment for segment in reversed(segments)}
+        for prompt, answer in permutations([each[modality] for modality in sorted(each)], 2):
+            if answer.loss:
+                yield Document((prompt,)), answer.modality, answer
 
 
 def plain_example(

@@ -10,6 +10,7 @@ import atexit
 import gc
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -42,7 +43,7 @@ from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
-from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, Throughput  # noqa: E402
+from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402
 from pile_app.training.checkpoints import (  # noqa: E402
     DurableCheckpointIO,
     GracefulStop,
@@ -99,6 +100,7 @@ OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
     ("monitor", str, "validation/loss", "metric that best.ckpt is the best by, see metrics.csv"),
     ("monitor_mode", Literal["min", "max"], "min", "which values of it are better"),
     ("wandb", str | None, "pile", "project in Weights & Biases; null: none"),
+    ("samples", bool, True, "write samples of every modality at each validation and at the end (see SampleGeneration)"),
     ("ledger", bool, False, "record the documents of every optimizer step, in runs/<name>/ledger"),
     ("guard", GuardConfig, GuardConfig(), "which optimizer steps are rejected"),
     ("open_weights", dict[str, Any], {}, "what a configuration sets otherwise where the backbone is HuggingFace"),
@@ -134,6 +136,8 @@ class PileCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config, model, is_first = self.config, self.config.model, is_first_process()
+        if "WANDB_SWEEP_ID" in os.environ:  # each trial is a run of its own
+            config.name += f"-{os.environ['WANDB_RUN_ID']}"
         check_config(config)
         group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
         PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))
@@ -200,8 +204,11 @@ class PileCLI(LightningCLI):
             (not asked.fast_dev_run, best),
             (True, LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),  # after the best, whose score it keeps
         ]
+        given = self.config_init.trainer.callbacks or []
+        is_sampled = self.config.model.objective is None and not any(isinstance(one, SampleGeneration) for one in given)
+        callbacks.append((self.config.samples and is_sampled and not asked.fast_dev_run, SampleGeneration()))
         chosen = {
-            "callbacks": [callback for wanted, callback in callbacks if wanted] + (self.config_init.trainer.callbacks or []),
+            "callbacks": [callback for wanted, callback in callbacks if wanted] + given,
             "default_root_dir": str(run),
             "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
             "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],

@@ -39,7 +39,7 @@ class WandbRun(WandbLogger):
         identity = run / "wandb" / "id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
-            identity.write_text(uuid.uuid4().hex[:8])
+            identity.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a sweep gives it
         super().__init__(
             name=run.name,
             project=project,
@@ -68,8 +68,9 @@ class WandbRun(WandbLogger):
 
         rows = json.loads((folder / "samples.json").read_text())
         for title in dict.fromkeys(row["title"] for row in rows):
-            pairs = [(row["prompt"][-1], row["outputs"][0]) for row in rows if row["title"] == title]
-            table = wandb.Table(["prompt", "answer"], [[cell(prompt), cell(answer)] for prompt, answer in pairs])
+            pairs = [(row["prompt"][-1:], row["outputs"][0]) for row in rows if row["title"] == title]
+            lines = [[*map(cell, prompt or [{"modality": "text", "text": ""}]), cell(answer)] for prompt, answer in pairs]
+            table = wandb.Table(["prompt", "answer"], lines)
             media = {f"media/{title}": [cell(answer) for _, answer in pairs]} if pairs[0][1]["modality"] != "text" else {}
             self.log_metrics({f"samples/{title}": table} | media, step)
 

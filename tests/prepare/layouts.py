@@ -10,11 +10,13 @@ import csv
 import gzip
 import io
 import json
+import shlex
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
+import yaml
 import zstandard
 from PIL import Image
 
@@ -50,6 +53,12 @@ def sound(number: int, extension: str = "wav", rate: int = 16_000, seconds: floa
     soundfile.write(file, wave, rate, subtype, format=container)
     NAMES.setdefault(file.getvalue(), f"<{extension} {number}>")
     return file.getvalue()
+
+
+def printed_options(output: str) -> dict[str, Any]:
+    """The options of the commands that `pile prepare` printed, by their names; values as YAML has them."""
+    words = shlex.split(output)
+    return {word: yaml.safe_load(value) for word, value in pairwise(words) if word.startswith("--")}
 
 
 # -- documents, expected and read

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from layouts import printed_options
 
 from pile_app.documents import Document, Segment
 from pile_app.fields import document_from_sample
@@ -184,9 +184,9 @@ def test_a_label_is_not_learned_unless_that_is_asked_for(tmp_path: Path, capsys:
     summary = run(folder, tmp_path / "out")
     assert classes(tmp_path / "out")[:2] == [(["text 0"], "yes"), (["text 1"], "no")]
     assert summary.labels == ["no", "yes"]
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["objective"]["init_args"]["labels"] == ["no", "yes"]
-    assert set(printed["data"]["sources"]) == {"in"}
+    printed = printed_options(capsys.readouterr().out)
+    assert printed["--model.objective.init_args.labels"] == ["no", "yes"]
+    assert set(printed["--data.sources"]) == {"in"}
     run(folder, tmp_path / "learned", learn_label=True)
     assert classes(tmp_path / "learned")[0] == (["text 0", "yes"], "yes")
     run(folder, tmp_path / "only", learn_label=True, label_loss_only=True)
@@ -253,7 +253,7 @@ def test_given_splits_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     prepare(write(tmp_path / "in", files), tmp_path / "out", processes=1)
     for split in ("train", "validation", "test"):
         assert {text.split()[0] for text in texts(tmp_path / "out", f"*-{split}-*.tar")} == {split}
-    assert set(yaml.safe_load(capsys.readouterr().out)["data"]["sources"]["in"]) == {"train", "validation"}
+    assert set(printed_options(capsys.readouterr().out)["--data.sources"]["in"]) == {"train", "validation"}
     mixed = prepare(tmp_path / "in", tmp_path / "mixed", processes=1, given_splits=False)
     assert set(mixed.sources["in"]) == {"train", "validation"} and mixed.sources["in"]["validation"].documents == 24
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from layouts import (
     COMMON_VOICE,
     Balance,
@@ -30,6 +29,7 @@ from layouts import (
     lines,
     parquet,
     picture,
+    printed_options,
     read_back,
     read_balance,
     shown,
@@ -324,7 +324,7 @@ def test_printed_sources_match_the_shards(tmp_path: Path, name: str, capsys: pyt
     except ValueError as error:
         assert name in str(error)
         return
-    source = yaml.safe_load(capsys.readouterr().out)["data"]["sources"]["in"]
+    source = printed_options(capsys.readouterr().out)["--data.sources"]["in"]
     assert len(expand_shards(source["train"])) == 1
 
 

@@ -17,8 +17,12 @@ from unittest.mock import patch
 from urllib.parse import quote, unquote
 
 import pytest
+import yaml
 from attempts import Workbench, checkpoint, make_bench
+from conftest import REPOSITORY, prose_documents
+from processes import start
 
+from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
 from pile_app.tasks.evaluate import save_figures
 from pile_app.training.callbacks import write_samples
@@ -145,7 +149,7 @@ def test_a_run_resumed_twice_has_each_step_once(bench: Workbench, server: Server
     sync(run, server)
     stopped_after = checkpoint(run)["global_step"]
     assert server.history is not None and [line["_step"] for line in server.history] == list(range(stopped_after))
-    drawn = ("text → image", Document((Segment("three"),)), image(3), None)  # the validation data asks for no images
+    drawn = ("image", Document(()), image(3), None)  # without a prompt
     write_samples(run / "samples" / "step-00000003", [drawn])
     bench.train("watched", *OFFLINE, WANDB_MODE="offline")
     with patch.dict(os.environ, WANDB_MODE="offline"):
@@ -165,3 +169,28 @@ def test_a_run_resumed_twice_has_each_step_once(bench: Workbench, server: Server
         assert any(name.endswith(suffix) for name in server.files)
     assert server.summary["final/text_bits_per_byte"] == pytest.approx(expected[7]["final/text_bits_per_byte"])
     assert server.summary["evaluation/text_loss"] == 1.5
+
+
+def test_each_trial_of_a_sweep_is_a_run_of_its_own(tmp_path: Path) -> None:
+    """`conf/sweep.yaml`: the commands that W&B's agent makes of it."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+    sweep = load_sweep_config(str(REPOSITORY / "conf" / "sweep.yaml"))
+    assert sweep is not None and sweep["metric"]["name"] == "validation/loss"
+    (tmp_path / "train.py").symlink_to(REPOSITORY / "train.py")
+    (tmp_path / "conf").symlink_to(REPOSITORY / "conf")
+    for split in ("train", "validation"):
+        write_shards(prose_documents(20, split), tmp_path / "data/digits/shards", f"prose-{split}")
+    small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.global_batch=2", "--trainer.accelerator=cpu"]
+    for trial, choose in {"first0": min, "second": max}.items():
+        values = {name: {"value": choose(given.get("values") or (given["min"], given["max"]))}
+                  for name, given in sweep["parameters"].items()}  # fmt: skip
+        macros = {"${env}": [], "${interpreter}": [], "${program}": [sweep["program"]]}
+        macros["${args}"] = create_sweep_command_args({"args": values})["args"]
+        words = [word for part in create_sweep_command(list(sweep["command"])) for word in macros.get(part, [part])]
+        environment = {"WANDB_SWEEP_ID": "a", "WANDB_RUN_ID": trial, "WANDB_MODE": "offline"}
+        start([*words, *small, "--samples=false"], tmp_path, **environment).succeed()
+        run = tmp_path / "runs" / f"sweep-{trial}"
+        assert list((run / "wandb").glob(f"offline-run-*-{trial}")) and "validation/loss" in (run / "metrics.csv").read_text()
+        rate = yaml.safe_load((run / "config.yaml").read_text())["model"]["optimizer"]["learning_rate"]
+        assert rate == values["model.optimizer.learning_rate"]["value"]
