@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,14 @@ class HuggingFace(Backbone):
             raise ValueError(f"backbone path={path!r} is no causal language model of transformers: {error}") from error
         super().__init__(config.hidden_size, config.num_hidden_layers)
         self.path, self.revision, self.heads = path, revision, config.num_attention_heads
+        self.key_value_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self._end = ends[0] if ends[0] is not None else 0
         self._begin = self._end if config.bos_token_id is None else config.bos_token_id
-        self.code_std = float(model.get_input_embeddings().weight.detach().std()) / 2
+        table = model.get_input_embeddings().weight.detach()
+        self.words = len(table)
+        self.code_std = 0.0 if table.is_meta else float(table.std()) / 2
         self.tokenizer = _tokenizer_file(path, revision)
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
@@ -107,9 +110,13 @@ class HuggingFace(Backbone):
             from peft import LoraConfig, inject_adapter_in_model
 
             model.requires_grad_(False)
+            self.passes = 2.0  # no gradients of the matrices
             adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout)
             inject_adapter_in_model(adapters, model)
-        self.model, self._checkpoints = model, False
+        self.model, self._checkpoints, self.kind = model, False, type(model).__name__
+        self._is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        self.register_load_state_dict_post_hook(lambda own, _: own.tie())
+        self.tensor_parallel = dict(self._plan(config.base_model_tp_plan or {}))
         self._cache_name = (
             "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
         )
@@ -165,10 +172,26 @@ class HuggingFace(Backbone):
         return model
 
     def compile_blocks(self) -> None:
-        for block in self._blocks():
+        for block in self.blocks:
             block.compile()
 
-    def _blocks(self) -> nn.ModuleList:
+    def tie(self) -> None:
+        if self._is_tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    def _plan(self, plan: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """The tensor parallel plan of transformers for the layers of a block, and for their adapters."""
+        layers = dict(self.blocks[0].named_modules())
+        for pattern, style in plan.items():
+            name = pattern.partition(".*.")[2]
+            if hasattr(layers.get(name), "base_layer"):  # of peft
+                yield f"{name}.base_layer", style
+                yield f"{name}.lora_{'B' if style.startswith('col') else 'A'}.default", style
+            elif name in layers:
+                yield name, style
+
+    @property
+    def blocks(self) -> nn.ModuleList:
         """The decoder layers: the one list of as many modules as the config says."""
         return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers)
 
