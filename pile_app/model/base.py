@@ -65,6 +65,7 @@ class Backbone(nn.Module, ABC):
     logit_cap: float | None = LOGIT_CAP
     tokenizer: str | None = None  # the only one that the backbone works with
     passes = 3.0  # through the matrices in training: forward, backward by inputs and by weights
+    turns: Mapping[str, str] = {}  # marker of a role (`records.py`) -> its text in the chat template of open weights
     words = 0  # text tokens that the backbone brings vectors of; 0: it brings none
     is_compiled = False
     tensor_parallel: Mapping[str, str] = {}  # layer of a block -> style in `training/parallel.py`; empty: cannot be sharded

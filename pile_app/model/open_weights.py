@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_cached_mask, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype
+from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
 
 
@@ -48,7 +53,7 @@ class HuggingFace(Backbone):
     """A causal language model of transformers: Llama, Qwen, SmolLM, GPT-2, Gemma, Mistral and others.
 
     Args:
-        path: folder with `config.json` and safetensors, or a name on the Hugging Face hub.
+        path: folder with `config.json` and safetensors, a GGUF file, or a name on the Hugging Face hub.
         lora: train low-rank adapters instead of the weights; null: train all weights.
         revision: branch, tag or commit on the hub.
         pretrained: load the weights; false: build the model from its config with random weights.
@@ -72,12 +77,16 @@ class HuggingFace(Backbone):
     ) -> None:
         try:
             from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ValueError(
                 "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
             ) from error
+        disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        weights = _expand_gguf(path) if path.endswith(".gguf") else None
+        path = weights.name if weights is not None else path
         model: Any
         try:
             config = AutoConfig.from_pretrained(path, **options).get_text_config()
@@ -101,6 +110,7 @@ class HuggingFace(Backbone):
         self.words = len(table)
         self.code_std = 0.0 if table.is_meta else float(table.std()) / 2
         self.tokenizer = _tokenizer_file(path, revision)
+        self.turns = read_turns(path, revision) if self.tokenizer else {}
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -142,7 +152,10 @@ class HuggingFace(Backbone):
             Vocabulary.END: self._end,
             Vocabulary.OPENERS[TEXT]: int(tokenizer.encode("\n")[-1]),
         }
-        return (TextTable(self.text_embedding, tokenizer.size, like), TextTable(self.text_head, tokenizer.size, like))
+        embedding, head = (TextTable(table, tokenizer.size, like) for table in (self.text_embedding, self.text_head))
+        with torch.no_grad():  # likely at the beginning of a text, unlike within one, where the word for a newline wins
+            head.weight[Vocabulary.OPENERS[TEXT]].lerp_(head.weight[Vocabulary.NULL], 0.25)
+        return embedding, head
 
     def text_embedding(self) -> Tensor:
         """(text tokens, D) the vectors that the model reads."""
@@ -292,6 +305,58 @@ def _attention(
     assert pile_masks is not None
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     return attend(query, key, value, pile_masks[sliding_window is not None], scale).transpose(1, 2), None
+
+
+@cache
+def _expand_gguf(path: str) -> TemporaryDirectory[str]:
+    """A folder, for as long as this process runs, with config, tokenizer and safetensors of a GGUF file.
+
+    Raises:
+        ValueError: the file or a package is missing, or transformers does not know its architecture.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not all(map(find_spec, ("gguf", "accelerate"))):
+        raise ValueError(f"backbone path={path!r} needs gguf and accelerate: pip install gguf accelerate, or the extra smollm2")
+    try:
+        source = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = loaded.config.to_dict()
+        config.pop("quantization_config", None)
+        model = type(loaded)(type(loaded.config).from_dict(config))
+        model.load_state_dict(loaded.state_dict())
+        folder = TemporaryDirectory(prefix="pile-")
+        model.save_pretrained(folder.name)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"backbone path={path!r} is no GGUF file of a causal language model: {error}") from error
+    return folder
+
+
+def read_turns(path: str, revision: str = "main") -> dict[str, str]:
+    """Marker of a role -> what the chat template writes between the turn before and this one; empty: there is no template.
+
+    A newline at the end is left to `<text>`, which follows and begins as one. A template without a system role gives its text
+    to the user.
+    """
+    from jinja2 import TemplateError
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
+    if not tokenizer.chat_template:
+        return {}
+
+    def between(*roles: str) -> list[str]:
+        messages = [{"role": role, "content": f"({number})"} for number, role in enumerate(roles)]
+        return re.split(r"\(\d\)", str(tokenizer.apply_chat_template(messages, tokenize=False)))
+
+    _, assistant, user, _ = between("user", "assistant", "user")
+    try:
+        system = between("system", "user")[0]
+    except TemplateError:
+        system = user
+    found = {"system": system, "user": user, "assistant": assistant}
+    return {ROLES[role]: text.removesuffix("\n") for role, text in found.items()}
 
 
 def _tokenizer_file(path: str, revision: str) -> str | None:

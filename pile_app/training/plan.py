@@ -73,7 +73,7 @@ class Plan:
         backbone = meta_backbone(config)
         spec = backbone.tokenizer or config.model.tokenizer
         self.has_tokenizer = os.path.exists(spec) or (spec == "bytes" and not backbone.words)
-        tokenizer = load_tokenizer(spec) if self.has_tokenizer else ByteTokenizer()
+        tokenizer = load_tokenizer(spec, backbone.turns) if self.has_tokenizer else ByteTokenizer()
         if not self.has_tokenizer:
             tokenizer.size = backbone.words or text_tokens
             tokenizer.token_bytes = np.ones(tokenizer.size, np.int64)

@@ -16,6 +16,7 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate
 from pile_app.model.huggingface import save_huggingface
 from pile_app.model.pretrained import save_pretrained
+from pile_app.training.checkpoints import read_checkpoint
 from pile_app.training.load import load_run, read_config
 
 FSDP2 = ("--trainer.strategy", "fsdp2")
@@ -73,8 +74,11 @@ def test_two_processes_lose_what_one_loses_and_continue_each_others_runs(bench: 
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     config = transformers.Qwen3Config(**sizes, **heads, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(bench.folder / "weights")
-    rates = ("--model.optimizer.backbone_learning_rate", "0.05", "--model.optimizer.learning_rate", "0.05")
+    weights = transformers.Qwen3ForCausalLM(config)
+    for parameter in weights.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    weights.save_pretrained(bench.folder / "weights")
+    rates = ("--model.optimizer.backbone_learning_rate", "0.01", "--model.optimizer.learning_rate", "0.01")
     options = (*SETTINGS, *lora, *rates, "--model.optimizer.name", "sgd", "--trainer.max_steps", "6", "--model.codec_steps", "1")
     alone = (*options, "--data.micro_batch", "2")
     bench.train("one", *alone)
@@ -89,5 +93,7 @@ def test_two_processes_lose_what_one_loses_and_continue_each_others_runs(bench: 
     on_two("heads", *alone, *TENSOR_PARALLEL)
     for name in ("sharded", "heads"):
         assert_close_runs(bench.run(name), bench.run("one"), 1e-5)
+        found, expected = (read_checkpoint(bench.run(run) / "checkpoints" / "last.ckpt") for run in (name, "one"))
+        torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=1e-4, atol=1e-5)
     model = load_run(bench.run("heads"))[0].model.backbone.model  # type: ignore[union-attr]
     assert model.lm_head.weight is model.model.embed_tokens.weight
