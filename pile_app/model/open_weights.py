@@ -32,6 +32,9 @@ from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
 
 
+FIXED_ATTENTION = "its layers do not take another attention function (those of ALiBi, Mamba and old code do not)"
+
+
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters (arXiv:2106.09685), by `peft`.
@@ -99,8 +102,12 @@ class HuggingFace(Backbone):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(f"backbone path={path!r} is no causal language model of transformers: {error}") from error
+        except KeyError as error:  # of old code that looks up its attention by name
+            raise ValueError(f"backbone path={path!r} ({config.model_type}) cannot be used: {FIXED_ATTENTION}") from error
+        _check(path, model, config)
         super().__init__(config.hidden_size, config.num_hidden_layers)
         self.path, self.revision, self.heads = path, revision, config.num_attention_heads
+        self.head_scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
         self.key_value_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -114,7 +121,6 @@ class HuggingFace(Backbone):
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._check(model, config)
         lora = LoRA(**lora) if isinstance(lora, dict) else lora  # of a file
         if lora is not None:
             from peft import LoraConfig, inject_adapter_in_model
@@ -130,18 +136,6 @@ class HuggingFace(Backbone):
         self._cache_name = (
             "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
         )
-
-    def _check(self, model: Any, config: Any) -> None:
-        head = model.get_output_embeddings()
-        reason = ""
-        if head is None or getattr(head, "bias", None) is not None:
-            reason = "its head has a bias"
-        elif getattr(config, "attn_logit_softcapping", None):
-            reason = "its attention caps the scores"
-        elif set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-            reason = f"it has layers of {sorted(set(config.layer_types))}"
-        if reason:
-            raise ValueError(f"backbone path={self.path!r} ({type(model).__name__}) cannot be used: {reason}")
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
         words = len(self.text_embedding())
@@ -165,7 +159,7 @@ class HuggingFace(Backbone):
     def text_head(self) -> Tensor:
         """(text tokens, D)"""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return weight if self.head_scale == 1 else weight * self.head_scale
 
     def save_description(self, folder: Path) -> None:
         """Write config and tokenizer, from which the model can be built without its weights."""
@@ -209,7 +203,7 @@ class HuggingFace(Backbone):
         return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers)
 
     def flops_per_token(self, context: float) -> float:
-        tables = {id(self.model.get_input_embeddings().weight), id(self.text_head())}
+        tables = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
         matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2 and id(p) not in tables)
         return 2.0 * matrices + 4.0 * self.layers * self.heads * self.head_width * context
 
@@ -305,6 +299,21 @@ def _attention(
     assert pile_masks is not None
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     return attend(query, key, value, pile_masks[sliding_window is not None], scale).transpose(1, 2), None
+
+
+def _check(path: str, model: Any, config: Any) -> None:
+    head = model.get_output_embeddings()
+    reason = ""
+    if not getattr(model, "_supports_attention_backend", False):
+        reason = FIXED_ATTENTION
+    elif head is None or getattr(head, "bias", None) is not None:
+        reason = "its head has a bias"
+    elif getattr(config, "attn_logit_softcapping", None):
+        reason = "its attention caps the scores"
+    elif set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        reason = f"it has layers of {sorted(set(config.layer_types))}"
+    if reason:
+        raise ValueError(f"backbone path={path!r} ({type(model).__name__}) cannot be used: {reason}")
 
 
 @cache
