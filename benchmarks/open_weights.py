@@ -41,7 +41,9 @@ OURS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of SmolLM2 or another model of transformers")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with wikitext2/valid.txt and sst2/train.tsv")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder with wikitext2/valid.txt and sst2/train.tsv"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=10**9, help="of WikiText-2, at most")

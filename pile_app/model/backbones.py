@@ -51,9 +51,8 @@ class Transformer(Backbone):
             (1.2 as in modded-nanogpt). 1, and no skips, are the architecture of nanochat (see `huggingface.py`).
     """
 
-    tensor_parallel = dict.fromkeys(("query", "key", "value", "expand"), "colwise") | dict.fromkeys(
-        ("attention_out", "contract"), "rowwise"
-    )
+    tensor_parallel = dict.fromkeys(("query", "key", "value", "expand"), "colwise")
+    tensor_parallel |= dict.fromkeys(("attention_out", "contract"), "rowwise")
 
     def __init__(
         self,

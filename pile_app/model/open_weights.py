@@ -31,7 +31,6 @@ from pile_app.model.base import Backbone, Cache, matmul_dtype
 from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
 
-
 FIXED_ATTENTION = "its layers do not take another attention function (those of ALiBi, Mamba and old code do not)"
 
 
@@ -329,10 +328,11 @@ def _expand_gguf(path: str) -> TemporaryDirectory[str]:
         raise ValueError(f"backbone path={path!r} needs gguf and accelerate: pip install gguf accelerate, or the extra smollm2")
     try:
         source = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        config = loaded.config.to_dict()
-        config.pop("quantization_config", None)
-        model = type(loaded)(type(loaded.config).from_dict(config))
+        with torch.device("cpu"):
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            config = loaded.config.to_dict()
+            config.pop("quantization_config", None)
+            model = type(loaded)(type(loaded.config).from_dict(config))
         model.load_state_dict(loaded.state_dict())
         folder = TemporaryDirectory(prefix="pile-")
         model.save_pretrained(folder.name)

@@ -75,7 +75,8 @@ def read_upload(name: str, data: bytes, limits: Limits | None = None) -> Segment
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer cannot write the markers of roles."""
-    if not getattr(tokenizer, "turns", None) and any(tokenizer.decode(tokenizer.encode(marker)) != marker for marker in MARKERS):
+    has_template = bool(getattr(tokenizer, "turns", None))
+    if not has_template and any(tokenizer.decode(tokenizer.encode(marker)) != marker for marker in MARKERS):
         raise ValueError(
             "conversations need a tokenizer that writes control characters, which mark who speaks: bytes or byte-level BPE"
         )

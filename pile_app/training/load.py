@@ -59,8 +59,6 @@ def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataM
     config = read_config(run)
     if is_open_weights(run):
         module, data = build_run(run, config)
-        module.model.fingerprint_codecs()
-        data.vocabulary = module.vocabulary
         return module.eval(), data, {"global_step": 0, "state_dict": module.state_dict()}
     path = find_checkpoint(run, checkpoint)
     if damage := find_damage(path, "weights"):

@@ -131,12 +131,11 @@ def plan_memory(
     if layout.strategy == "ddp" and not layout.bucket_view:
         parallel = sum(kept.values())
     elif layout.shards > 1:  # parameters and gradients of the root, parameters of two blocks, gradients of one
-        blocks = [count_bytes(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
-        learned = [count_bytes(filter(is_trained, block.parameters())) for block in getattr(model.backbone, "blocks", ())]
-        root = count_bytes(trained.values()) - sum(blocks)
-        of_root = count_bytes(filter(is_trained, trained.values())) - sum(learned)
-        whole = 1.0 if precision == "32-true" else 0.5
-        parallel = root + of_root + int(whole * 2 * max(blocks, default=0) + max(learned, default=0))
+        units = [list(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
+        blocks, learned = [count_bytes(unit) for unit in units], [count_bytes(p for p in u if p.requires_grad) for u in units]
+        root = count_bytes(trained.values()) + count_bytes(p for p in trained.values() if p.requires_grad)
+        copies = 2 if precision == "32-true" else 1  # two in half precision are as large as one
+        parallel = root - sum(blocks) - sum(learned) + copies * max(blocks, default=0) + max(learned, default=0)
         if precision != "32-true" and blocks:
             model.backbone.blocks.bfloat16()  # as FSDP2 gathers them
     gradients: dict[Tensor, Tensor] = {}
@@ -173,22 +172,17 @@ def plan_memory(
     return Memory(weights, sum(kept.values()), optimizer, activations, parallel, peak)
 
 
-def is_trained(parameter: Tensor) -> bool:
-    return parameter.requires_grad
-
-
 def shard_matrices(model: FusedLanguageModel, parts: int) -> None:
     """Give every block the shapes of a single device among `parts` tensor-parallel devices."""
     dimensions = {ColwiseParallel: (("weight", 0), ("bias", 0)), RowwiseParallel: (("weight", 1),)}
     for layer, style in tensor_parallel_plan(model.backbone, parts).items():
-        for number, block in enumerate(model.backbone.blocks):  # type: ignore[arg-type]
+        for block in model.backbone.blocks:  # type: ignore[union-attr]
             linear = block.get_submodule(layer)
             for name, dimension in dimensions.get(type(style), ()):
-                if (whole := getattr(linear, name)) is None:
-                    continue
-                if whole.size(dimension) % parts:
-                    raise ValueError(f"tensor_parallel_size={parts} must divide {layer}, {tuple(whole.shape)} of block {number}")
-                setattr(linear, name, nn.Parameter(whole.chunk(parts, dimension)[0].clone(), whole.requires_grad))
+                if (whole := getattr(linear, name)) is not None:
+                    if whole.size(dimension) % parts:
+                        raise ValueError(f"tensor_parallel_size={parts} must divide {layer}, {tuple(whole.shape)}")
+                    setattr(linear, name, nn.Parameter(whole.chunk(parts, dimension)[0].clone(), whole.requires_grad))
 
 
 @contextmanager

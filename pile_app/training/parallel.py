@@ -83,10 +83,8 @@ STYLES: dict[str, type[ParallelStyle]] = {
 def tensor_parallel_plan(backbone: Backbone, size: int) -> dict[str, ParallelStyle]:
     """Return how the layers of a block are sharded over `size` devices. Raises ValueError if they cannot be."""
     kind, plan = getattr(backbone, "kind", type(backbone).__name__), backbone.tensor_parallel
-    if not plan:
-        raise ValueError(f"tensor_parallel_size={size}: a {kind} has no plan for it: set it to 1, fsdp2 shards the model too")
-    if unknown := set(plan.values()) - STYLES.keys():
-        raise ValueError(f"tensor_parallel_size={size}: the plan of {kind} has layers of {sorted(unknown)}: set it to 1")
+    if not plan or not set(plan.values()) <= STYLES.keys():
+        raise ValueError(f"tensor_parallel_size={size}: no plan says how {kind} is sharded: set it to 1, use fsdp2")
     for name in ("heads", "key_value_heads"):
         if (heads := getattr(backbone, name)) % size:
             raise ValueError(f"tensor_parallel_size={size} must divide the backbone's {heads} {name.replace('_', ' ')}")

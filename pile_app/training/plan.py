@@ -75,8 +75,8 @@ class Plan:
         self.has_tokenizer = os.path.exists(spec) or (spec == "bytes" and not backbone.words)
         tokenizer = load_tokenizer(spec, backbone.turns) if self.has_tokenizer else ByteTokenizer()
         if not self.has_tokenizer:
-            tokenizer.size = backbone.words or text_tokens
-            tokenizer.token_bytes = np.ones(tokenizer.size, np.int64)
+            tokenizer.size = size = backbone.words or text_tokens
+            tokenizer.token_bytes = np.ones(size, np.int64)
         self.words, self.width, self.heads = backbone.words, backbone.width, getattr(backbone, "heads", 0)
         model = meta_model(config, tokenizer, backbone)
         self.vocabulary, self.parts = model.vocabulary, count_parts(model)
@@ -208,7 +208,8 @@ class Plan:
         if steps is not None:
             ratio, warmup = self.tokens / (20 * self.parameters), optimizer.warmup_steps
             passes = self.tokens / (self.epoch_tokens or math.inf)
-            yield ratio < 0.25 and not self.words, f"{ratio:.2f} of Chinchilla's tokens: a smaller model trained longer is better at the same cost"
+            few = ratio < 0.25 and not self.words
+            yield few, f"{ratio:.2f} of Chinchilla's tokens: a smaller model trained longer is better at the same cost"
             yield passes > 4, f"{passes:.0f} passes over the data: after four, repeated tokens teach little (arXiv:2305.16264)"
             yield warmup > 0.1 * steps, f"{warmup} of {steps:,} steps are warm-up: lower model.optimizer.warmup_steps"
             yield million > 100 and warmup < 100, f"a warm-up of {warmup} steps is short for {million:,.0f} M parameters"
@@ -222,9 +223,8 @@ class Plan:
             yield self.precision == "32-true", f"float32 leaves {unused:.0%} of the {self.hardware} unused: bf16-mixed"
             yield width % 128 > 0, f"width {width} is no multiple of 128: matrix units compute whole tiles of 128"
             yield head not in (1, 64, 128), f"heads of size {head}: attention is fastest with 64 or 128"
-        size = f"planned with {self.vocabulary.text_tokens:,} text tokens"
-        missing = f"{model.tokenizer} does not exist yet: {size} (--text-tokens)" if not self.words else f"no tokenizer.json: {size}"
-        yield not self.has_tokenizer, missing
+        missing = "there is no tokenizer.json" if self.words else f"{model.tokenizer} does not exist yet (--text-tokens)"
+        yield not self.has_tokenizer, f"{missing}: planned with {self.vocabulary.text_tokens:,} text tokens"
         padding = f"{1 - self.fill:.0%} of the positions are padding"
         yield self.fill < 0.95, f"{padding}: data.context={self.config.data.context} does not suit these documents"
 

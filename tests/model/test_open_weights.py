@@ -40,7 +40,9 @@ FAMILIES: dict[str, Any] = {
     "qwen2": lambda: transformers.Qwen2Config(**WIDE),
     "phi3": lambda: transformers.Phi3Config(**WIDE, pad_token_id=0),
     "olmo2": lambda: transformers.Olmo2Config(**WIDE, pad_token_id=0),
-    "granite": lambda: transformers.GraniteConfig(**WIDE, logits_scaling=4.0, embedding_multiplier=2.0, residual_multiplier=0.5),
+    "granite": lambda: transformers.GraniteConfig(
+        **WIDE, logits_scaling=4.0, embedding_multiplier=2.0, residual_multiplier=0.5
+    ),
     "cohere": lambda: transformers.CohereConfig(**WIDE, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "starcoder2": lambda: transformers.Starcoder2Config(**WIDE, residual_dropout=0, embedding_dropout=0),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=64, max_position_embeddings=128),

@@ -79,7 +79,17 @@ def test_two_processes_lose_what_one_loses_and_continue_each_others_runs(bench: 
         torch.nn.init.normal_(parameter, std=0.3)
     weights.save_pretrained(bench.folder / "weights")
     rates = ("--model.optimizer.backbone_learning_rate", "0.01", "--model.optimizer.learning_rate", "0.01")
-    options = (*SETTINGS, *lora, *rates, "--model.optimizer.name", "sgd", "--trainer.max_steps", "6", "--model.codec_steps", "1")
+    options = (
+        *SETTINGS,
+        *lora,
+        *rates,
+        "--model.optimizer.name",
+        "sgd",
+        "--trainer.max_steps",
+        "6",
+        "--model.codec_steps",
+        "1",
+    )
     alone = (*options, "--data.micro_batch", "2")
     bench.train("one", *alone)
 

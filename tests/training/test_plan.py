@@ -260,7 +260,9 @@ def test_7b_on_64_ranks_holds_to_the_byte_what_the_plan_says(
     optimizer.step()
     states: list[Tensor] = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
-    gradients = count_local(p.grad for p in model.parameters() if p.grad is not None) - count_local(codecs)  # which train before the language model
+    gradients = count_local(p.grad for p in model.parameters() if p.grad is not None) - count_local(
+        codecs
+    )  # which train before the language model
 
     layout = Layout("fsdp", fake_world, tensor_parallel)
     memory = plan_memory(
