@@ -54,8 +54,7 @@ def main() -> int:
     if options.plain:
         print(json.dumps(plain(options)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        return measure(options, Path(folder))
+    return measure(options, Path(tempfile.mkdtemp(prefix="pile-open-")))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> int:
@@ -86,8 +85,7 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
 
     ratios: dict[str, list[float]] = {part: [] for part in options.parts}
     for _ in range(options.rounds):
-        if "memory" in ratios or "speed" in ratios:
-            full = ours("wikitext")
+        full = ours("wikitext") if {"memory", "speed"} & ratios.keys() else {}
         if "memory" in ratios:
             adapted = ours("wikitext", "--model.backbone.lora", "{rank: 16}")
             ratios["memory"].append(adapted["peak_memory_bytes"] / full["peak_memory_bytes"])
@@ -114,7 +112,6 @@ def run(command: Sequence[str]) -> str:
 
 
 def plain(options: argparse.Namespace) -> dict[str, float]:
-    """The same with transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
