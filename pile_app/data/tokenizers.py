@@ -99,9 +99,13 @@ class JsonTokenizer:
 
     Nothing is added to a text or truncated. Control tokens that are written in a text are encoded as ordinary text, except for
     the `<unk>` of a WordLevel model, as in WikiText. A warning says what the tokenizer loses.
+
+    Args:
+        path: of the file.
+        turns: texts that are encoded as others, with control tokens: markers of roles as the chat template of open weights.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, turns: Mapping[str, str] | None = None) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -114,7 +118,12 @@ class JsonTokenizer:
                 f"tokenizer {str(path)!r} cannot be used: {error!r:.300}. "
                 'Give "bytes", or the path of a tokenizer.json of the tokenizers library'
             ) from error
+        self.turns = {
+            text: np.array(self._tokenizer.encode(other, add_special_tokens=False).ids, np.int32)
+            for text, other in (turns or {}).items()
+        }
         self._tokenizer.encode_special_tokens = True
+        data += json.dumps(turns).encode() if turns else b""
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
         vocabulary, model = self._tokenizer.get_vocab(with_added_tokens=True), description["model"]
         self.size = max(vocabulary.values()) + 1
@@ -161,12 +170,15 @@ class JsonTokenizer:
         return [(ids, 0, encoding)]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.concatenate([ids for ids, _, _ in self._encode(text)])
+        return self.turns[text] if text in self.turns else np.concatenate([ids for ids, _, _ in self._encode(text)])
 
     def encode_all(self, texts: Sequence[str], breaks: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         found = []
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         for text, offsets, encoding in zip(texts, breaks, encodings, strict=True):
+            if text in self.turns:
+                found.append((self.turns[text], NO_TOKENS))
+                continue
             pieces, before = self._encode(text, encoding), NO_TOKENS
             if offsets:  # a token that reaches over a break is after it
                 stops = [start + stop for _, start, piece in pieces for _, stop in piece.offsets]
@@ -200,9 +212,10 @@ def _plain_part(part: Any, splits: bool) -> Any:
     return part | changes.get(part["type"], {}) | {name: list(filter(None, value)) for name, value in lists.items()}
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Load `bytes`, or the `tokenizer.json` at the path `spec`. Raises ValueError if the file cannot be read."""
-    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec)
+def load_tokenizer(spec: str, turns: Mapping[str, str] | None = None) -> Tokenizer:
+    """Load `bytes`, or the `tokenizer.json` at the path `spec`. Raises ValueError if the file cannot be read. `turns`: see
+    `JsonTokenizer`."""
+    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(spec, turns)
 
 
 def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: int, path: str | Path) -> None:

@@ -51,6 +51,9 @@ class Transformer(Backbone):
             (1.2 as in modded-nanogpt). 1, and no skips, are the architecture of nanochat (see `huggingface.py`).
     """
 
+    tensor_parallel = dict.fromkeys(("query", "key", "value", "expand"), "colwise")
+    tensor_parallel |= dict.fromkeys(("attention_out", "contract"), "rowwise")
+
     def __init__(
         self,
         width: int = 128,
@@ -68,8 +71,9 @@ class Transformer(Backbone):
         if not sharpness > 0:
             raise ValueError(f"backbone sharpness={sharpness} must be above 0")
         self.heads, self.rope_base, self.skips, self.sharpness = heads, rope_base, skips, sharpness
+        self.key_value_heads = key_value_heads or heads
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, key_value_heads or heads, int(feed_forward * width), dropout, skips, sharpness)
+            TransformerBlock(width, heads, self.key_value_heads, int(feed_forward * width), dropout, skips, sharpness)
             for _ in range(layers)
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,11 @@ class Backbone(nn.Module, ABC):
     code_std = 0.5  # of the initial vectors of codes
     logit_cap: float | None = LOGIT_CAP
     tokenizer: str | None = None  # the only one that the backbone works with
+    passes = 3.0  # through the matrices in training: forward, backward by inputs and by weights
+    turns: Mapping[str, str] = {}  # marker of a role (`records.py`) -> its text in the chat template of open weights
+    words = 0  # text tokens that the backbone brings vectors of; 0: it brings none
     is_compiled = False
+    tensor_parallel: Mapping[str, str] = {}  # layer of a block -> style in `training/parallel.py`; empty: cannot be sharded
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -84,6 +88,9 @@ class Backbone(nn.Module, ABC):
         """Embedding and head of the special and text tokens, if the backbone brings its own: modules that return
         (special + text tokens, D). None: they are trained from scratch."""
         return None
+
+    def tie(self) -> None:
+        """Let layers that share a weight share it again, after their parameters were replaced."""
 
     @abstractmethod
     def forward(

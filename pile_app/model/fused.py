@@ -353,7 +353,7 @@ class FusedLanguageModel(nn.Module):
             used = self.vocabulary.modalities
             shares = [(modality in used) / len(used) for modality in range(len(sizes))]
         head = 2.0 * self.backbone.width * sum(share * size for share, size in zip(shares, sizes, strict=True))
-        return 3 * (self.backbone.flops_per_token(context) + head)
+        return self.backbone.passes * self.backbone.flops_per_token(context) + 3 * head
 
 
 def codec_fingerprint(codec: ImageCodec | AudioCodec, weights: Mapping[str, Tensor] | None = None) -> str:

@@ -11,6 +11,7 @@ writes `<begin> <text>` before a text, as in training. Writing the folder needs 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pile_app.model.backbones import HuggingFace, Transformer
 from pile_app.model.base import EPSILON, LOGIT_CAP
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.pretrained import make_empty, save_weights
+from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
 
 # By id, as `Vocabulary` has them.
@@ -96,7 +98,7 @@ def save_open_weights(model: FusedLanguageModel, backbone: HuggingFace, folder: 
     read, written = plain.get_input_embeddings(), plain.get_output_embeddings()
     with torch.no_grad():
         for row, token in enumerate(specials.values(), first):
-            written.weight[row] = model.heads[TEXT]()[token]
+            written.weight[row] = model.heads[TEXT]()[token] / backbone.head_scale
             if written.weight is not read.weight or token != Vocabulary.END:
                 read.weight[row] = model.embeddings[TEXT]()[token] / getattr(read, "scalar_embed_scale", 1.0)
     ids = dict(zip(specials, range(first, first + len(specials)), strict=True))
@@ -106,8 +108,19 @@ def save_open_weights(model: FusedLanguageModel, backbone: HuggingFace, folder: 
     tokenizer.bos_token, tokenizer.eos_token = "<begin>", "<end>"
     for config in (plain.config, plain.generation_config):
         config.bos_token_id, config.eos_token_id = ids["<begin>"], ids["<end>"]
+    if backbone.turns:
+        tokenizer.chat_template = chat_template(backbone.turns)
+        plain.generation_config.eos_token_id = [ids["<end>"], int(model.tokenizer.encode(ROLES["user"])[0])]
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def chat_template(turns: Mapping[str, str]) -> str:
+    """A chat template that writes conversations as `records.py` lays them out."""
+    texts = json.dumps({role: turns[marker] for role, marker in ROLES.items()}, ensure_ascii=False)
+    turn = "{{ '<text>' + turns[message['role']] + '<text>' + message['content'] }}"
+    answer = "{% if add_generation_prompt %}{{ '<text>' + turns['assistant'] + '<text>' }}{% endif %}"
+    return f"{{% set turns = {texts} %}}<begin>{{% for message in messages %}}{turn}{{% endfor %}}{answer}"
 
 
 def check_exportable(model: FusedLanguageModel) -> Transformer:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +28,10 @@ from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_cached_mask, make_mask
 from pile_app.model.base import Backbone, Cache, matmul_dtype
+from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
+
+FIXED_ATTENTION = "its layers do not take another attention function (those of ALiBi, Mamba and old code do not)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class HuggingFace(Backbone):
     """A causal language model of transformers: Llama, Qwen, SmolLM, GPT-2, Gemma, Mistral and others.
 
     Args:
-        path: folder with `config.json` and safetensors, or a name on the Hugging Face hub.
+        path: folder with `config.json` and safetensors, a GGUF file, or a name on the Hugging Face hub.
         lora: train low-rank adapters instead of the weights; null: train all weights.
         revision: branch, tag or commit on the hub.
         pretrained: load the weights; false: build the model from its config with random weights.
@@ -72,12 +79,16 @@ class HuggingFace(Backbone):
     ) -> None:
         try:
             from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ValueError(
                 "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
             ) from error
+        disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        weights = _expand_gguf(path) if path.endswith(".gguf") else None
+        path = weights.name if weights is not None else path
         model: Any
         try:
             config = AutoConfig.from_pretrained(path, **options).get_text_config()
@@ -90,41 +101,40 @@ class HuggingFace(Backbone):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(f"backbone path={path!r} is no causal language model of transformers: {error}") from error
+        except KeyError as error:  # of old code that looks up its attention by name
+            raise ValueError(f"backbone path={path!r} ({config.model_type}) cannot be used: {FIXED_ATTENTION}") from error
+        _check(path, model, config)
         super().__init__(config.hidden_size, config.num_hidden_layers)
         self.path, self.revision, self.heads = path, revision, config.num_attention_heads
+        self.head_scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+        self.key_value_heads: int = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         self._end = ends[0] if ends[0] is not None else 0
         self._begin = self._end if config.bos_token_id is None else config.bos_token_id
-        self.code_std = float(model.get_input_embeddings().weight.detach().std()) / 2
+        table = model.get_input_embeddings().weight.detach()
+        self.words = len(table)
+        self.code_std = 0.0 if table.is_meta else float(table.std()) / 2
         self.tokenizer = _tokenizer_file(path, revision)
+        self.turns = read_turns(path, revision) if self.tokenizer else {}
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._check(model, config)
         lora = LoRA(**lora) if isinstance(lora, dict) else lora  # of a file
         if lora is not None:
             from peft import LoraConfig, inject_adapter_in_model
 
             model.requires_grad_(False)
+            self.passes = 2.0  # no gradients of the matrices
             adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout)
             inject_adapter_in_model(adapters, model)
-        self.model, self._checkpoints = model, False
+        self.model, self._checkpoints, self.kind = model, False, type(model).__name__
+        self._is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        self.register_load_state_dict_post_hook(lambda own, _: own.tie())
+        self.tensor_parallel = dict(self._plan(config.base_model_tp_plan or {}))
         self._cache_name = (
             "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
         )
-
-    def _check(self, model: Any, config: Any) -> None:
-        head = model.get_output_embeddings()
-        reason = ""
-        if head is None or getattr(head, "bias", None) is not None:
-            reason = "its head has a bias"
-        elif getattr(config, "attn_logit_softcapping", None):
-            reason = "its attention caps the scores"
-        elif set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-            reason = f"it has layers of {sorted(set(config.layer_types))}"
-        if reason:
-            raise ValueError(f"backbone path={self.path!r} ({type(model).__name__}) cannot be used: {reason}")
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
         words = len(self.text_embedding())
@@ -135,7 +145,10 @@ class HuggingFace(Backbone):
             Vocabulary.END: self._end,
             Vocabulary.OPENERS[TEXT]: int(tokenizer.encode("\n")[-1]),
         }
-        return (TextTable(self.text_embedding, tokenizer.size, like), TextTable(self.text_head, tokenizer.size, like))
+        embedding, head = (TextTable(table, tokenizer.size, like) for table in (self.text_embedding, self.text_head))
+        with torch.no_grad():  # likely at the beginning of a text, unlike within one, where the word for a newline wins
+            head.weight[Vocabulary.OPENERS[TEXT]].lerp_(head.weight[Vocabulary.NULL], 0.25)
+        return embedding, head
 
     def text_embedding(self) -> Tensor:
         """(text tokens, D) the vectors that the model reads."""
@@ -145,7 +158,7 @@ class HuggingFace(Backbone):
     def text_head(self) -> Tensor:
         """(text tokens, D)"""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return weight if self.head_scale == 1 else weight * self.head_scale
 
     def save_description(self, folder: Path) -> None:
         """Write config and tokenizer, from which the model can be built without its weights."""
@@ -165,15 +178,31 @@ class HuggingFace(Backbone):
         return model
 
     def compile_blocks(self) -> None:
-        for block in self._blocks():
+        for block in self.blocks:
             block.compile()
 
-    def _blocks(self) -> nn.ModuleList:
+    def tie(self) -> None:
+        if self._is_tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    def _plan(self, plan: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """The tensor parallel plan of transformers for the layers of a block, and for their adapters."""
+        layers = dict(self.blocks[0].named_modules())
+        for pattern, style in plan.items():
+            name = pattern.partition(".*.")[2]
+            if hasattr(layers.get(name), "base_layer"):  # of peft
+                yield f"{name}.base_layer", style
+                yield f"{name}.lora_{'B' if style.startswith('col') else 'A'}.default", style
+            elif name in layers:
+                yield name, style
+
+    @property
+    def blocks(self) -> nn.ModuleList:
         """The decoder layers: the one list of as many modules as the config says."""
         return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers)
 
     def flops_per_token(self, context: float) -> float:
-        tables = {id(self.model.get_input_embeddings().weight), id(self.text_head())}
+        tables = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
         matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2 and id(p) not in tables)
         return 2.0 * matrices + 4.0 * self.layers * self.heads * self.head_width * context
 
@@ -269,6 +298,74 @@ def _attention(
     assert pile_masks is not None
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     return attend(query, key, value, pile_masks[sliding_window is not None], scale).transpose(1, 2), None
+
+
+def _check(path: str, model: Any, config: Any) -> None:
+    head = model.get_output_embeddings()
+    reason = ""
+    if not getattr(model, "_supports_attention_backend", False):
+        reason = FIXED_ATTENTION
+    elif head is None or getattr(head, "bias", None) is not None:
+        reason = "its head has a bias"
+    elif getattr(config, "attn_logit_softcapping", None):
+        reason = "its attention caps the scores"
+    elif set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        reason = f"it has layers of {sorted(set(config.layer_types))}"
+    if reason:
+        raise ValueError(f"backbone path={path!r} ({type(model).__name__}) cannot be used: {reason}")
+
+
+@cache
+def _expand_gguf(path: str) -> TemporaryDirectory[str]:
+    """A folder, for as long as this process runs, with config, tokenizer and safetensors of a GGUF file.
+
+    Raises:
+        ValueError: the file or a package is missing, or transformers does not know its architecture.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not all(map(find_spec, ("gguf", "accelerate"))):
+        raise ValueError(f"backbone path={path!r} needs gguf and accelerate: pip install gguf accelerate, or the extra smollm2")
+    try:
+        source = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
+        with torch.device("cpu"):
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            config = loaded.config.to_dict()
+            config.pop("quantization_config", None)
+            model = type(loaded)(type(loaded.config).from_dict(config))
+        model.load_state_dict(loaded.state_dict())
+        folder = TemporaryDirectory(prefix="pile-")
+        model.save_pretrained(folder.name)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"backbone path={path!r} is no GGUF file of a causal language model: {error}") from error
+    return folder
+
+
+def read_turns(path: str, revision: str = "main") -> dict[str, str]:
+    """Marker of a role -> what the chat template writes between the turn before and this one; empty: there is no template.
+
+    A newline at the end is left to `<text>`, which follows and begins as one. A template without a system role gives its text
+    to the user.
+    """
+    from jinja2 import TemplateError
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
+    if not tokenizer.chat_template:
+        return {}
+
+    def between(*roles: str) -> list[str]:
+        messages = [{"role": role, "content": f"({number})"} for number, role in enumerate(roles)]
+        return re.split(r"\(\d\)", str(tokenizer.apply_chat_template(messages, tokenize=False)))
+
+    _, assistant, user, _ = between("user", "assistant", "user")
+    try:
+        system = between("system", "user")[0]
+    except TemplateError:
+        system = user
+    found = {"system": system, "user": user, "assistant": assistant}
+    return {ROLES[role]: text.removesuffix("\n") for role, text in found.items()}
 
 
 def _tokenizer_file(path: str, revision: str) -> str | None:

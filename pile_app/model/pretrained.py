@@ -110,7 +110,7 @@ def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
     except TypeError as error:
         raise ValueError(f"{str(folder / 'config.json')!r} does not belong to this version of Pile: {error}") from error
     file = "bytes" if is_bytes else str(folder / "tokenizer.json")  # never a path out of the folder
-    arguments["tokenizer"] = load_tokenizer(arguments["backbone"].tokenizer or file)
+    arguments["tokenizer"] = load_tokenizer(arguments["backbone"].tokenizer or file, arguments["backbone"].turns)
     return arguments, weights
 
 

@@ -20,7 +20,7 @@ from pile_app.documents import AUDIO, MODALITIES, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate_document
 from pile_app.model.segments import segment_length
-from pile_app.records import MARKERS, Turn, clean_turn, conversation_prompt
+from pile_app.records import MARKERS, ROLES, Turn, clean_turn, conversation_prompt
 
 ANSWER_SHARE = 4  # a quarter of the context, at least, is kept free for the answer
 
@@ -71,7 +71,8 @@ def read_upload(name: str, data: bytes, limits: Limits | None = None) -> Segment
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer cannot write the markers of roles."""
-    if any(tokenizer.decode(tokenizer.encode(marker)) != marker for marker in MARKERS):
+    has_template = bool(getattr(tokenizer, "turns", None))
+    if not has_template and any(tokenizer.decode(tokenizer.encode(marker)) != marker for marker in MARKERS):
         raise ValueError(
             "conversations need a tokenizer that writes control characters, which mark who speaks: bytes or byte-level BPE"
         )
@@ -85,6 +86,9 @@ class Conversation:
         self, model: FusedLanguageModel, context: int, limits: Limits | None = None, turns: Sequence[Turn] = ()
     ) -> None:
         check_tokenizer(model.tokenizer)
+        template = getattr(model.tokenizer, "turns", {}).get(ROLES["user"], ())
+        written = [model.tokenizer.decode(ids).strip() for ids in (template[:1], template)]
+        self.stop = tuple(filter(None, written))[:1]  # the first token of the user's turn ends the answer before
         self.model, self.context, self.limits, self.turns = model, context, limits or Limits(), list(turns)
         self.answers = 0  # drawn so far: each has its own seed
 
@@ -142,7 +146,7 @@ class Conversation:
         if AUDIO in self.model.vocabulary.modalities:
             seconds = min(seconds, left / self.model.vocabulary.audio_tokens_per_second)
         sampling = replace(
-            sampling, stop=(*sampling.stop, *MARKERS), max_text=min(sampling.max_text, left), max_seconds=seconds,
+            sampling, stop=(*sampling.stop, *MARKERS, *self.stop), max_text=min(sampling.max_text, left), max_seconds=seconds,
             seed=sampling.seed + self.answers,
         )  # fmt: skip
         self.answers += 1

@@ -176,6 +176,8 @@ class PileCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""
         is_replaced = self.checkpoint is not None or (is_sharded(self.config.trainer) and not is_first_process())
+        if is_replaced and (backbone := self.config.model.backbone).class_path.endswith("HuggingFace"):
+            backbone.init_args.pretrained = False
         with SkipInitialization() if is_replaced else nullcontext():
             super().instantiate_classes()
 

@@ -6,6 +6,7 @@ opened before `data.setup()` is called.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pile_app.training.muon import cpu_multiplies_bfloat16
 
 TOKENIZER = "tokenizer.json"  # the copy of `model.tokenizer` in the folder of a run
 BACKBONE = "backbone"  # config and tokenizer of open weights there
+OPEN_CONTEXT = 2048  # tokens that open weights see at a time, where no run says otherwise
 
 
 FILLING = ("uniform_", "normal_", "zero_", "fill_")
@@ -48,14 +50,18 @@ def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataM
     """Return the module in evaluation mode on the CPU, the data module, and the checkpoint as it was saved.
 
     Args:
-        run: folder of the run.
+        run: folder of the run; or of open weights of transformers, or their GGUF file, which are taken as they are.
         checkpoint: "auto", "last", "best", "previous" (the one before the last), or the path of a checkpoint. "auto": the one
             that the run's summary is about, the best with an objective, else the last.
 
     Raises:
         ValueError: `run` is not the folder of a run, holds no such checkpoint, or config and checkpoint do not belong together.
     """
-    config, path = read_config(run), find_checkpoint(run, checkpoint)
+    config = read_config(run)
+    if is_open_weights(run):
+        module, data = build_run(run, config)
+        return module.eval(), data, {"global_step": 0, "state_dict": module.state_dict()}
+    path = find_checkpoint(run, checkpoint)
     if damage := find_damage(path, "weights"):
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {damage}")
     with SkipInitialization():
@@ -95,6 +101,10 @@ def load_on(run: Path, checkpoint: str, device: str = "auto") -> tuple[PileModul
 def read_config(run: Path) -> dict[str, Any]:
     """Read `config.yaml` of a run folder, with the run's own copy of its tokenizer."""
     path = run / "config.yaml"
+    if is_open_weights(run):
+        backbone = {"class_path": "HuggingFace", "init_args": {"path": str(run)}}
+        data = {"sources": {"open": {"train": "none"}}, "context": OPEN_CONTEXT}
+        return {"model": {"backbone": backbone}, "data": data, "trainer": {}}
     if not run.is_dir():
         raise ValueError(f"there is no run folder {str(run)!r} (working folder {os.getcwd()})")
     if not path.is_file():
@@ -111,6 +121,14 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+def is_open_weights(run: Path) -> bool:
+    """Whether it is no run, but a folder of transformers or a GGUF file."""
+    try:
+        return run.suffix == ".gguf" or "model_type" in json.loads((run / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+
+
 def take_description(model: Any, run: Path) -> None:
     """Let open weights be built from the description in the run's folder; the checkpoint has the weights."""
     if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
@@ -120,6 +138,8 @@ def take_description(model: Any, run: Path) -> None:
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:
     """Return the file or folder of a checkpoint; see `load_run`."""
+    if is_open_weights(run):
+        return run
     if checkpoint == "auto":
         has_best = read_config(run)["model"].get("objective") and (run / "checkpoints" / "best.ckpt").exists()
         checkpoint = "best" if has_best else "last"

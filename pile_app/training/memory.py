@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
-from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pile_app.data.batch import NOT_LEARNED, Batch, allocate
 from pile_app.model.attention import BLOCK, LONGEST, AttentionMask
-from pile_app.model.backbones import LSTM, Transformer
+from pile_app.model.backbones import LSTM
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.optim import OptimizerConfig, make_optimizer
 from pile_app.training.parallel import tensor_parallel_plan
@@ -123,6 +123,7 @@ def plan_memory(
     trained = {name: p for name, p in model.named_parameters() if id(p) not in in_codecs}
     kept = {name: count_bytes([parameter], layout.shards) for name, parameter in trained.items()}
     weights = sum(kept.values()) + count_bytes(codecs) + count_bytes(model.buffers())
+    kept = {name: size for name, size in kept.items() if trained[name].requires_grad}  # gradients
     optimizer = parallel = 0
     for group in make_optimizer(model, config, codec_steps, codec_steps + 1)[0].param_groups:
         momenta = 1 if group.get("muon") else int(config.momentum > 0) if config.name == "sgd" else 2
@@ -130,9 +131,11 @@ def plan_memory(
     if layout.strategy == "ddp" and not layout.bucket_view:
         parallel = sum(kept.values())
     elif layout.shards > 1:  # parameters and gradients of the root, parameters of two blocks, gradients of one
-        blocks = [count_bytes(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
-        root = count_bytes(trained.values()) - sum(blocks)
-        parallel = 2 * root + (3 if precision == "32-true" else 2) * max(blocks, default=0)
+        units = [list(block.parameters()) for block in getattr(model.backbone, "blocks", ())]
+        blocks, learned = [count_bytes(unit) for unit in units], [count_bytes(p for p in u if p.requires_grad) for u in units]
+        root = count_bytes(trained.values()) + count_bytes(p for p in trained.values() if p.requires_grad)
+        copies = 2 if precision == "32-true" else 1  # two in half precision are as large as one
+        parallel = root - sum(blocks) - sum(learned) + copies * max(blocks, default=0) + max(learned, default=0)
         if precision != "32-true" and blocks:
             model.backbone.blocks.bfloat16()  # as FSDP2 gathers them
     gradients: dict[Tensor, Tensor] = {}
@@ -147,6 +150,7 @@ def plan_memory(
     in_half = precision != "32-true" and not (is_lstm and device == "cuda")
     with fake_gpu() if device == "cuda" else _fake_cpu() as fake:
         model.to_empty(device=device)
+        model.backbone.tie()
         sizes: dict[Tensor, int] = {model.get_parameter(name): size for name, size in kept.items()}
         batch = make_batch(model, micro_batch, context, fractions)
         batch = replace(batch, buffer=fake.from_tensor(batch.buffer)).to(torch.device(device))
@@ -169,16 +173,16 @@ def plan_memory(
 
 
 def shard_matrices(model: FusedLanguageModel, parts: int) -> None:
-    """Give every block of a Transformer the shapes of a single device among `parts` tensor-parallel devices."""
-    if not isinstance(model.backbone, Transformer):
-        raise ValueError("tensor parallelism needs a Transformer: recurrent cells cannot be sharded")
-    styles = tensor_parallel_plan()
-    for name, linear in model.backbone.named_modules():
-        if isinstance(linear, nn.Linear):
-            dimension = 0 if isinstance(styles[name.rpartition(".")[2]], ColwiseParallel) else 1
-            if linear.weight.size(dimension) % parts:
-                raise ValueError(f"tensor_parallel_size={parts} must divide {name}, {tuple(linear.weight.shape)}")
-            linear.weight = nn.Parameter(linear.weight.chunk(parts, dimension)[0].clone())
+    """Give every block the shapes of a single device among `parts` tensor-parallel devices."""
+    dimensions = {ColwiseParallel: (("weight", 0), ("bias", 0)), RowwiseParallel: (("weight", 1),)}
+    for layer, style in tensor_parallel_plan(model.backbone, parts).items():
+        for block in model.backbone.blocks:  # type: ignore[union-attr]
+            linear = block.get_submodule(layer)
+            for name, dimension in dimensions.get(type(style), ()):
+                if (whole := getattr(linear, name)) is not None:
+                    if whole.size(dimension) % parts:
+                        raise ValueError(f"tensor_parallel_size={parts} must divide {layer}, {tuple(whole.shape)}")
+                    setattr(linear, name, nn.Parameter(whole.chunk(parts, dimension)[0].clone(), whole.requires_grad))
 
 
 @contextmanager
@@ -209,6 +213,7 @@ def _fake_cpu() -> Iterator[FakeTensorMode]:
 
     with (
         patch("pile_app.model.backbones.make_mask", make_mask),
+        patch("pile_app.model.open_weights.make_mask", make_mask),
         patch("pile_app.model.recurrent._document_rows", find_rows),
         FakeTensorMode(allow_non_fake_inputs=True) as fake,
     ):

@@ -125,8 +125,8 @@ class PileModule(LightningModule):
             raise ValueError(
                 f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
             )
-        tokenizer = backbone.tokenizer or tokenizer
-        self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
+        words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
+        self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout)
         self.codec_steps = codec_steps if self.model.codecs else 0
         self.codec_crop = codec_crop
         self.optimizer = optimizer

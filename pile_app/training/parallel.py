@@ -4,7 +4,8 @@
 
 * `fully_shard` (FSDP2): each Transformer block, and the rest of the language model as another unit, is sharded over D devices
   and gathered when it is computed. All devices gather the same units in the same order, whatever their batches hold.
-* Tensor parallel: of each block, the P devices of a row hold H / P heads and 1 / P of the feed-forward net each.
+* Tensor parallel: of each block, the P devices of a row hold H / P heads and 1 / P of the feed-forward net each, by the plan
+  of the backbone (`Backbone.tensor_parallel`); that of open weights is the one of transformers.
 * The codecs are small, and what they do depends on the media of a batch: every device has them whole, and `average_gradients`
   makes their gradients equal.
 """
@@ -33,7 +34,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.optim import Optimizer
 
 from pile_app.data.files import whole_file
-from pile_app.model.backbones import Transformer
+from pile_app.model.backbones import Backbone
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.pretrained import check_shapes
 from pile_app.training.checkpoints import (
@@ -51,11 +52,43 @@ from pile_app.training.checkpoints import (
 )
 
 
-def tensor_parallel_plan() -> dict[str, ParallelStyle]:
-    """Return how the matrices of a block are sharded: by outputs before heads and hidden units, by inputs after them."""
-    by_outputs = ("query", "key", "value", "expand")
-    by_inputs = ("attention_out", "contract")
-    return {name: ColwiseParallel() for name in by_outputs} | {name: RowwiseParallel() for name in by_inputs}
+class SummedGradients(ParallelStyle):
+    """A norm between sharded layers: every device has its weight, and sums the gradients over the heads of all devices."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        hooked: set[int] = set()
+
+        def summed(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=device_mesh.get_group())
+            return gradient
+
+        def hook(module: nn.Module, _: Any) -> None:  # of the parameter that FSDP2 has gathered, which stays the same object
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad and id(parameter) not in hooked:
+                    hooked.add(id(parameter))
+                    parameter.register_hook(summed)
+
+        module.register_forward_pre_hook(hook)
+        return module
+
+
+STYLES: dict[str, type[ParallelStyle]] = {
+    "colwise": ColwiseParallel,  # by outputs, before heads and hidden units
+    "rowwise": RowwiseParallel,  # by inputs, after them
+    "replicated_with_grad_allreduce": SummedGradients,
+}
+
+
+def tensor_parallel_plan(backbone: Backbone, size: int) -> dict[str, ParallelStyle]:
+    """Return how the layers of a block are sharded over `size` devices. Raises ValueError if they cannot be."""
+    kind, plan = getattr(backbone, "kind", type(backbone).__name__), backbone.tensor_parallel
+    if not plan or not set(plan.values()) <= STYLES.keys():
+        raise ValueError(f"tensor_parallel_size={size}: no plan says how {kind} is sharded: set it to 1, use fsdp2")
+    for name in ("heads", "key_value_heads"):
+        if (heads := getattr(backbone, name)) % size:
+            raise ValueError(f"tensor_parallel_size={size} must divide the backbone's {heads} {name.replace('_', ' ')}")
+    return {name: STYLES[style]() for name, style in plan.items()}
 
 
 @torch.no_grad()
@@ -66,7 +99,7 @@ def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None 
     `half`: dtype that blocks are gathered and computed in (under autocast). Raises ValueError if heads cannot be sharded.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
-    blocks = list(model.backbone.blocks) if isinstance(model.backbone, Transformer) else []
+    blocks: list[nn.Module] = list(getattr(model.backbone, "blocks", ()))
     codecs = {p for codec in model.codecs.values() for p in codec.parameters()}
     weights = {name: p for name, p in model.named_parameters() if p not in codecs and p.numel()}
     buffers = dict(model.named_buffers())
@@ -74,8 +107,9 @@ def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None 
         _assign(model, name, nn.Parameter(weights[name].to("meta"), weights[name].requires_grad))
         if dist.get_rank():
             weights[name] = torch.empty(0)  # type: ignore[assignment]
-    if tensor.size() > 1:
-        _shard_heads(model, blocks, tensor)
+    model.backbone.tie()
+    for block in blocks if tensor.size() > 1 else ():
+        parallelize_module(block, tensor, tensor_parallel_plan(model.backbone, tensor.size()))
     unsharded = {p for p in model.parameters() if not p.is_meta}
     # Autocast rounds the matrices to `half` anyway; rounding them first halves what is sent. Gradients are summed in float32.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -86,6 +120,7 @@ def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None 
     for module in model.modules():
         if any(p is not None and p.is_meta for p in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)
+    model.backbone.tie()
     for name, buffer in buffers.items():
         _assign(model, name, buffer)
     for name, parameter in model.named_parameters():
@@ -102,24 +137,6 @@ def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, value)
-
-
-def _shard_heads(model: FusedLanguageModel, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
-    plan = tensor_parallel_plan()
-    if not blocks:
-        raise ValueError(
-            f"tensor_parallel_size={mesh.size()} needs a Transformer, a {type(model.backbone).__name__} has no heads to shard: "
-            "set it to 1"
-        )
-    for block in blocks:
-        linear = {name: child for name, child in block.named_modules() if isinstance(child, nn.Linear)}
-        if unknown := linear.keys() - plan.keys():
-            raise ValueError(f"tensor_parallel_plan does not say how {sorted(unknown)} of a block are sharded")
-        for name in ("query", "key"):
-            heads = linear[name].out_features // int(block.head_width)  # type: ignore[arg-type]
-            if heads % mesh.size():
-                raise ValueError(f"tensor_parallel_size={mesh.size()} must divide the backbone's {heads} {name} heads")
-        parallelize_module(block, mesh, plan)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -71,12 +71,15 @@ class Plan:
         precision = str(config.trainer.precision or ("bf16-mixed" if self.is_gpu else fast_precision("cpu")))
         self.precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision)
         self.micro_batch, self.accumulated = PileDataModule.micro_batches(config.data, self.layout.data_parallel)
-        spec = config.model.tokenizer
-        self.has_tokenizer = spec == "bytes" or os.path.exists(spec)
-        tokenizer = load_tokenizer(spec) if self.has_tokenizer else ByteTokenizer()
+        backbone = meta_backbone(config)
+        spec = backbone.tokenizer or config.model.tokenizer
+        self.has_tokenizer = os.path.exists(spec) or (spec == "bytes" and not backbone.words)
+        tokenizer = load_tokenizer(spec, backbone.turns) if self.has_tokenizer else ByteTokenizer()
         if not self.has_tokenizer:
-            tokenizer.size, tokenizer.token_bytes = text_tokens, np.ones(text_tokens, np.int64)
-        model = meta_model(config, tokenizer)
+            tokenizer.size = size = backbone.words or text_tokens
+            tokenizer.token_bytes = np.ones(size, np.int64)
+        self.words, self.width, self.heads = backbone.words, backbone.width, getattr(backbone, "heads", 0)
+        model = meta_model(config, tokenizer, backbone)
         self.vocabulary, self.parts = model.vocabulary, count_parts(model)
         self.parameters = sum(size for part, size in self.parts.items() if part != "codecs")
         self.fill, self.attended, self.source = 1.0, (config.data.context + 1) / 2, "assumed, --read-data measures"
@@ -206,13 +209,13 @@ class Plan:
         if steps is not None:
             ratio, warmup = self.tokens / (20 * self.parameters), optimizer.warmup_steps
             passes = self.tokens / (self.epoch_tokens or math.inf)
-            yield ratio < 0.25, f"{ratio:.2f} of Chinchilla's tokens: a smaller model trained longer is better at the same cost"
+            few = ratio < 0.25 and not self.words
+            yield few, f"{ratio:.2f} of Chinchilla's tokens: a smaller model trained longer is better at the same cost"
             yield passes > 4, f"{passes:.0f} passes over the data: after four, repeated tokens teach little (arXiv:2305.16264)"
             yield warmup > 0.1 * steps, f"{warmup} of {steps:,} steps are warm-up: lower model.optimizer.warmup_steps"
             yield million > 100 and warmup < 100, f"a warm-up of {warmup} steps is short for {million:,.0f} M parameters"
-        width = getattr(model.backbone.init_args, "width", 0)
-        head = width // getattr(model.backbone.init_args, "heads", width) or 64
-        is_untuned = optimizer.base_width is None and width > 256 and optimizer.name != "sgd"
+        width, head = self.width, self.width // (self.heads or self.width)
+        is_untuned = optimizer.base_width is None and width > 256 and optimizer.name != "sgd" and not self.words
         tuned = "set model.optimizer.base_width to the width the rates were tuned at (128 for the defaults)"
         yield is_untuned, f"rates tuned on a narrow model are too high for the heads at width {width}: {tuned}"
         yield self.precision.startswith("16"), "float16 overflows where bfloat16 does not: trainer.precision bf16-mixed"
@@ -221,8 +224,8 @@ class Plan:
             yield self.precision == "32-true", f"float32 leaves {unused:.0%} of the {self.hardware} unused: bf16-mixed"
             yield width % 128 > 0, f"width {width} is no multiple of 128: matrix units compute whole tiles of 128"
             yield head not in (1, 64, 128), f"heads of size {head}: attention is fastest with 64 or 128"
-        missing = f"{model.tokenizer} does not exist yet: planned with {self.vocabulary.text_tokens:,} text tokens"
-        yield not self.has_tokenizer, f"{missing} (--text-tokens)"
+        missing = "there is no tokenizer.json" if self.words else f"{model.tokenizer} does not exist yet (--text-tokens)"
+        yield not self.has_tokenizer, f"{missing}: planned with {self.vocabulary.text_tokens:,} text tokens"
         padding = f"{1 - self.fill:.0%} of the positions are padding"
         yield self.fill < 0.95, f"{padding}: data.context={self.config.data.context} does not suit these documents"
 
@@ -249,14 +252,23 @@ def make_layout(config: Namespace, devices: int | None) -> Layout:
     return Layout(strategy, devices, parallel, bool(options.get("gradient_as_bucket_view", False)))
 
 
-def meta_model(config: Namespace, tokenizer: Tokenizer) -> FusedLanguageModel:
-    """Build the model on the meta device."""
+def meta_backbone(config: Namespace) -> Backbone:
+    """Build the backbone on the meta device; open weights from their config alone."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=Backbone)
+    chosen = config.model.backbone.clone()
+    if "pretrained" in chosen.init_args:
+        chosen.init_args.pretrained = False
     with torch.device("meta"):
-        backbone = parser.instantiate(Namespace(backbone=config.model.backbone)).backbone
-        backbone.recompute = config.model.recompute
-        return FusedLanguageModel(backbone, tokenizer, *codec_configs(config), config.model.dropout)
+        backbone: Backbone = parser.instantiate(Namespace(backbone=chosen)).backbone
+    backbone.recompute = config.model.recompute
+    return backbone
+
+
+def meta_model(config: Namespace, tokenizer: Tokenizer, backbone: Backbone | None = None) -> FusedLanguageModel:
+    """Build the model on the meta device."""
+    with torch.device("meta"):
+        return FusedLanguageModel(backbone or meta_backbone(config), tokenizer, *codec_configs(config), config.model.dropout)
 
 
 def count_parts(model: FusedLanguageModel) -> dict[str, int]:

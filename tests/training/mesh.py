@@ -128,7 +128,7 @@ def save_from_mesh(mesh: DeviceMesh, folder: Path) -> None:
     model = make_blocks()
     for block in model.blocks:  # type: ignore[union-attr]
         if mesh.shape[1] > 1:
-            parallelize_module(block, mesh["tensor_parallel"], tensor_parallel_plan())
+            parallelize_module(block, mesh["tensor_parallel"], tensor_parallel_plan(model, mesh.shape[1]))
         fully_shard(block, mesh=mesh["data_parallel"])
     moved, gradients = moved_by_muon(model, Muon), clipped(model, clip_parts)
     if dist.get_rank() == 0:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 import yaml
 from conftest import AUDIO, BACKBONES, IMAGE, REPOSITORY, TINY_CONFIG, TinyRun
 from torch import Tensor, nn
@@ -219,12 +220,23 @@ def count_local(tensors: Any) -> int:
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 8])
+@pytest.mark.parametrize(
+    "tensor_parallel, backbone",
+    [(1, ()), (8, ()), (8, ("HuggingFace",)), (1, ("HuggingFace", "--model.backbone.lora={rank: 8}"))],
+    ids=["fsdp2", "tensor", "llama-tensor", "llama-lora"],
+)
 def test_7b_on_64_ranks_holds_to_the_byte_what_the_plan_says(
-    fake_world: int, tensor_parallel: int, monkeypatch: pytest.MonkeyPatch
+    fake_world: int, tensor_parallel: int, backbone: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Our Transformer, and Llama 3 8B from its config.json alone, without weights and tokenizer."""
     monkeypatch.chdir(REPOSITORY)
-    config = parse_config(["--config=conf/sizes/7b.yaml"])
+    arguments = ["--config=conf/sizes/7b.yaml"]
+    if backbone:
+        sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+        transformers.LlamaConfig(**sizes, **heads).save_pretrained(tmp_path)
+        arguments += [f"--model.backbone={backbone[0]}", f"--model.backbone.path={tmp_path}", *backbone[1:]]
+    config = parse_config(arguments)
     chosen, tokenizer = OptimizerConfig(**vars(config.model.optimizer)), ByteTokenizer()
     model = meta_model(config, tokenizer)
     mesh = init_device_mesh(
@@ -244,11 +256,13 @@ def test_7b_on_64_ranks_holds_to_the_byte_what_the_plan_says(
     for group in optimizer.param_groups:
         group["fused"] = False  # no such kernel on the meta device
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     states: list[Tensor] = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
-    gradients = count_local(p.grad for p in model.parameters()) - count_local(codecs)  # which train before the language model
+    gradients = count_local(p.grad for p in model.parameters() if p.grad is not None) - count_local(
+        codecs
+    )  # which train before the language model
 
     layout = Layout("fsdp", fake_world, tensor_parallel)
     memory = plan_memory(
