@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ class Annotator(ABC):
     def arrange(self, document: Document) -> Document:
         """Order the segments if the order matters."""
         return document
+
+    def check(self, document: Document) -> Any:  # noqa: B027 (optional)
+        """Raise ValueError if an arranged document cannot be labelled. Documents are checked before training begins."""
 
     @abstractmethod
     def labels(
