@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Backbone(nn.Module, ABC):
     code_std = 0.5  # of the initial vectors of codes
     logit_cap: float | None = LOGIT_CAP
     tokenizer: str | None = None  # the only one that the backbone works with
+    is_pretrained = False  # its weights come from others, and train at rates of their own
     is_compiled = False
 
     def __init__(self, width: int = 128, layers: int = 4, dropout: float = 0.0) -> None:
@@ -79,6 +81,9 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, capacity: int = 0) -> Cache:
         """An empty cache. `capacity`: tokens to reserve memory for; 0: it grows by doubling."""
         return Cache(capacity=capacity)
+
+    def save_description(self, folder: Path) -> None:
+        """Write the files, other than weights, that building the backbone needs; none by default."""
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module] | None:
         """Embedding and head of the special and text tokens, if the backbone brings its own: modules that return

@@ -60,6 +60,7 @@ class HuggingFace(Backbone):
     """
 
     normalizes_input = False
+    is_pretrained = True
     model: Any  # `PreTrainedModel`
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attempts import Workbench, make_bench
+from attempts import Workbench, assert_close_runs, documents, make_bench
 from processes import TESTS, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +43,14 @@ for module in pkgutil.walk_packages(pile_app.__path__, "pile_app."):
 from pile_app.training.cli import main
 
 main()
+"""
+
+SPAWN = f"""
+import multiprocessing, runpy
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn", force=True)
+    runpy.run_path({str(TESTS / "train.py")!r}, run_name="__main__")
 """
 
 
@@ -81,6 +89,18 @@ def test_windows_imports_and_trains(bench: Workbench) -> None:
     (bench.folder / "windows" / "train.py").write_text(WINDOWS)
     start(bench.words("windows", *SHORT), bench.folder / "windows").succeed()
     assert (bench.folder / "windows" / "runs" / "windows" / "summary.json").exists()
+
+
+def test_loading_workers_that_are_spawned(bench: Workbench) -> None:
+    """As on macOS and Windows; on two ranks, they read what one process reads that loads the data itself."""
+    spawning = Workbench(bench.folder / "spawning", bench.shards)
+    (spawning.folder / "train.py").write_text(SPAWN)
+    steps = ("--trainer.max_steps=3", "--trainer.limit_val_batches=0")
+    for rank in spawning.start_ranks("run", *steps, "--data.num_workers=1"):
+        assert rank.wait(600) == 0, rank.text  # each worker imports everything again
+    bench.train("alone", *steps)
+    assert documents(spawning.run("run")) == documents(bench.run("alone"))
+    assert_close_runs(spawning.run("run"), bench.run("alone"))
 
 
 def test_read_only_checkout(bench: Workbench) -> None:
