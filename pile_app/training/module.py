@@ -192,8 +192,9 @@ class PileModule(LightningModule):
             check_encoded(source, bool(data.sources[source.name].transforms))
         for source in data.validation_data:
             check_encoded(source)
-        for source in data.train_data + data.validation_data if stage == "fit" and self.annotator is not None else ():
-            check_labels(source, self.annotator)
+        if stage == "fit" and (annotator := self.annotator) is not None:
+            for source in data.train_data + data.validation_data:
+                check_labels(source, annotator)
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
