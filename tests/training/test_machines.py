@@ -102,7 +102,7 @@ def test_loading_workers_that_are_spawned(bench: Workbench) -> None:
     steps = ("--trainer.max_steps=3", "--model.codec_steps=1", "--trainer.limit_val_batches=0")
     for rank in spawning.start_ranks("run", *steps, "--data.num_workers=1"):
         assert rank.wait(600) == 0, rank.text  # each worker imports everything again
-    bench.train("alone", *steps)
+    bench.train("alone", *steps, "--data.micro_batch=2")
     assert documents(spawning.run("run")) == documents(bench.run("alone"))
     assert_close_runs(spawning.run("run"), bench.run("alone"))
 
