@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ class Annotator(ABC):
             return document
         first = [replace(segment, loss=False) for segment in document.segments] * (self.readings - 1)
         return replace(document, segments=(*first, *document.segments))
+
+    def check(self, document: Document) -> Any:  # noqa: B027 (optional)
+        """Raise ValueError if an arranged document cannot be labelled. Documents are checked before training begins."""
 
     @abstractmethod
     def labels(

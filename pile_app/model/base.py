@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Backbone(nn.Module, ABC):
     code_std = 0.5  # of the initial vectors of codes
     logit_cap: float | None = LOGIT_CAP
     tokenizer: str | None = None  # the only one that the backbone works with
+    is_pretrained = False  # its weights come from others, and train at rates of their own
     passes = 3.0  # through the matrices in training: forward, backward by inputs and by weights
     turns: Mapping[str, str] = {}  # marker of a role (`records.py`) -> its text in the chat template of open weights
     words = 0  # text tokens that the backbone brings vectors of; 0: it brings none
@@ -83,6 +85,9 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, capacity: int = 0) -> Cache:
         """An empty cache. `capacity`: tokens to reserve memory for; 0: it grows by doubling."""
         return Cache(capacity=capacity)
+
+    def save_description(self, folder: Path) -> None:
+        """Write the files, other than weights, that building the backbone needs; none by default."""
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module] | None:
         """Embedding and head of the special and text tokens, if the backbone brings its own: modules that return

@@ -67,6 +67,7 @@ class HuggingFace(Backbone):
     """
 
     normalizes_input = False
+    is_pretrained = True
     model: Any  # `PreTrainedModel`
 
     def __init__(

@@ -68,8 +68,7 @@ def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -
     if config.get("tokenizer", "bytes") != "bytes":
         shutil.copyfile(config["tokenizer"], folder / "tokenizer.json")
         values["tokenizer"] = "tokenizer.json"
-    if isinstance(own := model.backbone, backbones.HuggingFace):
-        own.save_description(folder / "backbone")
+    model.backbone.save_description(folder / "backbone")  # type: ignore[operator, union-attr]
     description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     save_weights(model.state_dict(), folder)
@@ -101,7 +100,7 @@ def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
     found = backbone_class or vars(backbones).get(name)
     if not (inspect.isclass(found) and issubclass(found, Backbone)):
         raise ValueError(f"{str(folder)!r} holds a backbone {name!r}, which is not Pile's: pass its class as backbone_class")
-    if found is backbones.HuggingFace:
+    if found.is_pretrained:
         sizes |= {"path": str(folder / "backbone"), "pretrained": False}
     is_bytes = arguments.pop("tokenizer", "bytes") == "bytes"
     try:

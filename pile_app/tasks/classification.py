@@ -26,6 +26,8 @@ from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import evaluating
+from pile_app.model.score import TEXT_END, score_paths
+from pile_app.model.score import Path as TokenPath
 from pile_app.model.segments import segment_length
 from pile_app.training.objective import Objective, frames_of_codes, labelled_pieces, mean_by_piece, refuse_encoded
 from pile_app.vocabulary import Vocabulary
@@ -56,9 +58,8 @@ class LabelAnnotator(Annotator):
     def arrange(self, document: Document) -> Document:
         return label_last(document)
 
-    def labels(
-        self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
-    ) -> np.ndarray:
+    def check(self, document: Document) -> tuple[int, bool]:
+        """Return what `number_of_label` does."""
         refuse_encoded(document, self.option)
         label, is_text = number_of_label(document, self.numbers)
         if self.as_text and not is_text:
@@ -66,6 +67,12 @@ class LabelAnnotator(Annotator):
                 f"objective.head language predicts labels as text, and that of document {document.key!r} is none: set "
                 "objective.head to linear, or make it a text with fields: [..., {label: <name>, learn: true}]"
             )
+        return label, is_text
+
+    def labels(
+        self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
+    ) -> np.ndarray:
+        label, is_text = self.check(document)
         labels = np.full(length, NO_LABEL, np.int32)
         for first, stop in spans[: len(spans) - is_text]:
             labels[first:stop] = label
@@ -77,7 +84,11 @@ def number_of_label(document: Document, numbers: Mapping[str, int]) -> tuple[int
     """Return the number of the label, and whether it is the last segment; raise ValueError if it is unknown or stands alone."""
     label, is_text = label_of(document)
     if label not in numbers:
-        raise ValueError(f"document {document.key!r} has the label {label!r}, model.objective.labels names {list(numbers)}")
+        shown = f"{list(numbers)[:20]}{' and more' * (len(numbers) > 20)}"
+        raise ValueError(
+            f"document {document.key!r} has the label {label!r}, model.objective.labels has {shown}: add it there, or remove "
+            "the document"
+        )
     if is_text and len(document.segments) < 2:
         raise ValueError(f"document {document.key!r} is nothing but the label {label!r}")
     return numbers[label], is_text
@@ -99,8 +110,9 @@ class Classification(Objective):
 
     Args:
         labels: all labels, in the order of the classes, as `pile prepare` prints them.
-        head: linear, on the pooled vectors; or language: the model's own softmax where the label begins, over the first tokens
-            of the labels, which have to differ. That needs no new weights (arXiv:2001.07676 calls the labels a verbalizer).
+        head: linear, on the pooled vectors; or language: the model's own softmax, which needs no new weights (arXiv:2001.07676
+            calls the labels a verbalizer). It is taken over the first tokens of the labels. If some labels begin alike, the
+            model learns all tokens of the label instead, and the label whose text is most likely is predicted.
         pooling: features of a document, concatenated: mean, maximum or standard deviation of its hidden vectors, or the last
             one, which has read all of it. (The head `language` reads the last one.)
         class_weights: of the labels in the loss, in their order; balanced: total / (classes * count), by the labels that the
@@ -118,6 +130,7 @@ class Classification(Objective):
 
     seen: Tensor
     first_tokens: Tensor
+    label_paths: list[TokenPath] | None = None  # tokens of each label, if some begin alike
     reads_end: Tensor
     weights: Tensor
 
@@ -171,7 +184,17 @@ class Classification(Objective):
         if self.sound_statistics and model.audio_codec is not None:
             self.wide.append(SoundStatistics(model.audio_codec.config.mels, classes))
         if self.kind == "language":
-            self.register_buffer("first_tokens", torch.tensor(self._first_tokens(model.tokenizer)), persistent=False)
+            ids = [model.tokenizer.encode(label).astype(int) + Vocabulary.SPECIALS for label in self.labels]
+            paths = [[*((token, 0) for token in label.tolist()), (TEXT_END, 0)] for label in ids]
+            firsts = [path[0][0] for path in paths]
+            self.register_buffer("first_tokens", torch.tensor(firsts), persistent=False)
+            if len(set(firsts)) < len(firsts):
+                if self.wide or self.reads_media:
+                    raise ValueError(
+                        f"objective.head language learns the text of labels that begin alike, as some of {self.labels} do: "
+                        "leave out ngrams, sound_statistics and unrounded, or set objective.head to linear"
+                    )
+                self.label_paths = paths
         else:
             self.head = nn.Linear(model.backbone.width * len(self.pooling), classes)
             nn.init.zeros_(self.head.weight)
@@ -190,29 +213,42 @@ class Classification(Objective):
         collected["accuracy"] = metrics.MulticlassAccuracy(classes, average="micro")
         self.metrics = MetricCollection(collected | {"confusion": metrics.MulticlassConfusionMatrix(classes)})
 
-    def _first_tokens(self, tokenizer: Tokenizer) -> list[int]:
-        firsts = {label: int(tokenizer.encode(label)[0]) for label in self.labels}
-        by_token: dict[int, list[str]] = {}
-        for label, token in firsts.items():
-            by_token.setdefault(token, []).append(label)
-        if alike := [labels for labels in by_token.values() if len(labels) > 1]:
-            raise ValueError(
-                f"objective.head language tells labels by their first token, and {alike} begin alike with this tokenizer: "
-                "name them otherwise, or set objective.head to linear"
-            )
-        return list(firsts.values())
-
     def logits(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (L, classes) float32 of the labelled pieces, and (L,) their labels."""
         pieces, labels = labelled_pieces(batch)
+        if self.label_paths:
+            return self._score_labels(model, batch, pieces), labels
         features = pool(hidden, batch, self.pooling)[pieces]
         if self.kind == "language":
-            logits = model.logits(features, TEXT)[:, self.first_tokens + model.vocabulary.SPECIALS]
+            logits = model.logits(features, TEXT)[:, self.first_tokens]
         else:
             logits = self.head(self.drop(features, batch, batch.piece_starts[pieces].long(), self.dropout)).float()
         for wide in self.wide:
             logits = logits + wide(model, batch, self)[pieces]
         return logits, labels
+
+    def _score_labels(self, model: FusedLanguageModel, batch: Batch, pieces: Tensor) -> Tensor:
+        """Return (L, classes) log-likelihoods of the text of each label after the pieces."""
+        with model.inference():
+            tokens, indices = model.fill(batch).flatten(), model.image_indices(batch).flatten()
+            spans = torch.stack([batch.piece_starts[pieces], last_labelled(batch)[pieces] + 1], 1).tolist()
+            contexts = [[(tokens[None, first:stop], indices[None, first:stop])] for first, stop in spans]
+            found = score_paths(model, contexts, [self.label_paths or []] * len(contexts))
+        nats = [[row[number].nats for number in range(len(self.labels))] for row in found]
+        return -torch.tensor(nats, device=tokens.device).view(-1, len(self.labels))
+
+    def _text_loss(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch, weights: Tensor) -> Tensor:
+        """Return () weighted nats of the labels' tokens and of the `<end>` after them."""
+        assert self.label_paths is not None
+        pieces, labels = labelled_pieces(batch)
+        steps = torch.arange(max(map(len, self.label_paths)), device=pieces.device)
+        at = last_labelled(batch)[pieces, None] + steps  # (L, longest label) tokens whose next token is learned
+        is_label = at + 1 < batch.piece_starts[pieces + 1, None]
+        at = at * is_label
+        targets = batch.tokens.flatten()[at + 1].long() * is_label
+        logits = model.logits(hidden.flatten(0, 1)[at], TEXT)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(at)
+        return ((nats * is_label).sum(1) * weights[labels]).sum()
 
     def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
         labels = labelled_pieces(batch)[1]
@@ -233,6 +269,8 @@ class Classification(Objective):
 
     def forward(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch, step: Any = None) -> Tensor:
         weights, total = step or self.prepare(model, [batch])[0]
+        if self.label_paths:
+            return self._text_loss(model, hidden, batch, weights) / total
         logits, labels = self.logits(model, hidden, batch)
         return F.cross_entropy(logits, labels, weights, reduction="sum") / total
 
@@ -415,8 +453,15 @@ def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> Tensor:
         return (mean_by_piece(squares, batch) + 1e-6).sqrt()
 
     def last() -> Tensor:
-        indices = torch.arange(len(flat), device=flat.device).masked_fill(~labelled, 0)
-        return flat[torch.zeros_like(indices[: len(means)]).scatter_reduce(0, piece, indices, "amax")].float()
+        return flat[last_labelled(batch)].float()
 
     found: dict[str, Callable[[], Tensor]] = {"mean": lambda: means, "max": maximum, "deviation": deviation, "last": last}
     return torch.cat([found[kind]() for kind in kinds], dim=-1)
+
+
+def last_labelled(batch: Batch) -> Tensor:
+    """Return (P,) flat index of the last labelled token of each piece, 0 without any."""
+    labels = batch.labels.flatten()
+    indices = torch.arange(len(labels), device=labels.device).masked_fill(labels < 0, 0)
+    empty = indices.new_zeros(len(batch.piece_sources))
+    return empty.scatter_reduce(0, batch.piece_numbers.flatten(), indices, "amax")

@@ -44,7 +44,9 @@ def tags_of_words(words: Sequence[Offsets], spans: Iterable[Sequence[Any]], type
     for start, stop, name in spans:
         first, last = bisect_left(starts, start), bisect_right(stops, stop)
         if name not in types:
-            raise ValueError(f"the span [{start}, {stop}) has the type {name!r}, model.objective.types names {list(types)}")
+            raise ValueError(
+                f"the span [{start}, {stop}) has the type {name!r}, model.objective.types has {list(types)}: add it there"
+            )
         if first >= last or starts[first] != start or stops[last - 1] != stop or tags[first:last].any():
             raise ValueError(
                 f"the span [{start}, {stop}) of type {name!r} does not begin and end with words, or lies in another: "

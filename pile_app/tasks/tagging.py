@@ -25,6 +25,7 @@ from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.prepare.entities import Offsets
 from pile_app.tasks.entities import OUTSIDE, document_words, last_tokens, merge_words, tags_of_words
 from pile_app.tasks.linear_chain import LinearChain
 from pile_app.training.objective import Objective, labelled_pieces
@@ -40,25 +41,28 @@ class TagAnnotator(Annotator):
     def __init__(self, types: Sequence[str], readings: int = 1) -> None:
         self.types, self.readings = list(types), readings
 
-    def labels(
-        self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
-    ) -> np.ndarray:
+    def check(self, document: Document) -> tuple[int, list[Offsets], np.ndarray]:
+        """Return the index of the text, its words and their tags."""
         texts = [index for index, segment in enumerate(document.segments) if segment.modality == TEXT]
         if len(texts) != self.readings or "spans" not in document.meta:
             raise ValueError(
                 f"document {document.key!r} is not tagged: it needs one text, and its entities as `spans` in its meta, which "
                 "`pile prepare --kind entities` writes"
             )
-        text = document.segments[texts[-1]].text
-        words = document_words(text, document.meta)
+        words = document_words(document.segments[texts[-1]].text, document.meta)
+        try:
+            return texts[-1], words, tags_of_words(words, document.meta["spans"], self.types)
+        except ValueError as error:
+            raise ValueError(f"document {document.key!r}: {error}") from error
+
+    def labels(
+        self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
+    ) -> np.ndarray:
+        index, words, tags = self.check(document)
         labels = np.full(length, NO_LABEL, np.int32)
         if words:
-            try:
-                tags = tags_of_words(words, document.meta["spans"], self.types)
-            except ValueError as error:
-                raise ValueError(f"document {document.key!r}: {error}") from error
-            last, _, tags = merge_words(last_tokens(text, words, tokenizer), words, tags)
-            labels[spans[texts[-1]][0] + last] = tags
+            last, _, tags = merge_words(last_tokens(document.segments[index].text, words, tokenizer), words, tags)
+            labels[spans[index][0] + last] = tags
         return labels
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -30,13 +30,13 @@ SAMPLING = Sampling(temperature=0.9, top_p=0.9, guidance=2.0, max_text=128, max_
 MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the unwanted lines of a JSON lines file, and a line that a killed process left unfinished."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    with whole_file(path) as file:
-        file.write("".join(f"{line}\n" for line in lines if wanted(json.loads(line))).encode())
+def drop_later_lines(trainer: Trainer, paths: Iterable[Path]) -> None:
+    """Drop what a killed process wrote into JSON lines files after its last checkpoint. All ranks have to call it."""
+    for path in paths if trainer.is_global_zero else ():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be unfinished
+        with whole_file(path) as file:
+            file.write("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= trainer.global_step).encode())
+    trainer.strategy.barrier("lines")
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
@@ -71,9 +71,7 @@ class DataReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the entries after the checkpoint that is resumed, and check how many documents were rejected at indexing."""
-        if trainer.is_global_zero:
-            keep_lines(self.path, lambda entry: entry["step"] <= trainer.global_step)
-        trainer.strategy.barrier("quarantine")
+        drop_later_lines(trainer, self.path.parent.glob(self.path.name))
         for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
             count = sum(data.rejected().values())
             if count > max(MOST_REJECTED_AT_INDEXING, self.max_rejected_share) * (count + len(data)):
@@ -141,12 +139,8 @@ class Ledger(Callback):
         self.folder = run / "ledger"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what a killed process recorded after its last checkpoint."""
-        if trainer.is_global_zero:
-            self.folder.mkdir(exist_ok=True)
-            for path in self.folder.glob("*.jsonl"):
-                keep_lines(path, lambda entry: entry["step"] <= trainer.global_step)
-        trainer.strategy.barrier("ledger")
+        self.folder.mkdir(exist_ok=True)
+        drop_later_lines(trainer, self.folder.glob("*.jsonl"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves_with_path
 
 from pile_app.data.batch import Batch
-from pile_app.training.callbacks import keep_lines
+from pile_app.training.callbacks import drop_later_lines
 from pile_app.training.checkpoints import GracefulStop
 from pile_app.training.module import PileModule
 
@@ -100,10 +100,7 @@ class StepGuard(Callback):
         pl_module.guard = self
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what a killed process rejected after its last checkpoint."""
-        if trainer.is_global_zero:
-            keep_lines(self.path, lambda entry: entry["step"] <= trainer.global_step)
-        trainer.strategy.barrier("rejected")
+        drop_later_lines(trainer, self.path.parent.glob(self.path.name))
 
     def skips(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.config.skip_steps)

@@ -131,7 +131,7 @@ def is_open_weights(run: Path) -> bool:
 
 def take_description(model: Any, run: Path) -> None:
     """Let open weights be built from the description in the run's folder; the checkpoint has the weights."""
-    if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
+    if (run / BACKBONE).is_dir():
         arguments = model["backbone"]["init_args"]
         arguments["path"], arguments["pretrained"] = str(run / BACKBONE), False
 

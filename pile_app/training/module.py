@@ -41,6 +41,7 @@ from pile_app.training.parallel import WholeModel, average_gradients, clip_gradi
 from pile_app.vocabulary import Vocabulary
 
 BUCKET = 1 << 25  # gradients that are averaged at a time
+CHECKED, CHECKED_BYTES = 20_000, 256 << 20  # of a source: documents whose labels are checked before training
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,9 @@ class PileModule(LightningModule):
             check_encoded(source, bool(data.sources[source.name].transforms), option)
         for source in data.validation_data:
             check_encoded(source, option=option)
+        if stage == "fit" and (annotator := self.annotator) is not None:
+            for source in data.train_data + data.validation_data:
+                check_labels(source, annotator)
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
@@ -560,3 +564,26 @@ def check_encoded(source: SourceData, augmented: bool = False, option: str = "")
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
             except BadSample:
                 continue  # counted where it is read for training
+
+
+def check_labels(source: SourceData, annotator: Annotator) -> None:
+    """Check the labels of a source's documents in local shards, so that an unknown one is found before training.
+
+    Of more than `CHECKED` documents or `CHECKED_BYTES`, as many are checked, evenly spread over all shards: a second of work.
+
+    Raises:
+        ValueError: a document cannot be labelled; names its shard.
+    """
+    if type(annotator).check is Annotator.check:
+        return
+    step = max(len(source) // CHECKED, sum(source.sizes) // CHECKED_BYTES) + 1
+    for number in range(0, len(source), step):
+        shard, _ = source.place(number)
+        if source.remote[shard]:
+            continue
+        try:
+            annotator.check(annotator.arrange(source.document(number)))
+        except BadSample:
+            continue  # counted where it is read for training
+        except ValueError as error:
+            raise ValueError(f"{source.paths[shard]}: {error}") from error

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pile_app.model.backbones import HuggingFace
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.muon import Muon
 from pile_app.training.objective import Objective
@@ -151,7 +150,7 @@ def make_optimizer(
         # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
         if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
             continue
-        if isinstance(model.backbone, HuggingFace) and name.startswith("backbone."):
+        if model.backbone.is_pretrained and name.startswith("backbone."):
             groups["open weights" if id(parameter) in hidden else "open vectors"]["params"].append(parameter)
             continue
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"

@@ -35,7 +35,6 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
-from pile_app.model.backbones import HuggingFace
 from pile_app.training.callbacks import count_quarantined, ends_step, is_logged
 from pile_app.training.checkpoints import read_state
 from pile_app.training.load import BACKBONE, TOKENIZER
@@ -137,9 +136,8 @@ class RunFolder(Callback):
         tokenizer, copy = Path(yaml.safe_load(self.config)["model"]["tokenizer"]), self.run / TOKENIZER
         if tokenizer.is_file() and not (trainer.global_step and copy.exists()):
             shutil.copyfile(tokenizer, copy)
-        backbone = pl_module.model.backbone  # type: ignore[union-attr]
-        if isinstance(backbone, HuggingFace) and not (self.run / BACKBONE).exists():
-            backbone.save_description(self.run / BACKBONE)
+        if not (self.run / BACKBONE).exists():
+            pl_module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):

@@ -29,6 +29,7 @@ from pile_app.tasks.classification import Classification
 from pile_app.tasks.entities import Span
 from pile_app.tasks.retrieval import Contrastive
 from pile_app.tasks.tagging import Tagging
+from pile_app.training.memory import run_backward
 from pile_app.training.objective import Objective
 from pile_app.vocabulary import Vocabulary
 
@@ -275,6 +276,7 @@ def batch_of(model: FusedLanguageModel, rows: list[list[Segment]], annotator: An
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "classification": lambda: Classification(["yes", "no"], pooling=["mean", "max", "deviation", "last"], class_weights=[1, 2]),
     "language-head": lambda: Classification(["yes", "no"], head="language", class_weights="balanced"),
+    "label-text": lambda: Classification(["yes", "yesterday", "no"], head="language"),
     "wide": lambda: Classification(["yes", "no"], ngrams=2, sound_statistics=True, unrounded=True),
     "retrieval": Contrastive,
     "tagging": lambda: Tagging(["person"]),
@@ -283,8 +285,10 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 
 @pytest.mark.parametrize("precision", ("32-true", "bf16-mixed", "16-mixed"))
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives(tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, name: str, precision: str) -> None:
-    model, objective = tiny_model(), OBJECTIVES[name]()
+def test_forward_and_backward_of_objectives(
+    tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, name: str, precision: str
+) -> None:
+    model, objective = tiny_model().train(), OBJECTIVES[name]().train()
     objective.build(model)
     with fake_cuda(precision):
         model.to_empty(device="cuda")
@@ -294,4 +298,10 @@ def test_objectives(tiny_model: MakeModel, image: MakeSegment, sound: MakeSegmen
         else:
             rows, meta = [[Segment("one"), image(0), Segment("yes")], [sound(0), Segment("no")]], {}
         batch = batch_of(model, rows, objective.annotator, **meta)
-        check(objective(model, objective.read(model, batch)[1], batch))
+        loss = objective(model, objective.read(model, batch)[1], batch)
+        check(loss)
+        run_backward(loss)
+        reached = {**dict(model.backbone.named_parameters()), **dict(objective.named_parameters())}
+        gradients = [p.grad for p in reached.values() if p.grad is not None]
+        check(*gradients)
+        assert len(gradients) == len(reached) and all(gradient.dtype == torch.float32 for gradient in gradients)

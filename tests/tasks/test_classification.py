@@ -23,6 +23,7 @@ from pile_app.fields import document_from_sample
 from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import segment_length
+from pile_app.model.score import score_choices
 from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
 from pile_app.tasks.retrieval import Contrastive
 from pile_app.training.module import PileModule
@@ -396,8 +397,41 @@ def test_the_models_own_softmax_chooses_among_the_labels(tiny_model: Callable[..
     torch.testing.assert_close(logits[0], model.logits(hidden, TEXT)[0, 5, [6 + ord("n"), 6 + ord("y")]])
     objective(model, hidden, batch).backward()
     assert model.heads[TEXT].weight.grad[6 + ord("y")].abs().sum() > 0
-    with pytest.raises(ValueError, match=r"\['two', 'three'\].* begin alike"):
-        Classification(["one", "two", "three"], head="language").build(model)
+
+
+def test_labels_that_begin_alike_are_learned_and_scored_as_text(
+    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment]
+) -> None:
+    model, labels = tiny_model(perturbed=False), ["two", "three", "no", "nothing"]
+    objective = Classification(labels, head="language", class_weights=[1.0, 2.0, 1.0, 1.0])
+    objective.build(model)
+    rows = [(image(n), Segment("abcdefgh"[n]), labels[n % 4]) for n in range(8)] + [(image(9), "no")]
+    batch = media_batch(model, objective, rows)
+    tokens, hidden = model.read(batch)
+    probabilities = model.logits(hidden, TEXT).detach().log_softmax(-1)[0]
+    stops = batch.piece_starts[1:10].tolist()
+    nats = [-sum(float(probabilities[at, tokens[0, at + 1]]) for at in range(stop - len(row[-1]) - 2, stop - 1))
+            for stop, row in zip(stops, rows, strict=True)]  # fmt: skip
+    weights = [1.0 + (row[-1] == "three") for row in rows]
+    expected = sum(w * n for w, n in zip(weights, nats, strict=True)) / sum(weights)
+    assert objective(model, hidden, batch).item() == pytest.approx(expected, rel=1e-4)
+
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        objective(model, model.read(batch)[1], batch).backward()
+        optimizer.step()
+    objective.eval()
+    objective.update(model, model.read(batch)[1], batch)
+    assert objective.compute()["accuracy"] == 1
+    documents = [Document(tuple(segments), label) for *segments, label in rows]
+    predicted = objective.predict(model, documents)
+    torch.testing.assert_close(predicted, objective.logits(model, hidden, batch)[0].softmax(-1))
+    alone = score_choices(model, documents[-1:], [Segment(label) for label in labels])
+    torch.testing.assert_close(predicted[-1:], alone.softmax(-1))
+    for options in ({"ngrams": 1}, {"unrounded": True}, {"sound_statistics": True}):
+        with pytest.raises(ValueError, match=r"begin alike, as some of \['two', 'three'"):
+            Classification(["two", "three"], head="language", **options).build(model)  # type: ignore[arg-type]
 
 
 def test_a_rare_label_weighs_more_when_balanced(tiny_model: Callable[..., FusedLanguageModel]) -> None:

@@ -100,6 +100,7 @@ class Workbench:
     """A folder with a config, where attempts are made."""
 
     def __init__(self, folder: Path, shards: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.shards = shards
         self.config = folder / "config.yaml"

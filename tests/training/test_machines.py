@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attempts import Workbench, make_bench
+from attempts import Workbench, assert_close_runs, documents, make_bench
 from processes import TESTS, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +24,8 @@ SAMPLES = (
     "--trainer.callbacks.sampling={max_text: 4, max_seconds: 0.2}",
 )
 WINDOWS = """
-import importlib, pkgutil, signal, sys
+import importlib, signal, sys
+from pathlib import Path
 
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
@@ -38,11 +39,22 @@ for name in [name for name in sys.modules if name.startswith("pile_app")]:
     del sys.modules[name]
 import pile_app
 
-for module in pkgutil.walk_packages(pile_app.__path__, "pile_app."):
-    importlib.import_module(module.name)
+folder = Path(pile_app.__file__).parent
+modules = [path for path in folder.rglob("*.py") if path.stem != "__init__"]  # packages without that file are not walked
+assert len(modules) > 80
+for path in modules:
+    importlib.import_module(".".join(("pile_app", *path.relative_to(folder).with_suffix("").parts)))
 from pile_app.training.cli import main
 
 main()
+"""
+
+SPAWN = f"""
+import multiprocessing, runpy
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn", force=True)
+    runpy.run_path({str(TESTS / "train.py")!r}, run_name="__main__")
 """
 
 
@@ -81,6 +93,18 @@ def test_windows_imports_and_trains(bench: Workbench) -> None:
     (bench.folder / "windows" / "train.py").write_text(WINDOWS)
     start(bench.words("windows", *SHORT), bench.folder / "windows").succeed()
     assert (bench.folder / "windows" / "runs" / "windows" / "summary.json").exists()
+
+
+def test_loading_workers_that_are_spawned(bench: Workbench) -> None:
+    """As on macOS and Windows; on two ranks, they read what one process reads that loads the data itself."""
+    spawning = Workbench(bench.folder / "spawning", bench.shards)
+    (spawning.folder / "train.py").write_text(SPAWN)
+    steps = ("--trainer.max_steps=3", "--model.codec_steps=1", "--trainer.limit_val_batches=0")
+    for rank in spawning.start_ranks("run", *steps, "--data.num_workers=1"):
+        assert rank.wait(600) == 0, rank.text  # each worker imports everything again
+    bench.train("alone", *steps, "--data.micro_batch=2")
+    assert documents(spawning.run("run")) == documents(bench.run("alone"))
+    assert_close_runs(spawning.run("run"), bench.run("alone"))
 
 
 def test_read_only_checkout(bench: Workbench) -> None:
