@@ -35,6 +35,7 @@ class ImageCodecConfig:
         levels: FSQ levels of each dimension; their product is the number of codes.
         width: channels of the convolutions.
         blocks: residual blocks of the encoder, and of the decoder.
+        pretrained: folder or hub name of Emu3's or Janus's VQ model, used as it is; all but `size` follows from it.
     """
 
     size: int = 32
@@ -43,8 +44,13 @@ class ImageCodecConfig:
     levels: tuple[int, ...] = (8, 5, 5, 5)
     width: int = 64
     blocks: int = 2
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
+        if self.pretrained:
+            from pile_app.model.pretrained_codecs import describe_picture
+
+            vars(self).update(describe_picture(self))
         if self.patch < 1 or self.size % self.patch:
             raise ValueError(f"image patch={self.patch} must divide size={self.size}")
         if self.channels not in (1, 3):
@@ -52,6 +58,10 @@ class ImageCodecConfig:
         if self.width % 8:
             raise ValueError(f"image codec width={self.width} must be a multiple of 8 (group normalization)")
         check_levels(self.levels)
+
+    @property
+    def codes(self) -> int:
+        return math.prod(self.levels)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class AudioCodecConfig:
         levels: FSQ levels of each dimension; their product is the number of codes.
         width: channels of the convolutions.
         blocks: ConvNeXt blocks of the encoder, and of the decoder.
+        pretrained: folder or hub name of a Mimi, DAC, EnCodec or X-Codec model, used as it is; all but `mels` follows from it.
+        codebooks: of the pretrained codec, from the first on: so many codes a frame.
     """
 
     sample_rate: int = 16_000
@@ -77,13 +89,25 @@ class AudioCodecConfig:
     levels: tuple[int, ...] = (8, 5, 5, 5)
     width: int = 128
     blocks: int = 4
+    pretrained: str | None = None
+    codebooks: int = 1
 
     def __post_init__(self) -> None:
+        if self.pretrained:
+            from pile_app.model.pretrained_codecs import describe_sound
+
+            vars(self).update(describe_sound(self))
+        elif self.codebooks != 1:
+            raise ValueError(f"audio codebooks={self.codebooks}: several codes a frame need a pretrained codec")
         if self.window < 2 * self.hop or (self.window - self.hop) % 2:
             raise ValueError(f"audio window={self.window} must be at least twice hop={self.hop}, and their difference even")
         if self.frames_per_token < 1:
             raise ValueError(f"audio frames_per_token must be at least 1, not {self.frames_per_token}")
         check_levels(self.levels)
+
+    @property
+    def codes(self) -> int:
+        return math.prod(self.levels)
 
     @property
     def samples_per_token(self) -> int:
@@ -99,7 +123,7 @@ def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a method of a codec compute in float32, without autocast and TF32."""
 
     @wraps(method)
-    def call(codec: nn.Module, media: Tensor, *arguments: Tensor) -> Tensor:
+    def call(codec: nn.Module, media: Tensor, *arguments: Any) -> Tensor:
         cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
         flags = cuda if media.device.type == "cuda" else ()
         before = [flag.fp32_precision for flag in flags]
@@ -181,10 +205,15 @@ class _ResidualBlock(nn.Sequential):
 class ImageCodec(nn.Module):
     """Patches -> CNN -> FSQ -> CNN -> patches. Pixels are scaled to [-1, 1] inside."""
 
+    is_frozen = False
+
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
         self.config = config
         self.grid = (config.size // config.patch,) * 2  # (rows, columns) of codes
+        self.build(config)
+
+    def build(self, config: ImageCodecConfig) -> None:
         patch_width = config.channels * config.patch**2
         self.quantizer = FiniteScalarQuantizer(config.levels)
         dimensions = len(config.levels)
@@ -224,14 +253,18 @@ class ImageCodec(nn.Module):
     @without_gradient
     def decode(self, codes: Tensor) -> Tensor:
         """(N, rows * columns) codes -> (N, C, height, width) uint8."""
-        pixels = self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return ((self._pixels(codes).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    def _pixels(self, codes: Tensor) -> Tensor:
+        return self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
 
     @in_full_precision
     def loss(self, images: Tensor) -> Tensor:
         """Mean over pixels of absolute plus squared error, pixels in [-1, 1]; () float32."""
-        target = images.float() / 127.5 - 1
-        error = self._reconstruct(self._quantize(images)) - target
+        return self.error(self._reconstruct(self._quantize(images)), images)
+
+    def error(self, pixels: Tensor, images: Tensor) -> Tensor:
+        error = pixels - (images.float() / 127.5 - 1)
         return (error.abs() + error.square()).mean()
 
 
@@ -266,13 +299,22 @@ class AudioCodec(nn.Module):
     FLOOR = 1e-3  # magnitudes below are silence: 16-bit noise is not to be reproduced
     KERNEL = 7
     SLICE = 2048  # codes that are encoded or decoded at a time: bounds the memory of spectrograms
+    is_frozen = False
 
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
         self.config = config
-        width, bins, dimensions = config.width, config.window // 2 + 1, len(config.levels)
-        self.register_buffer("filterbank", torch.empty(bins, config.mels), persistent=False)
+        self.register_buffer("filterbank", torch.empty(config.window // 2 + 1, config.mels), persistent=False)
         self.register_buffer("window", torch.empty(config.window), persistent=False)
+        self.build(config)
+        # Codes of silence between sounds, more than a convolution or half of the loss's longest window reaches; and what all
+        # layers reach together.
+        self.gap = max(self.KERNEL // 2, -(-config.window // config.samples_per_token))
+        self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
+        self.reset_parameters()
+
+    def build(self, config: AudioCodecConfig) -> None:
+        width, bins, dimensions = config.width, config.window // 2 + 1, len(config.levels)
         self.quantizer = FiniteScalarQuantizer(config.levels)
         self.embed = nn.Linear(config.mels * config.frames_per_token, width)
         self.encoder = nn.ModuleList(_ConvNeXtBlock(width, self.KERNEL) for _ in range(config.blocks))
@@ -282,11 +324,6 @@ class AudioCodec(nn.Module):
         self.unfold = nn.Linear(width, width * config.frames_per_token)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * bins))
         self.frame_block = _ConvNeXtBlock(width, self.KERNEL)
-        # Codes of silence between sounds, more than a convolution or half of the loss's longest window reaches; and what all
-        # layers reach together.
-        self.gap = max(self.KERNEL // 2, -(-config.window // config.samples_per_token))
-        self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         import torchaudio
@@ -437,3 +474,17 @@ class AudioCodec(nn.Module):
             convergence = (tokens * (of_sound[:, 0] / of_sound[:, 1]).sqrt()).sum() / len(audio)
             loss = loss + (log_error / (audio.numel() / hop * made.size(1)) + convergence) / 3
         return loss
+
+
+Codec = ImageCodec | AudioCodec
+
+
+def make_codec(config: ImageCodecConfig | AudioCodecConfig | None) -> Any:
+    """The codec of a config; None of none."""
+    if config is None:
+        return None
+    if config.pretrained:
+        from pile_app.model.pretrained_codecs import PretrainedAudioCodec, PretrainedImageCodec
+
+        return (PretrainedImageCodec if isinstance(config, ImageCodecConfig) else PretrainedAudioCodec)(config)  # type: ignore
+    return ImageCodec(config) if isinstance(config, ImageCodecConfig) else AudioCodec(config)

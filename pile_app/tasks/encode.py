@@ -275,8 +275,9 @@ def encode_sounds(sounds: Sequence[np.ndarray], model: FusedLanguageModel) -> li
     import torch
 
     assert model.audio_codec is not None
-    per_token, device = model.vocabulary.samples_per_token, model.token_bytes.device
-    tokens = [-(-len(sound) // per_token) for sound in sounds]
+    vocabulary, device = model.vocabulary, model.token_bytes.device
+    per_token = vocabulary.samples_per_token
+    tokens = [vocabulary.audio_tokens(len(sound), vocabulary.sample_rate) for sound in sounds]
     padded = [np.pad(sound, (0, count * per_token - len(sound))) for count, sound in zip(tokens, sounds, strict=True)]
     audio = torch.from_numpy(np.concatenate(padded).astype(np.float32).reshape(-1, per_token)).to(device)
     codes = model.audio_codec.encode(audio, torch.tensor(tokens, device=device))

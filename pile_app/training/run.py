@@ -36,6 +36,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
 from pile_app.model.backbones import HuggingFace
+from pile_app.model.pretrained_codecs import save_codecs
 from pile_app.training.callbacks import count_quarantined, ends_step
 from pile_app.training.checkpoints import read_state
 from pile_app.training.load import BACKBONE, TOKENIZER
@@ -140,6 +141,7 @@ class RunFolder(Callback):
         backbone = pl_module.model.backbone  # type: ignore[union-attr]
         if isinstance(backbone, HuggingFace) and not (self.run / BACKBONE).exists():
             backbone.save_description(self.run / BACKBONE)
+        save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[union-attr]
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
