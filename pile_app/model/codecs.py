@@ -48,9 +48,7 @@ class ImageCodecConfig:
 
     def __post_init__(self) -> None:
         if self.pretrained:
-            from pile_app.model.pretrained_codecs import describe_picture
-
-            vars(self).update(describe_picture(self))
+            _take_over(self)
         if self.patch < 1 or self.size % self.patch:
             raise ValueError(f"image patch={self.patch} must divide size={self.size}")
         if self.channels not in (1, 3):
@@ -58,10 +56,6 @@ class ImageCodecConfig:
         if self.width % 8:
             raise ValueError(f"image codec width={self.width} must be a multiple of 8 (group normalization)")
         check_levels(self.levels)
-
-    @property
-    def codes(self) -> int:
-        return math.prod(self.levels)
 
 
 @dataclass(frozen=True)
@@ -94,9 +88,7 @@ class AudioCodecConfig:
 
     def __post_init__(self) -> None:
         if self.pretrained:
-            from pile_app.model.pretrained_codecs import describe_sound
-
-            vars(self).update(describe_sound(self))
+            _take_over(self)
         elif self.codebooks != 1:
             raise ValueError(f"audio codebooks={self.codebooks}: several codes a frame need a pretrained codec")
         if self.window < 2 * self.hop or (self.window - self.hop) % 2:
@@ -106,12 +98,14 @@ class AudioCodecConfig:
         check_levels(self.levels)
 
     @property
-    def codes(self) -> int:
-        return math.prod(self.levels)
-
-    @property
     def samples_per_token(self) -> int:
         return self.hop * self.frames_per_token
+
+
+def _take_over(config: ImageCodecConfig | AudioCodecConfig) -> None:
+    from pile_app.model.pretrained_codecs import describe
+
+    vars(config).update(describe(config))
 
 
 def check_levels(levels: Sequence[int]) -> None:
@@ -205,8 +199,6 @@ class _ResidualBlock(nn.Sequential):
 class ImageCodec(nn.Module):
     """Patches -> CNN -> FSQ -> CNN -> patches. Pixels are scaled to [-1, 1] inside."""
 
-    is_frozen = False
-
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
         self.config = config
@@ -299,7 +291,6 @@ class AudioCodec(nn.Module):
     FLOOR = 1e-3  # magnitudes below are silence: 16-bit noise is not to be reproduced
     KERNEL = 7
     SLICE = 2048  # codes that are encoded or decoded at a time: bounds the memory of spectrograms
-    is_frozen = False
 
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
@@ -351,6 +342,11 @@ class AudioCodec(nn.Module):
             part = function(row[low:high], inside[low:high])
             parts.append(part[first - low : first - low + self.SLICE].clone())  # not a view, which would keep the rest
         return torch.cat(parts)
+
+    def _map(self, function: Callable[[Tensor, Tensor], Tensor], values: Tensor, tokens: Tensor) -> Tensor:
+        """`function` of (A, ...) values of each code in their row -> (A, ...)."""
+        row, inside, indices = self._row(values, tokens)
+        return self._in_slices(function, row, inside)[indices]
 
     def spectrogram(self, audio: Tensor, window: int | None = None, hop: int | None = None) -> Tensor:
         """(S,) samples -> (S / hop, bins) magnitudes; frames are centred on hops, no frame beyond the sound."""
@@ -411,34 +407,25 @@ class AudioCodec(nn.Module):
     @without_gradient
     def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) -> (A, frames_per_token * mels) log-mel frames that each code represents, in about [-1, 1]."""
-        row, inside, indices = self._row(audio, tokens)
-        return self._in_slices(self._patches, row, inside)[indices]
+        return self._map(self._patches, audio, tokens)
 
     @without_gradient
     def encode(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) samples -> (A,) codes."""
-        row, inside, indices = self._row(audio, tokens)
-
-        def encode(row: Tensor, inside: Tensor) -> Tensor:
-            return self.quantizer.to_codes(self._quantize(self._patches(row, inside), inside))
-
-        return self._in_slices(encode, row, inside)[indices]
+        quantized = self._map(lambda row, inside: self._quantize(self._patches(row, inside), inside), audio, tokens)
+        return self.quantizer.to_codes(quantized)
 
     @without_gradient
     def decode(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, samples_per_token) samples in [-1, 1]."""
-        row, inside, indices = self._row(self.quantizer.from_codes(codes), tokens)
-        return self._in_slices(lambda row, inside: self._synthesize(row, inside)[1], row, inside)[indices].clamp(-1, 1)
+        quantized = self.quantizer.from_codes(codes)
+        return self._map(lambda row, inside: self._synthesize(row, inside)[1], quantized, tokens).clamp(-1, 1)
 
     @without_gradient
     def decode_magnitudes(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, frames_per_token, bins) magnitudes, for Griffin-Lim as a check on the phases."""
-        row, inside, indices = self._row(self.quantizer.from_codes(codes), tokens)
-
-        def magnitudes(row: Tensor, inside: Tensor) -> Tensor:
-            return self._synthesize(row, inside)[0].unflatten(0, (len(row), -1))
-
-        return self._in_slices(magnitudes, row, inside)[indices]
+        quantized = self.quantizer.from_codes(codes)
+        return self._map(lambda row, inside: self._synthesize(row, inside)[0].unflatten(0, (len(row), -1)), quantized, tokens)
 
     @without_gradient
     def log_mel_distances(self, audio: Tensor, again: Tensor, tokens: Tensor) -> Tensor:

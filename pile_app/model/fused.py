@@ -126,7 +126,7 @@ class FusedLanguageModel(nn.Module):
         shapes: list[tuple[Sequence[int], int]] = [((), Vocabulary.SPECIALS + tokenizer.size)]
         for config, ends in ((image, 0), (audio, 1)):
             is_ours = config is not None and config.pretrained is None
-            shapes.append((config.levels, ends) if is_ours else ((), ends + (config.codes if config else 0)))
+            shapes.append((config.levels, ends) if is_ours else ((), ends + (math.prod(config.levels) if config else 0)))
         width = backbone.embedding_width
         self.embeddings = nn.ModuleList(FactoredTable(levels, extra, width, backbone.code_std) for levels, extra in shapes)
         self.heads = nn.ModuleList(FactoredTable(levels, extra, backbone.width, 0.0) for levels, extra in shapes)
@@ -169,7 +169,7 @@ class FusedLanguageModel(nn.Module):
     def fingerprint_codecs(self, trained: bool = False) -> None:
         """Write the fingerprints of frozen codecs into the vocabulary, so that the model takes media that they encoded.
         `trained`: those of codecs that the run trains stay out."""
-        used = {modality: codec for modality, codec in self.codecs.items() if codec.is_frozen or not trained}
+        used = {modality: codec for modality, codec in self.codecs.items() if codec.config.pretrained or not trained}
         found = {modality: codec_fingerprint(codec) for modality, codec in used.items()}
         self.vocabulary = replace(self.vocabulary, image_codec=found.get(IMAGE, ""), audio_codec=found.get(AUDIO, ""))
 
@@ -185,7 +185,7 @@ class FusedLanguageModel(nn.Module):
         over images and over the codes of sounds (see `codec_counts`). Pretrained codecs have none in training.
         """
         losses: dict[int, Tensor] = {}
-        codecs = {m: codec for m, codec in self.codecs.items() if not (codec.is_frozen and torch.is_grad_enabled())}
+        codecs = {m: codec for m, codec in self.codecs.items() if not (codec.config.pretrained and torch.is_grad_enabled())}
         if IMAGE in codecs and len(batch.images):
             losses[IMAGE] = codecs[IMAGE].loss(batch.images)
         if AUDIO in codecs and len(batch.audio):
@@ -216,7 +216,7 @@ class FusedLanguageModel(nn.Module):
             codes = self.image_codec.encode(batch.images)
             flat[batch.image_slots[: len(batch.images)]] = codes + self.vocabulary.starts[IMAGE]
         if self.audio_codec and len(batch.audio):
-            lengths = batch.sound_tokens if self.audio_codec.is_frozen else batch.audio_tokens
+            lengths = batch.sound_tokens if self.audio_codec.config.pretrained else batch.audio_tokens
             codes = self.audio_codec.encode(batch.audio, lengths)
             flat[batch.audio_slots] = codes + self.vocabulary.starts[AUDIO]
         return tokens
@@ -369,10 +369,10 @@ def make_vocabulary(
     return Vocabulary(
         text_tokens=text_tokens,
         tokenizer=tokenizer,
-        image_codes=image.codes if image else 0,
+        image_codes=math.prod(image.levels) if image else 0,
         image_shape=(image.channels, image.size, image.size) if image else (0, 0, 0),
         image_grid=(side, side),
-        audio_codes=audio.codes if audio else 0,
+        audio_codes=math.prod(audio.levels) if audio else 0,
         sample_rate=audio.sample_rate if audio else 0,
         samples_per_token=audio.samples_per_token if audio else 0,
         audio_codebooks=audio.codebooks if audio else 1,

@@ -4,16 +4,16 @@
 
 A residual quantizer gives several codes a frame, one of each codebook. They stand one after another, each codebook with ids of
 its own: with two codebooks of 1,024, the codes of two frames are `c0, 1024 + c1, c0', 1024 + c1'`. Each sound and each picture
-is computed alone, so codes do not depend on the batch, and memory grows with one medium. Weights are read from safetensors only.
+is computed alone, so codes do not depend on the batch, and memory grows with one medium. Weights are safetensors only.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,91 +21,46 @@ from torch import Tensor, nn
 from pile_app.documents import MODALITIES
 from pile_app.model.codecs import AudioCodec, AudioCodecConfig, Codec, ImageCodec, ImageCodecConfig, without_gradient
 
-
-class _Kind(NamedTuple):
-    """What differs between models of transformers."""
-
-    model: str  # class of transformers
-    codes: str  # setting of their config: size of a codebook
-    encode: Callable[[Any, Tensor, int], Tensor]  # model, one medium, codebooks -> codes
-    decode: Callable[[Any, Tensor], Tensor]  # model, codes of one medium -> samples or pixels
-    codebooks: str = ""  # setting: how many there are
-    hop: str = ""  # setting: samples of a frame
-
-
+# By type in `config.json`: the class, and the settings that hold the number of codebooks and the samples of a frame.
 SOUNDS = {
-    "mimi": _Kind(
-        "MimiModel",
-        "codebook_size",
-        lambda model, audio, codebooks: model.encode(audio, num_quantizers=codebooks).audio_codes,
-        lambda model, codes: model.decode(codes).audio_values,
-        "num_quantizers",
-        "frame_size",
-    ),
-    "dac": _Kind(
-        "DacModel",
-        "codebook_size",
-        lambda model, audio, codebooks: model.encode(audio, n_quantizers=codebooks).audio_codes,
-        lambda model, codes: model.decode(audio_codes=codes).audio_values,
-        "n_codebooks",
-        "hop_length",
-    ),
-    "encodec": _Kind(
-        "EncodecModel",
-        "codebook_size",
-        lambda model, audio, _: model.encode(audio, bandwidth=model.config.target_bandwidths[-1]).audio_codes,
-        lambda model, codes: model.decode(codes[None], [None]).audio_values,
-        "num_quantizers",
-        "hop_length",
-    ),
-    "xcodec": _Kind(
-        "XcodecModel",
-        "codebook_size",
-        lambda model, audio, _: model.encode(audio).audio_codes,
-        lambda model, codes: model.decode(codes).audio_values,
-        "num_quantizers",
-        "hop_length",
-    ),
+    "mimi": ("MimiModel", "num_quantizers", "frame_size"),
+    "dac": ("DacModel", "n_codebooks", "hop_length"),
+    "encodec": ("EncodecModel", "num_quantizers", "hop_length"),
+    "xcodec": ("XcodecModel", "num_quantizers", "hop_length"),
 }
-PICTURES = {
-    "emu3_vqgan": _Kind(
-        "Emu3VQVAE",
-        "codebook_size",
-        lambda model, pixels, _: model.encode(pixels, image_sizes=[pixels.shape[-2:]]).image_tokens[0],
-        lambda model, codes: model.decode(codes),
-    ),
-    "janus_vqgan": _Kind(
-        "JanusVQVAE",
-        "num_embeddings",
-        lambda model, pixels, _: model.encode(pixels).image_tokens,
-        lambda model, codes: model.decode(codes.flatten(1)),
-    ),
-}
+PICTURES = {"emu3_vqgan": ("Emu3VQVAE", "codebook_size"), "janus_vqgan": ("JanusVQVAE", "num_embeddings")}
+Kinds = Mapping[str, tuple[str, ...]]
 
 
-def _read(path: str, kinds: dict[str, _Kind]) -> tuple[_Kind, Any]:
+def _read(path: str, kinds: Kinds) -> Any:
     """The config of a codec; of a whole model (Emu3, Janus) that of its codec. Raises ValueError if it is none of `kinds`."""
     try:
         from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path)
     except ImportError as error:
         raise ValueError("pretrained codecs need transformers: pip install transformers, or the extra huggingface") from error
-    try:
-        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"pretrained={path!r} is no codec of transformers: {error}") from error
-    config = next((part for name in ("vq_config", "vq_vae_config") if (part := getattr(config, name, None))), config)
+    config = getattr(config, "vq_config", config)
     if config.model_type not in kinds:
-        known = ", ".join(kinds[name].model for name in kinds)
+        known = ", ".join(kind[0] for kind in kinds.values())
         raise ValueError(f"pretrained={path!r} is a {config.model_type}, which cannot encode and decode here: take {known}")
-    return kinds[config.model_type], config
+    return config
 
 
-def describe_sound(config: AudioCodecConfig) -> dict[str, Any]:
-    """The settings of an `AudioCodecConfig` that follow from its pretrained codec."""
-    path, codebooks = str(config.pretrained), config.codebooks
-    kind, theirs = _read(path, SOUNDS)
+def describe(config: ImageCodecConfig | AudioCodecConfig) -> dict[str, Any]:
+    """The settings of a codec that follow from the pretrained one. Raises ValueError if they cannot be."""
+    path = str(config.pretrained)
+    if isinstance(config, ImageCodecConfig):
+        theirs = _read(path, PICTURES)
+        patch, side = 2 ** (len(theirs.channel_multiplier) - 1), getattr(theirs, "num_patches", None)
+        if side and config.size != side * patch:
+            raise ValueError(f"image size={config.size}: {path!r} takes {side * patch} pixels, set it to that")
+        return {"channels": 3, "patch": patch, "levels": (getattr(theirs, PICTURES[theirs.model_type][1]),), "blocks": 0}
+    theirs, codebooks = _read(path, SOUNDS), config.codebooks
     rate = getattr(theirs, "sampling_rate", None) or theirs.sample_rate
-    frame, most = int(getattr(theirs, kind.hop)), int(getattr(theirs, kind.codebooks))
+    most, frame = (int(getattr(theirs, name)) for name in SOUNDS[theirs.model_type][1:])
     if getattr(theirs, "audio_channels", 1) != 1 or getattr(theirs, "chunk_length_s", None):
         raise ValueError(f"audio pretrained={path!r} takes stereo sounds in chunks: take a mono codec, such as encodec_24khz")
     possible = [count for count in range(1, most + 1) if frame % count == 0]
@@ -115,55 +70,44 @@ def describe_sound(config: AudioCodecConfig) -> dict[str, Any]:
             f"set one of {possible}"
         )
     samples = frame // codebooks
-    hop = next(hop for hop in range(min(samples, rate // 100), 0, -1) if samples % hop == 0)  # of the frames for readers
-    return {
-        "sample_rate": rate,
-        "hop": hop,
-        "window": hop * (2 * -(-rate // (50 * hop)) + 1),  # at least 40 ms
-        "frames_per_token": samples // hop,
-        "levels": (getattr(theirs, kind.codes) * codebooks,),
-        "blocks": 0,
-    }
+    hop = next(hop for hop in range(min(samples, rate // 100), 0, -1) if samples % hop == 0)
+    window = hop * (2 * -(-rate // (50 * hop)) + 1)  # at least 40 ms
+    spectrogram = {"hop": hop, "window": window, "frames_per_token": samples // hop}  # for readers
+    return {"sample_rate": rate, "levels": (theirs.codebook_size * codebooks,), "blocks": 0} | spectrogram
 
 
-def describe_picture(config: ImageCodecConfig) -> dict[str, Any]:
-    """The settings of an `ImageCodecConfig` that follow from its pretrained codec."""
-    kind, theirs = _read(str(config.pretrained), PICTURES)
-    patch = 2 ** (len(theirs.channel_multiplier) - 1)
-    side = getattr(theirs, "num_patches", None)
-    if side and config.size != side * patch:
-        raise ValueError(f"image size={config.size}: {config.pretrained!r} takes {side * patch} pixels, set it to that")
-    return {"channels": 3, "patch": patch, "levels": (getattr(theirs, kind.codes),), "blocks": 0}
-
-
-def _load(path: str, kinds: dict[str, _Kind]) -> tuple[_Kind, Any]:
+def _load(path: str, kinds: Kinds) -> Any:
     """The model, frozen. On the meta device, without weights."""
     import transformers
 
-    kind, config = _read(path, kinds)
-    made: Any = getattr(transformers, kind.model)
+    config = _read(path, kinds)
+    name = kinds[config.model_type][0]
+    make: Any = getattr(transformers, name)
     if torch.get_default_device().type == "meta":
-        return kind, made(config)
-    names = {r"^(model\.)?(vqmodel|vision_model\.vq|vq)\w*\.": ""} if config.model_type in PICTURES else None
+        return make(config)
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    if kinds is PICTURES:
+        options["key_mapping"] = {r"^model\.vqmodel\.": ""}  # of a whole model
     try:
-        options: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True, "key_mapping": names}
-        model, found = made.from_pretrained(path, output_loading_info=True, **options)
+        model, found = make.from_pretrained(path, **options)
     except OSError as error:
         raise ValueError(f"pretrained={path!r} holds no weights as safetensors: {error}") from error
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"pretrained={path!r} has no weights for {len(missing)} tensors of {kind.model}, such as {missing[0]}")
+        raise ValueError(f"pretrained={path!r} has no weights for {len(missing)} tensors of {name}, such as {missing[0]}")
     for module in model.modules():  # numbers that its padding computes with: on a GPU each would be waited for
         for name in ("stride", "kernel_size", "padding_total"):
             if (number := module._buffers.pop(name, None)) is not None:
                 setattr(module, name, number)
-    return kind, model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    model.train = lambda mode=True: model  # it stays in evaluation mode
+    return model
 
 
 def save_codecs(codecs: Mapping[int, Codec], folder: Path, again: bool = True) -> None:
     """Write config and weights of pretrained codecs into `folder/<modality>_codec`; `again`: also if they are there."""
     for modality, codec in codecs.items():
         target = folder / f"{MODALITIES[modality]}_codec"
-        if codec.is_frozen and (again or not target.exists()):
+        if codec.config.pretrained and (again or not target.exists()):
             codec.model.save_pretrained(target.with_suffix(".tmp"))
             shutil.rmtree(target, ignore_errors=True)
             os.replace(target.with_suffix(".tmp"), target)
@@ -179,44 +123,40 @@ def take_codecs(model: Any, folder: Path) -> None:
 class PretrainedAudioCodec(AudioCodec):
     """A sound codec of transformers. Its log-mel frames are those that `AudioCodec` has."""
 
-    is_frozen = True
-
     def build(self, config: AudioCodecConfig) -> None:
-        self.kind, self.model = _load(str(config.pretrained), SOUNDS)
-
-    def train(self, mode: bool = True) -> PretrainedAudioCodec:
-        return super().train(False)
+        self.model, self.codes = _load(str(config.pretrained), SOUNDS), config.levels[0] // config.codebooks
 
     @without_gradient
     def encode(self, audio: Tensor, tokens: Sequence[int] | Tensor) -> Tensor:
         """(A, samples_per_token) samples -> (A,) codes. `tokens`: a list does not wait for the device."""
-        books = self.config.codebooks
-        lengths = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        model, books = self.model, self.config.codebooks
+        most = {"bandwidth": getattr(model.config, "target_bandwidths", [0])[-1]}  # of which the first codebooks are taken
+        options = {"mimi": {"num_quantizers": books}, "dac": {"n_quantizers": books}}.get(model.config.model_type, most)
         parts = []
-        for sound in audio.split(lengths):
-            codes = self.kind.encode(self.model, sound.reshape(1, 1, -1), books).flatten(0, -2)[:books].T  # (frames, books)
-            parts.append((codes + self._offsets(codes.device)).flatten())
+        for sound in audio.split(_on_host(tokens)):
+            codes = model.encode(sound.reshape(1, 1, -1), **options).audio_codes.flatten(0, -2)[:books]  # (books, frames)
+            parts.append((codes.T + self._offsets(codes)).flatten())
         return torch.cat(parts)
 
     @without_gradient
     def decode(self, codes: Tensor, tokens: Sequence[int] | Tensor) -> Tensor:
         """(A,) codes -> (A, samples_per_token) samples in [-1, 1]. Raises ValueError if codes are not in the order of their
         codebooks."""
-        lengths = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
         parts = []
-        for one in codes.split(lengths):
-            frames = one.view(-1, self.config.codebooks) - self._offsets(one.device)
-            size = self.config.codes // self.config.codebooks
-            if one.device.type != "cuda" and not ((frames >= 0) & (frames < size)).all():
+        for one in codes.split(_on_host(tokens)):
+            frames = one.view(-1, self.config.codebooks) - self._offsets(one)
+            if one.device.type == "cpu" and (frames // self.codes).any():
                 raise ValueError("codes of a sound are not in the order of the codec's codebooks")
-            sound = self.kind.decode(self.model, frames.clamp(0, size - 1).T[None]).flatten()
-            missing = len(one) * self.config.samples_per_token - len(sound)
-            parts.append(nn.functional.pad(sound, (0, missing)).view(len(one), -1))  # cut where it is longer
+            books = frames.T[None]  # (1, codebooks, frames)
+            arguments = {"dac": (None, books), "encodec": (books[None], [None])}.get(self.model.config.model_type, (books,))
+            sound = self.model.decode(*arguments).audio_values.flatten()
+            missing = len(one) * self.config.samples_per_token - len(sound)  # negative where it is longer
+            parts.append(nn.functional.pad(sound, (0, missing)).view(len(one), -1))
         return torch.cat(parts).clamp(-1, 1)
 
-    def _offsets(self, device: torch.device) -> Tensor:
+    def _offsets(self, codes: Tensor) -> Tensor:
         """(codebooks,) first id of each."""
-        return torch.arange(self.config.codebooks, device=device) * (self.config.codes // self.config.codebooks)
+        return torch.arange(self.config.codebooks, device=codes.device) * self.codes
 
     @without_gradient
     def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
@@ -224,25 +164,26 @@ class PretrainedAudioCodec(AudioCodec):
         return self.log_mel_distances(audio, self.decode(self.encode(audio, tokens), tokens), tokens).mean()
 
 
+def _on_host(tokens: Sequence[int] | Tensor) -> list[int]:
+    return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+
+
 class PretrainedImageCodec(ImageCodec):
     """A picture codec of transformers."""
 
-    is_frozen = True
-
     def build(self, config: ImageCodecConfig) -> None:
-        self.kind, self.model = _load(str(config.pretrained), PICTURES)
-
-    def train(self, mode: bool = True) -> PretrainedImageCodec:
-        return super().train(False)
+        self.model = _load(str(config.pretrained), PICTURES)
 
     @without_gradient
     def encode(self, images: Tensor) -> Tensor:
         """(N, C, height, width) uint8 -> (N, rows * columns) codes, row by row."""
-        pixels = images.float() / 127.5 - 1
-        return torch.stack([self.kind.encode(self.model, image[None], 1).flatten() for image in pixels])
+        sizes = {"image_sizes": [images.shape[-2:]]} if self.model.config.model_type == "emu3_vqgan" else {}
+        found = [self.model.encode(image[None], **sizes).image_tokens for image in images.float() / 127.5 - 1]
+        return torch.stack([codes[0].flatten() if sizes else codes.flatten() for codes in found])
 
     def _pixels(self, codes: Tensor) -> Tensor:
-        return torch.cat([self.kind.decode(self.model, one.view(1, *self.grid)) for one in codes])
+        shape = self.grid if self.model.config.model_type == "emu3_vqgan" else (-1,)
+        return torch.cat([self.model.decode(one.view(1, *shape)) for one in codes])
 
     @without_gradient
     def loss(self, images: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class PileModule(LightningModule):
             )
         tokenizer = backbone.tokenizer or tokenizer
         self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
-        self.codec_steps = 0 if all(codec.is_frozen for codec in self.model.codecs.values()) else codec_steps
+        self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
         self.codec_crop = codec_crop
         self.optimizer = optimizer
         self.weights = (weights.text, weights.image, weights.audio)

@@ -23,7 +23,7 @@ from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig, make_codec
 from pile_app.model.fused import FusedLanguageModel, codec_fingerprint
 from pile_app.model.generate import Sampling, answer_prompts
 from pile_app.model.segments import segment_length
-from pile_app.tasks.encode import encode_images, encode_sounds
+from pile_app.tasks.encode import encode_media
 
 SMALL = {"codebook_size": 16, "hidden_size": 16, "num_filters": 4, "upsampling_ratios": [4, 2], "sampling_rate": 8000}
 MIMI = SMALL | {"codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 4, "num_hidden_layers": 1}
@@ -90,12 +90,12 @@ def test_sounds_have_the_codes_and_samples_of_transformers(save: Callable[[str],
     codec = make_codec(AudioCodecConfig(pretrained=save(name), codebooks=codebooks, mels=8))
     model, shape = theirs(name, save(name)), codec.config
     per_frame = shape.samples_per_token * codebooks
-    assert shape.codes == 16 * codebooks and per_frame == {"Mimi": 16, "Dac": 10, "Encodec": 8, "Xcodec": 80}[name]
+    assert shape.levels == (16 * codebooks,) and per_frame == {"Mimi": 16, "Dac": 10, "Encodec": 8, "Xcodec": 80}[name]
     some = sounds(per_frame, 40, 25, 70)
     tokens = [len(sound) // shape.samples_per_token for sound in some]
     audio = torch.cat(some).view(-1, shape.samples_per_token)
     codes = codec.encode(audio, torch.tensor(tokens))
-    assert codes.shape == (sum(tokens),) and codes.min() >= 0 and codes.max() < shape.codes and len(codes.unique()) > 3
+    assert codes.shape == (sum(tokens),) and codes.min() >= 0 and codes.max() < 16 * codebooks and len(codes.unique()) > 3
     again = codec.decode(codes, tokens)
     assert again.shape == audio.shape
     for sound, one, decoded in zip(some, codes.split(tokens), again.split(tokens), strict=True):
@@ -207,9 +207,9 @@ def test_encoded_media_have_the_codes_of_training(save: Callable[[str], str]) ->
     document = Document((Segment.from_image(pixels[0]), sound_segment(0), Segment.from_image(pixels[1]), sound_segment(1, 50)))
     length = 2 + sum(segment_length(model, segment) for segment in document.segments)
     tokens = model.fill(assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length + 2))[0].numpy()
-    images = encode_images([image.transpose(2, 0, 1) for image in pixels], model)
+    images = encode_media([image.transpose(2, 0, 1) for image in pixels], IMAGE, model)
     waves = [decode_audio(segment.file, 8000) for segment in document.segments[1::2]]
-    audio = encode_sounds(waves, model)
+    audio = encode_media(waves, AUDIO, model)
     for found, modality in ((images, IMAGE), (audio, AUDIO)):
         ids = model.vocabulary.slices[modality]
         inside = tokens[(tokens >= ids.start) & (tokens < ids.stop) & (tokens != model.vocabulary.audio_end)]
