@@ -473,5 +473,5 @@ def make_codec(config: ImageCodecConfig | AudioCodecConfig | None) -> Any:
     if config.pretrained:
         from pile_app.model.pretrained_codecs import PretrainedAudioCodec, PretrainedImageCodec
 
-        return (PretrainedImageCodec if isinstance(config, ImageCodecConfig) else PretrainedAudioCodec)(config)  # type: ignore
+        return PretrainedImageCodec(config) if isinstance(config, ImageCodecConfig) else PretrainedAudioCodec(config)
     return ImageCodec(config) if isinstance(config, ImageCodecConfig) else AudioCodec(config)

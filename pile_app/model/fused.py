@@ -125,8 +125,8 @@ class FusedLanguageModel(nn.Module):
         self.word_dropout, self.code_dropout = word_dropout, code_dropout
         shapes: list[tuple[Sequence[int], int]] = [((), Vocabulary.SPECIALS + tokenizer.size)]
         for config, ends in ((image, 0), (audio, 1)):
-            is_ours = config is not None and config.pretrained is None
-            shapes.append((config.levels, ends) if is_ours else ((), ends + (math.prod(config.levels) if config else 0)))
+            codes = math.prod(config.levels) if config else 0
+            shapes.append((config.levels, ends) if config and not config.pretrained else ((), codes + ends))
         width = backbone.embedding_width
         self.embeddings = nn.ModuleList(FactoredTable(levels, extra, width, backbone.code_std) for levels, extra in shapes)
         self.heads = nn.ModuleList(FactoredTable(levels, extra, backbone.width, 0.0) for levels, extra in shapes)

@@ -87,7 +87,7 @@ def _load(path: str, kinds: Kinds) -> Any:
         return make(config)
     options: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if kinds is PICTURES:
-        options["key_mapping"] = {r"^model\.vqmodel\.": ""}  # of a whole model
+        options["key_mapping"] = {r"^(model\.)?vqmodel\.": ""}  # of a whole model
     try:
         model, found = make.from_pretrained(path, **options)
     except OSError as error:
@@ -108,7 +108,8 @@ def save_codecs(codecs: Mapping[int, Codec], folder: Path, again: bool = True) -
     for modality, codec in codecs.items():
         target = folder / f"{MODALITIES[modality]}_codec"
         if codec.config.pretrained and (again or not target.exists()):
-            codec.model.save_pretrained(target.with_suffix(".tmp"))
+            theirs: Any = codec.model
+            theirs.save_pretrained(target.with_suffix(".tmp"))
             shutil.rmtree(target, ignore_errors=True)
             os.replace(target.with_suffix(".tmp"), target)
 
@@ -122,6 +123,8 @@ def take_codecs(model: Any, folder: Path) -> None:
 
 class PretrainedAudioCodec(AudioCodec):
     """A sound codec of transformers. Its log-mel frames are those that `AudioCodec` has."""
+
+    model: Any  # `PreTrainedModel`
 
     def build(self, config: AudioCodecConfig) -> None:
         self.model, self.codes = _load(str(config.pretrained), SOUNDS), config.levels[0] // config.codebooks
@@ -170,6 +173,8 @@ def _on_host(tokens: Sequence[int] | Tensor) -> list[int]:
 
 class PretrainedImageCodec(ImageCodec):
     """A picture codec of transformers."""
+
+    model: Any  # `PreTrainedModel`
 
     def build(self, config: ImageCodecConfig) -> None:
         self.model = _load(str(config.pretrained), PICTURES)

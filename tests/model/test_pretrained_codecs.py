@@ -230,7 +230,7 @@ def test_the_path_is_no_part_of_a_codec_but_its_weights_are(save: Callable[[str]
 @pytest.mark.parametrize("audio", ["Dac", "Xcodec"])  # padding of the others reads numbers, which fake tensors do not have
 def test_a_batch_on_a_gpu(save: Callable[[str], str], audio: str) -> None:
     model = fused(save, audio).train()
-    assert not any(module.training for codec in model.codecs.values() for module in codec.modules())
+    assert not any(module.training for codec in model.codecs.values() for module in codec.model.modules())
     image = Segment.from_image(np.zeros((8, 8, 3), np.uint8))
     with fake_cuda("bf16-mixed"):
         model.to_empty(device="cuda")
