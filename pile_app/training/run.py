@@ -141,7 +141,7 @@ class RunFolder(Callback):
         backbone = pl_module.model.backbone  # type: ignore[union-attr]
         if isinstance(backbone, HuggingFace) and not (self.run / BACKBONE).exists():
             backbone.save_description(self.run / BACKBONE)
-        save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[union-attr]
+        save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
