@@ -28,6 +28,7 @@ class Vocabulary:
     audio_codes: int = 0  # size of the audio codec's code book, 0 without sound
     sample_rate: int = 0  # Hz that every sound is resampled to
     samples_per_token: int = 0  # samples that an audio code stands for
+    audio_codebooks: int = 1  # codes of a frame of sound, each of a codebook of its own
     tokenizer: str = "bytes"  # fingerprint of the tokenizer, "bytes" for UTF-8 bytes
     image_codec: str = ""  # fingerprint of the image codec, where it is frozen from the start of the run
     audio_codec: str = ""  # fingerprint of the audio codec, likewise
@@ -71,7 +72,7 @@ class Vocabulary:
     def audio_tokens(self, samples: Any, sample_rate: Any) -> Any:
         """Number of codes of a sound with `samples` samples at `sample_rate` Hz; ints or integer arrays."""
         resampled = -(-samples * self.sample_rate // sample_rate)  # ceil, as torchaudio's resample returns
-        return -(-resampled // self.samples_per_token)
+        return -(-resampled // (self.samples_per_token * self.audio_codebooks)) * self.audio_codebooks
 
     def segment_tokens(self, modality: int, size: int, sample_rate: int = 0) -> int:
         """Tokens of one segment, its opener (and `<audio_end>`) included. `size`: text tokens, or samples of a sound."""

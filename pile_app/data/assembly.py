@@ -169,7 +169,7 @@ class _Rows:
                 decode_image(medium.file, *self.vocabulary.image_shape, target, medium.augment)
                 return
             waveform = decode_audio(medium.file, self.vocabulary.sample_rate)
-            if -(-len(waveform) // self.vocabulary.samples_per_token) != medium.codes:
+            if self.vocabulary.audio_tokens(len(waveform), self.vocabulary.sample_rate) != medium.codes:
                 raise BadSample("length", f"a sound has {len(waveform):,} samples, the index promises {medium.codes} codes")
             if medium.augment is not None:
                 waveform = medium.augment(waveform)[: len(waveform)]

@@ -274,8 +274,8 @@ class PileDataModule(LightningDataModule):
 
     def _open(self, split: str) -> list[SourceData]:
         given = ((name, getattr(source, split), source.fields) for name, source in self.sources.items())
-        options = {"cache": self.cache, "readings": self.annotator.readings if self.annotator else 1}
-        return [SourceData(name, where, *self._model, **options, fields=fields) for name, where, fields in given if where]
+        open_source = partial(SourceData, cache=self.cache, readings=self.annotator.readings if self.annotator else 1)
+        return [open_source(name, where, *self._model, fields=fields) for name, where, fields in given if where]
 
     def _open_train(self) -> tuple[list[SourceData], list[SourceOrder]]:
         data = self._open("train")

@@ -35,6 +35,7 @@ class ImageCodecConfig:
         levels: FSQ levels of each dimension; their product is the number of codes.
         width: channels of the convolutions.
         blocks: residual blocks of the encoder, and of the decoder.
+        pretrained: folder or hub name of Emu3's or Janus's VQ model, used as it is; all but `size` follows from it.
     """
 
     size: int = 32
@@ -43,8 +44,11 @@ class ImageCodecConfig:
     levels: tuple[int, ...] = (8, 5, 5, 5)
     width: int = 64
     blocks: int = 2
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
+        if self.pretrained:
+            _take_over(self)
         if self.patch < 1 or self.size % self.patch:
             raise ValueError(f"image patch={self.patch} must divide size={self.size}")
         if self.channels not in (1, 3):
@@ -67,6 +71,8 @@ class AudioCodecConfig:
         levels: FSQ levels of each dimension; their product is the number of codes.
         width: channels of the convolutions.
         blocks: ConvNeXt blocks of the encoder, and of the decoder.
+        pretrained: folder or hub name of a Mimi, DAC, EnCodec or X-Codec model, used as it is; all but `mels` follows from it.
+        codebooks: of the pretrained codec, from the first on: so many codes a frame.
     """
 
     sample_rate: int = 16_000
@@ -77,8 +83,14 @@ class AudioCodecConfig:
     levels: tuple[int, ...] = (8, 5, 5, 5)
     width: int = 128
     blocks: int = 4
+    pretrained: str | None = None
+    codebooks: int = 1
 
     def __post_init__(self) -> None:
+        if self.pretrained:
+            _take_over(self)
+        elif self.codebooks != 1:
+            raise ValueError(f"audio codebooks={self.codebooks}: several codes a frame need a pretrained codec")
         if self.window < 2 * self.hop or (self.window - self.hop) % 2:
             raise ValueError(f"audio window={self.window} must be at least twice hop={self.hop}, and their difference even")
         if self.frames_per_token < 1:
@@ -90,6 +102,12 @@ class AudioCodecConfig:
         return self.hop * self.frames_per_token
 
 
+def _take_over(config: ImageCodecConfig | AudioCodecConfig) -> None:
+    from pile_app.model.pretrained_codecs import describe
+
+    vars(config).update(describe(config))
+
+
 def check_levels(levels: Sequence[int]) -> None:
     if not levels or min(levels) < 3:
         raise ValueError(f"FSQ needs at least 3 levels in each dimension, not {list(levels)}")
@@ -99,7 +117,7 @@ def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a method of a codec compute in float32, without autocast and TF32."""
 
     @wraps(method)
-    def call(codec: nn.Module, media: Tensor, *arguments: Tensor) -> Tensor:
+    def call(codec: nn.Module, media: Tensor, *arguments: Any) -> Tensor:
         cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
         flags = cuda if media.device.type == "cuda" else ()
         before = [flag.fp32_precision for flag in flags]
@@ -185,6 +203,9 @@ class ImageCodec(nn.Module):
         super().__init__()
         self.config = config
         self.grid = (config.size // config.patch,) * 2  # (rows, columns) of codes
+        self.build(config)
+
+    def build(self, config: ImageCodecConfig) -> None:
         patch_width = config.channels * config.patch**2
         self.quantizer = FiniteScalarQuantizer(config.levels)
         dimensions = len(config.levels)
@@ -224,14 +245,18 @@ class ImageCodec(nn.Module):
     @without_gradient
     def decode(self, codes: Tensor) -> Tensor:
         """(N, rows * columns) codes -> (N, C, height, width) uint8."""
-        pixels = self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return ((self._pixels(codes).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    def _pixels(self, codes: Tensor) -> Tensor:
+        return self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
 
     @in_full_precision
     def loss(self, images: Tensor) -> Tensor:
         """Mean over pixels of absolute plus squared error, pixels in [-1, 1]; () float32."""
-        target = images.float() / 127.5 - 1
-        error = self._reconstruct(self._quantize(images)) - target
+        return self.error(self._reconstruct(self._quantize(images)), images)
+
+    def error(self, pixels: Tensor, images: Tensor) -> Tensor:
+        error = pixels - (images.float() / 127.5 - 1)
         return (error.abs() + error.square()).mean()
 
 
@@ -270,9 +295,17 @@ class AudioCodec(nn.Module):
     def __init__(self, config: AudioCodecConfig) -> None:
         super().__init__()
         self.config = config
-        width, bins, dimensions = config.width, config.window // 2 + 1, len(config.levels)
-        self.register_buffer("filterbank", torch.empty(bins, config.mels), persistent=False)
+        self.register_buffer("filterbank", torch.empty(config.window // 2 + 1, config.mels), persistent=False)
         self.register_buffer("window", torch.empty(config.window), persistent=False)
+        self.build(config)
+        # Codes of silence between sounds, more than a convolution or half of the loss's longest window reaches; and what all
+        # layers reach together.
+        self.gap = max(self.KERNEL // 2, -(-config.window // config.samples_per_token))
+        self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
+        self.reset_parameters()
+
+    def build(self, config: AudioCodecConfig) -> None:
+        width, bins, dimensions = config.width, config.window // 2 + 1, len(config.levels)
         self.quantizer = FiniteScalarQuantizer(config.levels)
         self.embed = nn.Linear(config.mels * config.frames_per_token, width)
         self.encoder = nn.ModuleList(_ConvNeXtBlock(width, self.KERNEL) for _ in range(config.blocks))
@@ -282,11 +315,6 @@ class AudioCodec(nn.Module):
         self.unfold = nn.Linear(width, width * config.frames_per_token)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * bins))
         self.frame_block = _ConvNeXtBlock(width, self.KERNEL)
-        # Codes of silence between sounds, more than a convolution or half of the loss's longest window reaches; and what all
-        # layers reach together.
-        self.gap = max(self.KERNEL // 2, -(-config.window // config.samples_per_token))
-        self.reach = self.KERNEL // 2 * (config.blocks + 2) + 2 * self.gap
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         import torchaudio
@@ -314,6 +342,11 @@ class AudioCodec(nn.Module):
             part = function(row[low:high], inside[low:high])
             parts.append(part[first - low : first - low + self.SLICE].clone())  # not a view, which would keep the rest
         return torch.cat(parts)
+
+    def _map(self, function: Callable[[Tensor, Tensor], Tensor], values: Tensor, tokens: Tensor) -> Tensor:
+        """`function` of (A, ...) values of each code in their row -> (A, ...)."""
+        row, inside, indices = self._row(values, tokens)
+        return self._in_slices(function, row, inside)[indices]
 
     def spectrogram(self, audio: Tensor, window: int | None = None, hop: int | None = None) -> Tensor:
         """(S,) samples -> (S / hop, bins) magnitudes; frames are centred on hops, no frame beyond the sound."""
@@ -374,34 +407,25 @@ class AudioCodec(nn.Module):
     @without_gradient
     def patches(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) -> (A, frames_per_token * mels) log-mel frames that each code represents, in about [-1, 1]."""
-        row, inside, indices = self._row(audio, tokens)
-        return self._in_slices(self._patches, row, inside)[indices]
+        return self._map(self._patches, audio, tokens)
 
     @without_gradient
     def encode(self, audio: Tensor, tokens: Tensor) -> Tensor:
         """(A, samples_per_token) samples -> (A,) codes."""
-        row, inside, indices = self._row(audio, tokens)
-
-        def encode(row: Tensor, inside: Tensor) -> Tensor:
-            return self.quantizer.to_codes(self._quantize(self._patches(row, inside), inside))
-
-        return self._in_slices(encode, row, inside)[indices]
+        quantized = self._map(lambda row, inside: self._quantize(self._patches(row, inside), inside), audio, tokens)
+        return self.quantizer.to_codes(quantized)
 
     @without_gradient
     def decode(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, samples_per_token) samples in [-1, 1]."""
-        row, inside, indices = self._row(self.quantizer.from_codes(codes), tokens)
-        return self._in_slices(lambda row, inside: self._synthesize(row, inside)[1], row, inside)[indices].clamp(-1, 1)
+        quantized = self.quantizer.from_codes(codes)
+        return self._map(lambda row, inside: self._synthesize(row, inside)[1], quantized, tokens).clamp(-1, 1)
 
     @without_gradient
     def decode_magnitudes(self, codes: Tensor, tokens: Tensor) -> Tensor:
         """(A,) codes -> (A, frames_per_token, bins) magnitudes, for Griffin-Lim as a check on the phases."""
-        row, inside, indices = self._row(self.quantizer.from_codes(codes), tokens)
-
-        def magnitudes(row: Tensor, inside: Tensor) -> Tensor:
-            return self._synthesize(row, inside)[0].unflatten(0, (len(row), -1))
-
-        return self._in_slices(magnitudes, row, inside)[indices]
+        quantized = self.quantizer.from_codes(codes)
+        return self._map(lambda row, inside: self._synthesize(row, inside)[0].unflatten(0, (len(row), -1)), quantized, tokens)
 
     @without_gradient
     def log_mel_distances(self, audio: Tensor, again: Tensor, tokens: Tensor) -> Tensor:
@@ -437,3 +461,17 @@ class AudioCodec(nn.Module):
             convergence = (tokens * (of_sound[:, 0] / of_sound[:, 1]).sqrt()).sum() / len(audio)
             loss = loss + (log_error / (audio.numel() / hop * made.size(1)) + convergence) / 3
         return loss
+
+
+Codec = ImageCodec | AudioCodec
+
+
+def make_codec(config: ImageCodecConfig | AudioCodecConfig | None) -> Any:
+    """The codec of a config; None of none."""
+    if config is None:
+        return None
+    if config.pretrained:
+        from pile_app.model.pretrained_codecs import PretrainedAudioCodec, PretrainedImageCodec
+
+        return PretrainedImageCodec(config) if isinstance(config, ImageCodecConfig) else PretrainedAudioCodec(config)
+    return ImageCodec(config) if isinstance(config, ImageCodecConfig) else AudioCodec(config)

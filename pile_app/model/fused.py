@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,13 +29,7 @@ from torch.export import register_dataclass
 from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, TEXT
 from pile_app.model.base import Backbone, Cache, initialize, matmul_dtype, norm
-from pile_app.model.codecs import (
-    AudioCodec,
-    AudioCodecConfig,
-    FiniteScalarQuantizer,
-    ImageCodec,
-    ImageCodecConfig,
-)
+from pile_app.model.codecs import AudioCodec, AudioCodecConfig, Codec, ImageCodec, ImageCodecConfig, make_codec
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained
 from pile_app.vocabulary import Vocabulary
@@ -47,19 +41,19 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by Light
 
 
 class FactoredTable(nn.Module):
-    """One vector per code of the quantizer: its own plus the sum of its levels' vectors; then `extra` plain vectors. Normally
-    distributed with `std` at first."""
+    """One vector per code of FSQ with these levels: its own plus the sum of its levels' vectors; then `extra` plain vectors.
+    Normally distributed with `std` at first."""
 
     level_rows: Tensor
 
-    def __init__(self, quantizer: FiniteScalarQuantizer | None, extra: int, width: int, std: float) -> None:
+    def __init__(self, levels: Sequence[int], extra: int, width: int, std: float) -> None:
         super().__init__()
-        self.level_sizes, self.std = quantizer.sizes if quantizer else (), std
-        codes = quantizer.codes if quantizer else 0
+        self.level_sizes, self.std = tuple(levels), std
+        codes = math.prod(levels) if levels else 0
         self.weight = nn.Parameter(torch.empty(codes + extra, width))
-        if quantizer is not None:
-            self.register_buffer("level_rows", torch.empty(codes, len(self.level_sizes), dtype=torch.int64), persistent=False)
-            self.levels = nn.Parameter(torch.empty(sum(self.level_sizes), width))
+        if levels:
+            self.register_buffer("level_rows", torch.empty(codes, len(levels), dtype=torch.int64), persistent=False)
+            self.levels = nn.Parameter(torch.empty(sum(levels), width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,21 +118,18 @@ class FusedLanguageModel(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.vocabulary = make_vocabulary(tokenizer.size, tokenizer.fingerprint, image, audio)
-        self.image_codec = ImageCodec(image) if image else None
-        self.audio_codec = AudioCodec(audio) if audio else None
+        self.image_codec: ImageCodec | None = make_codec(image)
+        self.audio_codec: AudioCodec | None = make_codec(audio)
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
         self.word_dropout, self.code_dropout = word_dropout, code_dropout
-        shapes = (
-            (None, Vocabulary.SPECIALS + tokenizer.size),
-            (self.image_codec.quantizer if self.image_codec else None, 0),
-            (self.audio_codec.quantizer if self.audio_codec else None, 1),
-        )
+        shapes: list[tuple[Sequence[int], int]] = [((), Vocabulary.SPECIALS + tokenizer.size)]
+        for config, ends in ((image, 0), (audio, 1)):
+            codes = math.prod(config.levels) if config else 0
+            shapes.append((config.levels, ends) if config and not config.pretrained else ((), codes + ends))
         width = backbone.embedding_width
-        self.embeddings = nn.ModuleList(
-            FactoredTable(quantizer, extra, width, backbone.code_std) for quantizer, extra in shapes
-        )
-        self.heads = nn.ModuleList(FactoredTable(quantizer, extra, backbone.width, 0.0) for quantizer, extra in shapes)
+        self.embeddings = nn.ModuleList(FactoredTable(levels, extra, width, backbone.code_std) for levels, extra in shapes)
+        self.heads = nn.ModuleList(FactoredTable(levels, extra, backbone.width, 0.0) for levels, extra in shapes)
         if (tables := backbone.text_tables(tokenizer)) is not None:
             self.embeddings[TEXT], self.heads[TEXT] = tables
         rows, columns = self.vocabulary.image_grid
@@ -170,14 +161,16 @@ class FusedLanguageModel(nn.Module):
         return model.eval()
 
     @property
-    def codecs(self) -> dict[int, ImageCodec | AudioCodec]:
+    def codecs(self) -> dict[int, Codec]:
         """The codecs there are, by modality."""
         pairs = ((IMAGE, self.image_codec), (AUDIO, self.audio_codec))
         return {modality: codec for modality, codec in pairs if codec is not None}
 
-    def fingerprint_codecs(self) -> None:
-        """Write the fingerprints of frozen codecs into the vocabulary, so that the model takes media that they encoded."""
-        found = {modality: codec_fingerprint(codec) for modality, codec in self.codecs.items()}
+    def fingerprint_codecs(self, trained: bool = False) -> None:
+        """Write the fingerprints of frozen codecs into the vocabulary, so that the model takes media that they encoded.
+        `trained`: those of codecs that the run trains stay out."""
+        used = {modality: codec for modality, codec in self.codecs.items() if codec.config.pretrained or not trained}
+        found = {modality: codec_fingerprint(codec) for modality, codec in used.items()}
         self.vocabulary = replace(self.vocabulary, image_codec=found.get(IMAGE, ""), audio_codec=found.get(AUDIO, ""))
 
     def parameters_of_modality(self, modality: int) -> list[nn.Parameter]:
@@ -189,12 +182,13 @@ class FusedLanguageModel(nn.Module):
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
         `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. Losses are means
-        over images and over the codes of sounds (see `codec_counts`).
+        over images and over the codes of sounds (see `codec_counts`). Pretrained codecs have none in training.
         """
         losses: dict[int, Tensor] = {}
-        if self.image_codec and len(batch.images):
-            losses[IMAGE] = self.image_codec.loss(batch.images)
-        if self.audio_codec and len(batch.audio):
+        codecs = {m: codec for m, codec in self.codecs.items() if not (codec.config.pretrained and torch.is_grad_enabled())}
+        if IMAGE in codecs and len(batch.images):
+            losses[IMAGE] = codecs[IMAGE].loss(batch.images)
+        if AUDIO in codecs and len(batch.audio):
             audio, tokens = batch.audio, batch.audio_tokens
             if crop is not None and max(batch.sound_tokens) > crop:
                 kept = tokens.clamp_max(crop)
@@ -204,7 +198,7 @@ class FusedLanguageModel(nn.Module):
                 starts = tokens.cumsum(0) - tokens + first - (kept.cumsum(0) - kept)  # of each sound, minus its new start
                 shift = starts.repeat_interleave(kept, output_size=total)
                 audio, tokens = audio[torch.arange(total, device=tokens.device) + shift], kept
-            losses[AUDIO] = self.audio_codec.loss(audio, tokens)
+            losses[AUDIO] = codecs[AUDIO].loss(audio, tokens)
         return losses
 
     def codec_counts(self, batch: Batch, crop: int | None = None) -> dict[int, int]:
@@ -222,7 +216,8 @@ class FusedLanguageModel(nn.Module):
             codes = self.image_codec.encode(batch.images)
             flat[batch.image_slots[: len(batch.images)]] = codes + self.vocabulary.starts[IMAGE]
         if self.audio_codec and len(batch.audio):
-            codes = self.audio_codec.encode(batch.audio, batch.audio_tokens)
+            lengths = batch.sound_tokens if self.audio_codec.config.pretrained else batch.audio_tokens
+            codes = self.audio_codec.encode(batch.audio, lengths)
             flat[batch.audio_slots] = codes + self.vocabulary.starts[AUDIO]
         return tokens
 
@@ -356,10 +351,11 @@ class FusedLanguageModel(nn.Module):
         return self.backbone.passes * self.backbone.flops_per_token(context) + 3 * head
 
 
-def codec_fingerprint(codec: ImageCodec | AudioCodec, weights: Mapping[str, Tensor] | None = None) -> str:
-    """32 hexadecimal digits that differ between codecs of another shape or other weights. `weights`: None takes its own."""
-    digest = hashlib.blake2b(json.dumps(asdict(codec.config), sort_keys=True).encode(), digest_size=16)
-    for name, tensor in sorted((codec.state_dict() if weights is None else weights).items()):
+def codec_fingerprint(codec: Codec) -> str:
+    """32 hexadecimal digits that differ between codecs of another shape or other weights."""
+    shape = {name: value for name, value in asdict(codec.config).items() if name not in ("pretrained", "codebooks")}
+    digest = hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(codec.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
     return digest.hexdigest()
@@ -379,4 +375,5 @@ def make_vocabulary(
         audio_codes=math.prod(audio.levels) if audio else 0,
         sample_rate=audio.sample_rate if audio else 0,
         samples_per_token=audio.samples_per_token if audio else 0,
+        audio_codebooks=audio.codebooks if audio else 1,
     )

@@ -187,9 +187,14 @@ class Decoder:
         """The logits of each context; with guidance, their mixture."""
         return logits if self.guidance == 1 else [guide(logits[0], logits[1], self.guidance)]
 
-    def logits(self, to: int) -> Tensor:
-        """(B, slice of modality `to`) logits of the next token."""
+    def logits(self, to: int, step: int = 0) -> Tensor:
+        """(B, slice of modality `to`) logits of the next token, which has index `step` within its segment."""
         logits = self.guided([self.model.logits(hidden[:, -1], to) for hidden in self.read()])[0]
+        if to == AUDIO and (codebooks := self.model.vocabulary.audio_codebooks) > 1:  # in turn; a sound ends with a frame
+            *others, end = logits.split(self.model.vocabulary.audio_codes // codebooks, -1)
+            for index in {*range(codebooks)} - {step % codebooks}:
+                others[index].fill_(-torch.inf)
+            end.fill_(-torch.inf) if step % codebooks else end
         return logits.index_fill_(-1, self.never, -torch.inf) if to == TEXT else logits
 
     def write(self, to: int, sampling: Sampling, streams: bool = False) -> Generator[str, None, list[Answer]]:
@@ -205,7 +210,7 @@ class Decoder:
         drawn: list[Tensor] = []
         log_probabilities: list[Tensor] = []
         for step in range(limit):
-            logits = self.logits(to)
+            logits = self.logits(to, step)
             drawn.append(draw(logits, sampling, uniform[:, step])[:, None])
             log_probabilities.append(logits.gather(1, drawn[-1]) - logits.logsumexp(-1, keepdim=True))
             indices = torch.full_like(drawn[-1], step + 1) if to == IMAGE else None
@@ -249,7 +254,9 @@ def segment_limit(model: FusedLanguageModel, to: int, sampling: Sampling) -> int
     if to == IMAGE:
         return model.vocabulary.image_tokens
     if to == AUDIO:
-        return max(1, int(sampling.max_seconds * model.vocabulary.audio_tokens_per_second))
+        codebooks = model.vocabulary.audio_codebooks
+        frames = int(sampling.max_seconds * model.vocabulary.audio_tokens_per_second / codebooks)
+        return max(1, frames) * codebooks
     return sampling.max_text
 
 

@@ -27,6 +27,7 @@ from pile_app.data.tokenizers import load_tokenizer
 from pile_app.model import backbones
 from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.pretrained_codecs import save_codecs, take_codecs
 
 FORMAT = 1
 CODECS = {"image": ImageCodecConfig, "audio": AudioCodecConfig}
@@ -69,6 +70,7 @@ def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -
         shutil.copyfile(config["tokenizer"], folder / "tokenizer.json")
         values["tokenizer"] = "tokenizer.json"
     model.backbone.save_description(folder / "backbone")  # type: ignore[operator, union-attr]
+    save_codecs(model.codecs, folder)  # type: ignore[arg-type]
     description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     save_weights(model.state_dict(), folder)
@@ -103,6 +105,7 @@ def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
     if found.is_pretrained:
         sizes |= {"path": str(folder / "backbone"), "pretrained": False}
     is_bytes = arguments.pop("tokenizer", "bytes") == "bytes"
+    take_codecs(arguments, folder)
     try:
         arguments |= {key: make(**arguments[key]) for key, make in CODECS.items() if arguments.get(key)}
         arguments["backbone"] = found(**sizes)

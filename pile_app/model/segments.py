@@ -76,8 +76,10 @@ def decode_codes(model: FusedLanguageModel, rows: Sequence[Sequence[int]], to: i
         images = model.image_codec.decode(torch.tensor(rows, device=device)).cpu().numpy()
         return [Segment.from_image(np.moveaxis(image, 0, -1)) for image in images]
     assert model.audio_codec is not None
-    rows = [list(row) or [0] for row in rows]  # no sound is empty
+    codes = model.vocabulary.audio_codes
+    one_frame = range(0, codes, codes // model.vocabulary.audio_codebooks)
+    rows = [list(row) or list(one_frame) for row in rows]  # no sound is empty
     lengths = [len(row) for row in rows]
-    codes = torch.tensor([code for row in rows for code in row], device=device)
-    sounds = model.audio_codec.decode(codes, torch.tensor(lengths, device=device)).cpu().split(lengths)
+    flat = torch.tensor([code for row in rows for code in row], device=device)
+    sounds = model.audio_codec.decode(flat, torch.tensor(lengths, device=device)).cpu().split(lengths)
     return [Segment.from_audio(sound.flatten().numpy(), model.vocabulary.sample_rate, "wav") for sound in sounds]

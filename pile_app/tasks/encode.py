@@ -257,27 +257,22 @@ def _encode_media(files: list[bytes], modality: int, model: FusedLanguageModel, 
         decoded = list(pool.map(decode, files))
     left.update(medium.reason for medium in decoded if isinstance(medium, BadSample))
     media = [medium for medium in decoded if not isinstance(medium, BadSample)]
-    codes = iter((encode_images if modality == IMAGE else encode_sounds)(media, model) if media else ())
+    codes = iter(encode_media(media, modality, model) if media else ())
     return [None if isinstance(medium, BadSample) else next(codes) for medium in decoded]
 
 
-def encode_images(images: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
-    """Encode uint8 pixels (C, H, W) to codes (T,) each."""
+def encode_media(media: Sequence[np.ndarray], modality: int, model: FusedLanguageModel) -> list[np.ndarray]:
+    """Encode uint8 pixels (C, H, W), or float32 samples (S,), to codes (T,) each."""
     import torch
 
-    assert model.image_codec is not None
-    pixels = torch.from_numpy(np.stack([image.transpose(1, 2, 0) for image in images]))  # channels last, as in batches
-    return list(model.image_codec.encode(pixels.to(model.token_bytes.device).permute(0, 3, 1, 2)).cpu().numpy())
-
-
-def encode_sounds(sounds: Sequence[np.ndarray], model: FusedLanguageModel) -> list[np.ndarray]:
-    """Encode float32 samples (S,) to codes (T,) each."""
-    import torch
-
-    assert model.audio_codec is not None
-    per_token, device = model.vocabulary.samples_per_token, model.token_bytes.device
-    tokens = [-(-len(sound) // per_token) for sound in sounds]
-    padded = [np.pad(sound, (0, count * per_token - len(sound))) for count, sound in zip(tokens, sounds, strict=True)]
+    codec: Any = model.codecs[modality]
+    vocabulary, device = model.vocabulary, model.token_bytes.device
+    if modality == IMAGE:
+        pixels = torch.from_numpy(np.stack([image.transpose(1, 2, 0) for image in media]))  # channels last, as in batches
+        return list(codec.encode(pixels.to(device).permute(0, 3, 1, 2)).cpu().numpy())
+    per_token = vocabulary.samples_per_token
+    tokens = [vocabulary.audio_tokens(len(sound), vocabulary.sample_rate) for sound in media]
+    padded = [np.pad(sound, (0, count * per_token - len(sound))) for count, sound in zip(tokens, media, strict=True)]
     audio = torch.from_numpy(np.concatenate(padded).astype(np.float32).reshape(-1, per_token)).to(device)
-    codes = model.audio_codec.encode(audio, torch.tensor(tokens, device=device))
+    codes = codec.encode(audio, torch.tensor(tokens, device=device))
     return np.split(codes.cpu().numpy(), np.cumsum(tokens)[:-1])

@@ -43,6 +43,7 @@ from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
+from pile_app.model.pretrained_codecs import take_codecs  # noqa: E402
 from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402
 from pile_app.training.checkpoints import (  # noqa: E402
     DurableCheckpointIO,
@@ -138,12 +139,14 @@ class PileCLI(LightningCLI):
         config, model, is_first = self.config, self.config.model, is_first_process()
         if "WANDB_SWEEP_ID" in os.environ:  # each trial is a run of its own
             config.name += f"-{os.environ['WANDB_RUN_ID']}"
+        self.dumped = self.parser.dump(config, skip_link_targets=True, skip_none=False)
+        if not config.trainer.fast_dev_run and any((self.run_folder / "checkpoints").glob("*.ckpt")):
+            take_codecs(model, self.run_folder)
         check_config(config)
         group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
         PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))
         self.checkpoint: Path | None = None
         self.lock: IO[str] | None = None
-        self.dumped = self.parser.dump(config, skip_link_targets=True, skip_none=False)
         if config.trainer.fast_dev_run:
             self.scratch = TemporaryDirectory(prefix="pile-")
             self.run_folder.mkdir()

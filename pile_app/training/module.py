@@ -128,7 +128,7 @@ class PileModule(LightningModule):
             )
         words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
         self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout)
-        self.codec_steps = codec_steps if self.model.codecs else 0
+        self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
         self.codec_crop = codec_crop
         self.optimizer = optimizer
         self.weights = (weights.text, weights.image, weights.audio)
@@ -147,8 +147,7 @@ class PileModule(LightningModule):
             load_origin(self.model, codecs_from, codecs_only=True)
         if start_from is not None:
             load_origin(self.model, start_from)
-        if (codecs_from or start_from) and not self.codec_steps:
-            self.model.fingerprint_codecs()
+        self.model.fingerprint_codecs(trained=bool(self.codec_steps) or not (codecs_from or start_from))
         self.objective = objective
         if objective is not None:
             objective.build(self.model)
@@ -178,7 +177,7 @@ class PileModule(LightningModule):
 
     @property
     def codec_parameters(self) -> list[torch.nn.Parameter]:
-        return [p for codec in self.model.codecs.values() for p in codec.parameters()]
+        return [p for codec in self.model.codecs.values() for p in codec.parameters() if p.requires_grad]
 
     def setup(self, stage: str) -> None:
         from torchmetrics import MeanMetric
@@ -387,7 +386,7 @@ class PileModule(LightningModule):
         each is enough, and cheaper than letting DDP search the graph; parameters without elements count as well. FSDP2 waits
         for those that were gathered in the forward pass and still are: embeddings and heads, which every batch reaches in part.
         """
-        unused = [p for p in self.codec_parameters if p.requires_grad]
+        unused = self.codec_parameters
         for modality in range(3):
             if not len(batch.targets[modality]):
                 unused += self.model.parameters_of_modality(modality)
@@ -530,8 +529,7 @@ class PileModule(LightningModule):
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_state_dict(state_dict, *args, **kwargs)
-        if not self.codec_steps and self.model.codecs:
-            self.model.fingerprint_codecs()  # they were not trained in the run
+        self.model.fingerprint_codecs(trained=bool(self.codec_steps))
         return loaded
 
 

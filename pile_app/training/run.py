@@ -35,6 +35,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
+from pile_app.model.pretrained_codecs import save_codecs
 from pile_app.training.callbacks import count_quarantined, ends_step, is_logged
 from pile_app.training.checkpoints import read_state
 from pile_app.training.load import BACKBONE, TOKENIZER
@@ -138,6 +139,7 @@ class RunFolder(Callback):
             shutil.copyfile(tokenizer, copy)
         if not (self.run / BACKBONE).exists():
             pl_module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
+        save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):

@@ -164,7 +164,7 @@ def test_predictions_and_targets_are_numbers_within_the_slice(tiny_model: MakeMo
 
 def test_neighbouring_codes_share_their_levels_vectors(tiny_model: MakeModel) -> None:
     quantizer = tiny_model().image_codec.quantizer  # type: ignore[union-attr]
-    table = FactoredTable(quantizer, 2, 8, 1.0)
+    table = FactoredTable(quantizer.sizes, 2, 8, 1.0)
     levels = quantizer.to_levels(torch.arange(12))
     expected = table.weight[:12] + table.levels[levels[:, 0]] + table.levels[4 + levels[:, 1]]
     torch.testing.assert_close(table(), torch.cat([expected, table.weight[12:]]))
