@@ -25,7 +25,7 @@ from pile_app.data.shards import write_shards
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import Document, Segment
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 
 WEIGHTS = {"web": 0.4, "books": 0.25, "images": 0.15, "speech": 0.15, "code": 0.05}

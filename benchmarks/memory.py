@@ -28,7 +28,7 @@ from pile_app.documents import Document, Segment
 from pile_app.media import decode_audio
 from pile_app.model.backbones import MinGRU
 from pile_app.model.base import LOGIT_CAP
-from pile_app.model.codecs import AudioCodecConfig
+from pile_app.model.codec_configs import AudioCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.loss import linear_cross_entropy
 

@@ -22,7 +22,7 @@ from pile_app.data.shards import write_shards
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import Document, Segment
 from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 
 # No test fails because the machine is slow; and where CI is set, as `.ci/run` does, every run draws the same examples.

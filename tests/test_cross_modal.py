@@ -13,10 +13,11 @@ from lightning.pytorch import Trainer
 
 import data.evaluation
 from data.evaluation import EvaluateCrossModal, spread
+from pile_app.data.datamodule import Source
 from pile_app.data.shards import write_shards
 from pile_app.documents import Document, Segment
 from pile_app.model.backbones import Transformer
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.generate import Sampling
 from pile_app.training.module import PileModule
 
@@ -61,7 +62,8 @@ def test_every_figure_of_unseen_labels_stands_apart(
     monkeypatch.setattr(data.evaluation, "MANY", 2)  # seven names are many
     trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_checkpointing=False)
     evaluation.text_source = "prose"  # fault 2: sources of one's own have no prose, and the run ended without a report
-    trainer.datamodule = SimpleNamespace(validation_names=["mine"])  # type: ignore[attr-defined]
+    sources = {"mine": Source(train=evaluation.train)}
+    trainer.datamodule = SimpleNamespace(validation_names=["mine"], sources=sources)  # type: ignore[attr-defined]
     figures = evaluation.evaluate(trainer, module)
     assert figures["image_judge_accuracy"] == figures["audio_judge_accuracy"] == figures["unseen_image_judge_accuracy"] == 1
     # An untrained model finds all letters equally likely, so the two longest of seven names are not among the five likeliest.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -23,94 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class ImageCodecConfig:
-    """Shape of the image codec.
-
-    Args:
-        size: pixels; every image is resized and centre-cropped to `size` x `size`.
-        channels: 1 (grey) or 3 (colour).
-        patch: pixels a side that become one code; has to divide `size`.
-        levels: FSQ levels of each dimension; their product is the number of codes.
-        width: channels of the convolutions.
-        blocks: residual blocks of the encoder, and of the decoder.
-        pretrained: folder or hub name of Emu3's or Janus's VQ model, used as it is; all but `size` follows from it.
-    """
-
-    size: int = 32
-    channels: int = 3
-    patch: int = 4
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 64
-    blocks: int = 2
-    pretrained: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.pretrained:
-            _take_over(self)
-        if self.patch < 1 or self.size % self.patch:
-            raise ValueError(f"image patch={self.patch} must divide size={self.size}")
-        if self.channels not in (1, 3):
-            raise ValueError(f"image channels must be 1 (grey) or 3 (colour), not {self.channels}")
-        if self.width % 8:
-            raise ValueError(f"image codec width={self.width} must be a multiple of 8 (group normalization)")
-        check_levels(self.levels)
-
-
-@dataclass(frozen=True)
-class AudioCodecConfig:
-    """Shape of the audio codec.
-
-    Args:
-        sample_rate: Hz; every sound is resampled to it.
-        hop: samples between spectrogram frames.
-        window: samples of a spectrogram's window (its n_fft).
-        mels: mel bands the encoder sees.
-        frames_per_token: spectrogram frames that one code stands for: `sample_rate / hop / frames_per_token` codes a second.
-        levels: FSQ levels of each dimension; their product is the number of codes.
-        width: channels of the convolutions.
-        blocks: ConvNeXt blocks of the encoder, and of the decoder.
-        pretrained: folder or hub name of a Mimi, DAC, EnCodec or X-Codec model, used as it is; all but `mels` follows from it.
-        codebooks: of the pretrained codec, from the first on: so many codes a frame.
-    """
-
-    sample_rate: int = 16_000
-    hop: int = 160
-    window: int = 640
-    mels: int = 80
-    frames_per_token: int = 2
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    width: int = 128
-    blocks: int = 4
-    pretrained: str | None = None
-    codebooks: int = 1
-
-    def __post_init__(self) -> None:
-        if self.pretrained:
-            _take_over(self)
-        elif self.codebooks != 1:
-            raise ValueError(f"audio codebooks={self.codebooks}: several codes a frame need a pretrained codec")
-        if self.window < 2 * self.hop or (self.window - self.hop) % 2:
-            raise ValueError(f"audio window={self.window} must be at least twice hop={self.hop}, and their difference even")
-        if self.frames_per_token < 1:
-            raise ValueError(f"audio frames_per_token must be at least 1, not {self.frames_per_token}")
-        check_levels(self.levels)
-
-    @property
-    def samples_per_token(self) -> int:
-        return self.hop * self.frames_per_token
-
-
-def _take_over(config: ImageCodecConfig | AudioCodecConfig) -> None:
-    from pile_app.model.pretrained_codecs import describe
-
-    vars(config).update(describe(config))
-
-
-def check_levels(levels: Sequence[int]) -> None:
-    if not levels or min(levels) < 3:
-        raise ValueError(f"FSQ needs at least 3 levels in each dimension, not {list(levels)}")
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 
 
 def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -464,14 +376,3 @@ class AudioCodec(nn.Module):
 
 
 Codec = ImageCodec | AudioCodec
-
-
-def make_codec(config: ImageCodecConfig | AudioCodecConfig | None) -> Any:
-    """The codec of a config; None of none."""
-    if config is None:
-        return None
-    if config.pretrained:
-        from pile_app.model.pretrained_codecs import PretrainedAudioCodec, PretrainedImageCodec
-
-        return PretrainedImageCodec(config) if isinstance(config, ImageCodecConfig) else PretrainedAudioCodec(config)
-    return ImageCodec(config) if isinstance(config, ImageCodecConfig) else AudioCodec(config)

@@ -29,9 +29,11 @@ from torch.export import register_dataclass
 from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, TEXT
 from pile_app.model.base import Backbone, Cache, initialize, matmul_dtype, norm
-from pile_app.model.codecs import AudioCodec, AudioCodecConfig, Codec, ImageCodec, ImageCodecConfig, make_codec
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codecs import AudioCodec, Codec, ImageCodec
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained
+from pile_app.model.pretrained_codecs import make_codec
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

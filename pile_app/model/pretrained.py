@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pile_app.data.tokenizers import load_tokenizer
 from pile_app.model import backbones
 from pile_app.model.backbones import Backbone
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.pretrained_codecs import save_codecs, take_codecs
 
 FORMAT = 1

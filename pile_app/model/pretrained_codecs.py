@@ -19,68 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from pile_app.documents import MODALITIES
-from pile_app.model.codecs import AudioCodec, AudioCodecConfig, Codec, ImageCodec, ImageCodecConfig, without_gradient
-
-# By type in `config.json`: the class, and the settings that hold the number of codebooks and the samples of a frame.
-SOUNDS = {
-    "mimi": ("MimiModel", "num_quantizers", "frame_size"),
-    "dac": ("DacModel", "n_codebooks", "hop_length"),
-    "encodec": ("EncodecModel", "num_quantizers", "hop_length"),
-    "xcodec": ("XcodecModel", "num_quantizers", "hop_length"),
-}
-PICTURES = {"emu3_vqgan": ("Emu3VQVAE", "codebook_size"), "janus_vqgan": ("JanusVQVAE", "num_embeddings")}
-Kinds = Mapping[str, tuple[str, ...]]
-
-
-def _read(path: str, kinds: Kinds) -> Any:
-    """The config of a codec; of a whole model (Emu3, Janus) that of its codec. Raises ValueError if it is none of `kinds`."""
-    try:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(path)
-    except ImportError as error:
-        raise ValueError("pretrained codecs need transformers: pip install transformers, or the extra huggingface") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"pretrained={path!r} is no codec of transformers: {error}") from error
-    config = getattr(config, "vq_config", config)
-    if config.model_type not in kinds:
-        known = ", ".join(kind[0] for kind in kinds.values())
-        raise ValueError(f"pretrained={path!r} is a {config.model_type}, which cannot encode and decode here: take {known}")
-    return config
-
-
-def describe(config: ImageCodecConfig | AudioCodecConfig) -> dict[str, Any]:
-    """The settings of a codec that follow from the pretrained one. Raises ValueError if they cannot be."""
-    path = str(config.pretrained)
-    if isinstance(config, ImageCodecConfig):
-        theirs = _read(path, PICTURES)
-        patch, side = 2 ** (len(theirs.channel_multiplier) - 1), getattr(theirs, "num_patches", None)
-        if side and config.size != side * patch:
-            raise ValueError(f"image size={config.size}: {path!r} takes {side * patch} pixels, set it to that")
-        return {"channels": 3, "patch": patch, "levels": (getattr(theirs, PICTURES[theirs.model_type][1]),), "blocks": 0}
-    theirs, codebooks = _read(path, SOUNDS), config.codebooks
-    rate = getattr(theirs, "sampling_rate", None) or theirs.sample_rate
-    most, frame = (int(getattr(theirs, name)) for name in SOUNDS[theirs.model_type][1:])
-    if getattr(theirs, "audio_channels", 1) != 1 or getattr(theirs, "chunk_length_s", None):
-        raise ValueError(f"audio pretrained={path!r} takes stereo sounds in chunks: take a mono codec, such as encodec_24khz")
-    possible = [count for count in range(1, most + 1) if frame % count == 0]
-    if codebooks not in possible:
-        raise ValueError(
-            f"audio codebooks={codebooks}: {path!r} has {most} for frames of {frame} samples, which their number must divide: "
-            f"set one of {possible}"
-        )
-    samples = frame // codebooks
-    hop = next(hop for hop in range(min(samples, rate // 100), 0, -1) if samples % hop == 0)
-    window = hop * (2 * -(-rate // (50 * hop)) + 1)  # at least 40 ms
-    spectrogram = {"hop": hop, "window": window, "frames_per_token": samples // hop}  # for readers
-    return {"sample_rate": rate, "levels": (theirs.codebook_size * codebooks,), "blocks": 0} | spectrogram
+from pile_app.model.codec_configs import PICTURES, SOUNDS, AudioCodecConfig, ImageCodecConfig, Kinds, read_pretrained_config
+from pile_app.model.codecs import AudioCodec, Codec, ImageCodec, without_gradient
 
 
 def _load(path: str, kinds: Kinds) -> Any:
     """The model, frozen. On the meta device, without weights."""
     import transformers
 
-    config = _read(path, kinds)
+    config = read_pretrained_config(path, kinds)
     name = kinds[config.model_type][0]
     make: Any = getattr(transformers, name)
     if torch.get_default_device().type == "meta":
@@ -194,3 +141,12 @@ class PretrainedImageCodec(ImageCodec):
     def loss(self, images: Tensor) -> Tensor:
         """Error as that of `ImageCodec`; () float32."""
         return self.error(self._pixels(self.encode(images)), images)
+
+
+def make_codec(config: ImageCodecConfig | AudioCodecConfig | None) -> Any:
+    """The codec of a config; None of none."""
+    if config is None:
+        return None
+    if config.pretrained:
+        return PretrainedImageCodec(config) if isinstance(config, ImageCodecConfig) else PretrainedAudioCodec(config)
+    return ImageCodec(config) if isinstance(config, ImageCodecConfig) else AudioCodec(config)

@@ -99,7 +99,7 @@ class Plan:
 
 def make_plan(paths: Sequence[str], tokenizer: str | None, context: int | None) -> Plan:
     """Raises ValueError if a path is none of what `inspect_data` takes, ShardError if a pattern matches nothing."""
-    from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+    from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
     from pile_app.model.fused import make_vocabulary
 
     plan = Plan(ShardCache(cache_folder() / "shards", int(100e9)))

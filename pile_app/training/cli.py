@@ -41,7 +41,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException  # 
 from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
 from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
 from pile_app.model.pretrained_codecs import take_codecs  # noqa: E402
 from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402

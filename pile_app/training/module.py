@@ -30,7 +30,7 @@ from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import MODALITIES, BadSample
 from pile_app.model.backbones import Backbone
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.model.pretrained import check_shapes
 from pile_app.training.checkpoints import load_origin

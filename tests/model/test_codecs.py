@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pile_app.model.codecs import (
-    AudioCodec,
-    AudioCodecConfig,
-    FiniteScalarQuantizer,
-    ImageCodec,
-    ImageCodecConfig,
-)
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.codecs import AudioCodec, FiniteScalarQuantizer, ImageCodec
 
 LEVELS = [(3,), (4,), (8, 5, 5, 5), (5, 7, 3), (4, 6, 8), (3, 4), (16, 3)]
 AUDIO = AudioCodecConfig(

@@ -19,9 +19,10 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.media import decode_audio
-from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig, make_codec
+from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, codec_fingerprint
 from pile_app.model.generate import Sampling, answer_prompts
+from pile_app.model.pretrained_codecs import make_codec
 from pile_app.model.segments import segment_length
 from pile_app.tasks.encode import encode_media
 

@@ -95,7 +95,7 @@ def test_invalid_tags_are_repaired_and_counted() -> None:
 def test_spans_that_are_no_words_are_refused() -> None:
     words = word_offsets("Ada Lovelace wrote")
     assert tags_of_words(words, [[0, 12, "p"]], ["o", "p"]).tolist() == [3, 4, 0]
-    with pytest.raises(ValueError, match=r"type 'q', model.objective.types names \['p'\]"):
+    with pytest.raises(ValueError, match=r"type 'q', model.objective.types has \['p'\]"):
         tags_of_words(words, [[0, 3, "q"]], ["p"])
     for spans in ([[0, 2, "p"]], [[0, 12, "p"], [4, 12, "p"]], [[3, 4, "p"]]):
         with pytest.raises(ValueError, match="does not begin and end with words"):

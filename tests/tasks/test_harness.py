@@ -158,9 +158,9 @@ def test_a_continuation_longer_than_the_context_is_scored_in_windows(model: Fuse
     assert [-log_p for log_p, _ in short] == pytest.approx(nats_of_each, rel=1e-5)
 
 
+@pytest.mark.parametrize("model", ["open_weights"], indirect=True)
 def test_log_likelihoods_of_open_weights_are_those_of_transformers(model: FusedLanguageModel) -> None:
-    if not isinstance(model.backbone, HuggingFace):
-        pytest.skip("an own model")
+    assert isinstance(model.backbone, HuggingFace)
     prompt, continuation = "once upon", " a time"
     plain = transformers.LlamaForCausalLM.from_pretrained(model.backbone.path, attn_implementation="eager").eval()
     ids = [Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], *(model.tokenizer.encode(prompt + continuation) + 6)]

@@ -285,7 +285,7 @@ def test_what_cannot_be_inspected_is_told_in_one_line(
     assert "not both" in fails(run, "--step", "1", "--position", "1")
     assert "take one run" in fails(run, run, "--step", "1") and "take one run" in fails(run, "--step", "1", "--duplicates")
     assert "neither a position" in fails(run, "--position", "1-2")
-    assert "positions count from 0" in fails(run, "--position", "3:3") and "positions count" in fails(run, "--position=-1:2")
+    assert "0 <= START < STOP, not 3:3" in fails(run, "--position", "3:3") and "not -1:2" in fails(run, "--position=-1:2")
 
 
 def test_shards_are_inspected_by_the_installed_command(tmp_path: Path) -> None:
