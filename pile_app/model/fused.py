@@ -302,7 +302,7 @@ class FusedLanguageModel(nn.Module):
     def forward(self, batch: Batch, predict: bool = False) -> dict[int, ModalityLoss]:
         """Cross-entropy of every target, by modality; modalities without a target are omitted. `predict`: also the most likely
         codes."""
-        return self.losses(*self.read(batch), batch, predict)
+        return self.losses(*FusedLanguageModel.read(self, batch), batch, predict)  # not what FSDP2 made of `read`
 
     def read(self, batch: Batch, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, T) tokens with the codes of the media, (B, T, D) hidden states; `extra`: see `hidden`."""

@@ -411,7 +411,8 @@ def finish(cli: PileCLI) -> None:
     logged, best = dict(trainer.callback_metrics), run / "checkpoints" / "best.ckpt"
     step, metrics = cli.run.validation
     if module.objective is not None and best.exists():  # with little data, the last weights are seldom the best
-        saved = read_checkpoint(best, optimizer=False)
+        sharded = module.whole is not None
+        saved = trainer.strategy.load_checkpoint(best) if sharded else read_checkpoint(best, optimizer=False)
         module.load_state_dict(saved["state_dict"])
         print(f"{run}: the figures are those of best.ckpt, by {cli.config.monitor}")
         step = step if step == saved["global_step"] else -1

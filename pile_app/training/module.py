@@ -238,12 +238,13 @@ class PileModule(LightningModule):
         """Shard the language model, if the strategy does. Lightning calls it before every stage."""
         if self.device_mesh is None or self.whole is not None:
             return
-        if self.objective is not None:
-            raise ValueError("model.objective needs the whole model on each device: set trainer.strategy to ddp or auto")
         if self.l1:
             raise ValueError(f"model.l1={self.l1} needs whole matrices: set it to 0, or trainer.strategy to ddp")
         self.whole = WholeModel(self.model)
         shard(self.model, self.device_mesh, torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None)
+        if self.objective is not None:  # which is small, and whole on each device
+            for tensor in (*self.objective.parameters(), *self.objective.buffers()):
+                torch.distributed.broadcast(tensor.detach(), 0)
 
     def whole_model(self) -> FusedLanguageModel | None:
         """Return the unsharded model on the first device, None on the others. All devices have to call it."""
@@ -357,6 +358,10 @@ class PileModule(LightningModule):
             if objective.language_weight:
                 language = self._language_loss(batch, self.model.losses(tokens, hidden, batch))
                 loss = loss + objective.language_weight * language
+            if self.whole is not None:  # FSDP2 reduces all gathered parameters together: on each device the same
+                loss = loss + self._touch(
+                    [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+                )
             yield loss + self._penalty() / self.parts
 
     def on_after_backward(self) -> None:
@@ -370,12 +375,13 @@ class PileModule(LightningModule):
         codecs = self.codec_parameters
         ids = {id(p) for p in codecs}
         trained = codecs if self.in_codec_phase else [p for p in self.parameters() if p.requires_grad and id(p) not in ids]
-        bucket: list[torch.nn.Parameter] = []
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        whole, bucket = [p for p in trained if not isinstance(p, DTensor)], list[torch.nn.Parameter]()
+        for parameter in whole if self.trainer.world_size > 1 else ():
             bucket.append(parameter)
-            if self.trainer.world_size > 1 and (parameter is trained[-1] or sum(p.numel() for p in bucket) > BUCKET):
+            if parameter is whole[-1] or sum(p.numel() for p in bucket) > BUCKET:
                 average_gradients(bucket)
                 bucket = []
 

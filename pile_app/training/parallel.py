@@ -27,7 +27,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -116,6 +116,7 @@ def shard(model: FusedLanguageModel, mesh: DeviceMesh, half: torch.dtype | None 
     for block in blocks:
         fully_shard(block, mesh=data, mp_policy=policy if half else MixedPrecisionPolicy())
     fully_shard(model, mesh=data, ignored_params=unsharded)
+    register_fsdp_forward_method(model, "read")  # of objectives
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     for module in model.modules():
         if any(p is not None and p.is_meta for p in module.parameters(recurse=False)):

@@ -85,12 +85,19 @@ class Bench:
         self.folder = folder
 
     def train(
-        self, name: str, kind: str, *options: str, ranks: int = 1, codes: tuple[int, ...] = (0,), **environment: str
+        self,
+        name: str,
+        kind: str,
+        *options: str,
+        ranks: int = 1,
+        strategy: str = "ddp",
+        codes: tuple[int, ...] = (0,),
+        **environment: str,
     ) -> Path:
         """Train a run in `ranks` processes, whose exit codes must be among `codes`, and return its folder."""
         words = ["train.py", "--config", str(self.folder / "config.yaml"), "--name", name, *KINDS[kind], *options]
         if ranks > 1:
-            words += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+            words += ["--trainer.devices", str(ranks), "--trainer.strategy", strategy]
             commands = start_ranks(words, self.folder, ranks, **environment)
         else:
             commands = [start(words, self.folder, **environment)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from attempts import documents
@@ -43,6 +45,17 @@ def test_losses_are_the_same_on_one_device_and_in_micro_batches_on_three(bench: 
     ]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["classification", "retrieval", "tagging"])
+def test_objectives_of_a_sharded_model_lose_what_one_device_loses(bench: Bench, kind: str) -> None:
+    one = train_losses(bench.train(f"{kind}-1", kind, *FAST))
+    run = bench.train(f"{kind}-sharded", kind, *FAST, "--data.micro_batch", "1", ranks=2, strategy="fsdp2")
+    assert difference(one, train_losses(run)) < 1e-5
+    assert (
+        json.loads((run / "summary.json").read_text()).keys()
+        == json.loads((bench.folder / f"runs/{kind}-1/summary.json").read_text()).keys()
+    )
 
 
 def test_sums_on_apples_gpus_have_no_float64() -> None:
