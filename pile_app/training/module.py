@@ -238,6 +238,8 @@ class PileModule(LightningModule):
         """Shard the language model, if the strategy does. Lightning calls it before every stage."""
         if self.device_mesh is None or self.whole is not None:
             return
+        if self.objective is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError("model.objective counts labels on every device: set tensor_parallel_size to 1")
         if self.l1:
             raise ValueError(f"model.l1={self.l1} needs whole matrices: set it to 0, or trainer.strategy to ddp")
         self.whole = WholeModel(self.model)
