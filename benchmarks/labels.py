@@ -29,7 +29,7 @@ from pile_app.data.shards import write_shards
 ROOT = Path(__file__).parent.parent
 GENTLE = {"unrounded": True, "language_weight": 0.0, "learning_rate": 0.004, "model.optimizer.learning_rate": 0.0001,
           "model.optimizer.matrix_learning_rate": 0.0005, "trainer.callbacks": []}  # fmt: skip
-FEW = {"model.backbone.lora": {"rank": 16}, "model.optimizer.backbone_learning_rate": 0.001, "data.epochs": 30}
+FEW = {"model.backbone.lora": {"rank": 16}, "model.optimizer.backbone_learning_rate": 0.002, "data.epochs": 30}
 # set -> model to begin with ("": open weights), sets that it is trained on, options
 TASKS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "sst2": ("", (), {}), "trec": ("", (), {}), "trec10": ("", (), FEW), "wnut17": ("", (), {}),
