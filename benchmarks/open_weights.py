@@ -34,7 +34,7 @@ OURS = (
     *("--config", "text_only", "--model.backbone", "HuggingFace", "--model.tokenizer", "bytes", "--model.optimizer.name"),
     *("adamw", "--data.context", str(CONTEXT), "--data.global_batch", str(BATCH), "--data.micro_batch", str(BATCH)),
     *("--data.prepare", "null", "--trainer.precision", "32-true", "--trainer.callbacks", "[]", "--wandb", "null"),
-    *("--checkpoint_every", "100000", "--data.num_workers", "0"),
+    *("--checkpoint_every", "100000", "--data.num_workers", "0", "--samples", "false"),
 )
 
 
