@@ -7,11 +7,13 @@ import mmap
 import multiprocessing
 import os
 import signal
+import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -162,10 +164,63 @@ def worker_context(*preload: str) -> Any:
     return context
 
 
+Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+
+
+@contextmanager
+def worker_pool(processes: int, *preload: str) -> Iterator[Run]:
+    """Yield `run(function, items)`, which maps in worker processes, or in this one if one process is enough. An exception, such
+    as Ctrl-C, kills the workers. preload: see `worker_context`."""
+    context, others = worker_context(*preload), set(multiprocessing.active_children())
+    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:  # a process starts when there is work for it
+
+        def run(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+            if min(processes, len(items)) < 2:
+                return map(function, items)
+            with _delayed_interrupt():  # a worker that was just being started would not be found below
+                futures = [pool.submit(function, item) for item in items]
+            return (future.result() for future in futures)  # not `map`, which cancels the rest: an error if a worker was killed
+
+        try:
+            yield run
+        except BaseException:  # do not wait for the running tasks
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
+
+
+@contextmanager
+def _delayed_interrupt() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def for_each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> list[Any]:
     """Map a function over items in several processes (None: one for each core), in this process if that is one."""
     processes = min(processes or os.cpu_count() or 1, len(items))
     if processes < 2:
         return [function(item) for item in items]
-    with ProcessPoolExecutor(processes, worker_context()) as pool:
-        return list(pool.map(function, items, chunksize=max(1, len(items) // (8 * processes))))
+    size = max(1, len(items) // (8 * processes))
+    with worker_pool(processes) as run:
+        chunks = run(partial(_map, function), [items[first : first + size] for first in range(0, len(items), size)])
+        return [result for chunk in chunks for result in chunk]
+
+
+def _map(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [function(item) for item in items]

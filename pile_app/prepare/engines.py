@@ -5,68 +5,28 @@ yields after each."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from pile_app.data.files import worker_context
+from pile_app.data.files import Run, worker_pool
 from pile_app.prepare.options import require
 
 Task = Callable[[Any], object]
-Run = Callable[[Task, Sequence[Any]], Iterable[Any]]
 T = TypeVar("T")
 
 
 @contextmanager
 def _local(processes: int) -> Iterator[Run]:
-    context, others = worker_context("pile_app.prepare.spill"), set(multiprocessing.active_children())
-    with ProcessPoolExecutor(processes, context, _start_worker) as pool:  # a process starts when there is work for it
-
-        def run(task: Task, items: Sequence[Any]) -> Iterable[Any]:
-            if min(processes, len(items)) < 2:
-                return map(task, items)
-            with _delayed_interrupt():  # a worker that was just being started would not be found below
-                futures = [pool.submit(task, item) for item in items]
-            return (future.result() for future in futures)  # not `map`, which cancels the rest: an error if a worker was killed
-
+    with worker_pool(processes, "pile_app.prepare.spill") as run:
         try:
             yield run
         except BrokenProcessPool as error:
             raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
-        except BaseException:  # such as Ctrl-C: do not wait for the running tasks
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.kill()
-            raise
-
-
-@contextmanager
-def _delayed_interrupt() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
-        yield
-        return
-    received: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _start_worker() -> None:
-    """End with the parent: a worker whose parent was killed would wait for work forever."""
-    parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
