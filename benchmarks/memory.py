@@ -49,7 +49,7 @@ def measure_loss(kind: str, vocabulary: int, tokens: int, width: int, device: st
         began = time.perf_counter()
         with torch.autocast(device, torch.bfloat16):
             if kind == "ours":
-                loss = linear_cross_entropy(hidden, weight, targets, LOGIT_CAP)[0]
+                loss = linear_cross_entropy(hidden, [weight], targets, LOGIT_CAP)[0]
             else:
                 logits = F.linear(hidden, weight).float()
                 logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP) if kind == "plain" else logits

@@ -75,6 +75,10 @@ class FactoredTable(nn.Module):
         shared = F.embedding_bag(self.level_rows, self.levels, mode="sum")
         return self.weight + F.pad(shared, (0, 0, 0, len(self.weight) - len(shared)))
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """Tensors of the table's rows, in order."""
+        return (self(),)
+
 
 @dataclass
 class ModalityLoss:
@@ -230,12 +234,27 @@ class FusedLanguageModel(nn.Module):
         indices.view(-1)[batch.image_slots] = within.expand_as(batch.image_slots)
         return indices
 
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(..., embedding width) vectors of tokens, and the second of `embedding_tables`."""
+        if self.tables or not self.backbone.is_pretrained:
+            table, grid = self.tables[:2] if self.tables else self.embedding_tables()
+            return F.embedding(tokens, table), grid
+        specials, words = self.embeddings[TEXT].parts()  # many and perhaps frozen words: without a copy of them
+        ours = torch.cat([specials, *(embedding() for embedding in self.embeddings[1:])])
+        word = tokens - len(specials)
+        is_word = (word >= 0) & (word < len(words))
+        index = torch.where(is_word, 0, torch.where(word < 0, tokens, tokens - len(words)))
+        x = torch.where(is_word[..., None], F.embedding(torch.where(is_word, word, 0), words), F.embedding(index, ours))
+        return x, self._grid()
+
     def embedding_tables(self) -> tuple[Tensor, Tensor | None]:
         """(V, embedding width) of all tokens, (1 + codes of an image, embedding width) of positions in an image."""
-        table = torch.cat([embedding() for embedding in self.embeddings])
+        return torch.cat([embedding() for embedding in self.embeddings]), self._grid()
+
+    def _grid(self) -> Tensor | None:
         if self.image_codec is None:
-            return table, None
-        return table, F.pad((self.image_rows[:, None] + self.image_columns).flatten(0, 1), (0, 0, 1, 0))
+            return None
+        return F.pad((self.image_rows[:, None] + self.image_columns).flatten(0, 1), (0, 0, 1, 0))
 
     def hidden(
         self,
@@ -249,8 +268,7 @@ class FusedLanguageModel(nn.Module):
     ) -> Tensor:
         """(B, T, D) hidden states; arguments (B, T), or see `backbones.py`; `extra`: (B, T, embedding width) is added to the
         embeddings."""
-        table, grid = self.tables[:2] if self.tables else self.embedding_tables()
-        x = F.embedding(tokens, table)
+        x, grid = self._embed(tokens)
         if grid is not None:
             x = x + F.embedding(image_indices, grid)
         if extra is not None:
@@ -331,7 +349,12 @@ class FusedLanguageModel(nn.Module):
                 continue
             targets = following[indices + 1] - self.vocabulary.slices[modality].start
             found = linear_cross_entropy(
-                hidden[indices], self.heads[modality](), targets, self.backbone.logit_cap, predict, self.backbone.is_compiled
+                hidden[indices],
+                self.heads[modality].parts(),
+                targets,
+                self.backbone.logit_cap,
+                predict,
+                self.backbone.is_compiled,
             )
             losses[modality] = ModalityLoss(found[0], found[1], targets, found[2])
         if not losses and torch.is_grad_enabled():  # padding alone: the other devices wait for gradients all the same

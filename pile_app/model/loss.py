@@ -12,7 +12,7 @@ cannot underflow the softmax, so the logarithm of a probability is exact. Withou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,15 +26,15 @@ BLOCK = 1 << 19  # logits processed in float32 at a time on a CPU: they stay in 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, predict: bool = False, compiled: bool = False
+    hidden: Tensor, weights: Sequence[Tensor], targets: Tensor, cap: float | None, predict: bool = False, compiled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(sum of nats (), nats of each (K,) without gradient, most likely of each (K,) where `predict`), float32 and int64.
 
-    Computes in autocast's type, or in that of `hidden`; sums, exponentials and the gradient of `weight` are float32.
+    Computes in autocast's type, or in that of `hidden`; sums, exponentials and the gradients of `weights` are float32.
 
     Args:
         hidden: (K, D).
-        weight: (V, D) of the head.
+        weights: rows of the head, (V, D) together. No gradient is computed of those that require none.
         targets: (K,) int64, below V.
         cap: bound of the logits, above 0 and at most 35, or probabilities underflow; None: not bounded.
         predict: find the most likely ones as well.
@@ -42,9 +42,9 @@ def linear_cross_entropy(
     """
     options = (cap, matmul_dtype(hidden), predict, _compiled() if compiled else cross_entropy)
     if torch.is_grad_enabled():
-        total, each, predictions = _LinearCrossEntropy.apply(hidden, weight, targets, options)
+        total, each, predictions = _LinearCrossEntropy.apply(hidden, targets, options, *weights)
     else:
-        each, predictions, _, _ = _by_chunks(hidden, weight, targets, options, with_gradients=False)
+        each, predictions, _ = _by_chunks(hidden, weights, targets, options)
         total = each.sum()
     return total, each, predictions if predict else None
 
@@ -52,48 +52,58 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[Any, ...]
+        ctx: Any, hidden: Tensor, targets: Tensor, options: tuple[Any, ...], *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        each, predictions, *gradients = _by_chunks(hidden, weight, targets, options, with_gradients=True)
+        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        each, predictions, ctx.gradients = _by_chunks(hidden, weights, targets, options, wanted)
         ctx.mark_non_differentiable(each, predictions)
         ctx.set_materialize_grads(False)
-        ctx.gradients = gradients
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes = [tensor.dtype for tensor in (hidden, *weights)]
         return each.sum(), each, predictions
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("backward through linear_cross_entropy twice: its gradients are freed after the first")
-        of_hidden, of_weight = ctx.gradients
-        ctx.gradients = None
+        gradients, ctx.gradients = ctx.gradients, None
         gradient = 4 * gradient  # see `cross_entropy`
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (of_hidden * gradient).to(hidden_dtype), of_weight.mul_(gradient).to(weight_dtype), None, None
+        scaled = [None if g is None else g.mul_(gradient).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return scaled[0], None, None, *scaled[1:]
 
 
 def _by_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[Any, ...], with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Nats (K,), predictions (K,) or (0,), gradients of their sum by hidden (K, D) and weight (V, D), float32."""
+    hidden: Tensor, weights: Sequence[Tensor], targets: Tensor, options: tuple[Any, ...], wanted: Sequence[bool] = ()
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Nats (K,), predictions (K,) or (0,), float32 gradients of their sum by `hidden` and each of `weights`, where `wanted`."""
     cap, dtype, predict, of_logits = options
-    hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
-    rows = max(1, CHUNK // len(weight))
-    block = max(1, BLOCK // len(weight)) if weight.device.type == "cpu" else rows
+    hidden, tables = hidden.detach().to(dtype), [weight.detach().to(dtype) for weight in weights]
+    sizes = [len(table) for table in tables]
+    rows = max(1, CHUNK // sum(sizes))
+    block = max(1, BLOCK // sum(sizes)) if hidden.device.type == "cpu" else rows
     each, predictions, of_hidden = [], [], []
-    of_weight: Tensor | None = None
+    of_weights: list[Tensor | None] = [None] * len(tables)
     for x, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = x @ weight.t()  # (rows, V)
+        if len(tables) == 1:
+            logits = x @ tables[0].t()  # (rows, V)
+        else:
+            logits = x.new_empty(len(x), sum(sizes))
+            for part, table in zip(logits.split(sizes, 1), tables, strict=True):
+                torch.mm(x, table.t(), out=part)
         if predict:
             predictions.append(logits.argmax(-1))
         pairs = zip(logits.split(block), target.split(block), strict=True)
-        each += [of_logits(*pair, cap, with_gradients) for pair in pairs]
-        if with_gradients:  # the logits are slopes now
-            of_hidden.append(logits @ weight)
-            part = logits.t() @ x
-            of_weight = part.float() if of_weight is None else of_weight.add_(part)
-    gradients = (torch.cat(of_hidden).float(), of_weight) if with_gradients else (None, None)
-    return torch.cat(each), torch.cat(predictions) if predict else targets.new_empty(0), *gradients
+        each += [of_logits(*pair, cap, any(wanted)) for pair in pairs]
+        if not any(wanted):
+            continue
+        slopes = logits.split(sizes, 1)  # the logits are slopes now
+        if wanted[0]:
+            of_hidden.append(sum(slope @ table for slope, table in zip(slopes, tables, strict=True)))
+        for index, slope in enumerate(slopes):
+            if wanted[1 + index]:
+                part, so_far = slope.t() @ x, of_weights[index]
+                of_weights[index] = part.float() if so_far is None else so_far.add_(part)
+    gradient = torch.cat(of_hidden).float() if of_hidden else None
+    return torch.cat(each), torch.cat(predictions) if predict else targets.new_empty(0), [gradient, *of_weights]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, cap: float | None, with_gradients: bool) -> Tensor:

@@ -268,7 +268,12 @@ class TextTable(nn.Module):
 
     def forward(self) -> Tensor:
         """(SPECIALS + size, D)"""
-        return torch.cat([self.weight, self.words()[: self.size].to(self.weight.dtype)])
+        return torch.cat(self.parts())
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """(SPECIALS, D), (size, D)"""
+        words = self.words().to(self.weight.dtype)
+        return self.weight, words if len(words) == self.size else words[: self.size]
 
 
 class _LayerCache:
