@@ -113,7 +113,6 @@ class Classification(Objective):
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
-        unrounded: see `Objective`.
     """
 
     seen: Tensor
@@ -133,9 +132,8 @@ class Classification(Objective):
         language_weight: float = 0.0,
         freeze: bool = False,
         learning_rate: float = 0.001,
-        unrounded: bool = False,
     ) -> None:
-        super().__init__(language_weight, freeze, learning_rate, unrounded)
+        super().__init__(language_weight, freeze, learning_rate)
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"objective.labels needs two different labels or more, not {labels}")
         if not pooling or len(set(pooling)) < len(pooling):
@@ -154,9 +152,7 @@ class Classification(Objective):
 
     @property
     def annotator(self) -> Annotator:
-        return LabelAnnotator(
-            self.labels, self.kind == "language", self.reads_media or "sound_statistics" * self.sound_statistics
-        )
+        return LabelAnnotator(self.labels, self.kind == "language", "sound_statistics" * self.sound_statistics)
 
     def build(self, model: FusedLanguageModel) -> None:
         from torchmetrics import MetricCollection
@@ -299,7 +295,7 @@ class Classification(Objective):
                 if batch.rejected:
                     raise BadSample(*batch.rejected[0][2:])
                 batch = batch.to(model.token_bytes.device)
-                logits, _ = self.logits(model, self.read(model, batch)[1], batch)
+                logits, _ = self.logits(model, model.read(batch)[1], batch)
                 result[rows] = logits.softmax(-1).cpu()
         return result
 

@@ -85,7 +85,7 @@ class Embedder:
             bad |= {int(key): BadSample(reason, detail) for _, key, reason, detail in batch.rejected}
             with torch.no_grad():
                 batch = batch.to(self.model.token_bytes.device)
-                found = self.objective.embed(self.objective.read(self.model, batch)[1], batch)
+                found = self.objective.embed(self.model.read(batch)[1], batch)
             vectors[found.labels.cpu().numpy()] = found.vectors.cpu().numpy()
         return vectors, bad
 

@@ -60,7 +60,7 @@ def tag_documents(module: PileModule, documents: Sequence[Document], context: in
         packs = [[whole(piece.document, piece.tokens + AROUND - 1)] for piece in batch]
         inputs = assemble(packs, module.vocabulary, module.tokenizer, longest, annotator=objective.annotator)
         inputs = inputs.to(module.device)
-        _, hidden = objective.read(module.model, inputs)
+        _, hidden = module.model.read(inputs)
         words = gather_words(hidden, inputs)
         for piece, tags, count in zip(batch, objective.decode(words).tolist(), words.lengths.tolist(), strict=True):
             text = piece.document.segments[0].text

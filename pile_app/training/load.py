@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
 from pile_app.model.fused import AUTOCAST
-from pile_app.model.pretrained import check_shapes
+from pile_app.model.pretrained import check_shapes, take_readers
 from pile_app.training.checkpoints import find_damage, read_checkpoint
 from pile_app.training.module import PileModule
 
@@ -103,10 +103,11 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def take_description(model: Any, run: Path) -> None:
-    """Let open weights be built from the description in the run's folder; the checkpoint has the weights."""
+    """Let open weights and pretrained readers be built from the description in the run's folder; the checkpoint has the weights."""
     if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
         arguments = model["backbone"]["init_args"]
         arguments["path"], arguments["pretrained"] = str(run / BACKBONE), False
+    take_readers(model.get("readers"), run)
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:

@@ -33,6 +33,7 @@ from pile_app.model.backbones import Backbone
 from pile_app.model.codecs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.model.pretrained import check_shapes
+from pile_app.model.readers import ReadersConfig
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
 from pile_app.training.objective import Objective, sum_over_devices
@@ -91,6 +92,7 @@ class PileModule(LightningModule):
         dropout: fraction of the embeddings that is dropped in training (blocks: `backbone.dropout`).
         word_dropout: fraction of the learned text tokens that are hidden in training from what follows them.
         code_dropout: the same for codes of images and sounds that are given, not learned.
+        readers: nets that read given images and sounds besides their codes.
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
         recompute: activation checkpointing of the backbone's blocks: memory of one block instead of all, for a third more time.
         compile: compile each block of the backbone by `torch.compile`; pays on GPUs, on CPUs it takes a minute to start.
@@ -112,6 +114,7 @@ class PileModule(LightningModule):
         dropout: float = 0.0,
         word_dropout: float = 0.0,
         code_dropout: float = 0.0,
+        readers: ReadersConfig = ReadersConfig(),  # noqa: B008 (frozen)
         l1: float = 0.0,
         recompute: bool = False,
         compile: bool = False,
@@ -126,7 +129,8 @@ class PileModule(LightningModule):
                 f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
             )
         tokenizer = backbone.tokenizer or tokenizer
-        self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, dropout, word_dropout, code_dropout)
+        dropouts = (dropout, word_dropout, code_dropout)
+        self.model = FusedLanguageModel(backbone, load_tokenizer(tokenizer), image, audio, *dropouts, readers)
         self.codec_steps = codec_steps if self.model.codecs else 0
         self.codec_crop = codec_crop
         self.optimizer = optimizer
@@ -347,7 +351,7 @@ class PileModule(LightningModule):
         for batch, step in zip(batches, steps, strict=True):
             self._seed(batch)
             with torch.set_grad_enabled(not objective.freeze):
-                tokens, hidden = objective.read(self.model, batch)
+                tokens, hidden = self.model.read(batch)
             loss = objective(self.model, hidden, batch, step)
             self._add("objective_loss", loss.detach(), 1 / self.parts)
             if objective.language_weight:
@@ -388,6 +392,8 @@ class PileModule(LightningModule):
                 unused += self.model.parameters_of_modality(modality)
         if not any(map(len, batch.targets)):  # padding alone
             unused += self.model.backbone.parameters()
+        for reader in self.model.readers.values():  # of media that are given
+            unused += [p for p in reader.parameters() if p.requires_grad]
         return self._touch([p for p in unused if not isinstance(p, DTensor)])
 
     def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
@@ -484,7 +490,7 @@ class PileModule(LightningModule):
         if self.objective is None:
             losses = self.model(batch, predict=True)
         else:
-            tokens, hidden = self.objective.read(self.model, batch)
+            tokens, hidden = self.model.read(batch)
             self.objective.update(self.model, hidden, batch)
             losses = self.model.losses(tokens, hidden, batch, predict=True)
         self.token_metrics.update(batch, losses, self.model.token_bytes)

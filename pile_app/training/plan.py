@@ -20,6 +20,7 @@ from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from pile_app.documents import MODALITIES
 from pile_app.model.backbones import Backbone
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.readers import ReadersConfig
 from pile_app.training.callbacks import measure_matmul_flops
 from pile_app.training.cli import codec_configs, count_devices, fast_precision, parse_config
 from pile_app.training.memory import Layout, plan_memory
@@ -252,15 +253,17 @@ def meta_model(config: Namespace, tokenizer: Tokenizer) -> FusedLanguageModel:
     """Build the model on the meta device."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=Backbone)
+    parser.add_argument("--readers", type=ReadersConfig)
     with torch.device("meta"):
-        backbone = parser.instantiate(Namespace(backbone=config.model.backbone)).backbone
+        built = parser.instantiate(Namespace(backbone=config.model.backbone, readers=config.model.readers))
+        backbone, readers = built.backbone, built.readers
         backbone.recompute = config.model.recompute
-        return FusedLanguageModel(backbone, tokenizer, *codec_configs(config), config.model.dropout)
+        return FusedLanguageModel(backbone, tokenizer, *codec_configs(config), config.model.dropout, readers=readers)
 
 
 def count_parts(model: FusedLanguageModel) -> dict[str, int]:
     """Parameters by part of the model."""
-    parts = dict.fromkeys(("embeddings", "heads", "backbone matrices", "backbone vectors", "codecs"), 0)
+    parts = dict.fromkeys(("embeddings", "heads", "backbone matrices", "backbone vectors", "readers", "codecs"), 0)
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         if part == "backbone":

@@ -140,6 +140,9 @@ class RunFolder(Callback):
         backbone = pl_module.model.backbone  # type: ignore[union-attr]
         if isinstance(backbone, HuggingFace) and not (self.run / BACKBONE).exists():
             backbone.save_description(self.run / BACKBONE)
+        for name, reader in pl_module.model.readers.items():  # type: ignore[union-attr]
+            if not (folder := self.run / f"{name}_reader").exists():
+                reader.save_description(folder)
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
