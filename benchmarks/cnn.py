@@ -2,7 +2,7 @@
 
     python benchmarks/cnn.py "shards/photos-train-*.tar" "shards/photos-validation-*.tar" --size 32 --seconds 300
 
-Six 3 x 3 convolutions with batch normalization, pooled twice; crops (padded by an eighth) and flips; AdamW with a one-cycle rate.
+Six 3 x 3 convolutions with batch normalization, pooled twice; crops (padded by an eighth) and flips; AdamW, one cycle of rates.
 Prints a JSON line. Seconds are those of the process (`time.process_time`), so that other load does not count.
 """
 

@@ -138,7 +138,9 @@ class FusedLanguageModel(nn.Module):
             (self.audio_codec.quantizer if self.audio_codec else None, 1),
         )
         width = backbone.embedding_width
-        wanted = {MODALITIES[modality]: (getattr(readers, MODALITIES[modality]), codec) for modality, codec in self.codecs.items()}
+        wanted = {
+            MODALITIES[modality]: (getattr(readers, MODALITIES[modality]), codec) for modality, codec in self.codecs.items()
+        }
         self.readers = nn.ModuleDict(
             {name: make_reader(config, codec, width) for name, (config, codec) in wanted.items() if config is not None}
         )
@@ -333,7 +335,9 @@ class FusedLanguageModel(nn.Module):
         tokens = self.fill(batch)
         indices = self.image_indices(batch)
         seen = self._mask(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
-        return tokens, self.hidden(seen, indices, batch.document, batch.position, None, batch.piece_starts, self.features(batch))
+        return tokens, self.hidden(
+            seen, indices, batch.document, batch.position, None, batch.piece_starts, self.features(batch)
+        )
 
     def _mask(self, tokens: Tensor, batch: Batch) -> Tensor:
         """(B, T) tokens, with random learned words and given codes behind `<null>`."""

@@ -174,7 +174,7 @@ class Decoder:
         self.length += size[1]
         with self.model.autocast():
             return [
-                self.model.hidden(tokens, indices, torch.zeros_like(position), position, cache, features=features)
+                self.model.hidden(tokens, indices, torch.zeros_like(position), position, cache, None, features)
                 for (tokens, indices, features), cache in zip(self.unread, self.caches, strict=True)
             ]
 

@@ -205,7 +205,9 @@ class Pretrained(Reader):
         try:
             from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
         except ImportError as error:
-            raise ValueError("a reader's path needs transformers: pip install transformers, or the extra huggingface") from error
+            raise ValueError(
+                "a reader's path needs transformers: pip install transformers, or the extra huggingface"
+            ) from error
         is_image = isinstance(codec, ImageCodec)
         known = KINDS[is_image]
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
@@ -229,7 +231,7 @@ class Pretrained(Reader):
             raise ValueError(f"reader path={config.path!r} is no encoder of transformers that is known: {error}") from error
         self.encoder = encoder.get_encoder() if shape.model_type == "whisper" else encoder
         self.shape, self.trains = shape, config.train
-        self.encoder.requires_grad_(config.train)
+        self.encoder.eval().requires_grad_(config.train)
         self.project = nn.Sequential(nn.Linear(shape.hidden_size, width), nn.GELU(), nn.Linear(width, width))
         self.reset_parameters()
 

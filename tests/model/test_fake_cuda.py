@@ -145,7 +145,7 @@ def test_a_token_is_generated_without_waiting_copying_weights_or_growing(
     with fake_cuda(), patch.object(FakeTensor, "tolist", look), patch.object(generate, "CHECK_EVERY", 4):
         model.to_empty(device="cuda")
         with model.inference():
-            context = [(torch.zeros(3, 5, dtype=torch.int64),) * 2] * (1 + (guidance != 1))
+            context = [(*[torch.zeros(3, 5, dtype=torch.int64)] * 2, None)] * (1 + (guidance != 1))
             decoder = Decoder(model, context, tokens, guidance, indices=range(3))
             hidden, buffers = model.hidden, []
 
@@ -275,7 +275,7 @@ def batch_of(model: FusedLanguageModel, rows: list[list[Segment]], annotator: An
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "classification": lambda: Classification(["yes", "no"], pooling=["mean", "max", "deviation", "last"], class_weights=[1, 2]),
     "language-head": lambda: Classification(["yes", "no"], head="language", class_weights="balanced"),
-    "wide": lambda: Classification(["yes", "no"], ngrams=2, sound_statistics=True, unrounded=True),
+    "wide": lambda: Classification(["yes", "no"], ngrams=2, sound_statistics=True),
     "retrieval": Contrastive,
     "tagging": lambda: Tagging(["person"]),
 }

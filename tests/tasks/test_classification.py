@@ -31,13 +31,13 @@ from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 CONFIG = """
 model:
+  readers: {{image: {{width: 8}}}}
   objective:
     class_path: pile_app.tasks.classification.Classification
     init_args:
       labels: [dark, light, low, high]
       pooling: [mean, max, deviation, last]
       ngrams: 2
-      unrounded: true
       class_weights: balanced
       dropout: 0.1
       learning_rate: 0.02

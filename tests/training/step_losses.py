@@ -40,6 +40,7 @@ ledger: true
 wandb: null
 """
 TASKS = "pile_app.tasks"
+READERS = ("--model.readers", "{image: {width: 8}, audio: {width: 8}}")
 KINDS = {  # name -> the options of a run
     "codecs": ("--model.codec_steps", "3"),
     "classification": (
@@ -48,7 +49,7 @@ KINDS = {  # name -> the options of a run
         *("--model.objective.sound_statistics", "true", "--model.objective.class_weights", "balanced"),
         *("--model.objective.language_weight", "0.2"),
     ),
-    "retrieval": ("--model.objective", f"{TASKS}.retrieval.Contrastive", "--model.objective.unrounded", "true"),
+    "retrieval": ("--model.objective", f"{TASKS}.retrieval.Contrastive", *READERS),
     "tagging": (
         *("--model.objective", f"{TASKS}.tagging.Tagging", "--model.objective.types", "[person, place]"),
         *("--model.objective.width", "16"),
