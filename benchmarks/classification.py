@@ -204,7 +204,6 @@ OF_REVIEWS = {
     "trainer.val_check_interval": 100,
 }
 OF_SOUNDS = {  # gently: at higher rates the model learns its few speakers and recordings by heart
-    "unrounded": True,
     "language_weight": 0.0,
     "learning_rate": 0.004,
     "model.optimizer.learning_rate": 0.0001,
@@ -251,7 +250,6 @@ TASKS = {
         *("digits", ("mnist",), 0.985, pixels_baseline),
         {
             "pooling": ["mean", "max", "last"],
-            "unrounded": True,
             "language_weight": 0.0,
             "dropout": 0.1,
             "model.optimizer.learning_rate": 0.004,

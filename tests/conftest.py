@@ -59,11 +59,9 @@ def tiny_model() -> Callable[..., FusedLanguageModel]:
     `perturbed` moves every parameter away from its initial value (heads start at zero), so that predictions differ.
     """
 
-    def make(
-        backbone: str = "transformer", perturbed: bool = True, readers: ReadersConfig = ReadersConfig()
-    ) -> FusedLanguageModel:
+    def make(backbone: str = "transformer", perturbed: bool = True, readers: ReadersConfig | None = None) -> FusedLanguageModel:
         torch.manual_seed(0)
-        model = FusedLanguageModel(BACKBONES[backbone](), ByteTokenizer(), IMAGE, AUDIO, readers=readers)
+        model = FusedLanguageModel(BACKBONES[backbone](), ByteTokenizer(), IMAGE, AUDIO, readers=readers or ReadersConfig())
         if perturbed:
             with torch.no_grad():
                 for parameter in model.parameters():

@@ -138,14 +138,10 @@ class FusedLanguageModel(nn.Module):
             (self.audio_codec.quantizer if self.audio_codec else None, 1),
         )
         width = backbone.embedding_width
-        wanted = {
-            MODALITIES[modality]: (getattr(readers, MODALITIES[modality]), codec) for modality, codec in self.codecs.items()
-        }
-        self.readers = nn.ModuleDict(
-            {name: make_reader(config, codec, width) for name, (config, codec) in wanted.items() if config is not None}
-        )
-        reads = tuple(modality for modality in self.codecs if MODALITIES[modality] in self.readers)
+        wanted = {modality: getattr(readers, MODALITIES[modality]) for modality in self.codecs}
+        reads = tuple(modality for modality, config in wanted.items() if config is not None)
         self.vocabulary = replace(self.vocabulary, reads=reads)
+        self.readers = nn.ModuleDict({MODALITIES[m]: make_reader(wanted[m], self.codecs[m], width) for m in reads})
         self.embeddings = nn.ModuleList(
             FactoredTable(quantizer, extra, width, backbone.code_std) for quantizer, extra in shapes
         )
@@ -335,9 +331,8 @@ class FusedLanguageModel(nn.Module):
         tokens = self.fill(batch)
         indices = self.image_indices(batch)
         seen = self._mask(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
-        return tokens, self.hidden(
-            seen, indices, batch.document, batch.position, None, batch.piece_starts, self.features(batch)
-        )
+        features = self.features(batch)
+        return tokens, self.hidden(seen, indices, batch.document, batch.position, None, batch.piece_starts, features)
 
     def _mask(self, tokens: Tensor, batch: Batch) -> Tensor:
         """(B, T) tokens, with random learned words and given codes behind `<null>`."""

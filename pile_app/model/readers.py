@@ -7,8 +7,8 @@ added to the embeddings of the codes.
 A reader sees all of a medium, so it must never read one whose codes are predicted: `data/assembly.py` names those that are
 given. Features depend on nothing else in the batch, and begin at 0: a model that gets a reader is at first what it was.
 
-Notable choices: a small residual CNN is normed at each place over the channels, so no statistics of a batch are kept, and sounds
-need no padding; its kernels are matrices, which Muon moves; on CPUs that multiply bfloat16 it computes in it, at half the time.
+Notable choices: a small residual CNN, normed at each place over the channels, so without statistics of a batch and padding of
+sounds; its kernels are matrices, which Muon moves; on CPUs that multiply bfloat16 it computes in it, in half the time.
 """
 
 from __future__ import annotations
@@ -205,9 +205,7 @@ class Pretrained(Reader):
         try:
             from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel
         except ImportError as error:
-            raise ValueError(
-                "a reader's path needs transformers: pip install transformers, or the extra huggingface"
-            ) from error
+            raise ValueError("readers with a path need transformers: pip install 'pile-app[huggingface]'") from error
         is_image = isinstance(codec, ImageCodec)
         known = KINDS[is_image]
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}

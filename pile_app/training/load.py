@@ -103,7 +103,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def take_description(model: Any, run: Path) -> None:
-    """Let open weights and pretrained readers be built from the description in the run's folder; the checkpoint has the weights."""
+    """Let open weights and pretrained readers be built from the run's descriptions; the checkpoint has the weights."""
     if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
         arguments = model["backbone"]["init_args"]
         arguments["path"], arguments["pretrained"] = str(run / BACKBONE), False

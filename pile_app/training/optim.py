@@ -152,9 +152,8 @@ def make_optimizer(
         # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
         if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
             continue
-        if (isinstance(model.backbone, HuggingFace) and name.startswith("backbone.")) or ".encoder." in name.partition(
-            "readers"
-        )[2]:
+        is_open = name.startswith("backbone.") and isinstance(model.backbone, HuggingFace)
+        if is_open or (name.startswith("readers.") and ".encoder." in name):
             groups["open weights" if id(parameter) in hidden else "open vectors"]["params"].append(parameter)
             continue
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"

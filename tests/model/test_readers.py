@@ -91,7 +91,7 @@ def test_a_prompt_is_read_as_in_training(tiny_model: MakeModel, image: MakeSegme
         trained = model.read(batch)[1]
         for prompt in (segments, (image(1), sound(1))):  # whether it says so or not
             context = lay_out(model, Document(prompt), TEXT, with_masked=True)
-            read, masked = Decoder(model, context, 3, guidance=2.0).read()
+            read, _ = Decoder(model, context, 3, guidance=2.0).read()
             torch.testing.assert_close(read, trained[:, : read.size(1)], atol=1e-5, rtol=1e-4)
             assert context[1][2] is not None and not context[1][2].any()  # nothing is seen behind `<null>`
         half = Document((given(Segment("draw")), image(1), given(Segment("and?"))))  # an answer of the model, drawn by itself
