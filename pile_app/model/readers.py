@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class CNN(Reader):
     def forward(self, media: Tensor, tokens: Sequence[int]) -> Tensor:
         codec, kind = self.codec, media.device.type
         is_half = kind == "cpu" and cpu_multiplies_bfloat16()
-        with torch.autocast(kind, torch.bfloat16, enabled=True) if is_half else torch.autocast(kind, **_current(kind)):
+        with torch.autocast(kind, torch.bfloat16) if is_half else nullcontext():
             if isinstance(codec, ImageCodec):
                 pixels = (media.float() / 127.5 - 1).permute(0, 2, 3, 1).contiguous()
                 return self.out(self._features(pixels, None)).flatten(0, 2).float()
@@ -187,10 +188,6 @@ class _Block(nn.Module):
         return x + y
 
 
-def _current(kind: str) -> dict[str, Any]:
-    return {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-
-
 class Pretrained(Reader):
     """Features of an encoder of transformers, pooled to the codes' places, through a projector.
 
@@ -215,7 +212,7 @@ class Pretrained(Reader):
             if shape.model_type not in known:
                 raise ValueError(f"a {shape.model_type} model is none of {', '.join(known)}")
             self.processor = (AutoImageProcessor if is_image else AutoFeatureExtractor).from_pretrained(config.path, **options)
-            encoder, missing = None, list[str]()
+            missing = list[str]()
             if not config.pretrained:
                 encoder = AutoModel.from_config(shape)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from pile_app.documents import TEXT, Codes, Document, Segment
 from pile_app.model.codecs import AudioCodec, ImageCodec, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Decoder, Sampling, answer_prompts, lay_out
+from pile_app.model.pretrained import save_pretrained
 from pile_app.model.readers import CNN, ReaderConfig, divide, make_reader
 from pile_app.model.segments import segment_length
 from pile_app.tasks.classification import Classification
+from pile_app.training.checkpoints import load_origin
 
 MakeModel = Callable[..., FusedLanguageModel]
 MakeSegment = Callable[..., Segment]
@@ -194,3 +196,18 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     for folder, codec in ((path, ImageCodec(IMAGE)), (tmp_path / "nothing", AudioCodec(AUDIO))):
         with pytest.raises(ValueError, match=r"reader path='.*' is no encoder of transformers that is known"):
             make_reader(ReaderConfig(path=str(folder)), codec, 32)  # type: ignore[arg-type]
+
+
+def test_a_model_gets_a_reader_and_is_at_first_what_it_was(
+    tiny_model: MakeModel, image: MakeSegment, tmp_path: Path
+) -> None:
+    old, new = tiny_model(), tiny_model(perturbed=False, readers=READERS)
+    config = {"backbone": {"class_path": "Transformer", "init_args": {"width": 32, "layers": 2, "heads": 4, "key_value_heads": 2}}}
+    config |= {"image": asdict(IMAGE), "audio": asdict(AUDIO)}
+    save_pretrained(old, config, tmp_path / "old")
+    load_origin(new, str(tmp_path / "old"))
+    rows = [(given(image(1)), Segment("a"))]
+    torch.testing.assert_close(new.read(batch_of(new, rows))[1], old.read(batch_of(old, rows))[1])
+    save_pretrained(new, config | {"readers": asdict(READERS)}, tmp_path / "new")
+    again = FusedLanguageModel.from_pretrained(tmp_path / "new")
+    assert again.vocabulary.reads == (1, 2) and again.readers.state_dict().keys() == new.readers.state_dict().keys()
