@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import READERS
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,11 +241,13 @@ def test_flash_attention_groups_queries_where_torch_can() -> None:
 def test_codecs_and_loss_of_a_batch(
     tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, backbone: str, precision: str
 ) -> None:
-    model = tiny_model(backbone).train()
+    model = tiny_model(backbone, readers=READERS).train()
     with fake_cuda(precision):
         model.to_empty(device="cuda")
         model.word_dropout = model.code_dropout = 0.1
-        batch = batch_of(model, [[Segment("three"), image(0), sound(0)], [sound(1, 300), Segment("said")]])
+        batch = batch_of(
+            model, [[Segment("three"), image(0), sound(0)], [given(sound(1, 300)), given(image(1)), Segment("said")]]
+        )
         check(*model.codec_loss(batch, 2).values(), *model.codec_loss(batch).values())
         losses = model(batch, predict=True)
         assert losses.keys() == {TEXT, IMAGE, AUDIO}
@@ -252,6 +256,10 @@ def test_codecs_and_loss_of_a_batch(
             assert loss.total.dtype == torch.float32
         with torch.no_grad():
             check(*(loss.total for loss in model(batch).values()))
+
+
+def given(segment: Segment) -> Segment:
+    return replace(segment, loss=False)
 
 
 def test_codes_become_media(tiny_model: MakeModel) -> None:
@@ -284,7 +292,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 @pytest.mark.parametrize("precision", ("32-true", "bf16-mixed", "16-mixed"))
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives(tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, name: str, precision: str) -> None:
-    model, objective = tiny_model(), OBJECTIVES[name]()
+    model, objective = tiny_model(readers=READERS), OBJECTIVES[name]()
     objective.build(model)
     with fake_cuda(precision):
         model.to_empty(device="cuda")
@@ -294,4 +302,4 @@ def test_objectives(tiny_model: MakeModel, image: MakeSegment, sound: MakeSegmen
         else:
             rows, meta = [[Segment("one"), image(0), Segment("yes")], [sound(0), Segment("no")]], {}
         batch = batch_of(model, rows, objective.annotator, **meta)
-        check(objective(model, objective.read(model, batch)[1], batch))
+        check(objective(model, model.read(batch)[1], batch))

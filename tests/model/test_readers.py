@@ -198,11 +198,10 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
             make_reader(ReaderConfig(path=str(folder)), codec, 32)  # type: ignore[arg-type]
 
 
-def test_a_model_gets_a_reader_and_is_at_first_what_it_was(
-    tiny_model: MakeModel, image: MakeSegment, tmp_path: Path
-) -> None:
+def test_a_model_gets_a_reader_and_is_at_first_what_it_was(tiny_model: MakeModel, image: MakeSegment, tmp_path: Path) -> None:
     old, new = tiny_model(), tiny_model(perturbed=False, readers=READERS)
-    config = {"backbone": {"class_path": "Transformer", "init_args": {"width": 32, "layers": 2, "heads": 4, "key_value_heads": 2}}}
+    sizes = {"width": 32, "layers": 2, "heads": 4, "key_value_heads": 2}
+    config: dict[str, Any] = {"backbone": {"class_path": "Transformer", "init_args": sizes}}
     config |= {"image": asdict(IMAGE), "audio": asdict(AUDIO)}
     save_pretrained(old, config, tmp_path / "old")
     load_origin(new, str(tmp_path / "old"))
