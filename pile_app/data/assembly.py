@@ -161,7 +161,7 @@ class _Rows:
         lists["piece_starts"] = [*self.starts, len(self.tokens)]
         lists["given_images"] = [number for number, image in enumerate(images) if image.is_given]
         is_given = np.repeat([sound.is_given for sound in sounds], np.array([sound.codes for sound in sounds], int))
-        lists["given_codes"] = is_given.nonzero()[0]
+        lists["given_codes"] = is_given.nonzero()[0].tolist()
         tables = {name: np.array(values, np.int32) for name, values in lists.items()}
         for name in ("tokens", "learned", *(["labels"] if self.annotator else [])):
             tables[name] = getattr(self, name).reshape(-1, self.context)
