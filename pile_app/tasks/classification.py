@@ -125,7 +125,6 @@ class Classification(Objective):
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
-        unrounded: see `Objective`.
     """
 
     seen: Tensor
@@ -146,9 +145,8 @@ class Classification(Objective):
         language_weight: float = 0.0,
         freeze: bool = False,
         learning_rate: float = 0.001,
-        unrounded: bool = False,
     ) -> None:
-        super().__init__(language_weight, freeze, learning_rate, unrounded)
+        super().__init__(language_weight, freeze, learning_rate)
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"objective.labels needs two different labels or more, not {labels}")
         if not pooling or len(set(pooling)) < len(pooling):
@@ -167,9 +165,7 @@ class Classification(Objective):
 
     @property
     def annotator(self) -> Annotator:
-        return LabelAnnotator(
-            self.labels, self.kind == "language", self.reads_media or "sound_statistics" * self.sound_statistics
-        )
+        return LabelAnnotator(self.labels, self.kind == "language", "sound_statistics" * self.sound_statistics)
 
     def build(self, model: FusedLanguageModel) -> None:
         from torchmetrics import MetricCollection
@@ -189,10 +185,10 @@ class Classification(Objective):
             firsts = [path[0][0] for path in paths]
             self.register_buffer("first_tokens", torch.tensor(firsts), persistent=False)
             if len(set(firsts)) < len(firsts):
-                if self.wide or self.reads_media:
+                if self.wide:
                     raise ValueError(
                         f"objective.head language learns the text of labels that begin alike, as some of {self.labels} do: "
-                        "leave out ngrams, sound_statistics and unrounded, or set objective.head to linear"
+                        "leave out ngrams and sound_statistics, or set objective.head to linear"
                     )
                 self.label_paths = paths
         else:
@@ -231,8 +227,19 @@ class Classification(Objective):
         """Return (L, classes) log-likelihoods of the text of each label after the pieces."""
         with model.inference():
             tokens, indices = model.fill(batch).flatten(), model.image_indices(batch).flatten()
+            seen = model.features(batch)
+            features = None if seen is None else seen.flatten(0, 1)
             spans = torch.stack([batch.piece_starts[pieces], last_labelled(batch)[pieces] + 1], 1).tolist()
-            contexts = [[(tokens[None, first:stop], indices[None, first:stop])] for first, stop in spans]
+            contexts = [
+                [
+                    (
+                        tokens[None, first:stop],
+                        indices[None, first:stop],
+                        None if features is None else features[None, first:stop],
+                    )
+                ]
+                for first, stop in spans
+            ]
             found = score_paths(model, contexts, [self.label_paths or []] * len(contexts))
         nats = [[row[number].nats for number in range(len(self.labels))] for row in found]
         return -torch.tensor(nats, device=tokens.device).view(-1, len(self.labels))

@@ -33,6 +33,7 @@ from pile_app.model.backbones import Backbone
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.model.pretrained import check_shapes
+from pile_app.model.readers import ReadersConfig
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
 from pile_app.training.objective import Objective, refuse_encoded, sum_over_devices
@@ -92,6 +93,7 @@ class PileModule(LightningModule):
         dropout: fraction of the embeddings that is dropped in training (blocks: `backbone.dropout`).
         word_dropout: fraction of the learned text tokens that are hidden in training from what follows them.
         code_dropout: the same for codes of images and sounds that are given, not learned.
+        readers: nets that read given images and sounds besides their codes.
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
         recompute: activation checkpointing of the backbone's blocks: memory of one block instead of all, for a third more time.
         compile: compile each block of the backbone by `torch.compile`; pays on GPUs, on CPUs it takes a minute to start.
@@ -113,6 +115,7 @@ class PileModule(LightningModule):
         dropout: float = 0.0,
         word_dropout: float = 0.0,
         code_dropout: float = 0.0,
+        readers: ReadersConfig = ReadersConfig(),  # noqa: B008 (frozen)
         l1: float = 0.0,
         recompute: bool = False,
         compile: bool = False,
@@ -127,7 +130,7 @@ class PileModule(LightningModule):
                 f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
             )
         words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
-        self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout)
+        self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout, readers)
         self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
         self.codec_crop = codec_crop
         self.optimizer = optimizer
@@ -400,6 +403,8 @@ class PileModule(LightningModule):
                 unused += self.model.parameters_of_modality(modality)
         if not any(map(len, batch.targets)):  # padding alone
             unused += self.model.backbone.parameters()
+        for reader in self.model.readers.values():  # of media that are given
+            unused += [p for p in reader.parameters() if p.requires_grad]
         return self._touch([p for p in unused if not isinstance(p, DTensor)])
 
     def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -130,7 +130,8 @@ def make_optimizer(
     then the language model's schedule begins."""
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
-    layers = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]
+    parts = (model.backbone, model.readers)
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]
     hidden = {id(p) for layer in layers for p in layer.parameters() if p.dim() == 2}
     # Muon is for hidden matrices; torch's recurrent cells stack their gates into one and do better with AdamW.
     muon = config.name == "muon" and not any(isinstance(layer, nn.RNNBase) for layer in layers)
@@ -150,7 +151,8 @@ def make_optimizer(
         # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
         if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
             continue
-        if model.backbone.is_pretrained and name.startswith("backbone."):
+        is_open = name.startswith("backbone.") and model.backbone.is_pretrained
+        if is_open or (name.startswith("readers.") and ".encoder." in name):
             groups["open weights" if id(parameter) in hidden else "open vectors"]["params"].append(parameter)
             continue
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"

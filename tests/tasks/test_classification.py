@@ -25,20 +25,19 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import segment_length
 from pile_app.model.score import score_choices
 from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
-from pile_app.tasks.retrieval import Contrastive
 from pile_app.training.module import PileModule
 from pile_app.training.objective import Objective, labelled_pieces, mean_by_piece
 from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 CONFIG = """
 model:
+  readers: {{image: {{width: 8}}}}
   objective:
     class_path: pile_app.tasks.classification.Classification
     init_args:
       labels: [dark, light, low, high]
       pooling: [mean, max, deviation, last]
       ngrams: 2
-      unrounded: true
       class_weights: balanced
       dropout: 0.1
       learning_rate: 0.02
@@ -331,9 +330,7 @@ def test_statistics_of_sounds_are_those_of_their_frames(
 @pytest.mark.parametrize(
     ("option", "objective"),
     [
-        ("unrounded", Classification(["no", "yes"], unrounded=True)),
         ("sound_statistics", Classification(["no", "yes"], sound_statistics=True)),
-        ("unrounded", Contrastive(unrounded=True)),
     ],
 )
 def test_encoded_media_are_refused_by_what_reads_the_media(
@@ -346,30 +343,6 @@ def test_encoded_media_are_refused_by_what_reads_the_media(
     document = Document((encoded, Segment("yes")), "7")  # 13 tokens
     with pytest.raises(ValueError, match=rf"objective\.{option} reads images and sounds themselves, and those of document '7'"):
         assemble([[whole(document, 13)]], model.vocabulary, model.tokenizer, 16, annotator=objective.annotator)
-
-
-def test_what_codes_leave_out_is_added_where_they_stand(
-    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment], sound: Callable[..., Segment]
-) -> None:
-    model, objective = tiny_model(), Classification(["no", "yes"], unrounded=True)
-    objective.build(model)
-    assert objective.unrounded is not None
-    batch = media_batch(model, objective, [(Segment("a"), sound(1, 600), image(1), "yes"), (sound(2, 1500), "no")])
-    torch.testing.assert_close(objective.read(model, batch)[1], model.read(batch)[1])  # the maps begin at 0
-
-    for one in objective.unrounded.maps.values():
-        torch.nn.init.ones_(one.weight)  # type: ignore[arg-type]
-    beside = objective.unrounded(model, batch)[0, :, 0]  # of each place the sum of its pixels, or of its frames
-    codes = model.fill(batch)[0] != batch.tokens[0]
-    assert not beside[~codes].any() and int((beside != 0).sum()) == int(codes.sum()) == 2 + 4 + 5
-    pixels = batch.images[0, 0].float() / 127.5 - 1
-    first = int(batch.image_starts[0])
-    corners = [pixels[top : top + 4, left : left + 4].sum() for top in (0, 4) for left in (0, 4)]
-    torch.testing.assert_close(beside[first : first + 4], torch.stack(corners))
-    alone = model.audio_codec.patches(batch.audio[:2], torch.tensor([2]))  # type: ignore[union-attr]
-    start = int(batch.audio_starts[0])
-    torch.testing.assert_close(beside[start : start + 2], alone.sum(-1))
-    assert not torch.allclose(objective.read(model, batch)[1], model.read(batch)[1])
 
 
 def test_what_is_predicted_for_new_documents_is_what_is_measured_in_packs(
@@ -429,7 +402,7 @@ def test_labels_that_begin_alike_are_learned_and_scored_as_text(
     torch.testing.assert_close(predicted, objective.logits(model, hidden, batch)[0].softmax(-1))
     alone = score_choices(model, documents[-1:], [Segment(label) for label in labels])
     torch.testing.assert_close(predicted[-1:], alone.softmax(-1))
-    for options in ({"ngrams": 1}, {"unrounded": True}, {"sound_statistics": True}):
+    for options in ({"ngrams": 1}, {"sound_statistics": True}):
         with pytest.raises(ValueError, match=r"begin alike, as some of \['two', 'three'"):
             Classification(["two", "three"], head="language", **options).build(model)  # type: ignore[arg-type]
 
