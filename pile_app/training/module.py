@@ -36,7 +36,7 @@ from pile_app.model.pretrained import check_shapes
 from pile_app.model.readers import ReadersConfig
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
-from pile_app.training.objective import Objective, refuse_encoded, sum_over_devices
+from pile_app.training.objective import Objective, sum_over_devices
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.vocabulary import Vocabulary
@@ -190,11 +190,10 @@ class PileModule(LightningModule):
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
             self.counted = self.trainer
-        option = getattr(getattr(self.objective, "annotator", None), "option", "")  # that needs the media themselves
         for source in data.train_data:
-            check_encoded(source, bool(data.sources[source.name].transforms), option)
+            check_encoded(source, bool(data.sources[source.name].transforms))
         for source in data.validation_data:
-            check_encoded(source, option=option)
+            check_encoded(source)
         if stage == "fit" and (annotator := self.annotator) is not None:
             for source in data.train_data + data.validation_data:
                 check_labels(source, annotator)
@@ -554,12 +553,12 @@ def _compute(metric: Any) -> Tensor:
     return value
 
 
-def check_encoded(source: SourceData, augmented: bool = False, option: str = "") -> None:
+def check_encoded(source: SourceData, augmented: bool = False) -> None:
     """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
     (A remote shard would have to be fetched for it; there the first batch says it.)
 
     Raises:
-        ValueError: another encoder than the model's made it, or `option` of the objective needs the media themselves.
+        ValueError: another encoder than the model's made it, or the model reads the media themselves.
     """
     if source.remote[0]:
         return
@@ -569,7 +568,6 @@ def check_encoded(source: SourceData, augmented: bool = False, option: str = "")
         for sample in index.first_segment.searchsorted(segments, side="right") - 1:
             try:
                 document = source.document(int(sample))
-                refuse_encoded(document, option)
                 for segment in document.segments:
                     if segment.is_encoded and not segment.codes.is_lost:
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)

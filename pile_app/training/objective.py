@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from pile_app.data.annotation import Annotator
 from pile_app.data.batch import Batch
-from pile_app.documents import TEXT, Document
-from pile_app.model.codecs import AudioCodec
 from pile_app.model.fused import FusedLanguageModel
 
 
@@ -107,24 +105,10 @@ class Objective(nn.Module, ABC):
         return features * (batch.uniform(indices, features.size(-1), purpose) >= rate) / (1 - rate)
 
 
-def refuse_encoded(document: Document, option: str) -> None:
-    """Raise ValueError if `option`, of an objective, needs images and sounds themselves and the document holds codes."""
-    if option and any(segment.is_encoded and segment.modality != TEXT for segment in document.segments):
-        raise ValueError(
-            f"objective.{option} reads images and sounds themselves, and those of document {document.key!r} were encoded: "
-            "take the shards that `pile encode` read, or set it to false"
-        )
-
-
 def sum_over_devices(values: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def frames_of_codes(codec: AudioCodec, batch: Batch) -> Tensor:
-    """Return (A, frames_per_token * mels) float32 log-mel frames of each code; see `AudioCodec.patches`."""
-    return codec.patches(batch.audio, batch.audio_tokens)
 
 
 def labelled_pieces(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -285,7 +285,6 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "classification": lambda: Classification(["yes", "no"], pooling=["mean", "max", "deviation", "last"], class_weights=[1, 2]),
     "language-head": lambda: Classification(["yes", "no"], head="language", class_weights="balanced"),
     "label-text": lambda: Classification(["yes", "yesterday", "no"], head="language"),
-    "wide": lambda: Classification(["yes", "no"], ngrams=2, sound_statistics=True),
     "retrieval": Contrastive,
     "tagging": lambda: Tagging(["person"]),
 }

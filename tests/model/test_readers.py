@@ -111,12 +111,15 @@ def test_encoded_media_are_refused_with_the_fix(tiny_model: MakeModel) -> None:
         batch_of(model, [(Segment(codes.to_bytes(), "audiocodes"),)])
 
 
-@pytest.mark.parametrize(("patch", "strides"), [(1, [1, 1, 1]), (4, [1, 2, 2]), (7, [1, 1, 7]), (16, [4, 2, 2])])
-def test_strides_lead_to_the_grid(patch: int, strides: list[int]) -> None:
-    assert divide(patch) == strides
-    codec = ImageCodec(ImageCodecConfig(size=2 * patch, channels=1, patch=patch, width=16))
+@pytest.mark.parametrize(
+    ("patch", "size", "strides", "pool"),
+    [(1, 4, [1, 1, 1], 1), (4, 8, [1, 2, 2], 1), (7, 28, [1, 1, 7], 1), (8, 32, [1, 2, 2], 2), (16, 128, [4, 2, 2], 1)],
+)
+def test_strides_and_pooling_lead_to_the_grid(patch: int, size: int, strides: list[int], pool: int) -> None:
+    assert divide(patch, size) == (strides, pool)
+    codec = ImageCodec(ImageCodecConfig(size=size, channels=1, patch=patch, width=16))
     reader = CNN(ReaderConfig(width=8), codec, 32)
-    assert reader(torch.zeros(3, 1, 2 * patch, 2 * patch, dtype=torch.uint8), ()).shape == (3 * 4, 32)
+    assert reader(torch.zeros(3, 1, size, size, dtype=torch.uint8), ()).shape == (3 * (size // patch) ** 2, 32)
 
 
 def save_encoder(kind: str, folder: Path) -> Path:

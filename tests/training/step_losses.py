@@ -46,9 +46,8 @@ KINDS = {  # name -> the options of a run
     "codecs": ("--model.codec_steps", "3"),
     "classification": (
         *("--model.objective", f"{TASKS}.classification.Classification", "--model.objective.labels", "[a, b, c]"),
-        *("--model.objective.pooling", "[mean, max, deviation, last]", "--model.objective.ngrams", "2"),
-        *("--model.objective.sound_statistics", "true", "--model.objective.class_weights", "balanced"),
-        *("--model.objective.language_weight", "0.2"),
+        *("--model.objective.pooling", "[mean, max, deviation, last]", "--model.objective.class_weights", "balanced"),
+        *("--model.objective.language_weight", "0.2", "--model.objective.label_smoothing", "0.1", *READERS),
     ),
     "retrieval": ("--model.objective", f"{TASKS}.retrieval.Contrastive", *READERS),
     "tagging": (
