@@ -93,6 +93,7 @@ class Plan:
         self.tokens_per_step = config.data.global_batch * config.data.context
         if config.data.epochs is not None and read_data:
             in_epochs = math.ceil(config.data.epochs * self.epoch_tokens / self.fill / self.tokens_per_step)
+            in_epochs = max(in_epochs, config.data.min_steps)
             self.steps = min(in_epochs, self.steps or in_epochs)
         self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
         self.flops_per_token = model.flops_per_token(self.attended, self.fractions)
