@@ -1,7 +1,7 @@
 """Classification and named entities on public data, each prepared, trained and measured by the commands that a user would give.
 
     python benchmarks/labels.py sst2 trec trec10 wnut17 [--data ../shared/data] [--weights data/smollm2/model] [--seed 0]
-    python benchmarks/labels.py mnist fsdd esc10                 # from small models that are trained first
+    python benchmarks/labels.py mnist fsdd fsdd-jackson fsdd-lucas fsdd-nicolas esc10      # a new model each, its CNN reads
 
 Texts begin from open weights, with `conf/open_weights.yaml`, a file of `conf/tasks/` and nothing else (trec10, ten questions of
 each class: LoRA). Options of training at the end are passed on. Figures are those of the validation split; with `--test` the
@@ -27,18 +27,13 @@ from pile_app.commands.data import open_shards, read_texts
 from pile_app.data.shards import write_shards
 
 ROOT = Path(__file__).parent.parent
-GENTLE = {"unrounded": True, "language_weight": 0.0, "learning_rate": 0.004, "model.optimizer.learning_rate": 0.0001,
-          "model.optimizer.matrix_learning_rate": 0.0005, "trainer.callbacks": []}  # fmt: skip
 FEW = {"model.backbone.lora": {"rank": 16}, "model.optimizer.backbone_learning_rate": 0.002, "data.epochs": 30}
-# set -> model to begin with ("": open weights), sets that it is trained on, options
-TASKS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "sst2": ("", (), {}), "trec": ("", (), {}), "trec10": ("", (), FEW), "wnut17": ("", (), {}),
-    "mnist": ("digits", ("mnist",), {"pooling": ["mean", "max", "last"], "language_weight": 0.0, "dropout": 0.1,
-                                     "data.epochs": 3, "model.optimizer.learning_rate": 0.004,
-                                     "trainer.val_check_interval": 1400, "model.optimizer.matrix_learning_rate": 0.02}),
-    "fsdd": ("sounds", ("fsdd", "esc10"), GENTLE | {"pooling": ["last"], "data.epochs": 2}),
-    "esc10": ("sounds", ("fsdd", "esc10"), GENTLE | {"pooling": ["max"], "sound_statistics": True, "dropout": 0.5,
-                                                     "learning_rate": 0.008}),
+SPOKEN = ["speed(0.8, 1.25)", "shift", "mask(time=0.2, freq=0.1)"]
+# set -> configuration of a new model ("": open weights), transforms, options
+TASKS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "sst2": ("", [], {}), "trec": ("", [], {}), "trec10": ("", [], FEW), "wnut17": ("", [], {}),
+    "mnist": ("digits", ["crop(0.9)", "rotate(8)"], {"data.epochs": 3, "trainer.val_check_interval": 1400}),
+    **{name: ("sounds", SPOKEN, {}) for name in ("fsdd", "fsdd-jackson", "fsdd-lucas", "fsdd-nicolas", "esc10")},
 }  # fmt: skip
 
 
@@ -71,35 +66,31 @@ def pattern(shards: Path, name: str, split: str) -> str:
     return str(shards / folder / f"*-{split}-[0-9]*.tar")
 
 
-def sources(shards: Path, names: tuple[str, ...]) -> list[str]:
-    given = {name: {split: pattern(shards, name, split) for split in ("train", "validation")} for name in names}
+def source(shards: Path, name: str, transforms: list[str]) -> list[str]:
+    given: dict[str, Any] = {split: pattern(shards, name, split) for split in ("train", "validation")}
+    given = {name: given | ({"transforms": transforms} if transforms else {})}
     return ["--data.sources", yaml.safe_dump(given, default_flow_style=True, width=10_000)]
 
 
 def train(name: str, options: argparse.Namespace, more: list[str]) -> Path:
-    begin, sets, chosen = TASKS[name]
+    begin, transforms, chosen = TASKS[name]
     shards, task = options.folder / "shards", "ner" if name == "wnut17" else "classification"
-    for one in (*sets, name):
-        prepare(one, options.data, shards)
+    prepare(name, options.data, shards)
     words: list[object] = ["--config", "open_weights", "--config", task, "--model.backbone.path", options.weights]
     if begin:
-        pre = options.folder / begin
-        if not (pre / "summary.json").exists():
-            config = ROOT / "benchmarks" / "classification" / f"{begin}.yaml"
-            run(ROOT / "train.py", "--config", config, "--runs", options.folder, *sources(shards, sets))
-        words = ["--config", pre / "config.yaml", "--config", task, "--model.start_from", pre]
+        words = ["--config", ROOT / "benchmarks" / "classification" / f"{begin}.yaml", "--config", task]
     labels = json.loads((shards / name / "dataset.json").read_text()).get("labels")
     for key, value in ({"labels": labels} | chosen if labels else chosen).items():
         words += [f"--{key if '.' in key else f'model.objective.init_args.{key}'}", json.dumps(value)]
     folder: Path = options.folder / f"{name}-{options.seed}"
     words += ["--name", folder.name, "--runs", options.folder, "--seed_everything", options.seed, "--data.seed", options.seed]
-    run(ROOT / "train.py", *words, *sources(shards, (name,)), *more)
+    run(ROOT / "train.py", *words, *source(shards, name, transforms), *more)
     return folder
 
 
 def measure_on_test(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     if name != "wnut17":
-        words = ("--checkpoint", "last") if name in ("fsdd", "esc10") else ()  # known speakers and 17 clips cannot tell
+        words = ("--checkpoint", "last") if TASKS[name][0] == "sounds" else ()  # known speakers and 17 clips cannot tell
         run("-m", "pile_app.cli", "classify", folder, *words, "--on", pattern(options.folder / "shards", name, "test"))
         found = json.loads((folder / "classified" / "classification.json").read_text())
         return {key: round(found[key], 4) for key in ("accuracy", "f1", "documents")}

@@ -81,8 +81,7 @@ def conversation(
 
 def conversation_prompt(turns: Sequence[Turn]) -> Document:
     """Lay out the beginning of a conversation, up to the answer that the assistant is to give."""
-    segments = _lay_out([*_join(turns), Turn("assistant", ())])
-    return Document(tuple(replace(segment, loss=False) for segment in segments))
+    return Document(tuple(_lay_out([*_join(turns), Turn("assistant", ())])))
 
 
 def _join(turns: Sequence[Turn]) -> list[Turn]:

@@ -24,6 +24,7 @@ from pile_app.documents import Document, Segment
 from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.readers import ReaderConfig, ReadersConfig
 
 # No test fails because the machine is slow; and where CI is set, as `.ci/run` does, every run draws the same examples.
 settings.register_profile(
@@ -35,6 +36,7 @@ IMAGE = ImageCodecConfig(size=8, channels=1, patch=4, levels=(4, 3), width=16, b
 AUDIO = AudioCodecConfig(
     sample_rate=8000, hop=80, window=320, mels=20, frames_per_token=4, levels=(4, 3, 3), width=16, blocks=1
 )
+READERS = ReadersConfig(ReaderConfig(width=8), ReaderConfig(width=8))
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "transformer": lambda: Transformer(width=32, layers=2, heads=4, key_value_heads=2),
     "lstm": lambda: LSTM(width=32, layers=2),
@@ -57,9 +59,9 @@ def tiny_model() -> Callable[..., FusedLanguageModel]:
     `perturbed` moves every parameter away from its initial value (heads start at zero), so that predictions differ.
     """
 
-    def make(backbone: str = "transformer", perturbed: bool = True) -> FusedLanguageModel:
+    def make(backbone: str = "transformer", perturbed: bool = True, readers: ReadersConfig | None = None) -> FusedLanguageModel:
         torch.manual_seed(0)
-        model = FusedLanguageModel(BACKBONES[backbone](), ByteTokenizer(), IMAGE, AUDIO)
+        model = FusedLanguageModel(BACKBONES[backbone](), ByteTokenizer(), IMAGE, AUDIO, readers=readers or ReadersConfig())
         if perturbed:
             with torch.no_grad():
                 for parameter in model.parameters():

@@ -98,9 +98,9 @@ def test_a_prompt_is_the_beginning_of_the_document_that_answers_it(tiny_model: M
     model = tiny_model()
     turns = [said("user", "What is this?", image(0)), said("assistant", "A line."), said("user", "And?")]
     prompt = conversation_prompt(turns)
-    tokens, _ = prompt_tokens(model, prompt, None)
+    tokens, *_ = prompt_tokens(model, prompt, None)
     document = conversation([*turns, said("assistant", "No")])
-    everything, _ = prompt_tokens(model, document, None)
+    everything, *_ = prompt_tokens(model, document, None)
     assert tokens.tolist() == everything[: len(tokens)].tolist() and len(tokens) == prompt_length(model, prompt)
     assert everything[len(tokens)].item() == Vocabulary.OPENERS[TEXT]
 

@@ -83,6 +83,7 @@ def assemble(
     text, image, audio = (int(np.count_nonzero(rows.learned == m)) if m in has else 0 for m in (TEXT, IMAGE, AUDIO))
     arrays["normalizer"][...] = normalizer or text + image + audio
     batch = Batch(buffer, layout, (text, image, audio), vocabulary.image_tokens, tables["audio_tokens"].tolist(), memory)
+    batch.given_sound_tokens = [sound.codes for sound in rows.sounds if sound.is_given and sound.piece not in rows.rejected]
     batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]
     batch.numbers, batch.source_tokens = list(numbers), list(source_tokens)
     if annotator is not None:
@@ -92,13 +93,15 @@ def assemble(
 
 
 class _Medium(NamedTuple):
-    """An image or sound. piece: number of its piece; start: flat index of its first code; file: b"" if encoded."""
+    """An image or sound. piece: number of its piece; start: flat index of its first code; file: b"" if encoded; is_given: a
+    reader reads it."""
 
     piece: int
     start: int
     file: bytes
     codes: int
     augment: Callable[[np.ndarray], np.ndarray] | None
+    is_given: bool
 
 
 EMPTY = -Vocabulary.SPECIALS  # id 0 in `_Rows.tokens`
@@ -156,6 +159,9 @@ class _Rows:
         lists = {"image_starts": [medium.start for medium in images + encoded], "piece_sources": self.sources}
         lists |= {"audio_starts": [sound.start for sound in sounds], "audio_tokens": [sound.codes for sound in sounds]}
         lists["piece_starts"] = [*self.starts, len(self.tokens)]
+        lists["given_images"] = [number for number, image in enumerate(images) if image.is_given]
+        is_given = np.repeat([sound.is_given for sound in sounds], np.array([sound.codes for sound in sounds], int))
+        lists["given_codes"] = is_given.nonzero()[0].tolist()
         tables = {name: np.array(values, np.int32) for name, values in lists.items()}
         for name in ("tokens", "learned", *(["labels"] if self.annotator else [])):
             tables[name] = getattr(self, name).reshape(-1, self.context)
@@ -233,11 +239,12 @@ class _Rows:
             length = first + (codes if isinstance(codes, int) else len(codes))
             if not hidden and isinstance(codes, np.ndarray):
                 put(first, codes, EMPTY + vocabulary.starts[modality])
+            # Nothing that a reader has read is predicted. With labels to be learned, it reads all media.
+            is_given = modality in vocabulary.reads and (self.annotator is not None or not segment.loss)
             if media is not None and not hidden and start <= first < stop:  # media are never cut
                 change = partial(augment, segment=segment_number) if augment else None
-                media.append(
-                    _Medium(number, first + shift, b"" if segment.is_encoded else segment.file, length - first, change)
-                )
+                file = b"" if segment.is_encoded else segment.file
+                media.append(_Medium(number, first + shift, file, length - first, change, is_given))
             if modality == AUDIO:
                 if not hidden:
                     mark(length, vocabulary.audio_end)
@@ -248,7 +255,8 @@ class _Rows:
             elif segment.loss:
                 # The end of a segment without loss, and the opener after it, are learned by the segment after it.
                 learn(opener, first, TEXT)
-                learn(first, length, modality)
+                if not is_given:
+                    learn(first, length, modality)
         mark(length, Vocabulary.END)
         if document.segments[-1].loss:
             learn(length, length + 1, TEXT)
@@ -289,6 +297,8 @@ def check_encoder(codes: Codes, modality: int, vocabulary: Vocabulary, tokenizer
     encoder = (tokenizer.fingerprint, vocabulary.image_codec, vocabulary.audio_codec)[modality]
     fixes = {  # the first that applies
         "and transforms cannot augment codes: train on the original shards, or remove the transforms": augmented and modality,
+        f"and model.readers.{MODALITIES[modality]} reads it itself: train on the original shards, or set it to null": modality
+        in vocabulary.reads,
         "": codes.encoder == encoder,
         f"the model's tokenizer is {encoder}: set model.tokenizer to that tokenizer, or encode again": modality == TEXT,
         f"the model's codec is {encoder}: set model.codecs_from to the run that encoded, or encode again": encoder,

@@ -222,6 +222,7 @@ class PileDataModule(LightningDataModule):
         global_batch: packs of one optimizer step over all devices; the largest number of devices.
         micro_batch: most packs that a device computes at once, with gradient accumulation; None: all of its part.
         epochs: passes through all sources; None: `trainer.max_steps` or the `epochs` of the sources end the run.
+        min_steps: optimizer steps that small data is repeated for, beyond `epochs`.
         weights_from: optimizer step -> source -> weight from then on, else 0. A resumed run may change future steps.
         seed: of the order of the data and of all random choices about documents.
         condition_dropout: fraction of documents (that learn all of several segments) with hidden first segments, for guidance.
@@ -242,6 +243,7 @@ class PileDataModule(LightningDataModule):
         global_batch: int = 16,
         micro_batch: int | None = None,
         epochs: float | None = None,
+        min_steps: int = 0,
         weights_from: dict[int, dict[str, float]] | None = None,
         seed: int = 0,
         condition_dropout: float = 0.1,
@@ -257,7 +259,7 @@ class PileDataModule(LightningDataModule):
         assert vocabulary is not None and tokenizer is not None
         self.sources, self.vocabulary, self.tokenizer, self.annotator = sources, vocabulary, tokenizer, annotator
         self.context, self.global_batch, self.micro_batch = context, global_batch, micro_batch
-        self.epochs, self.weights_from, self.seed = epochs, weights_from or {}, seed
+        self.epochs, self.min_steps, self.weights_from, self.seed = epochs, min_steps, weights_from or {}, seed
         self.condition_dropout, self.num_workers, self.source_names = condition_dropout, num_workers, list(sources)
         check_data(sources, self)
         self.prepare, self.max_rejected_share = prepare, max_rejected_share
@@ -311,8 +313,9 @@ class PileDataModule(LightningDataModule):
             packs = (math.ceil(size * (1.0 if n is None else n)) for size, n in zip(sizes, given, strict=True))
             return make([Phase(0, tuple(packs), exact=True)])
         if self.epochs is not None:  # each is a phase of whole steps, complete before the next begins
-            phases = [Phase(None if epoch else 0, tuple(sizes), exact=True) for epoch in range(math.ceil(self.epochs))]
-            order, last = make(phases), self.epochs - len(phases) + 1  # fraction of the last epoch
+            epochs = max(self.epochs, math.ceil(self.min_steps / max(1, math.ceil(sum(sizes) / self.global_batch))))
+            phases = [Phase(None if epoch else 0, tuple(sizes), exact=True) for epoch in range(math.ceil(epochs))]
+            order, last = make(phases), epochs - len(phases) + 1  # fraction of the last epoch
             return make(phases, end=order.first(len(phases) - 1) + math.ceil(last * sum(sizes))) if last < 1 else order
         weights = [source.weight for source in self.sources.values() if source.weight is not None]
         phases = [Phase(0, data_order.pack_weights(orders, weights) if weights else tuple(sizes))]

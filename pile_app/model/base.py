@@ -162,6 +162,11 @@ class _Norm(torch.autograd.Function):
         return torch.addcmul(gradient, y, along, value=-1).mul_(scale.to(y.dtype))
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """The type that matrix products of `x` are computed in: autocast's, or its own."""
     kind = x.device.type

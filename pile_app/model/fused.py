@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from pile_app.data.batch import Batch
-from pile_app.documents import AUDIO, IMAGE, TEXT
+from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
 from pile_app.model.base import Backbone, Cache, initialize, matmul_dtype, norm
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.codecs import AudioCodec, Codec, ImageCodec
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained
 from pile_app.model.pretrained_codecs import make_codec
+from pile_app.model.readers import ReadersConfig, make_reader
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class FusedLanguageModel(nn.Module):
         word_dropout: fraction of the learned text's tokens that are masked from what follows them (arXiv:1511.06349), which
             then has to be read off something else, such as an image before the text.
         code_dropout: the same for codes of images and sounds that are given, not learned.
+        readers: of images and sounds that are given, see `readers.py`.
     """
 
     token_bytes: Tensor
@@ -120,6 +122,7 @@ class FusedLanguageModel(nn.Module):
         dropout: float = 0.0,
         word_dropout: float = 0.0,
         code_dropout: float = 0.0,
+        readers: ReadersConfig = ReadersConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -134,6 +137,10 @@ class FusedLanguageModel(nn.Module):
             codes = math.prod(config.levels) if config else 0
             shapes.append((config.levels, ends) if config and not config.pretrained else ((), codes + ends))
         width = backbone.embedding_width
+        wanted = {modality: getattr(readers, MODALITIES[modality]) for modality in self.codecs}
+        reads = tuple(modality for modality, config in wanted.items() if config is not None)
+        self.vocabulary = replace(self.vocabulary, reads=reads)
+        self.readers = nn.ModuleDict({MODALITIES[m]: make_reader(wanted[m], self.codecs[m], width) for m in reads})
         self.embeddings = nn.ModuleList(FactoredTable(levels, extra, width, backbone.code_std) for levels, extra in shapes)
         self.heads = nn.ModuleList(FactoredTable(levels, extra, backbone.width, 0.0) for levels, extra in shapes)
         if (tables := backbone.text_tables(tokenizer)) is not None:
@@ -227,6 +234,19 @@ class FusedLanguageModel(nn.Module):
             flat[batch.audio_slots] = codes + self.vocabulary.starts[AUDIO]
         return tokens
 
+    def features(self, batch: Batch) -> Tensor | None:
+        """(B, T, embedding width) what the readers see of the media that are given, 0 elsewhere; None without readers."""
+        if not self.readers:
+            return None
+        flat = torch.zeros(batch.tokens.numel(), self.backbone.embedding_width, device=batch.tokens.device)
+        if len(images := batch.given_images):
+            slots = batch.image_slots[images].flatten()
+            flat = flat.index_copy(0, slots, self.readers["image"](batch.images[images], ()))
+        if len(codes := batch.given_codes):
+            found = self.readers["audio"](batch.audio[codes], batch.given_sound_tokens)
+            flat = flat.index_copy(0, batch.audio_slots[codes], found)
+        return flat.view(*batch.tokens.shape, -1)
+
     def image_indices(self, batch: Batch) -> Tensor:
         """(B, T) 1 + index of the code within its image, 0 elsewhere."""
         indices = torch.zeros_like(batch.tokens, dtype=torch.int64)
@@ -264,15 +284,14 @@ class FusedLanguageModel(nn.Module):
         position: Tensor,
         cache: Cache | None = None,
         piece_starts: Tensor | None = None,
-        extra: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) hidden states; arguments (B, T), or see `backbones.py`; `extra`: (B, T, embedding width) is added to the
-        embeddings."""
+        """(B, T, D) hidden states; arguments (B, T), or see `backbones.py`; `features`: of `features`, for the embeddings."""
         x, grid = self._embed(tokens)
         if grid is not None:
             x = x + F.embedding(image_indices, grid)
-        if extra is not None:
-            x = x + extra
+        if features is not None:
+            x = x + features
         x = norm(x) if self.backbone.normalizes_input else x
         return self.backbone(self.dropout(x), document, position, cache, piece_starts)
 
@@ -322,12 +341,13 @@ class FusedLanguageModel(nn.Module):
         codes."""
         return self.losses(*FusedLanguageModel.read(self, batch), batch, predict)  # not what FSDP2 made of `read`
 
-    def read(self, batch: Batch, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T) tokens with the codes of the media, (B, T, D) hidden states; `extra`: see `hidden`."""
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens with the codes of the media, (B, T, D) hidden states."""
         tokens = self.fill(batch)
         indices = self.image_indices(batch)
         seen = self._mask(tokens, batch) if self.training and (self.word_dropout or self.code_dropout) else tokens
-        return tokens, self.hidden(seen, indices, batch.document, batch.position, None, batch.piece_starts, extra)
+        features = self.features(batch)
+        return tokens, self.hidden(seen, indices, batch.document, batch.position, None, batch.piece_starts, features)
 
     def _mask(self, tokens: Tensor, batch: Batch) -> Tensor:
         """(B, T) tokens, with random learned words and given codes behind `<null>`."""

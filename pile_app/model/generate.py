@@ -32,7 +32,8 @@ from pile_app.vocabulary import Vocabulary
 
 __all__ = ["Answer", "Sampling", "answer_prompts", "generate", "generate_document", "plain", "segment_length", "stream"]
 
-Context = list[tuple[Tensor, Tensor]]  # (B, T) tokens and image indices: with the prompt, and perhaps without it
+# (B, T) tokens and image indices, (B, T, embedding width) features or None: with the prompt, and perhaps without it
+Context = list[tuple[Tensor, Tensor, Tensor | None]]
 CHECK_EVERY = 16  # tokens between looks at which rows have ended: each look waits for the device
 TEXT_ENDS = (Vocabulary.END, *Vocabulary.OPENERS)  # what may follow a text
 
@@ -150,7 +151,7 @@ class Decoder:
         indices: Sequence[int] = (0,),
     ) -> None:
         self.model, self.guidance, self.unread, self.length = model, guidance, context, 0
-        self.caches = [model.backbone.new_cache(tokens.size(1) + room) for tokens, _ in context]
+        self.caches = [model.backbone.new_cache(tokens.size(1) + room) for tokens, *_ in context]
         self.generators = [np.random.default_rng([seed % (1 << 64), index]) for index in indices]
         self.device = model.token_bytes.device
         unknown = set(range(len(MODALITIES))) - set(model.vocabulary.modalities)
@@ -164,7 +165,7 @@ class Decoder:
     def append(self, tokens: Tensor, image_indices: Tensor | None = None) -> None:
         """Continue the rows by (B, n) tokens."""
         indices = torch.zeros_like(tokens) if image_indices is None else image_indices
-        self.unread = [(tokens, indices)] * len(self.caches)
+        self.unread = [(tokens, indices, None)] * len(self.caches)
 
     def read(self) -> list[Tensor]:
         """Read what was appended: (B, n, D) hidden states in each context."""
@@ -173,8 +174,8 @@ class Decoder:
         self.length += size[1]
         with self.model.autocast():
             return [
-                self.model.hidden(tokens, indices, torch.zeros_like(position), position, cache)
-                for (tokens, indices), cache in zip(self.unread, self.caches, strict=True)
+                self.model.hidden(tokens, indices, torch.zeros_like(position), position, cache, None, features)
+                for (tokens, indices, features), cache in zip(self.unread, self.caches, strict=True)
             ]
 
     def select(self, rows: Sequence[int]) -> Decoder:
@@ -266,7 +267,7 @@ def lay_out(
     """The tokens of a prompt, (1, T); `with_masked`: also with its first segments (None: all) behind `<null>`."""
     masked = len(prompt.segments) if masked_segments is None else masked_segments
     layouts = [prompt_tokens(model, prompt, to, count) for count in (0, *[masked] * with_masked)]
-    return [(tokens[None], indices[None]) for tokens, indices in layouts]
+    return [(tokens[None], indices[None], None if found is None else found[None]) for tokens, indices, found in layouts]
 
 
 def by_length(contexts: Sequence[Context], at_once: int = 1 << 30) -> Iterator[tuple[list[int], Context]]:
@@ -278,7 +279,14 @@ def by_length(contexts: Sequence[Context], at_once: int = 1 << 30) -> Iterator[t
         for first in range(0, len(group), at_once):
             some = group[first : first + at_once]
             pairs = zip(*(contexts[index] for index in some), strict=True)
-            yield some, [(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])) for rows in pairs]
+            yield some, [_stack(list(zip(*rows, strict=True))) for rows in pairs]
+
+
+def _stack(columns: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    tokens, indices, features = columns
+    if any(found is None for found in features):  # of all, or of prompts without segments
+        return torch.cat(tokens), torch.cat(indices), None
+    return torch.cat(tokens), torch.cat(indices), torch.cat(features)
 
 
 PLAUSIBLE = 0.1  # of the likeliest token's probability

@@ -28,6 +28,7 @@ from pile_app.model import backbones
 from pile_app.model.backbones import Backbone
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.pretrained_codecs import save_codecs, take_codecs
+from pile_app.model.readers import ReaderConfig, ReadersConfig
 
 FORMAT = 1
 CODECS = {"image": ImageCodecConfig, "audio": AudioCodecConfig}
@@ -71,6 +72,8 @@ def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -
         values["tokenizer"] = "tokenizer.json"
     model.backbone.save_description(folder / "backbone")  # type: ignore[operator, union-attr]
     save_codecs(model.codecs, folder)  # type: ignore[arg-type]
+    for name, reader in model.readers.items():
+        reader.save_description(folder / f"{name}_reader")
     description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     save_weights(model.state_dict(), folder)
@@ -108,12 +111,22 @@ def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
     take_codecs(arguments, folder)
     try:
         arguments |= {key: make(**arguments[key]) for key, make in CODECS.items() if arguments.get(key)}
+        readers = arguments.get("readers") or {}
+        take_readers(readers, folder)
+        arguments["readers"] = ReadersConfig(**{name: one and ReaderConfig(**one) for name, one in readers.items()})
         arguments["backbone"] = found(**sizes)
     except TypeError as error:
         raise ValueError(f"{str(folder / 'config.json')!r} does not belong to this version of Pile: {error}") from error
     file = "bytes" if is_bytes else str(folder / "tokenizer.json")  # never a path out of the folder
     arguments["tokenizer"] = load_tokenizer(arguments["backbone"].tokenizer or file, arguments["backbone"].turns)
     return arguments, weights
+
+
+def take_readers(readers: Any, folder: Path) -> None:
+    """Let pretrained readers be built from their descriptions in the folder of a model or run, whose weights follow."""
+    for name in CODECS:
+        if (path := folder / f"{name}_reader").is_dir():
+            readers[name]["path"], readers[name]["pretrained"] = str(path), False
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

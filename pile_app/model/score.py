@@ -125,11 +125,13 @@ def score_answers(
     with model.inference():
         for prompt, answer in zip(prompts, answers, strict=True):
             path = [pair for pair in _path(model, answer) if pair[0] != TEXT_END] + [(Vocabulary.END, 0)]
-            tokens, indices = prompt_tokens(model, prompt, None)
+            tokens, indices, features = prompt_tokens(model, prompt, None)
             start = _start(len(tokens), len(tokens) + len(path), context)
             if start and bool(indices.any()):
                 raise ValueError(f"a document with media is longer than the context of {context}: only texts can be cut")
-            contexts.append([(tokens[None, start:], indices[None, start:])])
+            contexts.append(
+                [(tokens[None, start:], indices[None, start:], None if features is None else features[None, start:])]
+            )
             paths.append([path])
         return [row[0] for row in score_paths(model, contexts, paths)]
 
@@ -181,14 +183,14 @@ def score_tokens(model: FusedLanguageModel, spans: Sequence[tuple[list[int], lis
     rows = [torch.tensor([before], device=model.token_bytes.device) for before in groups]
     paths = [[[(token, 0) for token in spans[index][1]] for index in group] for group in groups.values()]
     with model.inference():
-        found = score_paths(model, [[(row, torch.zeros_like(row))] for row in rows], paths)
+        found = score_paths(model, [[(row, torch.zeros_like(row), None)] for row in rows], paths)
     scores = {index: row[n] for group, row in zip(groups.values(), found, strict=True) for n, index in enumerate(group)}
     return [scores[index] for index in range(len(spans))]
 
 
 def _path(model: FusedLanguageModel, answer: Segment) -> Path:
     """Lay out a segment as in training, from its opener to its end."""
-    tokens, indices = (part[1:].tolist() for part in prompt_tokens(model, Document((answer,)), None))
+    tokens, indices = (part[1:].tolist() for part in prompt_tokens(model, Document((answer,)), None)[:2])
     return [*zip(tokens, indices, strict=True), *[(TEXT_END, 0)] * (answer.modality == TEXT)]
 
 

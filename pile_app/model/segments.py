@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pile_app.data.assembly import assemble, whole
@@ -23,25 +24,31 @@ def is_continued(prompt: Document, to: int | None) -> bool:
 
 def prompt_tokens(
     model: FusedLanguageModel, prompt: Document, to: int | None, masked_segments: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Lay out a prompt: (T,) tokens and (T,) image indices (see `FusedLanguageModel.image_indices`).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Lay out a prompt: (T,) tokens, (T,) image indices (see `FusedLanguageModel.image_indices`), (T, embedding width) of
+    `features`. Its media are given, unless only some of its segments are: those of a conversation's answers are not.
 
     `to`: modality whose opener follows, unless the last text is continued; None: no opener. `masked_segments`: so many segments
     become `<null>`, as with condition dropout in training. Raises BadSample if a medium cannot be decoded.
     """
     tokens = torch.tensor([Vocabulary.BEGIN], device=model.token_bytes.device)
-    indices = torch.zeros_like(tokens)
+    indices, features = torch.zeros_like(tokens), None
     if prompt.segments:
+        if all(segment.loss for segment in prompt.segments):
+            prompt = replace(prompt, segments=tuple(replace(segment, loss=False) for segment in prompt.segments))
         length = 1 + sum(segment_length(model, segment) for segment in prompt.segments)
         batch = assemble([[whole(prompt, length, masked_segments)]], model.vocabulary, model.tokenizer, length)
         if batch.rejected:
             raise BadSample(*batch.rejected[0][2:])
         batch = batch.to(tokens.device)
-        tokens, indices = model.fill(batch)[0], model.image_indices(batch)[0]
+        tokens, indices, features = model.fill(batch)[0], model.image_indices(batch)[0], model.features(batch)
+        features = None if features is None else features[0]
     if to is not None and not is_continued(prompt, to):
         tokens = torch.cat([tokens, tokens.new_tensor([Vocabulary.OPENERS[to]])])
         indices = torch.cat([indices, indices.new_zeros(1)])
-    return tokens, indices
+    if features is not None:
+        features = F.pad(features, (0, 0, 0, len(tokens) - len(features)))
+    return tokens, indices, features
 
 
 def segment_length(model: FusedLanguageModel, segment: Segment) -> int:

@@ -5,7 +5,6 @@ document up to the label, and a linear head classifies its pooled hidden vectors
 that is a text. Either way the label is not seen: the model is causal.
 
     hidden (B, T, D) -> mean, maximum, deviation, last of each document (L, F) -> head -> logits (L, classes)
-    optionally added to the logits: linear functions of token n-grams, and of statistics of sounds
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from pile_app.model.generate import evaluating
 from pile_app.model.score import TEXT_END, score_paths
 from pile_app.model.score import Path as TokenPath
 from pile_app.model.segments import segment_length
-from pile_app.training.objective import Objective, frames_of_codes, labelled_pieces, mean_by_piece, refuse_encoded
+from pile_app.training.objective import Objective, labelled_pieces, mean_by_piece
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 Pooling = Literal["mean", "max", "deviation", "last"]
 ROWS = 64  # documents that are read at once for predictions
-BUCKETS = 1 << 18  # that n-grams are hashed into
 MOST_NAMED = 100  # labels with metrics of their own
 
 
@@ -48,19 +46,17 @@ class LabelAnnotator(Annotator):
     Args:
         labels: in order.
         as_text: refuse documents whose label is not a text, to be predicted by the model itself.
-        option: of the objective, needs the media themselves.
     """
 
-    def __init__(self, labels: Sequence[str], as_text: bool = False, option: str = "") -> None:
+    def __init__(self, labels: Sequence[str], as_text: bool = False) -> None:
         self.numbers = {label: number for number, label in enumerate(labels)}
-        self.as_text, self.option = as_text, option
+        self.as_text = as_text
 
     def arrange(self, document: Document) -> Document:
         return label_last(document)
 
     def check(self, document: Document) -> tuple[int, bool]:
         """Return what `number_of_label` does."""
-        refuse_encoded(document, self.option)
         label, is_text = number_of_label(document, self.numbers)
         if self.as_text and not is_text:
             raise ValueError(
@@ -117,15 +113,11 @@ class Classification(Objective):
             one, which has read all of it. (The head `language` reads the last one.)
         class_weights: of the labels in the loss, in their order; balanced: total / (classes * count), by the labels that the
             run has seen so far; null: all 1.
-        ngrams: 1 or more: add a linear model of the text's runs of up to so many tokens, which learns at once which words speak
-            for which label (wide and deep, arXiv:1606.07792, with fastText's features, arXiv:1607.01759).
-        sound_statistics: add a linear model of the sounds' log-mel bands over time, see `SoundStatistics`; not from encoded
-            shards.
         dropout: fraction of the features that is dropped in training.
+        label_smoothing: probability that training gives to all labels alike instead of the right one (arXiv:1512.00567).
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
-        unrounded: see `Objective`.
     """
 
     seen: Tensor
@@ -140,36 +132,32 @@ class Classification(Objective):
         head: Literal["linear", "language"] = "linear",
         pooling: list[Pooling] = ["mean"],  # noqa: B006 (jsonargparse shows it; never changed)
         class_weights: Literal["balanced"] | list[float] | None = None,
-        ngrams: int = 0,
-        sound_statistics: bool = False,
         dropout: float = 0.1,
+        label_smoothing: float = 0.0,
         language_weight: float = 0.0,
         freeze: bool = False,
         learning_rate: float = 0.001,
-        unrounded: bool = False,
     ) -> None:
-        super().__init__(language_weight, freeze, learning_rate, unrounded)
+        super().__init__(language_weight, freeze, learning_rate)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"objective.label_smoothing is 0 or more and below 1, not {label_smoothing}")
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"objective.labels needs two different labels or more, not {labels}")
         if not pooling or len(set(pooling)) < len(pooling):
             raise ValueError(f"objective.pooling needs some of mean, max, deviation and last, once each, not {pooling}")
         if isinstance(class_weights, list) and (len(class_weights) != len(labels) or min(class_weights) <= 0):
             raise ValueError(f"objective.class_weights needs a number above 0 for each of {labels}, not {class_weights}")
-        if ngrams < 0:
-            raise ValueError(f"objective.ngrams is 0 or more, not {ngrams}")
         if head == "language" and freeze:
             raise ValueError("objective.head language has no weights of its own: with objective.freeze set head to linear")
-        self.labels, self.kind, self.ngrams, self.sound_statistics = labels, head, ngrams, sound_statistics
+        self.labels, self.kind = labels, head
         self.pooling: list[Pooling] = ["last"] if head == "language" else pooling
         self.class_weights = class_weights
-        self.dropout = dropout
+        self.dropout, self.label_smoothing = dropout, label_smoothing
         self.confusion: Tensor | None = None  # (true, predicted) counts of the last validation
 
     @property
     def annotator(self) -> Annotator:
-        return LabelAnnotator(
-            self.labels, self.kind == "language", self.reads_media or "sound_statistics" * self.sound_statistics
-        )
+        return LabelAnnotator(self.labels, self.kind == "language")
 
     def build(self, model: FusedLanguageModel) -> None:
         from torchmetrics import MetricCollection
@@ -178,22 +166,12 @@ class Classification(Objective):
         super().build(model)
         classes = len(self.labels)
         self.register_buffer("reads_end", torch.zeros((), dtype=torch.bool))  # trained on labels that are no text
-        self.wide = nn.ModuleList()
-        if self.ngrams:
-            self.wide.append(Ngrams(self.ngrams, classes, model.vocabulary.slices[TEXT].stop))
-        if self.sound_statistics and model.audio_codec is not None:
-            self.wide.append(SoundStatistics(model.audio_codec.config.mels, classes))
         if self.kind == "language":
             ids = [model.tokenizer.encode(label).astype(int) + Vocabulary.SPECIALS for label in self.labels]
             paths = [[*((token, 0) for token in label.tolist()), (TEXT_END, 0)] for label in ids]
             firsts = [path[0][0] for path in paths]
             self.register_buffer("first_tokens", torch.tensor(firsts), persistent=False)
             if len(set(firsts)) < len(firsts):
-                if self.wide or self.reads_media:
-                    raise ValueError(
-                        f"objective.head language learns the text of labels that begin alike, as some of {self.labels} do: "
-                        "leave out ngrams, sound_statistics and unrounded, or set objective.head to linear"
-                    )
                 self.label_paths = paths
         else:
             self.head = nn.Linear(model.backbone.width * len(self.pooling), classes)
@@ -220,19 +198,26 @@ class Classification(Objective):
             return self._score_labels(model, batch, pieces), labels
         features = pool(hidden, batch, self.pooling)[pieces]
         if self.kind == "language":
-            logits = model.logits(features, TEXT)[:, self.first_tokens]
-        else:
-            logits = self.head(self.drop(features, batch, batch.piece_starts[pieces].long(), self.dropout)).float()
-        for wide in self.wide:
-            logits = logits + wide(model, batch, self)[pieces]
-        return logits, labels
+            return model.logits(features, TEXT)[:, self.first_tokens], labels
+        return self.head(self.drop(features, batch, batch.piece_starts[pieces].long(), self.dropout)).float(), labels
 
     def _score_labels(self, model: FusedLanguageModel, batch: Batch, pieces: Tensor) -> Tensor:
         """Return (L, classes) log-likelihoods of the text of each label after the pieces."""
         with model.inference():
             tokens, indices = model.fill(batch).flatten(), model.image_indices(batch).flatten()
+            seen = model.features(batch)
+            features = None if seen is None else seen.flatten(0, 1)
             spans = torch.stack([batch.piece_starts[pieces], last_labelled(batch)[pieces] + 1], 1).tolist()
-            contexts = [[(tokens[None, first:stop], indices[None, first:stop])] for first, stop in spans]
+            contexts = [
+                [
+                    (
+                        tokens[None, first:stop],
+                        indices[None, first:stop],
+                        None if features is None else features[None, first:stop],
+                    )
+                ]
+                for first, stop in spans
+            ]
             found = score_paths(model, contexts, [self.label_paths or []] * len(contexts))
         nats = [[row[number].nats for number in range(len(self.labels))] for row in found]
         return -torch.tensor(nats, device=tokens.device).view(-1, len(self.labels))
@@ -254,13 +239,11 @@ class Classification(Objective):
         labels = labelled_pieces(batch)[1]
         ends = ((batch.labels >= 0) & (batch.tokens == Vocabulary.END)).any()
         counts = torch.zeros_like(self.weights).index_add(0, labels, torch.ones_like(labels, dtype=torch.float32))
-        return torch.cat([ends.float()[None], counts, *(wide.count(model, batch) for wide in self.wide)])  # type: ignore[operator]
+        return torch.cat([ends.float()[None], counts])
 
     def begin_step(self, total: Tensor) -> tuple[Tensor, Tensor]:
-        ends, counts, *more = total.split([1, len(self.labels), *(wide.counted for wide in self.wide)])
-        self.reads_end |= ends[0] > 0
-        for wide, of_wide in zip(self.wide, more, strict=True):
-            wide.see(of_wide)  # type: ignore[operator]
+        ends, counts = total[0], total[1:]
+        self.reads_end |= ends > 0
         weights = self.weights
         if self.class_weights == "balanced":
             self.seen += counts
@@ -272,7 +255,8 @@ class Classification(Objective):
         if self.label_paths:
             return self._text_loss(model, hidden, batch, weights) / total
         logits, labels = self.logits(model, hidden, batch)
-        return F.cross_entropy(logits, labels, weights, reduction="sum") / total
+        smoothing = self.label_smoothing
+        return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing) / total
 
     @torch.no_grad()
     def update(self, model: FusedLanguageModel, hidden: Tensor, batch: Batch) -> None:
@@ -340,100 +324,6 @@ class Classification(Objective):
                 logits, _ = self.logits(model, self.read(model, batch)[1], batch)
                 result[rows] = logits.softmax(-1).cpu()
         return result
-
-
-class Ngrams(nn.Module):
-    """Sum the logits of a document's runs of 1 to `longest` tokens, divided by the square root of their number.
-
-    Runs are hashed into `BUCKETS` rows of weights. `text_stop`: the first token id that is not text.
-    """
-
-    counted = 0
-
-    def __init__(self, longest: int, classes: int, text_stop: int) -> None:
-        super().__init__()
-        self.longest, self.text_stop = longest, text_stop
-        self.weight = nn.Parameter(torch.zeros(BUCKETS, classes))
-
-    def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
-        return self.weight.new_zeros(0)
-
-    def see(self, total: Tensor) -> None:
-        pass
-
-    def forward(self, model: FusedLanguageModel, batch: Batch, objective: Classification) -> Tensor:
-        """Return (P, classes) float32, 0 of pieces without labelled text."""
-        tokens, piece = batch.tokens.flatten().long(), batch.piece_numbers.flatten()
-        is_text = (batch.labels.flatten() >= 0) & (tokens >= Vocabulary.SPECIALS) & (tokens < self.text_stop)
-        inside, run = is_text, torch.zeros_like(tokens)
-        indices = torch.arange(len(tokens), device=tokens.device)
-        sums = self.weight.new_zeros(len(batch.piece_sources), 1 + self.weight.size(1))  # of runs, and their logits
-        for back in range(self.longest):
-            inside = inside & is_text.roll(back) & (piece.roll(back) == piece)
-            run = (run * 1_000_003 + tokens.roll(back)) % ((1 << 31) - 1)
-            logits = objective.drop(F.embedding(run % BUCKETS, self.weight), batch, indices, objective.dropout, 2 + back)
-            sums = sums.index_add(0, piece, F.pad(logits, (1, 0), value=1.0) * inside[:, None])
-        return sums[:, 1:] / sums[:, :1].clamp_min(1).sqrt()
-
-
-class SoundStatistics(nn.Module):
-    """Logits of a document as a linear function of each log-mel band over time: mean, maximum, standard deviation, and the mean
-    change from one frame to the next, each standardized by the statistics of training so far.
-
-    Features of music and of noises since Tzanetakis and Cook (2002) and in ESC-50's own baseline; with a few hundred recordings
-    they say more than a small language model can learn.
-    """
-
-    seen: Tensor
-
-    def __init__(self, mels: int, classes: int) -> None:
-        super().__init__()
-        self.mels, self.counted = mels, 12 * mels
-        self.linear = nn.Linear(4 * mels, classes, bias=False)
-        nn.init.zeros_(self.linear.weight)
-        self.register_buffer("seen", torch.zeros(3, 4 * mels))  # of each feature: number, sum, sum of squares
-
-    def count(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
-        features, heard = self.describe(model, batch)
-        return (torch.stack([torch.ones_like(features), features, features.square()]) * heard[:, None]).sum(1).flatten()
-
-    def see(self, total: Tensor) -> None:
-        self.seen += total.view_as(self.seen)
-
-    def forward(self, model: FusedLanguageModel, batch: Batch, objective: Classification) -> Tensor:
-        """Return (P, classes) float32, 0 of pieces without sound."""
-        features, heard = self.describe(model, batch)
-        number, total, squares = self.seen
-        mean = total / number.clamp_min(1)
-        deviation = (squares / number.clamp_min(1) - mean.square()).clamp_min(1e-4).sqrt()
-        starts = batch.piece_starts[:-1].long()
-        dropped = objective.drop((features - mean) / deviation, batch, starts, objective.dropout, 1)
-        return self.linear(dropped).float() * heard[:, None]
-
-    def describe(self, model: FusedLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (P, 4 mels) features of each piece, and (P,) whether it has sound."""
-        pieces = len(batch.piece_sources)
-        features = self.linear.weight.new_zeros(pieces, 4 * self.mels)
-        if model.audio_codec is None or not len(batch.audio):
-            return features, features.new_zeros(pieces)
-        frames = frames_of_codes(model.audio_codec, batch).unflatten(1, (-1, self.mels))  # (codes, frames, mels)
-        piece = batch.piece_numbers.flatten()[batch.audio_slots].repeat_interleave(frames.size(1))
-        frames = frames.flatten(0, 1)
-
-        def mean(values: Tensor, weight: Tensor) -> Tensor:
-            counts = values.new_zeros(pieces).index_add(0, piece, weight)
-            sums = values.new_zeros(pieces, self.mels).index_add(0, piece, values * weight[:, None])
-            return sums / counts.clamp_min(1)[:, None]
-
-        every = torch.ones_like(frames[:, 0])
-        heard = every.new_zeros(pieces).index_fill(0, piece, 1.0)
-        means = mean(frames, every)
-        lowest = torch.full_like(means, -torch.inf)
-        maxima = lowest.scatter_reduce(0, piece[:, None].expand_as(frames), frames, "amax").nan_to_num(neginf=0.0)
-        deviations = (mean((frames - means[piece]).square(), every) + 1e-6).sqrt()
-        follows = F.pad((piece.diff() == 0).float(), (1, 0))
-        changes = mean(F.pad(frames.diff(dim=0).abs(), (0, 0, 1, 0)), follows)
-        return torch.cat([means, maxima, deviations, changes], dim=1) * heard[:, None], heard
 
 
 def pool(hidden: Tensor, batch: Batch, kinds: Sequence[Pooling]) -> Tensor:

@@ -30,7 +30,7 @@ from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, MODALITIES, TEXT, Document
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.objective import Objective, labelled_pieces, mean_by_piece, refuse_encoded
+from pile_app.training.objective import Objective, labelled_pieces, mean_by_piece
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -43,12 +43,9 @@ PLACE_WIDTH = 16  # features of each code of an image that keep its position
 
 
 class GroupAnnotator(Annotator):
-    """Label segments with 31 bits of a hash of their document's content. `option`: see `refuse_encoded`."""
+    """Label segments with 31 bits of a hash of their document's content."""
 
     splits_segments = True
-
-    def __init__(self, option: str = "") -> None:
-        self.option = option
 
     def label(self, document: Document) -> int:
         """Return the label of all segments of a document."""
@@ -57,7 +54,6 @@ class GroupAnnotator(Annotator):
     def labels(
         self, document: Document, spans: Sequence[tuple[int, int]], length: int, number: int, tokenizer: Tokenizer
     ) -> np.ndarray:
-        refuse_encoded(document, self.option)
         labels = np.full(length, NO_LABEL, np.int32)
         label = self.label(document)
         for first, stop in spans:
@@ -91,14 +87,13 @@ class Contrastive(Objective):
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
-        unrounded: see `Objective`.
     """
 
     def __init__(
         self, dimensions: int = 128, temperature: float = 0.07, dropout: float = 0.1, language_weight: float = 0.0,
-        freeze: bool = False, learning_rate: float = 0.001, unrounded: bool = False,
+        freeze: bool = False, learning_rate: float = 0.001,
     ) -> None:  # fmt: skip
-        super().__init__(language_weight, freeze, learning_rate, unrounded)
+        super().__init__(language_weight, freeze, learning_rate)
         if dimensions < 1 or not temperature >= 1 / LARGEST_SCALE:
             raise ValueError(
                 f"objective.dimensions >= 1 and temperature >= {1 / LARGEST_SCALE}, not {dimensions} and {temperature}"
@@ -110,7 +105,7 @@ class Contrastive(Objective):
 
     @property
     def annotator(self) -> Annotator:
-        return GroupAnnotator(self.reads_media)
+        return GroupAnnotator()
 
     def build(self, model: FusedLanguageModel) -> None:
         super().build(model)

@@ -214,6 +214,10 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
             f"{option} was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}: set "
             "model.tokenizer to that of the run"
         )
+    for name, reader in {} if codecs_only else model.readers.items():  # a model may get a reader later
+        prefix = f"model.readers.{name}."
+        if not any(other.startswith(prefix) for other in weights):
+            weights = weights | {f"{prefix}{own}": tensor for own, tensor in reader.state_dict().items()}
     parts: dict[str, nn.Module] = {f"model.{MODALITIES[modality]}_codec.": codec for modality, codec in model.codecs.items()}
     for prefix, module in parts.items() if codecs_only else [("model.", model)]:
         load_weights(module, weights, prefix)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
 from pile_app.model.fused import AUTOCAST
-from pile_app.model.pretrained import check_shapes
+from pile_app.model.pretrained import check_shapes, take_readers
 from pile_app.model.pretrained_codecs import take_codecs
 from pile_app.training.checkpoints import find_damage, read_checkpoint
 from pile_app.training.module import PileModule
@@ -132,11 +132,12 @@ def is_open_weights(run: Path) -> bool:
 
 def take_description(model: Any, run: Path) -> None:
     """Let open weights be built from the description in the run's folder, where the checkpoint has the weights, and
-    pretrained codecs be read from there."""
+    pretrained codecs and readers be read from there."""
     if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
         arguments = model["backbone"]["init_args"]
         arguments["path"], arguments["pretrained"] = str(run / BACKBONE), False
     take_codecs(model, run)
+    take_readers(model.get("readers"), run)
 
 
 def find_checkpoint(run: Path, checkpoint: str) -> Path:

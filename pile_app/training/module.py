@@ -33,9 +33,10 @@ from pile_app.model.backbones import Backbone
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.model.pretrained import check_shapes
+from pile_app.model.readers import ReadersConfig
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
-from pile_app.training.objective import Objective, refuse_encoded, sum_over_devices
+from pile_app.training.objective import Objective, sum_over_devices
 from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.vocabulary import Vocabulary
@@ -92,6 +93,7 @@ class PileModule(LightningModule):
         dropout: fraction of the embeddings that is dropped in training (blocks: `backbone.dropout`).
         word_dropout: fraction of the learned text tokens that are hidden in training from what follows them.
         code_dropout: the same for codes of images and sounds that are given, not learned.
+        readers: nets that read given images and sounds besides their codes.
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
         recompute: activation checkpointing of the backbone's blocks: memory of one block instead of all, for a third more time.
         compile: compile each block of the backbone by `torch.compile`; pays on GPUs, on CPUs it takes a minute to start.
@@ -113,6 +115,7 @@ class PileModule(LightningModule):
         dropout: float = 0.0,
         word_dropout: float = 0.0,
         code_dropout: float = 0.0,
+        readers: ReadersConfig = ReadersConfig(),  # noqa: B008 (frozen)
         l1: float = 0.0,
         recompute: bool = False,
         compile: bool = False,
@@ -127,7 +130,7 @@ class PileModule(LightningModule):
                 f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
             )
         words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
-        self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout)
+        self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout, readers)
         self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
         self.codec_crop = codec_crop
         self.optimizer = optimizer
@@ -187,11 +190,10 @@ class PileModule(LightningModule):
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
             self.counted = self.trainer
-        option = getattr(getattr(self.objective, "annotator", None), "option", "")  # that needs the media themselves
         for source in data.train_data:
-            check_encoded(source, bool(data.sources[source.name].transforms), option)
+            check_encoded(source, bool(data.sources[source.name].transforms))
         for source in data.validation_data:
-            check_encoded(source, option=option)
+            check_encoded(source)
         if stage == "fit" and (annotator := self.annotator) is not None:
             for source in data.train_data + data.validation_data:
                 check_labels(source, annotator)
@@ -400,6 +402,8 @@ class PileModule(LightningModule):
                 unused += self.model.parameters_of_modality(modality)
         if not any(map(len, batch.targets)):  # padding alone
             unused += self.model.backbone.parameters()
+        for reader in self.model.readers.values():  # of media that are given
+            unused += [p for p in reader.parameters() if p.requires_grad]
         return self._touch([p for p in unused if not isinstance(p, DTensor)])
 
     def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
@@ -549,12 +553,12 @@ def _compute(metric: Any) -> Tensor:
     return value
 
 
-def check_encoded(source: SourceData, augmented: bool = False, option: str = "") -> None:
+def check_encoded(source: SourceData, augmented: bool = False) -> None:
     """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
     (A remote shard would have to be fetched for it; there the first batch says it.)
 
     Raises:
-        ValueError: another encoder than the model's made it, or `option` of the objective needs the media themselves.
+        ValueError: another encoder than the model's made it, or the model reads the media themselves.
     """
     if source.remote[0]:
         return
@@ -564,7 +568,6 @@ def check_encoded(source: SourceData, augmented: bool = False, option: str = "")
         for sample in index.first_segment.searchsorted(segments, side="right") - 1:
             try:
                 document = source.document(int(sample))
-                refuse_encoded(document, option)
                 for segment in document.segments:
                     if segment.is_encoded and not segment.codes.is_lost:
                         check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)

@@ -18,12 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from pile_app.model.base import cpu_multiplies_bfloat16
+
 Rectangle = tuple[slice, slice]  # rows and columns of a matrix that a device holds
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

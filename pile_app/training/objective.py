@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from pile_app.data.annotation import Annotator
 from pile_app.data.batch import Batch
-from pile_app.documents import TEXT, Document
-from pile_app.model.codecs import AudioCodec
 from pile_app.model.fused import FusedLanguageModel
 
 
@@ -32,12 +30,9 @@ class Objective(nn.Module, ABC):
             a small data set (the auxiliary language model of arXiv:1806.06146).
         freeze: train the head alone.
         learning_rate: of the head, by AdamW; the model follows `model.optimizer`.
-        unrounded: read images and sounds themselves besides their codes (see `Unrounded`); not from encoded shards.
     """
 
-    def __init__(
-        self, language_weight: float = 0.0, freeze: bool = False, learning_rate: float = 0.001, unrounded: bool = False
-    ) -> None:
+    def __init__(self, language_weight: float = 0.0, freeze: bool = False, learning_rate: float = 0.001) -> None:
         super().__init__()
         if language_weight < 0 or not learning_rate > 0:
             raise ValueError(f"language_weight >= 0 and learning_rate > 0, not {language_weight} and {learning_rate}")
@@ -46,8 +41,6 @@ class Objective(nn.Module, ABC):
         self.language_weight = language_weight
         self.freeze = freeze
         self.learning_rate = learning_rate
-        self.unrounded: Unrounded | None = None
-        self.reads_media = "unrounded" if unrounded else ""  # the option that needs the media themselves
 
     @property
     @abstractmethod
@@ -56,14 +49,12 @@ class Objective(nn.Module, ABC):
 
     def build(self, model: FusedLanguageModel) -> None:
         """Make head and metrics for a model."""
-        if self.reads_media == "unrounded" and model.codecs:
-            self.unrounded = Unrounded(model)
 
     def read(self, model: FusedLanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `FusedLanguageModel.read`. Computes in the type that the run trains in, also when it is used."""
         dtype = model.autocast_dtype
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
-            return model.read(batch, None if self.unrounded is None else self.unrounded(model, batch))
+            return model.read(batch)
 
     def prepare(
         self, model: FusedLanguageModel, batches: Sequence[Batch], seed: Callable[[Batch], None] = lambda batch: None
@@ -91,7 +82,7 @@ class Objective(nn.Module, ABC):
         """Return () float32, the batch's part of the step's loss: the parts of all micro-batches and devices sum to it.
 
         Args:
-            hidden: (B, T, D) of `read`.
+            hidden: (B, T, D) of `FusedLanguageModel.read`.
             step: see `prepare`; None: the batch is the whole step.
         """
 
@@ -114,56 +105,10 @@ class Objective(nn.Module, ABC):
         return features * (batch.uniform(indices, features.size(-1), purpose) >= rate) / (1 - rate)
 
 
-class Unrounded(nn.Module):
-    """Add the pixels or log-mel frames of each code to its embedding, through a linear map that starts at zero.
-
-    This is the patch embedding of ViT (arXiv:2010.11929) and AST (arXiv:2104.01778). Codes keep enough to draw or
-    speak, but lose the speaker or the exact shape of a stroke. Codes that the model generates have no media.
-    """
-
-    def __init__(self, model: FusedLanguageModel) -> None:
-        super().__init__()
-        width = model.backbone.embedding_width
-        self.maps = nn.ModuleDict()
-        if model.image_codec is not None:
-            config = model.image_codec.config
-            self.maps["image"] = nn.Linear(config.channels * config.patch**2, width)
-        if model.audio_codec is not None:
-            shape = model.audio_codec.config
-            self.maps["audio"] = nn.Linear(shape.frames_per_token * shape.mels, width)
-        for parameter in self.maps.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, model: FusedLanguageModel, batch: Batch) -> Tensor:
-        """Return (B, T, embedding width), 0 where no code is."""
-        flat = torch.zeros(batch.tokens.numel(), model.backbone.embedding_width, device=batch.tokens.device)
-        if model.image_codec is not None and len(batch.images):
-            pixels = model.image_codec.patches(batch.images).flatten(0, 1)
-            slots = batch.image_slots[: len(batch.images)].flatten()
-            flat = flat.index_copy(0, slots, self.maps["image"](pixels).float())
-        if model.audio_codec is not None and len(batch.audio):
-            flat = flat.index_copy(0, batch.audio_slots, self.maps["audio"](frames_of_codes(model.audio_codec, batch)).float())
-        return flat.unflatten(0, batch.tokens.shape)
-
-
-def refuse_encoded(document: Document, option: str) -> None:
-    """Raise ValueError if `option`, of an objective, needs images and sounds themselves and the document holds codes."""
-    if option and any(segment.is_encoded and segment.modality != TEXT for segment in document.segments):
-        raise ValueError(
-            f"objective.{option} reads images and sounds themselves, and those of document {document.key!r} were encoded: "
-            "take the shards that `pile encode` read, or set it to false"
-        )
-
-
 def sum_over_devices(values: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
-
-
-def frames_of_codes(codec: AudioCodec, batch: Batch) -> Tensor:
-    """Return (A, frames_per_token * mels) float32 log-mel frames of each code; see `AudioCodec.patches`."""
-    return codec.patches(batch.audio, batch.audio_tokens)
 
 
 def labelled_pieces(batch: Batch) -> tuple[Tensor, Tensor]:

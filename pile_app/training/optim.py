@@ -30,6 +30,8 @@ class OptimizerConfig:
         matrix_learning_rate: peak rate of Muon.
         codec_learning_rate: peak rate of AdamW for the codecs, in their phase.
         backbone_learning_rate: peak rate of AdamW for open weights or their adapters (`HuggingFace`).
+        reader_learning_rate: peak rate of Muon for the kernels of CNNs that read media; without Muon, and for their vectors,
+            AdamW moves them at a tenth.
         thaw_at: optimizer steps (after the codecs' phase) in which open weights stay as they are.
         weight_decay: L2, on matrices only; decoupled from the gradient except with sgd.
         momentum: of SGD and Muon.
@@ -47,6 +49,7 @@ class OptimizerConfig:
     matrix_learning_rate: float = 0.02
     codec_learning_rate: float = 0.003
     backbone_learning_rate: float = 5e-5
+    reader_learning_rate: float = 0.02
     thaw_at: int = 0
     weight_decay: float = 0.0
     momentum: float = 0.95
@@ -58,7 +61,13 @@ class OptimizerConfig:
     base_width: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "matrix_learning_rate", "codec_learning_rate", "backbone_learning_rate"):
+        for name in (
+            "learning_rate",
+            "matrix_learning_rate",
+            "codec_learning_rate",
+            "backbone_learning_rate",
+            "reader_learning_rate",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer {name}={getattr(self, name)} must be above 0")
         if min(self.weight_decay, self.warmup_steps, self.thaw_at) < 0:
@@ -130,10 +139,12 @@ def make_optimizer(
     then the language model's schedule begins."""
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
-    layers = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]
+    parts = (model.backbone, model.readers)
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear | nn.RNNBase)]
     hidden = {id(p) for layer in layers for p in layer.parameters() if p.dim() == 2}
     # Muon is for hidden matrices; torch's recurrent cells stack their gates into one and do better with AdamW.
-    muon = config.name == "muon" and not any(isinstance(layer, nn.RNNBase) for layer in layers)
+    by_muon = config.name == "muon"
+    muon = by_muon and not any(isinstance(layer, nn.RNNBase) for layer in layers)
     # Adam moves every entry by the rate, so a sum over D of them D times as far; Muon's update has the same norm at any D.
     rate, scale = config.learning_rate, config.base_width / model.backbone.width if config.base_width else 1.0
     inner = rate * (scale if config.name != "sgd" else 1.0)
@@ -142,6 +153,12 @@ def make_optimizer(
         "heads": {"lr": inner, "weight_decay": config.weight_decay},
         "tables": {"lr": rate, "weight_decay": config.weight_decay},
         "vectors": {"lr": rate, "weight_decay": 0.0},
+        "readers": {
+            "lr": config.reader_learning_rate * (1 if by_muon else 0.1),
+            "weight_decay": config.weight_decay,
+            "muon": by_muon,
+        },
+        "reader vectors": {"lr": config.reader_learning_rate * 0.1, "weight_decay": 0.0},
         "open weights": {"lr": config.backbone_learning_rate, "weight_decay": config.weight_decay},
         "open vectors": {"lr": config.backbone_learning_rate, "weight_decay": 0.0},  # and the embedding
     }
@@ -150,8 +167,10 @@ def make_optimizer(
         # Tables of missing modalities are empty and unsharded, and a fused step refuses a mixture.
         if id(parameter) in in_codecs or not parameter.requires_grad or not parameter.numel():
             continue
-        if model.backbone.is_pretrained and name.startswith("backbone."):
-            groups["open weights" if id(parameter) in hidden else "open vectors"]["params"].append(parameter)
+        is_open = name.startswith("backbone.") and model.backbone.is_pretrained
+        if is_open or name.startswith("readers."):
+            kinds = ("open weights", "open vectors") if is_open or ".encoder." in name else ("readers", "reader vectors")
+            groups[kinds[id(parameter) not in hidden]]["params"].append(parameter)
             continue
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"
         groups["matrices" if id(parameter) in hidden else outside]["params"].append(parameter)

@@ -20,6 +20,7 @@ from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from pile_app.documents import MODALITIES
 from pile_app.model.backbones import Backbone
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.readers import ReadersConfig
 from pile_app.training.callbacks import measure_matmul_flops
 from pile_app.training.cli import codec_configs, count_devices, parse_config
 from pile_app.training.load import fast_precision
@@ -92,6 +93,7 @@ class Plan:
         self.tokens_per_step = config.data.global_batch * config.data.context
         if config.data.epochs is not None and read_data:
             in_epochs = math.ceil(config.data.epochs * self.epoch_tokens / self.fill / self.tokens_per_step)
+            in_epochs = max(in_epochs, config.data.min_steps)
             self.steps = min(in_epochs, self.steps or in_epochs)
         self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
         self.flops_per_token = model.flops_per_token(self.attended, self.fractions)
@@ -267,13 +269,17 @@ def meta_backbone(config: Namespace) -> Backbone:
 
 def meta_model(config: Namespace, tokenizer: Tokenizer, backbone: Backbone | None = None) -> FusedLanguageModel:
     """Build the model on the meta device."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--readers", type=ReadersConfig)
+    readers = parser.instantiate(Namespace(readers=config.model.readers)).readers
     with torch.device("meta"):
-        return FusedLanguageModel(backbone or meta_backbone(config), tokenizer, *codec_configs(config), config.model.dropout)
+        own = backbone or meta_backbone(config)
+        return FusedLanguageModel(own, tokenizer, *codec_configs(config), config.model.dropout, readers=readers)
 
 
 def count_parts(model: FusedLanguageModel) -> dict[str, int]:
     """Parameters by part of the model."""
-    parts = dict.fromkeys(("embeddings", "heads", "backbone matrices", "backbone vectors", "codecs"), 0)
+    parts = dict.fromkeys(("embeddings", "heads", "backbone matrices", "backbone vectors", "readers", "codecs"), 0)
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         if part == "backbone":

@@ -140,6 +140,9 @@ class RunFolder(Callback):
         if not (self.run / BACKBONE).exists():
             pl_module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
         save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
+        for name, reader in pl_module.model.readers.items():  # type: ignore[union-attr]
+            if not (folder := self.run / f"{name}_reader").exists():
+                reader.save_description(folder)
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):

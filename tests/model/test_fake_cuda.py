@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import READERS
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,7 +148,7 @@ def test_a_token_is_generated_without_waiting_copying_weights_or_growing(
     with fake_cuda(), patch.object(FakeTensor, "tolist", look), patch.object(generate, "CHECK_EVERY", 4):
         model.to_empty(device="cuda")
         with model.inference():
-            context = [(torch.zeros(3, 5, dtype=torch.int64),) * 2] * (1 + (guidance != 1))
+            context = [(*[torch.zeros(3, 5, dtype=torch.int64)] * 2, None)] * (1 + (guidance != 1))
             decoder = Decoder(model, context, tokens, guidance, indices=range(3))
             hidden, buffers = model.hidden, []
 
@@ -240,11 +242,13 @@ def test_flash_attention_groups_queries_where_torch_can() -> None:
 def test_codecs_and_loss_of_a_batch(
     tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, backbone: str, precision: str
 ) -> None:
-    model = tiny_model(backbone).train()
+    model = tiny_model(backbone, readers=READERS).train()
     with fake_cuda(precision):
         model.to_empty(device="cuda")
         model.word_dropout = model.code_dropout = 0.1
-        batch = batch_of(model, [[Segment("three"), image(0), sound(0)], [sound(1, 300), Segment("said")]])
+        batch = batch_of(
+            model, [[Segment("three"), image(0), sound(0)], [given(sound(1, 300)), given(image(1)), Segment("said")]]
+        )
         check(*model.codec_loss(batch, 2).values(), *model.codec_loss(batch).values())
         losses = model(batch, predict=True)
         assert losses.keys() == {TEXT, IMAGE, AUDIO}
@@ -253,6 +257,10 @@ def test_codecs_and_loss_of_a_batch(
             assert loss.total.dtype == torch.float32
         with torch.no_grad():
             check(*(loss.total for loss in model(batch).values()))
+
+
+def given(segment: Segment) -> Segment:
+    return replace(segment, loss=False)
 
 
 def test_codes_become_media(tiny_model: MakeModel) -> None:
@@ -277,7 +285,6 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "classification": lambda: Classification(["yes", "no"], pooling=["mean", "max", "deviation", "last"], class_weights=[1, 2]),
     "language-head": lambda: Classification(["yes", "no"], head="language", class_weights="balanced"),
     "label-text": lambda: Classification(["yes", "yesterday", "no"], head="language"),
-    "wide": lambda: Classification(["yes", "no"], ngrams=2, sound_statistics=True, unrounded=True),
     "retrieval": Contrastive,
     "tagging": lambda: Tagging(["person"]),
 }
@@ -288,7 +295,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 def test_forward_and_backward_of_objectives(
     tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, name: str, precision: str
 ) -> None:
-    model, objective = tiny_model().train(), OBJECTIVES[name]().train()
+    model, objective = tiny_model(readers=READERS).train(), OBJECTIVES[name]().train()
     objective.build(model)
     with fake_cuda(precision):
         model.to_empty(device="cuda")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -69,9 +70,10 @@ def write_without_cache(model: FusedLanguageModel, prompt: Document, to: int, gu
     ends = {TEXT: (Vocabulary.END, *Vocabulary.OPENERS), IMAGE: (), AUDIO: (model.vocabulary.audio_codes,)}[to]
     while len(codes) < count and not (codes and codes[-1] in ends):
         each = []
-        for tokens, indices in rows:
+        for tokens, indices, features in rows:
             position = torch.arange(len(tokens))[None]
-            hidden = model.hidden(tokens[None], indices[None], torch.zeros_like(position), position)
+            features = None if features is None else F.pad(features, (0, 0, 0, len(tokens) - len(features)))[None]
+            hidden = model.hidden(tokens[None], indices[None], torch.zeros_like(position), position, features=features)
             each.append(model.logits(hidden[:, -1], to))
         logits = guide(*each, guidance) if guidance != 1 else each[0]
         if to == TEXT:
@@ -79,7 +81,7 @@ def write_without_cache(model: FusedLanguageModel, prompt: Document, to: int, gu
         code = logits.argmax(-1)
         codes.append(int(code))
         index = torch.tensor([len(codes) if to == IMAGE else 0])
-        rows = [(torch.cat([t, code + model.vocabulary.slices[to].start]), torch.cat([i, index])) for t, i in rows]
+        rows = [(torch.cat([t, code + model.vocabulary.slices[to].start]), torch.cat([i, index]), f) for t, i, f in rows]
     return codes
 
 
@@ -144,7 +146,7 @@ def test_the_greedy_codes_of_an_image_are_the_most_likely_ones(tiny_model: MakeM
     """The same without the codec: take the most likely code at each position in turn."""
     model = tiny_model(backbone)
     vocabulary = model.vocabulary
-    tokens, places = prompt_tokens(model, Document((Segment("seven"),)), IMAGE)
+    tokens, places, _ = prompt_tokens(model, Document((Segment("seven"),)), IMAGE)
     assert tokens.tolist() == [0, 2, *(vocabulary.SPECIALS + byte for byte in b"seven"), 3]
     codes = []
     for number in range(4):
@@ -229,7 +231,7 @@ def test_a_text_is_continued(tiny_model: MakeModel) -> None:
     """The continuation of a text and of its own beginning are one, so nothing is put between prompt and answer."""
     model = tiny_model()
     write_letters_only(model)
-    tokens, _ = prompt_tokens(model, Document((Segment("once"),)), TEXT)
+    tokens, *_ = prompt_tokens(model, Document((Segment("once"),)), TEXT)
     assert tokens.tolist() == [Vocabulary.BEGIN, Vocabulary.OPENERS[TEXT], *(Vocabulary.SPECIALS + b for b in b"once")]
 
     def continued(text: str, by: int) -> str:
@@ -242,8 +244,8 @@ def test_a_text_is_continued(tiny_model: MakeModel) -> None:
 
 def test_after_a_medium_a_text_is_opened(tiny_model: MakeModel, image: MakeSegment) -> None:
     prompt = Document((Segment("a"), image(0)))
-    tokens, indices = prompt_tokens(tiny_model(), prompt, TEXT)
-    hidden, _ = prompt_tokens(tiny_model(), prompt, TEXT, 2)
+    tokens, indices, _ = prompt_tokens(tiny_model(), prompt, TEXT)
+    hidden, *_ = prompt_tokens(tiny_model(), prompt, TEXT, 2)
     assert tokens[-1] == Vocabulary.OPENERS[TEXT]
     assert indices.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 0]
     null = Vocabulary.NULL
@@ -316,7 +318,7 @@ def test_a_text_ends_before_a_stop_string_whatever_the_batch(tiny_model: MakeMod
 @torch.no_grad()
 def next_scores(model: FusedLanguageModel, prompt: Document, text: str) -> torch.Tensor:
     """(1 + tokens, V) log-probabilities after a prompt and after every token of a text, without what is never drawn."""
-    tokens, places = prompt_tokens(model, prompt, TEXT)
+    tokens, places, _ = prompt_tokens(model, prompt, TEXT)
     following = torch.tensor([Vocabulary.SPECIALS + byte for byte in text.encode()], dtype=torch.int64)
     places = torch.cat([places, torch.zeros_like(following)])
     tokens = torch.cat([tokens, following])[None]

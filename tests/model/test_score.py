@@ -119,8 +119,8 @@ NAMES = ("cat", "cart", "car", "dog", "dogs", "do", "ünïcode", "a longer name 
 @torch.no_grad()
 def log_likelihood(model: FusedLanguageModel, prompt: Document, answer: Segment, given: int | None, masked: int = 0) -> float:
     """Of one answer and its end, token by token, without cache. `given`: the modality whose opener does not count."""
-    tokens, indices = prompt_tokens(model, prompt, given, masked)
-    path, path_indices = (part[1 + (given is not None) :] for part in prompt_tokens(model, Document((answer,)), None))
+    tokens, indices, _ = prompt_tokens(model, prompt, given, masked)
+    path, path_indices = (part[1 + (given is not None) :] for part in prompt_tokens(model, Document((answer,)), None)[:2])
     row = torch.cat([tokens, path])[None]
     position = torch.arange(row.size(1))[None]
     hidden = model.hidden(row, torch.cat([indices, path_indices])[None], torch.zeros_like(row), position)[0]

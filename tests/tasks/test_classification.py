@@ -11,34 +11,31 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TinyRun, train
-from torch import Tensor
 
 from pile_app.cli import main
 from pile_app.data.annotation import NO_LABEL, Annotator
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.data.shards import Shards, write_shards
-from pile_app.documents import TEXT, Codes, Document, Segment
+from pile_app.documents import TEXT, Document, Segment
 from pile_app.fields import document_from_sample
 from pile_app.model.backbones import MinGRU
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import segment_length
 from pile_app.model.score import score_choices
 from pile_app.tasks.classification import Classification, LabelAnnotator, pool, split_label
-from pile_app.tasks.retrieval import Contrastive
 from pile_app.training.module import PileModule
-from pile_app.training.objective import Objective, labelled_pieces, mean_by_piece
+from pile_app.training.objective import labelled_pieces, mean_by_piece
 from pile_app.training.optim import OptimizerConfig, make_optimizer
 
 CONFIG = """
 model:
+  readers: {{image: {{width: 8}}}}
   objective:
     class_path: pile_app.tasks.classification.Classification
     init_args:
       labels: [dark, light, low, high]
       pooling: [mean, max, deviation, last]
-      ngrams: 2
-      unrounded: true
       class_weights: balanced
       dropout: 0.1
       learning_rate: 0.02
@@ -272,106 +269,6 @@ def test_features_are_mean_maximum_deviation_and_last_of_what_stands_before_the_
         torch.testing.assert_close(row, torch.cat([seen.mean(0), seen.amax(0), seen.std(0, correction=0), seen[-1]]))
 
 
-def test_runs_of_tokens_add_up_to_logits_of_their_document_alone(
-    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment]
-) -> None:
-    model, objective = tiny_model(), Classification(["no", "yes"], ngrams=2, dropout=0.0)
-    objective.build(model)
-    (wide,) = objective.wide
-    torch.nn.init.normal_(wide.weight)
-
-    def logits(document: Document, length: int) -> Tensor:
-        batch = assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length, annotator=objective.annotator)
-        return wide(model, batch, objective)[:1]  # what follows is padding
-
-    together = wide(model, batch_of(model, objective, documents_of({"ab": "yes", "b": "no", "": "no"})), objective)
-    ab, b, nothing = together[:3]
-    both = logits(Document((Segment("ab"), image(0), Segment("yes"))), 14)
-    torch.testing.assert_close(both, together[:1])  # neither the label nor an image has runs
-    a = logits(Document((Segment("a"), Segment("yes"))), 8)[0]
-    weight_of_run = ab * 3**0.5 - a - b  # of "ab": runs "a", "b", "ab"
-    assert not nothing.any() and weight_of_run.abs().min() > 1e-3
-    known = {tuple(row) for row in wide.weight.round(decimals=3).tolist()}
-    assert all(tuple(row.round(decimals=3).tolist()) in known for row in (a, b, weight_of_run))
-
-
-def test_statistics_of_sounds_are_those_of_their_frames(
-    tiny_model: Callable[..., FusedLanguageModel], sound: Callable[..., Segment]
-) -> None:
-    model, objective = tiny_model(), Classification(["no", "yes"], sound_statistics=True, dropout=0.0)
-    objective.build(model)
-    (statistics,) = objective.wide
-    batch = media_batch(model, objective, [(sound(1, 900), "yes"), (Segment("a"), "no"), (sound(2, 1500), "no")])
-    objective.prepare(model, [batch])
-    assert not statistics(model, batch, objective).any()
-    number, total, squares = statistics.seen.clone()
-    assert (number == 2).all()
-
-    def features(codes: slice) -> Tensor:
-        audio = batch.audio[codes]
-        frames = model.audio_codec.patches(audio, torch.tensor([len(audio)])).view(-1, 20)  # type: ignore[union-attr]
-        deviation = frames.std(0, correction=0)
-        return torch.cat([frames.mean(0), frames.amax(0), deviation, frames.diff(dim=0).abs().mean(0)])
-
-    first, second = features(slice(0, 3)), features(slice(3, 8))
-    torch.testing.assert_close(total, first + second, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(squares, first.square() + second.square(), atol=1e-3, rtol=1e-3)
-    torch.nn.init.normal_(statistics.linear.weight)
-    objective.eval()
-    apart = (first - second) / 2  # of two numbers, each is one deviation from their mean
-    certain = apart.abs() > 0.02
-    weight = statistics.linear.weight.detach()
-    weight[:, ~certain] = 0
-    logits = statistics(model, batch, objective)
-    torch.testing.assert_close(logits[0], weight @ apart.sign(), atol=1e-2, rtol=1e-2)
-    torch.testing.assert_close(logits[2], -logits[0])
-    assert not logits[1].any() and torch.equal(statistics.seen[0], number)
-
-
-@pytest.mark.parametrize(
-    ("option", "objective"),
-    [
-        ("unrounded", Classification(["no", "yes"], unrounded=True)),
-        ("sound_statistics", Classification(["no", "yes"], sound_statistics=True)),
-        ("unrounded", Contrastive(unrounded=True)),
-    ],
-)
-def test_encoded_media_are_refused_by_what_reads_the_media(
-    tiny_model: Callable[..., FusedLanguageModel], option: str, objective: Objective
-) -> None:
-    model = tiny_model()
-    model.fingerprint_codecs()
-    codes = Codes(model.vocabulary.audio_codec, 1500, 8000, np.zeros(5, np.uint16))
-    encoded = Segment(codes.to_bytes(), "audiocodes")
-    document = Document((encoded, Segment("yes")), "7")  # 13 tokens
-    with pytest.raises(ValueError, match=rf"objective\.{option} reads images and sounds themselves, and those of document '7'"):
-        assemble([[whole(document, 13)]], model.vocabulary, model.tokenizer, 16, annotator=objective.annotator)
-
-
-def test_what_codes_leave_out_is_added_where_they_stand(
-    tiny_model: Callable[..., FusedLanguageModel], image: Callable[[int], Segment], sound: Callable[..., Segment]
-) -> None:
-    model, objective = tiny_model(), Classification(["no", "yes"], unrounded=True)
-    objective.build(model)
-    assert objective.unrounded is not None
-    batch = media_batch(model, objective, [(Segment("a"), sound(1, 600), image(1), "yes"), (sound(2, 1500), "no")])
-    torch.testing.assert_close(objective.read(model, batch)[1], model.read(batch)[1])  # the maps begin at 0
-
-    for one in objective.unrounded.maps.values():
-        torch.nn.init.ones_(one.weight)  # type: ignore[arg-type]
-    beside = objective.unrounded(model, batch)[0, :, 0]  # of each place the sum of its pixels, or of its frames
-    codes = model.fill(batch)[0] != batch.tokens[0]
-    assert not beside[~codes].any() and int((beside != 0).sum()) == int(codes.sum()) == 2 + 4 + 5
-    pixels = batch.images[0, 0].float() / 127.5 - 1
-    first = int(batch.image_starts[0])
-    corners = [pixels[top : top + 4, left : left + 4].sum() for top in (0, 4) for left in (0, 4)]
-    torch.testing.assert_close(beside[first : first + 4], torch.stack(corners))
-    alone = model.audio_codec.patches(batch.audio[:2], torch.tensor([2]))  # type: ignore[union-attr]
-    start = int(batch.audio_starts[0])
-    torch.testing.assert_close(beside[start : start + 2], alone.sum(-1))
-    assert not torch.allclose(objective.read(model, batch)[1], model.read(batch)[1])
-
-
 def test_what_is_predicted_for_new_documents_is_what_is_measured_in_packs(
     tiny_model: Callable[..., FusedLanguageModel],
 ) -> None:
@@ -429,9 +326,6 @@ def test_labels_that_begin_alike_are_learned_and_scored_as_text(
     torch.testing.assert_close(predicted, objective.logits(model, hidden, batch)[0].softmax(-1))
     alone = score_choices(model, documents[-1:], [Segment(label) for label in labels])
     torch.testing.assert_close(predicted[-1:], alone.softmax(-1))
-    for options in ({"ngrams": 1}, {"unrounded": True}, {"sound_statistics": True}):
-        with pytest.raises(ValueError, match=r"begin alike, as some of \['two', 'three'"):
-            Classification(["two", "three"], head="language", **options).build(model)  # type: ignore[arg-type]
 
 
 def test_a_rare_label_weighs_more_when_balanced(tiny_model: Callable[..., FusedLanguageModel]) -> None:

@@ -52,9 +52,9 @@ DATA = {  # of a task, or of a task over a run
 REFUSED = {  # what does not fit, and the fix that its message names
     "text_only-retrieval": "this model has text alone: start from a run with model.image or model.audio",
     "shakespeare-retrieval": "this model has text alone: start from a run with model.image or model.audio",
-    "encoded-retrieval": "take the shards that `pile encode` read, or set it to false",
+    "encoded-retrieval": "model.readers.image reads it itself: train on the original shards, or set it to null",
 }
-FIXED = {"encoded-retrieval": ["--model.objective.init_args.unrounded", "false"]}
+FIXED = {"encoded-retrieval": ["--model.readers.image", "null", "--model.readers.audio", "null"]}
 # One process for all: starting one takes longer than its two steps. It answers each command with a line of JSON.
 SCRIPT = """
 import contextlib, io, json, sys, traceback, warnings
