@@ -39,6 +39,19 @@ def drop_later_lines(trainer: Trainer, paths: Iterable[Path]) -> None:
     trainer.strategy.barrier("lines")
 
 
+def append_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Add entries, each with its "step", to a JSON lines file."""
+    if lines := [json.dumps(entry) + "\n" for entry in entries]:
+        with open(path, "a") as file:
+            file.writelines(lines)
+
+
+def named_documents(trainer: Trainer, documents: Iterable[Any]) -> list[list[Any]]:
+    """[[source, key, epoch, first token, stop], ...] of a training batch's documents, whose sources are numbers."""
+    sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
+    return [[sources[source], *rest] for source, *rest in documents]
+
+
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
     """Return whether a micro-batch is the last of its optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -113,10 +126,11 @@ class DataReport(Callback):
         self._record("validation", trainer.datamodule.validation_names, batch, trainer.global_step)  # type: ignore[attr-defined]
 
     def _record(self, split: str, names: list[str], batch: Batch, step: int) -> None:
-        for source, key, reason, detail in batch.rejected:
-            entry = {"step": step, "split": split, "source": names[source], "key": key, "reason": reason, "detail": detail}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        fixed = {"step": step, "split": split}
+        rejected = (
+            {"source": names[source], "key": key, "reason": why, "detail": what} for source, key, why, what in batch.rejected
+        )
+        append_lines(self.path, (fixed | entry for entry in rejected))
 
 
 def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
@@ -145,15 +159,12 @@ class Ledger(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        step = batch_idx // trainer.accumulate_grad_batches + 1
-        sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         mesh = pl_module.device_mesh
         if mesh is not None and mesh["tensor_parallel"].get_local_rank():
             return  # trained on what the first of its group records
-        with open(self.folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
-            for position, documents in zip(batch.numbers, batch.documents, strict=True):
-                named = [[sources[source], *rest] for source, *rest in documents]
-                file.write(json.dumps({"step": step, "position": position, "documents": named}) + "\n")
+        step, packs = batch_idx // trainer.accumulate_grad_batches + 1, zip(batch.numbers, batch.documents, strict=True)
+        entries = ({"step": step, "position": number, "documents": named_documents(trainer, some)} for number, some in packs)
+        append_lines(self.folder / f"rank-{trainer.global_rank}.jsonl", entries)
 
 
 def read_ledger(run: Path) -> list[dict[str, Any]]:
@@ -267,48 +278,42 @@ class SampleGeneration(Callback):
         is_due = trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
         is_due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if is_due and not pl_module.in_codec_phase and ends_step(trainer, batch_idx):
-            self.write(trainer, pl_module)
+            self.write(trainer, pl_module.whole_model(), trainer.global_step - 1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write before W&B has the step of the validation."""
         assert isinstance(pl_module, PileModule)
         is_training = trainer.state.fn == "fit" and not pl_module.in_codec_phase
         if is_training and self.every_n_steps is None and pl_module.whole is None:
-            self.write(trainer, pl_module)
+            self.write(trainer, pl_module.whole_model(), trainer.global_step - 1)
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Write the samples of a run that ended before its last step, as by early stopping. Called on the first device."""
         assert isinstance(pl_module, PileModule)
         if trainer.global_step >= pl_module.codec_steps:
-            self._write(trainer, pl_module.model, trainer.global_step)
+            self.write(trainer, pl_module.model, trainer.global_step)
         return {}
 
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PileModule)
-        model = pl_module.whole_model()
-        if model is not None:
-            self._write(trainer, model, trainer.global_step - 1)
-
-    def _write(self, trainer: Trainer, model: FusedLanguageModel, logged_at: int) -> None:
-        if self.written == trainer.global_step:
+    def write(self, trainer: Trainer, model: FusedLanguageModel | None, logged_at: int) -> None:
+        """Write the samples of a step once. model: None except on the first device; logged_at: W&B's step of them."""
+        if model is None or self.written == trainer.global_step:
             return
-        self.written = trainer.global_step
-        entries = []
-        folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
-        for title, prompts, to, references in self._prompts(trainer, model):
+        self.written, entries = trainer.global_step, []
+        for (title, to), asked in sorted(self._questions(trainer, model).items(), key=lambda item: item[0]):
+            prompts = [prompt for prompt, _ in asked]
             has_condition = any(segment.modality != to for segment in prompts[0].segments)  # which training hides at times
             answers = generate(model, prompts, to, self.sampling if has_condition else replace(self.sampling, guidance=1.0))
-            triples = zip(prompts, answers, references, strict=True)
-            entries += [plain_example(model, title, *triple) for triple in triples]
+            entries += [(title, prompt, answer, real) for (prompt, real), answer in zip(asked, answers, strict=True)]
         if entries:
-            write_samples(folder, entries)
+            folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
+            write_samples(folder, entries, model)
             log_samples(trainer, folder, logged_at)
 
-    def _prompts(
+    def _questions(
         self, trainer: Trainer, model: FusedLanguageModel
-    ) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
-        """Return (title, prompts, modality to generate, references) of each pair of modalities in the validation data."""
-        kinds: dict[tuple[str, int], tuple[list[Document], list[Segment | None]]] = defaultdict(lambda: ([], []))
+    ) -> dict[tuple[str, int], list[tuple[Document, Segment | None]]]:
+        """Return (title, modality to generate) -> (prompt, reference) of each pair of modalities in the validation data."""
+        found: dict[tuple[str, int], list[tuple[Document, Segment | None]]] = defaultdict(list)
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
                 try:
@@ -320,12 +325,11 @@ class SampleGeneration(Callback):
                     continue
                 for prompt, to, reference in questions(replace(document, segments=segments)):
                     asked = " + ".join(dict.fromkeys(MODALITIES[segment.modality] for segment in prompt.segments))
-                    prompts, references = kinds[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
-                    is_new = not prompt.segments or prompt not in prompts
-                    if is_new and len(prompts) < (self.count if reference else 2):
-                        prompts.append(prompt)
-                        references.append(reference)
-        return [(title, prompts, to, references) for (title, to), (prompts, references) in sorted(kinds.items())]
+                    some = found[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
+                    is_new = not prompt.segments or prompt not in [other for other, _ in some]
+                    if is_new and len(some) < (self.count if reference else 2):
+                        some.append((prompt, reference))
+        return found
 
 
 def questions(document: Document) -> Iterator[tuple[Document, int, Segment | None]]:
@@ -350,21 +354,17 @@ def questions(document: Document) -> Iterator[tuple[Document, int, Segment | Non
                 yield Document((prompt,)), answer.modality, answer
 
 
-def plain_example(
-    model: FusedLanguageModel, title: str, prompt: Document, answer: Segment, reference: Segment | None
-) -> tuple[str, Document, Segment, Segment | None]:
-    """Return an entry of `write_samples`, without encoded segments."""
-    shown = Document(tuple(plain(model, segment) for segment in prompt.segments))
-    return title, shown, answer, plain(model, reference) if reference else None
+Example = tuple[str, Document, Segment, Segment | None]  # title, prompt, answer, reference
 
 
-def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segment | None]]) -> None:
-    """Write prompts, answers and references as PNG, WAV and TXT, and `samples.json`, which lists them for `report.py`."""
+def write_samples(folder: Path, examples: Iterable[Example], model: FusedLanguageModel | None = None) -> None:
+    """Write prompts, answers and references as PNG, WAV and TXT, and `samples.json`, which lists them for `report.py`.
+    `model`: decodes those that are encoded."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(number: int, role: str, *segments: Segment | None) -> list[dict[str, str]]:
         parts = []
-        for segment in filter(None, segments):
+        for segment in (plain(model, segment) if model else segment for segment in segments if segment):
             name, is_text = f"{number:03d}-{role}.{segment.extension}", segment.modality == TEXT
             if role == "output" or not is_text:
                 (folder / name).write_bytes(segment.text.encode() if is_text else segment.file)
@@ -378,6 +378,6 @@ def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segm
             "outputs": keep(number, "output", answer),
             "references": keep(number, "reference", reference),
         }
-        for number, (title, prompt, answer, reference) in enumerate(entries)
+        for number, (title, prompt, answer, reference) in enumerate(examples)
     ]
     (folder / "samples.json").write_text(json.dumps(described, indent=1, ensure_ascii=False))

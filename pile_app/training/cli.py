@@ -19,7 +19,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 # Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
@@ -31,13 +31,13 @@ logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
 
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402, F401
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
+from pile_app.bundled import BUNDLED  # noqa: E402
 from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
 from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
@@ -50,30 +50,14 @@ from pile_app.training.checkpoints import (  # noqa: E402
     GracefulStop,
     LastCheckpoint,
     StoppedInValidation,
-    choose_checkpoint,
     range_to_skip,
     read_checkpoint,
 )
 from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
-from pile_app.training.load import (  # noqa: E402
-    TOKENIZER,
-    SkipInitialization,
-    fast_precision,
-    link_model_to_data,
-    take_description,
-)
+from pile_app.training.load import SkipInitialization, fast_precision, link_model_to_data  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
-from pile_app.training.run import (  # noqa: E402
-    RunFolder,
-    check_complete,
-    check_origin,
-    check_resume,
-    find_divergence,
-    keep_freed_memory,
-    lock,
-    make_loggers,
-)
+from pile_app.training.run import RunFolder, begin, find_divergence, keep_freed_memory, make_loggers  # noqa: E402
 from pile_app.training.wandb_run import close  # noqa: E402
 
 REFUSED = 2  # exit code: the configuration is invalid
@@ -136,7 +120,7 @@ class PileCLI(LightningCLI):
         return super().init_parser(default_config_files=[str(default)], **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        config, model, is_first = self.config, self.config.model, is_first_process()
+        config, model = self.config, self.config.model
         if "WANDB_SWEEP_ID" in os.environ:  # each trial is a run of its own
             config.name += f"-{os.environ['WANDB_RUN_ID']}"
         self.dumped = self.parser.dump(config, skip_link_targets=True, skip_none=False)
@@ -145,36 +129,15 @@ class PileCLI(LightningCLI):
         check_config(config)
         group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
         PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))
+        config.guard.skip_steps = tuple(sorted({tuple(one) for one in config.guard.skip_steps}))
         self.checkpoint: Path | None = None
-        self.lock: IO[str] | None = None
         if config.trainer.fast_dev_run:
             self.scratch = TemporaryDirectory(prefix="pile-")
             self.run_folder.mkdir()
             # Both phases where there are steps for both.
             model.codec_steps = min(model.codec_steps, int(config.trainer.fast_dev_run) - 1)
-            return
-        run, asked = self.run_folder, yaml.safe_load(self.dumped)
-        if is_first:
-            self.lock = lock(run)
-        steps = check_complete(run, asked)
-        if steps is not None:
-            if is_first:
-                print(
-                    f"{run} is complete ({steps} steps): open {run / 'report.html'}; to train longer raise trainer.max_steps, "
-                    "or choose another --name"
-                )
-            raise SystemExit
-        config.guard.skip_steps = tuple(sorted({tuple(one) for one in config.guard.skip_steps}))
-        self.checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
-        if self.checkpoint is None:
-            check_origin(asked["model"])
-            return
-        was = check_resume(run, self.checkpoint, asked)["model"]
-        if model.start_from or model.codecs_from:  # the run has them now, and does without the files that it began with
-            model.start_from, model.codecs_from = None, str(self.checkpoint) if model.image or model.audio else None
-        if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
-            model.tokenizer = str(run / TOKENIZER)
-        take_description(model, run)
+        else:
+            self.checkpoint = begin(self.run_folder, config, self.dumped, is_first_process())
 
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""
@@ -188,14 +151,12 @@ class PileCLI(LightningCLI):
         run, asked = self.run_folder, self.config.trainer
         self.run = RunFolder(run, self.dumped)
         self.stop = GracefulStop(asked.max_time)
-        best = BestCheckpoint(
-            run / "checkpoints",
-            filename="best",
-            monitor=self.config.monitor,
-            mode=self.config.monitor_mode,
-            save_top_k=1,
-            enable_version_counter=False,
-        )
+        kept: dict[str, Any] = {
+            "monitor": self.config.monitor,
+            "mode": self.config.monitor_mode,
+            "enable_version_counter": False,
+        }
+        best = BestCheckpoint(run / "checkpoints", "best", **kept)
         callbacks: list[tuple[bool, Callback]] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
             (self.config.ledger and not asked.fast_dev_run, Ledger(run)),
@@ -302,18 +263,10 @@ def find_default_config() -> Path:
     """`conf/default.yaml`, which every configuration is laid over: next to `train.py`, in the working folder, or ours.
     Raises FileNotFoundError: there is none."""
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    folders = [
-        *([main.parent] if main.name == "train.py" else []),
-        Path(),
-        Path(__file__).parents[2],
-        Path(__file__).parents[1] / "bundled",
-    ]
-    found = [path for folder in folders if (path := folder / "conf" / "default.yaml").is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"no conf/default.yaml, which configurations are laid over, in {' or '.join(map(str, folders))}"
-        )
-    return found[0]
+    for folder in (folders := [*[main.parent] * (main.name == "train.py"), Path(), BUNDLED]):
+        if (path := folder / "conf" / "default.yaml").is_file():
+            return path
+    raise FileNotFoundError(f"no conf/default.yaml, which configurations are laid over, in {' or '.join(map(str, folders))}")
 
 
 CLI_OPTIONS: dict[str, Any] = {

@@ -10,7 +10,6 @@ signal to stop (`GracefulStop`) travels with them.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import Counter, defaultdict
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves_with_path
 
 from pile_app.data.batch import Batch
-from pile_app.training.callbacks import drop_later_lines
+from pile_app.training.callbacks import append_lines, drop_later_lines, ends_step, named_documents
 from pile_app.training.checkpoints import GracefulStop
 from pile_app.training.module import PileModule
 
@@ -121,7 +120,7 @@ class StepGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.packs += zip(batch.numbers, batch.documents, strict=True)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         step, packs, self.packs = trainer.global_step, self.packs, []
         if self.reason:
@@ -141,12 +140,9 @@ class StepGuard(Callback):
             )
 
     def _write(self, trainer: Trainer, step: int, packs: Sequence[tuple[int, list[Any]]]) -> None:
-        sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
-        named = [[sources[source], *rest] for _, documents in packs for source, *rest in documents]
         entry = {"step": step, "reason": self.reason} | {name: str(value) for name, value in self.step.items()}
-        entry |= {"positions": [position for position, _ in packs], "documents": named}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        documents = named_documents(trainer, (document for _, some in packs for document in some))
+        append_lines(self.path, [entry | {"positions": [position for position, _ in packs], "documents": documents}])
         if self.reason != PASSED_OVER and trainer.is_global_zero:
             log.warning("step %d is not taken: %s (%s)", step, self.reason, self.step)
 

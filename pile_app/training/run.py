@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -37,14 +38,45 @@ from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
 from pile_app.model.pretrained_codecs import save_codecs
 from pile_app.training.callbacks import count_quarantined, ends_step, is_logged
-from pile_app.training.checkpoints import read_state
-from pile_app.training.load import BACKBONE, TOKENIZER
+from pile_app.training.checkpoints import choose_checkpoint, read_state
+from pile_app.training.load import BACKBONE, TOKENIZER, take_description
 from pile_app.training.module import PileModule
 from pile_app.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
+LOCKS: list[TextIO] = []  # of this process, which are released when it ends
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchaudio", "torchmetrics", "webdataset", "wandb", "tokenizers")
+
+
+def begin(run: Path, config: Namespace, dumped: str, is_first: bool) -> Path | None:
+    """Lock a run, and set in its configuration what a resumed run takes from its own folder; return the checkpoint to resume
+    from. `dumped`: the configuration as it is written.
+
+    Raises SystemExit if the run is complete, ValueError if it cannot begin or go on with this configuration.
+    """
+    asked, model = yaml.safe_load(dumped), config.model
+    if is_first:
+        lock(run)
+    steps = check_complete(run, asked)
+    if steps is not None:
+        if is_first:
+            print(
+                f"{run} is complete ({steps} steps): open {run / 'report.html'}; to train longer raise trainer.max_steps, or "
+                "choose another --name"
+            )
+        raise SystemExit
+    checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
+    if checkpoint is None:
+        check_origin(asked["model"])
+        return None
+    was = check_resume(run, checkpoint, asked)["model"]
+    if model.start_from or model.codecs_from:  # the run has them now, and does without the files that it began with
+        model.start_from, model.codecs_from = None, str(checkpoint) if model.image or model.audio else None
+    if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
+        model.tokenizer = str(run / TOKENIZER)
+    take_description(model, run)
+    return checkpoint
 
 
 def keep_freed_memory() -> None:
@@ -230,16 +262,16 @@ def git_revision() -> str:
         return "unknown"
 
 
-def lock(run: Path) -> IO[str]:
+def lock(run: Path) -> None:
     """Lock a run folder until this process ends. Raises ValueError if another one trains in it, OSError if it is read-only."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
         file = open(run.with_name(f".{run.name}.lock"), "a+")  # noqa: SIM115 (kept open)
     except OSError as error:
-        raise OSError(
-            f"the run folder {str(run)!r} cannot be written: {error}. Choose another with --runs or --name"
-        ) from error
+        fix = "Choose another with --runs or --name"
+        raise OSError(f"the run folder {str(run)!r} cannot be written: {error}. {fix}") from error
+    LOCKS.append(file)
     with suppress(ImportError):  # Windows
         import fcntl
 
@@ -247,14 +279,12 @@ def lock(run: Path) -> IO[str]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise ValueError(
-                f"{run} is being trained by {file.read().strip() or 'another process'}: wait for it, or choose another --name"
-            ) from None
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{run} is being trained by {owner}: wait for it, or choose another --name") from None
         except OSError as error:  # a file system without locks
             log.warning("%s is not locked (%s): start it once only", run, error)
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-    return file
 
 
 # -- Settings that may change. Configurations are compared, since tensors of another model may have the same shapes.
