@@ -46,27 +46,21 @@ Region = tuple[Tensor, tuple[int, ...]]  # part of a tensor, and the index in th
 
 
 def publish(staged: Path, path: Path) -> None:
-    """Rename a complete file or link to `path`. The old `last.ckpt` becomes `previous.ckpt`."""
-    if path.name == LAST and path.exists():
-        _remove(path.with_name(PREVIOUS))
-        os.replace(path, path.with_name(PREVIOUS))
-    _remove(path)
+    """Rename a complete file, or a link to a complete folder, to `path`. The old `last.ckpt` becomes `previous.ckpt`."""
+    if staged.is_dir():
+        link = path.with_name(f".{path.name}.new")
+        link.unlink(missing_ok=True)
+        link.symlink_to(staged.name)
+        staged = link
+    kept = path.with_name(PREVIOUS)
+    for target in (kept, path) if path.name == LAST and path.exists() else (path,):
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        if target == kept:
+            os.replace(path, kept)
     os.replace(staged, path)
     sync_folder(path.parent)
     remove_leftovers(path.parent)
-
-
-def publish_parts(folder: Path, path: Path) -> None:
-    """Let `path` be a link to a complete folder."""
-    link = path.with_name(f".{path.name}.new")
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    publish(link, path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -109,11 +103,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         chosen = [str(path)]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)
-        checkpoint = read_checkpoint(chosen[0])
-        if (
-            not torch.cuda.is_available() and "optimizer_states" in checkpoint
-        ):  # which the optimizer would update in the mapping
-            checkpoint["optimizer_states"] = tree_map_only(Tensor, Tensor.clone, checkpoint["optimizer_states"])
+        checkpoint, states = read_checkpoint(chosen[0]), "optimizer_states"
+        if not torch.cuda.is_available() and states in checkpoint:  # which the optimizer would update in the mapping
+            checkpoint[states] = tree_map_only(Tensor, Tensor.clone, checkpoint[states])
         return checkpoint
 
 
@@ -203,9 +195,7 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
     else:
         found = Path(path) / "checkpoints" / LAST if (Path(path) / "config.yaml").is_file() else Path(path)
         if damage := find_damage(found, "weights"):
-            raise ValueError(
-                f"{option} is neither a run, a checkpoint that can be read, nor a folder of `pile export`: {damage}"
-            )
+            raise ValueError(f"{option} is neither a run, a readable checkpoint, nor a folder of `pile export`: {damage}")
         checkpoint = read_checkpoint(found, optimizer=False)
         weights = checkpoint["state_dict"]
         tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
@@ -239,10 +229,8 @@ def find_damage(path: Path, verify: str = "all") -> str:
                         archive.read(record)
             if verify == "weights":
                 sums, content = {(record.file_size, record.CRC) for record in records}, read_file(file)
-                weights = content.get("state_dict") or {
-                    n: part[2] for n, part in content.items() if n.startswith("state_dict/")
-                }
-                for name, tensor in weights.items():
+                parts = {name: part[2] for name, part in content.items() if name.startswith("state_dict/")}
+                for name, tensor in (content.get("state_dict") or parts).items():
                     stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
                     if stored.size and (stored.size, zlib.crc32(stored.data)) not in sums:
                         return f"the checksum of {name} differs"
@@ -260,15 +248,6 @@ def read_state(path: Path) -> tuple[int, Steps]:
     return int(saved["global_step"]), tuple((first, last) for first, last in skipped)
 
 
-def find_trouble(path: Path, skip_steps: Steps, verify: str = "all") -> str:
-    """Say why a run that skips `skip_steps` cannot resume from a checkpoint, "" if it can."""
-    if damage := find_damage(path, verify):
-        return f"cannot be read: {damage}"
-    step, known = read_state(path)
-    asked, done = ({(first, min(last, step)) for first, last in ranges if first <= step} for ranges in (skip_steps, known))
-    return "" if asked == done else f"is from step {step}, within or after guard.skip_steps={[list(one) for one in skip_steps]}"
-
-
 def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path | None:
     """Return the newest checkpoint that a run which skips `skip_steps` can resume from, or None if there is none at all.
 
@@ -277,23 +256,29 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
     """
     last, troubles = folder / LAST, list[str]()
     for path in (last, folder / PREVIOUS):
-        trouble = find_trouble(path, skip_steps, "all" if is_first else "") if path.exists() else ""
-        if trouble:
-            troubles.append(f"{str(path)!r} {trouble}")
-        elif path.exists():
-            if path != last:
-                reason = troubles[0] if troubles else f"{str(last)!r} is missing"
-                log.warning("%s: resuming from %s, step %d", reason, path, read_state(path)[0])
+        if not path.exists():
+            troubles += [f"{str(path)!r} is missing"] * (path == last)
+        elif damage := find_damage(path, "all" if is_first else ""):
+            troubles.append(f"{str(path)!r} cannot be read: {damage}")
+        else:
+            step, known = read_state(path)
+            asked, done = ({(a, min(b, step)) for a, b in ranges if a <= step} for ranges in (skip_steps, known))
+            if asked != done:
+                ranges = [list(one) for one in skip_steps]
+                troubles.append(f"{str(path)!r} is from step {step}, within or after guard.skip_steps={ranges}")
+                continue
+            if troubles:
+                log.warning("%s: resuming from %s, step %d", troubles[0], path, step)
                 if is_first and last.exists():
                     os.replace(last, folder / ASIDE)
                     log.warning("%s is %s now", last, ASIDE)
             return path
-    if troubles:
-        raise ValueError(
-            f"{'; '.join(troubles)}. No other checkpoint can be resumed from: to begin anew choose another --name, or move "
-            f"{str(folder)!r} away"
-        )
-    return None
+    if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
+        return None
+    raise ValueError(
+        f"{'; '.join(troubles)}. No other checkpoint can be resumed from: to begin anew choose another --name, or move "
+        f"{str(folder)!r} away"
+    )
 
 
 def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int, int] | None:
@@ -307,10 +292,11 @@ def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int
 # -- During training
 
 
-def validation_every(trainer: Trainer) -> int:
-    """Return the optimizer steps between validations, 0 for none."""
+def validates_now(trainer: Trainer) -> bool:
+    """Return whether a validation follows the current optimizer step."""
     every = trainer.val_check_batch
-    return every // trainer.accumulate_grad_batches if isinstance(every, int) and trainer.enable_validation else 0
+    steps = every // trainer.accumulate_grad_batches if isinstance(every, int) and trainer.enable_validation else 0
+    return bool(steps) and trainer.global_step % steps == 0
 
 
 class LastCheckpoint(Checkpoint):
@@ -336,8 +322,7 @@ class LastCheckpoint(Checkpoint):
         self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        validates = validation_every(trainer)
-        if self._is_due(trainer) and not (validates and trainer.global_step % validates == 0):
+        if self._is_due(trainer) and not validates_now(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -418,13 +403,10 @@ class GracefulStop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         micro_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if micro_batch % trainer.accumulate_grad_batches or not self.agreed:
-            return
-        every = validation_every(trainer)
-        if every and trainer.global_step % every == 0:
-            return  # the validation that is due begins and is interrupted, so that it stays due
-        self.stopped = trainer.should_stop = True
-        trainer.limit_val_batches = 0
+        # A validation that is due begins and is interrupted, so that it stays due.
+        if self.agreed and micro_batch % trainer.accumulate_grad_batches == 0 and not validates_now(trainer):
+            self.stopped = trainer.should_stop = True
+            trainer.limit_val_batches = 0
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

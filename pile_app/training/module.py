@@ -10,10 +10,11 @@ micro-batches; of codecs, over images and over the codes of sounds; of objective
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -28,7 +29,7 @@ from pile_app.data.datamodule import PileDataModule, data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
-from pile_app.documents import MODALITIES, BadSample
+from pile_app.documents import MODALITIES, BadSample, Document
 from pile_app.model.backbones import Backbone
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
@@ -40,8 +41,7 @@ from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.vocabulary import Vocabulary
 
-BUCKET = 1 << 25  # gradients that are averaged at a time
-CHECKED, CHECKED_BYTES = 20_000, 256 << 20  # of a source: documents whose labels are checked before training
+CHECKED, CHECKED_BYTES = 20_000, 256 << 20  # of a source: documents whose labels are checked, a second of work
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,9 @@ class PileModule(LightningModule):
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
             self.counted = self.trainer
-        option = getattr(getattr(self.objective, "annotator", None), "option", "")  # that needs the media themselves
-        for source in data.train_data:
-            check_encoded(source, bool(data.sources[source.name].transforms), option)
-        for source in data.validation_data:
-            check_encoded(source, option=option)
-        if stage == "fit" and (annotator := self.annotator) is not None:
-            for source in data.train_data + data.validation_data:
-                check_labels(source, annotator)
+        for source in data.train_data + data.validation_data:
+            augmented = source in data.train_data and bool(data.sources[source.name].transforms)
+            check_source(source, self.annotator, augmented, labels=stage == "fit")
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
@@ -290,17 +285,14 @@ class PileModule(LightningModule):
             loss = self._touch([] if whole else [p for p in self.model.parameters() if p.requires_grad]).requires_grad_()
         elif self._needs_whole_step:
             return self._whole_step(batch)
-        else:
-            loss = self._language_step(batch) + self._touch_unused(batch)
+        else:  # Lightning and DDP average over the parts
+            language = self._language_loss(batch, self.model(batch))
+            loss = language * self.parts + self._penalty() + self._touch_unused(batch)
         self._add_step_loss(loss)
         return loss
 
     def _add_step_loss(self, loss: Tensor) -> None:
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
-
-    def _language_step(self, batch: Batch) -> Tensor:
-        losses = self.model(batch)
-        return self._language_loss(batch, losses) * self.parts + self._penalty()  # Lightning and DDP average over the parts
 
     def _language_loss(self, batch: Batch, losses: dict[int, ModalityLoss]) -> Tensor:
         """Return () the batch's part of the step's loss: weighted nats / targets of the step."""
@@ -361,9 +353,7 @@ class PileModule(LightningModule):
                 language = self._language_loss(batch, self.model.losses(tokens, hidden, batch))
                 loss = loss + objective.language_weight * language
             if self.whole is not None:  # FSDP2 reduces all gathered parameters together: on each device the same
-                loss = loss + self._touch(
-                    [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-                )
+                loss = loss + self._touch(p for p in self.model.parameters() if p.requires_grad)
             yield loss + self._penalty() / self.parts
 
     def on_after_backward(self) -> None:
@@ -380,12 +370,8 @@ class PileModule(LightningModule):
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        whole, bucket = [p for p in trained if not isinstance(p, DTensor)], list[torch.nn.Parameter]()
-        for parameter in whole if self.trainer.world_size > 1 else ():
-            bucket.append(parameter)
-            if parameter is whole[-1] or sum(p.numel() for p in bucket) > BUCKET:
-                average_gradients(bucket)
-                bucket = []
+        if self.trainer.world_size > 1:
+            average_gradients(p for p in trained if not isinstance(p, DTensor))
 
     def _touch_unused(self, batch: Batch) -> Tensor:
         """Return zero with a gradient for every parameter that this batch may not reach.
@@ -400,13 +386,12 @@ class PileModule(LightningModule):
                 unused += self.model.parameters_of_modality(modality)
         if not any(map(len, batch.targets)):  # padding alone
             unused += self.model.backbone.parameters()
-        return self._touch([p for p in unused if not isinstance(p, DTensor)])
+        return self._touch(unused)
 
-    def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
-        """Return () zero that depends on an element of each."""
-        if not parameters:
-            return torch.zeros((), device=self.device)
-        return torch.cat([p.view(-1)[:1] for p in parameters]).sum() * 0.0
+    def _touch(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+        """Return () zero that depends on an element of each that is not sharded."""
+        touched = [p.view(-1)[:1] for p in parameters if not isinstance(p, DTensor)]
+        return torch.cat(touched).sum() * 0.0 if touched else torch.zeros((), device=self.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.in_codec_phase:  # no gradient at all: a zero gradient would still decay weights and momenta
@@ -549,47 +534,35 @@ def _compute(metric: Any) -> Tensor:
     return value
 
 
-def check_encoded(source: SourceData, augmented: bool = False, option: str = "") -> None:
-    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
-    (A remote shard would have to be fetched for it; there the first batch says it.)
+def check_source(source: SourceData, annotator: Annotator | None, augmented: bool, labels: bool) -> None:
+    """Check documents in local shards, so that a run is refused before it trains: whether the model's encoders made the first
+    document with each modality, and the labels, of large sources of documents that are evenly spread over all shards.
 
     Raises:
-        ValueError: another encoder than the model's made it, or `option` of the objective needs the media themselves.
+        ValueError: another encoder made a document, the objective needs its media, or it cannot be labelled.
     """
-    if source.remote[0]:
-        return
-    index = source.index(0)
-    for modality in range(3):
-        segments = (index.modality == modality).nonzero()[0][:1]
-        for sample in index.first_segment.searchsorted(segments, side="right") - 1:
+
+    def check_codes(document: Document) -> None:
+        refuse_encoded(document, getattr(annotator, "option", ""))  # that needs the media themselves
+        for segment in document.segments:
+            if segment.is_encoded and not segment.codes.is_lost:
+                check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
+
+    checks: list[tuple[Iterable[int], Callable[[Document], Any]]] = []
+    if not source.remote[0]:
+        index = source.index(0)
+        rows = np.concatenate([(index.modality == modality).nonzero()[0][:1] for modality in range(3)])
+        checks.append((index.first_segment.searchsorted(rows, side="right") - 1, check_codes))
+    if labels and annotator is not None and type(annotator).check is not Annotator.check:
+        step = max(len(source) // CHECKED, sum(source.sizes) // CHECKED_BYTES) + 1
+        checks.append((range(0, len(source), step), lambda document: annotator.check(annotator.arrange(document))))
+    for numbers, check in checks:
+        for number in map(int, numbers):
+            shard, _ = source.place(number)
             try:
-                document = source.document(int(sample))
-                refuse_encoded(document, option)
-                for segment in document.segments:
-                    if segment.is_encoded and not segment.codes.is_lost:
-                        check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
+                if not source.remote[shard]:
+                    check(source.document(number))
             except BadSample:
                 continue  # counted where it is read for training
-
-
-def check_labels(source: SourceData, annotator: Annotator) -> None:
-    """Check the labels of a source's documents in local shards, so that an unknown one is found before training.
-
-    Of more than `CHECKED` documents or `CHECKED_BYTES`, as many are checked, evenly spread over all shards: a second of work.
-
-    Raises:
-        ValueError: a document cannot be labelled; names its shard.
-    """
-    if type(annotator).check is Annotator.check:
-        return
-    step = max(len(source) // CHECKED, sum(source.sizes) // CHECKED_BYTES) + 1
-    for number in range(0, len(source), step):
-        shard, _ = source.place(number)
-        if source.remote[shard]:
-            continue
-        try:
-            annotator.check(annotator.arrange(source.document(number)))
-        except BadSample:
-            continue  # counted where it is read for training
-        except ValueError as error:
-            raise ValueError(f"{source.paths[shard]}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{source.paths[shard]}: {error}") from error
