@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -78,11 +79,7 @@ class SourceFigures(Callback):
 
     def of_source(self, source: int, data: PileDataModule, found: dict[str, dict[str, float]]) -> dict[str, Any]:
         """All figures of a source; `found`: its likelihoods by modality."""
-        codecs: dict[int, tuple[str, Any]] = {
-            IMAGE: ("psnr", self.psnr[source]),
-            AUDIO: ("log_mel_distance", self.log_mel[source]),
-        }
-        for modality, (name, metric) in codecs.items():
+        for modality, name, metric in ((IMAGE, "psnr", self.psnr[source]), (AUDIO, "log_mel_distance", self.log_mel[source])):
             if metric._update_count:
                 found.setdefault(MODALITIES[modality], {})[name] = float(metric.compute())
         rejected = Counter({reason: count for (of, reason), count in sorted(self.rejected.items()) if of == source})
@@ -122,8 +119,12 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
         for modality in MODALITIES
         for figure, value in found.get(modality, {}).items()
     }
-    if weighted := weighted_bits_per_byte(sources, weights):
-        result["weighted"], values["weighted/text_bits_per_byte"] = weighted, weighted["bits_per_byte"]
+    bits: dict[str, Any] = {name: found.get(MODALITIES[TEXT], {}).get("bits_per_byte") for name, found in sources.items()}
+    parts: list[Any] = [weights.get(name) for name in sources]
+    if len(sources) > 1 and None not in (*parts, *bits.values()):
+        shares = dict(zip(sources, np.divide(parts, np.sum(parts)).tolist(), strict=True))  # by the weights in training
+        result["weighted"] = {"shares": shares, "bits_per_byte": sum(shares[name] * bits[name] for name in sources)}
+        values["weighted/text_bits_per_byte"] = result["weighted"]["bits_per_byte"]
     if module.objective is not None:
         known = {*validation_values(figures.table, names, vocabulary), *(f"{name}_codec_loss" for name in MODALITIES)}
         metrics = {name.removeprefix("validation/"): float(value) for name, value in logged.items()}
@@ -131,16 +132,6 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
         values |= {f"objective/{name}": value for name, value in result["objective"].items()}
     save_figures(result, values, output or run / "evaluation.json", run, config.get("wandb"))
     return result
-
-
-def weighted_bits_per_byte(sources: Mapping[str, Any], weights: Mapping[str, float | None]) -> dict[str, Any]:
-    """Mean of the sources' bits per byte by their weights in training; empty where a source has no weight or no text."""
-    known = {name: float(weights.get(name) or 0) for name in sources}
-    bits = {name: found.get(MODALITIES[TEXT], {}).get("bits_per_byte") for name, found in sources.items()}
-    if len(sources) < 2 or None in [weights.get(name) for name in sources] or None in bits.values():
-        return {}
-    fractions = {name: weight / sum(known.values()) for name, weight in known.items()}
-    return {"shares": fractions, "bits_per_byte": sum(fractions[name] * bits[name] for name in sources)}
 
 
 def save_figures(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:

@@ -55,7 +55,7 @@ CONTEXT = 512  # the default of `data.context`
 QUANTILES = {"minimum": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "maximum": 1.0}
 KINDS = ("documents", "images", "sounds")  # of duplicates
 EXAMPLES = 10
-SHOWN_CHARACTERS, TOLD_CHARACTERS = 20_000, 100  # of a text on the page, and in the terminal
+SHOWN_CHARACTERS = 20_000  # of a text on the page
 Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None if that is impossible
 STYLE = """
 .documents{--least:24rem}.card>small{display:block;margin-bottom:.5rem;overflow-wrap:anywhere}.segment{margin:.45rem 0}
@@ -146,7 +146,14 @@ def find_shards(paths: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]],
     for path in paths:
         here = Path(path)
         if (here / "dataset.json").is_file():
-            for source, split, pattern in prepared_shards(here / "dataset.json"):
+            file = here / "dataset.json"
+            try:
+                patterns = {(name, split): one["shards"] for name, splits in json.loads(file.read_bytes())["sources"].items()
+                            for split, one in splits.items()}  # fmt: skip
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                problem = f"{str(file)!r} is not what `pile prepare` writes ({error!r}): prepare the data again"
+                raise ValueError(problem) from error
+            for (source, split), pattern in patterns.items():
                 add(source, split, expand_shards(str(here / pattern)))
         elif (here / "config.yaml").is_file() or here.suffix in (".yaml", ".yml"):
             if config is not None:
@@ -166,15 +173,6 @@ def find_shards(paths: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]],
             for (_, source, split), tars in groups.items():
                 add(source, split, tars)
     return found, config
-
-
-def prepared_shards(path: Path) -> list[tuple[str, str, str]]:
-    """Return (source, split, pattern) of what `pile prepare` wrote."""
-    try:
-        sources = json.loads(path.read_bytes())["sources"]
-        return [(source, split, one["shards"]) for source, splits in sources.items() for split, one in splits.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is not what `pile prepare` writes ({error!r}): prepare the data again") from error
 
 
 def read_config(path: Path) -> Any:
@@ -527,31 +525,25 @@ def decoder(model: FusedLanguageModel) -> Decode:
 
 
 def _tell(description: Mapping[str, Any], folder: Path) -> str:
-    """Write the page, and return the summary."""
-    first, stop = description["positions"]
+    """Write the page, and return the summary: a line a document."""
+    (first, stop), run, step, found = (description[name] for name in ("positions", "run", "step", "found"))
     where = f"positions {first} to {stop - 1}" if stop > first + 1 else f"position {first}"
-    run, step = description["run"], description["step"]
-    notes = [f"trained in this phase: {description['phase']}"] if "codecs" in description["phase"] else []
-    notes += [] if description["trained"] else ["planned: the checkpoint is from before it"]
+    notes = [f"trained in this phase: {description['phase']}"] * ("codecs" in description["phase"])
+    notes += ["planned: the checkpoint is from before it"] * (not description["trained"])
     what = run if step is None else f"step {step} of {run}"
-    lines = [f"{what}: {where}, {description['found']} documents" + (f" ({'; '.join(notes)})" if notes else "")]
+    lines = [f"{what}: {where}, {found} documents" + (f" ({'; '.join(notes)})" if notes else "")]
     groups = []
     for position, group in groupby(description["documents"], itemgetter("position")):
         documents = list(group)
-        of_pack = f"{documents[0]['source']}, epoch {documents[0]['epoch']}"
-        groups.append((f"Position {position}: {of_pack}, step {documents[0]['step']}", documents))
-        lines.append(f"position {position}: source {of_pack}")
+        heading = f"Position {position}: {documents[0]['source']}, epoch {documents[0]['epoch']}, step {documents[0]['step']}"
+        groups.append((heading, documents))
+        lines.append(heading)
         for one in documents:
-            lines.append(f"  {one['key']}: {one['facts']}")
+            lines.append(f"  {one['key']}: {one['facts']}, {' + '.join(segment['modality'] for segment in one['segments'])}")
             if one["rejected"]:
                 lines.append(f"    not used, {one['rejected']['reason']}: {one['rejected']['detail']}")
-            for segment in one["segments"]:
-                shown, state = segment.get("file") or segment.get("note") or "", state_of(segment)
-                if (text := segment.get("text")) is not None:
-                    shown = repr(text[:TOLD_CHARACTERS]) + " ..." * (len(text) > TOLD_CHARACTERS)
-                lines.append(f"    {segment['modality']} {shown}" + f" ({state})" * bool(state))
-    if len(description["documents"]) < description["found"]:
-        lines.append(f"and {description['found'] - len(description['documents'])} more documents")
+    if len(description["documents"]) < found:
+        lines.append(f"and {found - len(description['documents'])} more documents")
     show_documents(f"{Path(run).resolve().name}: {where if step is None else f'step {step}'}", notes, groups, folder)
     return "\n".join(lines)
 
@@ -564,8 +556,8 @@ def write_json(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
-    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` plus its
-    extension, unchanged or decoded from its codes."""
+    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` plus its extension, as it is
+    or decoded from its codes."""
     entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
     if segment.is_encoded:
         try:
@@ -599,17 +591,13 @@ def show_documents(
     write_page(folder / "documents.html", title, notes, body, style=STYLE, media="data: 'self' file:")
 
 
-def state_of(segment: Mapping[str, Any]) -> str:
-    """Tell whether the model saw and learned a segment; "" if it did both."""
-    return "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
-
-
 def _card(one: Mapping[str, Any], folder: Path, media: str) -> str:
     card = f"<small><b>{escape(one['key'])}</b> {escape(one['facts'])}</small>"
     if one["rejected"]:
         card += f'<small class="bad">{escape(one["rejected"]["reason"])}: {escape(one["rejected"]["detail"])}</small>'
     for segment in one["segments"]:
-        note = f"<small>{escape(state_of(segment))}</small>" if state_of(segment) else ""
+        state = "hidden" if segment["hidden"] else "" if segment["learned"] else "given, not learned"
+        note = f"<small>{state}</small>" if state else ""
         if "note" in segment:
             shown = f'<small class="bad">{escape(segment["modality"])}: {escape(segment["note"])}</small>'
         elif "text" in segment:

@@ -21,7 +21,7 @@ from pile_app.documents import MODALITIES
 from pile_app.model.backbones import Backbone
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.callbacks import measure_matmul_flops
-from pile_app.training.cli import codec_configs, count_devices, parse_config
+from pile_app.training.cli import codec_configs, count_devices, is_sharded, parse_config
 from pile_app.training.load import fast_precision
 from pile_app.training.memory import Layout, plan_memory
 from pile_app.training.optim import OptimizerConfig
@@ -76,15 +76,15 @@ class Plan:
         self.has_tokenizer = os.path.exists(spec) or (spec == "bytes" and not backbone.words)
         tokenizer = load_tokenizer(spec, backbone.turns) if self.has_tokenizer else ByteTokenizer()
         if not self.has_tokenizer:
-            tokenizer.size = size = backbone.words or text_tokens
-            tokenizer.token_bytes = np.ones(size, np.int64)
+            tokenizer.size = backbone.words or text_tokens
+            tokenizer.token_bytes = np.ones(tokenizer.size, np.int64)
         self.words, self.width, self.heads = backbone.words, backbone.width, getattr(backbone, "heads", 0)
         model = meta_model(config, tokenizer, backbone)
         self.vocabulary, self.parts = model.vocabulary, count_parts(model)
         self.parameters = sum(size for part, size in self.parts.items() if part != "codecs")
         self.fill, self.attended, self.source = 1.0, (config.data.context + 1) / 2, "assumed, --read-data measures"
         self.epoch_tokens = 0  # unknown
-        used = model.vocabulary.modalities
+        used = self.vocabulary.modalities
         self.fractions = tuple((modality in used) / len(used) for modality in range(len(MODALITIES)))
         if read_data:
             self.measure_data(model, tokenizer)
@@ -151,7 +151,7 @@ class Plan:
         speed = f"{self.tokens_per_step / self.seconds_per_step:,.0f} tokens/s at {self.utilization:.0%} utilization"
         sending = f"; {self.seconds_sending():.3g} s of communication to overlap" if layout.data_parallel > 1 else ""
         checkpoint = 4 * sum(self.parts.values()) + memory.optimizer * layout.shards * layout.tensor_parallel
-        lines = {
+        figures = {
             "parameters": ", ".join(f"{part} {size:,}" for part, size in self.parts.items() if size),
             "language model": f"{self.parameters:,} parameters",
             "data": f"fill {self.fill:.1%}, {self.attended:,.0f} tokens attended to, targets {fractions} ({self.source})",
@@ -166,10 +166,10 @@ class Plan:
         if self.steps is not None:
             passes = f", {self.tokens / self.epoch_tokens:.2f} passes over the data" if self.epoch_tokens else ""
             ratio, hours = self.tokens / (20 * self.parameters), self.steps * self.seconds_per_step / 3600
-            lines["tokens"] = f"{self.tokens:,.0f} in {self.steps:,} steps{passes}, {ratio:.2f} x Chinchilla's 20 a parameter"
+            figures["tokens"] = f"{self.tokens:,.0f} in {self.steps:,} steps{passes}, {ratio:.2f} x Chinchilla's 20 a parameter"
             unit, size = ("days", 24.0) if hours > 24 else ("hours", 1.0) if hours > 1 else ("minutes", 1 / 60)
-            lines["time"] = f"{hours / size:,.1f} {unit} ({hours * layout.devices:,.1f} device hours)"
-        return lines
+            figures["time"] = f"{hours / size:,.1f} {unit} ({hours * layout.devices:,.1f} device hours)"
+        return figures
 
     def warnings(self) -> list[str]:
         """Warnings by rules of thumb, each with its figure and a fix."""
@@ -240,15 +240,12 @@ def _bytes(count: float) -> str:
 
 def make_layout(config: Namespace, devices: int | None) -> Layout:
     """Read the trainer's options."""
-    chosen = config.trainer.strategy
     devices = count_devices(config.trainer) if devices is None else devices
-    options = {} if isinstance(chosen, str) else vars(getattr(chosen, "init_args", None) or Namespace())
-    name = (chosen if isinstance(chosen, str) else chosen.class_path).lower()
-    is_sharded = any(word in name for word in ("fsdp", "modelparallel", "sharded"))
+    options = vars(getattr(config.trainer.strategy, "init_args", None) or Namespace())
     parallel = options.get("tensor_parallel_size", 1)
     if devices < 1 or parallel < 1 or devices % parallel:
         raise ValueError(f"tensor_parallel_size={parallel} must divide the {devices} devices")
-    strategy: Any = "fsdp" if is_sharded else "ddp" if devices > 1 else "single"
+    strategy: Any = "fsdp" if is_sharded(config.trainer) else "ddp" if devices > 1 else "single"
     return Layout(strategy, devices, parallel, bool(options.get("gradient_as_bucket_view", False)))
 
 
