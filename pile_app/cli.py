@@ -98,10 +98,8 @@ def run_command(name: str, words: Sequence[str]) -> None:
     except Exception as error:  # jsonargparse's
         if type(error).__name__ != "ArgumentError":
             raise
-        message = " ".join(
-            str(error).replace('Parser key "', "--").replace('":', ":").replace("a typing.Literal", "one of ").split()
-        )
-        raise ValueError(f"{message}; see pile {name} --help") from error
+        message = str(error).replace('Parser key "', "--").replace('":', ":").replace("a typing.Literal", "one of ")
+        raise ValueError(f"{' '.join(message.split())}; see pile {name} --help") from error
     if not forwards:
         del values["config"]
     command(*forwarded, **values)

@@ -82,9 +82,7 @@ class HuggingFace(Backbone):
             from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
-            raise ValueError(
-                "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
-            ) from error
+            raise ValueError("backbone HuggingFace needs transformers: pip install transformers peft") from error
         disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -95,9 +93,8 @@ class HuggingFace(Backbone):
             config = AutoConfig.from_pretrained(path, **options).get_text_config()
             config._attn_implementation = "pile"
             if pretrained:
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, config=config, dtype=torch.float32, use_safetensors=True, **options
-                )
+                options |= {"config": config, "use_safetensors": True}
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
             else:
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
@@ -133,9 +130,8 @@ class HuggingFace(Backbone):
         self._is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self.register_load_state_dict_post_hook(lambda own, _: own.tie())
         self.tensor_parallel = dict(self._plan(config.base_model_tp_plan or {}))
-        self._cache_name = (
-            "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
-        )
+        names = inspect.signature(type(model.base_model).forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
         words = len(self.text_embedding())
@@ -212,9 +208,7 @@ class HuggingFace(Backbone):
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         if past + x.size(1) > self.context:
-            raise ValueError(
-                f"{past + x.size(1)} tokens of context, but the model of {self.path!r} takes {self.context} at most"
-            )
+            raise ValueError(f"a context of {past + x.size(1)} tokens: the model of {self.path!r} takes {self.context} at most")
         masks = self._masks(x, document, position, piece_starts, cache is not None, past)
         wanted = self.recompute and self.training and torch.is_grad_enabled()
         if wanted != self._checkpoints:

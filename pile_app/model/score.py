@@ -168,9 +168,8 @@ def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: i
     tokens = _text_tokens(model.tokenizer.encode(text))
     firsts = [2, *range(context, len(tokens), stride)] if len(tokens) > 2 else []
     stops = [min(first + stride if first > 2 else context, len(tokens)) for first in firsts]
-    return score_tokens(
-        model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in zip(firsts, stops, strict=True)]
-    )
+    windows = zip(firsts, stops, strict=True)
+    return score_tokens(model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in windows])
 
 
 def score_tokens(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:

@@ -177,9 +177,7 @@ def _read(shards: Shards, number: int, tokenizer: Tokenizer, left: Counter[str])
         return replace(shards.document(number), key=index.key(sample))
     except BadSample as error:
         if tokenizer.fingerprint != "bytes" and columns_of(tokenizer)[0] not in index.columns:
-            raise ShardError(
-                f"{error}: fetch the shard again (its tokens were never counted, so it cannot be skipped)"
-            ) from error
+            raise ShardError(f"{error}: fetch the shard again (its tokens were never counted: it is not skipped)") from error
         left[error.reason] += 1
     counts, in_tokens = text_counts(index, tokenizer)
     first_break = starts(index.break_count)

@@ -45,17 +45,17 @@ class SourceFigures(Callback):
         self.rejected: Counter[tuple[int, str]] = Counter()
         self.table = torch.zeros(0)  # of `TokenMetrics`
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         count = len(trainer.datamodule.validation_names)  # type: ignore[attr-defined]
-        self.psnr = nn.ModuleList(PeakSignalNoiseRatio(data_range=255.0) for _ in range(count)).to(pl_module.device)
-        self.log_mel = nn.ModuleList(MeanMetric() for _ in range(count)).to(pl_module.device)
+        self.psnr = nn.ModuleList(PeakSignalNoiseRatio(data_range=255.0) for _ in range(count)).to(module.device)
+        self.log_mel = nn.ModuleList(MeanMetric() for _ in range(count)).to(module.device)
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *args: Any
     ) -> None:
-        assert isinstance(pl_module, PileModule)
-        image_codec, audio_codec = pl_module.model.image_codec, pl_module.model.audio_codec
+        assert isinstance(module, PileModule)
+        image_codec, audio_codec = module.model.image_codec, module.model.audio_codec
         self.documents.update(source for pack in batch.documents for source, _, _, start, _ in pack if start == 0)
         self.rejected.update((source, reason) for source, _, reason, _ in batch.rejected)
         if image_codec is not None and len(batch.images):
@@ -72,10 +72,10 @@ class SourceFigures(Callback):
             for source in sources.unique().tolist():
                 self.log_mel[source].update(distances[sources == source])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Keep the table, which the module's own hook resets afterwards."""
-        assert isinstance(pl_module, PileModule)
-        self.table = pl_module.token_metrics.compute().cpu().clone()
+        assert isinstance(module, PileModule)
+        self.table = module.token_metrics.compute().cpu().clone()
 
     def of_source(self, source: int, data: PileDataModule, found: dict[str, dict[str, float]]) -> dict[str, Any]:
         """All figures of a source; `found`: its likelihoods by modality."""
@@ -105,9 +105,8 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
     )  # fmt: skip
     logged = trainer.validate(module, datamodule=data, verbose=False)[0]
     names, vocabulary = data.validation_names, module.vocabulary
-    sources = {
-        name: figures.of_source(index, data, likelihoods(figures.table[index], vocabulary)) for index, name in enumerate(names)
-    }
+    found = [likelihoods(rows, vocabulary) for rows in figures.table]
+    sources = {name: figures.of_source(number, data, found[number]) for number, name in enumerate(names)}
     result: dict[str, Any] = {
         "run": str(run), "checkpoint": str(find_checkpoint(run, checkpoint)), "step": saved["global_step"],
         "context": data.context, "precision": str(trainer.precision), "sources": sources,

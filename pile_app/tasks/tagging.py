@@ -71,9 +71,7 @@ def tags_of_words(words: Sequence[Offsets], spans: Iterable[Sequence[Any]], type
     for start, stop, name in spans:
         first, last = bisect_left(starts, start), bisect_right(stops, stop)
         if name not in types:
-            raise ValueError(
-                f"the span [{start}, {stop}) has the type {name!r}, model.objective.types has {list(types)}: add it there"
-            )
+            raise ValueError(f"span [{start}, {stop}) has the type {name!r}, model.objective.types has {list(types)}: add it")
         if first >= last or starts[first] != start or stops[last - 1] != stop or tags[first:last].any():
             raise ValueError(
                 f"the span [{start}, {stop}) of type {name!r} does not begin and end with words, or lies in another: "
@@ -298,9 +296,8 @@ class Tagging(Objective):
     def report(self, folder: Path) -> dict[str, Any]:
         """Write `entities.json`: the scores of each type, and its number of entities."""
         names = ("precision", "recall", "f1", "count")
-        table = {
-            one: {name: self.last[f"{name}_by_type"][number].item() for name in names} for number, one in enumerate(self.types)
-        }
+        columns = {name: self.last[f"{name}_by_type"].tolist() for name in names}
+        table = {one: {name: columns[name][number] for name in names} for number, one in enumerate(self.types)}
         (folder / "entities.json").write_text(json.dumps(table, indent=2) + "\n")
         return {}
 

@@ -82,7 +82,7 @@ class DataReport(Callback):
         self.documents = state_dict["documents"]
         self.rejected, self.source_tokens = Counter(state_dict["rejected"]), Counter(state_dict["source_tokens"])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Drop the entries after the checkpoint that is resumed, and check how many documents were rejected at indexing."""
         drop_later_lines(trainer, self.path.parent.glob(self.path.name))
         for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
@@ -93,9 +93,7 @@ class DataReport(Callback):
                     "fix the data or its `fields`, or raise data.max_rejected_share above that fraction"
                 )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         names: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         self.documents += sum(map(len, batch.documents))
         padding = (batch.document == PADDING).sum()
@@ -110,7 +108,7 @@ class DataReport(Callback):
         values = {"data/padding_share": float(self.padding) / self.positions}
         values |= {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
         values |= {f"data/rejected/{name}": float(count) for name, count in self.rejected.items()}
-        pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
+        module.log_dict(values, rank_zero_only=True, batch_size=1)
         self.padding, self.positions = None, 0
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
@@ -126,11 +124,9 @@ class DataReport(Callback):
         self._record("validation", trainer.datamodule.validation_names, batch, trainer.global_step)  # type: ignore[attr-defined]
 
     def _record(self, split: str, names: list[str], batch: Batch, step: int) -> None:
-        fixed = {"step": step, "split": split}
-        rejected = (
-            {"source": names[source], "key": key, "reason": why, "detail": what} for source, key, why, what in batch.rejected
-        )
-        append_lines(self.path, (fixed | entry for entry in rejected))
+        fixed, names_of = {"step": step, "split": split}, ("source", "key", "reason", "detail")
+        rows = ((names[source], *rest) for source, *rest in batch.rejected)
+        append_lines(self.path, (fixed | dict(zip(names_of, row, strict=True)) for row in rows))
 
 
 def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
@@ -152,14 +148,12 @@ class Ledger(Callback):
     def __init__(self, run: Path) -> None:
         self.folder = run / "ledger"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.folder.mkdir(exist_ok=True)
         drop_later_lines(trainer, self.folder.glob("*.jsonl"))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        mesh = pl_module.device_mesh
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        mesh = module.device_mesh
         if mesh is not None and mesh["tensor_parallel"].get_local_rank():
             return  # trained on what the first of its group records
         step, packs = batch_idx // trainer.accumulate_grad_batches + 1, zip(batch.numbers, batch.documents, strict=True)
@@ -183,8 +177,8 @@ class Throughput(Callback):
     (Lightning's ThroughputMonitor knows peaks of GPUs only, and neither waiting nor modalities.)
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.peak_flops = measure_matmul_flops(pl_module.device)
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.peak_flops = measure_matmul_flops(module.device)
         self._reset(trainer)
 
     def _reset(self, trainer: Trainer) -> None:
@@ -193,34 +187,32 @@ class Throughput(Callback):
         self.waited = getattr(trainer.train_dataloader, "waited", 0.0)  # before this interval
         self.began = time.perf_counter()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if hasattr(self, "began"):
             self.began += time.perf_counter() - self.paused
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, PileModule)
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        assert isinstance(module, PileModule)
         self.tokens = [count + len(targets) for count, targets in zip(self.tokens, batch.targets, strict=True)]
-        if not pl_module.in_codec_phase:
+        if not module.in_codec_phase:
             is_token = batch.document != PADDING
             self.attended.append(torch.stack([is_token.sum(), (batch.position + 1).mul(is_token).sum()]))
         if not is_logged(trainer, batch_idx):
             return
         seconds, (shares, _) = max(time.perf_counter() - self.began, 1e-9), data_parallel(trainer)
         waited = getattr(trainer.train_dataloader, "waited", 0.0) - self.waited
-        speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in pl_module.vocabulary.modalities}
+        speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in module.vocabulary.modalities}
         values = {f"throughput/{name}_tokens_per_second": speed for name, speed in speeds.items()}
         values |= {"throughput/tokens_per_second": sum(speeds.values()), "throughput/data_wait_share": waited / seconds}
         if self.attended:
             tokens, attended = torch.stack(self.attended).sum(0).tolist()
-            flops = tokens * shares / trainer.world_size * pl_module.model.flops_per_token(attended / max(1, tokens))
+            flops = tokens * shares / trainer.world_size * module.model.flops_per_token(attended / max(1, tokens))
             values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
-        pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        pl_module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
+        module.log_dict(values, rank_zero_only=True, batch_size=1)
+        module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
         self._reset(trainer)
 
 
@@ -247,11 +239,11 @@ class PileProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
         self.shown: tuple[int, dict[str, Any]] = (-1, {})
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         step = trainer.global_step // trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self.shown[0]:  # something new was logged; reading it waits for the device
-            hidden = ("v_num",) if pl_module.in_codec_phase else ("v_num", "_codec_loss")
-            metrics = super().get_metrics(trainer, pl_module).items()
+            hidden = ("v_num",) if module.in_codec_phase else ("v_num", "_codec_loss")
+            metrics = super().get_metrics(trainer, module).items()
             self.shown = step, {name.removeprefix("train/"): v for name, v in metrics if not name.endswith(hidden)}
         return dict(self.shown[1])
 
@@ -272,26 +264,24 @@ class SampleGeneration(Callback):
         self.every_n_steps, self.count, self.sampling = every_n_steps, count, sampling
         self.written = -1  # the last step with samples
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         is_due = trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
         is_due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if is_due and not pl_module.in_codec_phase and ends_step(trainer, batch_idx):
-            self.write(trainer, pl_module.whole_model(), trainer.global_step - 1)
+        if is_due and not module.in_codec_phase and ends_step(trainer, batch_idx):
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Write before W&B has the step of the validation."""
-        assert isinstance(pl_module, PileModule)
-        is_training = trainer.state.fn == "fit" and not pl_module.in_codec_phase
-        if is_training and self.every_n_steps is None and pl_module.whole is None:
-            self.write(trainer, pl_module.whole_model(), trainer.global_step - 1)
+        assert isinstance(module, PileModule)
+        is_training = trainer.state.fn == "fit" and not module.in_codec_phase
+        if is_training and self.every_n_steps is None and module.whole is None:
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)
 
-    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Write the samples of a run that ended before its last step, as by early stopping. Called on the first device."""
-        assert isinstance(pl_module, PileModule)
-        if trainer.global_step >= pl_module.codec_steps:
-            self.write(trainer, pl_module.model, trainer.global_step)
+        assert isinstance(module, PileModule)
+        if trainer.global_step >= module.codec_steps:
+            self.write(trainer, module.model, trainer.global_step)
         return {}
 
     def write(self, trainer: Trainer, model: FusedLanguageModel | None, logged_at: int) -> None:

@@ -318,18 +318,18 @@ class LastCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and self.saved_step != trainer.global_step
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self._is_due(trainer) and not validates_now(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
             self.save(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.saved_step != trainer.global_step:
             self.save(trainer)
 
@@ -371,7 +371,7 @@ class GracefulStop(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"in_validation": self.in_validation}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Begin with the validation that was interrupted; to Lightning it has just started."""
         if checkpoint["callbacks"].get(self.state_key, {}).get("in_validation"):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -384,7 +384,7 @@ class GracefulStop(Callback):
             os.kill(os.getpid(), number)
         self.received = number
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._original = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
@@ -393,13 +393,13 @@ class GracefulStop(Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         for number, handler in self._original.items():
             signal.signal(number, handler)
         self._original = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.timer.on_train_start(trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.timer.on_train_start(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         micro_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready

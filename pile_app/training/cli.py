@@ -295,9 +295,8 @@ def parse_config(arguments: list[str]) -> Namespace:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            return _ParsingCLI(
-                PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments
-            ).config
+            options = CLI_OPTIONS | {"seed_everything_default": False}
+            return _ParsingCLI(PileModule, PileDataModule, **options, args=arguments).config
         except ArgumentError as error:
             raise ValueError(str(error)) from error
 

@@ -94,11 +94,11 @@ class StepGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts, self.in_a_row = Counter(state_dict["counts"]), state_dict["in_a_row"]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, PileModule)
-        pl_module.guard = self
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        assert isinstance(module, PileModule)
+        module.guard = self
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         drop_later_lines(trainer, self.path.parent.glob(self.path.name))
 
     def skips(self, step: int) -> bool:
@@ -116,9 +116,7 @@ class StepGuard(Callback):
         self.reason = PASSED_OVER if self.skips(trainer.global_step + 1) else "".join(wrong[:1])
         return bool(self.reason)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.packs += zip(batch.numbers, batch.documents, strict=True)
         if not ends_step(trainer, batch_idx):
             return
@@ -130,7 +128,7 @@ class StepGuard(Callback):
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = {"train/gradient_norm": self.step["gradient_norm"]}
             values |= {f"rejected/{reason}".replace(" ", "_"): float(count) for reason, count in self.counts.items()}
-            pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
+            module.log_dict(values, rank_zero_only=True, batch_size=1)
         if self.in_a_row > self.config.max_rejected:
             raise DivergedError(
                 f"{self.in_a_row} optimizer steps in a row could not be taken, up to step {step} ({self.reason}: {self.step}). "
@@ -146,7 +144,7 @@ class StepGuard(Callback):
         if self.reason != PASSED_OVER and trainer.is_global_zero:
             log.warning("step %d is not taken: %s (%s)", step, self.reason, self.step)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         name = find_not_finite({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")})
         # All devices raise together, or the others would wait.
         if trainer.strategy.reduce_boolean_decision(bool(name), all=False):

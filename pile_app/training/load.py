@@ -159,19 +159,13 @@ def link_model_to_data(parser: LightningArgumentParser) -> None:
         parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
 
 
-def make_model_parser() -> LightningArgumentParser:
-    """Return a parser of `model` and `data` alone, as training has them."""
+def build_run(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
+    """Build model and data module of a run's configuration, without the files that training began with, and not compiled."""
+    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(PileModule, "model")
     parser.add_lightning_class_args(PileDataModule, "data")
     link_model_to_data(parser)
-    return parser
-
-
-def build_run(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
-    """Build model and data module of a run's configuration, without the files that training began with, and not compiled."""
-    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
-    parser = make_model_parser()
     try:
         built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))
     except (ArgumentError, TypeError) as error:

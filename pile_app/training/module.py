@@ -37,7 +37,7 @@ from pile_app.model.pretrained import check_shapes
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
 from pile_app.training.objective import Objective, refuse_encoded, sum_over_devices
-from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
+from pile_app.training.optim import OptimizerConfig, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.vocabulary import Vocabulary
 
@@ -123,9 +123,7 @@ class PileModule(LightningModule):
         if not (0 <= word_dropout < 1 and 0 <= code_dropout < 1):
             raise ValueError(f"word_dropout and code_dropout are in [0, 1), not {word_dropout} and {code_dropout}")
         if backbone.tokenizer is not None and tokenizer not in ("bytes", backbone.tokenizer):
-            raise ValueError(
-                f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
-            )
+            raise ValueError(f"model.tokenizer={tokenizer!r}: the backbone has its own, {backbone.tokenizer!r}; leave it out")
         words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
         self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout)
         self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
@@ -304,7 +302,8 @@ class PileModule(LightningModule):
         if not self.l1:
             return 0.0
         language = (self.model.backbone, self.model.embeddings, self.model.heads)
-        return self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
+        matrices = [p for part in language for p in part.parameters() if p.dim() >= 2]
+        return self.l1 * torch.stack([matrix.abs().sum() for matrix in matrices]).sum()
 
     def _whole_step(self, batch: Batch) -> Tensor:
         """Hold the micro-batches of a step until the last, as the loss of each depends on all of them; then train on all."""

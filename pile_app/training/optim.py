@@ -174,8 +174,3 @@ def make_optimizer(
         return lambda step: schedule_factor(config, step - start, steps - start)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(str(g["name"])) for g in optimizer.param_groups])
-
-
-def l1_penalty(module: nn.Module) -> torch.Tensor:
-    """Return () float32 the sum of the absolute values of all matrices."""
-    return torch.stack([p.abs().sum() for p in module.parameters() if p.dim() >= 2]).sum()

@@ -160,7 +160,7 @@ class RunFolder(Callback):
     def _elapsed(self) -> float:
         return self.train_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Write into the folder; not earlier, since a run that is refused must not change it."""
         self._began, self.has_begun = time.perf_counter(), True
         if not trainer.is_global_zero:
@@ -170,8 +170,8 @@ class RunFolder(Callback):
         if tokenizer.is_file() and not (trainer.global_step and copy.exists()):
             shutil.copyfile(tokenizer, copy)
         if not (self.run / BACKBONE).exists():
-            pl_module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
-        save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
+            module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
+        save_codecs(module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
@@ -181,21 +181,19 @@ class RunFolder(Callback):
             else:
                 logger.log_hyperparams(yaml.safe_load(self.config))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if ends_step(trainer, batch_idx):
             targets = batch.normalizer.long()
             self._uncounted = targets if self._uncounted is None else self._uncounted + targets
         if is_logged(trainer, batch_idx):
             progress = {"throughput/tokens": float(self._count()), "throughput/train_seconds": self._elapsed()}
-            pl_module.log_dict(progress, rank_zero_only=True, batch_size=1)
+            module.log_dict(progress, rank_zero_only=True, batch_size=1)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         metrics = trainer.callback_metrics.items()
         self.validation = trainer.global_step, {name: float(v) for name, v in metrics if name.startswith("validation/")}
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
 
     def write_summary(self, trainer: Trainer, module: PileModule, figures: dict[str, Any]) -> None:

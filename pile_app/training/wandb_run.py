@@ -82,7 +82,8 @@ class WandbRun(WandbLogger):
             return
         with open(self.run / "metrics.csv", newline="") as file:
             history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
-        history += [(step_of(folder), folder) for folder in (self.run / "samples").glob("step-*")]
+        # Samples of step-00000500 are logged at 499, the step of the last losses before them.
+        history += [(int(folder.name[5:]) - 1, folder) for folder in (self.run / "samples").glob("step-*")]
         for step, logged in sorted(history, key=lambda entry: entry[0]):
             if step >= first_step:
                 break
@@ -92,11 +93,6 @@ class WandbRun(WandbLogger):
                 self.log_metrics({name: float(value) for name, value in logged.items() if value}, step)
         for path in earlier:
             shutil.rmtree(path)
-
-
-def step_of(folder: Path) -> int:
-    """The step that the samples in `samples/step-00000500` are logged at, 499: that of the last losses before them."""
-    return int(folder.name.removeprefix("step-")) - 1
 
 
 def log_samples(trainer: Trainer, folder: Path, step: int) -> None:
