@@ -68,16 +68,11 @@ def answer_prompts(
     with model.inference():
         for indices, context in by_length([lay_out(model, prompt, to, sampling.guidance != 1) for prompt in prompts]):
             decoder = Decoder(model, context, segment_limit(model, to, sampling), sampling.guidance, sampling.seed, indices)
-            answers.update(zip(indices, _result(decoder.write(to, sampling)), strict=True))
+            try:
+                next(decoder.write(to, sampling))  # yields nothing
+            except StopIteration as end:
+                answers.update(zip(indices, end.value, strict=True))
     return [answers[index] for index in range(len(prompts))]
-
-
-def _result(writing: Generator[str, None, list[Answer]]) -> list[Answer]:
-    while True:
-        try:
-            next(writing)
-        except StopIteration as end:
-            return end.value
 
 
 @torch.no_grad()

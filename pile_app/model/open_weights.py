@@ -80,6 +80,7 @@ class HuggingFace(Backbone):
     ) -> None:
         try:
             from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+            from transformers.utils import cached_file
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ValueError("backbone HuggingFace needs transformers: pip install transformers peft") from error
@@ -113,7 +114,8 @@ class HuggingFace(Backbone):
         table = model.get_input_embeddings().weight.detach()
         self.words = len(table)
         self.code_std = 0.0 if table.is_meta else float(table.std()) / 2
-        self.tokenizer = _tokenizer_file(path, revision)
+        found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        self.tokenizer = None if found is None else str(Path(found))
         self.turns = read_turns(path, revision) if self.tokenizer else {}
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
@@ -137,11 +139,8 @@ class HuggingFace(Backbone):
         words = len(self.text_embedding())
         if tokenizer.size > words:
             raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model of {self.path!r} has vectors of {words}")
-        like = {
-            Vocabulary.BEGIN: self._begin,
-            Vocabulary.END: self._end,
-            Vocabulary.OPENERS[TEXT]: int(tokenizer.encode("\n")[-1]),
-        }
+        newline = int(tokenizer.encode("\n")[-1])
+        like = {Vocabulary.BEGIN: self._begin, Vocabulary.END: self._end, Vocabulary.OPENERS[TEXT]: newline}
         embedding, head = (TextTable(table, tokenizer.size, like) for table in (self.text_embedding, self.text_head))
         with torch.no_grad():  # likely at the beginning of a text, unlike within one, where the word for a newline wins
             head.weight[Vocabulary.OPENERS[TEXT]].lerp_(head.weight[Vocabulary.NULL], 0.25)
@@ -361,11 +360,3 @@ def read_turns(path: str, revision: str = "main") -> dict[str, str]:
         system = user
     found = {"system": system, "user": user, "assistant": assistant}
     return {ROLES[role]: text.removesuffix("\n") for role, text in found.items()}
-
-
-def _tokenizer_file(path: str, revision: str) -> str | None:
-    """The `tokenizer.json` of a folder or a name on the hub; None where there is none."""
-    from transformers.utils import cached_file
-
-    found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else str(Path(found))

@@ -200,10 +200,8 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
         weights = checkpoint["state_dict"]
         tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
     if tokenizer != model.tokenizer.fingerprint and not codecs_only:
-        raise ValueError(
-            f"{option} was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}: set "
-            "model.tokenizer to that of the run"
-        )
+        wrong = f"was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}"
+        raise ValueError(f"{option} {wrong}: set model.tokenizer to that of the run")
     parts: dict[str, nn.Module] = {f"model.{MODALITIES[modality]}_codec.": codec for modality, codec in model.codecs.items()}
     for prefix, module in parts.items() if codecs_only else [("model.", model)]:
         load_weights(module, weights, prefix)
