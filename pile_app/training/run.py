@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -61,16 +61,14 @@ def begin(run: Path, config: Namespace, dumped: str, is_first: bool) -> Path | N
     steps = check_complete(run, asked)
     if steps is not None:
         if is_first:
-            print(
-                f"{run} is complete ({steps} steps): open {run / 'report.html'}; to train longer raise trainer.max_steps, or "
-                "choose another --name"
-            )
+            longer = "to train longer raise trainer.max_steps, or choose another --name"
+            print(f"{run} is complete ({steps} steps): open {run / 'report.html'}; {longer}")
         raise SystemExit
     checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
     if checkpoint is None:
         check_origin(asked["model"])
         return None
-    was = check_resume(run, checkpoint, asked)["model"]
+    was = check_resume(run, checkpoint, asked)
     if model.start_from or model.codecs_from:  # the run has them now, and does without the files that it began with
         model.start_from, model.codecs_from = None, str(checkpoint) if model.image or model.audio else None
     if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
@@ -108,8 +106,7 @@ class _MetricsFile(ExperimentWriter):
         """Drop what a killed process logged after its last checkpoint, at optimizer step `step`."""
         kept = [row for row in self._read() if int(row["step"]) < step]
         if self.metrics_keys:
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, self.metrics_keys)
+            writer = csv.DictWriter(text := io.StringIO(newline=""), self.metrics_keys)
             writer.writeheader()
             writer.writerows(kept)
             with whole_file(self.metrics_file_path, durable=True) as file:
@@ -307,30 +304,31 @@ def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, 
         yield name, was, now
 
 
-def describe(changes: list[tuple[str, Any, Any]]) -> str:
-    """Format changes as "name was a, now it is b; ..."."""
+def describe_changes(settings: Iterable[tuple[str, Any, Any]], allowed: re.Pattern[str]) -> str:
+    """Format what differs in settings, (name, old, new), and must not: "name was a, now it is b; ...", or "" if all is well."""
 
     def short(value: Any) -> str:
         path: str | None = value.get("class_path") if isinstance(value, dict) else None
         return path.rpartition(".")[2] if path else str(value)[:80]
 
+    changes = (change for name, was, now in settings for change in differences(was, now, name) if not allowed.match(change[0]))
     return "; ".join(f"{name} was {short(was)}, now it is {short(now)}" for name, was, now in sorted(changes, key=str))
 
 
 def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the run's old configuration. Raises ValueError if the new one has another model, or too few steps."""
+    """Return the run's old model section. Raises ValueError if the new one is another model, or there are too few steps."""
     steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
     if 0 <= wanted < steps:
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
     path = run / "config.yaml"
-    was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"model": {}}
-    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # positions depend on some of `data`
-    changes = list(differences(was, fixed | {"data": {key: asked["data"][key] for key in ("context", "global_batch", "seed")}}))
-    unused = ("model.start_from", "model.codecs_from")
-    changes = [one for one in changes if not FOLLOWED.match(one[0]) and not (one[0] in unused and one[2] is None)]
-    if changes:
-        raise ValueError(f"{run} cannot resume: {describe(changes)}. Set it back, or begin another run with another --name")
-    return was
+    was: dict[str, Any] = {"model": {}} | (yaml.safe_load(path.read_text()) if path.is_file() else {})
+    model: dict[str, Any] = was["model"]
+    kept = {name: model.get(name) for name in ("start_from", "codecs_from") if asked["model"][name] is None}  # needed no more
+    positions = {key: asked["data"][key] for key in ("context", "global_batch", "seed")}
+    fixed = {"model": asked["model"] | kept, "seed_everything": asked["seed_everything"], "data": positions}
+    if changes := describe_changes(((name, was.get(name, now), now) for name, now in fixed.items()), FOLLOWED):
+        raise ValueError(f"{run} cannot resume: {changes}. Set it back, or begin another run with another --name")
+    return model
 
 
 def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
@@ -338,16 +336,14 @@ def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
     if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
         return None
     was = yaml.safe_load((run / "config.yaml").read_text())
-    for length in (("trainer", "max_steps"), ("data", "epochs")):
-        if was[length[0]].get(length[1]) != asked[length[0]].get(length[1]):
-            return None
+    if any(was[part].get(name) != asked[part].get(name) for part, name in (("trainer", "max_steps"), ("data", "epochs"))):
+        return None
     steps = int(json.loads((run / "summary.json").read_text())["steps"])
     parts = ("seed_everything", "model", "data", "trainer")
-    changes = [one for part in parts for one in differences(was.get(part), asked[part], part) if not EXECUTION.match(one[0])]
-    if changes:
+    if changes := describe_changes(((part, was.get(part), asked[part]) for part in parts), EXECUTION):
         raise ValueError(
-            f"{run} is complete ({steps} steps) with another configuration: {describe(changes)}. Choose another --name, or "
-            "raise trainer.max_steps to train it longer"
+            f"{run} is complete ({steps} steps) with another configuration: {changes}. Choose another --name, or raise "
+            "trainer.max_steps to train it longer"
         )
     return steps
 
@@ -358,10 +354,9 @@ def check_origin(model: dict[str, Any]) -> None:
         path = Path(model.get(option) or os.devnull)
         config = next((c for f in (path, *path.absolute().parents[1:2]) if (c := f / "config.yaml").is_file()), None)
         was = yaml.safe_load(config.read_text())["model"] if config else {}
-        parts_now = [part for part in parts if option == "start_from" or model.get(part)]
-        changes = [one for p in parts_now if p in was for one in differences(was[p], model.get(p), f"model.{p}")]
-        if changes := [one for one in changes if not FOLLOWED.match(one[0])]:
+        compared = [part for part in parts if part in was and (option == "start_from" or model.get(part))]
+        if changes := describe_changes(((f"model.{part}", was[part], model.get(part)) for part in compared), FOLLOWED):
             raise ValueError(
-                f"model.{option}={str(path)!r} holds another model: {describe(changes)}. (`--config {config}` before "
-                "your own takes the model as it was)"
+                f"model.{option}={str(path)!r} holds another model: {changes}. (`--config {config}` before your own takes the "
+                "model as it was)"
             )

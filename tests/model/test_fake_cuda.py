@@ -28,8 +28,8 @@ from pile_app.model.segments import segment_length
 from pile_app.tasks.classification import Classification
 from pile_app.tasks.retrieval import Contrastive
 from pile_app.tasks.tagging import Span, Tagging
-from pile_app.training.memory import run_backward
 from pile_app.training.objective import Objective
+from pile_app.training.plan import run_backward
 from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]
