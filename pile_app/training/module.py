@@ -134,7 +134,7 @@ class PileModule(LightningModule):
         backbone.recompute = recompute
         if compile:
             backbone.compile_blocks()
-        self.sums: dict[str, Tensor] = {}  # of the losses of the current step
+        self.sums = torch.zeros(0, 2)  # losses of the current step, and what they are means over, by `logged`
         self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the current step
         self.held: list[Batch] = []  # micro-batches of the current step, where its loss depends on all of them
         self.is_reduced_next = False  # the next backward pass is the last of a step whose gradients DDP does not average
@@ -189,6 +189,11 @@ class PileModule(LightningModule):
             augmented = source in data.train_data and bool(data.sources[source.name].transforms)
             check_source(source, self.annotator, augmented, labels=stage == "fit")
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
+        names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
+        names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs] + ["objective_loss"] * (self.objective is not None)
+        self.logged = {name: row for row, name in enumerate(names + [f"source/{name}_loss" for name in data.source_names])}
+        device = self.trainer.strategy.root_device
+        self.sums = torch.zeros(len(self.logged), 2, dtype=sum_dtype(device), device=device)
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
     def _count_in_steps(self) -> None:
@@ -440,34 +445,24 @@ class PileModule(LightningModule):
     def _add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Add to the sums of the current step, if it is logged."""
         if self._is_logged(self.global_step + 1):
-            counted = count if isinstance(count, Tensor) else torch.full_like(total, count)
-            pair = torch.stack([total, counted]).to(sum_dtype(self.device))
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+            self.sums[self.logged[name], 0] += total
+            self.sums[self.logged[name], 1] += count
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         step = self.global_step
         if self._is_logged(step):
-            names = self._all_names()
-            nothing = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)
-            table = torch.stack([self.sums.get(name, nothing) for name in names])
+            sums, self.sums = self.sums, torch.zeros_like(self.sums)
             if self.trainer.world_size > 1:
-                table = self.trainer.strategy.reduce(table, reduce_op="sum")
-            sums = zip(names, table.tolist(), strict=True)
-            values = {f"train/{name}": total / count for name, (total, count) in sums if count}
+                sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            pairs = zip(self.logged, sums.tolist(), strict=True)
+            values = {f"train/{name}": total / count for name, (total, count) in pairs if count}
             for name, value in values.items():
                 self.log(name, value, prog_bar="source" not in name, logger=False, rank_zero_only=True, batch_size=1)
             # Straight to the loggers: Lightning would log a value again in every step that has none of its own.
             for logger in self.trainer.loggers:
                 logger.log_metrics(values, step=step - 1)
-        self.sums = {}
-
-    def _all_names(self) -> list[str]:
-        names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
-        names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs]
-        names += ["objective_loss"] * (self.objective is not None)
-        return names + [f"source/{name}_loss" for name in self.trainer.datamodule.source_names]  # type: ignore[attr-defined]
 
     # -- Validation
 
