@@ -254,17 +254,19 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
     """
     last, troubles = folder / LAST, list[str]()
     for path in (last, folder / PREVIOUS):
-        if not path.exists():
+        try:
+            damage = find_damage(path, "all" if is_first else "") if path.exists() else ""
+            step, known = (0, ()) if damage else read_state(path)
+        except FileNotFoundError:  # there was none, or rank 0 has just put it aside
             troubles += [f"{str(path)!r} is missing"] * (path == last)
-        elif damage := find_damage(path, "all" if is_first else ""):
+            continue
+        asked, done = ({(a, min(b, step)) for a, b in ranges if a <= step} for ranges in (skip_steps, known))
+        if damage:
             troubles.append(f"{str(path)!r} cannot be read: {damage}")
+        elif asked != done:
+            ranges = [list(one) for one in skip_steps]
+            troubles.append(f"{str(path)!r} is from step {step}, within or after guard.skip_steps={ranges}")
         else:
-            step, known = read_state(path)
-            asked, done = ({(a, min(b, step)) for a, b in ranges if a <= step} for ranges in (skip_steps, known))
-            if asked != done:
-                ranges = [list(one) for one in skip_steps]
-                troubles.append(f"{str(path)!r} is from step {step}, within or after guard.skip_steps={ranges}")
-                continue
             if troubles:
                 log.warning("%s: resuming from %s, step %d", troubles[0], path, step)
                 if is_first and last.exists():
