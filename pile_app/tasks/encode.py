@@ -81,10 +81,8 @@ class Encoders:
     def of_run(cls, run: str, module: PileModule, step: int, batch: int = 64) -> Encoders:
         """Make them of a run's module. Raises ValueError if its codecs are still being trained at `step`."""
         if step < module.codec_steps:
-            raise ValueError(
-                f"the codecs of {run!r} are trained for {module.codec_steps} steps, and the checkpoint is of step {step}: "
-                "train further, codes of codecs that still change cannot be used"
-            )
+            still = f"trained for {module.codec_steps} steps, and the checkpoint is of step {step}: train further"
+            raise ValueError(f"the codecs of {run!r}, which still change, cannot be used: they are {still}")
         return cls(module.tokenizer, module.model, batch)
 
 
@@ -132,10 +130,8 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
     for new, old in ((made.index(shard), shards.index(shard)) for shard in range(len(names))):
         compared = (name for name in TYPES if name not in FILES)
         if different := [name for name in compared if not np.array_equal(new.columns[name], old.columns[name])]:
-            raise ShardError(
-                f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run "
-                f"`pile index --overwrite {old.path}`, then this command with --overwrite"
-            )
+            fix = f"run `pile index --overwrite {old.path}`, then this command with --overwrite"
+            raise ShardError(f"the manifest of {new.path!r} is not that of {old.path!r} in {', '.join(different)}: {fix}")
     return {name: done[name] for name in names}
 
 

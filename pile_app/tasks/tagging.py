@@ -73,9 +73,9 @@ def tags_of_words(words: Sequence[Offsets], spans: Iterable[Sequence[Any]], type
         if name not in types:
             raise ValueError(f"span [{start}, {stop}) has the type {name!r}, model.objective.types has {list(types)}: add it")
         if first >= last or starts[first] != start or stops[last - 1] != stop or tags[first:last].any():
+            fix = "`pile prepare --kind entities` repairs such spans"
             raise ValueError(
-                f"the span [{start}, {stop}) of type {name!r} does not begin and end with words, or lies in another: "
-                "`pile prepare --kind entities` repairs or rejects such spans"
+                f"span [{start}, {stop}) of type {name!r} does not begin and end with words, or lies in another: {fix}"
             )
         tags[first], tags[first + 1 : last] = 1 + 2 * types.index(name), 2 + 2 * types.index(name)
     return tags
@@ -132,10 +132,8 @@ class TagAnnotator(Annotator):
         """Return the index of the text, its words and their tags."""
         texts = [index for index, segment in enumerate(document.segments) if segment.modality == TEXT]
         if len(texts) != self.readings or "spans" not in document.meta:
-            raise ValueError(
-                f"document {document.key!r} is not tagged: it needs one text, and its entities as `spans` in its meta, which "
-                "`pile prepare --kind entities` writes"
-            )
+            wanted = "one text, and `spans` in its meta, which `pile prepare --kind entities` writes"
+            raise ValueError(f"document {document.key!r} is not tagged: it needs {wanted}")
         words = document_words(document.segments[texts[-1]].text, document.meta)
         try:
             return texts[-1], words, tags_of_words(words, document.meta["spans"], self.types)

@@ -88,10 +88,8 @@ class DataReport(Callback):
         for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
             count = sum(data.rejected().values())
             if count > max(MOST_REJECTED_AT_INDEXING, self.max_rejected_share) * (count + len(data)):
-                raise ShardError(
-                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}): "
-                    "fix the data or its `fields`, or raise data.max_rejected_share above that fraction"
-                )
+                bad, fix = f"{count:,} of {count + len(data):,} samples", "or raise data.max_rejected_share above that fraction"
+                raise ShardError(f"source {data.name!r}: {bad} cannot be used ({data.rejected()}): fix data or `fields`, {fix}")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         names: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
@@ -113,9 +111,9 @@ class DataReport(Callback):
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
         if trainer.strategy.reduce_boolean_decision(too_many, all=False):
+            bound = f"data.max_rejected_share={self.max_rejected_share:.1%}. They are listed in {self.path}"
             raise RuntimeError(
-                f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), more than "
-                f"data.max_rejected_share={self.max_rejected_share:.1%}. They are listed in {self.path}"
+                f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), more than {bound}"
             )
 
     def on_validation_batch_end(

@@ -79,10 +79,8 @@ def explaining_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"{str(path)!r} could not be written ({error}); the checkpoint before it is whole. Free some space and run the "
-            "same command again: it resumes from there"
-        ) from error
+        fix = "the checkpoint before it is whole. Free some space and run the same command again"
+        raise OSError(f"{str(path)!r} could not be written ({error}); {fix}") from error
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -275,10 +273,8 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
             return path
     if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
         return None
-    raise ValueError(
-        f"{'; '.join(troubles)}. No other checkpoint can be resumed from: to begin anew choose another --name, or move "
-        f"{str(folder)!r} away"
-    )
+    fix = f"to begin anew choose another --name, or move {str(folder)!r} away"
+    raise ValueError(f"{'; '.join(troubles)}. No other checkpoint can be resumed from: {fix}")
 
 
 def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int, int] | None:

@@ -214,10 +214,8 @@ def check_config(config: Namespace) -> None:
     sources = {name: Source(**vars(source)) for name, source in data.sources.items()}
     check_data(sources, data)
     if image and vocabulary.image_tokens + 3 > data.context:
-        raise ValueError(
-            f"data.context={data.context} is shorter than an image: model.image takes {vocabulary.image_tokens} codes "
-            f"(size {image.size}, patch {image.patch}) and 3 more tokens"
-        )
+        taken = f"{vocabulary.image_tokens} codes (size {image.size}, patch {image.patch}) and 3 more tokens"
+        raise ValueError(f"data.context={data.context} is shorter than an image: model.image takes {taken}")
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 optimizer step")
     in_epochs = data.epochs is not None or any(source.epochs is not None for source in sources.values())

@@ -130,12 +130,9 @@ class StepGuard(Callback):
             values |= {f"rejected/{reason}".replace(" ", "_"): float(count) for reason, count in self.counts.items()}
             module.log_dict(values, rank_zero_only=True, batch_size=1)
         if self.in_a_row > self.config.max_rejected:
-            raise DivergedError(
-                f"{self.in_a_row} optimizer steps in a row could not be taken, up to step {step} ({self.reason}: {self.step}). "
-                f"Nothing of them is in a checkpoint; their documents are listed in {self.path}",
-                step - self.in_a_row + 1,
-                step,
-            )
+            first, why = step - self.in_a_row + 1, f"{self.reason}: {self.step}"
+            text = f"optimizer steps {first} to {step} could not be taken ({why}). Their documents are listed in {self.path}"
+            raise DivergedError(text, first, step)
 
     def _write(self, trainer: Trainer, step: int, packs: Sequence[tuple[int, list[Any]]]) -> None:
         entry = {"step": step, "reason": self.reason} | {name: str(value) for name, value in self.step.items()}
@@ -148,10 +145,8 @@ class StepGuard(Callback):
         name = find_not_finite({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")})
         # All devices raise together, or the others would wait.
         if trainer.strategy.reduce_boolean_decision(bool(name), all=False):
-            raise FloatingPointError(
-                f"after step {trainer.global_step} {name or 'the part of another device'} holds values that are not finite: "
-                "lower the learning rate. They were not saved; the last checkpoint is from before"
-            )
+            where = f"after step {trainer.global_step} {name or 'the part of another device'}"
+            raise FloatingPointError(f"{where} holds values that are not finite, and is not saved: lower the learning rate")
 
 
 def find_not_finite(state: Any) -> str:

@@ -75,10 +75,8 @@ def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataM
     module.load_state_dict(saved["state_dict"], assign=True)
     trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
     if module.tokenizer.fingerprint != trained:
-        raise ValueError(
-            f"the tokenizer {config['model']['tokenizer']!r} is not that of the run {str(run)!r} (fingerprint "
-            f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
-        )
+        wrong = f"is not that of the run {str(run)!r} (fingerprint {module.tokenizer.fingerprint} instead of {trained})"
+        raise ValueError(f"the tokenizer {config['model']['tokenizer']!r} {wrong}: put that one back")
     precision = (config.get("trainer") or {}).get("precision") or fast_precision("auto")
     module.model.autocast_dtype = AUTOCAST.get(str(precision))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded

@@ -341,10 +341,8 @@ def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
     steps = int(json.loads((run / "summary.json").read_text())["steps"])
     parts = ("seed_everything", "model", "data", "trainer")
     if changes := describe_changes(((part, was.get(part), asked[part]) for part in parts), EXECUTION):
-        raise ValueError(
-            f"{run} is complete ({steps} steps) with another configuration: {changes}. Choose another --name, or raise "
-            "trainer.max_steps to train it longer"
-        )
+        fix = "Choose another --name, or raise trainer.max_steps to train it longer"
+        raise ValueError(f"{run} is complete ({steps} steps) with another configuration: {changes}. {fix}")
     return steps
 
 
@@ -356,7 +354,5 @@ def check_origin(model: dict[str, Any]) -> None:
         was = yaml.safe_load(config.read_text())["model"] if config else {}
         compared = [part for part in parts if part in was and (option == "start_from" or model.get(part))]
         if changes := describe_changes(((f"model.{part}", was[part], model.get(part)) for part in compared), FOLLOWED):
-            raise ValueError(
-                f"model.{option}={str(path)!r} holds another model: {changes}. (`--config {config}` before your own takes the "
-                "model as it was)"
-            )
+            fix = f"(`--config {config}` before your own takes the model as it was)"
+            raise ValueError(f"model.{option}={str(path)!r} holds another model: {changes}. {fix}")
