@@ -73,10 +73,8 @@ def tags_of_words(words: Sequence[Offsets], spans: Iterable[Sequence[Any]], type
         if name not in types:
             raise ValueError(f"span [{start}, {stop}) has the type {name!r}, model.objective.types has {list(types)}: add it")
         if first >= last or starts[first] != start or stops[last - 1] != stop or tags[first:last].any():
-            fix = "`pile prepare --kind entities` repairs such spans"
-            raise ValueError(
-                f"span [{start}, {stop}) of type {name!r} does not begin and end with words, or lies in another: {fix}"
-            )
+            wrong = "does not begin and end with words, or lies in another"
+            raise ValueError(f"span [{start}, {stop}) of type {name!r} {wrong}: `pile prepare --kind entities` repairs it")
         tags[first], tags[first + 1 : last] = 1 + 2 * types.index(name), 2 + 2 * types.index(name)
     return tags
 

@@ -111,10 +111,8 @@ class DataReport(Callback):
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
         if trainer.strategy.reduce_boolean_decision(too_many, all=False):
-            bound = f"data.max_rejected_share={self.max_rejected_share:.1%}. They are listed in {self.path}"
-            raise RuntimeError(
-                f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), more than {bound}"
-            )
+            what = f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), see {self.path}"
+            raise RuntimeError(f"{what}: more than data.max_rejected_share={self.max_rejected_share:.1%}")
 
     def on_validation_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *args: Any
