@@ -51,9 +51,7 @@ class SourceFigures(Callback):
         self.log_mel = nn.ModuleList(MeanMetric() for _ in range(count)).to(module.device)
 
     @torch.no_grad()
-    def on_validation_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *_: Any) -> None:
         assert isinstance(module, PileModule)
         image_codec, audio_codec = module.model.image_codec, module.model.audio_codec
         self.documents.update(source for pack in batch.documents for source, _, _, start, _ in pack if start == 0)

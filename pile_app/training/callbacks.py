@@ -26,6 +26,7 @@ from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
 from pile_app.training.wandb_run import log_samples
 
+Questions = dict[tuple[str, int], list[tuple[Document, Segment | None]]]
 SAMPLING = Sampling(temperature=0.9, top_p=0.9, guidance=2.0, max_text=128, max_seconds=4.0)  # of samples by default
 MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
@@ -114,9 +115,7 @@ class DataReport(Callback):
             what = f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), see {self.path}"
             raise RuntimeError(f"{what}: more than data.max_rejected_share={self.max_rejected_share:.1%}")
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *_: Any) -> None:
         self._record("validation", trainer.datamodule.validation_names, batch, trainer.global_step)  # type: ignore[attr-defined]
 
     def _record(self, split: str, names: list[str], batch: Batch, step: int) -> None:
@@ -295,11 +294,9 @@ class SampleGeneration(Callback):
             write_samples(folder, entries, model)
             log_samples(trainer, folder, logged_at)
 
-    def _questions(
-        self, trainer: Trainer, model: FusedLanguageModel
-    ) -> dict[tuple[str, int], list[tuple[Document, Segment | None]]]:
+    def _questions(self, trainer: Trainer, model: FusedLanguageModel) -> Questions:
         """Return (title, modality to generate) -> (prompt, reference) of each pair of modalities in the validation data."""
-        found: dict[tuple[str, int], list[tuple[Document, Segment | None]]] = defaultdict(list)
+        found: Questions = defaultdict(list)
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
                 try:

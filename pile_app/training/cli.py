@@ -44,15 +44,8 @@ from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
 from pile_app.model.pretrained_codecs import take_codecs  # noqa: E402
+from pile_app.training import checkpoints  # noqa: E402
 from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402
-from pile_app.training.checkpoints import (  # noqa: E402
-    DurableCheckpointIO,
-    GracefulStop,
-    LastCheckpoint,
-    StoppedInValidation,
-    range_to_skip,
-    read_checkpoint,
-)
 from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
 from pile_app.training.load import SkipInitialization, fast_precision, link_model_to_data  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
@@ -150,7 +143,7 @@ class PileCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run, asked = self.run_folder, self.config.trainer
         self.run = RunFolder(run, self.dumped)
-        self.stop = GracefulStop(asked.max_time)
+        self.stop = checkpoints.GracefulStop(asked.max_time)
         kept: dict[str, Any] = {
             "monitor": self.config.monitor,
             "mode": self.config.monitor_mode,
@@ -168,7 +161,8 @@ class PileCLI(LightningCLI):
             (asked.enable_progress_bar is not False, PileProgressBar()),
             (asked.logger is not False and not asked.fast_dev_run, LearningRateMonitor("step")),
             (not asked.fast_dev_run, best),
-            (True, LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),  # after the best, whose score it keeps
+            # After the best, whose score it keeps.
+            (True, checkpoints.LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),
         ]
         given = self.config_init.trainer.callbacks or []
         is_sampled = self.config.model.objective is None and not any(isinstance(one, SampleGeneration) for one in given)
@@ -177,7 +171,7 @@ class PileCLI(LightningCLI):
             "callbacks": [callback for wanted, callback in callbacks if wanted] + given,
             "default_root_dir": str(run),
             "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
-            "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
+            "plugins": [checkpoints.DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
         }
         if asked.precision is None:
             chosen["precision"] = fast_precision(asked.accelerator)
@@ -311,7 +305,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
             keep_freed_memory()
         checkpoint = str(cli.checkpoint) if cli.checkpoint else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except StoppedInValidation:
+    except checkpoints.StoppedInValidation:
         pass
     except KeyboardInterrupt:  # before training
         raise SystemExit(128 + signal.SIGINT) from None
@@ -341,7 +335,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
 def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
     """Say how the run can go on."""
     guard, run = cli.config.guard, cli.run_folder
-    skipped = range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
+    skipped = checkpoints.range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
     ranges = [list(one) for one in (*guard.skip_steps, *([skipped] if skipped else []))]
     if not cli.trainer.is_global_zero:
         raise SystemExit
@@ -362,7 +356,7 @@ def finish(cli: PileCLI) -> None:
     step, metrics = cli.run.validation
     if module.objective is not None and best.exists():  # with little data, the last weights are seldom the best
         sharded = module.whole is not None
-        saved = trainer.strategy.load_checkpoint(best) if sharded else read_checkpoint(best, optimizer=False)
+        saved = trainer.strategy.load_checkpoint(best) if sharded else checkpoints.read_checkpoint(best, optimizer=False)
         module.load_state_dict(saved["state_dict"])
         print(f"{run}: the figures are those of best.ckpt, by {cli.config.monitor}")
         step = step if step == saved["global_step"] else -1

@@ -222,14 +222,13 @@ def find_divergence(trainer: Trainer, module: PileModule, metrics: dict[str, Any
     """Say if a run ended far worse than its best validation, or worse than guessing."""
     if module.objective is not None:
         return []
-    ids = {MODALITIES[m]: module.vocabulary.slices[m] for m in module.vocabulary.modalities}
-    chances = {f"{name}_loss": math.log(span.stop - span.start) for name, span in ids.items()}
+    slices, modalities = module.vocabulary.slices, module.vocabulary.modalities
+    chances = {f"{MODALITIES[m]}_loss": math.log(slices[m].stop - slices[m].start) for m in modalities}
     losses = {n: float(metrics.get(f"validation/{n}", metrics.get(f"train/{n}", math.nan))) for n in chances}
-    worse = {name for name, loss in losses.items() if loss > 1.1 * chances[name]}
-    if not worse and all(not loss < 0.99 * chances[name] for name, loss in losses.items()):
-        worse = {name for name, loss in losses.items() if math.isfinite(loss)}
+    bound = 1.1 if any(loss < 0.99 * chances[name] for name, loss in losses.items()) else 0.0  # or nothing was learned at all
     said = "{} is {:.4g}, guessing has {:.4g}: lower the learning rate"
-    found = [said.format(name, losses[name], chances[name]) for name in sorted(worse)]
+    worse = sorted(name for name, loss in losses.items() if loss > bound * chances[name])
+    found = [said.format(name, losses[name], chances[name]) for name in worse]
     for callback in trainer.checkpoint_callbacks:
         best, mode = getattr(callback, "best_model_score", None), getattr(callback, "mode", "")
         if best is not None and monitor in metrics:
