@@ -141,32 +141,29 @@ class PileCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        run, asked = self.run_folder, self.config.trainer
-        self.run = RunFolder(run, self.dumped)
-        self.stop = checkpoints.GracefulStop(asked.max_time)
-        kept: dict[str, Any] = {
-            "monitor": self.config.monitor,
-            "mode": self.config.monitor_mode,
-            "enable_version_counter": False,
-        }
-        best = BestCheckpoint(run / "checkpoints", "best", **kept)
+        run, config, asked = self.run_folder, self.config, self.config.trainer
+        is_kept = not asked.fast_dev_run
+        self.run, self.stop = RunFolder(run, self.dumped), checkpoints.GracefulStop(asked.max_time)
+        folder = run / "checkpoints"
+        best = BestCheckpoint(folder, "best", config.monitor, mode=config.monitor_mode, enable_version_counter=False)
+        given: list[Callback] = self.config_init.trainer.callbacks or []
+        is_sampled = config.samples and config.model.objective is None
+        is_sampled &= is_kept and not any(isinstance(one, SampleGeneration) for one in given)
         callbacks: list[tuple[bool, Callback]] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
-            (self.config.ledger and not asked.fast_dev_run, Ledger(run)),
+            (config.ledger and is_kept, Ledger(run)),
             (True, self.stop),
             (True, self.run),
-            (True, StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop)),
-            (True, DataReport(run, self.config.data.max_rejected_share)),
+            (True, StepGuard(run, GuardConfig(**vars(config.guard)), self.stop)),
+            (True, DataReport(run, config.data.max_rejected_share)),
             (True, Throughput()),
             (asked.enable_progress_bar is not False, PileProgressBar()),
-            (asked.logger is not False and not asked.fast_dev_run, LearningRateMonitor("step")),
-            (not asked.fast_dev_run, best),
+            (asked.logger is not False and is_kept, LearningRateMonitor("step")),
+            (is_kept, best),
             # After the best, whose score it keeps.
-            (True, checkpoints.LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),
+            (True, checkpoints.LastCheckpoint(folder, config.checkpoint_every)),
+            (is_sampled, SampleGeneration()),
         ]
-        given = self.config_init.trainer.callbacks or []
-        is_sampled = self.config.model.objective is None and not any(isinstance(one, SampleGeneration) for one in given)
-        callbacks.append((self.config.samples and is_sampled and not asked.fast_dev_run, SampleGeneration()))
         chosen = {
             "callbacks": [callback for wanted, callback in callbacks if wanted] + given,
             "default_root_dir": str(run),
@@ -176,8 +173,8 @@ class PileCLI(LightningCLI):
         if asked.precision is None:
             chosen["precision"] = fast_precision(asked.accelerator)
         if asked.logger is None:
-            project = self.config.wandb if is_first_process() else None  # others log nothing
-            chosen["logger"] = make_loggers(run, project) if not asked.fast_dev_run else []
+            project = config.wandb if is_first_process() else None  # others log nothing
+            chosen["logger"] = make_loggers(run, project) if is_kept else []
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
 
 
