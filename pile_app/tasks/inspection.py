@@ -33,8 +33,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from pile_app.data.assembly import PackedDocument
-from pile_app.data.datamodule import PackDataset
 from pile_app.data.files import ShardError, cache_folder
 from pile_app.data.index import segment_size
 from pile_app.data.order import hash64
@@ -49,11 +47,14 @@ from pile_app.training.report import medium, short, write_page
 from pile_app.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from pile_app.data.assembly import PackedDocument
+    from pile_app.data.datamodule import PackDataset
     from pile_app.model.fused import FusedLanguageModel
 
 CONTEXT = 512  # the default of `data.context`
 QUANTILES = {"minimum": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "maximum": 1.0}
 KINDS = ("documents", "images", "sounds")  # of duplicates
+SPLITS = ("train", "validation")
 EXAMPLES = 10
 SHOWN_CHARACTERS = 20_000  # of a text on the page
 Decode = Callable[[Segment], Segment | None]  # an encoded segment -> text or medium, None if that is impossible
@@ -136,33 +137,29 @@ def find_shards(paths: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]],
 
     Raises ValueError if a path is none of what `inspect_data` takes, ShardError if a pattern matches nothing.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    there: list[tuple[str, str, list[str]]] = []
     config = None
-
-    def add(source: str, split: str, tars: Sequence[str]) -> None:
-        names = (f"{source} ({number})" if number > 1 else source for number in count(1))
-        found[next(name for name in names if (name, split) not in found), split] = list(tars)
-
     for path in paths:
         here = Path(path)
-        if (here / "dataset.json").is_file():
-            file = here / "dataset.json"
+        if (file := here / "dataset.json").is_file():
             try:
-                patterns = {(name, split): one["shards"] for name, splits in json.loads(file.read_bytes())["sources"].items()
-                            for split, one in splits.items()}  # fmt: skip
+                sources = json.loads(file.read_bytes())["sources"]
+                patterns = [(source, split, one["shards"]) for source in sources for split, one in sources[source].items()]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                problem = f"{str(file)!r} is not what `pile prepare` writes ({error!r}): prepare the data again"
-                raise ValueError(problem) from error
-            for (source, split), pattern in patterns.items():
-                add(source, split, expand_shards(str(here / pattern)))
-        elif (here / "config.yaml").is_file() or here.suffix in (".yaml", ".yml"):
+                raise ValueError(f"{str(file)!r} is not what `pile prepare` writes ({error!r}): prepare again") from error
+            there += [(source, split, expand_shards(str(here / pattern))) for source, split, pattern in patterns]
+        elif (file := here / "config.yaml").is_file() or here.suffix in (".yaml", ".yml"):
             if config is not None:
                 raise ValueError(f"{path!r} is a second run or configuration: give one, which tells how tokens are counted")
-            config = read_config(here)
-            for source, one in config.data.sources.items():
-                for split in ("train", "validation"):
-                    if pattern := getattr(one, split):
-                        add(source, split, expand_shards(pattern))
+            from pile_app.training.cli import parse_config
+
+            file = file if here.is_dir() else here
+            try:
+                config = parse_config(["--config", str(file)])  # as training reads it, laid over `conf/default.yaml`
+            except ValueError as error:
+                raise ValueError(f"{str(file)!r} is not a configuration of this version of Pile: {error}") from error
+            named = [(source, split, getattr(one, split)) for source, one in config.data.sources.items() for split in SPLITS]
+            there += [(source, split, expand_shards(pattern)) for source, split, pattern in named if pattern]
         else:  # shards of one folder whose names differ in the last number only are of one source
             groups: dict[tuple[str, str, str], list[str]] = {}
             for tar in expand_shards(str(here / "*.tar") if here.is_dir() else path):
@@ -170,20 +167,12 @@ def find_shards(paths: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]],
                 stem = re.sub(r"[-_.]?\d*(\.tar)?$", "", name) or name
                 source, split = re.fullmatch(r"(.*?)(?:[-_.](train|validation|heldout|test))?", stem, re.S).groups("")  # type: ignore[union-attr]
                 groups.setdefault((folder, source, split), []).append(tar)
-            for (_, source, split), tars in groups.items():
-                add(source, split, tars)
+            there += [(source, split, tars) for (_, source, split), tars in groups.items()]
+    found: dict[tuple[str, str], list[str]] = {}
+    for source, split, tars in there:
+        names = (f"{source} ({number})" if number > 1 else source for number in count(1))
+        found[next(name for name in names if (name, split) not in found), split] = tars
     return found, config
-
-
-def read_config(path: Path) -> Any:
-    """Read the configuration of a run, or a file of one as training reads it: laid over `conf/default.yaml`."""
-    from pile_app.training.cli import parse_config
-
-    file = path / "config.yaml" if path.is_dir() else path
-    try:
-        return parse_config(["--config", str(file)])
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is not a configuration of this version of Pile: {error}") from error
 
 
 def describe_values(values: np.ndarray) -> dict[str, int] | None:
@@ -199,7 +188,7 @@ def measure(part: Part, plan: Plan) -> dict[str, Any]:
 
     Returns "source", "split", "shards", "bytes", "documents", "rejected" (reason -> samples), and
 
-        segments                 by modality; "text_bytes", "audio_seconds" in all, "image_pixels" of each (`describe_values`)
+        segments                 by modality; "audio_seconds" in all, "image_pixels" of each (`describe_values`)
         tokens                   by modality without openers, "special" and "all"; "document_tokens" of each
         only_text                the tokens of some modality are not known: texts alone are counted, and nothing is packed
         longer, cut, left_out    documents longer than the context; that are cut; with a medium longer than it, not used
@@ -237,7 +226,6 @@ def measure(part: Part, plan: Plan) -> dict[str, Any]:
         "documents": len(shards),
         "rejected": dict(shards.balance()["rejected"].most_common()),
         "segments": {name: int((modality == number).sum()) for number, name in enumerate(MODALITIES)},
-        "text_bytes": int(sizes[modality == TEXT].sum()),
         "audio_seconds": float((sizes / np.maximum(rate, 1))[modality == AUDIO].sum()),
         "image_pixels": describe_values(sizes[modality == IMAGE]),
         "only_text": only_text,

@@ -29,7 +29,6 @@ from PIL import Image, ImageOps
 
 from pile_app.documents import BadSample
 from pile_app.media import audio_size, image_size
-from pile_app.training.load import read_config
 
 FIGURES = (  # pattern of a key in summary.json, unit, meaning; the first match counts
     (r"\w*_to_text_accuracy", "%", "of unseen media are named right, letter by letter"),
@@ -367,6 +366,8 @@ class ComparedRun:
 
 def read_run(run: Path) -> ComparedRun:
     """Raises ValueError if there is no such run, or nothing was logged yet."""
+    from pile_app.training.load import read_config
+
     settings = {name: value for name, value in flatten(read_config(run)) if not re.fullmatch(SAME, name)}
     curves = read_curves(run / "metrics.csv")
     if not curves:
