@@ -150,7 +150,11 @@ def write_report(run: Path) -> Path:
     facts = "".join(f"<span><b>{figure(key, summary[key])}</b> {label(key).lower()}</span>" for key in STATUS if key in summary)
     links = "".join(f'<a href="#{i}">{name}</a>' for i, (name, _) in enumerate(shown))
     body = "".join(f'<h2 id="{i}">{name}</h2>{content}' for i, (name, content) in enumerate(shown))
-    top = f'<p class="soft">{facts}</p>{headline(summary)}'
+    cards = ""
+    for key, other in ((key, other) for key, other in HEADLINE.items() if key in summary):
+        note = f"<small>{label(other)}: {figure(other, summary[other])}</small>" if other in summary else ""
+        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{note}</div>'
+    top = f'<p class="soft">{facts}</p><div class="grid">{cards}</div>'
     write_page(run / "report.html", run.resolve().name, [], top + body, links)
     return run / "report.html"
 
@@ -200,14 +204,6 @@ def short(value: float) -> str:
     """Three or four digits: 0.0123, 97.25, 1,250, 12.5M."""
     size, letter = next((unit for unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if abs(value) >= unit[0]), (1, ""))
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value / size:.{3 if letter else 4}g}{letter}"
-
-
-def headline(summary: dict[str, Any]) -> str:
-    cards = ""
-    for key, other in ((key, other) for key, other in HEADLINE.items() if key in summary):
-        note = f"<small>{label(other)}: {figure(other, summary[other])}</small>" if other in summary else ""
-        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{note}</div>'
-    return f'<div class="grid">{cards}</div>'
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -416,11 +412,11 @@ def write_comparison(folders: Sequence[Path], page: Path) -> tuple[list[str], li
             figures.append([name, *cells])
             marked = [f"<b>{cell}</b>" if value in best else escape(cell) for cell, value in zip(cells, values, strict=True)]
             shown.append([label(name), *marked])
-    settings = [
-        [name, *(show_setting(run.settings[name]) if name in run.settings else "-" for run in runs)]
-        for name in dict.fromkeys(name for run in runs for name in run.settings)
-    ]
-    settings = [row for row in settings if len(set(row[1:])) > 1]
+    settings, flow = list[list[str]](), {"default_flow_style": True, "width": math.inf}
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        texts = [yaml.safe_dump(run.settings[name], **flow) if name in run.settings else "-" for run in runs]
+        if len(set(texts)) > 1:
+            settings.append([name, *(text.removesuffix("\n").removesuffix("\n...") for text in texts)])
     heads = ["", *(f'<i style="background:var(--c{i % 6})"></i> {escape(name)}' for i, name in enumerate(names))]
     body = "<h2>Final figures</h2>" + table(heads, shown) + "<h2>Settings that differ</h2>"
     body += (table(heads, [[escape(cell) for cell in row] for row in settings]) or "<p>None.</p>") + "<h2>Curves</h2>"
@@ -428,15 +424,11 @@ def write_comparison(folders: Sequence[Path], page: Path) -> tuple[list[str], li
         checked = " checked" * (axis == "step")
         body += f'<input type="radio" name="axis" id="{axis}"{checked}><label for="{axis}">by {axis}</label>'
     body += "".join(f'<div class="axis {axis}">{compare_curves(runs, axis)}</div>' for axis in AXES)
-    style = ".axis{display:none;margin-top:1rem}label{margin:0 1rem 0 .3rem}td b{color:var(--c2)}"
-    style += "".join(f"#{axis}:checked~.{axis}{{display:block}}" for axis in AXES)
+    looks = ".axis{display:none;margin-top:1rem}label{margin:0 1rem 0 .3rem}td b{color:var(--c2)}"
+    looks += "".join(f"#{axis}:checked~.{axis}{{display:block}}" for axis in AXES)
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(page, " · ".join(names), map(str, folders), body, style=style)
+    write_page(page, " · ".join(names), map(str, folders), body, style=looks)
     return names, figures, settings
-
-
-def show_setting(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def compare_curves(runs: Sequence[ComparedRun], axis: str) -> str:
