@@ -199,7 +199,7 @@ def measure(part: Part, plan: Plan) -> dict[str, Any]:
     names = ("modality", "segment_size", "sample_rate")
     modality, sizes, rate = (np.concatenate([getattr(index, name) for index in indexes]) for name in names)
     only_text = not set(np.unique(modality).tolist()) <= set(plan.vocabulary.modalities)
-    tokens, lengths = [], [np.zeros(0, np.int64)]
+    tokens, lengths = list[np.ndarray](), [np.zeros(0, np.int64)]
     for index in tracked(indexes, f"{part.title}: counting", len(indexes)):
         counts = text_counts(index, plan.tokenizer)[0]
         tokens.append(counts if only_text else segment_tokens(index, plan.vocabulary, counts))
@@ -209,7 +209,9 @@ def measure(part: Part, plan: Plan) -> dict[str, Any]:
     codes = np.concatenate(tokens) - (0 if only_text else 1 + (modality == AUDIO))
     by_name = {name: int(codes[modality == number].sum()) for number, name in enumerate(MODALITIES)}
     all_tokens, longer = int(document_tokens.sum()), int((document_tokens > plan.context).sum())
-    left_out = packs = fill = None
+    left_out: int | None = None
+    packs: int | None = None
+    fill: float | None = None
     if len(shards) and not only_text:
         try:
             data = SourceData(part.source, shards.paths, plan.vocabulary, plan.tokenizer, plan.context, plan.cache)

@@ -283,7 +283,8 @@ class SampleGeneration(Callback):
         """Write the samples of a step once. model: None except on the first device; logged_at: W&B's step of them."""
         if model is None or self.written == trainer.global_step:
             return
-        self.written, entries = trainer.global_step, []
+        self.written = trainer.global_step
+        entries: list[Example] = []
         for (title, to), asked in sorted(self._questions(trainer, model).items(), key=lambda item: item[0]):
             prompts = [prompt for prompt, _ in asked]
             has_condition = any(segment.modality != to for segment in prompts[0].segments)  # which training hides at times

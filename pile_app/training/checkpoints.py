@@ -254,10 +254,11 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
     for path in (last, folder / PREVIOUS):
         try:
             damage = find_damage(path, "all" if is_first else "") if path.exists() else ""
-            step, known = (0, ()) if damage else read_state(path)
+            state: tuple[int, Steps] = (0, ()) if damage else read_state(path)
         except FileNotFoundError:  # there was none, or rank 0 has just put it aside
             troubles += [f"{str(path)!r} is missing"] * (path == last)
             continue
+        step, known = state
         asked, done = ({(a, min(b, step)) for a, b in ranges if a <= step} for ranges in (skip_steps, known))
         if damage:
             troubles.append(f"{str(path)!r} cannot be read: {damage}")

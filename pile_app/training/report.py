@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -104,7 +104,10 @@ AXES = {
     "seconds": "throughput/train_seconds",
 }  # of a comparison: columns of metrics.csv
 GENERAL = ("steps", "tokens", "parameters", "train_seconds", "tokens_per_second", "peak_memory_bytes")
-BETTER = ((min, r"loss|.*(_loss|bits_per_byte|perplexity)(_\w+)?"), (max, r".*(accuracy|precision|recall\w*|f1|mrr|psnr|top5)"))
+BETTER: tuple[tuple[Callable[[list[float]], float], str], ...] = (
+    (min, r"loss|.*(_loss|bits_per_byte|perplexity)(_\w+)?"),
+    (max, r".*(accuracy|precision|recall\w*|f1|mrr|psnr|top5)"),
+)
 SAME = r"(name|runs|wandb|config|ledger|checkpoint_every|trainer\.(logger|default_root_dir))(\..*)?"  # settings not compared
 
 
@@ -412,7 +415,8 @@ def write_comparison(folders: Sequence[Path], page: Path) -> tuple[list[str], li
             figures.append([name, *cells])
             marked = [f"<b>{cell}</b>" if value in best else escape(cell) for cell, value in zip(cells, values, strict=True)]
             shown.append([label(name), *marked])
-    settings, flow = list[list[str]](), {"default_flow_style": True, "width": math.inf}
+    flow: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
+    settings: list[list[str]] = []
     for name in dict.fromkeys(name for run in runs for name in run.settings):
         texts = [yaml.safe_dump(run.settings[name], **flow) if name in run.settings else "-" for run in runs]
         if len(set(texts)) > 1:

@@ -320,8 +320,8 @@ def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str
     if 0 <= wanted < steps:
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
     path = run / "config.yaml"
-    was: dict[str, Any] = {"model": {}} | (yaml.safe_load(path.read_text()) if path.is_file() else {})
-    model: dict[str, Any] = was["model"]
+    was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    model: dict[str, Any] = was.get("model", {})
     kept = {name: model.get(name) for name in ("start_from", "codecs_from") if asked["model"][name] is None}  # needed no more
     positions = {key: asked["data"][key] for key in ("context", "global_batch", "seed")}
     fixed = {"model": asked["model"] | kept, "seed_everything": asked["seed_everything"], "data": positions}
