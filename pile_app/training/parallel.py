@@ -312,9 +312,8 @@ class ShardedStrategy(ModelParallelStrategy):
         like = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         like |= {f"optimizer/{number}": parameter.detach() for number, parameter in enumerate(parameters)}
-        whole: dict[str, Tensor] = {}
-        if not path.is_dir():
-            whole, rest = split_tensors(checkpoints.read_checkpoint(path))
+        none: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
+        whole, rest = none if path.is_dir() else split_tensors(checkpoints.read_checkpoint(path))
         sizes = {name: (t.shape, t.dtype) for name, t in whole.items()} or checkpoints.tensor_sizes(path)
         of_model = {n.partition("/")[2]: torch.empty(s, device="meta") for n, (s, _) in sizes.items() if n.startswith("state")}
         check_shapes(module, of_model)

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -98,16 +98,10 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src {media}; media-src
 {media}"><title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p><nav>{links}</nav>{body}</html>
 """
-AXES = {
-    "step": "",
-    "tokens": "throughput/tokens",
-    "seconds": "throughput/train_seconds",
-}  # of a comparison: columns of metrics.csv
+AXES = {"step": "", "tokens": "throughput/tokens", "seconds": "throughput/train_seconds"}  # columns of metrics.csv
 GENERAL = ("steps", "tokens", "parameters", "train_seconds", "tokens_per_second", "peak_memory_bytes")
-BETTER: tuple[tuple[Callable[[list[float]], float], str], ...] = (
-    (min, r"loss|.*(_loss|bits_per_byte|perplexity)(_\w+)?"),
-    (max, r".*(accuracy|precision|recall\w*|f1|mrr|psnr|top5)"),
-)
+LESS_IS_BETTER = r"loss|.*(_loss|bits_per_byte|perplexity)(_\w+)?"
+MORE_IS_BETTER = r".*(accuracy|precision|recall\w*|f1|mrr|psnr|top5)"
 SAME = r"(name|runs|wandb|config|ledger|checkpoint_every|trainer\.(logger|default_root_dir))(\..*)?"  # settings not compared
 
 
@@ -411,7 +405,8 @@ def write_comparison(folders: Sequence[Path], page: Path) -> tuple[list[str], li
         numbers = [value for value in values if isinstance(value, int | float)]
         if numbers and not name.endswith("_code_use"):
             cells = ["-" if value is None else value if isinstance(value, str) else short(value) for value in values]
-            best = [choose(numbers) for choose, pattern in BETTER if len(numbers) > 1 and re.fullmatch(pattern, name)]
+            choose = min if re.fullmatch(LESS_IS_BETTER, name) else max if re.fullmatch(MORE_IS_BETTER, name) else None
+            best = [choose(numbers)] if choose and len(numbers) > 1 else []
             figures.append([name, *cells])
             marked = [f"<b>{cell}</b>" if value in best else escape(cell) for cell, value in zip(cells, values, strict=True)]
             shown.append([label(name), *marked])
