@@ -421,57 +421,49 @@ class Tagged(NamedTuple):
     spans: list[Span]
 
 
-class _Piece(NamedTuple):
-    """Some words of text number `text`, from character `start` on."""
-
-    text: int
-    start: int
-    words: list[Offsets]
-    document: Document
-    tokens: int
-
-
 @torch.no_grad()
 def tag_documents(module: PileModule, documents: Sequence[Document], context: int) -> list[Tagged]:
-    """Find the entities of each text, in order and without overlaps.
+    """Find the entities of each text, in order and without overlaps, with a run of `Tagging` in evaluation mode.
 
     Args:
-        module: in evaluation mode, of a run with the objective `Tagging`.
         documents: of one text each, with `words` in their meta or without.
-        context: largest number of tokens that are read at once, both readings together; longer texts are cut, at the end of a
-            sentence if possible.
+        context: most tokens that are read at once, both readings together; longer texts are cut, at the end of a sentence if
+            possible.
 
     Raises:
         ValueError: the run has another objective.
     """
-    objective = module.objective
+    objective, tokenizer = module.objective, module.tokenizer
     if not isinstance(objective, Tagging):
         raise ValueError("the run was not trained to tag: its model.objective is not pile_app.tasks.tagging.Tagging")
     tagged = [Tagged(document.segments[0].text, []) for document in documents]
     readings = objective.readings
-    pieces = [one for number, document in enumerate(documents) for one in _pieces(number, document, context, readings, module)]
-    for batch in batches_by_length(pieces, lambda piece: piece.tokens, BATCH_TOKENS):
-        packs = [[whole(objective.annotator.arrange(piece.document), piece.tokens)] for piece in batch]
-        inputs = assemble(packs, module.vocabulary, module.tokenizer, batch[-1].tokens, annotator=objective.annotator)
-        inputs = inputs.to(module.device)
+    pieces = [one for n, document in enumerate(documents) for one in _pieces(n, document, context, readings, tokenizer)]
+    for batch in batches_by_length(pieces, lambda piece: piece[0], BATCH_TOKENS):
+        packs = [[whole(objective.annotator.arrange(document), tokens)] for tokens, _, document in batch]
+        inputs = assemble(packs, module.vocabulary, tokenizer, batch[-1][0], annotator=objective.annotator).to(module.device)
         _, hidden = objective.read(module.model, inputs)
         words = gather_words(hidden, inputs)
-        for piece, tags, count in zip(batch, objective.decode(words).tolist(), words.lengths.tolist(), strict=True):
-            text = piece.document.segments[0].text
-            last = last_tokens(text, piece.words, module.tokenizer)
-            _, units, _ = merge_words(last, piece.words, np.zeros(len(last), np.int32))
-            for start, stop, name in spans_of_words(units, tags[:count], objective.types):
-                tagged[piece.text].spans.append(Span(piece.start + start, piece.start + stop, name))
+        rows = zip(batch, objective.decode(words).tolist(), words.lengths.tolist(), strict=True)
+        for (_, start, document), tags, count in rows:
+            offsets = document.meta["words"]
+            last = last_tokens(document.segments[0].text, offsets, tokenizer)
+            _, units, _ = merge_words(last, offsets, np.zeros(len(last), np.int32))
+            found = spans_of_words(units, tags[:count], objective.types)
+            tagged[int(document.key)].spans.extend(Span(start + first, start + stop, name) for first, stop, name in found)
     for one in tagged:
         one.spans.sort()
     return tagged
 
 
-def _pieces(number: int, document: Document, context: int, readings: int, module: PileModule) -> Iterator[_Piece]:
+def _pieces(
+    number: int, document: Document, context: int, readings: int, tokenizer: Tokenizer
+) -> Iterator[tuple[int, int, Document]]:
+    """Yield (tokens, first character, document of the part) of the parts of text `number`, which is their key."""
     text = document.segments[0].text
     # `<begin>` and `<end>`; in each reading `<text>`, and one more token if the text is cut
     words, limit = document_words(text, document.meta), (context - 2) // readings - 2
-    ends = last_tokens(text, words, module.tokenizer) + 1 if words else np.zeros(0, np.int64)
+    ends = last_tokens(text, words, tokenizer) + 1 if words else np.zeros(0, np.int64)
     first = 0
     while first < len(words):
         start = words[first][0]
@@ -481,10 +473,9 @@ def _pieces(number: int, document: Document, context: int, readings: int, module
             sentences = (n for n in range(stop, first + (stop - first) // 2, -1) if text[words[n - 1][1] - 1] in ".!?\n\u3002")
             stop = next(sentences, stop)
         part = text[start : words[stop - 1][1]]
-        places = [(a - start, b - start) for a, b in words[first:stop]]
-        meta = {"words": places, "spans": []}
-        tokens = 2 + readings * (1 + len(module.tokenizer.encode(part)))
-        yield _Piece(number, start, places, Document((Segment(part),), str(number), meta=meta), tokens)
+        meta = {"words": [(a - start, b - start) for a, b in words[first:stop]], "spans": []}
+        tokens = 2 + readings * (1 + len(tokenizer.encode(part)))
+        yield tokens, start, Document((Segment(part),), str(number), meta=meta)
         first = stop
 
 
