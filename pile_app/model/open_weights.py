@@ -278,16 +278,10 @@ class _LayerCache:
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    pile_masks: tuple[AttentionMask, AttentionMask] | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, sliding_window: int | None = None,
+    pile_masks: tuple[AttentionMask, AttentionMask] | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function of transformers: query (B, H, T, d), key and value (B, H_kv, keys, d) -> (B, T, H, d)."""
     assert pile_masks is not None
     scale = query.size(-1) ** -0.5 if scaling is None else scaling

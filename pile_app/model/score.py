@@ -67,15 +67,9 @@ def choose(
 
 
 def score_choices(
-    model: FusedLanguageModel,
-    prompts: Sequence[Document],
-    choices: Sequence[Segment],
-    *,
-    guidance: float = 1.0,
-    prior: float = 0.0,
-    beam: int | None = None,
-    normalize: Literal["none", "tokens", "bytes"] = "none",
-) -> Tensor:
+    model: FusedLanguageModel, prompts: Sequence[Document], choices: Sequence[Segment], *, guidance: float = 1.0,
+    prior: float = 0.0, beam: int | None = None, normalize: Literal["none", "tokens", "bytes"] = "none",
+) -> Tensor:  # fmt: skip
     """Score a closed set of answers of any modality: (prompts, choices) float32 log-probabilities, on the CPU.
 
     `log_softmax` over the choices gives probabilities. A text at the end of a prompt is continued by texts.
@@ -205,13 +199,9 @@ def _start(first: int, stop: int, context: int | None) -> int:
 
 @torch.no_grad()
 def score_paths(
-    model: FusedLanguageModel,
-    contexts: Sequence[Context],
-    paths: Sequence[Sequence[Path]],
-    guidance: float = 1.0,
-    prior: float = 0.0,
-    beam: int | None = None,
-) -> list[dict[int, Score]]:
+    model: FusedLanguageModel, contexts: Sequence[Context], paths: Sequence[Sequence[Path]], guidance: float = 1.0,
+    prior: float = 0.0, beam: int | None = None,
+) -> list[dict[int, Score]]:  # fmt: skip
     """Score the paths of each laid out prompt, within `model.inference`: index of the path -> score, if not dropped.
 
     A row of the cache holds what some paths of a prompt begin with. All rows advance together, up to the next branch of any.

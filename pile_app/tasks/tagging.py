@@ -210,16 +210,9 @@ class Tagging(Objective):
     """
 
     def __init__(
-        self,
-        types: list[str],
-        readings: int = 1,
-        width: int = 128,
-        dropout: float = 0.5,
-        word_dropout: float = 0.05,
-        language_weight: float = 0.0,
-        freeze: bool = False,
-        learning_rate: float = 0.001,
-    ) -> None:
+        self, types: list[str], readings: int = 1, width: int = 128, dropout: float = 0.5, word_dropout: float = 0.05,
+        language_weight: float = 0.0, freeze: bool = False, learning_rate: float = 0.001,
+    ) -> None:  # fmt: skip
         super().__init__(language_weight, freeze, learning_rate)
         if not types or len(set(types)) < len(types):
             raise ValueError(f"objective.types needs one type of entity or more, each once, not {types}")

@@ -89,14 +89,9 @@ class Plan:
     Raises ValueError: an argument or the configuration is invalid."""
 
     def __init__(
-        self,
-        arguments: list[str],
-        devices: int | None = None,
-        hardware: str = "h100",
-        utilization: float = 0.4,
-        text_tokens: int = 32_762,
-        read_data: bool = False,
-    ) -> None:
+        self, arguments: list[str], devices: int | None = None, hardware: str = "h100", utilization: float = 0.4,
+        text_tokens: int = 32_762, read_data: bool = False,
+    ) -> None:  # fmt: skip
         if not 0 < utilization <= 1:
             raise ValueError(f"utilization={utilization} must be above 0 and at most 1")
         self.config = config = parse_config(arguments)
@@ -129,18 +124,14 @@ class Plan:
             self.steps = min(in_epochs, self.steps or in_epochs)
         self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
         self.flops_per_token = model.flops_per_token(self.attended, self.fractions)
-        self.memory = plan_memory(
-            model,
-            OptimizerConfig(**vars(config.model.optimizer)),
-            self.micro_batch,
-            config.data.context,
-            fractions=self.fractions,
-            accumulated=self.accumulated > 1,
-            precision=self.precision,
-            layout=self.layout,
-            codec_steps=config.model.codec_steps,
-            device="cuda" if self.is_gpu else "cpu",
-        )
+        options: dict[str, Any] = {
+            "fractions": self.fractions,
+            "accumulated": self.accumulated > 1,
+            "precision": self.precision,
+        }
+        options |= {"layout": self.layout, "codec_steps": config.model.codec_steps, "device": "cuda" if self.is_gpu else "cpu"}
+        optimizer = OptimizerConfig(**vars(config.model.optimizer))
+        self.memory = plan_memory(model, optimizer, self.micro_batch, config.data.context, **options)
         if self.is_gpu:
             self.device, self.needed = DEVICES[hardware], self.memory.peak * 1.05 + RESERVE
         else:
@@ -355,18 +346,10 @@ def count_bytes(tensors: Iterable[Tensor], shards: int = 1) -> int:
 
 
 def plan_memory(
-    model: FusedLanguageModel,
-    config: OptimizerConfig,
-    micro_batch: int,
-    context: int,
-    *,
-    fractions: tuple[float, ...] = (1.0, 0.0, 0.0),
-    accumulated: bool = False,
-    precision: str = "32-true",
-    layout: Layout = Layout(),  # noqa: B008 (immutable)
-    codec_steps: int = 0,
-    device: Literal["cpu", "cuda"] = "cpu",
-) -> Memory:
+    model: FusedLanguageModel, config: OptimizerConfig, micro_batch: int, context: int, *,
+    fractions: tuple[float, ...] = (1.0, 0.0, 0.0), accumulated: bool = False, precision: str = "32-true",
+    layout: Layout = Layout(), codec_steps: int = 0, device: Literal["cpu", "cuda"] = "cpu",  # noqa: B008 (immutable)
+) -> Memory:  # fmt: skip
     """Memory of one device in an optimizer step of the language model.
 
     Args:
