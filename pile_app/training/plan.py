@@ -124,14 +124,11 @@ class Plan:
             self.steps = min(in_epochs, self.steps or in_epochs)
         self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
         self.flops_per_token = model.flops_per_token(self.attended, self.fractions)
-        options: dict[str, Any] = {
-            "fractions": self.fractions,
-            "accumulated": self.accumulated > 1,
-            "precision": self.precision,
-        }
-        options |= {"layout": self.layout, "codec_steps": config.model.codec_steps, "device": "cuda" if self.is_gpu else "cpu"}
-        optimizer = OptimizerConfig(**vars(config.model.optimizer))
-        self.memory = plan_memory(model, optimizer, self.micro_batch, config.data.context, **options)
+        self.memory = plan_memory(
+            model, OptimizerConfig(**vars(config.model.optimizer)), self.micro_batch, config.data.context,
+            fractions=self.fractions, accumulated=self.accumulated > 1, precision=self.precision, layout=self.layout,
+            codec_steps=config.model.codec_steps, device="cuda" if self.is_gpu else "cpu",
+        )  # fmt: skip
         if self.is_gpu:
             self.device, self.needed = DEVICES[hardware], self.memory.peak * 1.05 + RESERVE
         else:

@@ -40,14 +40,16 @@ class WandbRun(WandbLogger):
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a sweep gives it
+        resume = None if mode == "offline" and attempt == "training" else "allow"
+        settings = wandb.Settings(silent=mode != "online", console="off")
         super().__init__(
             name=run.name,
             project=project,
             id=identity.read_text(),
             save_dir=str(run),
-            resume=None if mode == "offline" and attempt == "training" else "allow",
+            resume=resume,
             mode=mode,
-            settings=wandb.Settings(silent=mode != "online", console="off"),
+            settings=settings,
         )
         self.run, self.mode = run, mode
 
