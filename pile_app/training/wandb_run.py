@@ -42,15 +42,8 @@ class WandbRun(WandbLogger):
             identity.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a sweep gives it
         resume = None if mode == "offline" and attempt == "training" else "allow"
         settings = wandb.Settings(silent=mode != "online", console="off")
-        super().__init__(
-            name=run.name,
-            project=project,
-            id=identity.read_text(),
-            save_dir=str(run),
-            resume=resume,
-            mode=mode,
-            settings=settings,
-        )
+        named: dict[str, Any] = {"name": run.name, "project": project, "id": identity.read_text(), "save_dir": str(run)}
+        super().__init__(**named, resume=resume, mode=mode, settings=settings)
         self.run, self.mode = run, mode
 
     @rank_zero_only
