@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import Tensor
 
-from pile_app.data.batch import PADDING, Batch
+from pile_app.data.batch import Batch
 from pile_app.data.datamodule import data_parallel
 from pile_app.data.files import ShardError, whole_file
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
@@ -62,6 +61,11 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_step(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
+def piece_lengths(batch: Batch) -> list[int]:
+    """Return the tokens of each document, or of the part of it, in a training batch."""
+    return [stop - start for documents in batch.documents for *_, start, stop in documents]
+
+
 class DataReport(Callback):
     """Count padding, tokens of each source and unusable documents, which are listed in `quarantine.jsonl`.
 
@@ -73,8 +77,7 @@ class DataReport(Callback):
         self.path, self.max_rejected_share = run / "quarantine.jsonl", max_rejected_share
         self.documents = 0
         self.rejected, self.source_tokens = Counter[str](), Counter[str]()
-        self.padding: Tensor | None = None  # tokens of it; stays on the device, since reading it would wait
-        self.positions = 0
+        self.tokens = self.positions = 0  # of documents, and of their packs
 
     def state_dict(self) -> dict[str, Any]:
         return {"documents": self.documents, "rejected": dict(self.rejected), "source_tokens": dict(self.source_tokens)}
@@ -95,8 +98,7 @@ class DataReport(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         names: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         self.documents += sum(map(len, batch.documents))
-        padding = (batch.document == PADDING).sum()
-        self.padding = padding if self.padding is None else self.padding + padding
+        self.tokens += sum(piece_lengths(batch))
         self.positions += batch.document.numel()
         self._record("train", names, batch, batch_idx // trainer.accumulate_grad_batches + 1)
         self.rejected.update(f"{names[source]}/{reason}" for source, _, reason, _ in batch.rejected)
@@ -104,11 +106,11 @@ class DataReport(Callback):
             self.source_tokens.update(dict(zip(names, batch.source_tokens, strict=True)))
         if not is_logged(trainer, batch_idx):
             return
-        values = {"data/padding_share": float(self.padding) / self.positions}
+        values = {"data/padding_share": 1 - self.tokens / self.positions}
         values |= {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
         values |= {f"data/rejected/{name}": float(count) for name, count in self.rejected.items()}
         module.log_dict(values, rank_zero_only=True, batch_size=1)
-        self.padding, self.positions = None, 0
+        self.tokens = self.positions = 0
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
         if trainer.strategy.reduce_boolean_decision(too_many, all=False):
@@ -178,7 +180,7 @@ class Throughput(Callback):
 
     def _reset(self, trainer: Trainer) -> None:
         self.tokens = [0, 0, 0]
-        self.attended: list[Tensor] = []  # (2,) of each batch: tokens, and tokens that they attend to
+        self.read = self.attended = 0  # tokens of the language model, and tokens that they attend to
         self.waited = getattr(trainer.train_dataloader, "waited", 0.0)  # before this interval
         self.began = time.perf_counter()
 
@@ -193,8 +195,9 @@ class Throughput(Callback):
         assert isinstance(module, PileModule)
         self.tokens = [count + len(targets) for count, targets in zip(self.tokens, batch.targets, strict=True)]
         if not module.in_codec_phase:
-            is_token = batch.document != PADDING
-            self.attended.append(torch.stack([is_token.sum(), (batch.position + 1).mul(is_token).sum()]))
+            lengths = piece_lengths(batch)
+            self.read += sum(lengths)
+            self.attended += sum(length * (length + 1) // 2 for length in lengths)
         if not is_logged(trainer, batch_idx):
             return
         seconds, (shares, _) = max(time.perf_counter() - self.began, 1e-9), data_parallel(trainer)
@@ -202,9 +205,8 @@ class Throughput(Callback):
         speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in module.vocabulary.modalities}
         values = {f"throughput/{name}_tokens_per_second": speed for name, speed in speeds.items()}
         values |= {"throughput/tokens_per_second": sum(speeds.values()), "throughput/data_wait_share": waited / seconds}
-        if self.attended:
-            tokens, attended = torch.stack(self.attended).sum(0).tolist()
-            flops = tokens * shares / trainer.world_size * module.model.flops_per_token(attended / max(1, tokens))
+        if self.read:
+            flops = self.read * shares / trainer.world_size * module.model.flops_per_token(self.attended / self.read)
             values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
         module.log_dict(values, rank_zero_only=True, batch_size=1)
         module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
