@@ -55,9 +55,7 @@ def infer_fields(samples: Iterable[Sample]) -> Fields:
     names = list(dict.fromkeys(name for view in views for name in view.leaves() if not re.fullmatch(NEVER_LEARNED, base(name))))
     media = [name for name in names if any(view.is_medium(name) for view in views)]
     media = [name for name in media if "." not in name or name.startswith("json.")] or media
-    kinds = [tuple(sorted(name for name in media if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
-    kinds += [(name,) for name in media if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]  # columns, each a medium
-    entries = [_required(Field(alternatives), views) for alternatives in kinds if alternatives]
+    entries = [_required(entry, views) for entry in _media_entries(media)]
     roles = {"label": LABEL_NAMES, "group": GROUP_NAMES, "split": ("split",)}
     scalars = {role: name for role, known in roles.items() if (name := _scalar_name(names, views, known))}
     texts = _text_entries([name for name in names if name not in scalars.values()], views, len(media))
@@ -70,6 +68,13 @@ def infer_fields(samples: Iterable[Sample]) -> Fields:
     entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
     entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
     return Fields(tuple(entries), shuffle)
+
+
+def _media_entries(names: Sequence[str]) -> list[Field]:
+    """One entry for the images and one for the sounds of WebDataset files, one for each other column."""
+    by_kind = [tuple(sorted(name for name in names if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
+    others = [(name,) for name in names if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]
+    return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
 
 
 def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int) -> list[Field]:
@@ -86,8 +91,7 @@ def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int
     names = [*names, *(f"{name}.text" for name in names if "text" in nested[name])]  # SQuAD: {"answers": {"text": [...]}}
     names += [f"{name}.{key}" for name in names if base(name) == "translation" for key in nested[name]]
     media = {name for name in names if any(view.is_medium(name) for view in views)}
-    written = [name for name in names if any(isinstance(value, str | bytes) or is_texts(value) for value in values(name))]
-    texts = [name for name in written if name not in media]
+    texts = [name for name in names if name not in media and any(map(_is_text, values(name)))]
     plain = [name for name in names if any(isinstance(value, int | float) for value in values(name))]
     by_base = {base(name): name for name in reversed([*texts, *plain])}
     for first, others in PAIRS.items():
@@ -122,6 +126,10 @@ def _required(entry: Field, views: Sequence[SampleView]) -> Field:
     present = sum(any(True for name in entry.names for _ in view.values(name)) for view in views)
     least = len(views) if entry.optional else len(views) / 2
     return replace(entry, optional=present < least)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | bytes) or is_texts(value)
 
 
 def _is_prose(values: Sequence[Any]) -> bool:

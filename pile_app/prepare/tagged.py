@@ -1,4 +1,4 @@
-"""Read published texts with named entities as tagged documents (described in `tasks/tagging.py`): CoNLL files, a word and its
+"""Read published texts with named entities as tagged documents (described in `tasks/entities.py`): CoNLL files, a word and its
 tag in each line; and records, `text` with `spans` or `entities`, or `tokens` with `ner_tags` or `tags`.
 
 Errors with a single reading are repaired: invalid tags, spans that end in whitespace or within a word, duplicate spans."""
