@@ -118,14 +118,10 @@ def inspect_data(
     folder.mkdir(parents=True, exist_ok=True)
     sources = [measure(part, plan) for part in parts]
     description = {
-        "paths": list(paths),
-        "tokenizer": name,
-        "context": plan.context,
-        "vocabulary": asdict(vocabulary) if plan.has_model else None,
-        "notes": notes(sources, plan),
-        "sources": sources,
+        "paths": list(paths), "tokenizer": name, "context": plan.context,
+        "vocabulary": asdict(vocabulary) if plan.has_model else None, "notes": notes(sources, plan), "sources": sources,
         "duplicates": find_duplicates(parts) if duplicates else None,
-    }
+    }  # fmt: skip
     write_json(folder / "statistics.json", description)
     groups = [(part.title, list(sample_documents(part, samples, plan, folder / "documents"))) for part in parts if samples]
     show_documents("Documents of " + ", ".join(map(str, paths)), [], groups, folder, "documents")
@@ -427,14 +423,11 @@ def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limi
     first_step, last_step = first // batch + 1, (stop - 1) // batch + 1
     phases = ["codecs"] * (first_step <= module.codec_steps) + ["language model"] * (last_step > module.codec_steps)
     description = {
-        "run": str(run),
-        "step": step,
-        "trained": last_step <= checkpoint["global_step"],
-        "phase": ", ".join(phases),
+        "run": str(run), "step": step, "trained": last_step <= checkpoint["global_step"], "phase": ", ".join(phases),
         "positions": [first, stop],
         "found": sum(len(dataset.order.pack(position)) for position in range(first, stop)),
         "documents": list(islice(entries, limit)),
-    }
+    }  # fmt: skip
     write_json(folder / "documents.json", description)
     return _tell(description, folder)
 
