@@ -121,9 +121,9 @@ class DataReport(Callback):
         self._record("validation", trainer.datamodule.validation_names, batch, trainer.global_step)  # type: ignore[attr-defined]
 
     def _record(self, split: str, names: list[str], batch: Batch, step: int) -> None:
-        fixed, names_of = {"step": step, "split": split}, ("source", "key", "reason", "detail")
-        rows = ((names[source], *rest) for source, *rest in batch.rejected)
-        append_lines(self.path, (fixed | dict(zip(names_of, row, strict=True)) for row in rows))
+        for source, key, reason, detail in batch.rejected:
+            entry = {"step": step, "split": split, "source": names[source], "key": key, "reason": reason, "detail": detail}
+            append_lines(self.path, [entry])
 
 
 def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
