@@ -494,7 +494,10 @@ class PileModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps: int = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
         if self.codec_steps and steps <= self.codec_steps:
-            raise ValueError(f"model.codec_steps={self.codec_steps} of the run's {steps} leave none for the language model")
+            raise ValueError(
+                f"model.codec_steps={self.codec_steps} leaves nothing of the run's {steps} optimizer steps for the language "
+                "model"
+            )
         optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps, self.objective)
         self.groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
