@@ -202,9 +202,12 @@ def measure(part: Part, plan: Plan) -> dict[str, Any]:
         if len(index):
             lengths.append(np.add.reduceat(tokens[-1], index.first_segment[:-1]) + 2 * (not only_text))
     document_tokens = np.concatenate(lengths).astype(np.int64)
-    codes = np.concatenate(tokens) - (0 if only_text else 1 + (modality == AUDIO))
-    by_name = {name: int(codes[modality == number].sum()) for number, name in enumerate(MODALITIES)}
-    all_tokens, longer = int(document_tokens.sum()), int((document_tokens > plan.context).sum())
+    content = np.concatenate(tokens) - (0 if only_text else 1 + (modality == AUDIO))  # without openers and `<audio_end>`
+    counted: dict[str, int | None] = {name: int(content[modality == m].sum()) for m, name in enumerate(MODALITIES)}
+    everything, longer = int(document_tokens.sum()), int((document_tokens > plan.context).sum())
+    counted |= {"special": everything - int(content.sum()), "all": everything}
+    if only_text:
+        counted = dict.fromkeys(counted) | {"text": counted["text"]}
     left_out: int | None = None
     packs: int | None = None
     fill: float | None = None
@@ -227,9 +230,7 @@ def measure(part: Part, plan: Plan) -> dict[str, Any]:
         "audio_seconds": float((sizes / np.maximum(rate, 1))[modality == AUDIO].sum()),
         "image_pixels": describe_values(sizes[modality == IMAGE]),
         "only_text": only_text,
-        "tokens": by_name | {"special": all_tokens - sum(by_name.values()), "all": all_tokens}
-        if not only_text
-        else dict.fromkeys((*MODALITIES, "special", "all")) | {"text": by_name["text"]},
+        "tokens": counted,
         "document_tokens": describe_values(document_tokens),
         "longer": None if only_text else longer,
         "left_out": left_out,
