@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,18 +150,9 @@ class StepGuard(Callback):
 
 
 def find_not_finite(state: Any) -> str:
-    """Return the path of a tensor in nested dictionaries and lists that holds nan or inf, or "".
-
-    Waits once for each device, however many tensors it holds. Of a sharded tensor the part of this rank is checked.
-    """
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+    """Return the path of a tensor in nested dictionaries and lists that holds nan or inf on this rank, or ""."""
     for keys, value in tree_leaves_with_path(state):
         local = value.to_local() if hasattr(value, "to_local") else value
-        if isinstance(local, Tensor) and local.is_floating_point():
-            path = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-            by_device[local.device].append((path, local.isfinite().all()))
-    for entries in by_device.values():
-        finite = torch.stack([flag for _, flag in entries]).tolist()
-        if not all(finite):
-            return entries[finite.index(False)][0]
+        if isinstance(local, Tensor) and local.is_floating_point() and not local.isfinite().all():
+            return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
     return ""
