@@ -30,7 +30,7 @@ from pile_app.media import decode_audio, decode_image
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Sampling, generate, plain, segment_length
 from pile_app.model.score import score_choices
-from pile_app.training.callbacks import plain_example, write_samples
+from pile_app.training.callbacks import write_samples
 from pile_app.training.module import PileModule
 from pile_app.training.wandb_run import log_samples
 
@@ -114,7 +114,7 @@ class EvaluateCrossModal(Callback):
         elif self.text_source:
             print(f"no source {self.text_source!r} is validated on: no comparison with xz and zstd", file=sys.stderr)
         folder = Path(trainer.default_root_dir) / "samples" / "evaluation"
-        write_samples(folder, [plain_example(model, *example) for example in self._examples])
+        write_samples(folder, self._examples, model)
         log_samples(trainer, folder, trainer.global_step)
         return figures
 

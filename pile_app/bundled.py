@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -24,16 +24,13 @@ def find_config(name: str) -> Path:
 
 def find_configs(settings: Sequence[str]) -> list[str]:
     """Replace the names of configurations after `--config` by their paths."""
-    resolved, is_next = [], False
-    for word in settings:
-        option, equals, value = word.partition("=")
-        if is_next:
-            word = str(find_config(word))
-        elif option == "--config" and equals:
-            word = f"--config={find_config(value)}"
-        is_next = word == "--config"
-        resolved.append(word)
-    return resolved
+    words = list(settings)
+    for number, word in enumerate(words):
+        if word.startswith("--config="):
+            words[number] = f"--config={find_config(word.removeprefix('--config='))}"
+        elif number and settings[number - 1] == "--config":
+            words[number] = str(find_config(word))
+    return words
 
 
 def copy_recipe(recipe: str) -> None:
@@ -41,14 +38,9 @@ def copy_recipe(recipe: str) -> None:
     path = Path(recipe)
     if path.is_absolute() or path.parts[:1] != ("data",) or not (BUNDLED / path).is_file():
         return
-    for file in _files(path):
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(BUNDLED / file, file)
+    for folder in (folder for folder in path.parents if folder.parts):
+        for source in sorted((BUNDLED / folder).glob("*.py")):
+            if not (file := source.relative_to(BUNDLED)).exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, file)
     print(f"copied the recipe {recipe} from the package", flush=True)
-
-
-def _files(recipe: Path) -> Iterator[Path]:
-    for folder in (recipe.parent, *recipe.parent.parents):
-        if folder.parts:
-            yield from (file.relative_to(BUNDLED) for file in sorted((BUNDLED / folder).glob("*.py")))

@@ -98,10 +98,8 @@ def run_command(name: str, words: Sequence[str]) -> None:
     except Exception as error:  # jsonargparse's
         if type(error).__name__ != "ArgumentError":
             raise
-        message = " ".join(
-            str(error).replace('Parser key "', "--").replace('":', ":").replace("a typing.Literal", "one of ").split()
-        )
-        raise ValueError(f"{message}; see pile {name} --help") from error
+        message = str(error).replace('Parser key "', "--").replace('":', ":").replace("a typing.Literal", "one of ")
+        raise ValueError(f"{' '.join(message.split())}; see pile {name} --help") from error
     if not forwards:
         del values["config"]
     command(*forwarded, **values)
@@ -119,47 +117,63 @@ def make_parser(name: str, command: Callable[..., Any]) -> tuple[ArgumentParser,
     Parameters before `*` are positional, the others options; a sequence takes several values, `prompt` the ordered
     `--text`, `--image` and `--audio`; `*settings` takes everything else; `**options` are the fields of `prepare`'s `Options`.
     """
-    from collections import abc
+    from dataclasses import fields
     from inspect import Parameter, signature
-    from typing import get_args, get_origin, get_type_hints
+    from typing import get_type_hints
 
     from docstring_parser import parse
-    from jsonargparse import ActionYesNo, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     described = parse(command.__doc__ or "")
     about = SHARED | {one.arg_name: " ".join((one.description or "").split()) for one in described.params}
     text = "\n\n".join(filter(None, [described.short_description, described.long_description]))
     parser = ArgumentParser(prog=f"pile {name}", description=text, exit_on_error=False)
-    types, forwards = get_type_hints(command), False
+    kinds, forwards = get_type_hints(command), False
     for parameter in signature(command).parameters.values():
-        option, kind, default = parameter.name, types.get(parameter.name), parameter.default
-        names: dict[str, Any] = {"help": about.get(option, ""), "type": kind, "default": default}
-        is_positional = parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
-        flag = option if is_positional else f"--{option}"
         if parameter.kind is Parameter.VAR_POSITIONAL:
             forwards = True
-            continue
-        if parameter.kind is Parameter.VAR_KEYWORD:
-            _add_fields(parser)
-            continue
-        if option == "prompt":
+        elif parameter.kind is Parameter.VAR_KEYWORD:
+            from pile_app.prepare.options import Options
+
+            kinds = get_type_hints(Options)
+            for option in fields(Options):
+                _add_option(parser, option.name, kinds[option.name], option.default, **option.metadata)
+        elif parameter.name == "prompt":
             _add_prompt(parser)
-            continue
-        if kind is bool:
-            names = {"help": names["help"], "default": default, "action": ActionYesNo}
-        elif get_origin(kind) in (abc.Sequence, list):
-            names |= {"type": get_args(kind)[0], "nargs": "+"}
-            if not is_positional:
-                names |= {"action": "extend", "default": list(default)}
-        elif is_positional and default is not Parameter.empty:
-            names |= {"nargs": "?"}
-        if default is Parameter.empty:
-            del names["default"]
-            names |= {} if is_positional else {"required": True}
-        parser.add_argument(flag, **names)
+        else:
+            named = parameter.name, kinds[parameter.name], parameter.default, about.get(parameter.name, "")
+            _add_option(parser, *named, is_positional=parameter.kind is Parameter.POSITIONAL_OR_KEYWORD)
     if not forwards:
         parser.add_argument("--config", action="config", help="YAML file of options")
     return parser, forwards
+
+
+def _add_option(
+    parser: ArgumentParser, name: str, kind: Any, default: Any, help: str, *, is_positional: bool = False,
+    choices: Sequence[Any] = (), off: str = "", metavar: str | None = None, bounds: Sequence[float] = (),
+) -> None:  # fmt: skip
+    """Add a parameter of a command, or a field of `Options`. `off`: the flag that turns it off; `bounds`: checked later."""
+    from collections import abc
+    from inspect import Parameter
+    from typing import Literal, get_args, get_origin
+
+    from jsonargparse import ActionYesNo
+
+    named: dict[str, Any] = {"help": help.replace("%%", "%"), "default": default}
+    if kind is bool:
+        named |= {"action": "store_false", "dest": name} if off else {"action": ActionYesNo}
+    else:
+        is_list = get_origin(kind) in (abc.Sequence, list, tuple)
+        chosen: Any = Literal[tuple(choices)] if choices else get_args(kind)[0] if is_list else kind
+        named |= {"type": chosen | None if default is None else chosen} | ({"metavar": metavar} if metavar else {})
+        if is_list:
+            named |= {"nargs": "+"} | ({} if is_positional else {"action": "extend", "default": list(default)})
+        elif is_positional and default is not Parameter.empty:
+            named["nargs"] = "?"
+    if default is Parameter.empty:
+        del named["default"]
+        named |= {} if is_positional else {"required": True}
+    parser.add_argument(name if is_positional else _with_underscores(off) or f"--{name}", **named)
 
 
 def _add_prompt(parser: ArgumentParser) -> None:
@@ -174,34 +188,6 @@ def _add_prompt(parser: ArgumentParser) -> None:
     for modality, what in kinds.items():
         named: dict[str, Any] = {"const": modality, "metavar": modality.upper(), "help": f"{what} of the prompt, repeatable"}
         parser.add_argument(f"--{modality}", action=Append, dest="prompt", default=[], **named)
-
-
-def _add_fields(parser: ArgumentParser) -> None:
-    """Add the fields of `pile_app.prepare.options.Options`."""
-    from dataclasses import fields
-    from typing import Literal
-
-    from jsonargparse import ActionYesNo
-
-    from pile_app.prepare.options import Options
-
-    for option in fields(Options):
-        about, kind = option.metadata, str(option.type)
-        names: dict[str, Any] = {"help": about["help"].replace("%%", "%"), "default": option.default}
-        flag = f"--{option.name}"
-        if kind == "bool":
-            if about["off"]:  # the flag that turns it off
-                flag, names["action"], names["dest"] = _with_underscores(about["off"]), "store_false", option.name
-            else:
-                names["action"] = ActionYesNo
-        else:
-            choices = Literal[tuple(about["choices"])] if about["choices"] else None
-            names["type"] = choices or {"int": int, "float": float}.get(kind.split(" ")[0], str)
-            names |= {"nargs": "+", "default": []} if kind.startswith("tuple") else {}
-            names |= {"metavar": about["metavar"]} if about["metavar"] else {}
-            if option.default is None:
-                names["type"] = names["type"] | None
-        parser.add_argument(flag, **names)
 
 
 def _with_underscores(word: str) -> str:

@@ -51,8 +51,8 @@ def make_pile(shape: Shape, name: str = "muon") -> tuple[torch.nn.Module, Loss, 
     from pile_app.data.tokenizers import ByteTokenizer
     from pile_app.model.backbones import Transformer
     from pile_app.model.fused import FusedLanguageModel
-    from pile_app.training.memory import make_batch
     from pile_app.training.optim import OptimizerConfig, make_optimizer
+    from pile_app.training.plan import make_batch
     from pile_app.training.run import keep_freed_memory
     from pile_app.vocabulary import Vocabulary
 

@@ -156,14 +156,14 @@ def inspect(
     """
     first = Path(paths[0])
     if step is None and position is None:
-        from pile_app.tasks.inspect_data import format_statistics, inspect_data
+        from pile_app.tasks.inspection import format_statistics, inspect_data
 
         inside = (first / "config.yaml", first / "inspect" / "data"), (first / "dataset.json", first / "inspect")
         folder = output or next((folder for file, folder in inside if file.is_file()), Path("inspect"))
         print(format_statistics(inspect_data(paths, folder, tokenizer, context, duplicates, 8 if limit is None else limit)))
         print(f"saved in {folder}: open {folder / 'documents.html'}")
         return
-    from pile_app.tasks.inspect_step import inspect_training
+    from pile_app.tasks.inspection import inspect_training
 
     if step is not None and position is not None:
         raise ValueError("give --step or --position, not both")

@@ -99,7 +99,7 @@ def compare(runs: Sequence[Path], *, output: Path | None = None) -> None:
         output: folder for compare.html (default: the folder that holds the first run)
     """
     from pile_app.tasks.evaluate import print_table
-    from pile_app.training.compare import write_comparison
+    from pile_app.training.report import write_comparison
 
     page = (output or runs[0].resolve().parent) / "compare.html"
     names, figures, settings = write_comparison(runs, page)

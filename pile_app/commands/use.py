@@ -289,7 +289,7 @@ def tag(
     """
     from pile_app.commands.data import read_texts
     from pile_app.documents import BadSample, Document, Segment
-    from pile_app.tasks.tag_texts import as_inline, as_record, tag_documents
+    from pile_app.tasks.tagging import as_inline, as_record, tag_documents
     from pile_app.training.load import load_on
 
     documents = [Document((Segment(one),)) for one in text if one]

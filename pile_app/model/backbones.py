@@ -55,17 +55,10 @@ class Transformer(Backbone):
     tensor_parallel |= dict.fromkeys(("attention_out", "contract"), "rowwise")
 
     def __init__(
-        self,
-        width: int = 128,
-        layers: int = 4,
-        heads: int = 4,
-        key_value_heads: int | None = None,
-        feed_forward: float = 4.0,
-        rope_base: float = 10_000.0,
-        dropout: float = 0.0,
-        skips: bool = True,
+        self, width: int = 128, layers: int = 4, heads: int = 4, key_value_heads: int | None = None,
+        feed_forward: float = 4.0, rope_base: float = 10_000.0, dropout: float = 0.0, skips: bool = True,
         sharpness: float = 1.2,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(width, layers, dropout)
         self.check(width, heads, key_value_heads)
         if not sharpness > 0:

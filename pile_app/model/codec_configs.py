@@ -133,10 +133,7 @@ def _describe(config: ImageCodecConfig | AudioCodecConfig) -> dict[str, Any]:
         raise ValueError(f"audio pretrained={path!r} takes stereo sounds in chunks: take a mono codec, such as encodec_24khz")
     possible = [count for count in range(1, most + 1) if frame % count == 0]
     if codebooks not in possible:
-        raise ValueError(
-            f"audio codebooks={codebooks}: {path!r} has {most} for frames of {frame} samples, which their number must divide: "
-            f"set one of {possible}"
-        )
+        raise ValueError(f"audio codebooks={codebooks}: {path!r} has frames of {frame} samples: set one of {possible}")
     samples = frame // codebooks
     hop = next(hop for hop in range(min(samples, rate // 100), 0, -1) if samples % hop == 0)
     window = hop * (2 * -(-rate // (50 * hop)) + 1)  # at least 40 ms

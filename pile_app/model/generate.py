@@ -69,16 +69,11 @@ def answer_prompts(
     with model.inference():
         for indices, context in by_length([lay_out(model, prompt, to, sampling.guidance != 1) for prompt in prompts]):
             decoder = Decoder(model, context, segment_limit(model, to, sampling), sampling.guidance, sampling.seed, indices)
-            answers.update(zip(indices, _result(decoder.write(to, sampling)), strict=True))
+            try:
+                next(decoder.write(to, sampling))  # yields nothing
+            except StopIteration as end:
+                answers.update(zip(indices, end.value, strict=True))
     return [answers[index] for index in range(len(prompts))]
-
-
-def _result(writing: Generator[str, None, list[Answer]]) -> list[Answer]:
-    while True:
-        try:
-            next(writing)
-        except StopIteration as end:
-            return end.value
 
 
 @torch.no_grad()
@@ -94,13 +89,9 @@ def stream(model: FusedLanguageModel, prompt: Document, sampling: Sampling | Non
 
 @torch.no_grad()
 def generate_document(
-    model: FusedLanguageModel,
-    prompt: Document,
-    sampling: Sampling | None = None,
-    *,
-    most_segments: int = 8,
+    model: FusedLanguageModel, prompt: Document, sampling: Sampling | None = None, *, most_segments: int = 8,
     continue_text: bool = True,
-) -> Iterator[str | Answer]:
+) -> Iterator[str | Answer]:  # fmt: skip
     """Continue a document as the model sees fit, segment by segment of any modality, until `<end>` or a stop string.
 
     Yields pieces of a text while it is written, and an `Answer` for every finished segment. A text that reaches `max_text` is
@@ -142,14 +133,9 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        model: FusedLanguageModel,
-        context: Context,
-        room: int,
-        guidance: float = 1.0,
-        seed: int = 0,
+        self, model: FusedLanguageModel, context: Context, room: int, guidance: float = 1.0, seed: int = 0,
         indices: Sequence[int] = (0,),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.guidance, self.unread, self.length = model, guidance, context, 0
         self.caches = [model.backbone.new_cache(tokens.size(1) + room) for tokens, *_ in context]
         self.generators = [np.random.default_rng([seed % (1 << 64), index]) for index in indices]

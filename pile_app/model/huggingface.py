@@ -44,31 +44,20 @@ def save_huggingface(model: FusedLanguageModel, tokenizer: str, context: int, fo
     first: Any = backbone.blocks[0]
     ids = {"bos_token_id": Vocabulary.BEGIN, "eos_token_id": Vocabulary.END, "pad_token_id": Vocabulary.END}
     config = ids | {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
-        "vocab_size": model.vocabulary.slices[TEXT].stop,
-        "hidden_size": backbone.width,
-        "intermediate_size": first.expand.out_features,
-        "num_hidden_layers": backbone.layers,
-        "num_attention_heads": backbone.heads,
+        "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": "float32",
+        "vocab_size": model.vocabulary.slices[TEXT].stop, "max_position_embeddings": context, "tie_word_embeddings": False,
+        "hidden_size": backbone.width, "intermediate_size": first.expand.out_features,
+        "num_hidden_layers": backbone.layers, "num_attention_heads": backbone.heads,
         "num_key_value_heads": first.key.out_features // first.head_width,
-        "max_position_embeddings": context,
-        "rms_norm_eps": EPSILON,
+        "rms_norm_eps": EPSILON, "final_logit_softcapping": LOGIT_CAP,
         "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_base},
-        "final_logit_softcapping": LOGIT_CAP,
-        "tie_word_embeddings": False,
-        "dtype": "float32",
-    }
+    }  # fmt: skip
     described = hf_tokenizer(tokenizer)
     of_tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "bos_token": SPECIALS[Vocabulary.BEGIN],
-        "eos_token": SPECIALS[Vocabulary.END],
-        "pad_token": SPECIALS[Vocabulary.END],
-        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "clean_up_tokenization_spaces": False,
+        "bos_token": SPECIALS[Vocabulary.BEGIN], "eos_token": SPECIALS[Vocabulary.END], "pad_token": SPECIALS[Vocabulary.END],
         "split_special_tokens": True,  # their names in a text are ordinary text
-    }
+    }  # fmt: skip
     make_empty(folder)
     save_weights({name: weight.float() for name, weight in hf_weights(model, backbone).items()}, folder)
     generation = ids | {"eos_token_id": ENDS}

@@ -80,11 +80,10 @@ class HuggingFace(Backbone):
     ) -> None:
         try:
             from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+            from transformers.utils import cached_file
             from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
-            raise ValueError(
-                "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
-            ) from error
+            raise ValueError("backbone HuggingFace needs transformers: pip install transformers peft") from error
         disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -95,9 +94,8 @@ class HuggingFace(Backbone):
             config = AutoConfig.from_pretrained(path, **options).get_text_config()
             config._attn_implementation = "pile"
             if pretrained:
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, config=config, dtype=torch.float32, use_safetensors=True, **options
-                )
+                options |= {"config": config, "use_safetensors": True}
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
             else:
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
@@ -116,7 +114,8 @@ class HuggingFace(Backbone):
         table = model.get_input_embeddings().weight.detach()
         self.words = len(table)
         self.code_std = 0.0 if table.is_meta else float(table.std()) / 2
-        self.tokenizer = _tokenizer_file(path, revision)
+        found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        self.tokenizer = None if found is None else str(Path(found))
         self.turns = read_turns(path, revision) if self.tokenizer else {}
         self.window: int | None = getattr(config, "sliding_window", None)
         self.context: int = config.max_position_embeddings
@@ -133,19 +132,15 @@ class HuggingFace(Backbone):
         self._is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self.register_load_state_dict_post_hook(lambda own, _: own.tie())
         self.tensor_parallel = dict(self._plan(config.base_model_tp_plan or {}))
-        self._cache_name = (
-            "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
-        )
+        names = inspect.signature(type(model.base_model).forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
         words = len(self.text_embedding())
         if tokenizer.size > words:
             raise ValueError(f"the tokenizer has {tokenizer.size} tokens, the model of {self.path!r} has vectors of {words}")
-        like = {
-            Vocabulary.BEGIN: self._begin,
-            Vocabulary.END: self._end,
-            Vocabulary.OPENERS[TEXT]: int(tokenizer.encode("\n")[-1]),
-        }
+        newline = int(tokenizer.encode("\n")[-1])
+        like = {Vocabulary.BEGIN: self._begin, Vocabulary.END: self._end, Vocabulary.OPENERS[TEXT]: newline}
         embedding, head = (TextTable(table, tokenizer.size, like) for table in (self.text_embedding, self.text_head))
         with torch.no_grad():  # likely at the beginning of a text, unlike within one, where the word for a newline wins
             head.weight[Vocabulary.OPENERS[TEXT]].lerp_(head.weight[Vocabulary.NULL], 0.25)
@@ -212,9 +207,7 @@ class HuggingFace(Backbone):
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         if past + x.size(1) > self.context:
-            raise ValueError(
-                f"{past + x.size(1)} tokens of context, but the model of {self.path!r} takes {self.context} at most"
-            )
+            raise ValueError(f"a context of {past + x.size(1)} tokens: the model of {self.path!r} takes {self.context} at most")
         masks = self._masks(x, document, position, piece_starts, cache is not None, past)
         wanted = self.recompute and self.training and torch.is_grad_enabled()
         if wanted != self._checkpoints:
@@ -290,16 +283,10 @@ class _LayerCache:
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    pile_masks: tuple[AttentionMask, AttentionMask] | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, sliding_window: int | None = None,
+    pile_masks: tuple[AttentionMask, AttentionMask] | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function of transformers: query (B, H, T, d), key and value (B, H_kv, keys, d) -> (B, T, H, d)."""
     assert pile_masks is not None
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
@@ -372,11 +359,3 @@ def read_turns(path: str, revision: str = "main") -> dict[str, str]:
         system = user
     found = {"system": system, "user": user, "assistant": assistant}
     return {ROLES[role]: text.removesuffix("\n") for role, text in found.items()}
-
-
-def _tokenizer_file(path: str, revision: str) -> str | None:
-    """The `tokenizer.json` of a folder or a name on the hub; None where there is none."""
-    from transformers.utils import cached_file
-
-    found = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else str(Path(found))

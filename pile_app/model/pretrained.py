@@ -53,11 +53,8 @@ def check_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     different = [f"{name}: {saved.get(name, 'missing')} in the checkpoint, {own.get(name, 'missing')} in the model"
                  for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]  # fmt: skip
     if different:
-        raise ValueError(
-            f"the checkpoint holds a model of another shape ({len(different)} of {len(own)} tensors differ): "
-            f"{'; '.join(different[:5])}. Set the model back as it was (the run's config.yaml says how), or begin another run "
-            "with another --name"
-        )
+        shown, fix = "; ".join(different[:5]), "set the model back as it was, or choose another --name"
+        raise ValueError(f"{len(different)} of {len(own)} tensors have another shape: {shown}; {fix}")
 
 
 def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:

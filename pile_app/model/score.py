@@ -67,15 +67,9 @@ def choose(
 
 
 def score_choices(
-    model: FusedLanguageModel,
-    prompts: Sequence[Document],
-    choices: Sequence[Segment],
-    *,
-    guidance: float = 1.0,
-    prior: float = 0.0,
-    beam: int | None = None,
-    normalize: Literal["none", "tokens", "bytes"] = "none",
-) -> Tensor:
+    model: FusedLanguageModel, prompts: Sequence[Document], choices: Sequence[Segment], *, guidance: float = 1.0,
+    prior: float = 0.0, beam: int | None = None, normalize: Literal["none", "tokens", "bytes"] = "none",
+) -> Tensor:  # fmt: skip
     """Score a closed set of answers of any modality: (prompts, choices) float32 log-probabilities, on the CPU.
 
     `log_softmax` over the choices gives probabilities. A text at the end of a prompt is continued by texts.
@@ -170,9 +164,8 @@ def rolling_scores(model: FusedLanguageModel, text: str, context: int, stride: i
     tokens = _text_tokens(model.tokenizer.encode(text))
     firsts = [2, *range(context, len(tokens), stride)] if len(tokens) > 2 else []
     stops = [min(first + stride if first > 2 else context, len(tokens)) for first in firsts]
-    return score_tokens(
-        model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in zip(firsts, stops, strict=True)]
-    )
+    windows = zip(firsts, stops, strict=True)
+    return score_tokens(model, [(tokens[max(0, stop - context) : first], tokens[first:stop]) for first, stop in windows])
 
 
 def score_tokens(model: FusedLanguageModel, spans: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
@@ -208,13 +201,9 @@ def _start(first: int, stop: int, context: int | None) -> int:
 
 @torch.no_grad()
 def score_paths(
-    model: FusedLanguageModel,
-    contexts: Sequence[Context],
-    paths: Sequence[Sequence[Path]],
-    guidance: float = 1.0,
-    prior: float = 0.0,
-    beam: int | None = None,
-) -> list[dict[int, Score]]:
+    model: FusedLanguageModel, contexts: Sequence[Context], paths: Sequence[Sequence[Path]], guidance: float = 1.0,
+    prior: float = 0.0, beam: int | None = None,
+) -> list[dict[int, Score]]:  # fmt: skip
     """Score the paths of each laid out prompt, within `model.inference`: index of the path -> score, if not dropped.
 
     A row of the cache holds what some paths of a prompt begin with. All rows advance together, up to the next branch of any.

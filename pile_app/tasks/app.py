@@ -235,7 +235,7 @@ def _classify_tab(page: Page) -> None:
 
 
 def _tag_tab(page: Page) -> None:
-    from pile_app.tasks.tag_texts import split_parts, tag_documents
+    from pile_app.tasks.tagging import split_parts, tag_documents
 
     text = page.gr.Textbox(label="Text", lines=4, elem_id="tag-text")
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pile_app.data.assembly import assemble, whole
 from pile_app.data.files import ShardError, whole_file
 from pile_app.data.index import TYPES, UNORDERED, segment_breaks, segment_size, starts
 from pile_app.data.manifest import split_path
@@ -33,8 +34,8 @@ from pile_app.data.shards import Shards
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.tokens import columns_of, text_counts
 from pile_app.documents import (
+    AUDIO,
     ENCODED_EXTENSIONS,
-    IMAGE,
     MODALITIES,
     TEXT,
     BadSample,
@@ -44,7 +45,6 @@ from pile_app.documents import (
     sample_from_document,
 )
 from pile_app.fields import OWN
-from pile_app.media import decode_audio, decode_image
 
 if TYPE_CHECKING:
     from pile_app.model.fused import FusedLanguageModel
@@ -81,24 +81,16 @@ class Encoders:
     def of_run(cls, run: str, module: PileModule, step: int, batch: int = 64) -> Encoders:
         """Make them of a run's module. Raises ValueError if its codecs are still being trained at `step`."""
         if step < module.codec_steps:
-            raise ValueError(
-                f"the codecs of {run!r} are trained for {module.codec_steps} steps, and the checkpoint is of step {step}: "
-                "train further, codes of codecs that still change cannot be used"
-            )
+            still = f"trained for {module.codec_steps} steps, and the checkpoint is of step {step}: train further"
+            raise ValueError(f"the codecs of {run!r}, which still change, cannot be used: they are {still}")
         return cls(module.tokenizer, module.model, batch)
 
 
 def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: bool = False) -> dict[str, Any]:
-    """Write `folder/<name>` for every shard, and return what `encoded.json` says of them.
+    """Write `folder/<name>` for every shard, and return what `encoded.json` says of them. Segments that are encoded already are
+    copied; `overwrite`: encode all shards again.
 
-    Args:
-        shards: of documents; segments that are encoded already are copied.
-        folder: not that of the shards.
-        overwrite: encode all of them again.
-
-    Raises:
-        ValueError: two shards have the same name, or a shard would replace its source or an unrelated file.
-        ShardError: a shard cannot be read.
+    Raises ValueError if two shards have the same name, or one would replace its source or an unrelated file; ShardError.
     """
     names = [split_path(path)[1] for path in shards.paths]
     if bad := [name for name in names if not name.endswith(".tar")]:
@@ -138,10 +130,8 @@ def encode_shards(shards: Shards, folder: Path, encoders: Encoders, overwrite: b
     for new, old in ((made.index(shard), shards.index(shard)) for shard in range(len(names))):
         compared = (name for name in TYPES if name not in FILES)
         if different := [name for name in compared if not np.array_equal(new.columns[name], old.columns[name])]:
-            raise ShardError(
-                f"the manifest of {new.path!r} differs from that of {old.path!r} in {', '.join(different)}: run "
-                f"`pile index --overwrite {old.path}`, then this command with --overwrite"
-            )
+            fix = f"run `pile index --overwrite {old.path}`, then this command with --overwrite"
+            raise ShardError(f"the manifest of {new.path!r} is not that of {old.path!r} in {', '.join(different)}: {fix}")
     return {name: done[name] for name in names}
 
 
@@ -159,22 +149,18 @@ def _encode_shard(shards: Shards, shard: int, path: Path, encoders: Encoders) ->
     import webdataset
 
     encoded, left = Counter[str](), Counter[str]()
-    with whole_file(path) as file:
-        with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-            for numbers in _batched(range(*shards.first_document[shard : shard + 2]), DOCUMENTS_AT_ONCE):
-                documents = [_read(shards, number, encoders.tokenizer, left) for number in numbers]
-                for document in _encode(documents, encoders, encoded, left):
-                    tar.write(_sample(document))
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_file(path, durable=True) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+        for numbers in _batched(range(*shards.first_document[shard : shard + 2]), DOCUMENTS_AT_ONCE):
+            documents = [_read(shards, number, encoders.tokenizer, left) for number in numbers]
+            for document in _encode(documents, encoders, encoded, left):
+                tar.write(_sample(document))
     return {"encoded": encoded, "left": left}
 
 
 def _sample(document: Document) -> dict[str, str | bytes]:
     """The WebDataset sample of a document; that of a single encoded segment is one file, half the bytes in a tar."""
-    segment = document.segments[0]
-    alone = len(document.segments) == 1 and segment.is_encoded and segment.loss and document.ordered and not document.meta
-    if alone:
+    segment, *others = document.segments
+    if segment.is_encoded and segment.loss and document.ordered and not (others or document.meta):
         return {"__key__": document.key, segment.extension: segment.file}
     return sample_from_document(document)
 
@@ -187,9 +173,7 @@ def _read(shards: Shards, number: int, tokenizer: Tokenizer, left: Counter[str])
         return replace(shards.document(number), key=index.key(sample))
     except BadSample as error:
         if tokenizer.fingerprint != "bytes" and columns_of(tokenizer)[0] not in index.columns:
-            raise ShardError(
-                f"{error}: fetch the shard again (its tokens were never counted, so it cannot be skipped)"
-            ) from error
+            raise ShardError(f"{error}: fetch the shard again (its tokens were never counted: it is not skipped)") from error
         left[error.reason] += 1
     counts, in_tokens = text_counts(index, tokenizer)
     first_break = starts(index.break_count)
@@ -211,16 +195,18 @@ def _encode(documents: list[Document], encoders: Encoders, encoded: Counter[str]
     for modality, fingerprint in encoders.fingerprints.items():
         numbers = [n for n, one in enumerate(segments) if one.modality == modality and not one.is_encoded and not one.choices]
         for some in _batched(numbers, encoders.batch):
-            for number in some if modality == TEXT else ():
-                segments[number] = encode_text(segments[number], encoders.tokenizer)
-            if modality != TEXT and encoders.model is not None:
-                codes = _encode_media([segments[number].file for number in some], modality, encoders.model, left)
-                for number, values in zip(some, codes, strict=True):
-                    if values is not None:
-                        file = Codes(fingerprint, *segment_size(segments[number]), values).to_bytes()
-                        segments[number] = replace(segments[number], data=file, extension=ENCODED_EXTENSIONS[modality])
-        if done := sum(segments[number].is_encoded for number in numbers):
-            encoded[MODALITIES[modality]] += done
+            chosen = [segments[number] for number in some]
+            if modality == TEXT:
+                found: Sequence[Codes | BadSample] = [encode_text(segment, encoders.tokenizer) for segment in chosen]
+            else:
+                assert encoders.model is not None
+                found = encode_media(chosen, modality, encoders.model, fingerprint)
+            for number, segment, codes in zip(some, chosen, found, strict=True):
+                if isinstance(codes, BadSample):
+                    left[codes.reason] += 1
+                else:
+                    encoded[MODALITIES[modality]] += 1
+                    segments[number] = replace(segment, data=codes.to_bytes(), extension=ENCODED_EXTENSIONS[modality])
     remaining = iter(segments)
     for document in documents:
         yield replace(document, segments=tuple(islice(remaining, len(document.segments))))
@@ -231,48 +217,27 @@ def _batched(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield numbers[first : first + size]
 
 
-def encode_text(segment: Segment, tokenizer: Tokenizer) -> Segment:
-    """The ids of a text, with the places where its sentences end."""
-    ends = sentence_ends(segment.text)
-    ids, in_tokens = tokenizer.encode_all([segment.text], [ends])[0]
-    size, _ = segment_size(segment)
+def encode_text(segment: Segment, tokenizer: Tokenizer) -> Codes:
+    """The ids of a text, and where its sentences end."""
+    ids, in_tokens = tokenizer.encode_all([segment.text], [sentence_ends(segment.text)])[0]
     breaks = np.stack([segment_breaks(segment), in_tokens]).reshape(2, -1)
-    codes = Codes(tokenizer.fingerprint, size, 0, ids, breaks)
-    return Segment(codes.to_bytes(), ENCODED_EXTENSIONS[TEXT], segment.loss)
+    return Codes(tokenizer.fingerprint, segment_size(segment)[0], 0, ids, breaks)
 
 
-def _encode_media(files: list[bytes], modality: int, model: FusedLanguageModel, left: Counter[str]) -> list[np.ndarray | None]:
-    """Encode each image or sound to codes (T,), or None if it cannot be decoded."""
-    vocabulary = model.vocabulary
+def encode_media(
+    segments: Sequence[Segment], modality: int, model: FusedLanguageModel, fingerprint: str
+) -> list[Codes | BadSample]:
+    """The codes of images or sounds, laid out as in training; the reason where a medium cannot be decoded."""
+    from pile_app.model.segments import segment_length
 
-    def decode(file: bytes) -> np.ndarray | BadSample:
-        try:
-            if modality == IMAGE:
-                return decode_image(file, *vocabulary.image_shape)
-            return decode_audio(file, vocabulary.sample_rate)
-        except BadSample as error:
-            return error
-
+    sizes = [1 + segment_length(model, segment) for segment in segments]  # with `<begin>`, opener and end of a sound
+    packs = [[whole(Document((one,), str(n)), size)] for n, (one, size) in enumerate(zip(segments, sizes, strict=True))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
-        decoded = list(pool.map(decode, files))
-    left.update(medium.reason for medium in decoded if isinstance(medium, BadSample))
-    media = [medium for medium in decoded if not isinstance(medium, BadSample)]
-    codes = iter(encode_media(media, modality, model) if media else ())
-    return [None if isinstance(medium, BadSample) else next(codes) for medium in decoded]
-
-
-def encode_media(media: Sequence[np.ndarray], modality: int, model: FusedLanguageModel) -> list[np.ndarray]:
-    """Encode uint8 pixels (C, H, W), or float32 samples (S,), to codes (T,) each."""
-    import torch
-
-    codec: Any = model.codecs[modality]
-    vocabulary, device = model.vocabulary, model.token_bytes.device
-    if modality == IMAGE:
-        pixels = torch.from_numpy(np.stack([image.transpose(1, 2, 0) for image in media]))  # channels last, as in batches
-        return list(codec.encode(pixels.to(device).permute(0, 3, 1, 2)).cpu().numpy())
-    per_token = vocabulary.samples_per_token
-    tokens = [vocabulary.audio_tokens(len(sound), vocabulary.sample_rate) for sound in media]
-    padded = [np.pad(sound, (0, count * per_token - len(sound))) for count, sound in zip(tokens, media, strict=True)]
-    audio = torch.from_numpy(np.concatenate(padded).astype(np.float32).reshape(-1, per_token)).to(device)
-    codes = codec.encode(audio, torch.tensor(tokens, device=device))
-    return np.split(codes.cpu().numpy(), np.cumsum(tokens)[:-1])
+        batch = assemble(packs, model.vocabulary, model.tokenizer, max(sizes), decode=pool.map)
+    found: dict[int, Codes | BadSample] = {int(key): BadSample(*why) for _, key, *why in batch.rejected}
+    tokens = model.fill(batch.to(model.token_bytes.device)).cpu().numpy() - model.vocabulary.slices[modality].start
+    for number, (segment, size) in enumerate(zip(segments, sizes, strict=True)):
+        if number not in found:
+            codes = tokens[number, 2 : size - (modality == AUDIO)]
+            found[number] = Codes(fingerprint, *segment_size(segment), codes)
+    return [found[number] for number in range(len(segments))]

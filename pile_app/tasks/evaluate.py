@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -44,17 +45,15 @@ class SourceFigures(Callback):
         self.rejected: Counter[tuple[int, str]] = Counter()
         self.table = torch.zeros(0)  # of `TokenMetrics`
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         count = len(trainer.datamodule.validation_names)  # type: ignore[attr-defined]
-        self.psnr = nn.ModuleList(PeakSignalNoiseRatio(data_range=255.0) for _ in range(count)).to(pl_module.device)
-        self.log_mel = nn.ModuleList(MeanMetric() for _ in range(count)).to(pl_module.device)
+        self.psnr = nn.ModuleList(PeakSignalNoiseRatio(data_range=255.0) for _ in range(count)).to(module.device)
+        self.log_mel = nn.ModuleList(MeanMetric() for _ in range(count)).to(module.device)
 
     @torch.no_grad()
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
-        assert isinstance(pl_module, PileModule)
-        image_codec, audio_codec = pl_module.model.image_codec, pl_module.model.audio_codec
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *_: Any) -> None:
+        assert isinstance(module, PileModule)
+        image_codec, audio_codec = module.model.image_codec, module.model.audio_codec
         self.documents.update(source for pack in batch.documents for source, _, _, start, _ in pack if start == 0)
         self.rejected.update((source, reason) for source, _, reason, _ in batch.rejected)
         if image_codec is not None and len(batch.images):
@@ -71,18 +70,14 @@ class SourceFigures(Callback):
             for source in sources.unique().tolist():
                 self.log_mel[source].update(distances[sources == source])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Keep the table, which the module's own hook resets afterwards."""
-        assert isinstance(pl_module, PileModule)
-        self.table = pl_module.token_metrics.compute().cpu().clone()
+        assert isinstance(module, PileModule)
+        self.table = module.token_metrics.compute().cpu().clone()
 
     def of_source(self, source: int, data: PileDataModule, found: dict[str, dict[str, float]]) -> dict[str, Any]:
         """All figures of a source; `found`: its likelihoods by modality."""
-        codecs: dict[int, tuple[str, Any]] = {
-            IMAGE: ("psnr", self.psnr[source]),
-            AUDIO: ("log_mel_distance", self.log_mel[source]),
-        }
-        for modality, (name, metric) in codecs.items():
+        for modality, name, metric in ((IMAGE, "psnr", self.psnr[source]), (AUDIO, "log_mel_distance", self.log_mel[source])):
             if metric._update_count:
                 found.setdefault(MODALITIES[modality], {})[name] = float(metric.compute())
         rejected = Counter({reason: count for (of, reason), count in sorted(self.rejected.items()) if of == source})
@@ -108,9 +103,8 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
     )  # fmt: skip
     logged = trainer.validate(module, datamodule=data, verbose=False)[0]
     names, vocabulary = data.validation_names, module.vocabulary
-    sources = {
-        name: figures.of_source(index, data, likelihoods(figures.table[index], vocabulary)) for index, name in enumerate(names)
-    }
+    found = [likelihoods(rows, vocabulary) for rows in figures.table]
+    sources = {name: figures.of_source(number, data, found[number]) for number, name in enumerate(names)}
     result: dict[str, Any] = {
         "run": str(run), "checkpoint": str(find_checkpoint(run, checkpoint)), "step": saved["global_step"],
         "context": data.context, "precision": str(trainer.precision), "sources": sources,
@@ -122,8 +116,12 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
         for modality in MODALITIES
         for figure, value in found.get(modality, {}).items()
     }
-    if weighted := weighted_bits_per_byte(sources, weights):
-        result["weighted"], values["weighted/text_bits_per_byte"] = weighted, weighted["bits_per_byte"]
+    bits: dict[str, Any] = {name: found.get(MODALITIES[TEXT], {}).get("bits_per_byte") for name, found in sources.items()}
+    parts: list[Any] = [weights.get(name) for name in sources]
+    if len(sources) > 1 and None not in (*parts, *bits.values()):
+        shares = dict(zip(sources, np.divide(parts, np.sum(parts)).tolist(), strict=True))  # by the weights in training
+        result["weighted"] = {"shares": shares, "bits_per_byte": sum(shares[name] * bits[name] for name in sources)}
+        values["weighted/text_bits_per_byte"] = result["weighted"]["bits_per_byte"]
     if module.objective is not None:
         known = {*validation_values(figures.table, names, vocabulary), *(f"{name}_codec_loss" for name in MODALITIES)}
         metrics = {name.removeprefix("validation/"): float(value) for name, value in logged.items()}
@@ -131,16 +129,6 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
         values |= {f"objective/{name}": value for name, value in result["objective"].items()}
     save_figures(result, values, output or run / "evaluation.json", run, config.get("wandb"))
     return result
-
-
-def weighted_bits_per_byte(sources: Mapping[str, Any], weights: Mapping[str, float | None]) -> dict[str, Any]:
-    """Mean of the sources' bits per byte by their weights in training; empty where a source has no weight or no text."""
-    known = {name: float(weights.get(name) or 0) for name in sources}
-    bits = {name: found.get(MODALITIES[TEXT], {}).get("bits_per_byte") for name, found in sources.items()}
-    if len(sources) < 2 or None in [weights.get(name) for name in sources] or None in bits.values():
-        return {}
-    fractions = {name: weight / sum(known.values()) for name, weight in known.items()}
-    return {"shares": fractions, "bits_per_byte": sum(fractions[name] * bits[name] for name in sources)}
 
 
 def save_figures(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:

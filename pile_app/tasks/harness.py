@@ -56,10 +56,8 @@ class PileLM(HARNESS.TemplateLM):  # type: ignore[name-defined]
         found: dict[int, list[Any]] = defaultdict(list)
         for owner, score in zip(owners, score_tokens(self.model, spans), strict=True):
             found[owner].append(score)
-        return [
-            (-sum(score.nats for score in found[index]), all(score.is_greedy for score in found[index]))
-            for index in range(len(requests))
-        ]
+        scores = [found[index] for index in range(len(requests))]
+        return [(-sum(score.nats for score in some), all(score.is_greedy for score in some)) for some in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each request's text."""

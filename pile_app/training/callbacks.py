@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import Tensor
 
-from pile_app.data.batch import PADDING, Batch
+from pile_app.data.batch import Batch
 from pile_app.data.datamodule import data_parallel
 from pile_app.data.files import ShardError, whole_file
 from pile_app.documents import MODALITIES, TEXT, Document, Segment
@@ -26,6 +25,7 @@ from pile_app.model.generate import Sampling, generate, plain
 from pile_app.training.module import PileModule
 from pile_app.training.wandb_run import log_samples
 
+Questions = dict[tuple[str, int], list[tuple[Document, Segment | None]]]
 SAMPLING = Sampling(temperature=0.9, top_p=0.9, guidance=2.0, max_text=128, max_seconds=4.0)  # of samples by default
 MOST_REJECTED_AT_INDEXING = 0.5  # of a source, whose rejected samples are printed before training starts
 
@@ -39,6 +39,19 @@ def drop_later_lines(trainer: Trainer, paths: Iterable[Path]) -> None:
     trainer.strategy.barrier("lines")
 
 
+def append_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Add entries, each with its "step", to a JSON lines file."""
+    if lines := [json.dumps(entry) + "\n" for entry in entries]:
+        with open(path, "a") as file:
+            file.writelines(lines)
+
+
+def named_documents(trainer: Trainer, documents: Iterable[Any]) -> list[list[Any]]:
+    """[[source, key, epoch, first token, stop], ...] of a training batch's documents, whose sources are numbers."""
+    sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
+    return [[sources[source], *rest] for source, *rest in documents]
+
+
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
     """Return whether a micro-batch is the last of its optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -46,6 +59,11 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 
 def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_step(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
+def piece_lengths(batch: Batch) -> list[int]:
+    """Return the tokens of each document, or of the part of it, in a training batch."""
+    return [stop - start for documents in batch.documents for *_, start, stop in documents]
 
 
 class DataReport(Callback):
@@ -59,8 +77,7 @@ class DataReport(Callback):
         self.path, self.max_rejected_share = run / "quarantine.jsonl", max_rejected_share
         self.documents = 0
         self.rejected, self.source_tokens = Counter[str](), Counter[str]()
-        self.padding: Tensor | None = None  # tokens of it; stays on the device, since reading it would wait
-        self.positions = 0
+        self.tokens = self.positions = 0  # of documents, and of their packs
 
     def state_dict(self) -> dict[str, Any]:
         return {"documents": self.documents, "rejected": dict(self.rejected), "source_tokens": dict(self.source_tokens)}
@@ -69,24 +86,19 @@ class DataReport(Callback):
         self.documents = state_dict["documents"]
         self.rejected, self.source_tokens = Counter(state_dict["rejected"]), Counter(state_dict["source_tokens"])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Drop the entries after the checkpoint that is resumed, and check how many documents were rejected at indexing."""
         drop_later_lines(trainer, self.path.parent.glob(self.path.name))
         for data in trainer.datamodule.train_data:  # type: ignore[attr-defined]
             count = sum(data.rejected().values())
             if count > max(MOST_REJECTED_AT_INDEXING, self.max_rejected_share) * (count + len(data)):
-                raise ShardError(
-                    f"source {data.name!r}: {count:,} of {count + len(data):,} samples cannot be used ({data.rejected()}): "
-                    "fix the data or its `fields`, or raise data.max_rejected_share above that fraction"
-                )
+                bad, fix = f"{count:,} of {count + len(data):,} samples", "or raise data.max_rejected_share above that fraction"
+                raise ShardError(f"source {data.name!r}: {bad} cannot be used ({data.rejected()}): fix data or `fields`, {fix}")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         names: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         self.documents += sum(map(len, batch.documents))
-        padding = (batch.document == PADDING).sum()
-        self.padding = padding if self.padding is None else self.padding + padding
+        self.tokens += sum(piece_lengths(batch))
         self.positions += batch.document.numel()
         self._record("train", names, batch, batch_idx // trainer.accumulate_grad_batches + 1)
         self.rejected.update(f"{names[source]}/{reason}" for source, _, reason, _ in batch.rejected)
@@ -94,29 +106,24 @@ class DataReport(Callback):
             self.source_tokens.update(dict(zip(names, batch.source_tokens, strict=True)))
         if not is_logged(trainer, batch_idx):
             return
-        values = {"data/padding_share": float(self.padding) / self.positions}
+        values = {"data/padding_share": 1 - self.tokens / self.positions}
         values |= {f"data/tokens/{name}": float(tokens) for name, tokens in self.source_tokens.items()}
         values |= {f"data/rejected/{name}": float(count) for name, count in self.rejected.items()}
-        pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        self.padding, self.positions = None, 0
+        module.log_dict(values, rank_zero_only=True, batch_size=1)
+        self.tokens = self.positions = 0
         count = sum(self.rejected.values())
         too_many = count > self.max_rejected_share * max(100, self.documents)
         if trainer.strategy.reduce_boolean_decision(too_many, all=False):
-            raise RuntimeError(
-                f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), more than "
-                f"data.max_rejected_share={self.max_rejected_share:.1%}. They are listed in {self.path}"
-            )
+            what = f"{count} of {self.documents:,} documents could not be used ({dict(self.rejected)}), see {self.path}"
+            raise RuntimeError(f"{what}: more than data.max_rejected_share={self.max_rejected_share:.1%}")
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, *_: Any) -> None:
         self._record("validation", trainer.datamodule.validation_names, batch, trainer.global_step)  # type: ignore[attr-defined]
 
     def _record(self, split: str, names: list[str], batch: Batch, step: int) -> None:
         for source, key, reason, detail in batch.rejected:
             entry = {"step": step, "split": split, "source": names[source], "key": key, "reason": reason, "detail": detail}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_lines(self.path, [entry])
 
 
 def count_quarantined(run: Path) -> dict[str, dict[str, int]]:
@@ -138,22 +145,17 @@ class Ledger(Callback):
     def __init__(self, run: Path) -> None:
         self.folder = run / "ledger"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.folder.mkdir(exist_ok=True)
         drop_later_lines(trainer, self.folder.glob("*.jsonl"))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        step = batch_idx // trainer.accumulate_grad_batches + 1
-        sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
-        mesh = pl_module.device_mesh
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        mesh = module.device_mesh
         if mesh is not None and mesh["tensor_parallel"].get_local_rank():
             return  # trained on what the first of its group records
-        with open(self.folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
-            for position, documents in zip(batch.numbers, batch.documents, strict=True):
-                named = [[sources[source], *rest] for source, *rest in documents]
-                file.write(json.dumps({"step": step, "position": position, "documents": named}) + "\n")
+        step, packs = batch_idx // trainer.accumulate_grad_batches + 1, zip(batch.numbers, batch.documents, strict=True)
+        entries = ({"step": step, "position": number, "documents": named_documents(trainer, some)} for number, some in packs)
+        append_lines(self.folder / f"rank-{trainer.global_rank}.jsonl", entries)
 
 
 def read_ledger(run: Path) -> list[dict[str, Any]]:
@@ -172,44 +174,42 @@ class Throughput(Callback):
     (Lightning's ThroughputMonitor knows peaks of GPUs only, and neither waiting nor modalities.)
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.peak_flops = measure_matmul_flops(pl_module.device)
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.peak_flops = measure_matmul_flops(module.device)
         self._reset(trainer)
 
     def _reset(self, trainer: Trainer) -> None:
         self.tokens = [0, 0, 0]
-        self.attended: list[Tensor] = []  # (2,) of each batch: tokens, and tokens that they attend to
+        self.read = self.attended = 0  # tokens of the language model, and tokens that they attend to
         self.waited = getattr(trainer.train_dataloader, "waited", 0.0)  # before this interval
         self.began = time.perf_counter()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if hasattr(self, "began"):
             self.began += time.perf_counter() - self.paused
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, PileModule)
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        assert isinstance(module, PileModule)
         self.tokens = [count + len(targets) for count, targets in zip(self.tokens, batch.targets, strict=True)]
-        if not pl_module.in_codec_phase:
-            is_token = batch.document != PADDING
-            self.attended.append(torch.stack([is_token.sum(), (batch.position + 1).mul(is_token).sum()]))
+        if not module.in_codec_phase:
+            lengths = piece_lengths(batch)
+            self.read += sum(lengths)
+            self.attended += sum(length * (length + 1) // 2 for length in lengths)
         if not is_logged(trainer, batch_idx):
             return
         seconds, (shares, _) = max(time.perf_counter() - self.began, 1e-9), data_parallel(trainer)
         waited = getattr(trainer.train_dataloader, "waited", 0.0) - self.waited
-        speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in pl_module.vocabulary.modalities}
+        speeds = {MODALITIES[m]: self.tokens[m] * shares / seconds for m in module.vocabulary.modalities}
         values = {f"throughput/{name}_tokens_per_second": speed for name, speed in speeds.items()}
         values |= {"throughput/tokens_per_second": sum(speeds.values()), "throughput/data_wait_share": waited / seconds}
-        if self.attended:
-            tokens, attended = torch.stack(self.attended).sum(0).tolist()
-            flops = tokens * shares / trainer.world_size * pl_module.model.flops_per_token(attended / max(1, tokens))
+        if self.read:
+            flops = self.read * shares / trainer.world_size * module.model.flops_per_token(self.attended / self.read)
             values["throughput/model_flop_utilization"] = flops / seconds / self.peak_flops
-        pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
-        pl_module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
+        module.log_dict(values, rank_zero_only=True, batch_size=1)
+        module.log("tokens/s", sum(speeds.values()), prog_bar=True, logger=False, rank_zero_only=True, batch_size=1)
         self._reset(trainer)
 
 
@@ -236,11 +236,11 @@ class PileProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
         self.shown: tuple[int, dict[str, Any]] = (-1, {})
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         step = trainer.global_step // trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self.shown[0]:  # something new was logged; reading it waits for the device
-            hidden = ("v_num",) if pl_module.in_codec_phase else ("v_num", "_codec_loss")
-            metrics = super().get_metrics(trainer, pl_module).items()
+            hidden = ("v_num",) if module.in_codec_phase else ("v_num", "_codec_loss")
+            metrics = super().get_metrics(trainer, module).items()
             self.shown = step, {name.removeprefix("train/"): v for name, v in metrics if not name.endswith(hidden)}
         return dict(self.shown[1])
 
@@ -261,54 +261,45 @@ class SampleGeneration(Callback):
         self.every_n_steps, self.count, self.sampling = every_n_steps, count, sampling
         self.written = -1  # the last step with samples
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         is_due = trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
         is_due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if is_due and not pl_module.in_codec_phase and ends_step(trainer, batch_idx):
-            self.write(trainer, pl_module)
+        if is_due and not module.in_codec_phase and ends_step(trainer, batch_idx):
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Write before W&B has the step of the validation."""
-        assert isinstance(pl_module, PileModule)
-        is_training = trainer.state.fn == "fit" and not pl_module.in_codec_phase
-        if is_training and self.every_n_steps is None and pl_module.whole is None:
-            self.write(trainer, pl_module)
+        assert isinstance(module, PileModule)
+        is_training = trainer.state.fn == "fit" and not module.in_codec_phase
+        if is_training and self.every_n_steps is None and module.whole is None:
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)
 
-    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Write the samples of a run that ended before its last step, as by early stopping. Called on the first device."""
-        assert isinstance(pl_module, PileModule)
-        if trainer.global_step >= pl_module.codec_steps:
-            self._write(trainer, pl_module.model, trainer.global_step)
+        assert isinstance(module, PileModule)
+        if trainer.global_step >= module.codec_steps:
+            self.write(trainer, module.model, trainer.global_step)
         return {}
 
-    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PileModule)
-        model = pl_module.whole_model()
-        if model is not None:
-            self._write(trainer, model, trainer.global_step - 1)
-
-    def _write(self, trainer: Trainer, model: FusedLanguageModel, logged_at: int) -> None:
-        if self.written == trainer.global_step:
+    def write(self, trainer: Trainer, model: FusedLanguageModel | None, logged_at: int) -> None:
+        """Write the samples of a step once. model: None except on the first device; logged_at: W&B's step of them."""
+        if model is None or self.written == trainer.global_step:
             return
         self.written = trainer.global_step
-        entries = []
-        folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
-        for title, prompts, to, references in self._prompts(trainer, model):
+        entries: list[Example] = []
+        for (title, to), asked in sorted(self._questions(trainer, model).items(), key=lambda item: item[0]):
+            prompts = [prompt for prompt, _ in asked]
             has_condition = any(segment.modality != to for segment in prompts[0].segments)  # which training hides at times
             answers = generate(model, prompts, to, self.sampling if has_condition else replace(self.sampling, guidance=1.0))
-            triples = zip(prompts, answers, references, strict=True)
-            entries += [plain_example(model, title, *triple) for triple in triples]
+            entries += [(title, prompt, answer, real) for (prompt, real), answer in zip(asked, answers, strict=True)]
         if entries:
-            write_samples(folder, entries)
+            folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08d}"
+            write_samples(folder, entries, model)
             log_samples(trainer, folder, logged_at)
 
-    def _prompts(
-        self, trainer: Trainer, model: FusedLanguageModel
-    ) -> list[tuple[str, list[Document], int, list[Segment | None]]]:
-        """Return (title, prompts, modality to generate, references) of each pair of modalities in the validation data."""
-        kinds: dict[tuple[str, int], tuple[list[Document], list[Segment | None]]] = defaultdict(lambda: ([], []))
+    def _questions(self, trainer: Trainer, model: FusedLanguageModel) -> Questions:
+        """Return (title, modality to generate) -> (prompt, reference) of each pair of modalities in the validation data."""
+        found: Questions = defaultdict(list)
         for data in trainer.datamodule.validation_data or trainer.datamodule.train_data:  # type: ignore[attr-defined]
             for number in range(min(len(data), 64 * self.count)):
                 try:
@@ -320,12 +311,11 @@ class SampleGeneration(Callback):
                     continue
                 for prompt, to, reference in questions(replace(document, segments=segments)):
                     asked = " + ".join(dict.fromkeys(MODALITIES[segment.modality] for segment in prompt.segments))
-                    prompts, references = kinds[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
-                    is_new = not prompt.segments or prompt not in prompts
-                    if is_new and len(prompts) < (self.count if reference else 2):
-                        prompts.append(prompt)
-                        references.append(reference)
-        return [(title, prompts, to, references) for (title, to), (prompts, references) in sorted(kinds.items())]
+                    some = found[f"{asked} → {MODALITIES[to]}" if asked else MODALITIES[to], to]
+                    is_new = not prompt.segments or prompt not in [other for other, _ in some]
+                    if is_new and len(some) < (self.count if reference else 2):
+                        some.append((prompt, reference))
+        return found
 
 
 def questions(document: Document) -> Iterator[tuple[Document, int, Segment | None]]:
@@ -350,21 +340,17 @@ def questions(document: Document) -> Iterator[tuple[Document, int, Segment | Non
                 yield Document((prompt,)), answer.modality, answer
 
 
-def plain_example(
-    model: FusedLanguageModel, title: str, prompt: Document, answer: Segment, reference: Segment | None
-) -> tuple[str, Document, Segment, Segment | None]:
-    """Return an entry of `write_samples`, without encoded segments."""
-    shown = Document(tuple(plain(model, segment) for segment in prompt.segments))
-    return title, shown, answer, plain(model, reference) if reference else None
+Example = tuple[str, Document, Segment, Segment | None]  # title, prompt, answer, reference
 
 
-def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segment | None]]) -> None:
-    """Write prompts, answers and references as PNG, WAV and TXT, and `samples.json`, which lists them for `report.py`."""
+def write_samples(folder: Path, examples: Iterable[Example], model: FusedLanguageModel | None = None) -> None:
+    """Write prompts, answers and references as PNG, WAV and TXT, and `samples.json`, which lists them for `report.py`.
+    `model`: decodes those that are encoded."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(number: int, role: str, *segments: Segment | None) -> list[dict[str, str]]:
         parts = []
-        for segment in filter(None, segments):
+        for segment in (plain(model, segment) if model else segment for segment in segments if segment):
             name, is_text = f"{number:03d}-{role}.{segment.extension}", segment.modality == TEXT
             if role == "output" or not is_text:
                 (folder / name).write_bytes(segment.text.encode() if is_text else segment.file)
@@ -378,6 +364,6 @@ def write_samples(folder: Path, entries: list[tuple[str, Document, Segment, Segm
             "outputs": keep(number, "output", answer),
             "references": keep(number, "reference", reference),
         }
-        for number, (title, prompt, answer, reference) in enumerate(entries)
+        for number, (title, prompt, answer, reference) in enumerate(examples)
     ]
     (folder / "samples.json").write_text(json.dumps(described, indent=1, ensure_ascii=False))

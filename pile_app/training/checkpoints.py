@@ -46,27 +46,21 @@ Region = tuple[Tensor, tuple[int, ...]]  # part of a tensor, and the index in th
 
 
 def publish(staged: Path, path: Path) -> None:
-    """Rename a complete file or link to `path`. The old `last.ckpt` becomes `previous.ckpt`."""
-    if path.name == LAST and path.exists():
-        _remove(path.with_name(PREVIOUS))
-        os.replace(path, path.with_name(PREVIOUS))
-    _remove(path)
+    """Rename a complete file, or a link to a complete folder, to `path`. The old `last.ckpt` becomes `previous.ckpt`."""
+    if staged.is_dir():
+        link = path.with_name(f".{path.name}.new")
+        link.unlink(missing_ok=True)
+        link.symlink_to(staged.name)
+        staged = link
+    kept = path.with_name(PREVIOUS)
+    for target in (kept, path) if path.name == LAST and path.exists() else (path,):
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        if target == kept:
+            os.replace(path, kept)
     os.replace(staged, path)
     sync_folder(path.parent)
     remove_leftovers(path.parent)
-
-
-def publish_parts(folder: Path, path: Path) -> None:
-    """Let `path` be a link to a complete folder."""
-    link = path.with_name(f".{path.name}.new")
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    publish(link, path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -85,10 +79,8 @@ def explaining_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"{str(path)!r} could not be written ({error}); the checkpoint before it is whole. Free some space and run the "
-            "same command again: it resumes from there"
-        ) from error
+        fix = "the checkpoint before it is whole. Free some space and run the same command again"
+        raise OSError(f"{str(path)!r} could not be written ({error}); {fix}") from error
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -109,11 +101,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         chosen = [str(path)]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen)
-        checkpoint = read_checkpoint(chosen[0])
-        if (
-            not torch.cuda.is_available() and "optimizer_states" in checkpoint
-        ):  # which the optimizer would update in the mapping
-            checkpoint["optimizer_states"] = tree_map_only(Tensor, Tensor.clone, checkpoint["optimizer_states"])
+        checkpoint, states = read_checkpoint(chosen[0]), "optimizer_states"
+        if not torch.cuda.is_available() and states in checkpoint:  # which the optimizer would update in the mapping
+            checkpoint[states] = tree_map_only(Tensor, Tensor.clone, checkpoint[states])
         return checkpoint
 
 
@@ -203,17 +193,13 @@ def load_origin(model: FusedLanguageModel, path: str, codecs_only: bool = False)
     else:
         found = Path(path) / "checkpoints" / LAST if (Path(path) / "config.yaml").is_file() else Path(path)
         if damage := find_damage(found, "weights"):
-            raise ValueError(
-                f"{option} is neither a run, a checkpoint that can be read, nor a folder of `pile export`: {damage}"
-            )
+            raise ValueError(f"{option} is neither a run, a readable checkpoint, nor a folder of `pile export`: {damage}")
         checkpoint = read_checkpoint(found, optimizer=False)
         weights = checkpoint["state_dict"]
         tokenizer = checkpoint.get("PileDataModule", {}).get("tokenizer", model.tokenizer.fingerprint)
     if tokenizer != model.tokenizer.fingerprint and not codecs_only:
-        raise ValueError(
-            f"{option} was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}: set "
-            "model.tokenizer to that of the run"
-        )
+        wrong = f"was trained with tokenizer {tokenizer}, not {model.tokenizer.fingerprint}"
+        raise ValueError(f"{option} {wrong}: set model.tokenizer to that of the run")
     for name, reader in {} if codecs_only else model.readers.items():  # a model may get a reader later
         prefix = f"model.readers.{name}."
         if not any(other.startswith(prefix) for other in weights):
@@ -243,10 +229,8 @@ def find_damage(path: Path, verify: str = "all") -> str:
                         archive.read(record)
             if verify == "weights":
                 sums, content = {(record.file_size, record.CRC) for record in records}, read_file(file)
-                weights = content.get("state_dict") or {
-                    n: part[2] for n, part in content.items() if n.startswith("state_dict/")
-                }
-                for name, tensor in weights.items():
+                parts = {name: part[2] for name, part in content.items() if name.startswith("state_dict/")}
+                for name, tensor in (content.get("state_dict") or parts).items():
                     stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
                     if stored.size and (stored.size, zlib.crc32(stored.data)) not in sums:
                         return f"the checksum of {name} differs"
@@ -264,15 +248,6 @@ def read_state(path: Path) -> tuple[int, Steps]:
     return int(saved["global_step"]), tuple((first, last) for first, last in skipped)
 
 
-def find_trouble(path: Path, skip_steps: Steps, verify: str = "all") -> str:
-    """Say why a run that skips `skip_steps` cannot resume from a checkpoint, "" if it can."""
-    if damage := find_damage(path, verify):
-        return f"cannot be read: {damage}"
-    step, known = read_state(path)
-    asked, done = ({(first, min(last, step)) for first, last in ranges if first <= step} for ranges in (skip_steps, known))
-    return "" if asked == done else f"is from step {step}, within or after guard.skip_steps={[list(one) for one in skip_steps]}"
-
-
 def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path | None:
     """Return the newest checkpoint that a run which skips `skip_steps` can resume from, or None if there is none at all.
 
@@ -281,23 +256,30 @@ def choose_checkpoint(folder: Path, skip_steps: Steps, is_first: bool) -> Path |
     """
     last, troubles = folder / LAST, list[str]()
     for path in (last, folder / PREVIOUS):
-        trouble = find_trouble(path, skip_steps, "all" if is_first else "") if path.exists() else ""
-        if trouble:
-            troubles.append(f"{str(path)!r} {trouble}")
-        elif path.exists():
-            if path != last:
-                reason = troubles[0] if troubles else f"{str(last)!r} is missing"
-                log.warning("%s: resuming from %s, step %d", reason, path, read_state(path)[0])
+        try:
+            damage = find_damage(path, "all" if is_first else "") if path.exists() else ""
+            state: tuple[int, Steps] = (0, ()) if damage else read_state(path)
+        except FileNotFoundError:  # there was none, or rank 0 has just put it aside
+            troubles += [f"{str(path)!r} is missing"] * (path == last)
+            continue
+        step, known = state
+        asked, done = ({(a, min(b, step)) for a, b in ranges if a <= step} for ranges in (skip_steps, known))
+        if damage:
+            troubles.append(f"{str(path)!r} cannot be read: {damage}")
+        elif asked != done:
+            ranges = [list(one) for one in skip_steps]
+            troubles.append(f"{str(path)!r} is from step {step}, within or after guard.skip_steps={ranges}")
+        else:
+            if troubles:
+                log.warning("%s: resuming from %s, step %d", troubles[0], path, step)
                 if is_first and last.exists():
                     os.replace(last, folder / ASIDE)
                     log.warning("%s is %s now", last, ASIDE)
             return path
-    if troubles:
-        raise ValueError(
-            f"{'; '.join(troubles)}. No other checkpoint can be resumed from: to begin anew choose another --name, or move "
-            f"{str(folder)!r} away"
-        )
-    return None
+    if not any((folder / name).exists() for name in (LAST, PREVIOUS)):
+        return None
+    fix = f"to begin anew choose another --name, or move {str(folder)!r} away"
+    raise ValueError(f"{'; '.join(troubles)}. No other checkpoint can be resumed from: {fix}")
 
 
 def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int, int] | None:
@@ -311,10 +293,11 @@ def range_to_skip(folder: Path, first: int, last: int, before: int) -> tuple[int
 # -- During training
 
 
-def validation_every(trainer: Trainer) -> int:
-    """Return the optimizer steps between validations, 0 for none."""
+def validates_now(trainer: Trainer) -> bool:
+    """Return whether a validation follows the current optimizer step."""
     every = trainer.val_check_batch
-    return every // trainer.accumulate_grad_batches if isinstance(every, int) and trainer.enable_validation else 0
+    steps = every // trainer.accumulate_grad_batches if isinstance(every, int) and trainer.enable_validation else 0
+    return bool(steps) and trainer.global_step % steps == 0
 
 
 class LastCheckpoint(Checkpoint):
@@ -336,19 +319,18 @@ class LastCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and self.saved_step != trainer.global_step
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        validates = validation_every(trainer)
-        if self._is_due(trainer) and not (validates and trainer.global_step % validates == 0):
+        if self._is_due(trainer) and not validates_now(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
             self.save(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.saved_step != trainer.global_step:
             self.save(trainer)
 
@@ -390,7 +372,7 @@ class GracefulStop(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"in_validation": self.in_validation}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Begin with the validation that was interrupted; to Lightning it has just started."""
         if checkpoint["callbacks"].get(self.state_key, {}).get("in_validation"):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
@@ -403,7 +385,7 @@ class GracefulStop(Callback):
             os.kill(os.getpid(), number)
         self.received = number
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._original = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
@@ -412,23 +394,20 @@ class GracefulStop(Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         for number, handler in self._original.items():
             signal.signal(number, handler)
         self._original = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.timer.on_train_start(trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.timer.on_train_start(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         micro_batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if micro_batch % trainer.accumulate_grad_batches or not self.agreed:
-            return
-        every = validation_every(trainer)
-        if every and trainer.global_step % every == 0:
-            return  # the validation that is due begins and is interrupted, so that it stays due
-        self.stopped = trainer.should_stop = True
-        trainer.limit_val_batches = 0
+        # A validation that is due begins and is interrupted, so that it stays due.
+        if self.agreed and micro_batch % trainer.accumulate_grad_batches == 0 and not validates_now(trainer):
+            self.stopped = trainer.should_stop = True
+            trainer.limit_val_batches = 0
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

@@ -19,7 +19,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 # Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
@@ -31,49 +31,26 @@ logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
 
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from jsonargparse import ArgumentError, Namespace  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything  # noqa: E402, F401
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
+from pile_app.bundled import BUNDLED  # noqa: E402
 from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
 from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig  # noqa: E402
 from pile_app.model.fused import make_vocabulary  # noqa: E402
 from pile_app.model.pretrained_codecs import take_codecs  # noqa: E402
+from pile_app.training import checkpoints  # noqa: E402
 from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402
-from pile_app.training.checkpoints import (  # noqa: E402
-    DurableCheckpointIO,
-    GracefulStop,
-    LastCheckpoint,
-    StoppedInValidation,
-    choose_checkpoint,
-    range_to_skip,
-    read_checkpoint,
-)
 from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
-from pile_app.training.load import (  # noqa: E402
-    TOKENIZER,
-    SkipInitialization,
-    fast_precision,
-    link_model_to_data,
-    take_description,
-)
+from pile_app.training.load import SkipInitialization, fast_precision, link_model_to_data  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
-from pile_app.training.run import (  # noqa: E402
-    RunFolder,
-    check_complete,
-    check_origin,
-    check_resume,
-    find_divergence,
-    keep_freed_memory,
-    lock,
-    make_loggers,
-)
+from pile_app.training.run import RunFolder, begin, find_divergence, keep_freed_memory, make_loggers  # noqa: E402
 from pile_app.training.wandb_run import close  # noqa: E402
 
 REFUSED = 2  # exit code: the configuration is invalid
@@ -136,7 +113,7 @@ class PileCLI(LightningCLI):
         return super().init_parser(default_config_files=[str(default)], **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        config, model, is_first = self.config, self.config.model, is_first_process()
+        config, model = self.config, self.config.model
         if "WANDB_SWEEP_ID" in os.environ:  # each trial is a run of its own
             config.name += f"-{os.environ['WANDB_RUN_ID']}"
         self.dumped = self.parser.dump(config, skip_link_targets=True, skip_none=False)
@@ -145,36 +122,15 @@ class PileCLI(LightningCLI):
         check_config(config)
         group = getattr(getattr(config.trainer.strategy, "init_args", None), "tensor_parallel_size", 1)
         PileDataModule.micro_batches(config.data, max(1, count_devices(config.trainer) // group))
+        config.guard.skip_steps = tuple(sorted({tuple(one) for one in config.guard.skip_steps}))
         self.checkpoint: Path | None = None
-        self.lock: IO[str] | None = None
         if config.trainer.fast_dev_run:
             self.scratch = TemporaryDirectory(prefix="pile-")
             self.run_folder.mkdir()
             # Both phases where there are steps for both.
             model.codec_steps = min(model.codec_steps, int(config.trainer.fast_dev_run) - 1)
-            return
-        run, asked = self.run_folder, yaml.safe_load(self.dumped)
-        if is_first:
-            self.lock = lock(run)
-        steps = check_complete(run, asked)
-        if steps is not None:
-            if is_first:
-                print(
-                    f"{run} is complete ({steps} steps): open {run / 'report.html'}; to train longer raise trainer.max_steps, "
-                    "or choose another --name"
-                )
-            raise SystemExit
-        config.guard.skip_steps = tuple(sorted({tuple(one) for one in config.guard.skip_steps}))
-        self.checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
-        if self.checkpoint is None:
-            check_origin(asked["model"])
-            return
-        was = check_resume(run, self.checkpoint, asked)["model"]
-        if model.start_from or model.codecs_from:  # the run has them now, and does without the files that it began with
-            model.start_from, model.codecs_from = None, str(self.checkpoint) if model.image or model.audio else None
-        if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
-            model.tokenizer = str(run / TOKENIZER)
-        take_description(model, run)
+        else:
+            self.checkpoint = begin(self.run_folder, config, self.dumped, is_first_process())
 
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""
@@ -185,44 +141,40 @@ class PileCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        run, asked = self.run_folder, self.config.trainer
-        self.run = RunFolder(run, self.dumped)
-        self.stop = GracefulStop(asked.max_time)
-        best = BestCheckpoint(
-            run / "checkpoints",
-            filename="best",
-            monitor=self.config.monitor,
-            mode=self.config.monitor_mode,
-            save_top_k=1,
-            enable_version_counter=False,
-        )
+        run, config, asked = self.run_folder, self.config, self.config.trainer
+        is_kept = not asked.fast_dev_run
+        self.run, self.stop = RunFolder(run, self.dumped), checkpoints.GracefulStop(asked.max_time)
+        folder = run / "checkpoints"
+        best = BestCheckpoint(folder, "best", config.monitor, mode=config.monitor_mode, enable_version_counter=False)
+        given: list[Callback] = self.config_init.trainer.callbacks or []
+        is_sampled = config.samples and config.model.objective is None
+        is_sampled &= is_kept and not any(isinstance(one, SampleGeneration) for one in given)
         callbacks: list[tuple[bool, Callback]] = [
             # First: where ranks then agree on something in this step, all have written theirs before any saves a checkpoint.
-            (self.config.ledger and not asked.fast_dev_run, Ledger(run)),
+            (config.ledger and is_kept, Ledger(run)),
             (True, self.stop),
             (True, self.run),
-            (True, StepGuard(run, GuardConfig(**vars(self.config.guard)), self.stop)),
-            (True, DataReport(run, self.config.data.max_rejected_share)),
+            (True, StepGuard(run, GuardConfig(**vars(config.guard)), self.stop)),
+            (True, DataReport(run, config.data.max_rejected_share)),
             (True, Throughput()),
             (asked.enable_progress_bar is not False, PileProgressBar()),
-            (asked.logger is not False and not asked.fast_dev_run, LearningRateMonitor("step")),
-            (not asked.fast_dev_run, best),
-            (True, LastCheckpoint(run / "checkpoints", self.config.checkpoint_every)),  # after the best, whose score it keeps
+            (asked.logger is not False and is_kept, LearningRateMonitor("step")),
+            (is_kept, best),
+            # After the best, whose score it keeps.
+            (True, checkpoints.LastCheckpoint(folder, config.checkpoint_every)),
+            (is_sampled, SampleGeneration()),
         ]
-        given = self.config_init.trainer.callbacks or []
-        is_sampled = self.config.model.objective is None and not any(isinstance(one, SampleGeneration) for one in given)
-        callbacks.append((self.config.samples and is_sampled and not asked.fast_dev_run, SampleGeneration()))
         chosen = {
             "callbacks": [callback for wanted, callback in callbacks if wanted] + given,
             "default_root_dir": str(run),
             "max_time": None,  # `GracefulStop` stops without another validation, and each attempt has all of it
-            "plugins": [DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
+            "plugins": [checkpoints.DurableCheckpointIO(), *(self.config_init.trainer.plugins or [])],
         }
         if asked.precision is None:
             chosen["precision"] = fast_precision(asked.accelerator)
         if asked.logger is None:
-            project = self.config.wandb if is_first_process() else None  # others log nothing
-            chosen["logger"] = make_loggers(run, project) if not asked.fast_dev_run else []
+            project = config.wandb if is_first_process() else None  # others log nothing
+            chosen["logger"] = make_loggers(run, project) if is_kept else []
         return self._instantiate_trainer({**self.config_init.trainer, **chosen}, [])
 
 
@@ -253,10 +205,8 @@ def check_config(config: Namespace) -> None:
     sources = {name: Source(**vars(source)) for name, source in data.sources.items()}
     check_data(sources, data)
     if image and vocabulary.image_tokens + 3 > data.context:
-        raise ValueError(
-            f"data.context={data.context} is shorter than an image: model.image takes {vocabulary.image_tokens} codes "
-            f"(size {image.size}, patch {image.patch}) and 3 more tokens"
-        )
+        taken = f"{vocabulary.image_tokens} codes (size {image.size}, patch {image.patch}) and 3 more tokens"
+        raise ValueError(f"data.context={data.context} is shorter than an image: model.image takes {taken}")
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 optimizer step")
     in_epochs = data.epochs is not None or any(source.epochs is not None for source in sources.values())
@@ -302,18 +252,10 @@ def find_default_config() -> Path:
     """`conf/default.yaml`, which every configuration is laid over: next to `train.py`, in the working folder, or ours.
     Raises FileNotFoundError: there is none."""
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    folders = [
-        *([main.parent] if main.name == "train.py" else []),
-        Path(),
-        Path(__file__).parents[2],
-        Path(__file__).parents[1] / "bundled",
-    ]
-    found = [path for folder in folders if (path := folder / "conf" / "default.yaml").is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"no conf/default.yaml, which configurations are laid over, in {' or '.join(map(str, folders))}"
-        )
-    return found[0]
+    for folder in (folders := [*[main.parent] * (main.name == "train.py"), Path(), BUNDLED]):
+        if (path := folder / "conf" / "default.yaml").is_file():
+            return path
+    raise FileNotFoundError(f"no conf/default.yaml, which configurations are laid over, in {' or '.join(map(str, folders))}")
 
 
 CLI_OPTIONS: dict[str, Any] = {
@@ -342,9 +284,8 @@ def parse_config(arguments: list[str]) -> Namespace:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            return _ParsingCLI(
-                PileModule, PileDataModule, **{**CLI_OPTIONS, "seed_everything_default": False}, args=arguments
-            ).config
+            options = CLI_OPTIONS | {"seed_everything_default": False}
+            return _ParsingCLI(PileModule, PileDataModule, **options, args=arguments).config
         except ArgumentError as error:
             raise ValueError(str(error)) from error
 
@@ -361,7 +302,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
             keep_freed_memory()
         checkpoint = str(cli.checkpoint) if cli.checkpoint else None
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except StoppedInValidation:
+    except checkpoints.StoppedInValidation:
         pass
     except KeyboardInterrupt:  # before training
         raise SystemExit(128 + signal.SIGINT) from None
@@ -391,7 +332,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
 def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
     """Say how the run can go on."""
     guard, run = cli.config.guard, cli.run_folder
-    skipped = range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
+    skipped = checkpoints.range_to_skip(run / "checkpoints", error.first, error.last, guard.rewind_steps)
     ranges = [list(one) for one in (*guard.skip_steps, *([skipped] if skipped else []))]
     if not cli.trainer.is_global_zero:
         raise SystemExit
@@ -412,7 +353,7 @@ def finish(cli: PileCLI) -> None:
     step, metrics = cli.run.validation
     if module.objective is not None and best.exists():  # with little data, the last weights are seldom the best
         sharded = module.whole is not None
-        saved = trainer.strategy.load_checkpoint(best) if sharded else read_checkpoint(best, optimizer=False)
+        saved = trainer.strategy.load_checkpoint(best) if sharded else checkpoints.read_checkpoint(best, optimizer=False)
         module.load_state_dict(saved["state_dict"])
         print(f"{run}: the figures are those of best.ckpt, by {cli.config.monitor}")
         step = step if step == saved["global_step"] else -1

@@ -10,10 +10,9 @@ signal to stop (`GracefulStop`) travels with them.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves_with_path
 
 from pile_app.data.batch import Batch
-from pile_app.training.callbacks import drop_later_lines
+from pile_app.training.callbacks import append_lines, drop_later_lines, ends_step, named_documents
 from pile_app.training.checkpoints import GracefulStop
 from pile_app.training.module import PileModule
 
@@ -95,11 +94,11 @@ class StepGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts, self.in_a_row = Counter(state_dict["counts"]), state_dict["in_a_row"]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, PileModule)
-        pl_module.guard = self
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        assert isinstance(module, PileModule)
+        module.guard = self
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         drop_later_lines(trainer, self.path.parent.glob(self.path.name))
 
     def skips(self, step: int) -> bool:
@@ -117,11 +116,9 @@ class StepGuard(Callback):
         self.reason = PASSED_OVER if self.skips(trainer.global_step + 1) else "".join(wrong[:1])
         return bool(self.reason)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.packs += zip(batch.numbers, batch.documents, strict=True)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         step, packs, self.packs = trainer.global_step, self.packs, []
         if self.reason:
@@ -131,48 +128,31 @@ class StepGuard(Callback):
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = {"train/gradient_norm": self.step["gradient_norm"]}
             values |= {f"rejected/{reason}".replace(" ", "_"): float(count) for reason, count in self.counts.items()}
-            pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
+            module.log_dict(values, rank_zero_only=True, batch_size=1)
         if self.in_a_row > self.config.max_rejected:
-            raise DivergedError(
-                f"{self.in_a_row} optimizer steps in a row could not be taken, up to step {step} ({self.reason}: {self.step}). "
-                f"Nothing of them is in a checkpoint; their documents are listed in {self.path}",
-                step - self.in_a_row + 1,
-                step,
-            )
+            first, why = step - self.in_a_row + 1, f"{self.reason}: {self.step}"
+            text = f"optimizer steps {first} to {step} could not be taken ({why}). Their documents are listed in {self.path}"
+            raise DivergedError(text, first, step)
 
     def _write(self, trainer: Trainer, step: int, packs: Sequence[tuple[int, list[Any]]]) -> None:
-        sources: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
-        named = [[sources[source], *rest] for _, documents in packs for source, *rest in documents]
         entry = {"step": step, "reason": self.reason} | {name: str(value) for name, value in self.step.items()}
-        entry |= {"positions": [position for position, _ in packs], "documents": named}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        documents = named_documents(trainer, (document for _, some in packs for document in some))
+        append_lines(self.path, [entry | {"positions": [position for position, _ in packs], "documents": documents}])
         if self.reason != PASSED_OVER and trainer.is_global_zero:
             log.warning("step %d is not taken: %s (%s)", step, self.reason, self.step)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         name = find_not_finite({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")})
         # All devices raise together, or the others would wait.
         if trainer.strategy.reduce_boolean_decision(bool(name), all=False):
-            raise FloatingPointError(
-                f"after step {trainer.global_step} {name or 'the part of another device'} holds values that are not finite: "
-                "lower the learning rate. They were not saved; the last checkpoint is from before"
-            )
+            where = f"after step {trainer.global_step} {name or 'the part of another device'}"
+            raise FloatingPointError(f"{where} holds values that are not finite, and is not saved: lower the learning rate")
 
 
 def find_not_finite(state: Any) -> str:
-    """Return the path of a tensor in nested dictionaries and lists that holds nan or inf, or "".
-
-    Waits once for each device, however many tensors it holds. Of a sharded tensor the part of this rank is checked.
-    """
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
+    """Return the path of a tensor in nested dictionaries and lists that holds nan or inf on this rank, or ""."""
     for keys, value in tree_leaves_with_path(state):
         local = value.to_local() if hasattr(value, "to_local") else value
-        if isinstance(local, Tensor) and local.is_floating_point():
-            path = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-            by_device[local.device].append((path, local.isfinite().all()))
-    for entries in by_device.values():
-        finite = torch.stack([flag for _, flag in entries]).tolist()
-        if not all(finite):
-            return entries[finite.index(False)][0]
+        if isinstance(local, Tensor) and local.is_floating_point() and not local.isfinite().all():
+            return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
     return ""

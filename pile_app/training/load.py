@@ -75,10 +75,8 @@ def load_run(run: Path, checkpoint: str = "auto") -> tuple[PileModule, PileDataM
     module.load_state_dict(saved["state_dict"], assign=True)
     trained = saved.get("PileDataModule", {}).get("tokenizer", module.tokenizer.fingerprint)
     if module.tokenizer.fingerprint != trained:
-        raise ValueError(
-            f"the tokenizer {config['model']['tokenizer']!r} is not that of the run {str(run)!r} (fingerprint "
-            f"{module.tokenizer.fingerprint} instead of {trained}): put that one back"
-        )
+        wrong = f"is not that of the run {str(run)!r} (fingerprint {module.tokenizer.fingerprint} instead of {trained})"
+        raise ValueError(f"the tokenizer {config['model']['tokenizer']!r} {wrong}: put that one back")
     precision = (config.get("trainer") or {}).get("precision") or fast_precision("auto")
     module.model.autocast_dtype = AUTOCAST.get(str(precision))
     data.vocabulary = module.vocabulary  # which knows the codecs, now that they are loaded
@@ -160,19 +158,13 @@ def link_model_to_data(parser: LightningArgumentParser) -> None:
         parser.link_arguments(f"model.{name}", f"data.{name}", apply_on="instantiate")
 
 
-def make_model_parser() -> LightningArgumentParser:
-    """Return a parser of `model` and `data` alone, as training has them."""
+def build_run(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
+    """Build model and data module of a run's configuration, without the files that training began with, and not compiled."""
+    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(PileModule, "model")
     parser.add_lightning_class_args(PileDataModule, "data")
     link_model_to_data(parser)
-    return parser
-
-
-def build_run(run: Path, config: dict[str, Any]) -> tuple[PileModule, PileDataModule]:
-    """Build model and data module of a run's configuration, without the files that training began with, and not compiled."""
-    model = config["model"] | {"codecs_from": None, "start_from": None, "compile": False}
-    parser = make_model_parser()
     try:
         built = parser.instantiate_classes(parser.parse_object({"model": model, "data": config["data"]}))
     except (ArgumentError, TypeError) as error:

@@ -68,12 +68,8 @@ def likelihoods(rows: Tensor, vocabulary: Vocabulary) -> dict[str, dict[str, flo
         if not targets:
             continue
         loss = nats / targets
-        values = {
-            "targets": targets,
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "accuracy": hits / targets,
-        }
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        values = {"targets": targets, "loss": loss, "perplexity": perplexity, "accuracy": hits / targets}
         bits = loss / math.log(2)
         if modality == TEXT and size:
             values |= {"bytes": size, "bits_per_byte": written_nats / size / math.log(2)}
@@ -87,13 +83,9 @@ def likelihoods(rows: Tensor, vocabulary: Vocabulary) -> dict[str, dict[str, flo
 
 def validation_values(table: Tensor, sources: Sequence[str], vocabulary: Vocabulary) -> dict[str, float]:
     """Return the values of a validation by name, see docs/architecture.md."""
-    counted = ("targets", "bytes")
-    values = {
-        f"{modality}_{name}": value
-        for modality, figures in likelihoods(table.sum(0), vocabulary).items()
-        for name, value in figures.items()
-        if name not in counted
-    }
+    by_modality = likelihoods(table.sum(0), vocabulary)
+    values = {f"{modality}_{name}": value for modality, figures in by_modality.items() for name, value in figures.items()}
+    values = {name: value for name, value in values.items() if not name.endswith(("_targets", "_bytes"))}
     for name, rows in zip(sources, table, strict=True):
         if rows[:, TARGETS].any():
             values[f"source/{name}_loss"] = float(rows[:, NATS].sum() / rows[:, TARGETS].sum())

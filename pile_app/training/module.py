@@ -10,10 +10,11 @@ micro-batches; of codecs, over images and over the codes of sounds; of objective
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -28,7 +29,7 @@ from pile_app.data.datamodule import PileDataModule, data_parallel
 from pile_app.data.order import hash64
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
-from pile_app.documents import MODALITIES, BadSample
+from pile_app.documents import MODALITIES, BadSample, Document
 from pile_app.model.backbones import Backbone
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
@@ -37,12 +38,11 @@ from pile_app.model.readers import ReadersConfig
 from pile_app.training.checkpoints import load_origin
 from pile_app.training.metrics import TokenMetrics, sum_dtype, validation_values
 from pile_app.training.objective import Objective, sum_over_devices
-from pile_app.training.optim import OptimizerConfig, l1_penalty, make_optimizer
+from pile_app.training.optim import OptimizerConfig, make_optimizer
 from pile_app.training.parallel import WholeModel, average_gradients, clip_gradients, gradient_norm, shard
 from pile_app.vocabulary import Vocabulary
 
-BUCKET = 1 << 25  # gradients that are averaged at a time
-CHECKED, CHECKED_BYTES = 20_000, 256 << 20  # of a source: documents whose labels are checked before training
+CHECKED, CHECKED_BYTES = 20_000, 256 << 20  # of a source: documents whose labels are checked, a second of work
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ class PileModule(LightningModule):
         if not (0 <= word_dropout < 1 and 0 <= code_dropout < 1):
             raise ValueError(f"word_dropout and code_dropout are in [0, 1), not {word_dropout} and {code_dropout}")
         if backbone.tokenizer is not None and tokenizer not in ("bytes", backbone.tokenizer):
-            raise ValueError(
-                f"model.tokenizer={tokenizer!r}: the backbone works with its own, {backbone.tokenizer!r}; leave it out"
-            )
+            raise ValueError(f"model.tokenizer={tokenizer!r}: the backbone has its own, {backbone.tokenizer!r}; leave it out")
         words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
         self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout, readers)
         self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
@@ -139,7 +137,7 @@ class PileModule(LightningModule):
         backbone.recompute = recompute
         if compile:
             backbone.compile_blocks()
-        self.sums: dict[str, Tensor] = {}  # of the losses of the current step
+        self.sums = torch.zeros(0, 2)  # losses of the current step, and what they are means over, by `logged`
         self.step_loss: Tensor | None = None  # () of this rank's micro-batches of the current step
         self.held: list[Batch] = []  # micro-batches of the current step, where its loss depends on all of them
         self.is_reduced_next = False  # the next backward pass is the last of a step whose gradients DDP does not average
@@ -190,14 +188,15 @@ class PileModule(LightningModule):
         if stage == "fit" and self.counted is not self.trainer:  # or a second `fit` would count twice
             self._count_in_steps()
             self.counted = self.trainer
-        for source in data.train_data:
-            check_encoded(source, bool(data.sources[source.name].transforms))
-        for source in data.validation_data:
-            check_encoded(source)
-        if stage == "fit" and (annotator := self.annotator) is not None:
-            for source in data.train_data + data.validation_data:
-                check_labels(source, annotator)
+        for source in data.train_data + data.validation_data:
+            augmented = source in data.train_data and bool(data.sources[source.name].transforms)
+            check_source(source, self.annotator, augmented, labels=stage == "fit")
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
+        names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
+        names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs] + ["objective_loss"] * (self.objective is not None)
+        self.logged = {name: row for row, name in enumerate(names + [f"source/{name}_loss" for name in data.source_names])}
+        device = self.trainer.strategy.root_device
+        self.sums = torch.zeros(len(self.logged), 2, dtype=sum_dtype(device), device=device)
         self.codec_losses = torch.nn.ModuleDict({MODALITIES[m]: MeanMetric(nan_strategy="error") for m in self.model.codecs})
 
     def _count_in_steps(self) -> None:
@@ -292,17 +291,14 @@ class PileModule(LightningModule):
             loss = self._touch([] if whole else [p for p in self.model.parameters() if p.requires_grad]).requires_grad_()
         elif self._needs_whole_step:
             return self._whole_step(batch)
-        else:
-            loss = self._language_step(batch) + self._touch_unused(batch)
+        else:  # Lightning and DDP average over the parts
+            language = self._language_loss(batch, self.model(batch))
+            loss = language * self.parts + self._penalty() + self._touch_unused(batch)
         self._add_step_loss(loss)
         return loss
 
     def _add_step_loss(self, loss: Tensor) -> None:
         self.step_loss = loss.detach() if self.step_loss is None else self.step_loss + loss.detach()
-
-    def _language_step(self, batch: Batch) -> Tensor:
-        losses = self.model(batch)
-        return self._language_loss(batch, losses) * self.parts + self._penalty()  # Lightning and DDP average over the parts
 
     def _language_loss(self, batch: Batch, losses: dict[int, ModalityLoss]) -> Tensor:
         """Return () the batch's part of the step's loss: weighted nats / targets of the step."""
@@ -314,7 +310,8 @@ class PileModule(LightningModule):
         if not self.l1:
             return 0.0
         language = (self.model.backbone, self.model.embeddings, self.model.heads)
-        return self.l1 * torch.stack([l1_penalty(part) for part in language]).sum()
+        matrices = [p for part in language for p in part.parameters() if p.dim() >= 2]
+        return self.l1 * torch.stack([matrix.abs().sum() for matrix in matrices]).sum()
 
     def _whole_step(self, batch: Batch) -> Tensor:
         """Hold the micro-batches of a step until the last, as the loss of each depends on all of them; then train on all."""
@@ -363,9 +360,7 @@ class PileModule(LightningModule):
                 language = self._language_loss(batch, self.model.losses(tokens, hidden, batch))
                 loss = loss + objective.language_weight * language
             if self.whole is not None:  # FSDP2 reduces all gathered parameters together: on each device the same
-                loss = loss + self._touch(
-                    [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-                )
+                loss = loss + self._touch(p for p in self.model.parameters() if p.requires_grad)
             yield loss + self._penalty() / self.parts
 
     def on_after_backward(self) -> None:
@@ -382,12 +377,8 @@ class PileModule(LightningModule):
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        whole, bucket = [p for p in trained if not isinstance(p, DTensor)], list[torch.nn.Parameter]()
-        for parameter in whole if self.trainer.world_size > 1 else ():
-            bucket.append(parameter)
-            if parameter is whole[-1] or sum(p.numel() for p in bucket) > BUCKET:
-                average_gradients(bucket)
-                bucket = []
+        if self.trainer.world_size > 1:
+            average_gradients(p for p in trained if not isinstance(p, DTensor))
 
     def _touch_unused(self, batch: Batch) -> Tensor:
         """Return zero with a gradient for every parameter that this batch may not reach.
@@ -404,13 +395,12 @@ class PileModule(LightningModule):
             unused += self.model.backbone.parameters()
         for reader in self.model.readers.values():  # of media that are given
             unused += [p for p in reader.parameters() if p.requires_grad]
-        return self._touch([p for p in unused if not isinstance(p, DTensor)])
+        return self._touch(unused)
 
-    def _touch(self, parameters: list[torch.nn.Parameter]) -> Tensor:
-        """Return () zero that depends on an element of each."""
-        if not parameters:
-            return torch.zeros((), device=self.device)
-        return torch.cat([p.view(-1)[:1] for p in parameters]).sum() * 0.0
+    def _touch(self, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+        """Return () zero that depends on an element of each that is not sharded."""
+        touched = [p.view(-1)[:1] for p in parameters if not isinstance(p, DTensor)]
+        return torch.cat(touched).sum() * 0.0 if touched else torch.zeros((), device=self.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.in_codec_phase:  # no gradient at all: a zero gradient would still decay weights and momenta
@@ -460,34 +450,24 @@ class PileModule(LightningModule):
     def _add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Add to the sums of the current step, if it is logged."""
         if self._is_logged(self.global_step + 1):
-            counted = count if isinstance(count, Tensor) else torch.full_like(total, count)
-            pair = torch.stack([total, counted]).to(sum_dtype(self.device))
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+            self.sums[self.logged[name], 0] += total
+            self.sums[self.logged[name], 1] += count
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         step = self.global_step
         if self._is_logged(step):
-            names = self._all_names()
-            nothing = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)
-            table = torch.stack([self.sums.get(name, nothing) for name in names])
+            sums, self.sums = self.sums, torch.zeros_like(self.sums)
             if self.trainer.world_size > 1:
-                table = self.trainer.strategy.reduce(table, reduce_op="sum")
-            sums = zip(names, table.tolist(), strict=True)
-            values = {f"train/{name}": total / count for name, (total, count) in sums if count}
+                sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            pairs = zip(self.logged, sums.tolist(), strict=True)
+            values = {f"train/{name}": total / count for name, (total, count) in pairs if count}
             for name, value in values.items():
                 self.log(name, value, prog_bar="source" not in name, logger=False, rank_zero_only=True, batch_size=1)
             # Straight to the loggers: Lightning would log a value again in every step that has none of its own.
             for logger in self.trainer.loggers:
                 logger.log_metrics(values, step=step - 1)
-        self.sums = {}
-
-    def _all_names(self) -> list[str]:
-        names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
-        names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs]
-        names += ["objective_loss"] * (self.objective is not None)
-        return names + [f"source/{name}_loss" for name in self.trainer.datamodule.source_names]  # type: ignore[attr-defined]
 
     # -- Validation
 
@@ -553,46 +533,34 @@ def _compute(metric: Any) -> Tensor:
     return value
 
 
-def check_encoded(source: SourceData, augmented: bool = False) -> None:
-    """Looks at the first document with each modality in the first shard of a source, so that a run is refused before it trains.
-    (A remote shard would have to be fetched for it; there the first batch says it.)
+def check_source(source: SourceData, annotator: Annotator | None, augmented: bool, labels: bool) -> None:
+    """Check documents in local shards, so that a run is refused before it trains: whether the model's encoders made the first
+    document with each modality, and the labels, of large sources of documents that are evenly spread over all shards.
 
     Raises:
-        ValueError: another encoder than the model's made it, or the model reads the media themselves.
+        ValueError: another encoder made a document, the model reads its media themselves, or it cannot be labelled.
     """
-    if source.remote[0]:
-        return
-    index = source.index(0)
-    for modality in range(3):
-        segments = (index.modality == modality).nonzero()[0][:1]
-        for sample in index.first_segment.searchsorted(segments, side="right") - 1:
+
+    def check_codes(document: Document) -> None:
+        for segment in document.segments:
+            if segment.is_encoded and not segment.codes.is_lost:
+                check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
+
+    checks: list[tuple[Iterable[int], Callable[[Document], Any]]] = []
+    if not source.remote[0]:
+        index = source.index(0)
+        rows = np.concatenate([(index.modality == modality).nonzero()[0][:1] for modality in range(3)])
+        checks.append((index.first_segment.searchsorted(rows, side="right") - 1, check_codes))
+    if labels and annotator is not None and type(annotator).check is not Annotator.check:
+        step = max(len(source) // CHECKED, sum(source.sizes) // CHECKED_BYTES) + 1
+        checks.append((range(0, len(source), step), lambda document: annotator.check(annotator.arrange(document))))
+    for numbers, check in checks:
+        for number in map(int, numbers):
+            shard, _ = source.place(number)
             try:
-                document = source.document(int(sample))
-                for segment in document.segments:
-                    if segment.is_encoded and not segment.codes.is_lost:
-                        check_encoder(segment.codes, segment.modality, source.vocabulary, source.tokenizer, augmented)
+                if not source.remote[shard]:
+                    check(source.document(number))
             except BadSample:
                 continue  # counted where it is read for training
-
-
-def check_labels(source: SourceData, annotator: Annotator) -> None:
-    """Check the labels of a source's documents in local shards, so that an unknown one is found before training.
-
-    Of more than `CHECKED` documents or `CHECKED_BYTES`, as many are checked, evenly spread over all shards: a second of work.
-
-    Raises:
-        ValueError: a document cannot be labelled; names its shard.
-    """
-    if type(annotator).check is Annotator.check:
-        return
-    step = max(len(source) // CHECKED, sum(source.sizes) // CHECKED_BYTES) + 1
-    for number in range(0, len(source), step):
-        shard, _ = source.place(number)
-        if source.remote[shard]:
-            continue
-        try:
-            annotator.check(annotator.arrange(source.document(number)))
-        except BadSample:
-            continue  # counted where it is read for training
-        except ValueError as error:
-            raise ValueError(f"{source.paths[shard]}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{source.paths[shard]}: {error}") from error

@@ -108,11 +108,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return [group for group in groups if group.get("muon")], [group for group in groups if not group.get("muon")]
 
     def _share(self) -> None:
-        """Let the parts and this optimizer see the same groups, which a schedule changes, and the same state."""
-        muon, adamw = iter(self.parts[0].param_groups), iter(self.parts[-1].param_groups)
-        self.param_groups = [next(muon) if group.get("muon") else next(adamw) for group in self.param_groups]
-        for part in self.parts:
-            part.state = self.state
+        """Let the parts see the groups of this optimizer, which a schedule changes, and its state."""
+        for part, groups in zip(self.parts, filter(None, self._divided()), strict=True):
+            part.param_groups, part.state = groups, self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -126,9 +124,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        matrices, others = self._divided()
-        self.parts[0].param_groups = matrices or others
-        self.parts[-1].param_groups = others or matrices
         self._share()
 
 
@@ -193,8 +188,3 @@ def make_optimizer(
         return lambda step: schedule_factor(config, step - start, steps - start)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(str(g["name"])) for g in optimizer.param_groups])
-
-
-def l1_penalty(module: nn.Module) -> torch.Tensor:
-    """Return () float32 the sum of the absolute values of all matrices."""
-    return torch.stack([p.abs().sum() for p in module.parameters() if p.dim() >= 2]).sum()

@@ -19,37 +19,28 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from torch.optim import Optimizer
 
 from pile_app.data.files import whole_file
 from pile_app.model.backbones import Backbone
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.pretrained import check_shapes
-from pile_app.training.checkpoints import (
-    META,
-    PARTS,
-    Region,
-    explaining_failure,
-    join_tensors,
-    publish_parts,
-    read_checkpoint,
-    read_parts,
-    remove_leftovers,
-    split_tensors,
-    tensor_sizes,
-)
+from pile_app.training import checkpoints
+from pile_app.training.checkpoints import Region, explaining_failure, join_tensors, split_tensors
+
+BUCKET = 1 << 25  # gradients that are averaged at a time
 
 
 class SummedGradients(ParallelStyle):
@@ -141,15 +132,16 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of unsharded parameters over all devices, in place; a missing gradient counts as zero."""
+    """Average the gradients of unsharded parameters over all devices, in place, in buckets; a missing one counts as zero."""
     parameters = [p for p in parameters if p.numel()]
-    if not parameters or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = mean.view_as(parameter).to(parameter.dtype)
+    buckets = zip(accumulate(p.numel() for p in parameters), parameters, strict=True)
+    for _, some in groupby(buckets, lambda pair: pair[0] // BUCKET):
+        bucket = [parameter for _, parameter in some]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in bucket])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -263,22 +255,11 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._group is None:  # of its own, for writing while the next step already uses the default one
             self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
 
-    # -- Checkpoints: the same dictionary as on one device, with sharded tensors in it.
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return self.lightning_module.state_dict()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+    # Checkpoints: the same dictionary as on one device, with sharded tensors in it.
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    optimizer_state = Strategy.optimizer_state
+    load_model_state_dict = Strategy.load_model_state_dict
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
@@ -286,13 +267,13 @@ class ShardedStrategy(ModelParallelStrategy):
         """Copy what this device holds and return; a thread writes it. The next save or `teardown` raises its errors."""
         self._finish_saving()
         path, name = Path(self.broadcast(str(filepath))), self.broadcast(uuid.uuid4().hex[:8])
-        folder = path.with_name(f".{name}{PARTS}")
+        folder = path.with_name(f".{name}{checkpoints.PARTS}")
         tensors, rest = split_tensors(checkpoint)
         if self.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path.parent)
+            checkpoints.remove_leftovers(path.parent)
             folder.mkdir()
-            with explaining_failure(path), whole_file(folder / META, durable=True) as file:
+            with explaining_failure(path), whole_file(folder / checkpoints.META, durable=True) as file:
                 torch.save(rest | {"parts": self.world_size}, file)
         self.barrier("checkpoint folder")
         regions = {name: (tuple(tensor.shape), local_region(tensor)) for name, tensor in tensors.items() if is_written(tensor)}
@@ -311,7 +292,7 @@ class ShardedStrategy(ModelParallelStrategy):
             if any(errors):
                 raise OSError(next(filter(None, errors)))
             if self.is_global_zero:
-                publish_parts(folder, path)
+                checkpoints.publish(folder, path)
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written. Raises OSError if this or another device could not write it."""
@@ -328,24 +309,22 @@ class ShardedStrategy(ModelParallelStrategy):
         self._finish_saving()
         path, module = Path(self.broadcast(str(checkpoint_path))), self.lightning_module
         assert module is not None
-        own = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
+        like = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
         parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-        own |= {f"optimizer/{number}": parameter.detach() for number, parameter in enumerate(parameters)}
-        whole = split_tensors(read_checkpoint(path)) if not path.is_dir() else None
-        sizes = tensor_sizes(path) if whole is None else {name: (t.shape, t.dtype) for name, t in whole[0].items()}
+        like |= {f"optimizer/{number}": parameter.detach() for number, parameter in enumerate(parameters)}
+        none: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
+        whole, rest = none if path.is_dir() else split_tensors(checkpoints.read_checkpoint(path))
+        sizes = {name: (t.shape, t.dtype) for name, t in whole.items()} or checkpoints.tensor_sizes(path)
         of_model = {n.partition("/")[2]: torch.empty(s, device="meta") for n, (s, _) in sizes.items() if n.startswith("state")}
         check_shapes(module, of_model)
         loaded: dict[str, Tensor] = {}
         for name, (shape, dtype) in sizes.items():
-            like = own.get(name.rpartition("/")[0] if name.startswith("optimizer/") else name)
-            like = like if like is not None and like.shape == shape else None
-            if whole is None:
-                loaded[name] = torch.empty(shape, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype)
-            else:
-                loaded[name] = whole[0][name] if like is None else place_like(whole[0][name], like)
-        if whole is not None:
-            return join_tensors(loaded, whole[1])
-        return join_tensors(loaded, read_parts(path, {name: local_region(tensor) for name, tensor in loaded.items()}))
+            own = like.get(name.rpartition("/")[0] if name.startswith("optimizer/") else name)
+            own = own if own is not None and own.shape == shape else torch.empty(shape)  # steps, of which each has its own
+            loaded[name] = place_like(whole[name], own) if whole else torch.empty_like(own, dtype=dtype)
+        if not whole:
+            rest = checkpoints.read_parts(path, {name: local_region(tensor) for name, tensor in loaded.items()})
+        return join_tensors(loaded, rest)
 
 
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="every device holds a part of model and optimizer")

@@ -1,9 +1,10 @@
-"""One page about a run: `write_report(Path("runs/digits"))` writes `runs/digits/report.html`.
+"""Pages about runs: `report.html` in the folder of each, and `compare.html` of several (`pile compare`).
 
-The page contains its styles, charts (SVG), images and sounds (`data:` URIs), so it can be mailed and opened without a network.
-It shows the files of the run folder that exist: metrics.csv (the curves, see `CHARTS`), summary.json (final figures, see
+A page contains its styles, charts (SVG), images and sounds (`data:` URIs), so it can be mailed and opened without a network.
+The report shows the files of the run folder that exist: metrics.csv (curves, see `CHARTS`), summary.json (final figures, see
 `FIGURES`), config.yaml, and samples/{evaluation,step-N}/samples.json: a list of {"title", "prompt", "outputs", "references"} of
-parts, {"modality": "text", "text": ...} or {"modality": "image", "file": ...}.
+parts, {"modality": "text", "text": ...} or {"modality": "image", "file": ...}. The comparison shows the curves of all runs by
+steps, tokens and seconds, their final figures (those of the last validation while a run trains), and the settings that differ.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
+import yaml
 from PIL import Image, ImageOps
 
 from pile_app.documents import BadSample
@@ -59,7 +62,7 @@ CHARTS = (  # pattern of a column in metrics.csv, section, chart, curve, unit; t
     (r"(train|validation)/(\w+)_codec_loss", "Loss", "Codecs", r"\2, \1", "reconstruction loss"),
     (r"(train|validation)/source/(\w+)_loss", "Loss", "By source", r"\2, \1", "nats per token"),
     (r"learning_rate/(.+)|lr-(.+)", "Learning rate and speed", "Learning rate", r"\1\2", "learning rate"),
-    (r"throughput/(tokens|train_seconds)", "", "", "", ""),  # the axes of `compare.py`
+    (r"throughput/(tokens|train_seconds)", "", "", "", ""),  # axes of a comparison
     (r"throughput/(.+)", "Learning rate and speed", r"\1", "", r"\1"),
     (r"data/(.+)", "Data", r"\1", "", r"\1"),
     (r"((?:train|validation)?)/?(.+)", "Other measurements", r"\2", r"\1", r"\2"),
@@ -92,9 +95,23 @@ margin-right:.35rem}figcaption span{display:inline-block}@media print{audio,nav{
 """
 # With this policy the browser loads nothing from elsewhere and runs no script of a sample.
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta
-http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:">
-<title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p><nav>{links}</nav>{body}</html>
+http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src {media}; media-src
+{media}"><title>{title}</title><style>{style}</style><h1>{title}</h1><p class="soft">{status}</p><nav>{links}</nav>{body}</html>
 """
+AXES = {"step": "", "tokens": "throughput/tokens", "seconds": "throughput/train_seconds"}  # columns of metrics.csv
+GENERAL = ("steps", "tokens", "parameters", "train_seconds", "tokens_per_second", "peak_memory_bytes")
+LESS_IS_BETTER = r"loss|.*(_loss|bits_per_byte|perplexity)(_\w+)?"
+MORE_IS_BETTER = r".*(accuracy|precision|recall\w*|f1|mrr|psnr|top5)"
+SAME = r"(name|runs|wandb|config|ledger|checkpoint_every|trainer\.(logger|default_root_dir))(\..*)?"  # settings not compared
+
+
+def write_page(
+    file: Path, title: str, status: Iterable[str], body: str, links: str = "", style: str = "", media: str = "data:"
+) -> None:
+    """Write a page. `title` and `status` are text, all else HTML; `media`: where images and sounds may come from."""
+    notes = "".join(f"<span>{escape(note)}</span>" for note in status)
+    page = PAGE.format(title=escape(title), status=notes, links=links, body=body, style=STYLE + style, media=media)
+    file.write_text(page, "utf-8", errors="backslashreplace")
 
 
 def write_report(run: Path) -> Path:
@@ -127,11 +144,15 @@ def write_report(run: Path) -> Path:
         "Versions": table(["", ""], [[escape(name), figure("", value)] for name, value in versions.items() if value]),
     }
     shown = [(name, content) for name, content in sections.items() if content]
-    facts = [f"<span><b>{figure(key, summary[key])}</b> {label(key).lower()}</span>" for key in STATUS if key in summary]
+    facts = "".join(f"<span><b>{figure(key, summary[key])}</b> {label(key).lower()}</span>" for key in STATUS if key in summary)
     links = "".join(f'<a href="#{i}">{name}</a>' for i, (name, _) in enumerate(shown))
-    body = headline(summary) + "".join(f'<h2 id="{i}">{name}</h2>{content}' for i, (name, content) in enumerate(shown))
-    page = PAGE.format(title=escape(run.resolve().name), status="".join(facts), links=links, body=body, style=STYLE)
-    (run / "report.html").write_text(page, "utf-8", errors="backslashreplace")
+    body = "".join(f'<h2 id="{i}">{name}</h2>{content}' for i, (name, content) in enumerate(shown))
+    cards = ""
+    for key, other in ((key, other) for key, other in HEADLINE.items() if key in summary):
+        note = f"<small>{label(other)}: {figure(other, summary[other])}</small>" if other in summary else ""
+        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{note}</div>'
+    top = f'<p class="soft">{facts}</p><div class="grid">{cards}</div>'
+    write_page(run / "report.html", run.resolve().name, [], top + body, links)
     return run / "report.html"
 
 
@@ -180,14 +201,6 @@ def short(value: float) -> str:
     """Three or four digits: 0.0123, 97.25, 1,250, 12.5M."""
     size, letter = next((unit for unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if abs(value) >= unit[0]), (1, ""))
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value / size:.{3 if letter else 4}g}{letter}"
-
-
-def headline(summary: dict[str, Any]) -> str:
-    cards = ""
-    for key, other in ((key, other) for key, other in HEADLINE.items() if key in summary):
-        note = f"<small>{label(other)}: {figure(other, summary[other])}</small>" if other in summary else ""
-        cards += f'<div class="card">{label(key)}<span class="big">{figure(key, summary[key])}</span>{note}</div>'
-    return f'<div class="grid">{cards}</div>'
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -321,3 +334,112 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
     step = next((step for step in rounds if (high - low) / step <= 6), high - low)
     even = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return inside[:: 1 + len(inside) // 7] if log else even
+
+
+# -- Runs next to each other
+
+
+@dataclass
+class ComparedRun:
+    name: str
+    settings: dict[str, Any]  # dotted name -> value
+    figures: dict[str, Any]
+    curves: dict[str, dict[int, float]]  # column -> step -> value
+
+    def curve(self, column: str, axis: str) -> np.ndarray | None:
+        """Return (N, 2): steps, tokens or seconds, and the value; None if the run did not log them."""
+        points = np.array(sorted(self.curves.get(column, {}).items()))
+        if not AXES[axis] or not len(points):
+            return points if len(points) else None
+        known = np.array(sorted(self.curves.get(AXES[axis], {}).items()))
+        if not len(known):
+            return None
+        return np.stack([np.interp(points[:, 0], [-1, *known[:, 0]], [0, *known[:, 1]]), points[:, 1]], 1)
+
+
+def read_run(run: Path) -> ComparedRun:
+    """Raises ValueError if there is no such run, or nothing was logged yet."""
+    from pile_app.training.load import read_config
+
+    settings = {name: value for name, value in flatten(read_config(run)) if not re.fullmatch(SAME, name)}
+    curves = read_curves(run / "metrics.csv")
+    if not curves:
+        raise ValueError(f"run {str(run)!r} has logged nothing yet: it has no metrics.csv, or an empty one")
+    figures: dict[str, Any] = read_json(run / "summary.json", dict)
+    if not figures:  # it still trains
+        last = {name: points[max(points)] for name, points in curves.items()}
+        steps = max((max(points) for name, points in curves.items() if name.startswith("train/")), default=-1)
+        figures = {re.sub("validation/(source/)?", "", name): last[name] for name in last if name.startswith("validation/")}
+        figures |= {name: last[f"throughput/{name}"] for name in GENERAL if f"throughput/{name}" in last}
+        figures["steps"] = f"{steps + 1:,} so far"
+    if isinstance(parameters := figures.get("parameters"), dict):
+        figures["parameters"] = sum(parameters.values())
+    return ComparedRun(run.resolve().name, settings, figures, curves)
+
+
+def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """[(dotted name, value), ...] of a configuration; class names without their modules."""
+    if not isinstance(value, dict) or not value:
+        return [(name, value)]
+    parts = []
+    for key, part in value.items():
+        if key == "class_path":
+            parts.append((name, str(part).rpartition(".")[2]))
+        else:
+            parts += flatten(part, name if key == "init_args" else f"{name}.{key}".lstrip("."))
+    return parts
+
+
+def write_comparison(folders: Sequence[Path], page: Path) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Write the page; return the names of the runs, a row for each final figure, and a row for each setting that differs.
+    Raises ValueError for fewer than two runs, or one that has logged nothing."""
+    if len({folder.resolve() for folder in folders}) < 2:
+        raise ValueError("give two runs or more to compare: pile compare runs/A runs/B")
+    runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        for run, folder in zip(runs, folders, strict=True):
+            run.name = str(folder)
+    names, figures, shown = [run.name for run in runs], list[list[str]](), list[list[str]]()  # shown: as HTML
+    for name in dict.fromkeys([*GENERAL, *(name for run in runs for name in run.figures if "/" not in name)]):
+        values = [run.figures.get(name) for run in runs]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        if numbers and not name.endswith("_code_use"):
+            cells = ["-" if value is None else value if isinstance(value, str) else short(value) for value in values]
+            choose = min if re.fullmatch(LESS_IS_BETTER, name) else max if re.fullmatch(MORE_IS_BETTER, name) else None
+            best = [choose(numbers)] if choose and len(numbers) > 1 else []
+            figures.append([name, *cells])
+            marked = [f"<b>{cell}</b>" if value in best else escape(cell) for cell, value in zip(cells, values, strict=True)]
+            shown.append([label(name), *marked])
+    flow: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
+    settings: list[list[str]] = []
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        texts = [yaml.safe_dump(run.settings[name], **flow) if name in run.settings else "-" for run in runs]
+        if len(set(texts)) > 1:
+            settings.append([name, *(text.removesuffix("\n").removesuffix("\n...") for text in texts)])
+    heads = ["", *(f'<i style="background:var(--c{i % 6})"></i> {escape(name)}' for i, name in enumerate(names))]
+    body = "<h2>Final figures</h2>" + table(heads, shown) + "<h2>Settings that differ</h2>"
+    body += (table(heads, [[escape(cell) for cell in row] for row in settings]) or "<p>None.</p>") + "<h2>Curves</h2>"
+    for axis in AXES:
+        checked = " checked" * (axis == "step")
+        body += f'<input type="radio" name="axis" id="{axis}"{checked}><label for="{axis}">by {axis}</label>'
+    body += "".join(f'<div class="axis {axis}">{compare_curves(runs, axis)}</div>' for axis in AXES)
+    looks = ".axis{display:none;margin-top:1rem}label{margin:0 1rem 0 .3rem}td b{color:var(--c2)}"
+    looks += "".join(f"#{axis}:checked~.{axis}{{display:block}}" for axis in AXES)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, " · ".join(names), map(str, folders), body, style=looks)
+    return names, figures, settings
+
+
+def compare_curves(runs: Sequence[ComparedRun], axis: str) -> str:
+    """A chart for each metric, a curve for each run, in the run's color; runs that did not log the axis are named."""
+    charts = []
+    for column in sorted({column for run in runs for column in run.curves if column.startswith(("train/", "validation/"))}):
+        order, match, (_, title, curve, unit) = find_row(CHARTS, column)
+        curves = {run.name: points for run in runs if (points := run.curve(column, axis)) is not None}
+        if curves:
+            title, unit = match.expand(f"{title}, {curve}").replace("_", " "), match.expand(unit).replace("_", " ")
+            colors = [i for i, run in enumerate(runs) if run.name in curves]
+            charts.append((order, title, line_chart(title[0].upper() + title[1:], unit, curves, axis=axis, colors=colors)))
+    missing = [run.name for run in runs if AXES[axis] and AXES[axis] not in run.curves]
+    note = f"<p>Not logged by {escape(', '.join(missing))}, which another version of Pile trained.</p>" if missing else ""
+    return note + f'<div class="grid charts">{"".join(chart for _, _, chart in sorted(charts))}</div>'

@@ -20,14 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -37,14 +38,43 @@ from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
 from pile_app.model.pretrained_codecs import save_codecs
 from pile_app.training.callbacks import count_quarantined, ends_step, is_logged
-from pile_app.training.checkpoints import read_state
-from pile_app.training.load import BACKBONE, TOKENIZER
+from pile_app.training.checkpoints import choose_checkpoint, read_state
+from pile_app.training.load import BACKBONE, TOKENIZER, take_description
 from pile_app.training.module import PileModule
 from pile_app.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
+LOCKS: list[TextIO] = []  # of this process, which are released when it ends
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchaudio", "torchmetrics", "webdataset", "wandb", "tokenizers")
+
+
+def begin(run: Path, config: Namespace, dumped: str, is_first: bool) -> Path | None:
+    """Lock a run, and set in its configuration what a resumed run takes from its own folder; return the checkpoint to resume
+    from. `dumped`: the configuration as it is written.
+
+    Raises SystemExit if the run is complete, ValueError if it cannot begin or go on with this configuration.
+    """
+    asked, model = yaml.safe_load(dumped), config.model
+    if is_first:
+        lock(run)
+    steps = check_complete(run, asked)
+    if steps is not None:
+        if is_first:
+            longer = "to train longer raise trainer.max_steps, or choose another --name"
+            print(f"{run} is complete ({steps} steps): open {run / 'report.html'}; {longer}")
+        raise SystemExit
+    checkpoint = choose_checkpoint(run / "checkpoints", config.guard.skip_steps, is_first)
+    if checkpoint is None:
+        check_origin(asked["model"])
+        return None
+    was = check_resume(run, checkpoint, asked)
+    if model.start_from or model.codecs_from:  # the run has them now, and does without the files that it began with
+        model.start_from, model.codecs_from = None, str(checkpoint) if model.image or model.audio else None
+    if model.tokenizer == was.get("tokenizer") and (run / TOKENIZER).exists():
+        model.tokenizer = str(run / TOKENIZER)
+    take_description(model, run)
+    return checkpoint
 
 
 def keep_freed_memory() -> None:
@@ -76,8 +106,7 @@ class _MetricsFile(ExperimentWriter):
         """Drop what a killed process logged after its last checkpoint, at optimizer step `step`."""
         kept = [row for row in self._read() if int(row["step"]) < step]
         if self.metrics_keys:
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, self.metrics_keys)
+            writer = csv.DictWriter(text := io.StringIO(newline=""), self.metrics_keys)
             writer.writeheader()
             writer.writerows(kept)
             with whole_file(self.metrics_file_path, durable=True) as file:
@@ -128,7 +157,7 @@ class RunFolder(Callback):
     def _elapsed(self) -> float:
         return self.train_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Write into the folder; not earlier, since a run that is refused must not change it."""
         self._began, self.has_begun = time.perf_counter(), True
         if not trainer.is_global_zero:
@@ -138,9 +167,9 @@ class RunFolder(Callback):
         if tokenizer.is_file() and not (trainer.global_step and copy.exists()):
             shutil.copyfile(tokenizer, copy)
         if not (self.run / BACKBONE).exists():
-            pl_module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
-        save_codecs(pl_module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
-        for name, reader in pl_module.model.readers.items():  # type: ignore[union-attr]
+            module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
+        save_codecs(module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
+        for name, reader in module.model.readers.items():  # type: ignore[union-attr]
             if not (folder := self.run / f"{name}_reader").exists():
                 reader.save_description(folder)
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
@@ -152,21 +181,19 @@ class RunFolder(Callback):
             else:
                 logger.log_hyperparams(yaml.safe_load(self.config))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if ends_step(trainer, batch_idx):
             targets = batch.normalizer.long()
             self._uncounted = targets if self._uncounted is None else self._uncounted + targets
         if is_logged(trainer, batch_idx):
             progress = {"throughput/tokens": float(self._count()), "throughput/train_seconds": self._elapsed()}
-            pl_module.log_dict(progress, rank_zero_only=True, batch_size=1)
+            module.log_dict(progress, rank_zero_only=True, batch_size=1)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         metrics = trainer.callback_metrics.items()
         self.validation = trainer.global_step, {name: float(v) for name, v in metrics if name.startswith("validation/")}
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.train_seconds, self._began = self._elapsed(), None
 
     def write_summary(self, trainer: Trainer, module: PileModule, figures: dict[str, Any]) -> None:
@@ -198,14 +225,13 @@ def find_divergence(trainer: Trainer, module: PileModule, metrics: dict[str, Any
     """Say if a run ended far worse than its best validation, or worse than guessing."""
     if module.objective is not None:
         return []
-    ids = {MODALITIES[m]: module.vocabulary.slices[m] for m in module.vocabulary.modalities}
-    chances = {f"{name}_loss": math.log(span.stop - span.start) for name, span in ids.items()}
+    slices, modalities = module.vocabulary.slices, module.vocabulary.modalities
+    chances = {f"{MODALITIES[m]}_loss": math.log(slices[m].stop - slices[m].start) for m in modalities}
     losses = {n: float(metrics.get(f"validation/{n}", metrics.get(f"train/{n}", math.nan))) for n in chances}
-    worse = {name for name, loss in losses.items() if loss > 1.1 * chances[name]}
-    if not worse and all(not loss < 0.99 * chances[name] for name, loss in losses.items()):
-        worse = {name for name, loss in losses.items() if math.isfinite(loss)}
+    bound = 1.1 if any(loss < 0.99 * chances[name] for name, loss in losses.items()) else 0.0  # or nothing was learned at all
     said = "{} is {:.4g}, guessing has {:.4g}: lower the learning rate"
-    found = [said.format(name, losses[name], chances[name]) for name in sorted(worse)]
+    worse = sorted(name for name, loss in losses.items() if loss > bound * chances[name])
+    found = [said.format(name, losses[name], chances[name]) for name in worse]
     for callback in trainer.checkpoint_callbacks:
         best, mode = getattr(callback, "best_model_score", None), getattr(callback, "mode", "")
         if best is not None and monitor in metrics:
@@ -233,16 +259,16 @@ def git_revision() -> str:
         return "unknown"
 
 
-def lock(run: Path) -> IO[str]:
+def lock(run: Path) -> None:
     """Lock a run folder until this process ends. Raises ValueError if another one trains in it, OSError if it is read-only."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run).close()
         file = open(run.with_name(f".{run.name}.lock"), "a+")  # noqa: SIM115 (kept open)
     except OSError as error:
-        raise OSError(
-            f"the run folder {str(run)!r} cannot be written: {error}. Choose another with --runs or --name"
-        ) from error
+        fix = "Choose another with --runs or --name"
+        raise OSError(f"the run folder {str(run)!r} cannot be written: {error}. {fix}") from error
+    LOCKS.append(file)
     with suppress(ImportError):  # Windows
         import fcntl
 
@@ -250,14 +276,12 @@ def lock(run: Path) -> IO[str]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: its workers do not inherit it
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise ValueError(
-                f"{run} is being trained by {file.read().strip() or 'another process'}: wait for it, or choose another --name"
-            ) from None
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{run} is being trained by {owner}: wait for it, or choose another --name") from None
         except OSError as error:  # a file system without locks
             log.warning("%s is not locked (%s): start it once only", run, error)
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-    return file
 
 
 # -- Settings that may change. Configurations are compared, since tensors of another model may have the same shapes.
@@ -282,30 +306,31 @@ def differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, 
         yield name, was, now
 
 
-def describe(changes: list[tuple[str, Any, Any]]) -> str:
-    """Format changes as "name was a, now it is b; ..."."""
+def describe_changes(settings: Iterable[tuple[str, Any, Any]], allowed: re.Pattern[str]) -> str:
+    """Format what differs in settings, (name, old, new), and must not: "name was a, now it is b; ...", or "" if all is well."""
 
     def short(value: Any) -> str:
         path: str | None = value.get("class_path") if isinstance(value, dict) else None
         return path.rpartition(".")[2] if path else str(value)[:80]
 
+    changes = (change for name, was, now in settings for change in differences(was, now, name) if not allowed.match(change[0]))
     return "; ".join(f"{name} was {short(was)}, now it is {short(now)}" for name, was, now in sorted(changes, key=str))
 
 
 def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the run's old configuration. Raises ValueError if the new one has another model, or too few steps."""
+    """Return the run's old model section. Raises ValueError if the new one is another model, or there are too few steps."""
     steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
     if 0 <= wanted < steps:
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")
     path = run / "config.yaml"
-    was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {"model": {}}
-    fixed = {key: asked[key] for key in ("model", "seed_everything")}  # positions depend on some of `data`
-    changes = list(differences(was, fixed | {"data": {key: asked["data"][key] for key in ("context", "global_batch", "seed")}}))
-    unused = ("model.start_from", "model.codecs_from")
-    changes = [one for one in changes if not FOLLOWED.match(one[0]) and not (one[0] in unused and one[2] is None)]
-    if changes:
-        raise ValueError(f"{run} cannot resume: {describe(changes)}. Set it back, or begin another run with another --name")
-    return was
+    was: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    model: dict[str, Any] = was.get("model", {})
+    kept = {name: model.get(name) for name in ("start_from", "codecs_from") if asked["model"][name] is None}  # needed no more
+    positions = {key: asked["data"][key] for key in ("context", "global_batch", "seed")}
+    fixed = {"model": asked["model"] | kept, "seed_everything": asked["seed_everything"], "data": positions}
+    if changes := describe_changes(((name, was.get(name, now), now) for name, now in fixed.items()), FOLLOWED):
+        raise ValueError(f"{run} cannot resume: {changes}. Set it back, or begin another run with another --name")
+    return model
 
 
 def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
@@ -313,17 +338,13 @@ def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
     if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
         return None
     was = yaml.safe_load((run / "config.yaml").read_text())
-    for length in (("trainer", "max_steps"), ("data", "epochs")):
-        if was[length[0]].get(length[1]) != asked[length[0]].get(length[1]):
-            return None
+    if any(was[part].get(name) != asked[part].get(name) for part, name in (("trainer", "max_steps"), ("data", "epochs"))):
+        return None
     steps = int(json.loads((run / "summary.json").read_text())["steps"])
     parts = ("seed_everything", "model", "data", "trainer")
-    changes = [one for part in parts for one in differences(was.get(part), asked[part], part) if not EXECUTION.match(one[0])]
-    if changes:
-        raise ValueError(
-            f"{run} is complete ({steps} steps) with another configuration: {describe(changes)}. Choose another --name, or "
-            "raise trainer.max_steps to train it longer"
-        )
+    if changes := describe_changes(((part, was.get(part), asked[part]) for part in parts), EXECUTION):
+        fix = "Choose another --name, or raise trainer.max_steps to train it longer"
+        raise ValueError(f"{run} is complete ({steps} steps) with another configuration: {changes}. {fix}")
     return steps
 
 
@@ -333,10 +354,7 @@ def check_origin(model: dict[str, Any]) -> None:
         path = Path(model.get(option) or os.devnull)
         config = next((c for f in (path, *path.absolute().parents[1:2]) if (c := f / "config.yaml").is_file()), None)
         was = yaml.safe_load(config.read_text())["model"] if config else {}
-        parts_now = [part for part in parts if option == "start_from" or model.get(part)]
-        changes = [one for p in parts_now if p in was for one in differences(was[p], model.get(p), f"model.{p}")]
-        if changes := [one for one in changes if not FOLLOWED.match(one[0])]:
-            raise ValueError(
-                f"model.{option}={str(path)!r} holds another model: {describe(changes)}. (`--config {config}` before "
-                "your own takes the model as it was)"
-            )
+        compared = [part for part in parts if part in was and (option == "start_from" or model.get(part))]
+        if changes := describe_changes(((f"model.{part}", was[part], model.get(part)) for part in compared), FOLLOWED):
+            fix = f"(`--config {config}` before your own takes the model as it was)"
+            raise ValueError(f"model.{option}={str(path)!r} holds another model: {changes}. {fix}")

@@ -40,15 +40,10 @@ class WandbRun(WandbLogger):
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])  # a sweep gives it
-        super().__init__(
-            name=run.name,
-            project=project,
-            id=identity.read_text(),
-            save_dir=str(run),
-            resume=None if mode == "offline" and attempt == "training" else "allow",
-            mode=mode,
-            settings=wandb.Settings(silent=mode != "online", console="off"),
-        )
+        resume = None if mode == "offline" and attempt == "training" else "allow"
+        settings = wandb.Settings(silent=mode != "online", console="off")
+        named: dict[str, Any] = {"name": run.name, "project": project, "id": identity.read_text(), "save_dir": str(run)}
+        super().__init__(**named, resume=resume, mode=mode, settings=settings)
         self.run, self.mode = run, mode
 
     @rank_zero_only
@@ -82,7 +77,8 @@ class WandbRun(WandbLogger):
             return
         with open(self.run / "metrics.csv", newline="") as file:
             history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
-        history += [(step_of(folder), folder) for folder in (self.run / "samples").glob("step-*")]
+        # Samples of step-00000500 are logged at 499, the step of the last losses before them.
+        history += [(int(folder.name[5:]) - 1, folder) for folder in (self.run / "samples").glob("step-*")]
         for step, logged in sorted(history, key=lambda entry: entry[0]):
             if step >= first_step:
                 break
@@ -92,11 +88,6 @@ class WandbRun(WandbLogger):
                 self.log_metrics({name: float(value) for name, value in logged.items() if value}, step)
         for path in earlier:
             shutil.rmtree(path)
-
-
-def step_of(folder: Path) -> int:
-    """The step that the samples in `samples/step-00000500` are logged at, 499: that of the last losses before them."""
-    return int(folder.name.removeprefix("step-")) - 1
 
 
 def log_samples(trainer: Trainer, folder: Path, step: int) -> None:

@@ -28,11 +28,10 @@ from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Decoder, Sampling
 from pile_app.model.segments import segment_length
 from pile_app.tasks.classification import Classification
-from pile_app.tasks.entities import Span
 from pile_app.tasks.retrieval import Contrastive
-from pile_app.tasks.tagging import Tagging
-from pile_app.training.memory import run_backward
+from pile_app.tasks.tagging import Span, Tagging
 from pile_app.training.objective import Objective
+from pile_app.training.plan import run_backward
 from pile_app.vocabulary import Vocabulary
 
 MakeModel = Callable[..., FusedLanguageModel]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
-from pile_app.media import decode_audio
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel, codec_fingerprint
 from pile_app.model.generate import Sampling, answer_prompts
@@ -208,9 +207,8 @@ def test_encoded_media_have_the_codes_of_training(save: Callable[[str], str]) ->
     document = Document((Segment.from_image(pixels[0]), sound_segment(0), Segment.from_image(pixels[1]), sound_segment(1, 50)))
     length = 2 + sum(segment_length(model, segment) for segment in document.segments)
     tokens = model.fill(assemble([[whole(document, length)]], model.vocabulary, model.tokenizer, length + 2))[0].numpy()
-    images = encode_media([image.transpose(2, 0, 1) for image in pixels], IMAGE, model)
-    waves = [decode_audio(segment.file, 8000) for segment in document.segments[1::2]]
-    audio = encode_media(waves, AUDIO, model)
+    images, audio = ([codes.values for codes in encode_media(document.segments[modality - 1 :: 2], modality, model, "00" * 16)]
+                     for modality in (IMAGE, AUDIO))  # fmt: skip
     for found, modality in ((images, IMAGE), (audio, AUDIO)):
         ids = model.vocabulary.slices[modality]
         inside = tokens[(tokens >= ids.start) & (tokens < ids.stop) & (tokens != model.vocabulary.audio_end)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pile_app.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
 from pile_app.prepare.entities import scheme_of_tags, spans_of_tags, word_offsets
-from pile_app.tasks.entities import document_words, last_tokens, merge_words, spans_of_words, tags_of_words
+from pile_app.tasks.tagging import document_words, last_tokens, merge_words, spans_of_words, tags_of_words
 
 TEXT = "José, the 李小龙 of Zürich… it's @paul's #nlp 👩‍🚀 talk at AT&T: http://x.y/z?a=1 नमस्ते 10.5%!!"
 

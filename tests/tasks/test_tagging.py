@@ -22,10 +22,7 @@ from pile_app.documents import Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.prepare.entities import spans_of_tags
 from pile_app.prepare.pipeline import prepare
-from pile_app.tasks.entities import Span
-from pile_app.tasks.linear_chain import LinearChain
-from pile_app.tasks.tag_texts import Tagged, as_inline, as_record
-from pile_app.tasks.tagging import EntityScores, TagAnnotator, gather_words
+from pile_app.tasks.tagging import EntityScores, LinearChain, Span, TagAnnotator, Tagged, as_inline, as_record, gather_words
 
 TYPES = ["person", "place"]
 NAMES = ["O", "B-person", "I-person", "B-place", "I-place"]

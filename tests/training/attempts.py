@@ -62,12 +62,12 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         first, last, rank = map(int, os.environ.get("POISON", "-1 -1 0").split())
         if first <= batch_idx <= last and rank == trainer.global_rank:
-            pl_module._language_step = lambda batch: type(pl_module)._language_step(pl_module, batch) * math.nan
+            pl_module._language_loss = lambda *given: type(pl_module)._language_loss(pl_module, *given) * math.nan
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        vars(pl_module).pop("_language_step", None)
+        vars(pl_module).pop("_language_loss", None)
         time.sleep(float(os.environ.get("SLEEP", "0")))
         if os.environ.get("POISON_WEIGHTS") == str(batch_idx):
             next(pl_module.model.backbone.parameters()).data.fill_(math.nan)

@@ -53,7 +53,7 @@ def test_a_page_and_a_table_compare_runs(runs: list[Path], capsys: pytest.Captur
     for text in ("Transformer", "codec steps", "tokens per second", "text bits per byte"):
         assert text in printed or text.replace(" ", "_") in printed, text
     charts = re.findall(r'aria-label="(.*?)"', page)
-    for chart in ("Text, validation", "Text, train", "Image, validation", "Audio codec, train", "All modalities, validation"):
+    for chart in ("Text, validation", "Text, train", "Image, validation", "Codecs, audio, train", "All modalities, validation"):
         assert charts.count(chart) >= 2, chart
     assert "step</text>" in page and "tokens</text>" in page and "seconds</text>" in page
     assert "lstm &lt;1&gt;" in page and "<1>" not in page
@@ -61,7 +61,7 @@ def test_a_page_and_a_table_compare_runs(runs: list[Path], capsys: pytest.Captur
 
 
 def test_curves_follow_tokens_and_seconds_of_the_run(runs: list[Path]) -> None:
-    from pile_app.training.compare import read_run
+    from pile_app.training.report import read_run
 
     run, summary = read_run(runs[1]), json.loads((runs[1] / "summary.json").read_text())
     tokens, seconds = (run.curve("train/text_loss", axis) for axis in ("tokens", "seconds"))

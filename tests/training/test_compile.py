@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model.backbones import Transformer
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.training.memory import make_batch
 from pile_app.training.parallel import shard
+from pile_app.training.plan import make_batch
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from pile_app.training.callbacks import read_ledger
 from pile_app.training.checkpoints import (
     find_damage,
     join_tensors,
-    publish_parts,
+    publish,
     read_checkpoint,
     remove_leftovers,
     split_tensors,
@@ -215,7 +215,7 @@ def test_checkpoint_in_parts_is_the_old_one_until_the_new_one_is_complete(tmp_pa
     for value in (1, 2):
         save_parts(tmp_path / f".{value}.parts", value)
         assert read_checkpoint(last)["global_step"] == value - 1
-        publish_parts(tmp_path / f".{value}.parts", last)
+        publish(tmp_path / f".{value}.parts", last)
         found = read_checkpoint(last)
         assert found["global_step"] == value and found["state_dict"]["w"].flatten().tolist() == [
             10 * value + n for n in range(6)

@@ -19,8 +19,8 @@ from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.segments import segment_length
-from pile_app.training.memory import fake_gpu, run_backward
 from pile_app.training.optim import OptimizerConfig, make_optimizer
+from pile_app.training.plan import fake_gpu, run_backward
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 MakeModel = Callable[..., FusedLanguageModel]

@@ -25,9 +25,18 @@ from pile_app.model.backbones import LSTM, Transformer
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training import parallel
 from pile_app.training.cli import parse_config
-from pile_app.training.memory import Layout, LiveBytes, Memory, make_batch, plan_memory, run_backward
 from pile_app.training.optim import OptimizerConfig, make_optimizer
-from pile_app.training.plan import Plan, count_parts, meta_model
+from pile_app.training.plan import (
+    Layout,
+    LiveBytes,
+    Memory,
+    Plan,
+    count_parts,
+    make_batch,
+    meta_model,
+    plan_memory,
+    run_backward,
+)
 
 SIZES = sorted((REPOSITORY / "conf" / "sizes").glob("*.yaml"))
 FRACTIONS = (0.5, 0.3, 0.2)

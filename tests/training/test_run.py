@@ -158,7 +158,7 @@ def test_configuration_is_laid_over_the_default_next_to_train_py_in_any_working_
 
 def test_missing_default_configuration_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "installed" / "training" / "cli.py"))
+    monkeypatch.setattr(cli, "BUNDLED", tmp_path / "installed")
     with pytest.raises(FileNotFoundError, match=r"no conf/default.yaml"):
         cli.parse_config([])
 

@@ -23,8 +23,7 @@ from pile_app.data.sources import segment_tokens
 from pile_app.data.tokens import text_counts
 from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.tasks.inspect_data import describe_segment, describe_values, inspect_data
-from pile_app.tasks.inspect_step import decoder
+from pile_app.tasks.inspection import decoder, describe_segment, describe_values, inspect_data
 from pile_app.training.load import load_run
 
 Make = Callable[..., Segment]
