@@ -13,8 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS
-from pile_app.prepare.files import DAMAGE, MEDIA, extension, read_text
-from pile_app.prepare.text import decode_text
+from pile_app.prepare.files import DAMAGE, MEDIA, decode_text, extension, read_text
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {

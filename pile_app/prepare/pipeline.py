@@ -11,23 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pile_app.data.files import flock
+from pile_app.data.files import Run, flock, worker_pool
 from pile_app.data.shards import Shards
 from pile_app.fields import OWN, Fields
 from pile_app.prepare.assign import Summary, listed, write_shards
-from pile_app.prepare.engines import ENGINES, import_ray, tracked
 from pile_app.prepare.hub import localize
 from pile_app.prepare.listing import Listing, Unit
 from pile_app.prepare.ngrams import EvaluationTexts
@@ -37,6 +38,7 @@ from pile_app.prepare.spill import Work, read_job, slug
 
 PREPARE_VERSION = 7  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
+T = TypeVar("T")
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
 
 
@@ -215,3 +217,56 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
         first = min(map(json.loads, lines), key=lambda line: rank[line["reason"]])
     text = f"{given!r} holds nothing usable: {listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed"
     raise ValueError(f"{text} in {reasons}. Options such as --fields, --label and --kind say how to read it")
+
+
+# -- engines: contexts of `run(task, items)`, which calls `task(item)` in any order, possibly twice, and yields after each
+
+
+@contextmanager
+def _local(processes: int) -> Iterator[Run]:
+    with worker_pool(processes, "pile_app.prepare.spill") as run:
+        try:
+            yield run
+        except BrokenProcessPool as error:
+            raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
+
+
+@contextmanager
+def _ray(processes: int) -> Iterator[Run]:
+    """Run on the cluster that `RAY_ADDRESS` names, or on `processes` cores of this machine."""
+    ray = import_ray()
+    if started := not ray.is_initialized():
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": processes, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **here)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def run(task: Callable[[Any], object], items: Sequence[Any]) -> Iterator[Any]:
+        if items:
+            rows = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
+            yield from rows.map(lambda row: {"done": task(pickle.loads(row["item"])) is None}).iter_rows()
+
+    try:
+        yield run
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def import_ray() -> Any:
+    # Read by Ray on import: otherwise `uv run` starts its workers without an environment, and usage is reported to its makers.
+    for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
+    return require("ray.data", "ray", "--engine ray") and require("ray", "ray", "--engine ray")
+
+
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _local, "ray": _ray}
+
+
+def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """Show a progress bar on stderr if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty())

@@ -25,13 +25,12 @@ from pile_app.documents import BadSample, Document, media_extension
 from pile_app.fields import Field, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.prepare import files
-from pile_app.prepare.files import DAMAGE, Tree, open_plain, open_text, read_file, read_text
+from pile_app.prepare.entities import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
+from pile_app.prepare.files import DAMAGE, Tree, decode_text, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
 from pile_app.prepare.listing import Listing, Record, Unit, as_bad, find, open_tree
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import Table, rows
-from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
-from pile_app.prepare.text import decode_text
 
 LAYOUTS = {"text": "text file", "conll": "CoNLL", "tar": "WebDataset"}
 SAMPLES = 200  # of a table or folder, by which its field map is inferred

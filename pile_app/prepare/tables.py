@@ -24,11 +24,10 @@ from pile_app.documents import AUDIO_EXTENSIONS, BadSample
 from pile_app.fields import as_list, is_texts
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
-from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
+from pile_app.prepare.entities import SPAN_FIELDS, TAG_FIELDS, document_of_record
+from pile_app.prepare.files import MEDIA, File, Tree, decode_text, extension, lines_of, open_plain, open_text, read_text
 from pile_app.prepare.layouts import named_split
 from pile_app.prepare.options import require
-from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS, document_of_record
-from pile_app.prepare.text import decode_text
 from pile_app.records import is_interleaved
 
 FILE_NAMES = ("image", "audio", "file", "file_name", "filename", "path")
@@ -363,7 +362,7 @@ READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file} | dict.fr
 def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Table, list[dict[str, Any]]]:
     """Describe the table in a file by its content, and return its first rows. Raises BadSample, OSError, EOFError."""
     table = Table(file.name, file.real, format, encoding)
-    if file.size < 1024 and read_file(file.real).startswith(b"version https://git-lfs"):
+    if file.size < 1024 and files.read_file(file.real).startswith(b"version https://git-lfs"):
         raise BadSample("lfs_pointer", "it is a pointer of Git LFS: fetch the data with git lfs pull")
     if format == "csv":
         table = _sniff_csv(table, tree)

@@ -35,7 +35,7 @@ from pile_app.data.sources import SourceData, segment_tokens
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.data.tokens import text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
-from pile_app.prepare.engines import tracked
+from pile_app.prepare.pipeline import tracked
 from pile_app.training.report import STYLE, medium, short
 from pile_app.vocabulary import Vocabulary
 

@@ -12,10 +12,9 @@ from PIL import Image
 
 from pile_app.documents import BadSample, Document, Segment
 from pile_app.media import audio_size, decode_audio, image_size
-from pile_app.prepare.filters import apply_steps, repair_text
+from pile_app.prepare.filters import apply_steps, c4, gopher, repair_text
 from pile_app.prepare.ngrams import EvaluationTexts, NearDuplicates, minhash, ngram_hashes, words_of
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.quality import c4, gopher
 
 RATE = 8000
 
