@@ -6,8 +6,7 @@
     fields: messages                                       # a chat
 
 A *sample* maps names to values: the files of a WebDataset sample by extension, the columns of a table, or the files of a folder
-that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py` guesses the map from a few samples.
-"""
+that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py` guesses the map from a few samples."""
 
 from __future__ import annotations
 
@@ -23,20 +22,8 @@ from typing import Any
 
 import yaml
 
-from pile_app import records
-from pile_app.documents import (
-    AUDIO_EXTENSIONS,
-    ENCODED_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MODALITIES,
-    MODALITY_OF_EXTENSION,
-    TEXT,
-    UNREADABLE_EXTENSIONS,
-    BadSample,
-    Document,
-    Segment,
-    media_extension,
-)
+from pile_app import documents, records
+from pile_app.documents import MODALITIES, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment, media_extension
 
 Sample = Mapping[str, Any]
 OpenFile = Callable[[str | Path], tuple[str, bytes]]  # a path, or the name of a file of the input -> its name and content
@@ -46,7 +33,7 @@ RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in
 META_ROLES = ("label", "group", "split")
 OPTIONS = ("loss", "optional", "choose", "learn")
 UNKNOWN = ("", "-", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first three of an unknown label
-MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
+MEDIA_EXTENSIONS = documents.IMAGE_EXTENSIONS + documents.AUDIO_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -164,7 +151,7 @@ class Fields:
         parts = [part for part in parts if part[0].data] + labels
         if not parts:
             raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {listing(sample)}")
-        unreadable = [name for name in sample if extension(name) in UNREADABLE_EXTENSIONS]
+        unreadable = [name for name in sample if extension(name) in documents.UNREADABLE_EXTENSIONS]
         if unreadable and all(segment.modality == TEXT for segment, _ in parts):
             raise BadSample("unreadable_medium", f"sample {key!r} holds {listing(unreadable)}, which cannot be decoded")
         mapped = {name.lower() for entry in self.entries for name in entry.names} | set(map(str.lower, view.used))
@@ -254,8 +241,9 @@ class SampleView:
             raise self.damaged or BadSample("no_conversation", detail)
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
-        for kind, extensions in {"images": IMAGE_EXTENSIONS, "audios": AUDIO_EXTENSIONS}.items():  # that the JSON does not name
-            files = [name for name in self.sample if extension(name) in extensions and is_json]
+        extensions = {"images": documents.IMAGE_EXTENSIONS, "audios": documents.AUDIO_EXTENSIONS}
+        for kind in extensions if is_json else ():  # files that the JSON does not name
+            files = [name for name in self.sample if extension(name) in extensions[kind]]
             if files and not {kind, kind[:-1]} & found.keys():
                 found = {**found, kind: files}
         return found
@@ -314,7 +302,7 @@ class SampleView:
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is an object: name a field of it, e.g. {name}.text")
-        is_file = isinstance(value, bytes) and kind in MEDIA_EXTENSIONS + ENCODED_EXTENSIONS and name in self.sample
+        is_file = isinstance(value, bytes) and kind in MEDIA_EXTENSIONS + documents.ENCODED_EXTENSIONS and name in self.sample
         segment = Segment(value, kind) if is_file else self.medium(value)
         if entry.role in ("image", "audio") and entry.role != MODALITIES[segment.modality]:
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is a {segment.extension}, not {entry.role}")
@@ -396,11 +384,6 @@ def is_own_form(description: Any) -> bool:
 
     segments = description.get("segments") if isinstance(description, Mapping) else None
     return isinstance(segments, list) and bool(segments) and all(map(is_entry, segments))
-
-
-def base(name: str) -> str:
-    """Return a name in lower case, without the `json.` before it and the `.text` after it."""
-    return name.lower().removeprefix("json.").removesuffix(".text")
 
 
 def is_texts(value: Any) -> bool:

@@ -10,22 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pile_app import fields
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
-from pile_app.fields import (
-    OWN,
-    RECORDS,
-    SEGMENT_ROLES,
-    Field,
-    Fields,
-    Sample,
-    SampleView,
-    as_list,
-    base,
-    extension,
-    is_own_form,
-    is_texts,
-    listing,
-)
+from pile_app.fields import Field, Fields, SampleView, as_list, extension, is_own_form, is_texts, listing
 
 TEXT_NAMES = (  # of the text that a data set is about, the best first
     "caption", "captions", "normalized_text", "text_normalized", "text", "transcript", "transcription", "sentence", "sentences",
@@ -42,14 +29,19 @@ GROUP_NAMES = ("speaker", "speaker_id", "client_id")
 NEVER_LEARNED = "rejected|masks?|seg|segmentation|segmentation_mask|depth|depth_map|.*_parse"
 
 
-def infer_fields(samples: Iterable[Sample]) -> Fields:
+def base(name: str) -> str:
+    """Return a name in lower case, without the `json.` before it and the `.text` after it."""
+    return name.lower().removeprefix("json.").removesuffix(".text")
+
+
+def infer_fields(samples: Iterable[Mapping[str, Any]]) -> Fields:
     """Return the field map that a few samples (the first 200, say) suggest.
 
     Raises ValueError: nothing in the samples can be learned; the message shows the names and the first sample."""
     views = [SampleView("", sample, None) for sample in samples]
     if any(is_own_form(view.json) for view in views):
-        return OWN
-    for role, (test, _, _) in RECORDS.items():
+        return fields.OWN
+    for role, (test, _, _) in fields.RECORDS.items():
         if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
             return Fields((Field((), role),))
     names = list(dict.fromkeys(name for view in views for name in view.leaves() if not re.fullmatch(NEVER_LEARNED, base(name))))
@@ -59,13 +51,13 @@ def infer_fields(samples: Iterable[Sample]) -> Fields:
     roles = {"label": LABEL_NAMES, "group": GROUP_NAMES, "split": ("split",)}
     scalars = {role: name for role, known in roles.items() if (name := _scalar_name(names, views, known))}
     texts = _text_entries([name for name in names if name not in scalars.values()], views, len(media))
-    entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
+    entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in fields.SEGMENT_ROLES]
     if not entries:
         first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
         hint = "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
         raise ValueError(f"nothing to learn was recognized among {listing(names)}; the first sample is {first!r:.300}. {hint}")
     shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
-    entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
+    entries += [entry for entry in texts if entry.role not in fields.SEGMENT_ROLES]
     entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
     return Fields(tuple(entries), shuffle)
 

@@ -11,8 +11,7 @@ A turn is the marker of its role, then its segments. Only answers are learned, u
                                                                    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^ learned
 
 A marker is a text segment of one control character, which every byte-level tokenizer can write. Users cannot forge a role,
-because `strip_markers` removes these characters from all other texts.
-"""
+because `strip_markers` removes these characters from all other texts."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
     <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
 
-The model's codecs fill in the codes of media. The tokens of an unusable document are masked, so nothing else moves.
-"""
+The model's codecs fill in the codes of media. The tokens of an unusable document are masked, so nothing else moves."""
 
 from __future__ import annotations
 
@@ -112,9 +111,7 @@ class _Rows:
         self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer, annotator: Annotator | None
     ) -> None:
         self.context, self.vocabulary, self.tokenizer, self.annotator = context, vocabulary, tokenizer, annotator
-        self.tokens = np.full(
-            rows * context, EMPTY, np.int32
-        )  # relative to the first id of text, so that texts are only copied
+        self.tokens = np.full(rows * context, EMPTY, np.int32)  # relative to the first id of text: texts are only copied
         self.learned = np.full(rows * context, NOT_LEARNED, np.uint8)
         self.labels = np.full(rows * context if annotator else 0, NO_LABEL, np.int32)
         self.starts, self.sources = list[int](), list[int]()  # of pieces, by number, padding included
@@ -235,9 +232,8 @@ class _Rows:
                 put(first, codes, EMPTY + vocabulary.starts[modality])
             if media is not None and not hidden and start <= first < stop:  # media are never cut
                 change = partial(augment, segment=segment_number) if augment else None
-                media.append(
-                    _Medium(number, first + shift, b"" if segment.is_encoded else segment.file, length - first, change)
-                )
+                file = b"" if segment.is_encoded else segment.file
+                media.append(_Medium(number, first + shift, file, length - first, change))
             if modality == AUDIO:
                 if not hidden:
                     mark(length, vocabulary.audio_end)

@@ -1,8 +1,7 @@
 """Batches: B packs of T tokens, in one block of memory.
 
 A worker writes only the tokens, the modality predicted after each, and where pieces and media begin. The device derives
-document numbers, positions, sources and targets, without waiting: a fifth of the bytes to copy.
-"""
+document numbers, positions, sources and targets, without waiting: a fifth of the bytes to copy."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ class Batch:
         """Draw (len(indices), width) numbers in [0, 1) for flat indices, from the position of the pack and the index in it.
 
         Any division of a step into devices and micro-batches draws the same numbers. (A batch without positions draws from
-        torch's generator.)
-        """
+        torch's generator.)"""
         length = self.tokens.size(1)
         if not self.numbers:
             return torch.rand(len(indices), width, device=indices.device)

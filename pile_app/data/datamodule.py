@@ -2,8 +2,7 @@
 
 A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on, so
 nothing has state: step s is the positions [s * G, (s + 1) * G), and rank r of W takes [r * G // W, (r + 1) * G // W) of
-them.
-"""
+them."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ class Source:
         weight: fraction of the training tokens, in any unit; None, for all sources: proportional to size.
         epochs: passes through this source instead of a weight; the run ends after all of them.
         fields: files and JSON fields of a sample that are segments, e.g. `[jpg|png, json.caption|txt]`; None: inferred.
-        transforms: augmentations of the training samples, e.g. `[flip, crop(0.8), my.module.function]`.
-    """
+        transforms: augmentations of the training samples, e.g. `[flip, crop(0.8), my.module.function]`."""
 
     train: str | list[str]
     validation: str | list[str] | None = None
@@ -145,8 +143,7 @@ class StepBatches(Sampler[list[int]]):
     """List the positions of each micro-batch of a rank in steps [start, steps); the length counts all steps, for Lightning.
 
     All ranks have the same number of micro-batches. Where a rank has fewer packs, `[~position]` is a micro-batch of padding in
-    the step of that position.
-    """
+    the step of that position."""
 
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self.start, self.steps, self.global_batch = start, steps, global_batch
@@ -230,8 +227,7 @@ class PileDataModule(LightningDataModule):
         max_rejected_share: fraction of unusable documents above which the run stops.
         cache: folder for remote shards, which several runs and nodes may share; None: `~/.cache/pile/shards`.
         cache_gigabytes: limit of its size.
-        allow_pipe: run the commands of `pipe:` URLs, so the author of the configuration can run programs.
-    """
+        allow_pipe: run the commands of `pipe:` URLs, so the author of the configuration can run programs."""
 
     def __init__(
         self,

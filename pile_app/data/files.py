@@ -164,6 +164,11 @@ def worker_context(*preload: str) -> Any:
     return context
 
 
+def available_cores() -> int:
+    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
@@ -213,7 +218,7 @@ def _end_with_parent() -> None:
 
 def for_each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> list[Any]:
     """Map a function over items in several processes (None: one for each core), in this process if that is one."""
-    processes = min(processes or os.cpu_count() or 1, len(items))
+    processes = min(processes or available_cores(), len(items))
     if processes < 2:
         return [function(item) for item in items]
     size = max(1, len(items) // (8 * processes))

@@ -1,8 +1,7 @@
 """The index of a shard: byte range, checksum and key of each sample, modality and size of each segment.
 
 The rows of all shards of a source make its manifest (`manifest.py`). S is the number of samples, G of segments. Alternatives of
-a segment (several captions: training draws one for each epoch) are rows of their own, marked by `choice`.
-"""
+a segment (several captions: training draws one for each epoch) are rows of their own, marked by `choice`."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ class ShardIndex:
 
     path: of the tar, for messages; fields: the field map that it was read with; about: the shard's JSON entry in the manifest:
     name, size of the tar, fingerprint (changes with any row), rows (S, G, breaks, key bytes), read (samples), rejected
-    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32).
-    """
+    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32)."""
 
     path: str
     about: dict[str, Any]
@@ -202,10 +200,8 @@ def infer_from_shard(path: str) -> tuple[Fields, int]:
     usual = {name for name, count in names.items() if 1 < count >= len(usable) / 2}
     clear = [sample for sample in usable if "json" in sample.files or not _ambiguity(sample, usual)]
     if not clear:
-        errors = filter(None, (sample.error or _ambiguity(sample, usual) for sample in samples))
-        raise ShardError(
-            f"shard {path!r} holds no usable sample, {next((f'e.g. {e}' for e in errors), 'the archive is empty')}"
-        )
+        errors = (f"e.g. {error}" for sample in samples if (error := sample.error or _ambiguity(sample, usual)))
+        raise ShardError(f"shard {path!r} holds no usable sample, {next(errors, 'the archive is empty')}")
     if any(name.rsplit(".", 1)[-1] in ENCODED_EXTENSIONS for name in names):
         return OWN, len(clear)
     with open(path, "rb") as file:
@@ -231,10 +227,8 @@ def _ambiguity(sample: TarSample, named: Collection[str]) -> BadSample | None:
     kinds = {name: name.rsplit(".", 1)[1].lower() for name in sample.files if "." in name and name not in named}
     counts = Counter(kinds.values())
     alike = [name for name, kind in kinds.items() if counts[kind] > 1]
-    detail = (
-        "a key ends at the first dot of a name, so these may be several samples. Rename the files, or name them in `fields`"
-    )
-    return BadSample("ambiguous_names", f"sample {sample.key!r} holds {', '.join(alike[:4])}: {detail}") if alike else None
+    why = "a key ends at the first dot, so these may be several samples. Rename the files, or name them in `fields`"
+    return BadSample("ambiguous_names", f"sample {sample.key!r} holds {', '.join(alike[:4])}: {why}") if alike else None
 
 
 def _segment_rows(reading: Reading, files: Mapping[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], list[int]]]:

@@ -2,8 +2,7 @@
 
 `<stem>.manifest.safetensors` lies in the folder of the shards, or in the cache folder if they are remote or read-only. It also
 holds the token counts of each tokenizer. Tokens of media follow from their sizes by arithmetic, so a manifest stays right when
-a codec changes. Opening a source opens one file, regardless of the number of shards.
-"""
+a codec changes. Opening a source opens one file, regardless of the number of shards."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import fsspec
 import numpy as np
 
-from pile_app.data.files import ShardError, cache_folder, for_each, locked, map_arrays, save_arrays
+from pile_app.data.files import ShardError, available_cores, cache_folder, for_each, locked, map_arrays, save_arrays
 from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_from_shard, starts
 from pile_app.data.remote import ShardCache
 from pile_app.data.tokenizers import Tokenizer
@@ -110,8 +109,7 @@ def open_manifest(
     """Open the manifest of a group of `group_shards`. Missing shards and token counts are added first.
 
     fields: None: those of the manifest, or inferred from the first shard, and printed; another field map than that of the
-    manifest gets a file of its own. again: shards to index again: "changed" (another size or a later time), "all", or none.
-    """
+    manifest gets a file of its own. again: shards to index again: "changed" (another size or a later time), "all", or none."""
     own = f"{stem}.{hashlib.blake2b(str(fields).encode(), digest_size=3).hexdigest()}"
     open_own = partial(open_manifest, own, paths, cache, fields, tokenizer, processes, again)
     folder, names = split_path(paths[0])[0], [split_path(path)[1] for path in paths]
@@ -164,7 +162,7 @@ def open_manifest(
         make = partial(_make, cache=cache, fields=fields, tokenizer=tokenizer, again=again)
         if not is_remote(paths[0]):
             size = sum(os.path.getsize(path) for path, *_ in todo)
-            processes = min(processes or os.cpu_count() or 1, 1 + size // BYTES_FOR_A_PROCESS)
+            processes = min(processes or available_cores(), 1 + size // BYTES_FOR_A_PROCESS)
         for index in for_each(make, todo, processes):
             indexes[index.about["name"]] = index
             if not index.about["read"]:

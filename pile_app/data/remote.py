@@ -6,8 +6,7 @@
 
 Processes and hosts share no other state. The holder of `<name>.lock` downloads to a `.part`, which has its final size from the
 start to reserve the space; if the lock is free, its process died. Readers hold a shared lock on files that are open or needed
-next, which protects them from eviction. The kernel releases a `flock` when a process dies; NFSv4 supports it across hosts.
-"""
+next, which protects them from eviction. The kernel releases a `flock` when a process dies; NFSv4 supports it across hosts."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ class ShardCache:
         until closed.
 
         A copy of another `size` is replaced, a new copy for which `check` raises is fetched once more. ahead: for prefetching:
-        do not wait for room or for other processes, and end when this event is set.
-        """
+        do not wait for room or for other processes, and end when this event is set."""
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
@@ -198,8 +196,7 @@ class ShardCache:
 class Prefetcher:
     """Fetch files in threads before they are needed: an optimization, as readers fetch missing files themselves.
 
-    files: (position after which it is not needed, file) in the order of first use; ahead: how many are fetched and kept.
-    """
+    files: (position after which it is not needed, file) in the order of first use; ahead: how many are fetched and kept."""
 
     def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:
         self.cache, self.ahead, self._files = cache, ahead, enumerate(files)

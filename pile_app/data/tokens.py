@@ -1,8 +1,7 @@
 """Token counts and ids of the texts of a shard, by a tokenizer other than bytes.
 
 Counts become columns of the manifest. The ids of a local shard are kept in `<shard>.<fingerprint>.tokens.safetensors`, so that
-training need not tokenize; if there is no such file, the worker that reads a document tokenizes it.
-"""
+training need not tokenize; if there is no such file, the worker that reads a document tokenizes it."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ class KeptIds:
 def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool) -> None:
     """Add the columns of a tokenizer to an index. keep: write the ids next to the tar at `path`, if the folder can be written.
 
-    Raises `ShardError` if a sample differs from the index, or another tokenizer encoded it.
-    """
+    Raises `ShardError` if a sample differs from the index, or another tokenizer encoded it."""
     kind = "<u2" if tokenizer.size <= 1 << 16 else "<u4"
     counts, crc = np.zeros(len(index.modality), "<u4"), np.zeros(len(index.modality), "<u4")
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row -> ids (none if the shard holds them), breaks
@@ -93,10 +91,8 @@ def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool)
                     elif index.modality[row] == TEXT:
                         codes = Codes.from_bytes(content)
                         if codes.encoder != tokenizer.fingerprint:
-                            raise ShardError(
-                                f"{index.path!r} holds text that was encoded by tokenizer {codes.encoder}, the model's is "
-                                f"{tokenizer.fingerprint}: set model.tokenizer to that tokenizer, or encode the shards again"
-                            )
+                            fix = f"{tokenizer.fingerprint}: set model.tokenizer to that tokenizer, or encode the shards again"
+                            raise ShardError(f"{index.path!r} holds text encoded by {codes.encoder}, the model's is {fix}")
                         counts[row] = len(codes.values)
                         found[row] = np.zeros(0, kind), codes.breaks[1].astype("<u4")
             except BadSample as error:

@@ -4,8 +4,7 @@
 a worker reuses a few anonymous files, each once the training process has released all of its tensors:
 
     worker    take(size) -- fills it -- pickled: a number, and the first time the file descriptor -->
-    trainer   receive() -- tensors over it; after the last is freed, the first byte becomes 0 --> worker reuses it
-"""
+    trainer   receive() -- tensors over it; after the last is freed, the first byte becomes 0 --> worker reuses it"""
 
 from __future__ import annotations
 

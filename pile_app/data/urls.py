@@ -1,8 +1,7 @@
 """Read URLs and the output of commands as streams of bytes: `pipe:<command>`, and every scheme that fsspec knows.
 
 Credentials, endpoints and proxies come from the environment (`AWS_ENDPOINT_URL`, `HTTPS_PROXY`), `.netrc` and
-`~/.config/fsspec/*.json`.
-"""
+`~/.config/fsspec/*.json`."""
 
 from __future__ import annotations
 

@@ -25,12 +25,7 @@ from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block, slug
 
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
 MOST_LABELS = 1000  # that are printed
-CONFIGS = {
-    (False, False): "text_only",
-    (True, False): "photos",
-    (False, True): "speech",
-    (True, True): "media",
-}  # images, sound
+CONFIGS = ("text_only", "photos", "speech", "media")  # 1: with images, 2: with sound
 
 
 class Tally(NamedTuple):
@@ -105,22 +100,20 @@ class Summary:
         trained = {source: splits for source, splits in self.sources.items() if "train" in splits}
         if not trained:
             return []
-        sources = inline({
+        patterns = {
             source: {split: os.path.join(self.output, f"{source}-{split}-[0-9]*.tar") for split in splits if split != "test"}
             for source, splits in trained.items()
-        })  # fmt: skip
+        }
         holds = [any(splits["train"][figure] for splits in trained.values()) for figure in (2, 3)]  # images, sound
-        name = slug(self.output.resolve().name) or "data"
+        name, sources = slug(self.output.resolve().name) or "data", f"--data.sources {inline(patterns)}"
         train = "uv run pile train" if "UV" in os.environ else "pile train"  # `uv run` sets it
-        commands = [f"{train} --config {CONFIGS[holds[0], holds[1]]} --name {name} --data.sources {sources}"]
-        fine_tune = (
-            f"{train} --config runs/{name}/config.yaml --config tasks/{{}} --model.start_from runs/{name} --name {name}-{{}}"
-        )
-        given = "--model.objective.init_args"
+        commands = [f"{train} --config {CONFIGS[holds[0] + 2 * holds[1]]} --name {name} {sources}"]
+        run, given = f"runs/{name}", "--model.objective.init_args"
+        tuned = f"{train} --config {run}/config.yaml --config tasks/{{}} --model.start_from {run} --name {name}-{{}}"
         if 1 < len(self.labels) <= MOST_LABELS:
-            commands.append(f"{fine_tune.format('classification', 'classes')} {given}.labels {inline(self.labels)}")
+            commands.append(f"{tuned.format('classification', 'classes')} {given}.labels {inline(self.labels)}")
         if types := sorted(self.of("entity")):
-            commands.append(f"{fine_tune.format('ner', 'entities')} --data.sources {sources} {given}.types {inline(types)}")
+            commands.append(f"{tuned.format('ner', 'entities')} {sources} {given}.types {inline(types)}")
         return commands
 
     def print(self) -> None:
@@ -176,11 +169,10 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
             splits[candidates] += _choose(rows["draw"][candidates], work.maps.options.validation_fraction)
         for split, name in enumerate(SPLITS, 1):
             if len(index := np.flatnonzero(is_own & (splits == split))):
-                by_job = enumerate(np.split(index, np.searchsorted(index, starts[1:-1])))
-                parts = [(job, part) for job, part in by_job if len(part)]
+                parts = np.split(index, np.searchsorted(index, starts[1:-1]))  # by job
                 _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.maps.options.shard_megabytes)
                 text_bytes, images = (rows[figure][index].sum().item() for figure in ("text_bytes", "images"))
-                seconds = sum(rows["audio_seconds"][part].sum().item() for _, part in parts)
+                seconds = sum(rows["audio_seconds"][part].sum().item() for part in parts)
                 summary.sources.setdefault(source, {})[name] = Tally(len(index), text_bytes, images, seconds)
 
 
@@ -241,9 +233,9 @@ def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     return dict(zip(labels, names, strict=False))
 
 
-def _blocks(work: Work, rows: np.ndarray, parts: list[tuple[int, np.ndarray]], names: dict[str, str]) -> Iterator[bytes]:
-    """Yield the blocks of rows, given as (job, indices), with new names for their labels."""
-    for job, part in parts:
+def _blocks(work: Work, rows: np.ndarray, parts: list[np.ndarray], names: dict[str, str]) -> Iterator[bytes]:
+    """Yield the blocks of rows, given as their indices in each job, with new names for their labels."""
+    for job, part in enumerate(parts):
         with open(work.blocks(job), "rb") as file:
             for offset, size in rows[["offset", "size"]][part].tolist():
                 file.seek(offset)

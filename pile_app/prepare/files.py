@@ -1,7 +1,5 @@
 """List and read the files of an untrusted input: names, bytes, lines and pieces of text, all bounded; unpack archives.
 
-    Tree(input) ──► name -> File          `open_text` reads compressed and UTF-16 files as UTF-8 bytes
-
 Links are only followed on request, within a given folder; devices and pipes are never opened. A name in a table reaches a file
 only through `Tree.resolve`, so never a file outside the input."""
 
@@ -157,9 +155,9 @@ class Tree:
         found = bases.get(base) or stems.get(base) or folded.get(_fold(base)) or []
         found = [name for name in found if is_below(name, folder)] or found
         if len(found) > 1:
-            wanted = _reversed_parts(os.path.join(folder, value))
-            fits = {name: len(os.path.commonprefix([wanted, _reversed_parts(name)])) for name in found}  # noqa: RUF071 (lists)
-            found = [name for name in found if fits[name] == max(fits.values())]
+            wanted, *parts = (os.path.splitext(path)[0].split("/")[::-1] for path in (os.path.join(folder, value), *found))
+            fits = [len(os.path.commonprefix([wanted, names])) for names in parts]  # noqa: RUF071 (of lists)
+            found = [name for name, fit in zip(found, fits, strict=True) if fit == max(fits)]
         found = [name for name in found if "train" in name.lower()] or found  # labels are of the training set
         return self.files[found[0]] if len(found) == 1 else None
 
@@ -167,10 +165,6 @@ class Tree:
 def _fold(name: str) -> str:
     """A name as a file system compares it that ignores case (Windows) or decomposes letters (macOS)."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _reversed_parts(path: str) -> list[str]:
-    return os.path.splitext(path)[0].split("/")[::-1]
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -238,22 +232,17 @@ def encoding_of(data: bytes, whole: bool = True) -> str:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
     except UnicodeDecodeError as error:
-        likely = _likely(data[max(0, error.start - (1 << 15)) :][: 1 << 16])
+        part, likely = data[max(0, error.start - (1 << 15)) :][: 1 << 16], "latin-1"
+        if len(high := [byte for byte in part if byte >= 0x80]) <= len(part) / 5:  # mostly ASCII: Western
+            likely = "cp1252" if min(high) < 0xA0 else "latin-1"
+        else:
+            with suppress(ImportError):  # a dependency of wandb's requests
+                from charset_normalizer import from_bytes
+
+                likely = getattr(from_bytes(part).best(), "encoding", likely)
         found = f"byte 0x{data[error.start]:02x} at {error.start} is not UTF-8"
         raise BadSample("invalid_utf8", f"{found}. Perhaps the text is {likely}: --encoding {likely}") from error
     return "utf-8"
-
-
-def _likely(data: bytes) -> str:
-    """Guess for the hint: Western if most bytes are ASCII, else by charset_normalizer (a dependency of wandb's requests)."""
-    if len(high := [byte for byte in data if byte >= 0x80]) <= len(data) / 5:
-        return "cp1252" if min(high) < 0xA0 else "latin-1"
-    with suppress(ImportError):
-        from charset_normalizer import from_bytes
-
-        if found := from_bytes(data).best():
-            return found.encoding
-    return "latin-1"
 
 
 # -- streams and archives
@@ -317,9 +306,7 @@ def open_text(path: str, encoding: str = "", start: int = 0, stop: int = 0) -> t
     try:
         found = encoding_of(head, whole=False) if not encoding or head.startswith(tuple(BOMS)) else encoding
         if codecs.lookup(found).name != "utf-8":
-            texts = codecs.iterdecode(
-                iter(partial(file.read, 1 << 16), b""), found, "surrogateescape"
-            )  # wrong bytes stay wrong
+            texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found, "surrogateescape")  # which stay wrong
             return io.BufferedReader(_Chunks(text.encode(errors="surrogateescape") for text in texts), 1 << 17), -1
     except BadSample:
         pass  # decoding the lines says where the damage is

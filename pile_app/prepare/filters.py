@@ -1,6 +1,5 @@
-"""Check or change a single document; each step is a function of the document and the options only.
-
-Document ──► cut_long_sounds ──► apply_steps: repair, clean, quality, decontamination; media: sizes, resampling, re-encoding"""
+"""Check or change a single document; each step is a function of the document and the options only: `cut_long_sounds`, then
+`apply_steps`: repair, cleaning, quality (Gopher, C4), decontamination; sizes, resampling and re-encoding of media."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
-from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size, split_at_silence
+from pile_app.media import audio_size, decode_audio, decode_image, image_size, load_image, split_at_silence
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
 from pile_app.records import is_marker
@@ -104,19 +103,15 @@ def _image_step(segment: Segment, options: Options) -> Segment:
 
 def _shrink(segment: Segment, size: int) -> Segment:
     """Re-encode an image with no side longer than `size`, turned as EXIF says: JPEG and WebP stay so, others become PNG."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     formats = {"webp": "WEBP"} | dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG")
-    name, written = formats.get(segment.extension, "PNG"), io.BytesIO()
-    with Image.open(io.BytesIO(segment.file), formats=IMAGE_FORMATS) as file:
-        file.draft(None, (2 * size, 2 * size))  # a JPEG may decode at a half, a quarter ... of its size
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode not in ("RGB", "RGBA", "L", "LA"):
-            image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-        image = image.convert("RGB") if name == "JPEG" and image.mode not in ("RGB", "L") else image
-        image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        image.info = {}
-        image.save(written, name, **({} if name == "PNG" else {"quality": 90}))
+    name, written, image = formats.get(segment.extension, "PNG"), io.BytesIO(), load_image(segment.file, size)
+    if image.mode not in (("RGB", "L") if name == "JPEG" else ("RGB", "RGBA", "L", "LA")):
+        image = image.convert("RGBA" if image.has_transparency_data and name != "JPEG" else "RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image.info = {}
+    image.save(written, name, **({} if name == "PNG" else {"quality": 90}))
     return replace(segment, data=written.getvalue(), extension="png" if name == "PNG" else segment.extension)
 
 
@@ -149,9 +144,8 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     is_timed = 0 < max((end - start for start, end, _ in parts), default=0) <= limit
     if len(sounds) > 1 or len(said) > 1 or (said and not (is_timed and document.segments[said[0]].modality == TEXT)):
         if seconds > whole:
-            raise BadSample(
-                "audio_too_long", f"{seconds:,.1f} seconds, without times to cut it; max_audio_seconds is {whole:g}"
-            )
+            detail = f"{seconds:,.1f} seconds, without times to cut it; max_audio_seconds is {whole:g}"
+            raise BadSample("audio_too_long", detail)
         return [document]
     sound, rate = document.segments[sounds[0]], sizes[0][1]
     waveform = decode_audio(sound.file, rate)
@@ -258,16 +252,12 @@ def c4(text: str) -> str:
         raise BadSample("c4_lorem_ipsum", "the text contains 'lorem ipsum'")
     if "{" in text:
         raise BadSample("c4_curly_bracket", "the text contains a curly bracket, as code does")
-    lines = [line for line in re.sub(r"\[\d+\]", "", text).split("\n") if not line.strip() or _is_prose(line)]
-    kept = re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
+    lines = [(line, line.split()) for line in re.sub(r"\[\d+\]", "", text).split("\n") if "javascript" not in line.lower()]
+    prose = [line for line, words in lines if not words or (len(words) >= 5 and max(map(len, words)) <= 1000)]
+    kept = re.sub("\n{3,}", "\n\n", "\n".join(prose)).strip()
     if (sentences := len(_SENTENCE.findall(kept))) < 3:
         raise BadSample("c4_sentences", f"{sentences} sentences remain; at least 3 are needed")
     return kept
-
-
-def _is_prose(line: str) -> bool:
-    words = line.split()
-    return len(words) >= 5 and max(map(len, words)) <= 1000 and "javascript" not in line.lower()
 
 
 QUALITY: dict[str, Callable[[str], str]] = {"gopher": gopher, "c4": c4}

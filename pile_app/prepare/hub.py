@@ -1,8 +1,7 @@
 """Data sets of the Hugging Face hub: download remote inputs, and read from data set cards which files are which split.
 
 `datasets` resolves the files, splits and features of a card, for a folder as for the hub. `tables.py` reads the rows and leaves
-media undecoded, because `datasets` gives up on a whole file where one row is bad.
-"""
+media undecoded, because `datasets` gives up on a whole file where one row is bad."""
 
 from __future__ import annotations
 

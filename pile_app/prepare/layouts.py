@@ -1,7 +1,6 @@
 """Read what names of folders and files mean, and layouts whose files belong together in a way of their own.
 
-Each recipe takes the files that it knows out of `listing.rest`, and adds samples, skips files with a reason, or sets splits.
-"""
+Each recipe takes the files that it knows out of `listing.rest`, and adds samples, skips files with a reason, or sets splits."""
 
 from __future__ import annotations
 

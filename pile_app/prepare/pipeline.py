@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pile_app.data.files import Run, flock, worker_pool
+from pile_app.data.files import Run, available_cores, flock, worker_pool
 from pile_app.data.shards import Shards
 from pile_app.fields import OWN, Fields
 from pile_app.prepare.assign import Summary, listed, write_shards
@@ -36,7 +36,7 @@ from pile_app.prepare.options import Options, require
 from pile_app.prepare.readers import Maps, evaluation_texts
 from pile_app.prepare.spill import Work, read_job, slug
 
-PREPARE_VERSION = 7  # changes with the result of the same options, and with the files in between
+PREPARE_VERSION = 8  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
 T = TypeVar("T")
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
@@ -91,10 +91,8 @@ def prepare(
         write_shards(work, len(jobs), result, summary)
         if not summary.documents:
             _refuse(folder, given, summary)
-        for prefix in sorted(
-            {path.name.rpartition("-")[0] for path in result.glob("*.tar")}
-        ):  # manifests; all can be read back
-            shards = Shards(sorted(map(str, result.glob(f"{prefix}-[0-9]*.tar"))), fields=OWN, processes=processes)
+        for prefix in (f"{source}-{split}" for source, splits in summary.sources.items() for split in splits):
+            shards = Shards(f"{result}/{prefix}-[0-9]*.tar", fields=OWN, processes=processes)  # its manifest
             if (balance := shards.balance())["rejected"]:
                 raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
         description = summary.description() | {"input": given, "options": asdict(chosen)}
@@ -127,11 +125,6 @@ def _check(given: str, output: Path, options: Options, engine: str, overwrite: b
             raise ValueError(f"output {str(output)!r} exists and is not a result of `pile prepare`: give another")
         if not overwrite:
             raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
-
-
-def available_cores() -> int:
-    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -99,11 +99,9 @@ def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Re
 
 def _tagged(where: str, layout: str, split: str | None, read: Callable[..., Any], *arguments: Any) -> Record:
     found = _tried(read, *arguments) or BadSample("no_spans", "it has neither text and spans nor tokens and tags")
-    return (
-        Record(where, found, layout)
-        if isinstance(found, BadSample)
-        else Record(where, found[0], layout + ", fixed" * found[1], split)
-    )
+    if isinstance(found, BadSample):
+        return Record(where, found, layout)
+    return Record(where, found[0], layout + ", fixed" * found[1], split)
 
 
 def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
