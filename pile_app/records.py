@@ -5,13 +5,8 @@
   of strings in which user and assistant take turns.
 * Interleaved: OBELICS (`texts` and `images`, aligned) and MMC4 (`text_list`, and `image_info` with the index of a text).
 
-A turn is the marker of its role, then its segments. Only answers are learned, up to the marker of the next speaker:
-
-    <begin> <text> ᵁ <text> What is this? <image> c c c c <text> ᴬ <text> It is three. <text> ᵁ <end>
-                                                                   ^^^^^^^^^^^^^^^^^^^^^^^^^^^^ learned
-
-A marker is a text segment of one control character, which every byte-level tokenizer can write. Users cannot forge a role,
-because `strip_markers` removes these characters from all other texts."""
+A turn is the marker of its role, a text segment of one control character, then its segments. Only answers are learned, up to
+the marker of the next speaker. Users cannot forge a role: `strip_markers` removes these characters from all other texts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Documents -> `Batch`: lay out the tokens of packs and decode their media.
-
-    <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
+"""Documents -> `Batch`: lay out the tokens of packs (see `vocabulary.py`) and decode their media.
 
 The model's codecs fill in the codes of media. The tokens of an unusable document are masked, so nothing else moves."""
 

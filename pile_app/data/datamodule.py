@@ -1,8 +1,7 @@
 """The data module: sources of shards in, batches out, on the ordinary PyTorch `DataLoader`.
 
 A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on, so
-nothing has state: step s is the positions [s * G, (s + 1) * G), and rank r of W takes [r * G // W, (r + 1) * G // W) of
-them."""
+nothing has state: rank r of W takes [s * G + r * G // W, s * G + (r + 1) * G // W) of step s."""
 
 from __future__ import annotations
 

@@ -1,12 +1,8 @@
-"""Remote shards: whole files, fetched before they are needed into a folder of limited size.
-
-    <folder>/<hash of the URL>/<name>     a whole file, renamed after its size and checksums were verified
-                               <name>.<random>.part, <name>.lock
-             room.lock                    held while space is reserved
+"""Remote shards: whole files in a folder of limited size, `<folder>/<hash of the URL>/<name>`, fetched before they are needed.
 
 Processes and hosts share no other state. The holder of `<name>.lock` downloads to a `.part`, which has its final size from the
-start to reserve the space; if the lock is free, its process died. Readers hold a shared lock on files that are open or needed
-next, which protects them from eviction. The kernel releases a `flock` when a process dies; NFSv4 supports it across hosts."""
+start to reserve the space (`room.lock` is held meanwhile); if the lock is free, its process died. Readers hold a shared `flock`
+on files that are open or needed next, which protects them from eviction, and which the kernel releases when a process dies."""
 
 from __future__ import annotations
 

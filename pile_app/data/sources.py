@@ -1,6 +1,4 @@
-"""Sources: the shards of one name, and the pieces that their documents are cut into.
-
-    shards ──► manifest, token counts ──► pieces of each shard ──► `SourceOrder`
+"""Sources: the shards of one name, the pieces that their documents are cut into for the order, and their contents.
 
 Tables of large sources, which take time to compute, are computed by all cores and kept in `$PILE_CACHE`."""
 

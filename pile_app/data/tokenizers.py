@@ -1,8 +1,7 @@
 """Tokenizers: text -> int32 ids (tokens,) -> text, and the cleaning of texts when shards are written.
 
-A tokenizer is `bytes` (256 ids, the default) or a `tokenizer.json` of the `tokenizers` library. `token_bytes` holds the UTF-8
-bytes that each id stands for, so that losses are comparable as bits per byte: the bytes of the tokens of a text sum up to those
-of the text. (Tokens of tokenizers that split texts at whitespace count a space before each word.)"""
+A tokenizer is `bytes` (256 ids, the default) or a `tokenizer.json` of the `tokenizers` library. The `token_bytes` of a text's
+tokens sum up to its UTF-8 bytes, for losses in bits per byte (where texts are split at whitespace, with a space a word)."""
 
 from __future__ import annotations
 

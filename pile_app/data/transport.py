@@ -1,10 +1,6 @@
-"""Shared memory in which loading workers hand batches to the training process, reused.
-
-`DataLoader` sends every tensor in new shared memory, whose pages the kernel has to clear, at half the cost of decoding. Here
-a worker reuses a few anonymous files, each once the training process has released all of its tensors:
-
-    worker    take(size) -- fills it -- pickled: a number, and the first time the file descriptor -->
-    trainer   receive() -- tensors over it; after the last is freed, the first byte becomes 0 --> worker reuses it"""
+"""Shared memory in which loading workers hand batches to the training process, reused: clearing the pages of new memory, as
+`DataLoader` does, costs half as much as decoding. A worker `take`s an anonymous file, fills it and sends its number, the first
+time with its descriptor; `receive` lays tensors over it, and when the last of them is freed, its first byte becomes 0."""
 
 from __future__ import annotations
 

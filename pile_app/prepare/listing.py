@@ -1,7 +1,5 @@
 """List the input of `pile prepare`: files become units of some megabytes, which any process can read at any time.
 
-    Listing(input) ──► Unit(reader, arguments), ...          `readers.py` reads them
-
 Files of a folder that share a stem are one sample, as is each row of a table whose column names files; other tables, texts and
 WebDatasets are read by their units. A file that is not read is in a unit too, with the reason."""
 
@@ -42,8 +40,6 @@ OF_KIND = {
     "interleaved": ("json", "parquet", "arrow"), "entities": ("conll", "json", "parquet", "arrow"),
     "chat": ("json", "parquet", "arrow"), "webdataset": ("tar",),
 }  # fmt: skip
-FORCED = {"text": "text", "entities": "conll", "chat": "json", "interleaved": "json", "webdataset": "tar"}
-FORCED_FILE = {"images": "image", "audio": "audio"}  # of a single file with another extension
 
 
 class Unit(NamedTuple):
@@ -102,8 +98,8 @@ class Listing:
         self.card = read_card(path, config) if os.path.isdir(path) else Card()
         self.splits: dict[str, str | None] = dict(self.card.splits)
         self.scopes, self.folders, self.list_scopes = set[str](), set[str](), set[str]()
-        self.samples: dict[str, _Packer] = defaultdict(_Packer)  # by layout
-        self.bad, self.unread = _Packer(), list[Record]()
+        self.samples: dict[str, _Packer] = defaultdict(_Packer)  # by layout; "": rejected
+        self.unread = list[Record]()
         self.said = set[int]()  # hashes of files and the longest text about them, of the tables so far
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
@@ -118,7 +114,7 @@ class Listing:
         self.unread.append(Record(name, BadSample(reason, detail)))
 
     def reject(self, where: str, layout: str, reason: str, detail: str) -> None:
-        self.bad.add(Record(where, BadSample(reason, detail), layout))
+        self.samples[""].add(Record(where, BadSample(reason, detail), layout))
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
@@ -137,7 +133,7 @@ class Listing:
             return found
         if found not in ("", "text") or extension(name) in MEDIA or (is_about(name) and not self.is_one_file):
             return ""
-        return FORCED.get(kind) or (FORCED_FILE[kind] if self.is_one_file else "")
+        return OF_KIND[kind][0] if self.is_one_file or kind not in ("images", "audio") else ""
 
     def units(self) -> Iterator[Unit]:
         for name in list(self.rest):
@@ -156,7 +152,6 @@ class Listing:
             yield from found.units()
         yield from (unit for table in tables for unit in self._parts(table))
         yield from units
-        yield from self.bad.units()
         yield from _Packer(sorted(self.unread, key=lambda one: (is_about(one.where), one.where))).units()
 
     def _groups(self) -> dict[str, list[str]]:
@@ -255,14 +250,13 @@ class Listing:
             elif not is_list:
                 self.reject(self.take(name).name, format, bad.reason, bad.detail)
             return None
-        texts = [list(map(str, row.values()))[1:] for row in preview if is_list]
-        has_text = [any(re.search(r"[^\W\d_]", text) and "://" not in text for text in some) for some in texts]
-        if is_list and sum(has_text) <= len(preview) / 2:
-            if table.files:
+        if is_list:
+            texts = [[text for text in list(map(str, row.values()))[1:] if "://" not in text] for row in preview]
+            has_text = sum(bool(re.search(r"[^\W\d_]", "".join(some))) for some in texts) > len(preview) / 2
+            if table.files and not has_text:
                 self.skip(name, "no_text", "it names files, and holds no texts")
-            return None
-        if is_list and not table.files:
-            return None
+            if not (table.files and has_text):
+                return None
         self.take(name)
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)

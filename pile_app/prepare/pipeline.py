@@ -1,10 +1,6 @@
-"""The pipeline of `pile prepare`: data sets as they are to shards.
-
-    input ──► units ──────► field maps ──► jobs: read, filter ──► duplicates, splits ──► <source>-train-*.tar, ...
-              `listing.py`  `readers.py`   in parallel, `spill.py`    in order, `assign.py`
-
-The same command continues an interrupted one from `<output>.partial/`. The same input gives the same bytes with any engine, any
-number of processes, and after any interruption."""
+"""The pipeline of `pile prepare`: units of the input are read and filtered in parallel; duplicates, splits and shards follow in
+one process. The same command continues an interrupted one from `<output>.partial/`. The same input gives the same bytes with
+any engine, any number of processes, and after any interruption."""
 
 from __future__ import annotations
 

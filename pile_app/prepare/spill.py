@@ -1,9 +1,6 @@
-"""The parallel part of `pile prepare`: jobs, which are some megabytes of the input, become blocks and a table.
-
-    job ──► read_job ──► spill/0000/0000012.blocks   documents in the bytes of a shard, one after another
-                         spill/0000/0000012.npz      a row per document; rejected samples, and all counts
-
-Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result."""
+"""The parallel part of `pile prepare`: jobs, some megabytes of the input each, become `spill/0000/0000012.blocks`, documents in
+the bytes of a shard, and `.npz`, a row for each document, the rejected samples and all counts. Any process on any machine that
+sees the folder may do a job, in any order and repeatedly, with the same result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Read rows of tables: CSV in any dialect, JSON lines and arrays, Parquet and Arrow files, and lists of `name text`.
 
-    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample)
-
 A table with a column of existing file names is the index of those files. A row that does not fit the header, a quote that is
 not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read."""
 
