@@ -258,13 +258,15 @@ class SampleView:
         return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
 
     def medium(self, value: Any) -> Segment:
-        """Read a medium: bytes, a path, `{"bytes", "path"}`, a data URI, base64, or the name of a file. Nothing is fetched.
+        """Read a medium: bytes, a path, a data URI, base64, the name of a file, or an object of one of them by the name bytes,
+        path, data or url. Nothing is fetched.
 
         Raises BadSample: `missing_file`, `remote_medium`, `invalid_base64`, `unknown_medium` or `empty_file`."""
         name = ""
         if isinstance(value, Mapping):
             name = str(value.get("path") or "")
-            value = value["bytes"] if value.get("bytes") is not None else name or value
+            data = value.get("data") and f"data:;base64,{value['data']}"
+            value = value["bytes"] if value.get("bytes") is not None else name or data or value.get("url") or value
         if isinstance(value, str) and value in self.sample:
             self.used.add(value)
             name, value = value, self.sample[value]

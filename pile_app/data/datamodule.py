@@ -183,14 +183,13 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
-    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
     """Kill the workers at exit: Python would wait for their end after a SIGTERM, which they ignore."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import multiprocessing
@@ -19,11 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
 
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 
@@ -56,17 +52,15 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until renames in a folder are on disk; Windows has no such call."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    """Wait until renames in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def flock(descriptor: int, operation: str = "LOCK_EX", wait: bool = True) -> None:
     """Lock an open file between processes and hosts; raise BlockingIOError if it is held elsewhere and `wait` is False."""
-    if fcntl is not None:
-        fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
+    fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
 
 
 def release(descriptor: int) -> None:

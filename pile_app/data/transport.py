@@ -8,6 +8,7 @@ import mmap
 import os
 import uuid
 import weakref
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,6 @@ class Memory:
 
     def reference(self, size: int) -> tuple[Any, ...]:
         """Return the arguments for `receive` in another process."""
-        from multiprocessing.reduction import DupFd  # not on Windows
-
         first, self.was_sent = not self.was_sent, True
         return os.getpid(), self.name, size, DupFd(self.descriptor) if first else None
 

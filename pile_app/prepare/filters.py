@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from statistics import fmean
 from typing import Any
@@ -70,21 +70,18 @@ def _text_step(segment: Segment, options: Options) -> Segment:
 
 
 def normalize_text(text: str, options: Options) -> str:
-    """Repair and clean a text as far as the options ask for it."""
-    text = repair_text(text) if options.repair else text
+    """Repair and clean a text as far as the options ask for it. Doing so twice changes nothing."""
+    text = _ftfy()(text) if options.repair else text
     return clean_text(text) if options.clean else text
 
 
-def repair_text(text: str) -> str:
-    """Fix mojibake, HTML entities, terminal escapes and control characters with ftfy (Speer 2019), but keep quotes, ligatures
-    and full-width characters. Repairing twice changes nothing."""
-    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config())
-
-
 @lru_cache(1)
-def _ftfy_config() -> Any:
+def _ftfy() -> Callable[[str], str]:
+    """Return a function that fixes mojibake, HTML entities, terminal escapes and control characters (Speer 2019), but keeps
+    quotes, ligatures and full-width characters."""
+    ftfy = require("ftfy", "prepare", "--repair")
     off = ("explain", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "fix_line_breaks")
-    return require("ftfy", "prepare", "--repair").TextFixerConfig(normalization=None, **dict.fromkeys(off, False))
+    return partial(ftfy.fix_text, config=ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(off, False)))
 
 
 # -- images and sounds

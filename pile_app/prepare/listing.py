@@ -25,7 +25,7 @@ from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, open_pl
 from pile_app.prepare.hub import Card, read_card
 from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
 from pile_app.prepare.options import Options
-from pile_app.prepare.tables import Table, is_held, named_within, row_groups, rows, shown, sniff
+from pile_app.prepare.tables import Table, columnar, is_held, named_within, rows, shown, sniff
 from pile_app.records import chat_layout, is_interleaved
 
 UNIT_BYTES = 1 << 24
@@ -317,7 +317,8 @@ class Listing:
         size, parts = self.tree.files[table.name].size, [table]
         with suppress(BadSample, *DAMAGE):  # the reader reports the damage
             if table.format == "parquet":
-                parts = [replace(table, group=group) for group in range(row_groups(table))]
+                with columnar(table) as opened:
+                    parts = [replace(table, group=group) for group in range(opened.metadata.num_row_groups)]
             elif table.format == "lines" and size > 2 * UNIT_BYTES and open_text(table.real, self.encoding)[1] == 0:
                 parts = [replace(table, start=start, stop=stop) for start, stop in _ranges(size)]
         for part in parts:

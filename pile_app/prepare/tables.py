@@ -298,7 +298,7 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
 
 
 @contextmanager
-def _columnar(table: Table) -> Iterator[Any]:
+def columnar(table: Table) -> Iterator[Any]:
     """Open a Parquet or Arrow file. Raises `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
     is_parquet = table.format == "parquet"
     library = require(f"pyarrow.{'parquet' if is_parquet else 'ipc'}", "prepare", f"reading {_LAYOUTS[table.format]} files")
@@ -319,7 +319,7 @@ def _columnar(table: Table) -> Iterator[Any]:
 def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
     number = 0
-    with _columnar(table) as batches:
+    with columnar(table) as batches:
         if table.format == "parquet":
             groups = [batches.metadata.row_group(group) for group in range(batches.metadata.num_row_groups)]
             number = sum(group.num_rows for group in groups[: max(0, table.group)])
@@ -335,14 +335,9 @@ def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
         yield from ((f":{line}", row) for line, row in enumerate(found, start=number + 1))
 
 
-def row_groups(table: Table) -> int:
-    with _columnar(table) as opened:
-        return int(opened.metadata.num_row_groups)
-
-
 def _classes(table: Table) -> dict[str, list[str]]:
     """Read column -> names of its classes, as Hugging Face's `datasets` writes them into the schema."""
-    with _columnar(table) as opened:
+    with columnar(table) as opened:
         about = (opened.schema_arrow if table.format == "parquet" else opened.schema).metadata or {}
     with suppress(LookupError, TypeError, ValueError, AttributeError):
         features = json.loads(about[b"huggingface"])["info"]["features"]
