@@ -52,7 +52,8 @@ class Unit(NamedTuple):
 
 class Record(NamedTuple):
     """A sample. where: the file, or `file:line`; content: name -> value, a document, or the reason why it cannot be used;
-    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, to read."""
+    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, to read;
+    files: path of each file that the content names within chats and interleaved records."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document
@@ -60,23 +61,7 @@ class Record(NamedTuple):
     split: str | None = None
     named: Mapping[str, Any] = {}
     size: int = 0
-
-
-def open_tree(input: str, options: Options, work: str | None) -> Tree:
-    """List the files of an input, with its archives unpacked below the folder `work`."""
-    tree = Tree(input, options.follow_links, around=FORMATS.get(extension(input)) in TABLES)
-    for _ in range(2):  # archives in archives
-        for name, file in list(tree.files.items()):
-            if tree.only not in (None, name) or not (name.lower().endswith(files.ARCHIVES) or _is_folder_tree(file, options)):
-                continue
-            try:
-                if work is None:
-                    raise BadSample("archive", "unpack it first")
-                tree.unpack(name, os.path.join(work, "unpacked"))
-            except BadSample as error:
-                del tree.files[name]
-                tree.skipped.append((name, error.reason, error.detail))
-    return tree
+    files: Mapping[str, str] = {}
 
 
 class Listing:
@@ -91,7 +76,17 @@ class Listing:
         path, _, config = input.partition("#") if not os.path.exists(input) else (input, "", "")
         if not os.path.exists(path):
             raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
-        self.options, self.encoding, self.tree = options, options.encoding, open_tree(path, options, work)
+        self.options, self.encoding = options, options.encoding
+        self.tree = Tree(path, options.follow_links, around=FORMATS.get(extension(path)) in TABLES)
+        for _ in range(2):  # archives in archives
+            for name in [name for name, file in self.tree.files.items() if self._is_archive(file)]:
+                try:
+                    if work is None:
+                        raise BadSample("archive", "unpack it first")
+                    self.tree.unpack(name, os.path.join(work, "unpacked"))
+                except BadSample as error:
+                    del self.tree.files[name]
+                    self.tree.skipped.append((name, error.reason, error.detail))
         self.is_one_file = self.tree.only in self.tree.files
         self.rest = {name: file for name, file in self.tree.files.items() if not self.is_one_file or name == self.tree.only}
         self.has_media = any(extension(name) in MEDIA for name in self.tree.files)
@@ -104,6 +99,22 @@ class Listing:
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
                 self.skip(name, *why)
+
+    def _is_archive(self, file: File) -> bool:
+        """Tell whether a file is an archive of files; a tar is none if two of its members share a key: a WebDataset."""
+        if self.tree.only not in (None, file.name):  # around a table that is the input
+            return False
+        if file.name.lower().endswith(files.ARCHIVES):
+            return True
+        if extension(file.name) != "tar" or self.options.kind == "webdataset":
+            return False
+        try:
+            with open_plain(file.real) as opened:
+                names = [member.name.removeprefix("./") for member, _ in islice(plain_members(opened), 2000)]
+        except (ValueError, *DAMAGE):
+            return False
+        names = [name for name in names if not is_hidden(name)]
+        return len({split_name(name)[0] for name in names}) == len(names) > 0 and all("/" in name for name in names)
 
     def take(self, name: str) -> File:
         return self.rest.pop(name, None) or self.tree.files[name]
@@ -290,8 +301,8 @@ class Listing:
         values, error = (dict(found), None) if isinstance(found := shown(row), dict) else ({}, found)
         error, paths, hits = row if isinstance(row, BadSample) else error, dict[str, Any](), list[File]()
         is_record = self.options.kind == "chat" or bool(chat_layout(values)) or is_interleaved(values)
-        if table.nested:
-            hits = named_within(self.tree, table.name, values)
+        within = dict(named_within(self.tree, table.name, values)) if table.nested else {}
+        hits += within.values()
         if table.nested and not is_record:  # such as a cut of Lhotse
             paths = {"audio" if extension(file.name) in AUDIO_EXTENSIONS else "image": file.real for file in hits}
             texts = [text for value in values.values() if isinstance(value, list | dict) for text in _texts_in(value)]
@@ -299,7 +310,7 @@ class Listing:
         for name in table.files:
             if name in values:
                 try:
-                    found = [find(self.tree, table.name, value) for value in as_list(values[name])]
+                    found = [self._find(table.name, value) for value in as_list(values[name])]
                     hits += found
                     paths[name] = found[0].real if len(found) == 1 else [file.real for file in found]
                 except BadSample as missing:
@@ -310,7 +321,16 @@ class Listing:
             error = BadSample(error.reason, error.detail)  # without the row
         speaker = speaker_of(hits[0].name) if hits and table.files else {}
         split = table.split or (split_of(hits[0].name) if hits and table.files else None)
-        return hits, Record(where, error or speaker | values, table.layout, split, paths, sum(file.size for file in hits))
+        size, real = sum(file.size for file in hits), {name: file.real for name, file in within.items()}
+        return hits, Record(where, error or speaker | values, table.layout, split, paths, size, real)
+
+    def _find(self, table: str, name: Any) -> File:
+        """Return the file that a table names. Raises BadSample: `remote_medium` or `missing_file`."""
+        if isinstance(name, str) and (file := self.tree.resolve(table, name)):
+            return file
+        if isinstance(name, str) and is_remote(name):
+            raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
+        raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
 
     def _parts(self, table: Table) -> Iterator[Unit]:
         """Yield the units of a table: row groups, or ranges of bytes."""
@@ -345,15 +365,6 @@ class Listing:
             self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}; --kind says what it is")
 
 
-def find(tree: Tree, table: str, name: Any) -> File:
-    """Return the file that a table names. Raises BadSample: `remote_medium` or `missing_file`."""
-    if isinstance(name, str) and (file := tree.resolve(table, name)):
-        return file
-    if isinstance(name, str) and is_remote(name):
-        raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
-    raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
-
-
 def as_bad(error: Exception) -> BadSample:
     if isinstance(error, BadSample):
         return error
@@ -385,19 +396,6 @@ class _Packer:
             self._units.append(Unit("samples", [self._records[0].where, data], self._weight))
             self._records, self._weight = [], 0
         return self._units
-
-
-def _is_folder_tree(file: File, options: Options) -> bool:
-    """Tell whether a tar is a tree of folders, not a WebDataset: no two files share a key."""
-    if extension(file.name) != "tar" or options.kind == "webdataset":
-        return False
-    try:
-        with open_plain(file.real) as opened:
-            names = [member.name.removeprefix("./") for member, _ in islice(plain_members(opened), 2000)]
-    except (ValueError, *DAMAGE):
-        return False
-    names = [name for name in names if not is_hidden(name)]
-    return len({split_name(name)[0] for name in names}) == len(names) > 0 and all("/" in name for name in names)
 
 
 def _is_within(name: str, scopes: Collection[str]) -> bool:

@@ -26,9 +26,9 @@ from pile_app.fields import Field, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.prepare import files
 from pile_app.prepare.entities import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
-from pile_app.prepare.files import DAMAGE, Tree, decode_text, open_plain, open_text, read_file, read_text
+from pile_app.prepare.files import DAMAGE, decode_text, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
-from pile_app.prepare.listing import Listing, Record, Unit, as_bad, find, open_tree
+from pile_app.prepare.listing import Listing, Record, Unit, as_bad
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import Table, rows
 
@@ -170,14 +170,9 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 
 @dataclass(frozen=True)
 class Maps:
-    """The field maps of an input, by table or folder (`table_of`), or by "" for all records; and the files that records name.
+    """The field maps of an input, by table or folder (`table_of`), or by "" for all records."""
 
-    input, work, digest: of the listed input, where files are looked up that records name."""
-
-    input: str
     options: Options
-    work: str | None = None
-    digest: str = ""
     maps: Mapping[str, str] = field(default_factory=dict)
 
     def infer(self, units: Iterable[Unit]) -> tuple[Maps, list[str]]:
@@ -223,22 +218,18 @@ class Maps:
                 fields = _with_label(infer_fields([content]), self.options)
         except ValueError as error:
             raise BadSample("no_fields", str(error)) from error
-        return fields.read(record.where, content, partial(self._open, record.where))
-
-    def _open(self, where: str, value: str | Path) -> tuple[str, bytes]:
-        """Read a file that a sample holds as a path, or that it names."""
-        if isinstance(value, str):
-            tree = _tree(self.input, self.options, self.work, self.digest)
-            value = Path(find(tree, where.partition(":")[0], value).real)
-        try:
-            return value.name, read_file(str(value))
-        except OSError as error:
-            raise BadSample("unreadable_file", str(error)) from error
+        return fields.read(record.where, content, partial(_open, record.files))
 
 
-@lru_cache(2)
-def _tree(input: str, options: Options, work: str | None, digest: str) -> Tree:
-    return open_tree(input, options, work)  # digest: a changed input is another
+def _open(files: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
+    """Read a file that a sample holds as a path, or that its record names."""
+    if isinstance(value, str) and value not in files:
+        raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
+    path = Path(files[value] if isinstance(value, str) else value)
+    try:
+        return path.name, read_file(str(path))
+    except OSError as error:
+        raise BadSample("unreadable_file", str(error)) from error
 
 
 def table_of(record: Record) -> str:
@@ -271,9 +262,8 @@ def read_documents(input: str | Path, options: Options | None = None) -> Iterato
     """Yield (file or `file:line`, its document or the error) of an input, by inferred field maps. Raises ValueError."""
     options = options or Options()
     with tempfile.TemporaryDirectory() as work:
-        listing = Listing(str(input), options, work)
-        units = list(listing.units())
-        maps, _ = Maps(str(input), options, work, listing.tree.digest.hexdigest()).infer(units)
+        units = list(Listing(str(input), options, work).units())
+        maps, _ = Maps(options).infer(units)
         for record in (record for unit in units for record in read_unit(unit, options)):
             try:
                 yield record.where, maps.read(record).document

@@ -370,7 +370,7 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         raise BadSample("empty_file", "it holds no row")
     preview = [row for row in found if isinstance(row, dict)]
     named = [] if any(map(is_interleaved, preview)) else _naming_columns(table, preview, tree)
-    nested = not named and any(named_within(tree, table.name, row) for row in preview)
+    nested = not named and any(True for row in preview for _ in named_within(tree, table.name, row))
     return replace(table, files=tuple(named), nested=nested, tagged=any(map(_is_tagged, preview))), preview
 
 
@@ -432,10 +432,9 @@ def _are_ids(name: str, values: Sequence[Any]) -> bool:
     return len({*map(str, values)}) > len(values) / 2 and bool(is_named or not all(_is_number(f"{value}") for value in values))
 
 
-def named_within(tree: Tree, table: str, value: Any) -> list[File]:
-    """Return the files that a record names, at any depth."""
-    if isinstance(value, str):
-        file = tree.resolve(table, value) if extension(value[-12:]) in MEDIA else None
-        return [file] if file else []
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return [file for one in values for file in named_within(tree, table, one)]
+def named_within(tree: Tree, table: str, value: Any) -> Iterator[tuple[str, File]]:
+    """Yield (name as written, file) of the files that a record names, at any depth."""
+    if isinstance(value, str) and extension(value[-12:]) in MEDIA and (file := tree.resolve(table, value)):
+        yield value, file
+    for one in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from named_within(tree, table, one)

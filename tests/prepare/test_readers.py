@@ -68,8 +68,10 @@ def read(folder: Path, work: Path | None = None, **options: Any) -> list[Record]
 
 def medium(folder: Path, value: Any, where: str = "x") -> Segment:
     """The medium in a column of a table of this folder."""
-    maps = Maps(str(folder), Options(fields="[{image: x}]"), maps={"": "[{image: x}]"})
-    return maps.read(Record(where, {"x": value})).document.segments[0]
+    name = where.partition(":")[0]
+    found = Listing(str(folder), Options()).tree.resolve(name, value) if isinstance(value, str) else None
+    record = Record(where, {"x": value}, files={value: found.real} if found else {})
+    return Maps(Options(), {"": "[{image: x}]"}).read(record).document.segments[0]
 
 
 def texts(folder: Path, **options: Any) -> dict[str, list[Any]]:
