@@ -166,11 +166,11 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
         is_own = is_kept & (rows["source"] == number)
         if not (has_splits and 2 in given):
             candidates = np.flatnonzero(is_own & (splits == 1))
-            splits[candidates] += _choose(rows["draw"][candidates], work.maps.options.validation_fraction)
+            splits[candidates] += _choose(rows["draw"][candidates], work.options.validation_fraction)
         for split, name in enumerate(SPLITS, 1):
             if len(index := np.flatnonzero(is_own & (splits == split))):
                 parts = np.split(index, np.searchsorted(index, starts[1:-1]))  # by job
-                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.maps.options.shard_megabytes)
+                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.options.shard_megabytes)
                 text_bytes, images = (rows[figure][index].sum().item() for figure in ("text_bytes", "images"))
                 seconds = sum(rows["audio_seconds"][part].sum().item() for part in parts)
                 summary.sources.setdefault(source, {})[name] = Tally(len(index), text_bytes, images, seconds)
@@ -181,11 +181,11 @@ def _drop_duplicates(
 ) -> np.ndarray:
     """Write `rejected.jsonl` and count everything; return which rows are kept, (N,) bool."""
     is_kept = np.ones(len(rows), bool)
-    if work.maps.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
+    if work.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
         order = np.lexsort((-rows["split"].astype(int), *rows["digest"].T))  # stable
         digests = rows["digest"][order]
         is_kept[order[1:]] = (digests[1:] != digests[:-1]).any(axis=1)
-    similar = NearDuplicates(threshold) if (threshold := work.maps.options.near_duplicates) else None
+    similar = NearDuplicates(threshold) if (threshold := work.options.near_duplicates) else None
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
         for job, (start, stop) in enumerate(pairwise(starts.tolist())):
             about = work.part(job, "about")
@@ -223,7 +223,7 @@ def _choose(draws: np.ndarray, fraction: float | None) -> np.ndarray:
 
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     """Order the labels by number, else by letter; return the names that they were given."""
-    labels, names = list(summary.of("label")), work.maps.options.label_names
+    labels, names = list(summary.of("label")), work.options.label_names
     are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
     labels.sort(key=(lambda label: (float(label), label)) if are_numbers else None)
     if names and len(names) != len(labels):
@@ -240,7 +240,7 @@ def _blocks(work: Work, rows: np.ndarray, parts: list[np.ndarray], names: dict[s
             for offset, size in rows[["offset", "size"]][part].tolist():
                 file.seek(offset)
                 block = file.read(size)
-                yield _renamed(block, names, work.maps.options.learn_label) if names else block
+                yield _renamed(block, names, work.options.learn_label) if names else block
 
 
 def _renamed(block: bytes, names: dict[str, str], learn_label: bool) -> bytes:

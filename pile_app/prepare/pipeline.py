@@ -29,7 +29,7 @@ from pile_app.prepare.hub import localize
 from pile_app.prepare.listing import Listing, Unit
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.readers import Maps, evaluation_texts
+from pile_app.prepare.readers import evaluation_texts, infer_maps
 from pile_app.prepare.spill import Work, read_job, slug
 
 PREPARE_VERSION = 8  # changes with the result of the same options, and with the files in between
@@ -70,11 +70,11 @@ def prepare(
         path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
         listing = Listing(local, chosen, str(folder))
         units = list(listing.units())
-        maps, summary.maps = Maps(chosen).infer(units)
+        maps, summary.maps = infer_maps(units, chosen)
         for line in summary.maps:
             print(f"fields: {line}", file=sys.stderr)
         name = os.path.basename(path if local == given else given.partition("#")[0].rstrip("/"))
-        work = Work(folder, slug(name if os.path.isdir(path) else name.split(".")[0]) or "data", maps)
+        work = Work(folder, slug(name if os.path.isdir(path) else name.split(".")[0]) or "data", chosen, maps)
         _continue(work, output, overwrite, listing.tree.digest.hexdigest())
         jobs = _jobs(units)
         waiting = [(job, units) for job, units in enumerate(jobs) if not work.is_read(job)]
@@ -161,7 +161,7 @@ def _jobs(units: Iterable[Unit]) -> list[list[Unit]]:
 
 def _continue(work: Work, output: Path, overwrite: bool, digest: str) -> None:
     """Keep the jobs that an interrupted preparation of the same input and options has done, or refuse, or remove them."""
-    folder, maps, options = work.folder, work.maps, work.maps.options
+    folder, options = work.folder, work.options
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
@@ -169,7 +169,7 @@ def _continue(work: Work, output: Path, overwrite: bool, digest: str) -> None:
         print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
     state: dict[str, Any] = {
         "prepare_version": PREPARE_VERSION, "output": str(output.resolve()), "source": work.source,
-        "field maps": maps.maps, "files of the input": digest,
+        "field maps": {table: str(fields) for table, fields in work.maps.items()}, "files of the input": digest,
         "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
         **asdict(options) | {"label_names": None},  # they are given at the end

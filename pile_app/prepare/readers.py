@@ -1,8 +1,6 @@
-"""Read the units of an input: units become samples, and samples become documents by field maps.
-
-    Unit ──► read_unit ──► Record(where, sample, layout, split) ──► Maps.read ──► document
-
-Damage to a file is a record; rows after it are lost. Reading a unit gives the same in any process, at any time."""
+"""Read the units of an input: `read_unit` gives records, samples or the reason why there is none; `read_record` their documents,
+by field maps that `infer_maps` guesses. Bad records are yielded as errors, and the next are read. A unit is read in any
+process, at any time."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +32,6 @@ from pile_app.prepare.tables import Table, rows
 
 LAYOUTS = {"text": "text file", "conll": "CoNLL", "tar": "WebDataset"}
 SAMPLES = 200  # of a table or folder, by which its field map is inferred
-_parse = lru_cache(1024)(Fields.parse)
 
 
 def read_unit(unit: Unit, options: Options) -> Iterator[Record]:
@@ -168,57 +165,52 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 # -- documents
 
 
-@dataclass(frozen=True)
-class Maps:
-    """The field maps of an input, by table or folder (`table_of`), or by "" for all records."""
+Maps = Mapping[str, Fields]  # the field maps of an input, by table or folder (`table_of`), or by "" for all records
 
-    options: Options
-    maps: Mapping[str, str] = field(default_factory=dict)
 
-    def infer(self, units: Iterable[Unit]) -> tuple[Maps, list[str]]:
-        """Infer the field map of each table and folder from its first samples; return them, and lines that describe them."""
-        if self.options.fields is not None:
-            given = str(_with_label(Fields.parse(self.options.fields), self.options))
-            return replace(self, maps={"": given}), [f"{given}  (given)"]
-        samples, names, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
-        for unit in units:
-            kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
-            if seen[kind] >= 10 * SAMPLES or seen[kind, folder] >= SAMPLES:
-                continue
-            seen.update([kind, (kind, folder)])
-            for record in islice(read_unit(unit, self.options), None if kind == "samples" else SAMPLES):
-                table = table_of(record)
-                names.setdefault(table, record.where.partition(":")[0])
-                if isinstance(record.content, Mapping) and len(samples[table]) < SAMPLES:
-                    samples[table].append({name: _head(name, value) for name, value in record.content.items()})
-        maps, tables, lines = dict[str, str](), defaultdict[str, list[str]](list), list[str]()
-        for table, known in samples.items():
-            with suppress(ValueError):  # each record of the table is rejected with the reason
-                maps[table] = str(_with_label(infer_fields(known), self.options))
-                tables[maps[table]].append(table)
-        for line, found in tables.items():
-            layout, _, path = found[0].partition(": ")
-            where = names[found[0]] if path[-1:] not in ("", "/") else path or "the input"
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            count = sum(len(samples[name]) for name in found)
-            lines.append(f"{line}  (inferred from {count:,} samples of {where}{more}, {layout})")
-        return replace(self, maps=maps), lines
+def infer_maps(units: Iterable[Unit], options: Options) -> tuple[Maps, list[str]]:
+    """Infer the field map of each table and folder from its first samples; return them, and lines that describe them."""
+    if options.fields is not None:
+        given = _with_label(Fields.parse(options.fields), options)
+        return {"": given}, [f"{given}  (given)"]
+    samples, names, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
+    for unit in units:
+        kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
+        if seen[kind] >= 10 * SAMPLES or seen[kind, folder] >= SAMPLES:
+            continue
+        seen.update([kind, (kind, folder)])
+        for record in islice(read_unit(unit, options), None if kind == "samples" else SAMPLES):
+            table = table_of(record)
+            names.setdefault(table, record.where.partition(":")[0])
+            if isinstance(record.content, Mapping) and len(samples[table]) < SAMPLES:
+                samples[table].append({name: _head(name, value) for name, value in record.content.items()})
+    maps, tables, lines = dict[str, Fields](), defaultdict[Fields, list[str]](list), list[str]()
+    for table, known in samples.items():
+        with suppress(ValueError):  # each record of the table is rejected with the reason
+            maps[table] = _with_label(infer_fields(known), options)
+            tables[maps[table]].append(table)
+    for fields, found in tables.items():
+        layout, _, path = found[0].partition(": ")
+        where = names[found[0]] if path[-1:] not in ("", "/") else path or "the input"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        count = sum(len(samples[name]) for name in found)
+        lines.append(f"{fields}  (inferred from {count:,} samples of {where}{more}, {layout})")
+    return maps, lines
 
-    def read(self, record: Record) -> Reading:
-        """Read the document of a record. Raises BadSample (`no_fields` if no field map could be inferred)."""
-        content = record.content
-        if isinstance(content, BadSample):
-            raise content
-        if isinstance(content, Document):
-            return Reading(content)
+
+def read_record(record: Record, options: Options, maps: Maps) -> Reading:
+    """Read the document of a record. Raises BadSample (`no_fields` if no field map could be inferred)."""
+    content = record.content
+    if isinstance(content, BadSample):
+        raise content
+    if isinstance(content, Document):
+        return Reading(content)
+    if (fields := maps.get("") or maps.get(table_of(record))) is None:  # of a table that was not sampled: by the record alone
         try:
-            if spec := self.maps.get("") or self.maps.get(table_of(record)):
-                fields = _parse(spec)
-            else:  # of a table that was not sampled: by the record alone
-                fields = _with_label(infer_fields([content]), self.options)
+            fields = _with_label(infer_fields([content]), options)
         except ValueError as error:
             raise BadSample("no_fields", str(error)) from error
-        return fields.read(record.where, content, partial(_open, record.files))
+    return fields.read(record.where, content, partial(_open, record.files))
 
 
 def _open(files: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
@@ -263,10 +255,10 @@ def read_documents(input: str | Path, options: Options | None = None) -> Iterato
     options = options or Options()
     with tempfile.TemporaryDirectory() as work:
         units = list(Listing(str(input), options, work).units())
-        maps, _ = Maps(options).infer(units)
+        maps, _ = infer_maps(units, options)
         for record in (record for unit in units for record in read_unit(unit, options)):
             try:
-                yield record.where, maps.read(record).document
+                yield record.where, read_record(record, options, maps).document
             except BadSample as error:
                 yield record.where, error
 
