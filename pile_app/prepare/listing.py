@@ -12,7 +12,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -342,7 +342,7 @@ class Listing:
             elif table.format == "lines" and size > 2 * UNIT_BYTES and open_text(table.real, self.encoding)[1] == 0:
                 parts = [replace(table, start=start, stop=stop) for start, stop in _ranges(size)]
         for part in parts:
-            yield Unit("table", [table.name, asdict(part)], size // len(parts))
+            yield Unit("table", [table.name, part], size // len(parts))
 
     # -- other files
 

@@ -1,6 +1,6 @@
-"""Read the units of an input: `read_unit` gives records, samples or the reason why there is none; `read_record` their documents,
-by field maps that `infer_maps` guesses. Bad records are yielded as errors, and the next are read. A unit is read in any
-process, at any time."""
+"""Read the units of an input: `read_unit` gives records, samples or the reason why there is none, and `read_record` their
+documents, by field maps that `infer_maps` guesses. Bad records are yielded as errors, and the next are read. A unit is read in
+any process, at any time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_unit(unit: Unit, options: Options) -> Iterator[Record]:
         for record in READERS[unit.reader](options, *unit.arguments):
             yield record if record.where.isascii() else record._replace(where=_printable(record.where))
     except (BadSample, *DAMAGE) as error:
-        yield Record(_printable(name), as_bad(error), layout or Table(**unit.arguments[1]).layout)
+        yield Record(_printable(name), as_bad(error), layout or unit.arguments[1].layout)
 
 
 def _printable(name: str) -> str:
@@ -85,8 +85,7 @@ def _read_text(options: Options, name: str, path: str, split: str | None, start:
             yield Record(name, text if isinstance(text, BadSample) else {"txt": text}, LAYOUTS["text"], split)
 
 
-def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Record]:
-    table = Table(**fields)
+def _read_table(options: Options, _: str, table: Table) -> Iterator[Record]:
     for where, row in rows(table):
         if isinstance(row, BadSample) or not (table.tagged or options.kind == "entities"):
             yield Record(where, row, table.layout, table.split)
