@@ -376,13 +376,10 @@ def is_own_form(description: Any) -> bool:
     """Tell whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, or with `loss`."""
 
     def is_entry(entry: Any) -> bool:
-        if (
-            not isinstance(entry, Mapping)
-            or not entry.keys() <= {"text", "file", "loss"}
-            or ("text" in entry) == ("file" in entry)
-        ):
-            return False
-        return isinstance(entry.get("file", entry.get("text")), str) or is_texts(entry.get("text"))
+        names = entry.keys() - {"loss"} if isinstance(entry, Mapping) else None
+        if names == {"text"}:
+            return isinstance(entry["text"], str) or is_texts(entry["text"])
+        return names == {"file"} and isinstance(entry["file"], str)
 
     segments = description.get("segments") if isinstance(description, Mapping) else None
     return isinstance(segments, list) and bool(segments) and all(map(is_entry, segments))

@@ -82,8 +82,8 @@ def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int
     nested = {name: next((value for value in values(name) if isinstance(value, Mapping)), {}) for name in names}
     names = [*names, *(f"{name}.text" for name in names if "text" in nested[name])]  # SQuAD: {"answers": {"text": [...]}}
     names += [f"{name}.{key}" for name in names if base(name) == "translation" for key in nested[name]]
-    media = {name for name in names if any(view.is_medium(name) for view in views)}
-    texts = [name for name in names if name not in media and any(map(_is_text, values(name)))]
+    others = [name for name in names if not any(view.is_medium(name) for view in views)]
+    texts = [name for name in others if any(isinstance(one, str | bytes) or is_texts(one) for one in values(name))]
     plain = [name for name in names if any(isinstance(value, int | float) for value in values(name))]
     by_base = {base(name): name for name in reversed([*texts, *plain])}
     for first, others in PAIRS.items():
@@ -118,10 +118,6 @@ def _required(entry: Field, views: Sequence[SampleView]) -> Field:
     present = sum(any(True for name in entry.names for _ in view.values(name)) for view in views)
     least = len(views) if entry.optional else len(views) / 2
     return replace(entry, optional=present < least)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | bytes) or is_texts(value)
 
 
 def _is_prose(values: Sequence[Any]) -> bool:

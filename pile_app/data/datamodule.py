@@ -34,11 +34,10 @@ from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
 from pile_app.data.files import cache_folder, worker_context
 from pile_app.data.order import ORDER_VERSION, Phase, Piece, SourceOrder, TrainingOrder, ValidationOrder
-from pile_app.data.remote import Prefetcher, ShardCache, Wanted
+from pile_app.data.remote import Prefetcher, ShardCache, Wanted, is_remote
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.transforms import Transforms
-from pile_app.data.urls import is_remote
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
 

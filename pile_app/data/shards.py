@@ -21,10 +21,9 @@ import numpy as np
 from pile_app.data.files import ShardError, whole_file
 from pile_app.data.index import ShardIndex
 from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
-from pile_app.data.remote import ShardCache
+from pile_app.data.remote import ShardCache, expand_remote, is_remote
 from pile_app.data.tar import split_name
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
-from pile_app.data.urls import expand_remote, is_remote
 from pile_app.documents import BadSample, Document, sample_from_document
 from pile_app.fields import OWN, Fields
 

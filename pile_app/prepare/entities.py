@@ -106,10 +106,6 @@ def sentences_of_conll(file: BinaryIO) -> Iterator[Sentence]:
         first = first or number
 
 
-def scheme_of_conll(file: BinaryIO) -> str:
-    return scheme_of_tags(sentence[2] for sentence in sentences_of_conll(file) if len(sentence) == 3)
-
-
 def document_of_words(words: Sequence[str], tags: Sequence[str], scheme: str, clean: Clean) -> tuple[Document, bool]:
     """Return the document, and whether tags were repaired. Raises `BadSample`: `no_tag`, `unknown_tag` or `moved_spans`."""
     if len(words) != len(tags):

@@ -22,8 +22,7 @@ from pile_app.fields import as_list, is_remote
 from pile_app.infer import TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, open_plain, open_text
-from pile_app.prepare.hub import Card, read_card
-from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
+from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, Card, is_about, named_split, read_card, speaker_of, split_of
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import Table, columnar, is_held, named_within, rows, shown, sniff
 from pile_app.records import chat_layout, is_interleaved

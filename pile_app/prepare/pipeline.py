@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import uuid
@@ -25,7 +26,6 @@ from pile_app.data.files import Run, available_cores, flock, worker_pool
 from pile_app.data.shards import Shards
 from pile_app.fields import OWN, Fields
 from pile_app.prepare.assign import Summary, listed, write_shards
-from pile_app.prepare.hub import localize
 from pile_app.prepare.listing import Listing, Unit
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
@@ -100,6 +100,36 @@ def prepare(
             shutil.rmtree(done, ignore_errors=True)
     summary.print()
     return summary
+
+
+def localize(input: str, work: str) -> str:
+    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once; return
+    its path. A local path is returned unchanged. Raises ValueError: the data set cannot be fetched."""
+    path, _, config = input.partition("#")
+    hub = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", path)
+    if os.path.exists(path) or not (hub or "://" in path):
+        return input
+    target = os.path.join(work, "download")
+    try:
+        if hub:
+            name, revision, inner = hub.groups()
+            fetch = require("huggingface_hub", "prepare", "reading from the hub").snapshot_download
+            patterns = [inner.strip("/"), f"{inner.strip('/')}/*"] if inner else None
+            fetch(name, repo_type="dataset", revision=revision, local_dir=target, allow_patterns=patterns)
+        else:
+            import fsspec
+
+            system, inner = fsspec.core.url_to_fs(path)
+            target = os.path.join(target, os.path.basename(inner.rstrip("/")))
+            if not os.path.exists(target):
+                system.get(inner, f"{target}.partial", recursive=system.isdir(inner))
+                os.rename(f"{target}.partial", target)
+    except ValueError:
+        raise
+    except Exception as error:  # of any file system
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"input {input!r} is not here, and cannot be fetched: {said}"[:400]) from error
+    return f"{target}#{config}" if config else target
 
 
 def _check(given: str, output: Path, options: Options, engine: str, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ from pile_app.documents import BadSample, Document, media_extension
 from pile_app.fields import Field, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.prepare import files
-from pile_app.prepare.entities import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
+from pile_app.prepare.entities import document_of_record, document_of_words, scheme_of_tags, sentences_of_conll
 from pile_app.prepare.files import DAMAGE, decode_text, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
 from pile_app.prepare.listing import Listing, Record, Unit, as_bad
@@ -104,7 +104,7 @@ def _read_conll(options: Options, name: str, path: str, split: str | None) -> It
     """Read a document a sentence."""
     clean = partial(normalize_text, options=options)
     with open_text(path, options.encoding)[0] as opened:
-        scheme = scheme_of_conll(opened)
+        scheme = scheme_of_tags(sentence[2] for sentence in sentences_of_conll(opened) if len(sentence) == 3)
     with open_text(path, options.encoding)[0] as opened:
         for first, *sentence in sentences_of_conll(opened):
             if isinstance(sentence[0], BadSample):
