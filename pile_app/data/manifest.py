@@ -21,10 +21,9 @@ import fsspec
 import numpy as np
 
 from pile_app.data.files import ShardError, available_cores, cache_folder, for_each, locked, map_arrays, save_arrays
-from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_from_shard, starts
+from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, count_tokens, index_shard, infer_from_shard, starts
 from pile_app.data.remote import ShardCache, is_remote
 from pile_app.data.tokenizers import Tokenizer
-from pile_app.data.tokens import count_tokens
 from pile_app.fields import Fields
 
 Again = Literal["", "changed", "all"]

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, map_arrays, save_arrays
-from pile_app.data.index import EXTENSIONS, UNORDERED, ShardIndex, starts
+from pile_app.data.index import EXTENSIONS, UNORDERED, KeptIds, ShardIndex, starts, text_counts
 from pile_app.data.order import ORDER_VERSION, SourceOrder, SourceTokens, piece_table
 from pile_app.data.packing import cut_document
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import OpenShard, Shards, describe_balance
 from pile_app.data.tokenizers import Tokenizer
-from pile_app.data.tokens import KeptIds, text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
 
