@@ -347,10 +347,8 @@ def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool)
                     elif index.modality[row] == TEXT:
                         codes = Codes.from_bytes(content)
                         if codes.encoder != tokenizer.fingerprint:
-                            said = (
-                                f"{index.path!r} holds text encoded by tokenizer {codes.encoder}, not {tokenizer.fingerprint}"
-                            )
-                            raise ShardError(f"{said}: set model.tokenizer to that tokenizer, or encode the shards again")
+                            what = f"text encoded by tokenizer {codes.encoder}, not {tokenizer.fingerprint}"
+                            raise ShardError(f"{index.path!r} holds {what}: set model.tokenizer to that, or encode again")
                         counts[row] = len(codes.values)
                         found[row] = np.zeros(0, kind), codes.breaks[1].astype("<u4")
             except BadSample as error:
