@@ -324,11 +324,9 @@ class PileDataModule(LightningDataModule):
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Return (most packs of a micro-batch, micro-batches per device and step); raise ValueError for too many devices."""
-        if world_size > self.global_batch:
-            raise ValueError(
-                f"data.global_batch={self.global_batch} packs are too few for {world_size} devices: use at most "
-                f"{self.global_batch} devices, or begin another run with a larger data.global_batch"
-            )
+        if world_size > (packs := self.global_batch):
+            fix = f"use at most {packs} devices, or begin another run with a larger data.global_batch"
+            raise ValueError(f"data.global_batch={packs} packs are too few for {world_size} devices: {fix}")
         per_device = -(-self.global_batch // world_size)
         micro = min(self.micro_batch or per_device, per_device)
         return micro, -(-per_device // micro)
@@ -340,28 +338,23 @@ class PileDataModule(LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return everything that the packs of positions depend on."""
         order = self.order
-        same = {name: getattr(self, name) for name in ("global_batch", "seed", "context")}
-        return same | {
-            "order_version": ORDER_VERSION,
+        return {
+            "order_version": ORDER_VERSION, "seed": self.seed, "context": self.context, "global_batch": self.global_batch,
+            "sources": self.source_names, "tokenizer": self.vocabulary.tokenizer,
+            "fingerprints": {data.name: data.fingerprint for data in self.train_data}, "streams": order.streams,
             "weights": [[order.first(number), phase.exact, *phase.weights] for number, phase in enumerate(order.phases)],
             "end": order.end,
-            "streams": order.streams,
-            "sources": self.source_names,
-            "tokenizer": self.vocabulary.tokenizer,
-            "fingerprints": {data.name: data.fingerprint for data in self.train_data},
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state and, once the sources are open, raise ValueError if the data would not continue where it stopped."""
         self._restored = state_dict
         if not self.train_data:
             return
-        version, position = state_dict["order_version"], state_dict["position"]
-        if version != ORDER_VERSION:
-            raise ValueError(
-                f"the checkpoint was made with order_version {version}, now it is {ORDER_VERSION}: continue with the pile_app "
-                "that the run began with, or begin another run with another --name"
-            )
+        position, another = state_dict["position"], "or begin another run with another --name"
+        if (version := state_dict["order_version"]) != ORDER_VERSION:
+            fix = f"continue with the pile_app that the run began with, {another}"
+            raise ValueError(f"the checkpoint was made with order_version {version}, now it is {ORDER_VERSION}: {fix}")
 
         def before(identity: dict[str, Any]) -> dict[str, Any]:  # later phases and ends do not change the packs before
             phases = [phase for phase in identity["weights"] if not phase[0] or phase[0] < position]
@@ -375,10 +368,8 @@ class PileDataModule(LightningDataModule):
                 if isinstance(old, dict):  # only the differences
                     names = sorted(name for name in old | new if old.get(name) != new.get(name))
                     old, new = ({name: values.get(name) for name in names} for values in (old, new))
-                raise ValueError(
-                    f"the checkpoint was made with {key} {old}, now it is {new}: the data would not continue where it stopped. "
-                    f"To resume, {fix}; or begin another run with another --name"
-                )
+                why = f"the data would not continue where it stopped. To resume, {fix}; {another}"
+                raise ValueError(f"the checkpoint was made with {key} {old}, now it is {new}: {why}")
 
     def train_dataset(self) -> PackDataset:
         return PackDataset(self.train_data, self.order, *self._model, self.global_batch, self.annotator, self.transforms)
@@ -388,15 +379,10 @@ class PileDataModule(LightningDataModule):
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
         forks = self.num_workers and is_remote  # not of this process: a fork would copy the locks of prefetching threads
         return TimedLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=worker_context() if forks else None,
-            worker_init_fn=_ignore_signals,
+            dataset, batch_sampler=batches, num_workers=self.num_workers, collate_fn=_unchanged, worker_init_fn=_ignore_signals,
+            multiprocessing_context=worker_context() if forks else None, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
-        )
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
