@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS
 from pile_app.prepare.files import DAMAGE, MEDIA, decode_text, extension, read_text
@@ -152,25 +152,16 @@ def split_lists(listing: Any) -> None:
 RECIPES: tuple[Callable[[Any], None], ...] = (common_voice, kaldi, parallel_folders, split_lists)
 
 
-# -- data set cards: `datasets` resolves the files, splits and features of a card. `tables.py` reads the rows and leaves media
-# undecoded, because `datasets` gives up on a whole file where one row is bad.
+def data_set_card(listing: Any, root: str, config: str = "") -> None:
+    """Read the card of a folder in the hub's layout, whose README.md names configurations or features: `datasets` resolves its
+    files, splits and classes. `tables.py` reads the rows, because `datasets` gives up on a whole file where one row is bad.
 
-
-class Card(NamedTuple):
-    """A data set card. splits: file -> split, of all files that are read; classes: column -> names of its classes."""
-
-    splits: dict[str, str | None] = {}  # noqa: RUF012
-    classes: dict[str, list[str]] = {}  # noqa: RUF012
-
-
-def read_card(root: str, config: str = "") -> Card:
-    """Read the card of a folder in the hub's layout, whose README.md names configurations or features; else an empty one.
     Raises ValueError: there are several configurations, and none is the default or asked for."""
     head = ""
     with suppress(OSError), open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
         head = file.read(1 << 20)
     if not re.match(r"---\s*\n(?:.*\n)*?(configs|dataset_info):", head):
-        return Card()
+        return
     datasets = require("datasets", "prepare", "reading data set cards")
     try:
         builder = datasets.load_dataset_builder(root, config or None)
@@ -179,7 +170,10 @@ def read_card(root: str, config: str = "") -> Card:
         if isinstance(error, ValueError) and "Config name is missing" in str(error):
             names = datasets.get_dataset_config_names(root)
             raise ValueError(f"{root!r} has several configurations: {', '.join(names)}; e.g. {root}#{names[0]}") from error
-        return Card()  # a card that `datasets` cannot use; the files say what they are
-    splits = {os.path.relpath(path, root): named_split(str(split)) or str(split) for split in found for path in found[split]}
+        return  # a card that `datasets` cannot use; the files say what they are
     features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}
-    return Card({**splits}, {name: list(about.names) for name, about in features.items() if hasattr(about, "names")})
+    listing.classes = {name: list(about.names) for name, about in features.items() if hasattr(about, "names")}
+    split_of_path = ((path, named_split(str(split)) or str(split)) for split in found for path in found[split])
+    listing.splits = {os.path.relpath(path, root): split for path, split in split_of_path}
+    for name in [name for name in listing.rest if listing.splits and not (name in listing.splits or is_about(name))]:
+        listing.skip(name, "other_config", "the configuration of the data set card does not name it")

@@ -22,7 +22,7 @@ from pile_app.fields import as_list, is_remote
 from pile_app.infer import TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, open_plain, open_text
-from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, Card, is_about, named_split, read_card, speaker_of, split_of
+from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, data_set_card, is_about, named_split, speaker_of, split_of
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import Table, columnar, is_held, named_within, rows, shown, sniff
 from pile_app.records import chat_layout, is_interleaved
@@ -67,7 +67,7 @@ class Listing:
     """Deal the files of an input to units.
 
     work: a folder to unpack archives to; rest: files that are not dealt yet; scopes: folders with an index, which decides about
-    texts and tables; folders: those of files in an index; splits: of media, by a card or a list.
+    texts and tables; folders: those of files in an index; splits: of files, classes: of columns, by a card.
 
     Raises ValueError: `input` does not exist."""
 
@@ -89,8 +89,7 @@ class Listing:
         self.is_one_file = self.tree.only in self.tree.files
         self.rest = {name: file for name, file in self.tree.files.items() if not self.is_one_file or name == self.tree.only}
         self.has_media = any(extension(name) in MEDIA for name in self.tree.files)
-        self.card = read_card(path, config) if os.path.isdir(path) else Card()
-        self.splits: dict[str, str | None] = dict(self.card.splits)
+        self.splits, self.classes = dict[str, str | None](), dict[str, list[str]]()
         self.scopes, self.folders, self.list_scopes = set[str](), set[str](), set[str]()
         self.samples: dict[str, _Packer] = defaultdict(_Packer)  # by layout; "": rejected
         self.unread = list[Record]()
@@ -98,6 +97,7 @@ class Listing:
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
                 self.skip(name, *why)
+        data_set_card(self, path, config)
 
     def _is_archive(self, file: File) -> bool:
         """Tell whether a file is an archive of files; a tar is none if two of its members share a key: a WebDataset."""
@@ -146,9 +146,6 @@ class Listing:
         return OF_KIND[kind][0] if self.is_one_file or kind not in ("images", "audio") else ""
 
     def units(self) -> Iterator[Unit]:
-        for name in list(self.rest):
-            if self.card.splits and name not in self.card.splits and not is_about(name):
-                self.skip(name, "other_config", "the configuration of the data set card does not name it")
         if not self.is_one_file and not all(map(is_about, self.rest)):
             for name in filter(is_about, list(self.rest)):
                 self.skip(name, "about_file", "it describes the data set")
@@ -270,7 +267,7 @@ class Listing:
         self.take(name)
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)
-        return replace(table, classes={**table.classes, **self.card.classes}, split=self.split(name))
+        return replace(table, classes={**table.classes, **self.classes}, split=self.split(name))
 
     def _add_rows(self, table: Table) -> set[str]:
         """Add a sample for each row of a table that names files; return their names."""
