@@ -58,14 +58,9 @@ def sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def flock(descriptor: int, operation: str = "LOCK_EX", wait: bool = True) -> None:
-    """Lock an open file between processes and hosts; raise BlockingIOError if it is held elsewhere and `wait` is False."""
-    fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
-
-
 def release(descriptor: int) -> None:
     """Unlock and close a file. Closing alone does not unlock it while a forked child holds a copy of the descriptor."""
-    flock(descriptor, "LOCK_UN")
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
@@ -76,7 +71,7 @@ def locked(path: str, wait: bool = True) -> Iterator[bool]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            flock(descriptor, wait=wait)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 break  # else its last holder has removed the file meanwhile
         except BlockingIOError:

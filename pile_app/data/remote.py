@@ -7,6 +7,7 @@ on files that are open or needed next, which protects them from eviction, and wh
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -25,7 +26,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
-from pile_app.data.files import ShardError, flock, locked, release
+from pile_app.data.files import ShardError, locked, release
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -272,7 +273,7 @@ class Prefetcher:
 
 def _open_in_use(path: str | Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
-    flock(descriptor, "LOCK_SH")
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 
@@ -295,7 +296,7 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
     """Delete a copy unless it is in use or being replaced."""
     try:
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            flock(file.fileno(), wait=False)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except PermissionError:  # another user's
         return False
     except BlockingIOError:

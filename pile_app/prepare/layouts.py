@@ -137,12 +137,13 @@ def split_lists(listing: Any) -> None:
         if extension(name) != "txt" or not named_split(base):
             continue
         try:
-            lines = decode_text(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
+            text = decode_text(read_text(listing.tree.files[name].real, listing.encoding))
         except (ValueError, *DAMAGE):
             continue
-        found = (listing.tree.resolve(name, line) for line in map(str.strip, lines) if line)
-        files = [file.name for file in takewhile(lambda file: file is not None and extension(file.name) in MEDIA, found)]
-        if files and next(found, None) is None and len(files) == sum(map(bool, map(str.strip, lines))):
+        lines = [line for line in map(str.strip, text.split("\n")) if line]
+        found = (listing.tree.resolve(name, line) for line in lines)
+        files = [file.name for file in takewhile(lambda file: file and extension(file.name) in MEDIA, found)]
+        if files and len(files) == len(lines):
             listing.take(name)
             named |= dict.fromkeys(files, named_split(base) or "")
     if named:

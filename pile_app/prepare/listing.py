@@ -439,23 +439,22 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _merged(table: Table) -> Iterator[tuple[str, Any]]:
     """Join neighboring rows that differ only in a text (and in numbers): the captions of an image become a list of texts."""
-    held: tuple[str, Any] | None = None
+    held: list[tuple[str, Any]] = []
     for where, row in rows(table):
-        if held and (joined := _joined(held[1], row, table.files) if len(table.files) == 1 else None):
-            held = held[0], joined
-            continue
-        yield from [held] if held else []
-        held = where, row
-    yield from [held] if held else []
+        joined = _joined(held[0][1], row, table.files[0]) if held and len(table.files) == 1 else None
+        if joined is None:
+            yield from held
+        held = [(held[0][0], joined) if joined else (where, row)]
+    yield from held
 
 
-def _joined(row: Any, other: Any, columns: Collection[str]) -> dict[str, Any] | None:
+def _joined(row: Any, other: Any, column: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not isinstance(other, dict) or row.keys() != other.keys():
         return None
-    names, others = ([re.sub(r"#\d+$", "", str(one.get(name) or "")) for name in columns] for one in (row, other))
-    differs = [name for name in row if name not in columns and row[name] != other[name]]
+    name, other_name = (re.sub(r"#\d+$", "", str(one.get(column) or "")) for one in (row, other))
+    differs = [n for n in row if n != column and row[n] != other[n]]
     texts = [n for n in differs if isinstance(other[n], str) and (n.lower() in TEXT_NAMES or " " in other[n])]
     are_numbers = all(str(other[n]).isdecimal() for n in {*differs} - {*texts})
-    if names != others or not any(names) or len(texts) != 1 or not are_numbers:
+    if not name or name != other_name or len(texts) != 1 or not are_numbers:
         return None
     return row | {texts[0]: [*as_list(row[texts[0]]), other[texts[0]]]}
