@@ -126,9 +126,9 @@ def _audio_step(segment: Segment, options: Options) -> Segment:
     return segment if (target, wanted) == (rate, own) else Segment.from_audio(waveform, target, wanted, segment.loss)
 
 
-def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] = ()) -> list[Document]:
-    """Cut a sound that is longer than `max_audio_seconds` into documents: between the `parts` of its transcript, or at silence
-    if nothing is said about it. With a transcript without times, or other media, it is kept up to `WHOLE_SECONDS`.
+def cut_long_sounds(document: Document, options: Options, sample: Mapping[str, Any]) -> list[Document]:
+    """Cut a sound that is longer than `max_audio_seconds` into documents: between the timed parts of the transcript in its
+    `sample`, or at silence if nothing is said about it. Without times, or with other media, it is kept up to `WHOLE_SECONDS`.
 
     Raises BadSample: `audio_too_long`."""
     limit, whole = options.max_audio_seconds or PIECE_SECONDS, options.max_audio_seconds or WHOLE_SECONDS
@@ -137,6 +137,7 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     seconds = max((samples / rate for samples, rate in sizes), default=0)
     if seconds <= limit:
         return [document]
+    parts = transcript_parts(sample)
     said = [n for n, segment in enumerate(document.segments) if n not in sounds and segment.data != document.meta.get("label")]
     is_timed = 0 < max((end - start for start, end, _ in parts), default=0) <= limit
     if len(sounds) > 1 or len(said) > 1 or (said and not (is_timed and document.segments[said[0]].modality == TEXT)):

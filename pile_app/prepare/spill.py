@@ -23,7 +23,7 @@ from pile_app.data.files import whole_file
 from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
 from pile_app.media import audio_size
-from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
+from pile_app.prepare.filters import apply_steps, cut_long_sounds
 from pile_app.prepare.layouts import named_split
 from pile_app.prepare.listing import Record, Unit
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
@@ -100,7 +100,7 @@ class _Reader:
         try:
             document = self._complete(self._document(record, sample), record)
             source = slug(str(document.meta.get("pile_set_name", ""))) or source
-            pieces = cut_long_sounds(document, self.options, transcript_parts(sample))
+            pieces = cut_long_sounds(document, self.options, sample)
         except BadSample as error:
             return self._reject(record, error, source, "rejected" if record.layout else "unread")
         self.counts["pieces:"] += len(pieces) - 1

@@ -532,7 +532,7 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
     ]
     long = {0: LONG, 4: LONG[3:], 5: LONG[9:]}
     for at_once in (1, 1 << 20):
-        monkeypatch.setattr("pile_app.data.tokens.TOKENIZED_AT_ONCE", at_once)
+        monkeypatch.setattr("pile_app.data.index.TOKENIZED_AT_ONCE", at_once)
         index = source(write_shards(documents, tmp_path, "a").paths[0], bpe).index(0)
         counts, breaks = text_counts(index, bpe)
         assert counts.tolist() == [
