@@ -47,7 +47,9 @@ def infer_fields(samples: Iterable[Mapping[str, Any]]) -> Fields:
     names = list(dict.fromkeys(name for view in views for name in view.leaves() if not re.fullmatch(NEVER_LEARNED, base(name))))
     media = [name for name in names if any(view.is_medium(name) for view in views)]
     media = [name for name in media if "." not in name or name.startswith("json.")] or media
-    entries = [_required(entry, views) for entry in _media_entries(media)]
+    by_kind = [tuple(sorted(name for name in media if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
+    others = [(name,) for name in media if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]  # not files of a WebDataset
+    entries = [_required(Field(alternatives), views) for alternatives in (*by_kind, *others) if alternatives]
     roles = {"label": LABEL_NAMES, "group": GROUP_NAMES, "split": ("split",)}
     scalars = {role: name for role, known in roles.items() if (name := _scalar_name(names, views, known))}
     texts = _text_entries([name for name in names if name not in scalars.values()], views, len(media))
@@ -60,13 +62,6 @@ def infer_fields(samples: Iterable[Mapping[str, Any]]) -> Fields:
     entries += [entry for entry in texts if entry.role not in fields.SEGMENT_ROLES]
     entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
     return Fields(tuple(entries), shuffle)
-
-
-def _media_entries(names: Sequence[str]) -> list[Field]:
-    """One entry for the images and one for the sounds of WebDataset files, one for each other column."""
-    by_kind = [tuple(sorted(name for name in names if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
-    others = [(name,) for name in names if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]
-    return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
 
 
 def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int) -> list[Field]:

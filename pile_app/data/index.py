@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -170,8 +169,7 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
                 reading = fields.read(sample.key, {n: block[at : at + size] for n, (at, size) in sample.files.items()})
                 segments = _segment_rows(reading, sample.files)
             except BadSample as error:
-                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address varies
-                count = rejected.setdefault(error.reason, [0, [], detail[:300]])
+                count = rejected.setdefault(error.reason, [0, [], error.detail[:300]])
                 count[0] += 1
                 count[1] += [sample.key] * (len(count[1]) < LISTED)
                 continue

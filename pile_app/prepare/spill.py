@@ -168,12 +168,11 @@ class _Reader:
 
     def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
         self.counts[f"{what}:{error.reason}"] += 1
-        detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
         sample, excerpt = record.content, describe(record.content) if isinstance(record.content, Document) else ""
         if isinstance(sample, Mapping):
             short = {name: value[:80] if isinstance(value, str | bytes) else value for name, value in sample.items()}
             excerpt = ", ".join(f"{name}: {value!s:.80}" for name, value in short.items())[:300]
-        self.rejected.append((source, record.where, error.reason, detail, excerpt))
+        self.rejected.append((source, record.where, error.reason, error.detail, excerpt))
 
 
 def sample_block(document: Document) -> bytes:
