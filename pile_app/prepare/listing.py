@@ -129,7 +129,8 @@ class Listing:
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
         paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
-        self.samples[layout].add(Record(where, values, layout, split, paths, size))
+        own = {os.path.basename(file.name): file.real for file in named.values()} if "json" in named else {}
+        self.samples[layout].add(Record(where, values, layout, split, paths, size, own))
         for file in named.values():
             self.rest.pop(file.name, None)
 

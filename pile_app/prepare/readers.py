@@ -214,9 +214,10 @@ def read_record(record: Record, options: Options, maps: Maps) -> Reading:
 
 def _open(files: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
     """Read a file that a sample holds as a path, or that its record names."""
-    if isinstance(value, str) and value not in files:
+    found = value if isinstance(value, Path) else files.get(value) or files.get(os.path.basename(value))
+    if found is None:
         raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
-    path = Path(files[value] if isinstance(value, str) else value)
+    path = Path(found)
     try:
         return path.name, read_file(str(path))
     except OSError as error:
