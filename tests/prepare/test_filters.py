@@ -11,7 +11,7 @@ import soundfile
 from PIL import Image
 
 from pile_app.documents import BadSample, Document, Segment
-from pile_app.media import audio_size, decode_audio, image_size
+from pile_app.media import audio_size, decode_audio, decode_image, image_size
 from pile_app.prepare.filters import apply_steps, c4, gopher, normalize_text
 from pile_app.prepare.ngrams import EvaluationTexts, NearDuplicates, minhash, ngram_hashes, words_of
 from pile_app.prepare.options import Options, require
@@ -258,3 +258,10 @@ def test_sounds_are_resampled_and_re_encoded_where_they_have_to_be() -> None:
     mono = audio_step(Segment(stereo.getvalue(), "wav"), resample=8000)
     assert soundfile.info(io.BytesIO(mono.file)).channels == 1
     assert mono.extension == "wav"
+
+
+def test_a_grey_picture_of_16_bits_stays_grey_when_it_shrinks() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(file, "png")
+    (segment,) = apply_steps(Document((Segment(file.getvalue(), "png"),)), Options(image_max_size=32)).segments
+    assert image_size(segment.file) == (32, 32) and abs(decode_image(segment.file, 1, 32, 32).mean() - 127.5) < 2
