@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class BadSample(ValueError):
     """A sample that cannot be used. `reason` is a short name that rejections are counted by."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", detail)  # the address differs in every run
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 

@@ -6,8 +6,7 @@
     fields: messages                                       # a chat
 
 A *sample* maps names to values: the files of a WebDataset sample by extension, the columns of a table, or the files of a folder
-that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py` guesses the map from a few samples.
-"""
+that share a stem. A dotted name leads into JSON (`json.meta.title`). `infer.py` guesses the map from a few samples."""
 
 from __future__ import annotations
 
@@ -23,20 +22,8 @@ from typing import Any
 
 import yaml
 
-from pile_app import records
-from pile_app.documents import (
-    AUDIO_EXTENSIONS,
-    ENCODED_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MODALITIES,
-    MODALITY_OF_EXTENSION,
-    TEXT,
-    UNREADABLE_EXTENSIONS,
-    BadSample,
-    Document,
-    Segment,
-    media_extension,
-)
+from pile_app import documents, records
+from pile_app.documents import MODALITIES, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment, media_extension
 
 Sample = Mapping[str, Any]
 OpenFile = Callable[[str | Path], tuple[str, bytes]]  # a path, or the name of a file of the input -> its name and content
@@ -46,7 +33,7 @@ RECORD_ROLES = ("messages", "interleaved", "segments")  # the whole document, in
 META_ROLES = ("label", "group", "split")
 OPTIONS = ("loss", "optional", "choose", "learn")
 UNKNOWN = ("", "-", "-1", "n/a", "none", "null", "unknown")  # values of an unknown group; the first three of an unknown label
-MEDIA_EXTENSIONS = IMAGE_EXTENSIONS + AUDIO_EXTENSIONS
+MEDIA_EXTENSIONS = documents.IMAGE_EXTENSIONS + documents.AUDIO_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -164,7 +151,7 @@ class Fields:
         parts = [part for part in parts if part[0].data] + labels
         if not parts:
             raise BadSample("no_segment", f"sample {key!r} holds no text, image or sound, only {listing(sample)}")
-        unreadable = [name for name in sample if extension(name) in UNREADABLE_EXTENSIONS]
+        unreadable = [name for name in sample if extension(name) in documents.UNREADABLE_EXTENSIONS]
         if unreadable and all(segment.modality == TEXT for segment, _ in parts):
             raise BadSample("unreadable_medium", f"sample {key!r} holds {listing(unreadable)}, which cannot be decoded")
         mapped = {name.lower() for entry in self.entries for name in entry.names} | set(map(str.lower, view.used))
@@ -254,8 +241,10 @@ class SampleView:
             raise self.damaged or BadSample("no_conversation", detail)
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
-        for kind, extensions in {"images": IMAGE_EXTENSIONS, "audios": AUDIO_EXTENSIONS}.items():  # that the JSON does not name
-            files = [name for name in self.sample if extension(name) in extensions and is_json]
+        extensions = {"images": documents.IMAGE_EXTENSIONS, "audios": documents.AUDIO_EXTENSIONS}
+        others = [name for name, one in self.sample.items() if not (isinstance(one, Path) and one.name in repr(found))]
+        for kind in extensions if is_json else ():  # files that the JSON does not name
+            files = [name for name in others if extension(name) in extensions[kind]]
             if files and not {kind, kind[:-1]} & found.keys():
                 found = {**found, kind: files}
         return found
@@ -270,13 +259,15 @@ class SampleView:
         return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
 
     def medium(self, value: Any) -> Segment:
-        """Read a medium: bytes, a path, `{"bytes", "path"}`, a data URI, base64, or the name of a file. Nothing is fetched.
+        """Read a medium: bytes, a path, a data URI, base64, the name of a file, or an object of one of them by the name bytes,
+        path, data or url. Nothing is fetched.
 
         Raises BadSample: `missing_file`, `remote_medium`, `invalid_base64`, `unknown_medium` or `empty_file`."""
         name = ""
         if isinstance(value, Mapping):
             name = str(value.get("path") or "")
-            value = value["bytes"] if value.get("bytes") is not None else name or value
+            data = value.get("data") and f"data:;base64,{value['data']}"
+            value = value["bytes"] if value.get("bytes") is not None else name or data or value.get("url") or value
         if isinstance(value, str) and value in self.sample:
             self.used.add(value)
             name, value = value, self.sample[value]
@@ -314,7 +305,7 @@ class SampleView:
             return
         if isinstance(value, Mapping) and not {"bytes", "path"} & value.keys():
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is an object: name a field of it, e.g. {name}.text")
-        is_file = isinstance(value, bytes) and kind in MEDIA_EXTENSIONS + ENCODED_EXTENSIONS and name in self.sample
+        is_file = isinstance(value, bytes) and kind in MEDIA_EXTENSIONS + documents.ENCODED_EXTENSIONS and name in self.sample
         segment = Segment(value, kind) if is_file else self.medium(value)
         if entry.role in ("image", "audio") and entry.role != MODALITIES[segment.modality]:
             raise BadSample("wrong_type", f"{name} of sample {self.key!r} is a {segment.extension}, not {entry.role}")
@@ -386,21 +377,13 @@ def is_own_form(description: Any) -> bool:
     """Tell whether a sample's JSON is Pile's own: its `segments` are all `{"text": ...}` or `{"file": ...}`, or with `loss`."""
 
     def is_entry(entry: Any) -> bool:
-        if (
-            not isinstance(entry, Mapping)
-            or not entry.keys() <= {"text", "file", "loss"}
-            or ("text" in entry) == ("file" in entry)
-        ):
-            return False
-        return isinstance(entry.get("file", entry.get("text")), str) or is_texts(entry.get("text"))
+        names = entry.keys() - {"loss"} if isinstance(entry, Mapping) else None
+        if names == {"text"}:
+            return isinstance(entry["text"], str) or is_texts(entry["text"])
+        return names == {"file"} and isinstance(entry["file"], str)
 
     segments = description.get("segments") if isinstance(description, Mapping) else None
     return isinstance(segments, list) and bool(segments) and all(map(is_entry, segments))
-
-
-def base(name: str) -> str:
-    """Return a name in lower case, without the `json.` before it and the `.text` after it."""
-    return name.lower().removeprefix("json.").removesuffix(".text")
 
 
 def is_texts(value: Any) -> bool:

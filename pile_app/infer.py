@@ -10,22 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pile_app import fields
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
-from pile_app.fields import (
-    OWN,
-    RECORDS,
-    SEGMENT_ROLES,
-    Field,
-    Fields,
-    Sample,
-    SampleView,
-    as_list,
-    base,
-    extension,
-    is_own_form,
-    is_texts,
-    listing,
-)
+from pile_app.fields import Field, Fields, SampleView, as_list, extension, is_own_form, is_texts, listing
 
 TEXT_NAMES = (  # of the text that a data set is about, the best first
     "caption", "captions", "normalized_text", "text_normalized", "text", "transcript", "transcription", "sentence", "sentences",
@@ -42,39 +29,39 @@ GROUP_NAMES = ("speaker", "speaker_id", "client_id")
 NEVER_LEARNED = "rejected|masks?|seg|segmentation|segmentation_mask|depth|depth_map|.*_parse"
 
 
-def infer_fields(samples: Iterable[Sample]) -> Fields:
+def base(name: str) -> str:
+    """Return a name in lower case, without the `json.` before it and the `.text` after it."""
+    return name.lower().removeprefix("json.").removesuffix(".text")
+
+
+def infer_fields(samples: Iterable[Mapping[str, Any]]) -> Fields:
     """Return the field map that a few samples (the first 200, say) suggest.
 
     Raises ValueError: nothing in the samples can be learned; the message shows the names and the first sample."""
     views = [SampleView("", sample, None) for sample in samples]
     if any(is_own_form(view.json) for view in views):
-        return OWN
-    for role, (test, _, _) in RECORDS.items():
+        return fields.OWN
+    for role, (test, _, _) in fields.RECORDS.items():
         if sum(any(map(test, view.records())) for view in views) > len(views) / 2:
             return Fields((Field((), role),))
     names = list(dict.fromkeys(name for view in views for name in view.leaves() if not re.fullmatch(NEVER_LEARNED, base(name))))
     media = [name for name in names if any(view.is_medium(name) for view in views)]
     media = [name for name in media if "." not in name or name.startswith("json.")] or media
-    entries = [_required(entry, views) for entry in _media_entries(media)]
+    by_kind = [tuple(sorted(name for name in media if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
+    others = [(name,) for name in media if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]  # not files of a WebDataset
+    entries = [_required(Field(alternatives), views) for alternatives in (*by_kind, *others) if alternatives]
     roles = {"label": LABEL_NAMES, "group": GROUP_NAMES, "split": ("split",)}
     scalars = {role: name for role, known in roles.items() if (name := _scalar_name(names, views, known))}
     texts = _text_entries([name for name in names if name not in scalars.values()], views, len(media))
-    entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in SEGMENT_ROLES]
+    entries += [_required(replace(entry, optional=bool(media)), views) for entry in texts if entry.role in fields.SEGMENT_ROLES]
     if not entries:
         first = {name: view.raw(name) for view in views[:1] for name in view.leaves()}
         hint = "Name the fields, e.g. --fields '[image, text]' (in a configuration: data.sources.<name>.fields)"
         raise ValueError(f"nothing to learn was recognized among {listing(names)}; the first sample is {first!r:.300}. {hint}")
     shuffle = len(entries) > 1 and bool(media) and all(entry.loss for entry in entries)
-    entries += [entry for entry in texts if entry.role not in SEGMENT_ROLES]
+    entries += [entry for entry in texts if entry.role not in fields.SEGMENT_ROLES]
     entries += [Field((name,), role) for role, name in scalars.items() if role not in [entry.role for entry in entries]]
     return Fields(tuple(entries), shuffle)
-
-
-def _media_entries(names: Sequence[str]) -> list[Field]:
-    """One entry for the images and one for the sounds of WebDataset files, one for each other column."""
-    by_kind = [tuple(sorted(name for name in names if name in kind)) for kind in (IMAGE_EXTENSIONS, AUDIO_EXTENSIONS)]
-    others = [(name,) for name in names if name not in IMAGE_EXTENSIONS + AUDIO_EXTENSIONS]
-    return [Field(alternatives) for alternatives in (*by_kind, *others) if alternatives]
 
 
 def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int) -> list[Field]:
@@ -90,8 +77,8 @@ def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int
     nested = {name: next((value for value in values(name) if isinstance(value, Mapping)), {}) for name in names}
     names = [*names, *(f"{name}.text" for name in names if "text" in nested[name])]  # SQuAD: {"answers": {"text": [...]}}
     names += [f"{name}.{key}" for name in names if base(name) == "translation" for key in nested[name]]
-    media = {name for name in names if any(view.is_medium(name) for view in views)}
-    texts = [name for name in names if name not in media and any(map(_is_text, values(name)))]
+    others = [name for name in names if not any(view.is_medium(name) for view in views)]
+    texts = [name for name in others if any(isinstance(one, str | bytes) or is_texts(one) for one in values(name))]
     plain = [name for name in names if any(isinstance(value, int | float) for value in values(name))]
     by_base = {base(name): name for name in reversed([*texts, *plain])}
     for first, others in PAIRS.items():
@@ -126,10 +113,6 @@ def _required(entry: Field, views: Sequence[SampleView]) -> Field:
     present = sum(any(True for name in entry.names for _ in view.values(name)) for view in views)
     least = len(views) if entry.optional else len(views) / 2
     return replace(entry, optional=present < least)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | bytes) or is_texts(value)
 
 
 def _is_prose(values: Sequence[Any]) -> bool:

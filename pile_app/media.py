@@ -38,15 +38,6 @@ def image_size(data: bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def is_animated(data: bytes) -> bool:
-    """Tell whether an image has several frames or pages; only the first is decoded."""
-    with _open_image(data) as image:
-        try:
-            return bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # MPO: a photo and its preview
-        except Exception:  # damage after the header, which decoding reports
-            return False
-
-
 def _open_image(data: bytes) -> Any:
     from PIL import Image
 
@@ -208,10 +199,8 @@ def _open_sound(data: bytes) -> _Sound:
     if not SAMPLE_RATES[0] <= sound.rate <= SAMPLE_RATES[1]:
         raise BadSample("undecodable_audio", f"{sound.rate} Hz; sample rates from {SAMPLE_RATES} are decoded")
     if sound.frames > MAX_AUDIO_SECONDS * sound.rate or sound.frames * sound.channels > MAX_AUDIO_SAMPLES:
-        size = f"{sound.frames / sound.rate:,.0f} seconds, {sound.channels} channels"
-        raise BadSample(
-            "audio_too_long", f"{size}; up to {MAX_AUDIO_SECONDS:g} s and {MAX_AUDIO_SAMPLES:,} samples are decoded"
-        )
+        limit = f"up to {MAX_AUDIO_SECONDS:g} s and {MAX_AUDIO_SAMPLES:,} samples are decoded"
+        raise BadSample("audio_too_long", f"{sound.frames / sound.rate:,.0f} s, {sound.channels} channels; {limit}")
     return sound
 
 

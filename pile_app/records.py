@@ -5,14 +5,8 @@
   of strings in which user and assistant take turns.
 * Interleaved: OBELICS (`texts` and `images`, aligned) and MMC4 (`text_list`, and `image_info` with the index of a text).
 
-A turn is the marker of its role, then its segments. Only answers are learned, up to the marker of the next speaker:
-
-    <begin> <text> ᵁ <text> What is this? <image> c c c c <text> ᴬ <text> It is three. <text> ᵁ <end>
-                                                                   ^^^^^^^^^^^^^^^^^^^^^^^^^^^^ learned
-
-A marker is a text segment of one control character, which every byte-level tokenizer can write. Users cannot forge a role,
-because `strip_markers` removes these characters from all other texts.
-"""
+A turn is the marker of its role, a text segment of one control character, then its segments. Only answers are learned, up to
+the marker of the next speaker. Users cannot forge a role: `strip_markers` removes these characters from all other texts."""
 
 from __future__ import annotations
 
@@ -25,7 +19,7 @@ from typing import Any
 
 from pile_app.documents import BadSample, Document, Segment
 
-Medium = Callable[[Any], Segment]  # bytes, {"bytes", "path"} or the name of a file -> segment; raises BadSample
+Medium = Callable[[Any], Segment]  # a value that `SampleView.medium` knows -> segment; raises BadSample
 
 ROLES = {"system": "\x01", "user": "\x02", "assistant": "\x03"}
 MARKERS = tuple(ROLES.values())
@@ -120,7 +114,7 @@ def chat(record: Any, medium: Medium, dropped: Counter[str]) -> list[Segment]:
         raise BadSample("no_conversation", fields)
     reader = _ChatReader(medium, dropped)
     for kind, names in MEDIA.items():
-        reader.queues[kind] = [reader.medium(value) for name in names for value in _listed(record.get(name))]
+        reader.queues[kind] = [medium(value) for name in names for value in _listed(record.get(name))]
     if isinstance(record.get("system"), str):
         messages = [{"role": "system", "content": record["system"]}, *messages]
     turns = [turn for message in messages for turn in reader.turns(message)]
@@ -192,7 +186,7 @@ class _ChatReader:
         elif kind in ("image_url", "input_image", "image", "audio_url", "input_audio", "audio"):
             value = next((given[name] for name in (kind, "image_url", "source", "url", "path") if given.get(name)), None)
             queue = self.queues["audio" if "audio" in kind else "image"]
-            yield queue.pop(0) if value is None and queue else self.medium(value)
+            yield queue.pop(0) if value is None and queue else self._medium(value)
         else:
             raise BadSample("unknown_content", f"a part of a message is {part!r:.80}, not text, image or audio")
 
@@ -205,12 +199,6 @@ class _ChatReader:
                 yield self.queues[part].pop(0)
             elif part.strip():
                 yield Segment(part.strip())
-
-    def medium(self, value: Any) -> Segment:
-        """Read what `medium` takes, `{"url": ...}`, or base64 in `{"data": ...}`."""
-        if isinstance(value, Mapping):
-            value = f"data:;base64,{value['data']}" if value.get("data") else value.get("url") or value
-        return self._medium(value)
 
 
 def is_interleaved(record: Any) -> bool:

@@ -43,6 +43,7 @@ def no_medium(value: Any) -> Segment:
 def as_png(value: Any) -> Segment:
     if value == "gone.png":
         raise BadSample("missing_file", value)
+    value = value.get("url", value) if isinstance(value, dict) else value
     return Segment(value if isinstance(value, bytes) else str(value).encode(), "png")
 
 

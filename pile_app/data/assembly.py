@@ -1,9 +1,6 @@
-"""Documents -> `Batch`: lay out the tokens of packs and decode their media.
+"""Documents -> `Batch`: lay out the tokens of packs (see `vocabulary.py`) and decode their media.
 
-    <begin> <text> b y t e s <image> c c c c <audio> a a a a a <audio_end> <end>
-
-The model's codecs fill in the codes of media. The tokens of an unusable document are masked, so nothing else moves.
-"""
+The model's codecs fill in the codes of media. The tokens of an unusable document are masked, so nothing else moves."""
 
 from __future__ import annotations
 
@@ -115,9 +112,7 @@ class _Rows:
         self, rows: int, context: int, vocabulary: Vocabulary, tokenizer: Tokenizer, annotator: Annotator | None
     ) -> None:
         self.context, self.vocabulary, self.tokenizer, self.annotator = context, vocabulary, tokenizer, annotator
-        self.tokens = np.full(
-            rows * context, EMPTY, np.int32
-        )  # relative to the first id of text, so that texts are only copied
+        self.tokens = np.full(rows * context, EMPTY, np.int32)  # relative to the first id of text: texts are only copied
         self.learned = np.full(rows * context, NOT_LEARNED, np.uint8)
         self.labels = np.full(rows * context if annotator else 0, NO_LABEL, np.int32)
         self.starts, self.sources = list[int](), list[int]()  # of pieces, by number, padding included

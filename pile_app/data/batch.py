@@ -1,27 +1,32 @@
 """Batches: B packs of T tokens, in one block of memory.
 
 A worker writes only the tokens, the modality predicted after each, and where pieces and media begin. The device derives
-document numbers, positions, sources and targets, without waiting: a fifth of the bytes to copy.
-"""
+document numbers, positions, sources and targets, without waiting: a fifth of the bytes to copy."""
 
 from __future__ import annotations
 
 import math
+import mmap
+import os
+import uuid
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pile_app.data import transport
 from pile_app.documents import MODALITIES
 
 PADDING = -1  # in `Batch.document` and `piece_sources`
 NOT_LEARNED = len(MODALITIES)  # in `Batch.learned`: the next token is not predicted
 
+HEADER = 64  # bytes before the data; the first is 1 while the memory is in use
+IS_POSSIBLE = hasattr(os, "memfd_create")  # Linux; elsewhere PyTorch's own way
 Layout = dict[str, tuple[str, tuple[int, ...], int]]  # name -> type, shape, first byte
 
 
@@ -34,7 +39,7 @@ class Batch:
     target_counts: tuple[int, int, int]  # of each modality in this batch
     image_tokens: int = 0  # codes of an image
     sound_tokens: list[int] = field(default_factory=list)  # `audio_tokens` on the host
-    memory: transport.Memory | None = None  # that holds the buffer, if a loading worker made it
+    memory: Memory | None = None  # that holds the buffer, if a loading worker made it
     rejected: list[tuple[int, str, str, str]] = field(default_factory=list)  # (source, key, reason, detail), masked
     numbers: list[int] = field(default_factory=list)  # positions of the packs in the order
     documents: list[list[tuple[int, str, int, int, int]]] = field(default_factory=list)  # (source, key, epoch, start, stop)
@@ -113,8 +118,7 @@ class Batch:
         """Draw (len(indices), width) numbers in [0, 1) for flat indices, from the position of the pack and the index in it.
 
         Any division of a step into devices and micro-batches draws the same numbers. (A batch without positions draws from
-        torch's generator.)
-        """
+        torch's generator.)"""
         length = self.tokens.size(1)
         if not self.numbers:
             return torch.rand(len(indices), width, device=indices.device)
@@ -133,7 +137,7 @@ class Batch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state["buffer"], tuple):
-            state["buffer"] = torch.from_numpy(transport.receive(state["buffer"]))
+            state["buffer"] = torch.from_numpy(receive(state["buffer"]))
         self.__dict__.update(state)
         self.__post_init__()
 
@@ -155,10 +159,61 @@ def allocate(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[st
     for name, (kind, shape) in arrays.items():
         layout[name] = (kind, shape, size)
         size += -(-math.prod(shape) * np.dtype(kind).itemsize // 64) * 64
-    memory = transport.take(size) if transport.IS_POSSIBLE and get_worker_info() is not None else None
-    block = np.empty(size, np.uint8) if memory is None else np.frombuffer(memory.map, np.uint8, size, transport.HEADER)
+    memory = take(size) if IS_POSSIBLE and get_worker_info() is not None else None
+    block = np.empty(size, np.uint8) if memory is None else np.frombuffer(memory.map, np.uint8, size, HEADER)
     views = {
         name: block[first : first + math.prod(shape) * np.dtype(kind).itemsize].view(kind).reshape(shape)
         for name, (kind, shape, first) in layout.items()
     }
     return views, torch.from_numpy(block), layout, memory
+
+
+# -- Shared memory for the batches of loading workers, reused: clearing the pages of new memory, as `DataLoader` does, costs
+# half as much as decoding. A worker takes an anonymous file, fills it and sends its number, the first time with its
+# descriptor; the trainer lays tensors over it, and when the last of them is freed, its first byte becomes 0.
+
+
+class Memory:
+    """Hold a memory file of this process, with `size` bytes of data."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.name, self.was_sent = size, uuid.uuid4().hex, False
+        self.descriptor = os.memfd_create("pile-batch")
+        os.ftruncate(self.descriptor, HEADER + size)
+        self.map = mmap.mmap(self.descriptor, HEADER + size)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def reference(self, size: int) -> tuple[Any, ...]:
+        """Return the arguments for `receive` in another process."""
+        first, self.was_sent = not self.was_sent, True
+        return os.getpid(), self.name, size, DupFd(self.descriptor) if first else None
+
+
+_own: list[Memory] = []  # lent by this process
+_received: dict[tuple[int, str], mmap.mmap] = {}  # (process, name) -> memory of another process
+
+
+def take(size: int) -> Memory:
+    """Return unused memory for `size` bytes."""
+    free = [memory for memory in _own if not memory.map[0]]
+    fitting = next((memory for memory in free if memory.size >= size), None)
+    if fitting is None:
+        fitting = Memory(size + size // 4)
+        _own[:] = [*(memory for memory in _own if memory not in free), fitting]  # free memory is too small
+    fitting.map[0] = 1
+    return fitting
+
+
+def receive(reference: tuple[Any, ...]) -> np.ndarray:
+    """Map memory of another process as (size,) uint8, released with the last view of it."""
+    process, name, size, descriptor = reference
+    if descriptor is not None:
+        for key in [key for key in _received if not os.path.exists(f"/proc/{key[0]}")]:
+            del _received[key]
+        file = descriptor.detach()
+        _received[process, name] = mmap.mmap(file, os.fstat(file).st_size)
+        os.close(file)
+    shared = _received[process, name]
+    array = np.frombuffer(shared, np.uint8, size, HEADER)
+    weakref.finalize(array, shared.__setitem__, 0, 0).atexit = False
+    return array

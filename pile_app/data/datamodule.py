@@ -1,9 +1,7 @@
 """The data module: sources of shards in, batches out, on the ordinary PyTorch `DataLoader`.
 
 A map-style dataset makes the pack of a position; a batch sampler lists the positions of this rank from the resumed step on, so
-nothing has state: step s is the positions [s * G, (s + 1) * G), and rank r of W takes [r * G // W, (r + 1) * G // W) of
-them.
-"""
+nothing has state: rank r of W takes [s * G + r * G // W, s * G + (r + 1) * G // W) of step s."""
 
 from __future__ import annotations
 
@@ -36,11 +34,10 @@ from pile_app.data.assembly import PackedDocument, assemble
 from pile_app.data.batch import Batch
 from pile_app.data.files import cache_folder, worker_context
 from pile_app.data.order import ORDER_VERSION, Phase, Piece, SourceOrder, TrainingOrder, ValidationOrder
-from pile_app.data.remote import Prefetcher, ShardCache, Wanted
+from pile_app.data.remote import Prefetcher, ShardCache, Wanted, is_remote
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.data.transforms import Transforms
-from pile_app.data.urls import is_remote
 from pile_app.documents import BadSample, Document
 from pile_app.vocabulary import Vocabulary
 
@@ -55,8 +52,7 @@ class Source:
         weight: fraction of the training tokens, in any unit; None, for all sources: proportional to size.
         epochs: passes through this source instead of a weight; the run ends after all of them.
         fields: files and JSON fields of a sample that are segments, e.g. `[jpg|png, json.caption|txt]`; None: inferred.
-        transforms: augmentations of the training samples, e.g. `[flip, crop(0.8), my.module.function]`.
-    """
+        transforms: augmentations of the training samples, e.g. `[flip, crop(0.8), my.module.function]`."""
 
     train: str | list[str]
     validation: str | list[str] | None = None
@@ -145,8 +141,7 @@ class StepBatches(Sampler[list[int]]):
     """List the positions of each micro-batch of a rank in steps [start, steps); the length counts all steps, for Lightning.
 
     All ranks have the same number of micro-batches. Where a rank has fewer packs, `[~position]` is a micro-batch of padding in
-    the step of that position.
-    """
+    the step of that position."""
 
     def __init__(self, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> None:
         self.start, self.steps, self.global_batch = start, steps, global_batch
@@ -187,14 +182,13 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
-    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
     """Kill the workers at exit: Python would wait for their end after a SIGTERM, which they ignore."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -231,8 +225,7 @@ class PileDataModule(LightningDataModule):
         max_rejected_share: fraction of unusable documents above which the run stops.
         cache: folder for remote shards, which several runs and nodes may share; None: `~/.cache/pile/shards`.
         cache_gigabytes: limit of its size.
-        allow_pipe: run the commands of `pipe:` URLs, so the author of the configuration can run programs.
-    """
+        allow_pipe: run the commands of `pipe:` URLs, so the author of the configuration can run programs."""
 
     def __init__(
         self,
@@ -334,11 +327,9 @@ class PileDataModule(LightningDataModule):
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Return (most packs of a micro-batch, micro-batches per device and step); raise ValueError for too many devices."""
-        if world_size > self.global_batch:
-            raise ValueError(
-                f"data.global_batch={self.global_batch} packs are too few for {world_size} devices: use at most "
-                f"{self.global_batch} devices, or begin another run with a larger data.global_batch"
-            )
+        if world_size > (packs := self.global_batch):
+            fix = f"use at most {packs} devices, or begin another run with a larger data.global_batch"
+            raise ValueError(f"data.global_batch={packs} packs are too few for {world_size} devices: {fix}")
         per_device = -(-self.global_batch // world_size)
         micro = min(self.micro_batch or per_device, per_device)
         return micro, -(-per_device // micro)
@@ -350,28 +341,23 @@ class PileDataModule(LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return everything that the packs of positions depend on."""
         order = self.order
-        same = {name: getattr(self, name) for name in ("global_batch", "seed", "context")}
-        return same | {
-            "order_version": ORDER_VERSION,
+        return {
+            "order_version": ORDER_VERSION, "seed": self.seed, "context": self.context, "global_batch": self.global_batch,
+            "sources": self.source_names, "tokenizer": self.vocabulary.tokenizer,
+            "fingerprints": {data.name: data.fingerprint for data in self.train_data}, "streams": order.streams,
             "weights": [[order.first(number), phase.exact, *phase.weights] for number, phase in enumerate(order.phases)],
             "end": order.end,
-            "streams": order.streams,
-            "sources": self.source_names,
-            "tokenizer": self.vocabulary.tokenizer,
-            "fingerprints": {data.name: data.fingerprint for data in self.train_data},
-        }
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state and, once the sources are open, raise ValueError if the data would not continue where it stopped."""
         self._restored = state_dict
         if not self.train_data:
             return
-        version, position = state_dict["order_version"], state_dict["position"]
-        if version != ORDER_VERSION:
-            raise ValueError(
-                f"the checkpoint was made with order_version {version}, now it is {ORDER_VERSION}: continue with the pile_app "
-                "that the run began with, or begin another run with another --name"
-            )
+        position, another = state_dict["position"], "or begin another run with another --name"
+        if (version := state_dict["order_version"]) != ORDER_VERSION:
+            fix = f"continue with the pile_app that the run began with, {another}"
+            raise ValueError(f"the checkpoint was made with order_version {version}, now it is {ORDER_VERSION}: {fix}")
 
         def before(identity: dict[str, Any]) -> dict[str, Any]:  # later phases and ends do not change the packs before
             phases = [phase for phase in identity["weights"] if not phase[0] or phase[0] < position]
@@ -385,10 +371,8 @@ class PileDataModule(LightningDataModule):
                 if isinstance(old, dict):  # only the differences
                     names = sorted(name for name in old | new if old.get(name) != new.get(name))
                     old, new = ({name: values.get(name) for name in names} for values in (old, new))
-                raise ValueError(
-                    f"the checkpoint was made with {key} {old}, now it is {new}: the data would not continue where it stopped. "
-                    f"To resume, {fix}; or begin another run with another --name"
-                )
+                why = f"the data would not continue where it stopped. To resume, {fix}; {another}"
+                raise ValueError(f"the checkpoint was made with {key} {old}, now it is {new}: {why}")
 
     def train_dataset(self) -> PackDataset:
         return PackDataset(self.train_data, self.order, *self._model, self.global_batch, self.annotator, self.transforms)
@@ -398,15 +382,10 @@ class PileDataModule(LightningDataModule):
         is_remote = any(any(data.remote) for data in self.train_data + self.validation_data)
         forks = self.num_workers and is_remote  # not of this process: a fork would copy the locks of prefetching threads
         return TimedLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=worker_context() if forks else None,
-            worker_init_fn=_ignore_signals,
+            dataset, batch_sampler=batches, num_workers=self.num_workers, collate_fn=_unchanged, worker_init_fn=_ignore_signals,
+            multiprocessing_context=worker_context() if forks else None, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or creating the iterator would draw from the global generator
-        )
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import multiprocessing
@@ -19,11 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
 
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 
@@ -56,22 +52,15 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until renames in a folder are on disk; Windows has no such call."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def flock(descriptor: int, operation: str = "LOCK_EX", wait: bool = True) -> None:
-    """Lock an open file between processes and hosts; raise BlockingIOError if it is held elsewhere and `wait` is False."""
-    if fcntl is not None:
-        fcntl.flock(descriptor, getattr(fcntl, operation) | (0 if wait else fcntl.LOCK_NB))
+    """Wait until renames in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def release(descriptor: int) -> None:
     """Unlock and close a file. Closing alone does not unlock it while a forked child holds a copy of the descriptor."""
-    flock(descriptor, "LOCK_UN")
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
@@ -82,7 +71,7 @@ def locked(path: str, wait: bool = True) -> Iterator[bool]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            flock(descriptor, wait=wait)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 break  # else its last holder has removed the file meanwhile
         except BlockingIOError:
@@ -164,6 +153,11 @@ def worker_context(*preload: str) -> Any:
     return context
 
 
+def available_cores() -> int:
+    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
@@ -213,7 +207,7 @@ def _end_with_parent() -> None:
 
 def for_each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> list[Any]:
     """Map a function over items in several processes (None: one for each core), in this process if that is one."""
-    processes = min(processes or os.cpu_count() or 1, len(items))
+    processes = min(processes or available_cores(), len(items))
     if processes < 2:
         return [function(item) for item in items]
     size = max(1, len(items) // (8 * processes))

@@ -1,17 +1,16 @@
 """The index of a shard: byte range, checksum and key of each sample, modality and size of each segment.
 
 The rows of all shards of a source make its manifest (`manifest.py`). S is the number of samples, G of segments. Alternatives of
-a segment (several captions: training draws one for each epoch) are rows of their own, marked by `choice`.
-"""
+a segment (several captions: training draws one for each epoch) are rows of their own, marked by `choice`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -20,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from pile_app.data.files import ShardError
+from pile_app.data.files import ShardError, map_arrays, save_arrays
 from pile_app.data.packing import sentence_ends
 from pile_app.data.tar import MAX_SAMPLE_BYTES, TarSample, files_of_block, read_samples
-from pile_app.documents import ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Document, Segment
+from pile_app.data.tokenizers import Tokenizer
+from pile_app.documents import ENCODED_EXTENSIONS, IMAGE, MODALITY_OF_EXTENSION, TEXT, BadSample, Codes, Document, Segment
 from pile_app.fields import OWN, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.media import audio_size, image_size
@@ -39,6 +39,7 @@ COLUMNS = {
     "breaks": {"break_bytes": "<u4"},
     "keys": {"key_bytes": "|u1"},
 }  # fmt: skip
+TOKENIZED_AT_ONCE = 1 << 20  # characters
 TYPES = {name: kind for columns in COLUMNS.values() for name, kind in columns.items()}
 INFERRED_FROM = 200  # samples
 LISTED = 5  # keys of rejected samples that a manifest lists for each reason
@@ -51,8 +52,7 @@ class ShardIndex:
 
     path: of the tar, for messages; fields: the field map that it was read with; about: the shard's JSON entry in the manifest:
     name, size of the tar, fingerprint (changes with any row), rows (S, G, breaks, key bytes), read (samples), rejected
-    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32).
-    """
+    (reason -> [count, first keys, first message]), unused and dropped (name -> count), tokens (tokenizer -> CRC-32)."""
 
     path: str
     about: dict[str, Any]
@@ -169,8 +169,7 @@ def index_shard(path: str, name: str, shown: str, fields: Fields) -> ShardIndex:
                 reading = fields.read(sample.key, {n: block[at : at + size] for n, (at, size) in sample.files.items()})
                 segments = _segment_rows(reading, sample.files)
             except BadSample as error:
-                detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address varies
-                count = rejected.setdefault(error.reason, [0, [], detail[:300]])
+                count = rejected.setdefault(error.reason, [0, [], error.detail[:300]])
                 count[0] += 1
                 count[1] += [sample.key] * (len(count[1]) < LISTED)
                 continue
@@ -202,10 +201,8 @@ def infer_from_shard(path: str) -> tuple[Fields, int]:
     usual = {name for name, count in names.items() if 1 < count >= len(usable) / 2}
     clear = [sample for sample in usable if "json" in sample.files or not _ambiguity(sample, usual)]
     if not clear:
-        errors = filter(None, (sample.error or _ambiguity(sample, usual) for sample in samples))
-        raise ShardError(
-            f"shard {path!r} holds no usable sample, {next((f'e.g. {e}' for e in errors), 'the archive is empty')}"
-        )
+        errors = (f"e.g. {error}" for sample in samples if (error := sample.error or _ambiguity(sample, usual)))
+        raise ShardError(f"shard {path!r} holds no usable sample, {next(errors, 'the archive is empty')}")
     if any(name.rsplit(".", 1)[-1] in ENCODED_EXTENSIONS for name in names):
         return OWN, len(clear)
     with open(path, "rb") as file:
@@ -231,10 +228,8 @@ def _ambiguity(sample: TarSample, named: Collection[str]) -> BadSample | None:
     kinds = {name: name.rsplit(".", 1)[1].lower() for name in sample.files if "." in name and name not in named}
     counts = Counter(kinds.values())
     alike = [name for name, kind in kinds.items() if counts[kind] > 1]
-    detail = (
-        "a key ends at the first dot of a name, so these may be several samples. Rename the files, or name them in `fields`"
-    )
-    return BadSample("ambiguous_names", f"sample {sample.key!r} holds {', '.join(alike[:4])}: {detail}") if alike else None
+    why = "a key ends at the first dot, so these may be several samples. Rename the files, or name them in `fields`"
+    return BadSample("ambiguous_names", f"sample {sample.key!r} holds {', '.join(alike[:4])}: {why}") if alike else None
 
 
 def _segment_rows(reading: Reading, files: Mapping[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -273,3 +268,102 @@ def segment_breaks(segment: Segment) -> list[int]:
         return segment.codes.breaks[0].tolist()
     parts = pairwise([0, *sentence_ends(segment.text)])
     return np.cumsum([len(segment.text[first:stop].encode()) for first, stop in parts]).tolist()
+
+
+# -- Tokens of texts, by a tokenizer other than bytes. Counts become columns of the manifest. The ids of a local shard are kept
+# in `<shard>.<fingerprint>.tokens.safetensors`; without that file, the worker that reads a document tokenizes it.
+
+
+def columns_of(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Names of the manifest's columns for a tokenizer: (G,) counts of tokens, and breaks in tokens."""
+    return f"tokens.{tokenizer.fingerprint[:16]}", f"breaks.{tokenizer.fingerprint[:16]}"
+
+
+def text_counts(index: ShardIndex, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """((G,) int64 tokens of each text, 0 for media; breaks in tokens) of a shard. Raises `ShardError` if they are damaged."""
+    if tokenizer.fingerprint == "bytes":
+        return np.where(index.modality == TEXT, index.segment_size, 0).astype(np.int64), index.break_bytes
+    counts, breaks = (index.columns[name] for name in columns_of(tokenizer))
+    if _checksum(counts, breaks) != index.about["tokens"].get(tokenizer.fingerprint[:16]):
+        raise ShardError(f"the token counts of shard {index.path!r} are damaged: run `pile index --overwrite {index.path}`")
+    return counts.astype(np.int64), breaks
+
+
+def _checksum(counts: np.ndarray, breaks: np.ndarray) -> int:
+    return zlib.crc32(breaks.tobytes(), zlib.crc32(counts.tobytes()))
+
+
+class KeptIds:
+    """The ids of the texts of a local shard. Raises OSError or ValueError if they are missing, or those of another shard."""
+
+    def __init__(self, index: ShardIndex, path: str, tokenizer: Tokenizer) -> None:
+        arrays, header = map_arrays(_ids_path(path, tokenizer))
+        in_files = index.file == EXTENSIONS.index("txt")  # the shard itself holds the ids of encoded texts
+        self.first = starts(np.where(in_files, text_counts(index, tokenizer)[0], 0))
+        lengths = [len(arrays.get(name, ())) for name in ("crc", "ids")]
+        if header.get("shard") != index.about["fingerprint"] or lengths != [len(in_files), self.first[-1]]:
+            raise ValueError("these are the ids of another shard")
+        self.path, self.crc, self.ids_of_all = index.path, arrays["crc"], arrays["ids"]
+        self.is_checked = bytearray(len(in_files))
+
+    def ids(self, row: int) -> np.ndarray:
+        """(tokens,) ids of a text, whose checksum is compared once. Raises `BadSample` if they are damaged."""
+        ids = self.ids_of_all[self.first[row] : self.first[row + 1]]
+        if not self.is_checked[row] and zlib.crc32(ids.data) != self.crc[row]:
+            raise BadSample("checksum", f"the token ids that were kept for {self.path!r} are damaged: remove the file")
+        self.is_checked[row] = True
+        return ids
+
+
+def count_tokens(index: ShardIndex, path: str, tokenizer: Tokenizer, keep: bool) -> None:
+    """Add the columns of a tokenizer to an index. keep: write the ids next to the tar at `path`, if the folder can be written.
+
+    Raises `ShardError` if a sample differs from the index, or another tokenizer encoded it."""
+    kind = "<u2" if tokenizer.size <= 1 << 16 else "<u4"
+    counts, crc = np.zeros(len(index.modality), "<u4"), np.zeros(len(index.modality), "<u4")
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row -> ids (none if the shard holds them), breaks
+    waiting: dict[int, str] = {}
+    size = 0
+
+    def tokenize() -> None:
+        texts = list(waiting.values())
+        for row, (ids, ends) in zip(waiting, tokenizer.encode_all(texts, list(map(sentence_ends, texts))), strict=True):
+            found[row] = ids.astype(kind), ends.astype("<u4")
+            counts[row], crc[row] = len(ids), zlib.crc32(found[row][0].data)
+        waiting.clear()
+
+    with open(path, "rb") as file:
+        for sample in range(len(index)):
+            if not any(index.numbers.modality[row] == TEXT for row in index.rows(sample)):
+                continue
+            try:
+                block = index.block(sample, file.fileno())
+                for row, content in index.contents(sample, block).items():
+                    if isinstance(content, str):
+                        waiting[row] = content
+                        size += len(content)
+                    elif index.modality[row] == TEXT:
+                        codes = Codes.from_bytes(content)
+                        if codes.encoder != tokenizer.fingerprint:
+                            what = f"text encoded by tokenizer {codes.encoder}, not {tokenizer.fingerprint}"
+                            raise ShardError(f"{index.path!r} holds {what}: set model.tokenizer to that, or encode again")
+                        counts[row] = len(codes.values)
+                        found[row] = np.zeros(0, kind), codes.breaks[1].astype("<u4")
+            except BadSample as error:
+                raise ShardError(f"the texts of shard {index.path!r} cannot be tokenized: {error}{index.fix}") from error
+            if size > TOKENIZED_AT_ONCE:
+                tokenize()
+                size = 0
+    tokenize()
+    in_order = [(np.zeros(0, kind), np.zeros(0, "<u4")), *(found[row] for row in sorted(found))]
+    breaks = np.concatenate([ends for _, ends in in_order])
+    index.columns |= dict(zip(columns_of(tokenizer), (counts, breaks), strict=True))
+    index.about["tokens"][tokenizer.fingerprint[:16]] = _checksum(counts, breaks)
+    if keep and os.access(os.path.dirname(path) or ".", os.W_OK):
+        with suppress(OSError):
+            arrays = {"crc": [crc], "ids": [ids for ids, _ in in_order]}
+            save_arrays(_ids_path(path, tokenizer), arrays, {"shard": index.about["fingerprint"]})
+
+
+def _ids_path(path: str, tokenizer: Tokenizer) -> str:
+    return f"{path}.{tokenizer.fingerprint[:16]}.tokens.safetensors"

@@ -2,8 +2,7 @@
 
 `<stem>.manifest.safetensors` lies in the folder of the shards, or in the cache folder if they are remote or read-only. It also
 holds the token counts of each tokenizer. Tokens of media follow from their sizes by arithmetic, so a manifest stays right when
-a codec changes. Opening a source opens one file, regardless of the number of shards.
-"""
+a codec changes. Opening a source opens one file, regardless of the number of shards."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,10 @@ from typing import Any, Literal
 import fsspec
 import numpy as np
 
-from pile_app.data.files import ShardError, cache_folder, for_each, locked, map_arrays, save_arrays
-from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, index_shard, infer_from_shard, starts
-from pile_app.data.remote import ShardCache
+from pile_app.data.files import ShardError, available_cores, cache_folder, for_each, locked, map_arrays, save_arrays
+from pile_app.data.index import COLUMNS, EXTENSIONS, TYPES, ShardIndex, count_tokens, index_shard, infer_from_shard, starts
+from pile_app.data.remote import ShardCache, is_remote
 from pile_app.data.tokenizers import Tokenizer
-from pile_app.data.tokens import count_tokens
-from pile_app.data.urls import is_remote
 from pile_app.fields import Fields
 
 Again = Literal["", "changed", "all"]
@@ -86,14 +83,12 @@ def save_manifest(path: str, fields: Fields, indexes: Sequence[ShardIndex]) -> N
     """Write the indexes of shards as one file. Tokens that were not counted for all of them are zeros in the others."""
     tokenizers = sorted({tokenizer for index in indexes for tokenizer in index.about["tokens"]})
     kinds = TYPES | {f"{kind}.{tokenizer}": "<u4" for tokenizer in tokenizers for kind in ("tokens", "breaks")}
-    rows = [dict(zip(COLUMNS, index.about["rows"], strict=True)) for index in indexes]
-    arrays = {
-        name: [
-            index.columns[name].astype(kind, copy=False) if name in index.columns else np.zeros(row[_group(name)], kind)
-            for index, row in zip(indexes, rows, strict=True)
-        ]
-        for name, kind in kinds.items()
-    }
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
+    for index in indexes:
+        rows = dict(zip(COLUMNS, index.about["rows"], strict=True))
+        for name, kind in kinds.items():
+            column = index.columns.get(name)
+            arrays[name].append(np.zeros(rows[_group(name)], kind) if column is None else column.astype(kind, copy=False))
     header = {"version": MANIFEST_VERSION, "extensions": EXTENSIONS, "fields": str(fields)}
     save_arrays(path, arrays, header | {"shards": [index.about for index in indexes]})
 
@@ -110,10 +105,8 @@ def open_manifest(
     """Open the manifest of a group of `group_shards`. Missing shards and token counts are added first.
 
     fields: None: those of the manifest, or inferred from the first shard, and printed; another field map than that of the
-    manifest gets a file of its own. again: shards to index again: "changed" (another size or a later time), "all", or none.
-    """
+    manifest gets a file of its own. again: shards to index again: "changed" (another size or a later time), "all", or none."""
     own = f"{stem}.{hashlib.blake2b(str(fields).encode(), digest_size=3).hexdigest()}"
-    open_own = partial(open_manifest, own, paths, cache, fields, tokenizer, processes, again)
     folder, names = split_path(paths[0])[0], [split_path(path)[1] for path in paths]
     original, published, home = _locations(folder, stem, cache)
 
@@ -131,14 +124,13 @@ def open_manifest(
     def complete(found: Sequence[Manifest]) -> Manifest | None:
         return next((one for one in found if all(n in one.entries and is_done(one.about(n)) for n in names)), None)
 
-    def are_others(found: Sequence[Manifest], stale: set[str]) -> bool:
-        return fields is not None and any(str(one.fields) != str(fields) and one.entries.keys() - stale for one in found)
+    def usable(found: Sequence[Manifest], stale: Collection[str] = ()) -> Manifest | None:
+        if fields is not None and any(str(one.fields) != str(fields) and one.entries.keys() - set(stale) for one in found):
+            return open_manifest(own, paths, cache, fields, tokenizer, processes, again)
+        return None if stale else complete(found)
 
-    if found := [] if again else known():
-        if are_others(found, set()):
-            return open_own()
-        if manifest := complete(found):
-            return manifest
+    if manifest := None if again else usable(known()):
+        return manifest
     os.makedirs(os.path.dirname(home), exist_ok=True)
     with locked(home + ".lock"):
         found = known()  # another process may have written it meanwhile
@@ -149,9 +141,7 @@ def open_manifest(
         stale = set(names) if again == "all" else set()
         if found and again == "changed":
             stale = {name for name, path in zip(names, paths, strict=True) if _has_changed(path, name, found[0])}
-        if are_others(found, stale):
-            return open_own()
-        if not stale and (manifest := complete(found)):
+        if manifest := usable(found, stale):
             return manifest
         fields = fields or (found[0].fields if found else _infer(paths, cache))
         indexes = {}
@@ -164,7 +154,7 @@ def open_manifest(
         make = partial(_make, cache=cache, fields=fields, tokenizer=tokenizer, again=again)
         if not is_remote(paths[0]):
             size = sum(os.path.getsize(path) for path, *_ in todo)
-            processes = min(processes or os.cpu_count() or 1, 1 + size // BYTES_FOR_A_PROCESS)
+            processes = min(processes or available_cores(), 1 + size // BYTES_FOR_A_PROCESS)
         for index in for_each(make, todo, processes):
             indexes[index.about["name"]] = index
             if not index.about["read"]:
@@ -232,11 +222,10 @@ def _infer(paths: Sequence[str], cache: ShardCache | None) -> Fields:
         try:
             with _local_copy(path, cache) as local:
                 fields, count = infer_from_shard(local)
+            print(f"{path}: fields {fields} (inferred from {count} samples)", file=sys.stderr, flush=True)
+            return fields
         except ShardError as error:
             errors.append(error)
-            continue
-        print(f"{path}: fields {fields} (inferred from {count} samples)", file=sys.stderr, flush=True)
-        return fields
     raise errors[0]
 
 

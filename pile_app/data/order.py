@@ -7,8 +7,7 @@
     mixture   (stream, index in it) -> (source, k-th pack of the stream in that source), a closed form of integer weights
 
 A window fills the same number of packs in every epoch, however ties are broken, so one table of pack counts serves all epochs.
-Permutations sort by our own hash, so no library changes them.
-"""
+Permutations sort by our own hash, so no library changes them."""
 
 from __future__ import annotations
 
@@ -187,8 +186,7 @@ class _Window(NamedTuple):
 class SourceOrder:
     """Order of a source: in each epoch, each of its E packs is visited by exactly one stream.
 
-    window_packs: (windows,) packs of each window; None: count them with `for_each`, a `map`, which loads all pieces once.
-    """
+    window_packs: (windows,) packs of each window; None: count them with `for_each`, a `map`, which loads all pieces once."""
 
     def __init__(
         self,
@@ -217,9 +215,7 @@ class SourceOrder:
             window_packs = np.concatenate(list(for_each(self.count_packs, range(self.groups))))
         self.window_packs = window_packs
         self.packs_per_epoch = int(window_packs.sum())
-        self._starts = np.cumsum(
-            np.concatenate([[0], window_packs, window_packs])
-        )  # of windows, twice around the circle of packs
+        self._starts = np.cumsum([0, *window_packs, *window_packs])  # of windows, twice around the circle of packs
         self.tokens_per_pack = float(source.tokens.sum()) / self.packs_per_epoch  # mean
         # A circle: the first stream begins in the middle of the first group, see `_group_shards`.
         self._shift = int(self._starts[self._first_window[1]]) // 2 if self._parts > 1 else 0
@@ -243,8 +239,7 @@ class SourceOrder:
         """Return the first shard of each group of neighbouring shards, and their number (groups + 1,).
 
         The circle of shards is cut into parts of equal tokens, one or, in a small source, a fraction of one for each stream,
-        first within the first shard. Shards near a cut are groups alone, so streams overlap little; others are split evenly.
-        """
+        first within the first shard. Shards near a cut are groups alone, so streams overlap little; others are split evenly."""
         shards, full = self._shards, WINDOW_PACKS * self.context
         tokens, counts = self.source.tokens[shards], self.source.counts[shards]
         sizes = np.zeros_like(counts) if self.source.bytes is None else self.source.bytes[shards]

@@ -1,8 +1,7 @@
 """Packing: which pieces of documents share a pack. Pure functions of lengths.
 
 A document longer than a pack is cut between segments or sentences if possible, else inside a text, never inside a medium. A
-piece that continues a text repeats the last token of the previous piece, so every token and code is predicted exactly once.
-"""
+piece that continues a text repeats the last token of the previous piece, so every token and code is predicted exactly once."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ def cut_document(
         breaks: token offsets in the document at which a sentence ends; increasing.
 
     Raises:
-        ValueError: an image or a sound is longer than the context.
-    """
+        ValueError: an image or a sound is longer than the context."""
     openers = list(accumulate((tokens for _, tokens in segments), initial=1))  # offsets of the openers, then of `<end>`
     longest = max((tokens for modality, tokens in segments if modality != TEXT), default=0)
     if longest > context:

@@ -1,38 +1,42 @@
-"""Remote shards: whole files, fetched before they are needed into a folder of limited size.
-
-    <folder>/<hash of the URL>/<name>     a whole file, renamed after its size and checksums were verified
-                               <name>.<random>.part, <name>.lock
-             room.lock                    held while space is reserved
+"""Remote shards: whole files in a folder of limited size, `<folder>/<hash of the URL>/<name>`, fetched before they are needed.
 
 Processes and hosts share no other state. The holder of `<name>.lock` downloads to a `.part`, which has its final size from the
-start to reserve the space; if the lock is free, its process died. Readers hold a shared lock on files that are open or needed
-next, which protects them from eviction. The kernel releases a `flock` when a process dies; NFSv4 supports it across hosts.
-"""
+start to reserve the space (`room.lock` is held meanwhile); if the lock is free, its process died. Readers hold a shared `flock`
+on files that are open or needed next, which protects them from eviction, and which the kernel releases when a process dies."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
+import signal
+import subprocess
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from pile_app.data.files import ShardError, flock, locked, release
-from pile_app.data.urls import MissingError, opened, with_retries
+from pile_app.data.files import ShardError, locked, release
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Check = Callable[[str], None]  # raises if the file at a path is not the indexed file
 CHUNK = 16 << 20  # bytes of a read, and of a ranged request to S3
 WAIT_SECONDS = 0.1  # between attempts to reserve space
+SILENT_SECONDS = 60  # timeout for a connection, and for the next byte
+TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 that are retried
+CANNOT_RUN = (126, 127)  # exit statuses of a shell that finds no such command
 STUCK_SECONDS = 60  # until a file that is needed now replaces files in use
 
 
@@ -79,8 +83,7 @@ class ShardCache:
         until closed.
 
         A copy of another `size` is replaced, a new copy for which `check` raises is fetched once more. ahead: for prefetching:
-        do not wait for room or for other processes, and end when this event is set.
-        """
+        do not wait for room or for other processes, and end when this event is set."""
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
@@ -198,8 +201,7 @@ class ShardCache:
 class Prefetcher:
     """Fetch files in threads before they are needed: an optimization, as readers fetch missing files themselves.
 
-    files: (position after which it is not needed, file) in the order of first use; ahead: how many are fetched and kept.
-    """
+    files: (position after which it is not needed, file) in the order of first use; ahead: how many are fetched and kept."""
 
     def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:
         self.cache, self.ahead, self._files = cache, ahead, enumerate(files)
@@ -271,7 +273,7 @@ class Prefetcher:
 
 def _open_in_use(path: str | Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
-    flock(descriptor, "LOCK_SH")
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 
@@ -294,7 +296,7 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
     """Delete a copy unless it is in use or being replaced."""
     try:
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            flock(file.fileno(), wait=False)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except PermissionError:  # another user's
         return False
     except BlockingIOError:
@@ -303,3 +305,133 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
         log.warning("the cache holds less than is read at the same time: raise data.cache_gigabytes")
     Path(path).unlink(missing_ok=True)
     return True
+
+
+# -- URLs and the output of commands as streams of bytes. Credentials, endpoints and proxies come from the environment
+# (`AWS_ENDPOINT_URL`, `HTTPS_PROXY`), `.netrc` and `~/.config/fsspec/*.json`.
+
+
+class MissingError(ShardError):
+    """The file does not exist, or the server denies access."""
+
+
+def is_remote(path: str) -> bool:
+    """Tell whether `path` is a URL, except `file://`, or a `pipe:`."""
+    return path.startswith("pipe:") or (not path.startswith("file://") and bool(re.match(r"[A-Za-z][\w+.:-]*://", path)))
+
+
+def expand_remote(url: str) -> list[str]:
+    """List the URLs that match the wildcards in `url`, sorted; HTTP servers have to list their folders."""
+    scheme, _, rest = url.partition("://")
+    path = rest.partition("/")[2]  # without the host, which may be [::1]
+    if url.startswith("pipe:") or not glob.has_magic(path.replace("?", "") if scheme.startswith("http") else path):
+        return [url]  # in HTTP, `?` begins a query
+    filesystem, path = _filesystem(url)
+
+    def ask() -> list[str]:
+        found = filesystem.glob(path)
+        if not found:  # glob takes a dead server for an empty folder
+            filesystem.ls(re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0])
+        return found
+
+    return sorted(filesystem.unstrip_protocol(name) for name in with_retries(url, ask, 5, 0.5, time.sleep))
+
+
+def with_retries(
+    url: str, action: Callable[[], T], retries: int, backoff_seconds: float, pause: Callable[[float], object]
+) -> T:
+    """Return the result of `action`, retried after errors that may be temporary; raise ShardError with the fix otherwise."""
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except ShardError:
+            raise
+        except Exception as error:
+            said = f"{url!r} cannot be fetched: {type(error).__name__}: {error}"
+            status = getattr(error, "status", 0)  # of aiohttp
+            if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403, 404, 410):
+                raise MissingError(f"{said}. No such file, or no access: check the URL and the credentials") from error
+            if isinstance(error, ValueError | TypeError) or (400 <= status < 500 and status not in TEMPORARY):
+                raise ShardError(f"{said}. Check the URL") from error
+            if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+                raise ShardError(f"{said}. Lower data.cache_gigabytes below the free space of the disk") from error
+            if attempt > retries:
+                raise ShardError(f"{said} (tried {attempt} times). Check the URL, and that the server runs") from error
+            log.info("%s; attempt %d of %d", said, attempt + 1, retries + 1)
+            pause(backoff_seconds * 2 ** (attempt - 1))
+    raise AssertionError
+
+
+@contextmanager
+def opened(url: str) -> Iterator[tuple[Callable[[int], bytes], int | None]]:
+    """Open a URL or pipe as (read, size): `read(n)` returns up to n of the next bytes; size: as the server says."""
+    if url.startswith("pipe:"):
+        with _piped(url.removeprefix("pipe:")) as read:
+            yield read, None
+        return
+    filesystem, path = _filesystem(url)
+    filesystem.invalidate_cache()  # listings may be outdated
+    options: dict[str, Any] = {"cache_type": "none"}  # S3: ranges of one version
+    if url.startswith("http"):  # a plain GET: `size` only avoids a HEAD request, which signed URLs refuse
+        headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+        options = {"block_size": 0, "size": 1, "headers": headers}
+    with filesystem.open(path, "rb", **options) as file:
+        size = getattr(file, "size", None)
+        if url.startswith("http"):
+            size = None if "Content-Encoding" in file.r.headers else file.r.headers.get("Content-Length")
+        yield file.read, None if size is None else int(size)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Return (fsspec filesystem, path in it)."""
+    import fsspec
+
+    scheme, options = url.partition("://")[0], dict[str, Any]()
+    is_s3 = scheme in ("s3", "s3a")
+
+    def merged(option: str, defaults: dict[str, Any], *names: str) -> dict[str, Any]:  # options replace the configuration's
+        given = [fsspec.config.conf.get(name, {}).get(option, {}) for name in names]
+        return {option: defaults | given[0] | given[1]}
+
+    if is_s3:  # its retries would multiply with ours
+        options = merged("config_kwargs", {"retries": {"max_attempts": 0}}, "s3", "s3a")
+    elif scheme in ("http", "https"):  # aiohttp would end any download after five minutes, and ignore proxies
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+        options = merged("client_kwargs", {"timeout": timeout, "trust_env": True}, "http", "https")
+        options["encoded"] = "%" in url  # quoting a signature again breaks it
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        fix = "pip install s3fs" if is_s3 else f"{error}"
+        raise ShardError(f"{url!r} needs a package that is not installed: {fix}") from error
+    except ValueError as error:
+        raise ShardError(f"{url!r} cannot be read: {error}") from error
+
+
+@contextmanager
+def _piped(command: str) -> Iterator[Callable[[int], bytes]]:
+    """Run a shell command and return a function that reads its output; kill the command at the end."""
+    shell = ["bash", "-o", "pipefail", "-c", command]  # else `curl | gunzip` could fail and look like a short shard
+    with tempfile.TemporaryFile() as errors:
+        options: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors, "start_new_session": True}
+        process = subprocess.Popen(shell, **options)
+        output: Any = process.stdout
+
+        def read(size: int) -> bytes:
+            chunk = output.read1(size)
+            if not chunk and process.wait():
+                errors.seek(-min(1000, errors.seek(0, os.SEEK_END)), os.SEEK_END)
+                said = errors.read().decode(errors="replace").strip()
+                error = ValueError if process.returncode in CANNOT_RUN else OSError
+                raise error(f"the command ended with exit status {process.returncode}: {said or 'without a message'}")
+            return bytes(chunk)
+
+        try:
+            yield read
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            output.close()
+            process.wait()

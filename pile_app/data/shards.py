@@ -1,8 +1,7 @@
 """Shards: WebDataset tar files. `write_shards` writes documents, `Shards` reads them by number.
 
 A sample is read by its byte range (`pread`: no shared file position, safe in threads and after a fork) and checked against its
-CRC-32. Tars are opened when they are first needed.
-"""
+CRC-32. Tars are opened when they are first needed."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ import numpy as np
 from pile_app.data.files import ShardError, whole_file
 from pile_app.data.index import ShardIndex
 from pile_app.data.manifest import Again, Manifest, group_shards, open_manifest, split_path
-from pile_app.data.remote import ShardCache
+from pile_app.data.remote import ShardCache, expand_remote, is_remote
 from pile_app.data.tar import split_name
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer
-from pile_app.data.urls import expand_remote, is_remote
 from pile_app.documents import BadSample, Document, sample_from_document
 from pile_app.fields import OWN, Fields
 
@@ -66,13 +64,14 @@ def expand_shards(pattern: str | Sequence[str]) -> list[str]:
 class OpenShard:
     """A shard that is being read. Its index is loaded and its file is opened, or fetched, when they are first needed."""
 
-    def __init__(self, path: str, size: int, load: Callable[[], ShardIndex], cache: ShardCache | None) -> None:
-        self.path, self.size, self.cache, self._load = path, size, cache, load
+    def __init__(self, shards: Shards, number: int) -> None:
+        self.path, self.size, self._manifest = shards.paths[number], shards.sizes[number], shards.manifest_of[number]
+        self.cache = shards.cache if shards.remote[number] else None
 
     @cached_property
     def index(self) -> ShardIndex:
         """The rows of the shard. Raises `ShardError` if they are damaged."""
-        index = self._load()
+        index = self._manifest.index(split_path(self.path)[1])
         index.check()
         return index
 
@@ -98,6 +97,8 @@ class OpenShard:
 class Shards:
     """The documents of some shards, by number. See `expand_shards` and `open_manifest` for the arguments."""
 
+    opened_as: type[OpenShard] = OpenShard
+
     def __init__(
         self,
         pattern: str | Sequence[str],
@@ -113,11 +114,11 @@ class Shards:
             raise ShardError(f"{pattern!r} is remote and has to be read through a cache")
         self.cache, self.tokenizer = cache, tokenizer or ByteTokenizer()
         options = cache, Fields.parse(fields) if fields else None, self.tokenizer, processes, again
-        self.manifests: list[Manifest] = []
-        self._manifest_of: dict[int, Manifest] = {}
+        self.manifest_of: dict[int, Manifest] = {}  # by shard
         for (_, stem), shards in group_shards(self.paths).items():
-            self.manifests.append(open_manifest(stem, [self.paths[shard] for shard in shards], *options))
-            self._manifest_of |= dict.fromkeys(shards, self.manifests[-1])
+            manifest = open_manifest(stem, [self.paths[shard] for shard in shards], *options)
+            self.manifest_of |= dict.fromkeys(shards, manifest)
+        self.manifests = list(dict.fromkeys(self.manifest_of.values()))
         abouts = self._abouts()
         self.sizes = [int(about["size"]) for about in abouts]  # of the tars, in bytes
         self.first_document: list[int] = [0, *np.cumsum([about["rows"][0] for about in abouts]).tolist()]
@@ -130,16 +131,8 @@ class Shards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.opened: Any = lru_cache(OPEN_SHARDS)(self._open)  # of `OpenShard`
+        self.opened: Any = lru_cache(OPEN_SHARDS)(partial(self.opened_as, self))
         self._fetched_again: set[int] = set()
-
-    def _open(self, shard: int) -> OpenShard:
-        return OpenShard(*self._about(shard))
-
-    def _about(self, shard: int) -> tuple[str, int, Callable[[], ShardIndex], ShardCache | None]:
-        path, manifest = self.paths[shard], self._manifest_of[shard]
-        load = partial(manifest.index, split_path(path)[1])
-        return path, self.sizes[shard], load, self.cache if self.remote[shard] else None
 
     def __len__(self) -> int:
         return self.first_document[-1]
@@ -149,7 +142,7 @@ class Shards:
         return map(self.document, range(len(self)))
 
     def _abouts(self) -> list[dict[str, Any]]:
-        return [self._manifest_of[shard].about(split_path(path)[1]) for shard, path in enumerate(self.paths)]
+        return [self.manifest_of[shard].about(split_path(path)[1]) for shard, path in enumerate(self.paths)]
 
     def index(self, shard: int) -> ShardIndex:
         return self.opened(shard).index
@@ -213,9 +206,8 @@ class Shards:
 
 def describe_balance(balance: Mapping[str, Any]) -> str:
     """`1,000 samples: 990 documents; rejected: 10 missing_field (a, b); unused: 1,000 json.url; fields [jpg, txt]`"""
-    rejected = [
-        f"{n:,} {reason} ({', '.join(balance['examples'][reason][0])})" for reason, n in balance["rejected"].most_common()
-    ]
+    counts, examples = balance["rejected"].most_common(), balance["examples"]
+    rejected = [f"{count:,} {reason} ({', '.join(examples[reason][0])})" for reason, count in counts]
     parts = [f"{balance['read']:,} samples: {balance['documents']:,} documents", f"rejected: {', '.join(rejected) or 'none'}"]
     for name in ("unused", "dropped"):
         listed = [f"{count:,} {what}" for what, count in balance[name].most_common(8)]
@@ -227,8 +219,7 @@ def write_shards(documents: Iterable[Document], folder: str | Path, prefix: str,
     """Write documents to `folder/prefix-000000.tar` ... of about `shard_bytes` bytes each, and then the manifest.
 
     Documents without a key are numbered. The same documents give the same bytes. Documents that cannot be read back are
-    rejected in the manifest. Raises ValueError for a key that WebDataset would change.
-    """
+    rejected in the manifest. Raises ValueError for a key that WebDataset would change."""
     import webdataset
 
     Path(folder).mkdir(parents=True, exist_ok=True)

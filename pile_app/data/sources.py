@@ -1,9 +1,6 @@
-"""Sources: the shards of one name, and the pieces that their documents are cut into.
+"""Sources: the shards of one name, the pieces that their documents are cut into for the order, and their contents.
 
-    shards ──► manifest, token counts ──► pieces of each shard ──► `SourceOrder`
-
-Tables of large sources, which take time to compute, are computed by all cores and kept in `$PILE_CACHE`.
-"""
+Tables of large sources, which take time to compute, are computed by all cores and kept in `$PILE_CACHE`."""
 
 from __future__ import annotations
 
@@ -22,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder, for_each, map_arrays, save_arrays
-from pile_app.data.index import EXTENSIONS, UNORDERED, ShardIndex, starts
+from pile_app.data.index import EXTENSIONS, UNORDERED, KeptIds, ShardIndex, starts, text_counts
 from pile_app.data.order import ORDER_VERSION, SourceOrder, SourceTokens, piece_table
 from pile_app.data.packing import cut_document
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import OpenShard, Shards, describe_balance
 from pile_app.data.tokenizers import Tokenizer
-from pile_app.data.tokens import KeptIds, text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
 
@@ -48,12 +44,10 @@ Found = tuple[str, Document | BadSample]  # (key, document, or the reason why it
 class SourceShard(OpenShard):
     """An open shard of a source, with the tokens of its segments."""
 
-    def __init__(
-        self, about: tuple[Any, ...], vocabulary: Vocabulary, tokenizer: Tokenizer, context: int, readings: int = 1
-    ) -> None:
-        super().__init__(*about)
-        self.vocabulary, self.tokenizer, self.context, self.readings = vocabulary, tokenizer, context, readings
-        self.is_bytes = tokenizer.fingerprint == "bytes"
+    def __init__(self, source: SourceData, number: int) -> None:
+        super().__init__(source, number)
+        self.vocabulary, self.tokenizer, self.context = source.vocabulary, source.tokenizer, source.context
+        self.readings, self.is_bytes = source.readings, source.tokenizer.fingerprint == "bytes"
         self.checked = set[int]()  # long documents whose checksum was right
 
     @cached_property
@@ -140,6 +134,8 @@ class SourceShard(OpenShard):
 class SourceData(Shards):
     """The documents of one source: their pieces of at most `context` tokens for the order, their contents for training."""
 
+    opened_as = SourceShard
+
     def __init__(
         self,
         name: str,
@@ -172,9 +168,6 @@ class SourceData(Shards):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last_long: OrderedDict[tuple[int, int], tuple[int, list[Segment]]] = OrderedDict()
-
-    def _open(self, shard: int) -> SourceShard:
-        return SourceShard(self._about(shard), self.vocabulary, self.tokenizer, self.context, self.readings)
 
     def describe(self) -> str:
         """One line for people: samples, documents, rejections, unused names, the field map."""

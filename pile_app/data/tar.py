@@ -1,8 +1,7 @@
-"""Read WebDataset samples from tar files: their byte ranges, and the files in each.
+"""Read WebDataset samples from tar files: their byte ranges, and the files in each. Nothing is ever extracted.
 
 `tarfile` parses the headers, when a shard is indexed only. It takes a damaged header for the end of the archive, so the bytes
-after the last member must be the zeros that end a tar. Nothing is ever extracted.
-"""
+after the last member must be the zeros that end a tar."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
             if program := COMPRESSED.get(file.read(2)):
                 raise ShardError(f"shard {path!r} is compressed: {program} it first, samples are read at random offsets")
             file.seek(0)
-            for member, start, stop in _checked_members(file):
-                if is_ignored(member):
+            for member, start, stop in _members(file, os.fstat(file.fileno()).st_size):
+                if member.isdir() or is_hidden(member.name):
                     ignored["hidden files"] += not member.isdir()
                     continue
                 key, name = split_name(member.name)
@@ -62,32 +61,27 @@ def read_samples(path: str) -> tuple[list[TarSample], Counter[str]]:
     return _check_keys(samples), +ignored
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """Yield each member and the bytes [start, stop) of its headers and content. Raises ValueError."""
+def _members(file: BinaryIO, size: int | None = None) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
+    """Yield each member and the bytes [start, stop) of its headers and content. Raises ValueError; of a whole tar of `size`
+    bytes also for a member that is cut off, and where the end is missing."""
     stop = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined] # or memory grows with the archive
-                size = member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
-                if size < 0 or member.offset < stop or member.offset_data - member.offset > MAX_HEADER_BYTES:
+                length = member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
+                if length < 0 or member.offset < stop or member.offset_data - member.offset > MAX_HEADER_BYTES:
                     raise ValueError(f"the header of {member.name!r} gives an impossible size")
-                start, stop = member.offset, member.offset_data + -(-size // BLOCK) * BLOCK
+                start, stop = member.offset, member.offset_data + -(-length // BLOCK) * BLOCK
+                if size is not None and stop - BLOCK >= size:
+                    raise ValueError(f"{member.name!r} is cut off")
                 yield member, start, stop
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, AttributeError) as error:  # hostile headers
         raise ValueError(str(error)) from error
-
-
-def _checked_members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int, int]]:
-    """Yield the members of a whole tar. Raises ValueError for a member that is cut off, and where the end is missing."""
-    stop, size = 0, os.fstat(file.fileno()).st_size
-    for member, start, stop in _members(file):
-        if stop - BLOCK >= size:
-            raise ValueError(f"{member.name!r} is cut off")
-        yield member, start, stop
-    rest = (os.pread(file.fileno(), 1 << 20, offset) for offset in range(stop, size, 1 << 20))
-    if size - stop < BLOCK or any(part.strip(b"\0") for part in rest):
-        raise ValueError("neither a member nor the end of the archive follows")
+    if size is not None:
+        rest = (os.pread(file.fileno(), 1 << 20, offset) for offset in range(stop, size, 1 << 20))
+        if size - stop < BLOCK or any(part.strip(b"\0") for part in rest):
+            raise ValueError("neither a member nor the end of the archive follows")
 
 
 def _unsafe(member: tarfile.TarInfo) -> BadSample | None:
@@ -130,14 +124,10 @@ def is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".") or "__MACOSX" in name.split("/")
 
 
-def is_ignored(member: tarfile.TarInfo) -> bool:
-    return member.isdir() or is_hidden(member.name)
-
-
 def files_of_block(block: bytes) -> dict[str, bytes]:
     """Name -> content of the files of a sample, from its bytes in the tar. Raises `BadSample`."""
     try:
-        members = [member for member, *_ in _members(io.BytesIO(block)) if not is_ignored(member)]
+        members = [member for member, *_ in _members(io.BytesIO(block)) if not (member.isdir() or is_hidden(member.name))]
         return {split_name(m.name)[1]: block[m.offset_data : m.offset_data + m.size] for m in members}
     except ValueError as error:
         raise BadSample("damaged_sample", str(error)) from error
@@ -145,7 +135,7 @@ def files_of_block(block: bytes) -> dict[str, bytes]:
 
 def plain_members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, BadSample | None]]:
     """Yield the files of a tar, each with the reason why it is unsafe, if it is. Raises ValueError: damaged or truncated."""
-    for member, *_ in _checked_members(file):
+    for member, *_ in _members(file, os.fstat(file.fileno()).st_size):
         member.name = os.fsencode(member.name).decode(errors="replace")  # names in other encodings do no harm
         if not member.isdir():
             yield member, _unsafe(member)

@@ -1,9 +1,7 @@
 """Tokenizers: text -> int32 ids (tokens,) -> text, and the cleaning of texts when shards are written.
 
-A tokenizer is `bytes` (256 ids, the default) or a `tokenizer.json` of the `tokenizers` library. `token_bytes` holds the UTF-8
-bytes that each id stands for, so that losses are comparable as bits per byte: the bytes of the tokens of a text sum up to those
-of the text. (Tokens of tokenizers that split texts at whitespace count a space before each word.)
-"""
+A tokenizer is `bytes` (256 ids, the default) or a `tokenizer.json` of the `tokenizers` library. The `token_bytes` of a text's
+tokens sum up to its UTF-8 bytes, for losses in bits per byte (where texts are split at whitespace, with a space a word)."""
 
 from __future__ import annotations
 
@@ -102,8 +100,7 @@ class JsonTokenizer:
 
     Args:
         path: of the file.
-        turns: texts that are encoded as others, with control tokens: markers of roles as the chat template of open weights.
-    """
+        turns: texts that are encoded as others, with control tokens: markers of roles as the chat template of open weights."""
 
     def __init__(self, path: str | Path, turns: Mapping[str, str] | None = None) -> None:
         from tokenizers import Tokenizer
@@ -221,8 +218,7 @@ def load_tokenizer(spec: str, turns: Mapping[str, str] | None = None) -> Tokeniz
 def train_tokenizer(texts: Iterable[str], kind: Literal["bpe", "words"], size: int, path: str | Path) -> None:
     """Train a tokenizer of at most `size` tokens and write it to `path`; the same texts give the same file.
 
-    `bpe` is byte-level; `words` are the most frequent words, lower-cased, split at whitespace and punctuation, else `<unk>`.
-    """
+    `bpe` is byte-level; `words` are the most frequent words, lower-cased, split at whitespace and punctuation, else `<unk>`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     smallest = {"bpe": 256, "words": 2}

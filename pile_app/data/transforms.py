@@ -1,10 +1,7 @@
-"""Augmentation: a named list of transforms of the images and sounds of a source, in training only.
-
-    transforms: [flip, "crop(0.8)", "speed(0.9, 1.1)", "mask(time=0.1)", "my_package.my_module.function(option=1)"]
+"""Augmentation of the images and sounds of a source, in training only: `transforms: [flip, "crop(0.8)", "speed(0.9, 1.1)"]`.
 
 Images are uint8 (C, H, W) before they are resized for the codec, sounds float32 (S,) at the codec's sample rate. Parameters are
-drawn from (seed, position, piece, segment), so augmentation does not depend on workers and ranks.
-"""
+drawn from (seed, position, piece, segment), so augmentation does not depend on workers and ranks."""
 
 from __future__ import annotations
 

@@ -25,12 +25,7 @@ from pile_app.prepare.spill import ROW, SPLITS, Work, sample_block, slug
 
 FRACTION, LEAST, MOST = 0.05, 32, 0.2  # documents for validation by default
 MOST_LABELS = 1000  # that are printed
-CONFIGS = {
-    (False, False): "text_only",
-    (True, False): "photos",
-    (False, True): "speech",
-    (True, True): "media",
-}  # images, sound
+CONFIGS = ("text_only", "photos", "speech", "media")  # 1: with images, 2: with sound
 
 
 class Tally(NamedTuple):
@@ -105,22 +100,20 @@ class Summary:
         trained = {source: splits for source, splits in self.sources.items() if "train" in splits}
         if not trained:
             return []
-        sources = inline({
+        patterns = {
             source: {split: os.path.join(self.output, f"{source}-{split}-[0-9]*.tar") for split in splits if split != "test"}
             for source, splits in trained.items()
-        })  # fmt: skip
+        }
         holds = [any(splits["train"][figure] for splits in trained.values()) for figure in (2, 3)]  # images, sound
-        name = slug(self.output.resolve().name) or "data"
+        name, sources = slug(self.output.resolve().name) or "data", f"--data.sources {inline(patterns)}"
         train = "uv run pile train" if "UV" in os.environ else "pile train"  # `uv run` sets it
-        commands = [f"{train} --config {CONFIGS[holds[0], holds[1]]} --name {name} --data.sources {sources}"]
-        fine_tune = (
-            f"{train} --config runs/{name}/config.yaml --config tasks/{{}} --model.start_from runs/{name} --name {name}-{{}}"
-        )
-        given = "--model.objective.init_args"
+        commands = [f"{train} --config {CONFIGS[holds[0] + 2 * holds[1]]} --name {name} {sources}"]
+        run, given = f"runs/{name}", "--model.objective.init_args"
+        tuned = f"{train} --config {run}/config.yaml --config tasks/{{}} --model.start_from {run} --name {name}-{{}}"
         if 1 < len(self.labels) <= MOST_LABELS:
-            commands.append(f"{fine_tune.format('classification', 'classes')} {given}.labels {inline(self.labels)}")
+            commands.append(f"{tuned.format('classification', 'classes')} {given}.labels {inline(self.labels)}")
         if types := sorted(self.of("entity")):
-            commands.append(f"{fine_tune.format('ner', 'entities')} --data.sources {sources} {given}.types {inline(types)}")
+            commands.append(f"{tuned.format('ner', 'entities')} {sources} {given}.types {inline(types)}")
         return commands
 
     def print(self) -> None:
@@ -173,14 +166,13 @@ def write_shards(work: Work, jobs: int, result: Path, summary: Summary) -> None:
         is_own = is_kept & (rows["source"] == number)
         if not (has_splits and 2 in given):
             candidates = np.flatnonzero(is_own & (splits == 1))
-            splits[candidates] += _choose(rows["draw"][candidates], work.maps.options.validation_fraction)
+            splits[candidates] += _choose(rows["draw"][candidates], work.options.validation_fraction)
         for split, name in enumerate(SPLITS, 1):
             if len(index := np.flatnonzero(is_own & (splits == split))):
-                by_job = enumerate(np.split(index, np.searchsorted(index, starts[1:-1])))
-                parts = [(job, part) for job, part in by_job if len(part)]
-                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.maps.options.shard_megabytes)
+                parts = np.split(index, np.searchsorted(index, starts[1:-1]))  # by job
+                _write_tars(result / f"{source}-{name}", _blocks(work, rows, parts, names), work.options.shard_megabytes)
                 text_bytes, images = (rows[figure][index].sum().item() for figure in ("text_bytes", "images"))
-                seconds = sum(rows["audio_seconds"][part].sum().item() for _, part in parts)
+                seconds = sum(rows["audio_seconds"][part].sum().item() for part in parts)
                 summary.sources.setdefault(source, {})[name] = Tally(len(index), text_bytes, images, seconds)
 
 
@@ -189,11 +181,11 @@ def _drop_duplicates(
 ) -> np.ndarray:
     """Write `rejected.jsonl` and count everything; return which rows are kept, (N,) bool."""
     is_kept = np.ones(len(rows), bool)
-    if work.maps.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
+    if work.options.exact_duplicates:  # keep the document of a test split, else for validation, else the first
         order = np.lexsort((-rows["split"].astype(int), *rows["digest"].T))  # stable
         digests = rows["digest"][order]
         is_kept[order[1:]] = (digests[1:] != digests[:-1]).any(axis=1)
-    similar = NearDuplicates(threshold) if (threshold := work.maps.options.near_duplicates) else None
+    similar = NearDuplicates(threshold) if (threshold := work.options.near_duplicates) else None
     with open(result / "rejected.jsonl", "w", encoding="utf-8") as lines:
         for job, (start, stop) in enumerate(pairwise(starts.tolist())):
             about = work.part(job, "about")
@@ -231,7 +223,7 @@ def _choose(draws: np.ndarray, fraction: float | None) -> np.ndarray:
 
 def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     """Order the labels by number, else by letter; return the names that they were given."""
-    labels, names = list(summary.of("label")), work.maps.options.label_names
+    labels, names = list(summary.of("label")), work.options.label_names
     are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
     labels.sort(key=(lambda label: (float(label), label)) if are_numbers else None)
     if names and len(names) != len(labels):
@@ -241,14 +233,14 @@ def _name_labels(work: Work, summary: Summary) -> dict[str, str]:
     return dict(zip(labels, names, strict=False))
 
 
-def _blocks(work: Work, rows: np.ndarray, parts: list[tuple[int, np.ndarray]], names: dict[str, str]) -> Iterator[bytes]:
-    """Yield the blocks of rows, given as (job, indices), with new names for their labels."""
-    for job, part in parts:
+def _blocks(work: Work, rows: np.ndarray, parts: list[np.ndarray], names: dict[str, str]) -> Iterator[bytes]:
+    """Yield the blocks of rows, given as their indices in each job, with new names for their labels."""
+    for job, part in enumerate(parts):
         with open(work.blocks(job), "rb") as file:
             for offset, size in rows[["offset", "size"]][part].tolist():
                 file.seek(offset)
                 block = file.read(size)
-                yield _renamed(block, names, work.maps.options.learn_label) if names else block
+                yield _renamed(block, names, work.options.learn_label) if names else block
 
 
 def _renamed(block: bytes, names: dict[str, str], learn_label: bool) -> bytes:

@@ -1,7 +1,5 @@
 """List and read the files of an untrusted input: names, bytes, lines and pieces of text, all bounded; unpack archives.
 
-    Tree(input) ──► name -> File          `open_text` reads compressed and UTF-16 files as UTF-8 bytes
-
 Links are only followed on request, within a given folder; devices and pipes are never opened. A name in a table reaches a file
 only through `Tree.resolve`, so never a file outside the input."""
 
@@ -23,7 +21,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,7 +30,6 @@ import zstandard
 
 from pile_app.data.tar import is_hidden
 from pile_app.documents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, BadSample
-from pile_app.prepare.text import BOMS, encoding_of
 
 MAX_FILE_BYTES = 1 << 30  # of a medium, or of JSON that is one value
 MAX_LINE_BYTES = 1 << 26  # of JSON lines, rows of tables and captions
@@ -44,15 +41,10 @@ COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 CUTS = (b"\n\n", b"\n", b" ")  # where a text is best cut: after a paragraph, a line, a word
 MEDIA = frozenset((*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS, *UNREADABLE_EXTENSIONS))
 DAMAGE = (
-    EOFError,
-    OSError,
-    zlib.error,
-    lzma.LZMAError,
-    zstandard.ZstdError,
-    UnicodeError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-)
+    EOFError, OSError, UnicodeError, zlib.error, lzma.LZMAError, zstandard.ZstdError, tarfile.TarError, zipfile.BadZipFile,
+)  # fmt: skip
+# Byte order marks; UTF-32 first: its little-endian mark begins with that of UTF-16
+BOMS = {"\ufeff".encode(name): name for name in ("utf-32-le", "utf-32-be", "utf-8", "utf-16-le", "utf-16-be")}
 
 
 class File(NamedTuple):
@@ -163,8 +155,9 @@ class Tree:
         found = bases.get(base) or stems.get(base) or folded.get(_fold(base)) or []
         found = [name for name in found if is_below(name, folder)] or found
         if len(found) > 1:
-            fits = {name: _common_tail(os.path.join(folder, value), name) for name in found}
-            found = [name for name in found if fits[name] == max(fits.values())]
+            wanted, *parts = (os.path.splitext(path)[0].split("/")[::-1] for path in (os.path.join(folder, value), *found))
+            fits = [len(os.path.commonprefix([wanted, names])) for names in parts]  # noqa: RUF071 (of lists)
+            found = [name for name, fit in zip(found, fits, strict=True) if fit == max(fits)]
         found = [name for name in found if "train" in name.lower()] or found  # labels are of the training set
         return self.files[found[0]] if len(found) == 1 else None
 
@@ -172,12 +165,6 @@ class Tree:
 def _fold(name: str) -> str:
     """A name as a file system compares it that ignores case (Windows) or decomposes letters (macOS)."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _common_tail(first: str, second: str) -> int:
-    """Count the last path components, without extension, that two paths share."""
-    parts = [os.path.splitext(path)[0].split("/")[::-1] for path in (first, second)]
-    return next((n for n, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), min(map(len, parts)))
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -215,6 +202,50 @@ def read_text(path: str, encoding: str = "", limit: int | None = None) -> bytes:
         if len(data := file.read(limit + 1)) > limit:
             raise BadSample("file_too_large", f"{path!r} holds more than {limit:,} bytes")
     return data
+
+
+# -- encodings: a byte order mark decides, else zero bytes (UTF-16) or strict UTF-8; nothing else is guessed
+
+
+def decode_text(data: bytes, encoding: str | None = None) -> str:
+    """Decode a text by its byte order mark, else by `encoding`, else by `encoding_of`; line ends become newlines.
+
+    Raises BadSample: `invalid_utf8` with the likely encoding, or `wrong_encoding`."""
+    mark = next((mark for mark in BOMS if data.startswith(mark)), b"")
+    name = BOMS.get(mark) or encoding or encoding_of(data)
+    try:
+        return re.sub("\r\n?", "\n", data[len(mark) :].decode(name).removeprefix("\ufeff"))
+    except (UnicodeError, LookupError) as error:
+        raise BadSample("wrong_encoding", f"the text is not {name}: {error}") from error
+
+
+def encoding_of(data: bytes, whole: bool = True) -> str:
+    """Name the encoding of a text (`utf-8`, `utf-16-le` ...), or of its beginning if it is not `whole`. Raises `BadSample`."""
+    if name := next((name for mark, name in BOMS.items() if data.startswith(mark)), None):
+        return name
+    even, odd, half = data[0::2].count(0), data[1::2].count(0), len(data) // 2
+    for name, other, zeros in (("utf-16-be", odd, even), ("utf-16-le", even, odd)):
+        if other == 0 and zeros >= max(2, half / 20) and len(data) % 2 <= (not whole):
+            return name
+    if even + odd >= max(4, half / 2):
+        raise BadSample("invalid_utf8", "a quarter of its bytes are zero: a binary file, or UTF-32 without byte order mark")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
+    except UnicodeDecodeError as error:
+        part, likely = data[max(0, error.start - (1 << 15)) :][: 1 << 16], "latin-1"
+        if len(high := [byte for byte in part if byte >= 0x80]) <= len(part) / 5:  # mostly ASCII: Western
+            likely = "cp1252" if min(high) < 0xA0 else "latin-1"
+        else:
+            with suppress(ImportError):  # a dependency of wandb's requests
+                from charset_normalizer import from_bytes
+
+                likely = getattr(from_bytes(part).best(), "encoding", likely)
+        found = f"byte 0x{data[error.start]:02x} at {error.start} is not UTF-8"
+        raise BadSample("invalid_utf8", f"{found}. Perhaps the text is {likely}: --encoding {likely}") from error
+    return "utf-8"
+
+
+# -- streams and archives
 
 
 class _Chunks(io.RawIOBase):
@@ -275,9 +306,7 @@ def open_text(path: str, encoding: str = "", start: int = 0, stop: int = 0) -> t
     try:
         found = encoding_of(head, whole=False) if not encoding or head.startswith(tuple(BOMS)) else encoding
         if codecs.lookup(found).name != "utf-8":
-            texts = codecs.iterdecode(
-                iter(partial(file.read, 1 << 16), b""), found, "surrogateescape"
-            )  # wrong bytes stay wrong
+            texts = codecs.iterdecode(iter(partial(file.read, 1 << 16), b""), found, "surrogateescape")  # which stay wrong
             return io.BufferedReader(_Chunks(text.encode(errors="surrogateescape") for text in texts), 1 << 17), -1
     except BadSample:
         pass  # decoding the lines says where the damage is

@@ -1,32 +1,38 @@
-"""Check or change a single document; each step is a function of the document and the options only.
-
-Document ──► cut_long_sounds ──► apply_steps: repair, clean, quality, decontamination; media: sizes, resampling, re-encoding"""
+"""Check or change a single document; each step is a function of the document and the options only: `cut_long_sounds`, then
+`apply_steps`: repair, cleaning, quality (Gopher, C4), decontamination; sizes, resampling and re-encoding of media."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise, product
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from pile_app.data.tokenizers import clean_text
 from pile_app.documents import AUDIO, IMAGE, TEXT, BadSample, Document, Segment
-from pile_app.media import IMAGE_FORMATS, audio_size, decode_audio, decode_image, image_size, split_at_silence
+from pile_app.media import audio_size, decode_audio, decode_image, image_size, load_image, split_at_silence
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.quality import QUALITY
 from pile_app.records import is_marker
 
 PIECE_SECONDS, WHOLE_SECONDS = 30.0, 60.0  # default limits for sounds that can be cut, and for those that cannot
 PADDING = 0.5  # seconds of sound kept around the words of a piece
 Part = tuple[float, float, str]  # start and end in seconds, text
+_BULLETS = ("\u2022", "\u2023", "\u25e6", "\u2043", "\u25cf", "\u25aa", "\u2219", "\u00b7", "- ", "* ")
+_ELLIPSES = ("...", "\u2026")
+TOP_NGRAMS = {2: 0.20, 3: 0.18, 4: 0.16}
+DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+_SENTENCE = re.compile(r"[^\s.!?\u2026\u3002\uff01\uff1f\u0964\u061f][.!?\u2026\u3002\uff01\uff1f\u0964\u061f]+")
 
 
 def apply_steps(document: Document, options: Options, evaluation: EvaluationTexts | None = None) -> Document:
@@ -64,21 +70,18 @@ def _text_step(segment: Segment, options: Options) -> Segment:
 
 
 def normalize_text(text: str, options: Options) -> str:
-    """Repair and clean a text as far as the options ask for it."""
-    text = repair_text(text) if options.repair else text
+    """Repair and clean a text as far as the options ask for it. Doing so twice changes nothing."""
+    text = _ftfy()(text) if options.repair else text
     return clean_text(text) if options.clean else text
 
 
-def repair_text(text: str) -> str:
-    """Fix mojibake, HTML entities, terminal escapes and control characters with ftfy (Speer 2019), but keep quotes, ligatures
-    and full-width characters. Repairing twice changes nothing."""
-    return require("ftfy", "prepare", "--repair").fix_text(text, _ftfy_config())
-
-
 @lru_cache(1)
-def _ftfy_config() -> Any:
+def _ftfy() -> Callable[[str], str]:
+    """Return a function that fixes mojibake, HTML entities, terminal escapes and control characters (Speer 2019), but keeps
+    quotes, ligatures and full-width characters."""
+    ftfy = require("ftfy", "prepare", "--repair")
     off = ("explain", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "fix_line_breaks")
-    return require("ftfy", "prepare", "--repair").TextFixerConfig(normalization=None, **dict.fromkeys(off, False))
+    return partial(ftfy.fix_text, config=ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(off, False)))
 
 
 # -- images and sounds
@@ -97,19 +100,15 @@ def _image_step(segment: Segment, options: Options) -> Segment:
 
 def _shrink(segment: Segment, size: int) -> Segment:
     """Re-encode an image with no side longer than `size`, turned as EXIF says: JPEG and WebP stay so, others become PNG."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     formats = {"webp": "WEBP"} | dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG")
-    name, written = formats.get(segment.extension, "PNG"), io.BytesIO()
-    with Image.open(io.BytesIO(segment.file), formats=IMAGE_FORMATS) as file:
-        file.draft(None, (2 * size, 2 * size))  # a JPEG may decode at a half, a quarter ... of its size
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode not in ("RGB", "RGBA", "L", "LA"):
-            image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-        image = image.convert("RGB") if name == "JPEG" and image.mode not in ("RGB", "L") else image
-        image.thumbnail((size, size), Image.Resampling.LANCZOS)
-        image.info = {}
-        image.save(written, name, **({} if name == "PNG" else {"quality": 90}))
+    name, written, image = formats.get(segment.extension, "PNG"), io.BytesIO(), load_image(segment.file, size)
+    if image.mode not in (("RGB", "L") if name == "JPEG" else ("RGB", "RGBA", "L", "LA")):
+        image = image.convert("RGBA" if image.has_transparency_data and name != "JPEG" else "RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    image.info = {}
+    image.save(written, name, **({} if name == "PNG" else {"quality": 90}))
     return replace(segment, data=written.getvalue(), extension="png" if name == "PNG" else segment.extension)
 
 
@@ -127,9 +126,9 @@ def _audio_step(segment: Segment, options: Options) -> Segment:
     return segment if (target, wanted) == (rate, own) else Segment.from_audio(waveform, target, wanted, segment.loss)
 
 
-def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] = ()) -> list[Document]:
-    """Cut a sound that is longer than `max_audio_seconds` into documents: between the `parts` of its transcript, or at silence
-    if nothing is said about it. With a transcript without times, or other media, it is kept up to `WHOLE_SECONDS`.
+def cut_long_sounds(document: Document, options: Options, sample: Mapping[str, Any]) -> list[Document]:
+    """Cut a sound that is longer than `max_audio_seconds` into documents: between the timed parts of the transcript in its
+    `sample`, or at silence if nothing is said about it. Without times, or with other media, it is kept up to `WHOLE_SECONDS`.
 
     Raises BadSample: `audio_too_long`."""
     limit, whole = options.max_audio_seconds or PIECE_SECONDS, options.max_audio_seconds or WHOLE_SECONDS
@@ -138,13 +137,13 @@ def cut_long_sounds(document: Document, options: Options, parts: Sequence[Part] 
     seconds = max((samples / rate for samples, rate in sizes), default=0)
     if seconds <= limit:
         return [document]
+    parts = transcript_parts(sample)
     said = [n for n, segment in enumerate(document.segments) if n not in sounds and segment.data != document.meta.get("label")]
     is_timed = 0 < max((end - start for start, end, _ in parts), default=0) <= limit
     if len(sounds) > 1 or len(said) > 1 or (said and not (is_timed and document.segments[said[0]].modality == TEXT)):
         if seconds > whole:
-            raise BadSample(
-                "audio_too_long", f"{seconds:,.1f} seconds, without times to cut it; max_audio_seconds is {whole:g}"
-            )
+            detail = f"{seconds:,.1f} seconds, without times to cut it; max_audio_seconds is {whole:g}"
+            raise BadSample("audio_too_long", detail)
         return [document]
     sound, rate = document.segments[sounds[0]], sizes[0][1]
     waveform = decode_audio(sound.file, rate)
@@ -189,3 +188,74 @@ def transcript_parts(sample: Mapping[str, Any]) -> list[Part]:
             if parts and all(0 <= float(start) <= float(end) and text.strip() for start, end, text in parts):
                 return parts
     return []
+
+
+# -- quality of prose: a rule returns the text, possibly without some lines, or raises `BadSample` with the rule that is broken
+
+
+def gopher(text: str) -> str:
+    """Apply the rules of MassiveText (Rae et al. 2021, arXiv:2112.11446, section A.1.1 and table A1), except the rule
+    about English stop words. Raises BadSample: `gopher_...`, the first rule that is broken."""
+    for rule, value, least, most, what in _gopher_figures(text, text.split()):
+        if not least <= value <= most:
+            raise BadSample(f"gopher_{rule}", f"{value:,.5g} {what}; {least:g} to {most:,g} are accepted")
+    return text
+
+
+def _gopher_figures(text: str, words: list[str]) -> Iterator[tuple[str, float, float, float, str]]:
+    """Yield (rule, value, least, most, what), each computed only if the rules before it hold."""
+    count = len(words)
+    yield "word_count", count, 50, 100_000, "words"
+    yield "word_length", sum(map(len, words)) / count, 3, 10, "characters per word"
+    symbols = max(text.count("#"), text.count("...") + text.count("\u2026"))
+    yield "symbols", symbols / count, 0, 0.1, "hashes or ellipses per word"
+    lines = [line for line in text.split("\n") if line.strip()]
+    yield "bullet_lines", fmean(line.lstrip().startswith(_BULLETS) for line in lines), 0, 0.9, "of the lines have a bullet"
+    yield "ellipsis_lines", fmean(line.rstrip().endswith(_ELLIPSES) for line in lines), 0, 0.3, "of the lines have an ellipsis"
+    yield "alphabetic", fmean(any(map(str.isalpha, word)) for word in words), 0.8, 1, "of the words have a letter"
+    paragraphs = [part for part in re.split(r"\n{2,}", text.strip()) if part]
+    for name, parts in (("duplicate_lines", lines), ("duplicate_paragraphs", paragraphs)):
+        repeated = {part: times - 1 for part, times in Counter(parts).items()}
+        yield name, sum(repeated.values()) / len(parts), 0, 0.3, "of them are repeated"
+        yield name, sum(len(part) * times for part, times in repeated.items()) / len(text), 0, 0.2, "of the characters"
+    for n, most in TOP_NGRAMS.items():
+        ngram, times = Counter(zip(*(words[i:] for i in range(n)), strict=False)).most_common(1)[0]
+        characters = times * len(" ".join(ngram)) if times > 1 else 0
+        yield "top_ngram", characters / len(text), 0, most, f"of the characters are in the most frequent {n}-gram"
+    for n, most in DUPLICATE_NGRAMS.items():
+        fraction = _duplicate_characters(words, n) / len(text)
+        yield "duplicate_ngram", fraction, 0, most, f"of the characters are in repeated {n}-grams"
+        if not fraction:
+            return  # without a repeated 5-gram there is no repeated 6-gram
+
+
+def _duplicate_characters(words: list[str], n: int) -> int:
+    """Count the characters in n-grams that were seen before, none twice."""
+    seen, characters, index = set[tuple[str, ...]](), 0, 0
+    while index <= len(words) - n:
+        ngram = tuple(words[index : index + n])
+        characters += len(" ".join(ngram)) if ngram in seen else 0
+        index += n if ngram in seen else 1
+        seen.add(ngram)
+    return characters
+
+
+def c4(text: str) -> str:
+    """Apply the rules of C4 (Raffel et al. 2020, arXiv:1910.10683, section 2.2; numbers as in its code, `c4_utils.py`).
+
+    Lines of fewer than 5 words, with a word of more than 1000 characters, or that name Javascript are removed, as are citation
+    marks such as `[1]`. English terminal punctuation, policy phrases, bad words and repeated spans of sentences are not judged.
+    Raises BadSample: `c4_...`, the first rule that is broken."""
+    if "lorem ipsum" in text.lower():
+        raise BadSample("c4_lorem_ipsum", "the text contains 'lorem ipsum'")
+    if "{" in text:
+        raise BadSample("c4_curly_bracket", "the text contains a curly bracket, as code does")
+    lines = [(line, line.split()) for line in re.sub(r"\[\d+\]", "", text).split("\n") if "javascript" not in line.lower()]
+    prose = [line for line, words in lines if not words or (len(words) >= 5 and max(map(len, words)) <= 1000)]
+    kept = re.sub("\n{3,}", "\n\n", "\n".join(prose)).strip()
+    if (sentences := len(_SENTENCE.findall(kept))) < 3:
+        raise BadSample("c4_sentences", f"{sentences} sentences remain; at least 3 are needed")
+    return kept
+
+
+QUALITY: dict[str, Callable[[str], str]] = {"gopher": gopher, "c4": c4}

@@ -1,7 +1,6 @@
 """Read what names of folders and files mean, and layouts whose files belong together in a way of their own.
 
-Each recipe takes the files that it knows out of `listing.rest`, and adds samples, skips files with a reason, or sets splits.
-"""
+Each recipe takes the files that it knows out of `listing.rest`, and adds samples, skips files with a reason, or sets splits."""
 
 from __future__ import annotations
 
@@ -9,12 +8,13 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
 from pile_app.documents import AUDIO_EXTENSIONS
-from pile_app.prepare.files import DAMAGE, MEDIA, extension, read_text
-from pile_app.prepare.text import decode_text
+from pile_app.prepare.files import DAMAGE, MEDIA, decode_text, extension, read_text
+from pile_app.prepare.options import require
 
 TEXT_EXTENSIONS = ("txt", "text", "md", "rst", "caption", "lab")
 _WORDS = {
@@ -137,12 +137,13 @@ def split_lists(listing: Any) -> None:
         if extension(name) != "txt" or not named_split(base):
             continue
         try:
-            lines = decode_text(read_text(listing.tree.files[name].real, listing.encoding)).split("\n")
+            text = decode_text(read_text(listing.tree.files[name].real, listing.encoding))
         except (ValueError, *DAMAGE):
             continue
-        found = (listing.tree.resolve(name, line) for line in map(str.strip, lines) if line)
-        files = [file.name for file in takewhile(lambda file: file is not None and extension(file.name) in MEDIA, found)]
-        if files and next(found, None) is None and len(files) == sum(map(bool, map(str.strip, lines))):
+        lines = [line for line in map(str.strip, text.split("\n")) if line]
+        found = (listing.tree.resolve(name, line) for line in lines)
+        files = [file.name for file in takewhile(lambda file: file and extension(file.name) in MEDIA, found)]
+        if files and len(files) == len(lines):
             listing.take(name)
             named |= dict.fromkeys(files, named_split(base) or "")
     if named:
@@ -150,3 +151,30 @@ def split_lists(listing: Any) -> None:
 
 
 RECIPES: tuple[Callable[[Any], None], ...] = (common_voice, kaldi, parallel_folders, split_lists)
+
+
+def data_set_card(listing: Any, root: str, config: str = "") -> None:
+    """Read the card of a folder in the hub's layout, whose README.md names configurations or features: `datasets` resolves its
+    files, splits and classes. `tables.py` reads the rows, because `datasets` gives up on a whole file where one row is bad.
+
+    Raises ValueError: there are several configurations, and none is the default or asked for."""
+    head = ""
+    with suppress(OSError), open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
+        head = file.read(1 << 20)
+    if not re.match(r"---\s*\n(?:.*\n)*?(configs|dataset_info):", head):
+        return
+    datasets = require("datasets", "prepare", "reading data set cards")
+    try:
+        builder = datasets.load_dataset_builder(root, config or None)
+        found: Any = builder.config.data_files or {}
+    except Exception as error:
+        if isinstance(error, ValueError) and "Config name is missing" in str(error):
+            names = datasets.get_dataset_config_names(root)
+            raise ValueError(f"{root!r} has several configurations: {', '.join(names)}; e.g. {root}#{names[0]}") from error
+        return  # a card that `datasets` cannot use; the files say what they are
+    features = {name: getattr(about, "feature", about) for name, about in (builder.info.features or {}).items()}
+    listing.classes = {name: list(about.names) for name, about in features.items() if hasattr(about, "names")}
+    split_of_path = ((path, named_split(str(split)) or str(split)) for split in found for path in found[split])
+    listing.splits = {os.path.relpath(path, root): split for path, split in split_of_path}
+    for name in [name for name in listing.rest if listing.splits and not (name in listing.splits or is_about(name))]:
+        listing.skip(name, "other_config", "the configuration of the data set card does not name it")

@@ -1,7 +1,5 @@
 """List the input of `pile prepare`: files become units of some megabytes, which any process can read at any time.
 
-    Listing(input) ──► Unit(reader, arguments), ...          `readers.py` reads them
-
 Files of a folder that share a stem are one sample, as is each row of a table whose column names files; other tables, texts and
 WebDatasets are read by their units. A file that is not read is in a unit too, with the reason."""
 
@@ -14,7 +12,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -24,10 +22,9 @@ from pile_app.fields import as_list, is_remote
 from pile_app.infer import TEXT_NAMES
 from pile_app.prepare import files
 from pile_app.prepare.files import DAMAGE, MEDIA, File, Tree, extension, open_plain, open_text
-from pile_app.prepare.hub import Card, read_card
-from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, is_about, named_split, speaker_of, split_of
+from pile_app.prepare.layouts import RECIPES, TEXT_EXTENSIONS, data_set_card, is_about, named_split, speaker_of, split_of
 from pile_app.prepare.options import Options
-from pile_app.prepare.tables import Table, is_held, named_within, row_groups, rows, shown, sniff
+from pile_app.prepare.tables import Table, columnar, is_held, named_within, rows, shown, sniff
 from pile_app.records import chat_layout, is_interleaved
 
 UNIT_BYTES = 1 << 24
@@ -42,8 +39,6 @@ OF_KIND = {
     "interleaved": ("json", "parquet", "arrow"), "entities": ("conll", "json", "parquet", "arrow"),
     "chat": ("json", "parquet", "arrow"), "webdataset": ("tar",),
 }  # fmt: skip
-FORCED = {"text": "text", "entities": "conll", "chat": "json", "interleaved": "json", "webdataset": "tar"}
-FORCED_FILE = {"images": "image", "audio": "audio"}  # of a single file with another extension
 
 
 class Unit(NamedTuple):
@@ -56,7 +51,8 @@ class Unit(NamedTuple):
 
 class Record(NamedTuple):
     """A sample. where: the file, or `file:line`; content: name -> value, a document, or the reason why it cannot be used;
-    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, to read."""
+    layout: shown to people, "" for a file that is not read; split: given by a name; named: name -> path or paths, to read;
+    files: path of each file that the content names within chats and interleaved records."""
 
     where: str
     content: Mapping[str, Any] | BadSample | Document
@@ -64,30 +60,14 @@ class Record(NamedTuple):
     split: str | None = None
     named: Mapping[str, Any] = {}
     size: int = 0
-
-
-def open_tree(input: str, options: Options, work: str | None) -> Tree:
-    """List the files of an input, with its archives unpacked below the folder `work`."""
-    tree = Tree(input, options.follow_links, around=FORMATS.get(extension(input)) in TABLES)
-    for _ in range(2):  # archives in archives
-        for name, file in list(tree.files.items()):
-            if tree.only not in (None, name) or not (name.lower().endswith(files.ARCHIVES) or _is_folder_tree(file, options)):
-                continue
-            try:
-                if work is None:
-                    raise BadSample("archive", "unpack it first")
-                tree.unpack(name, os.path.join(work, "unpacked"))
-            except BadSample as error:
-                del tree.files[name]
-                tree.skipped.append((name, error.reason, error.detail))
-    return tree
+    files: Mapping[str, str] = {}
 
 
 class Listing:
     """Deal the files of an input to units.
 
     work: a folder to unpack archives to; rest: files that are not dealt yet; scopes: folders with an index, which decides about
-    texts and tables; folders: those of files in an index; splits: of media, by a card or a list.
+    texts and tables; folders: those of files in an index; splits: of files, classes: of columns, by a card.
 
     Raises ValueError: `input` does not exist."""
 
@@ -95,19 +75,45 @@ class Listing:
         path, _, config = input.partition("#") if not os.path.exists(input) else (input, "", "")
         if not os.path.exists(path):
             raise ValueError(f"{path!r} does not exist (working folder {os.getcwd()})")
-        self.options, self.encoding, self.tree = options, options.encoding, open_tree(path, options, work)
+        self.options, self.encoding = options, options.encoding
+        self.tree = Tree(path, options.follow_links, around=FORMATS.get(extension(path)) in TABLES)
+        for _ in range(2):  # archives in archives
+            for name in [name for name, file in self.tree.files.items() if self._is_archive(file)]:
+                try:
+                    if work is None:
+                        raise BadSample("archive", "unpack it first")
+                    self.tree.unpack(name, os.path.join(work, "unpacked"))
+                except BadSample as error:
+                    del self.tree.files[name]
+                    self.tree.skipped.append((name, error.reason, error.detail))
         self.is_one_file = self.tree.only in self.tree.files
         self.rest = {name: file for name, file in self.tree.files.items() if not self.is_one_file or name == self.tree.only}
         self.has_media = any(extension(name) in MEDIA for name in self.tree.files)
-        self.card = read_card(path, config) if os.path.isdir(path) else Card()
-        self.splits: dict[str, str | None] = dict(self.card.splits)
+        self.splits, self.classes = dict[str, str | None](), dict[str, list[str]]()
         self.scopes, self.folders, self.list_scopes = set[str](), set[str](), set[str]()
-        self.samples: dict[str, _Packer] = defaultdict(_Packer)  # by layout
-        self.bad, self.unread = _Packer(), list[Record]()
+        self.samples: dict[str, _Packer] = defaultdict(_Packer)  # by layout; "": rejected
+        self.unread = list[Record]()
         self.said = set[int]()  # hashes of files and the longest text about them, of the tables so far
         for name, *why in self.tree.skipped:
             if files.is_below(name, self.tree.only or ""):
                 self.skip(name, *why)
+        data_set_card(self, path, config)
+
+    def _is_archive(self, file: File) -> bool:
+        """Tell whether a file is an archive of files; a tar is none if two of its members share a key: a WebDataset."""
+        if self.tree.only not in (None, file.name):  # around a table that is the input
+            return False
+        if file.name.lower().endswith(files.ARCHIVES):
+            return True
+        if extension(file.name) != "tar" or self.options.kind == "webdataset":
+            return False
+        try:
+            with open_plain(file.real) as opened:
+                names = [member.name.removeprefix("./") for member, _ in islice(plain_members(opened), 2000)]
+        except (ValueError, *DAMAGE):
+            return False
+        names = [name for name in names if not is_hidden(name)]
+        return len({split_name(name)[0] for name in names}) == len(names) > 0 and all("/" in name for name in names)
 
     def take(self, name: str) -> File:
         return self.rest.pop(name, None) or self.tree.files[name]
@@ -118,12 +124,13 @@ class Listing:
         self.unread.append(Record(name, BadSample(reason, detail)))
 
     def reject(self, where: str, layout: str, reason: str, detail: str) -> None:
-        self.bad.add(Record(where, BadSample(reason, detail), layout))
+        self.samples[""].add(Record(where, BadSample(reason, detail), layout))
 
     def add(self, layout: str, where: str, named: Mapping[str, File], values: Mapping[str, Any]) -> None:
         split = self.split(where.partition(":")[0]) or self.split(next(iter(named.values())).name)
         paths, size = {name: file.real for name, file in named.items()}, sum(file.size for file in named.values())
-        self.samples[layout].add(Record(where, values, layout, split, paths, size))
+        own = {os.path.basename(file.name): file.real for file in named.values()} if "json" in named else {}
+        self.samples[layout].add(Record(where, values, layout, split, paths, size, own))
         for file in named.values():
             self.rest.pop(file.name, None)
 
@@ -137,12 +144,9 @@ class Listing:
             return found
         if found not in ("", "text") or extension(name) in MEDIA or (is_about(name) and not self.is_one_file):
             return ""
-        return FORCED.get(kind) or (FORCED_FILE[kind] if self.is_one_file else "")
+        return OF_KIND[kind][0] if self.is_one_file or kind not in ("images", "audio") else ""
 
     def units(self) -> Iterator[Unit]:
-        for name in list(self.rest):
-            if self.card.splits and name not in self.card.splits and not is_about(name):
-                self.skip(name, "other_config", "the configuration of the data set card does not name it")
         if not self.is_one_file and not all(map(is_about, self.rest)):
             for name in filter(is_about, list(self.rest)):
                 self.skip(name, "about_file", "it describes the data set")
@@ -156,7 +160,6 @@ class Listing:
             yield from found.units()
         yield from (unit for table in tables for unit in self._parts(table))
         yield from units
-        yield from self.bad.units()
         yield from _Packer(sorted(self.unread, key=lambda one: (is_about(one.where), one.where))).units()
 
     def _groups(self) -> dict[str, list[str]]:
@@ -255,18 +258,17 @@ class Listing:
             elif not is_list:
                 self.reject(self.take(name).name, format, bad.reason, bad.detail)
             return None
-        texts = [list(map(str, row.values()))[1:] for row in preview if is_list]
-        has_text = [any(re.search(r"[^\W\d_]", text) and "://" not in text for text in some) for some in texts]
-        if is_list and sum(has_text) <= len(preview) / 2:
-            if table.files:
+        if is_list:
+            texts = [[text for text in list(map(str, row.values()))[1:] if "://" not in text] for row in preview]
+            has_text = sum(bool(re.search(r"[^\W\d_]", "".join(some))) for some in texts) > len(preview) / 2
+            if table.files and not has_text:
                 self.skip(name, "no_text", "it names files, and holds no texts")
-            return None
-        if is_list and not table.files:
-            return None
+            if not (table.files and has_text):
+                return None
         self.take(name)
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)
-        return replace(table, classes={**table.classes, **self.card.classes}, split=self.split(name))
+        return replace(table, classes={**table.classes, **self.classes}, split=self.split(name))
 
     def _add_rows(self, table: Table) -> set[str]:
         """Add a sample for each row of a table that names files; return their names."""
@@ -296,8 +298,8 @@ class Listing:
         values, error = (dict(found), None) if isinstance(found := shown(row), dict) else ({}, found)
         error, paths, hits = row if isinstance(row, BadSample) else error, dict[str, Any](), list[File]()
         is_record = self.options.kind == "chat" or bool(chat_layout(values)) or is_interleaved(values)
-        if table.nested:
-            hits = named_within(self.tree, table.name, values)
+        within = dict(named_within(self.tree, table.name, values)) if table.nested else {}
+        hits += within.values()
         if table.nested and not is_record:  # such as a cut of Lhotse
             paths = {"audio" if extension(file.name) in AUDIO_EXTENSIONS else "image": file.real for file in hits}
             texts = [text for value in values.values() if isinstance(value, list | dict) for text in _texts_in(value)]
@@ -305,7 +307,7 @@ class Listing:
         for name in table.files:
             if name in values:
                 try:
-                    found = [find(self.tree, table.name, value) for value in as_list(values[name])]
+                    found = [self._find(table.name, value) for value in as_list(values[name])]
                     hits += found
                     paths[name] = found[0].real if len(found) == 1 else [file.real for file in found]
                 except BadSample as missing:
@@ -316,18 +318,28 @@ class Listing:
             error = BadSample(error.reason, error.detail)  # without the row
         speaker = speaker_of(hits[0].name) if hits and table.files else {}
         split = table.split or (split_of(hits[0].name) if hits and table.files else None)
-        return hits, Record(where, error or speaker | values, table.layout, split, paths, sum(file.size for file in hits))
+        size, real = sum(file.size for file in hits), {name: file.real for name, file in within.items()}
+        return hits, Record(where, error or speaker | values, table.layout, split, paths, size, real)
+
+    def _find(self, table: str, name: Any) -> File:
+        """Return the file that a table names. Raises BadSample: `remote_medium` or `missing_file`."""
+        if isinstance(name, str) and (file := self.tree.resolve(table, name)):
+            return file
+        if isinstance(name, str) and is_remote(name):
+            raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
+        raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
 
     def _parts(self, table: Table) -> Iterator[Unit]:
         """Yield the units of a table: row groups, or ranges of bytes."""
         size, parts = self.tree.files[table.name].size, [table]
         with suppress(BadSample, *DAMAGE):  # the reader reports the damage
             if table.format == "parquet":
-                parts = [replace(table, group=group) for group in range(row_groups(table))]
+                with columnar(table) as opened:
+                    parts = [replace(table, group=group) for group in range(opened.metadata.num_row_groups)]
             elif table.format == "lines" and size > 2 * UNIT_BYTES and open_text(table.real, self.encoding)[1] == 0:
                 parts = [replace(table, start=start, stop=stop) for start, stop in _ranges(size)]
         for part in parts:
-            yield Unit("table", [table.name, asdict(part)], size // len(parts))
+            yield Unit("table", [table.name, part], size // len(parts))
 
     # -- other files
 
@@ -348,15 +360,6 @@ class Listing:
         else:
             kind = f" with kind {self.options.kind}" * (self.options.kind != "auto")
             self.skip(name, "ignored_extension", f"*.{extension(name) or '(none)'} is not read{kind}; --kind says what it is")
-
-
-def find(tree: Tree, table: str, name: Any) -> File:
-    """Return the file that a table names. Raises BadSample: `remote_medium` or `missing_file`."""
-    if isinstance(name, str) and (file := tree.resolve(table, name)):
-        return file
-    if isinstance(name, str) and is_remote(name):
-        raise BadSample("remote_medium", f"{name!r:.200} is an address: nothing is fetched, img2dataset can do that")
-    raise BadSample("missing_file", f"{name!r:.200} is not in the input, or several files have that name")
 
 
 def as_bad(error: Exception) -> BadSample:
@@ -390,19 +393,6 @@ class _Packer:
             self._units.append(Unit("samples", [self._records[0].where, data], self._weight))
             self._records, self._weight = [], 0
         return self._units
-
-
-def _is_folder_tree(file: File, options: Options) -> bool:
-    """Tell whether a tar is a tree of folders, not a WebDataset: no two files share a key."""
-    if extension(file.name) != "tar" or options.kind == "webdataset":
-        return False
-    try:
-        with open_plain(file.real) as opened:
-            names = [member.name.removeprefix("./") for member, _ in islice(plain_members(opened), 2000)]
-    except (ValueError, *DAMAGE):
-        return False
-    names = [name for name in names if not is_hidden(name)]
-    return len({split_name(name)[0] for name in names}) == len(names) > 0 and all("/" in name for name in names)
 
 
 def _is_within(name: str, scopes: Collection[str]) -> bool:
@@ -450,23 +440,22 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 def _merged(table: Table) -> Iterator[tuple[str, Any]]:
     """Join neighboring rows that differ only in a text (and in numbers): the captions of an image become a list of texts."""
-    held: tuple[str, Any] | None = None
+    held: list[tuple[str, Any]] = []
     for where, row in rows(table):
-        if held and (joined := _joined(held[1], row, table.files) if len(table.files) == 1 else None):
-            held = held[0], joined
-            continue
-        yield from [held] if held else []
-        held = where, row
-    yield from [held] if held else []
+        joined = _joined(held[0][1], row, table.files[0]) if held and len(table.files) == 1 else None
+        if joined is None:
+            yield from held
+        held = [(held[0][0], joined) if joined else (where, row)]
+    yield from held
 
 
-def _joined(row: Any, other: Any, columns: Collection[str]) -> dict[str, Any] | None:
+def _joined(row: Any, other: Any, column: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not isinstance(other, dict) or row.keys() != other.keys():
         return None
-    names, others = ([re.sub(r"#\d+$", "", str(one.get(name) or "")) for name in columns] for one in (row, other))
-    differs = [name for name in row if name not in columns and row[name] != other[name]]
+    name, other_name = (re.sub(r"#\d+$", "", str(one.get(column) or "")) for one in (row, other))
+    differs = [n for n in row if n != column and row[n] != other[n]]
     texts = [n for n in differs if isinstance(other[n], str) and (n.lower() in TEXT_NAMES or " " in other[n])]
     are_numbers = all(str(other[n]).isdecimal() for n in {*differs} - {*texts})
-    if names != others or not any(names) or len(texts) != 1 or not are_numbers:
+    if not name or name != other_name or len(texts) != 1 or not are_numbers:
         return None
     return row | {texts[0]: [*as_list(row[texts[0]]), other[texts[0]]]}

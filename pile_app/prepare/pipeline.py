@@ -1,42 +1,41 @@
-"""The pipeline of `pile prepare`: data sets as they are to shards.
-
-    input ──► units ──────► field maps ──► jobs: read, filter ──► duplicates, splits ──► <source>-train-*.tar, ...
-              `listing.py`  `readers.py`   in parallel, `spill.py`    in order, `assign.py`
-
-The same command continues an interrupted one from `<output>.partial/`. The same input gives the same bytes with any engine, any
-number of processes, and after any interruption."""
+"""The pipeline of `pile prepare`: units of the input are read and filtered in parallel; duplicates, splits and shards follow in
+one process. The same command continues an interrupted one from `<output>.partial/`. The same input gives the same bytes with
+any engine, any number of processes, and after any interruption."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pile_app.data.files import flock
+from pile_app.data.files import Run, available_cores, worker_pool
 from pile_app.data.shards import Shards
 from pile_app.fields import OWN, Fields
 from pile_app.prepare.assign import Summary, listed, write_shards
-from pile_app.prepare.engines import ENGINES, import_ray, tracked
-from pile_app.prepare.hub import localize
 from pile_app.prepare.listing import Listing, Unit
 from pile_app.prepare.ngrams import EvaluationTexts
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.readers import Maps, evaluation_texts
+from pile_app.prepare.readers import evaluation_texts, infer_maps
 from pile_app.prepare.spill import Work, read_job, slug
 
-PREPARE_VERSION = 7  # changes with the result of the same options, and with the files in between
+PREPARE_VERSION = 8  # changes with the result of the same options, and with the files in between
 JOB_BYTES, JOB_UNITS = 1 << 24, 1024
+T = TypeVar("T")
 KIND_FIELDS = {"chat": "messages", "interleaved": "interleaved"}
 
 
@@ -72,12 +71,12 @@ def prepare(
         path = os.path.abspath(local if os.path.exists(local) else local.partition("#")[0])  # a link is known by its own name
         listing = Listing(local, chosen, str(folder))
         units = list(listing.units())
-        maps, summary.maps = Maps(path, chosen, str(folder), listing.tree.digest.hexdigest()).infer(units)
+        maps, summary.maps = infer_maps(units, chosen)
         for line in summary.maps:
             print(f"fields: {line}", file=sys.stderr)
         name = os.path.basename(path if local == given else given.partition("#")[0].rstrip("/"))
-        work = Work(folder, slug(name if os.path.isdir(path) else name.split(".")[0]) or "data", maps)
-        _continue(work, output, overwrite)
+        work = Work(folder, slug(name if os.path.isdir(path) else name.split(".")[0]) or "data", chosen, maps)
+        _continue(work, output, overwrite, listing.tree.digest.hexdigest())
         jobs = _jobs(units)
         waiting = [(job, units) for job, units in enumerate(jobs) if not work.is_read(job)]
         if len(waiting) < len(jobs):
@@ -89,10 +88,8 @@ def prepare(
         write_shards(work, len(jobs), result, summary)
         if not summary.documents:
             _refuse(folder, given, summary)
-        for prefix in sorted(
-            {path.name.rpartition("-")[0] for path in result.glob("*.tar")}
-        ):  # manifests; all can be read back
-            shards = Shards(sorted(map(str, result.glob(f"{prefix}-[0-9]*.tar"))), fields=OWN, processes=processes)
+        for prefix in (f"{source}-{split}" for source, splits in summary.sources.items() for split in splits):
+            shards = Shards(f"{result}/{prefix}-[0-9]*.tar", fields=OWN, processes=processes)  # its manifest
             if (balance := shards.balance())["rejected"]:
                 raise AssertionError(f"{prefix}: documents that were written cannot be read back: {balance['examples']}")
         description = summary.description() | {"input": given, "options": asdict(chosen)}
@@ -104,6 +101,36 @@ def prepare(
             shutil.rmtree(done, ignore_errors=True)
     summary.print()
     return summary
+
+
+def localize(input: str, work: str) -> str:
+    """Download a data set of the hub (`[hf://datasets/]owner/name[/path]`) or an address of fsspec below `work`, once; return
+    its path. A local path is returned unchanged. Raises ValueError: the data set cannot be fetched."""
+    path, _, config = input.partition("#")
+    hub = re.fullmatch(r"(?:hf://datasets/)?([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", path)
+    if os.path.exists(path) or not (hub or "://" in path):
+        return input
+    target = os.path.join(work, "download")
+    try:
+        if hub:
+            name, revision, inner = hub.groups()
+            fetch = require("huggingface_hub", "prepare", "reading from the hub").snapshot_download
+            patterns = [inner.strip("/"), f"{inner.strip('/')}/*"] if inner else None
+            fetch(name, repo_type="dataset", revision=revision, local_dir=target, allow_patterns=patterns)
+        else:
+            import fsspec
+
+            system, inner = fsspec.core.url_to_fs(path)
+            target = os.path.join(target, os.path.basename(inner.rstrip("/")))
+            if not os.path.exists(target):
+                system.get(inner, f"{target}.partial", recursive=system.isdir(inner))
+                os.rename(f"{target}.partial", target)
+    except ValueError:
+        raise
+    except Exception as error:  # of any file system
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"input {input!r} is not here, and cannot be fetched: {said}"[:400]) from error
+    return f"{target}#{config}" if config else target
 
 
 def _check(given: str, output: Path, options: Options, engine: str, overwrite: bool) -> None:
@@ -127,11 +154,6 @@ def _check(given: str, output: Path, options: Options, engine: str, overwrite: b
             raise ValueError(f"output {str(output)!r} holds an earlier result: give another, or --overwrite (overwrite=True)")
 
 
-def available_cores() -> int:
-    """The cores that this process may run on; where the system cannot tell, as macOS, all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Make the folder of a preparation and keep others out of it; remove it if nothing was done in it."""
@@ -141,7 +163,7 @@ def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
-            flock(file.fileno(), wait=False)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:
@@ -168,9 +190,9 @@ def _jobs(units: Iterable[Unit]) -> list[list[Unit]]:
     return jobs
 
 
-def _continue(work: Work, output: Path, overwrite: bool) -> None:
+def _continue(work: Work, output: Path, overwrite: bool, digest: str) -> None:
     """Keep the jobs that an interrupted preparation of the same input and options has done, or refuse, or remove them."""
-    folder, maps, options = work.folder, work.maps, work.maps.options
+    folder, options = work.folder, work.options
     shutil.rmtree(folder / "evaluation", ignore_errors=True)
     if options.decontaminate:
         texts = chain.from_iterable(map(evaluation_texts, options.decontaminate))
@@ -178,7 +200,7 @@ def _continue(work: Work, output: Path, overwrite: bool) -> None:
         print(f"evaluation sets: {count:,} texts, {short:,} of them too short to be searched for", file=sys.stderr)
     state: dict[str, Any] = {
         "prepare_version": PREPARE_VERSION, "output": str(output.resolve()), "source": work.source,
-        "field maps": maps.maps, "files of the input": maps.digest,
+        "field maps": {table: str(fields) for table, fields in work.maps.items()}, "files of the input": digest,
         "evaluation sets": [hashlib.blake2b(Path(path).read_bytes()).hexdigest() for path in options.decontaminate],
         "libraries": {name: version(name) for name in ("numpy", "pillow", *(["ftfy"] if options.repair else []))},
         **asdict(options) | {"label_names": None},  # they are given at the end
@@ -215,3 +237,56 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
         first = min(map(json.loads, lines), key=lambda line: rank[line["reason"]])
     text = f"{given!r} holds nothing usable: {listed(counts)}. The first is {first['file']}: {first['detail']}. All are listed"
     raise ValueError(f"{text} in {reasons}. Options such as --fields, --label and --kind say how to read it")
+
+
+# -- engines: contexts of `run(task, items)`, which calls `task(item)` in any order, possibly twice, and yields after each
+
+
+@contextmanager
+def _local(processes: int) -> Iterator[Run]:
+    with worker_pool(processes, "pile_app.prepare.spill") as run:
+        try:
+            yield run
+        except BrokenProcessPool as error:
+            raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
+
+
+@contextmanager
+def _ray(processes: int) -> Iterator[Run]:
+    """Run on the cluster that `RAY_ADDRESS` names, or on `processes` cores of this machine."""
+    ray = import_ray()
+    if started := not ray.is_initialized():
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": processes, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **here)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def run(task: Callable[[Any], object], items: Sequence[Any]) -> Iterator[Any]:
+        if items:
+            rows = ray.data.from_items(list(map(pickle.dumps, items)), override_num_blocks=min(len(items), 10_000))
+            yield from rows.map(lambda row: {"done": task(pickle.loads(row["item"])) is None}).iter_rows()
+
+    try:
+        yield run
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"a task on Ray failed: {error.__cause__ or error}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def import_ray() -> Any:
+    # Read by Ray on import: otherwise `uv run` starts its workers without an environment, and usage is reported to its makers.
+    for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
+    return require("ray.data", "ray", "--engine ray") and require("ray", "ray", "--engine ray")
+
+
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _local, "ray": _ray}
+
+
+def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """Show a progress bar on stderr if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty())

@@ -1,8 +1,6 @@
-"""Read the units of an input: units become samples, and samples become documents by field maps.
-
-    Unit ──► read_unit ──► Record(where, sample, layout, split) ──► Maps.read ──► document
-
-Damage to a file is a record; rows after it are lost. Reading a unit gives the same in any process, at any time."""
+"""Read the units of an input: `read_unit` gives records, samples or the reason why there is none, and `read_record` their
+documents, by field maps that `infer_maps` guesses. Bad records are yielded as errors, and the next are read. A unit is read in
+any process, at any time."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,17 +23,15 @@ from pile_app.documents import BadSample, Document, media_extension
 from pile_app.fields import Field, Fields, Reading
 from pile_app.infer import infer_fields
 from pile_app.prepare import files
-from pile_app.prepare.files import DAMAGE, Tree, open_plain, open_text, read_file, read_text
+from pile_app.prepare.entities import document_of_record, document_of_words, scheme_of_tags, sentences_of_conll
+from pile_app.prepare.files import DAMAGE, decode_text, open_plain, open_text, read_file, read_text
 from pile_app.prepare.filters import normalize_text
-from pile_app.prepare.listing import Listing, Record, Unit, as_bad, find, open_tree
+from pile_app.prepare.listing import Listing, Record, Unit, as_bad
 from pile_app.prepare.options import Options
 from pile_app.prepare.tables import Table, rows
-from pile_app.prepare.tagged import document_of_record, document_of_words, scheme_of_conll, sentences_of_conll
-from pile_app.prepare.text import decode_text
 
 LAYOUTS = {"text": "text file", "conll": "CoNLL", "tar": "WebDataset"}
 SAMPLES = 200  # of a table or folder, by which its field map is inferred
-_parse = lru_cache(1024)(Fields.parse)
 
 
 def read_unit(unit: Unit, options: Options) -> Iterator[Record]:
@@ -45,7 +41,7 @@ def read_unit(unit: Unit, options: Options) -> Iterator[Record]:
         for record in READERS[unit.reader](options, *unit.arguments):
             yield record if record.where.isascii() else record._replace(where=_printable(record.where))
     except (BadSample, *DAMAGE) as error:
-        yield Record(_printable(name), as_bad(error), layout or Table(**unit.arguments[1]).layout)
+        yield Record(_printable(name), as_bad(error), layout or unit.arguments[1].layout)
 
 
 def _printable(name: str) -> str:
@@ -89,8 +85,7 @@ def _read_text(options: Options, name: str, path: str, split: str | None, start:
             yield Record(name, text if isinstance(text, BadSample) else {"txt": text}, LAYOUTS["text"], split)
 
 
-def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Record]:
-    table = Table(**fields)
+def _read_table(options: Options, _: str, table: Table) -> Iterator[Record]:
     for where, row in rows(table):
         if isinstance(row, BadSample) or not (table.tagged or options.kind == "entities"):
             yield Record(where, row, table.layout, table.split)
@@ -100,18 +95,16 @@ def _read_table(options: Options, _: str, fields: dict[str, Any]) -> Iterator[Re
 
 def _tagged(where: str, layout: str, split: str | None, read: Callable[..., Any], *arguments: Any) -> Record:
     found = _tried(read, *arguments) or BadSample("no_spans", "it has neither text and spans nor tokens and tags")
-    return (
-        Record(where, found, layout)
-        if isinstance(found, BadSample)
-        else Record(where, found[0], layout + ", fixed" * found[1], split)
-    )
+    if isinstance(found, BadSample):
+        return Record(where, found, layout)
+    return Record(where, found[0], layout + ", fixed" * found[1], split)
 
 
 def _read_conll(options: Options, name: str, path: str, split: str | None) -> Iterator[Record]:
     """Read a document a sentence."""
     clean = partial(normalize_text, options=options)
     with open_text(path, options.encoding)[0] as opened:
-        scheme = scheme_of_conll(opened)
+        scheme = scheme_of_tags(sentence[2] for sentence in sentences_of_conll(opened) if len(sentence) == 3)
     with open_text(path, options.encoding)[0] as opened:
         for first, *sentence in sentences_of_conll(opened):
             if isinstance(sentence[0], BadSample):
@@ -171,77 +164,64 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 # -- documents
 
 
-@dataclass(frozen=True)
-class Maps:
-    """The field maps of an input, by table or folder (`table_of`), or by "" for all records; and the files that records name.
+Maps = Mapping[str, Fields]  # the field maps of an input, by table or folder (`table_of`), or by "" for all records
 
-    input, work, digest: of the listed input, where files are looked up that records name."""
 
-    input: str
-    options: Options
-    work: str | None = None
-    digest: str = ""
-    maps: Mapping[str, str] = field(default_factory=dict)
+def infer_maps(units: Iterable[Unit], options: Options) -> tuple[Maps, list[str]]:
+    """Infer the field map of each table and folder from its first samples; return them, and lines that describe them."""
+    if options.fields is not None:
+        given = _with_label(Fields.parse(options.fields), options)
+        return {"": given}, [f"{given}  (given)"]
+    samples, names, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
+    for unit in units:
+        kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
+        if seen[kind] >= 10 * SAMPLES or seen[kind, folder] >= SAMPLES:
+            continue
+        seen.update([kind, (kind, folder)])
+        for record in islice(read_unit(unit, options), None if kind == "samples" else SAMPLES):
+            table = table_of(record)
+            names.setdefault(table, record.where.partition(":")[0])
+            if isinstance(record.content, Mapping) and len(samples[table]) < SAMPLES:
+                samples[table].append({name: _head(name, value) for name, value in record.content.items()})
+    maps, tables, lines = dict[str, Fields](), defaultdict[Fields, list[str]](list), list[str]()
+    for table, known in samples.items():
+        with suppress(ValueError):  # each record of the table is rejected with the reason
+            maps[table] = _with_label(infer_fields(known), options)
+            tables[maps[table]].append(table)
+    for fields, found in tables.items():
+        layout, _, path = found[0].partition(": ")
+        where = names[found[0]] if path[-1:] not in ("", "/") else path or "the input"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        count = sum(len(samples[name]) for name in found)
+        lines.append(f"{fields}  (inferred from {count:,} samples of {where}{more}, {layout})")
+    return maps, lines
 
-    def infer(self, units: Iterable[Unit]) -> tuple[Maps, list[str]]:
-        """Infer the field map of each table and folder from its first samples; return them, and lines that describe them."""
-        if self.options.fields is not None:
-            given = str(_with_label(Fields.parse(self.options.fields), self.options))
-            return replace(self, maps={"": given}), [f"{given}  (given)"]
-        samples, names, seen = defaultdict[str, list[Any]](list), dict[str, str](), Counter[Any]()
-        for unit in units:
-            kind, folder = unit.reader, os.path.dirname(str(unit.arguments[0]))
-            if seen[kind] >= 10 * SAMPLES or seen[kind, folder] >= SAMPLES:
-                continue
-            seen.update([kind, (kind, folder)])
-            for record in islice(read_unit(unit, self.options), None if kind == "samples" else SAMPLES):
-                table = table_of(record)
-                names.setdefault(table, record.where.partition(":")[0])
-                if isinstance(record.content, Mapping) and len(samples[table]) < SAMPLES:
-                    samples[table].append({name: _head(name, value) for name, value in record.content.items()})
-        maps, tables, lines = dict[str, str](), defaultdict[str, list[str]](list), list[str]()
-        for table, known in samples.items():
-            with suppress(ValueError):  # each record of the table is rejected with the reason
-                maps[table] = str(_with_label(infer_fields(known), self.options))
-                tables[maps[table]].append(table)
-        for line, found in tables.items():
-            layout, _, path = found[0].partition(": ")
-            where = names[found[0]] if path[-1:] not in ("", "/") else path or "the input"
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            count = sum(len(samples[name]) for name in found)
-            lines.append(f"{line}  (inferred from {count:,} samples of {where}{more}, {layout})")
-        return replace(self, maps=maps), lines
 
-    def read(self, record: Record) -> Reading:
-        """Read the document of a record. Raises BadSample (`no_fields` if no field map could be inferred)."""
-        content = record.content
-        if isinstance(content, BadSample):
-            raise content
-        if isinstance(content, Document):
-            return Reading(content)
+def read_record(record: Record, options: Options, maps: Maps) -> Reading:
+    """Read the document of a record. Raises BadSample (`no_fields` if no field map could be inferred)."""
+    content = record.content
+    if isinstance(content, BadSample):
+        raise content
+    if isinstance(content, Document):
+        return Reading(content)
+    if (fields := maps.get("") or maps.get(table_of(record))) is None:  # of a table that was not sampled: by the record alone
         try:
-            if spec := self.maps.get("") or self.maps.get(table_of(record)):
-                fields = _parse(spec)
-            else:  # of a table that was not sampled: by the record alone
-                fields = _with_label(infer_fields([content]), self.options)
+            fields = _with_label(infer_fields([content]), options)
         except ValueError as error:
             raise BadSample("no_fields", str(error)) from error
-        return fields.read(record.where, content, partial(self._open, record.where))
-
-    def _open(self, where: str, value: str | Path) -> tuple[str, bytes]:
-        """Read a file that a sample holds as a path, or that it names."""
-        if isinstance(value, str):
-            tree = _tree(self.input, self.options, self.work, self.digest)
-            value = Path(find(tree, where.partition(":")[0], value).real)
-        try:
-            return value.name, read_file(str(value))
-        except OSError as error:
-            raise BadSample("unreadable_file", str(error)) from error
+    return fields.read(record.where, content, partial(_open, record.files))
 
 
-@lru_cache(2)
-def _tree(input: str, options: Options, work: str | None, digest: str) -> Tree:
-    return open_tree(input, options, work)  # digest: a changed input is another
+def _open(files: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
+    """Read a file that a sample holds as a path, or that its record names."""
+    found = value if isinstance(value, Path) else files.get(value) or files.get(os.path.basename(value))
+    if found is None:
+        raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
+    path = Path(found)
+    try:
+        return path.name, read_file(str(path))
+    except OSError as error:
+        raise BadSample("unreadable_file", str(error)) from error
 
 
 def table_of(record: Record) -> str:
@@ -274,12 +254,11 @@ def read_documents(input: str | Path, options: Options | None = None) -> Iterato
     """Yield (file or `file:line`, its document or the error) of an input, by inferred field maps. Raises ValueError."""
     options = options or Options()
     with tempfile.TemporaryDirectory() as work:
-        listing = Listing(str(input), options, work)
-        units = list(listing.units())
-        maps, _ = Maps(str(input), options, work, listing.tree.digest.hexdigest()).infer(units)
+        units = list(Listing(str(input), options, work).units())
+        maps, _ = infer_maps(units, options)
         for record in (record for unit in units for record in read_unit(unit, options)):
             try:
-                yield record.where, maps.read(record).document
+                yield record.where, read_record(record, options, maps).document
             except BadSample as error:
                 yield record.where, error
 

@@ -1,9 +1,6 @@
-"""The parallel part of `pile prepare`: jobs, which are some megabytes of the input, become blocks and a table.
-
-    job ──► read_job ──► spill/0000/0000012.blocks   documents in the bytes of a shard, one after another
-                         spill/0000/0000012.npz      a row per document; rejected samples, and all counts
-
-Any process on any machine that sees the folder may do a job, in any order and repeatedly, with the same result."""
+"""The parallel part of `pile prepare`: jobs, some megabytes of the input each, become `spill/0000/0000012.blocks`, documents in
+the bytes of a shard, and `.npz`, a row for each document, the rejected samples and all counts. Any process on any machine that
+sees the folder may do a job, in any order and repeatedly, with the same result."""
 
 from __future__ import annotations
 
@@ -26,11 +23,12 @@ from pile_app.data.files import whole_file
 from pile_app.data.tar import BLOCK, MAX_SAMPLE_BYTES
 from pile_app.documents import IMAGE, TEXT, BadSample, Document, Segment, describe, sample_from_document
 from pile_app.media import audio_size
-from pile_app.prepare.filters import apply_steps, cut_long_sounds, transcript_parts
+from pile_app.prepare.filters import apply_steps, cut_long_sounds
 from pile_app.prepare.layouts import named_split
 from pile_app.prepare.listing import Record, Unit
 from pile_app.prepare.ngrams import PERMUTATIONS, EvaluationTexts, minhash
-from pile_app.prepare.readers import Maps, read_unit
+from pile_app.prepare.options import Options
+from pile_app.prepare.readers import Maps, read_record, read_unit
 
 SPLITS = ("train", "validation", "test")
 # Of a document: its range in the blocks; source; given split + 1, or 0; sizes; hashes of its content and for its split
@@ -44,6 +42,7 @@ class Work:
 
     folder: Path
     source: str
+    options: Options
     maps: Maps
 
     def blocks(self, job: int) -> Path:
@@ -65,7 +64,7 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     job, units = item
     if not work.folder.is_dir():
         raise ValueError(f"a node cannot see {str(work.folder)!r}: input and output have to be in folders that all nodes share")
-    if work.maps.options.resample:  # the same bits everywhere, and processes do not compete for cores
+    if work.options.resample:  # the same bits everywhere, and processes do not compete for cores
         import torch
 
         threads = torch.get_num_threads()
@@ -75,14 +74,14 @@ def read_job(work: Work, item: tuple[int, Sequence[Unit]]) -> None:
     with whole_file(path) as blocks:
         reader = _Reader(work, job, blocks)
         for unit in units:
-            for record in read_unit(unit, work.maps.options):
+            for record in read_unit(unit, work.options):
                 reader.read(record)
         about = {name: getattr(reader, name) for name in ("files", "rejected", "counts")}
         about |= {"sources": list(reader.sources), "blocks": blocks.tell()}
     rows, signatures = np.array(reader.rows, ROW), np.array(reader.signatures, "<u4").reshape(-1, PERMUTATIONS)
     with whole_file(path.with_suffix(".npz")) as file:
         np.savez(file, rows=rows, signatures=signatures, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
-    if work.maps.options.resample:
+    if work.options.resample:
         torch.set_num_threads(threads)
 
 
@@ -90,7 +89,7 @@ class _Reader:
     """Reads the records of a job. counts: by `<what>:<name>`, as `Summary` has them."""
 
     def __init__(self, work: Work, job: int, blocks: Any) -> None:
-        self.work, self.job, self.options, self.blocks = work, job, work.maps.options, blocks
+        self.work, self.job, self.options, self.blocks = work, job, work.options, blocks
         self.evaluation = EvaluationTexts(work.folder / "evaluation") if self.options.decontaminate else None
         self.rows, self.signatures, self.files = list[tuple[Any, ...]](), list[np.ndarray](), list[str]()
         self.rejected, self.sources, self.counts = list[tuple[str, ...]](), dict[str, int](), Counter[str]()
@@ -101,7 +100,7 @@ class _Reader:
         try:
             document = self._complete(self._document(record, sample), record)
             source = slug(str(document.meta.get("pile_set_name", ""))) or source
-            pieces = cut_long_sounds(document, self.options, transcript_parts(sample))
+            pieces = cut_long_sounds(document, self.options, sample)
         except BadSample as error:
             return self._reject(record, error, source, "rejected" if record.layout else "unread")
         self.counts["pieces:"] += len(pieces) - 1
@@ -114,7 +113,7 @@ class _Reader:
     def _document(self, record: Record, sample: Mapping[str, Any]) -> Document:
         """Return the document of a record, and count its fields."""
         try:
-            reading = self.work.maps.read(record)
+            reading = read_record(record, self.options, self.work.maps)
         except BadSample:
             self.counts.update(f"lost:{name}" for name in sample)
             raise
@@ -169,12 +168,11 @@ class _Reader:
 
     def _reject(self, record: Record, error: BadSample, source: str, what: str = "rejected") -> None:
         self.counts[f"{what}:{error.reason}"] += 1
-        detail = re.sub(r"<_io\.BytesIO object at \w+>", "the file", error.detail)  # the address differs in every run
         sample, excerpt = record.content, describe(record.content) if isinstance(record.content, Document) else ""
         if isinstance(sample, Mapping):
             short = {name: value[:80] if isinstance(value, str | bytes) else value for name, value in sample.items()}
             excerpt = ", ".join(f"{name}: {value!s:.80}" for name, value in short.items())[:300]
-        self.rejected.append((source, record.where, error.reason, detail, excerpt))
+        self.rejected.append((source, record.where, error.reason, error.detail, excerpt))
 
 
 def sample_block(document: Document) -> bytes:

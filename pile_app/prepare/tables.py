@@ -1,7 +1,5 @@
 """Read rows of tables: CSV in any dialect, JSON lines and arrays, Parquet and Arrow files, and lists of `name text`.
 
-    sniff(tree, file) ──► Table ──► rows(table) ──► (where, {column: value} or BadSample)
-
 A table with a column of existing file names is the index of those files. A row that does not fit the header, a quote that is
 not closed, a record that is no object: each gives a `BadSample` with its line, and the rows after it are read."""
 
@@ -24,11 +22,10 @@ from pile_app.documents import AUDIO_EXTENSIONS, BadSample
 from pile_app.fields import as_list, is_texts
 from pile_app.infer import GROUP_NAMES, LABEL_NAMES, TEXT_NAMES
 from pile_app.prepare import files
-from pile_app.prepare.files import MEDIA, File, Tree, extension, lines_of, open_plain, open_text, read_file, read_text
+from pile_app.prepare.entities import SPAN_FIELDS, TAG_FIELDS, document_of_record
+from pile_app.prepare.files import MEDIA, File, Tree, decode_text, extension, lines_of, open_plain, open_text, read_text
 from pile_app.prepare.layouts import named_split
 from pile_app.prepare.options import require
-from pile_app.prepare.tagged import SPAN_FIELDS, TAG_FIELDS, document_of_record
-from pile_app.prepare.text import decode_text
 from pile_app.records import is_interleaved
 
 FILE_NAMES = ("image", "audio", "file", "file_name", "filename", "path")
@@ -301,7 +298,7 @@ def _records_of(content: dict[str, Any]) -> list[Any]:
 
 
 @contextmanager
-def _columnar(table: Table) -> Iterator[Any]:
+def columnar(table: Table) -> Iterator[Any]:
     """Open a Parquet or Arrow file. Raises `BadSample` for the many kinds of errors that pyarrow raises for hostile files."""
     is_parquet = table.format == "parquet"
     library = require(f"pyarrow.{'parquet' if is_parquet else 'ipc'}", "prepare", f"reading {_LAYOUTS[table.format]} files")
@@ -322,7 +319,7 @@ def _columnar(table: Table) -> Iterator[Any]:
 def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a row group of Parquet, or of an Arrow file or stream."""
     number = 0
-    with _columnar(table) as batches:
+    with columnar(table) as batches:
         if table.format == "parquet":
             groups = [batches.metadata.row_group(group) for group in range(batches.metadata.num_row_groups)]
             number = sum(group.num_rows for group in groups[: max(0, table.group)])
@@ -338,14 +335,9 @@ def _columnar_rows(table: Table) -> Iterator[tuple[str, Any]]:
         yield from ((f":{line}", row) for line, row in enumerate(found, start=number + 1))
 
 
-def row_groups(table: Table) -> int:
-    with _columnar(table) as opened:
-        return int(opened.metadata.num_row_groups)
-
-
 def _classes(table: Table) -> dict[str, list[str]]:
     """Read column -> names of its classes, as Hugging Face's `datasets` writes them into the schema."""
-    with _columnar(table) as opened:
+    with columnar(table) as opened:
         about = (opened.schema_arrow if table.format == "parquet" else opened.schema).metadata or {}
     with suppress(LookupError, TypeError, ValueError, AttributeError):
         features = json.loads(about[b"huggingface"])["info"]["features"]
@@ -363,7 +355,7 @@ READERS = {"csv": _csv_rows, "lines": _json_lines, "json": _json_file} | dict.fr
 def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Table, list[dict[str, Any]]]:
     """Describe the table in a file by its content, and return its first rows. Raises BadSample, OSError, EOFError."""
     table = Table(file.name, file.real, format, encoding)
-    if file.size < 1024 and read_file(file.real).startswith(b"version https://git-lfs"):
+    if file.size < 1024 and files.read_file(file.real).startswith(b"version https://git-lfs"):
         raise BadSample("lfs_pointer", "it is a pointer of Git LFS: fetch the data with git lfs pull")
     if format == "csv":
         table = _sniff_csv(table, tree)
@@ -378,7 +370,7 @@ def sniff(tree: Tree, file: File, format: str, encoding: str = "") -> tuple[Tabl
         raise BadSample("empty_file", "it holds no row")
     preview = [row for row in found if isinstance(row, dict)]
     named = [] if any(map(is_interleaved, preview)) else _naming_columns(table, preview, tree)
-    nested = not named and any(named_within(tree, table.name, row) for row in preview)
+    nested = not named and any(True for row in preview for _ in named_within(tree, table.name, row))
     return replace(table, files=tuple(named), nested=nested, tagged=any(map(_is_tagged, preview))), preview
 
 
@@ -440,10 +432,9 @@ def _are_ids(name: str, values: Sequence[Any]) -> bool:
     return len({*map(str, values)}) > len(values) / 2 and bool(is_named or not all(_is_number(f"{value}") for value in values))
 
 
-def named_within(tree: Tree, table: str, value: Any) -> list[File]:
-    """Return the files that a record names, at any depth."""
-    if isinstance(value, str):
-        file = tree.resolve(table, value) if extension(value[-12:]) in MEDIA else None
-        return [file] if file else []
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return [file for one in values for file in named_within(tree, table, one)]
+def named_within(tree: Tree, table: str, value: Any) -> Iterator[tuple[str, File]]:
+    """Yield (name as written, file) of the files that a record names, at any depth."""
+    if isinstance(value, str) and extension(value[-12:]) in MEDIA and (file := tree.resolve(table, value)):
+        yield value, file
+    for one in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from named_within(tree, table, one)

@@ -27,12 +27,11 @@ import numpy as np
 
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.files import ShardError, whole_file
-from pile_app.data.index import TYPES, UNORDERED, segment_breaks, segment_size, starts
+from pile_app.data.index import TYPES, UNORDERED, columns_of, segment_breaks, segment_size, starts, text_counts
 from pile_app.data.manifest import split_path
 from pile_app.data.packing import sentence_ends
 from pile_app.data.shards import Shards
 from pile_app.data.tokenizers import Tokenizer
-from pile_app.data.tokens import columns_of, text_counts
 from pile_app.documents import (
     AUDIO,
     ENCODED_EXTENSIONS,

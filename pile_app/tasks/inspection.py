@@ -34,15 +34,14 @@ from urllib.parse import quote
 import numpy as np
 
 from pile_app.data.files import ShardError, cache_folder
-from pile_app.data.index import segment_size
+from pile_app.data.index import segment_size, text_counts
 from pile_app.data.order import hash64
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import Shards, expand_shards
 from pile_app.data.sources import SourceData, segment_tokens
 from pile_app.data.tokenizers import Tokenizer, load_tokenizer
-from pile_app.data.tokens import text_counts
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, BadSample, Segment
-from pile_app.prepare.engines import tracked
+from pile_app.prepare.pipeline import tracked
 from pile_app.training.report import medium, short, write_page
 from pile_app.vocabulary import Vocabulary
 

@@ -23,14 +23,13 @@ from hypothesis import strategies as st
 
 from pile_app.data import manifest as manifest_module
 from pile_app.data.files import ShardError, locked
-from pile_app.data.index import TYPES, starts
+from pile_app.data.index import TYPES, columns_of, starts, text_counts
 from pile_app.data.manifest import SUFFIX
 from pile_app.data.packing import sentence_ends
 from pile_app.data.remote import ShardCache
 from pile_app.data.shards import Shards, write_shards
 from pile_app.data.sources import SourceData
 from pile_app.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, train_tokenizer
-from pile_app.data.tokens import columns_of, text_counts
 from pile_app.documents import ENCODED_EXTENSIONS, TEXT, BadSample, Codes, Document, Segment
 from pile_app.vocabulary import Vocabulary
 
@@ -533,7 +532,7 @@ def test_breaks_of_all_texts_are_kept_in_their_order(
     ]
     long = {0: LONG, 4: LONG[3:], 5: LONG[9:]}
     for at_once in (1, 1 << 20):
-        monkeypatch.setattr("pile_app.data.tokens.TOKENIZED_AT_ONCE", at_once)
+        monkeypatch.setattr("pile_app.data.index.TOKENIZED_AT_ONCE", at_once)
         index = source(write_shards(documents, tmp_path, "a").paths[0], bpe).index(0)
         counts, breaks = text_counts(index, bpe)
         assert counts.tolist() == [

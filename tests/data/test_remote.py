@@ -26,9 +26,8 @@ from ports import free_port
 
 from pile_app.data import remote
 from pile_app.data.files import ShardError, locked
-from pile_app.data.remote import Prefetcher, ShardCache, Wanted
+from pile_app.data.remote import Prefetcher, ShardCache, Wanted, expand_remote, is_remote
 from pile_app.data.shards import write_shards
-from pile_app.data.urls import expand_remote, is_remote
 from pile_app.documents import Document, Segment
 
 NGINX = shutil.which("nginx") or "/usr/sbin/nginx"  # where it is on Debian, not on everybody's path

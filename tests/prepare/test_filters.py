@@ -11,11 +11,10 @@ import soundfile
 from PIL import Image
 
 from pile_app.documents import BadSample, Document, Segment
-from pile_app.media import audio_size, decode_audio, image_size
-from pile_app.prepare.filters import apply_steps, repair_text
+from pile_app.media import audio_size, decode_audio, decode_image, image_size
+from pile_app.prepare.filters import apply_steps, c4, gopher, normalize_text
 from pile_app.prepare.ngrams import EvaluationTexts, NearDuplicates, minhash, ngram_hashes, words_of
 from pile_app.prepare.options import Options, require
-from pile_app.prepare.quality import c4, gopher
 
 RATE = 8000
 
@@ -51,15 +50,19 @@ DAMAGED = [
 INTACT = ["plain\n\ttext", "schön", "\u201cquotes\u201d ﬁ \uff37", "日本語のテキスト", "Привет, мир", "Ελληνικά", "a < b && c"]
 
 
+def repaired_text(text: str) -> str:
+    return normalize_text(text, Options(repair=True, clean=False))
+
+
 @pytest.mark.parametrize(("damaged", "repaired"), DAMAGED)
 def test_damaged_texts_are_repaired(damaged: str, repaired: str) -> None:
-    assert repair_text(damaged).strip() == repaired
-    assert repair_text("x" * 50 + damaged + "y" * 50).startswith("x" * 50 + repaired[:3])
+    assert repaired_text(damaged).strip() == repaired
+    assert repaired_text("x" * 50 + damaged + "y" * 50).startswith("x" * 50 + repaired[:3])
 
 
 @pytest.mark.parametrize("text", INTACT)
 def test_intact_texts_are_left_alone(text: str) -> None:
-    assert repair_text(text) == text
+    assert repaired_text(text) == text
 
 
 def test_a_missing_extra_is_one_clear_line() -> None:
@@ -255,3 +258,10 @@ def test_sounds_are_resampled_and_re_encoded_where_they_have_to_be() -> None:
     mono = audio_step(Segment(stereo.getvalue(), "wav"), resample=8000)
     assert soundfile.info(io.BytesIO(mono.file)).channels == 1
     assert mono.extension == "wav"
+
+
+def test_a_grey_picture_of_16_bits_stays_grey_when_it_shrinks() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(file, "png")
+    (segment,) = apply_steps(Document((Segment(file.getvalue(), "png"),)), Options(image_max_size=32)).segments
+    assert image_size(segment.file) == (32, 32) and abs(decode_image(segment.file, 1, 32, 32).mean() - 127.5) < 2

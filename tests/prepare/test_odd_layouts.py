@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from layouts import Choices, commas, doc, lines, picture, read_back, sound, tar, write
+from layouts import Choices, chat, commas, doc, lines, picture, read_back, sound, tar, write
 from test_public_bugs import expect, run
 
 from pile_app.prepare.pipeline import prepare
@@ -110,6 +110,17 @@ def test_a_file_is_counted_once(tmp_path: Path) -> None:
 
 
 # -- splits and messages
+
+
+@pytest.mark.parametrize("folder", ["", "pictures/"])
+def test_a_chat_beside_its_picture_may_name_it(tmp_path: Path, folder: str) -> None:
+    files: dict[str, str | bytes] = {}
+    for n in range(3):
+        parts = [{"type": "image", "path": f"{folder}{n}.jpg"}, {"type": "text", "text": f"Q{n}"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"A{n}"}]
+        files |= {f"x/{folder}{n}.jpg": picture(n), f"x/{folder}{n}.json": json.dumps({"messages": messages})}
+    documents, _ = run(tmp_path, files)
+    assert documents == expect(*(chat("user", picture(n), f"Q{n}", "assistant", f"A{n}") for n in range(3)))
 
 
 def test_messages_name_real_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

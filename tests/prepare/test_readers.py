@@ -22,10 +22,11 @@ import pytest
 import zstandard
 
 from pile_app.documents import BadSample, Document, Segment
+from pile_app.fields import Fields
 from pile_app.prepare import files, listing
 from pile_app.prepare.listing import Listing, Record
 from pile_app.prepare.options import Options
-from pile_app.prepare.readers import Maps, evaluation_texts, read_documents, read_unit
+from pile_app.prepare.readers import evaluation_texts, read_documents, read_record, read_unit
 
 
 def image(number: int, extension: str = "png") -> bytes:
@@ -68,8 +69,10 @@ def read(folder: Path, work: Path | None = None, **options: Any) -> list[Record]
 
 def medium(folder: Path, value: Any, where: str = "x") -> Segment:
     """The medium in a column of a table of this folder."""
-    maps = Maps(str(folder), Options(fields="[{image: x}]"), maps={"": "[{image: x}]"})
-    return maps.read(Record(where, {"x": value})).document.segments[0]
+    name = where.partition(":")[0]
+    found = Listing(str(folder), Options()).tree.resolve(name, value) if isinstance(value, str) else None
+    record = Record(where, {"x": value}, files={value: found.real} if found else {})
+    return read_record(record, Options(), {"": Fields.parse("[{image: x}]")}).document.segments[0]
 
 
 def texts(folder: Path, **options: Any) -> dict[str, list[Any]]:

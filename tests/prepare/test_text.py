@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pile_app.documents import BadSample
-from pile_app.prepare.text import BOMS, decode_text, encoding_of
+from pile_app.prepare.files import BOMS, decode_text, encoding_of
 
 TEXT = "Où est le café ?\n猫はどこ\n👩\u200d🚀 three\n"
 

@@ -18,9 +18,9 @@ from conftest import TinyRun
 from PIL import Image
 
 from pile_app.cli import main
+from pile_app.data.index import text_counts
 from pile_app.data.shards import write_shards
 from pile_app.data.sources import segment_tokens
-from pile_app.data.tokens import text_counts
 from pile_app.documents import Codes, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.tasks.inspection import decoder, describe_segment, describe_values, inspect_data
