@@ -34,10 +34,10 @@ T = TypeVar("T")
 Check = Callable[[str], None]  # raises if the file at a path is not the indexed file
 CHUNK = 16 << 20  # bytes of a read, and of a ranged request to S3
 WAIT_SECONDS = 0.1  # between attempts to reserve space
+STUCK_SECONDS = 60  # until a file that is needed now replaces files in use
 SILENT_SECONDS = 60  # timeout for a connection, and for the next byte
 TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 that are retried
 CANNOT_RUN = (126, 127)  # exit statuses of a shell that finds no such command
-STUCK_SECONDS = 60  # until a file that is needed now replaces files in use
 
 
 class Wanted(NamedTuple):
