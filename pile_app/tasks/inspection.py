@@ -540,8 +540,8 @@ def write_json(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
-    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium, or what its codes decode to, to `path`
-    plus its extension."""
+    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium, or its decoded codes, to `path` plus
+    its extension."""
     entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
     if segment.is_encoded:
         try:
