@@ -1,4 +1,4 @@
-"""`pile inspect`: what a data set holds (`inspect_data`), and what a run was trained on in a step (`inspect_training`).
+"""`pile inspect`: statistics of a data set (`inspect_data`), and the training data of a step of a run (`inspect_training`).
 
 Statistics follow from the manifests; only `duplicates` reads the shards. Media are counted in tokens if a run or configuration
 tells their codecs, else in pixels and seconds. Steps follow from the order, a pure function of the position: step N saw the
@@ -539,8 +539,8 @@ def write_json(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def describe_segment(segment: Segment, path: Path, decode: Decode, hidden: bool = False) -> dict[str, Any]:
-    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium to `path` plus its extension, as it is
-    or decoded from its codes."""
+    """Return {"modality", "text" | "file" | "note", "hidden", "learned"}; write a medium, or its decoded codes, to `path` plus
+    its extension."""
     entry: dict[str, Any] = {"modality": MODALITIES[segment.modality], "hidden": hidden, "learned": segment.loss and not hidden}
     if segment.is_encoded:
         try:

@@ -320,7 +320,7 @@ class ShardedStrategy(ModelParallelStrategy):
         loaded: dict[str, Tensor] = {}
         for name, (shape, dtype) in sizes.items():
             own = like.get(name.rpartition("/")[0] if name.startswith("optimizer/") else name)
-            own = own if own is not None and own.shape == shape else torch.empty(shape)  # steps, of which each has its own
+            own = own if own is not None and own.shape == shape else torch.empty(shape)  # an optimizer's step count
             loaded[name] = place_like(whole[name], own) if whole else torch.empty_like(own, dtype=dtype)
         if not whole:
             rest = checkpoints.read_parts(path, {name: local_region(tensor) for name, tensor in loaded.items()})

@@ -392,7 +392,7 @@ def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 def write_comparison(folders: Sequence[Path], page: Path) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Write the page; return the names of the runs, a row for each final figure, and a row for each setting that differs.
-    Raises ValueError for fewer than two runs, or one that has logged nothing."""
+    Raises ValueError for fewer than two runs, or if a run has logged nothing."""
     if len({folder.resolve() for folder in folders}) < 2:
         raise ValueError("give two runs or more to compare: pile compare runs/A runs/B")
     runs = [read_run(folder) for folder in folders]

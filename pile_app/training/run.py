@@ -318,7 +318,7 @@ def describe_changes(settings: Iterable[tuple[str, Any, Any]], allowed: re.Patte
 
 
 def check_resume(run: Path, checkpoint: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the run's old model section. Raises ValueError if the new one is another model, or there are too few steps."""
+    """Return the run's old model section. Raises ValueError if the new model differs, or for too few steps."""
     steps, wanted = read_state(checkpoint)[0], asked["trainer"]["max_steps"]
     if 0 <= wanted < steps:
         raise ValueError(f"trainer.max_steps={wanted}, but {run} has trained {steps} steps: choose more, or another --name")

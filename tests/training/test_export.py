@@ -87,5 +87,5 @@ def test_training_starts_from_an_exported_folder(tiny_run: TinyRun, tmp_path: Pa
             parameter.zero_()
     load_origin(model, str(tmp_path / "out"))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="neither a run, a checkpoint that can be read, nor a folder of `pile export`"):
+    with pytest.raises(ValueError, match="neither a run, a readable checkpoint, nor a folder of `pile export`"):
         load_origin(model, str(tmp_path))
