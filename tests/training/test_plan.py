@@ -368,7 +368,7 @@ def test_rates_follow_the_width_and_stay_at_the_base() -> None:
     assert rates(128, lstm=True, base_width=64)["matrices"] == 0.0015
     seeing = rates(
         64, image=ImageCodecConfig(), name="muon", learning_rate=0.0001
-    )  # gentle with what is known, not with a new CNN
+    )  # small for trained weights, not for a new CNN
     assert (seeing["vectors"], seeing["readers"], seeing["reader vectors"]) == (0.0001, 0.02, 0.002)
     with pytest.raises(ValueError, match="base_width=0"):
         OptimizerConfig(base_width=0)
