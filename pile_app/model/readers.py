@@ -1,4 +1,4 @@
-"""Readers: a network reads the pixels or samples of given images and sounds, and its features are added to the embeddings of the
+"""Readers: a network reads the pixels or samples of given images and sounds. Its features are added to the embeddings of the
 codes, which leave out details.
 
     images (N, C, height, width) uint8                 -> (N * codes, embedding width)
