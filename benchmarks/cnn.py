@@ -1,4 +1,4 @@
-"""A plain CNN on the labelled pictures of shards, for as many CPU seconds as another run took: what Pile's reading is beside.
+"""A plain CNN on the labelled pictures of shards, for as many CPU seconds as another run took: the baseline of Pile's readers.
 
     python benchmarks/cnn.py "shards/photos-train-*.tar" "shards/photos-validation-*.tar" --size 32 --seconds 300
 

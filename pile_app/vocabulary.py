@@ -32,7 +32,7 @@ class Vocabulary:
     tokenizer: str = "bytes"  # fingerprint of the tokenizer, "bytes" for UTF-8 bytes
     image_codec: str = ""  # fingerprint of the image codec, where it is frozen from the start of the run
     audio_codec: str = ""  # fingerprint of the audio codec, likewise
-    reads: tuple[int, ...] = ()  # modalities whose given media the model reads themselves, besides their codes
+    reads: tuple[int, ...] = ()  # modalities with a reader: their pixels or samples are read when given
 
     BEGIN = 0  # opens a document
     END = 1  # closes a document

@@ -1,11 +1,11 @@
-"""Readers: what codes leave out of given images and sounds. A net reads the pixels or samples themselves, and its features are
-added to the embeddings of the codes.
+"""Readers: a network reads the pixels or samples of given images and sounds. Its features are added to the embeddings of the
+codes, which leave out details.
 
     images (N, C, height, width) uint8                 -> (N * codes, embedding width)
     sounds (A, samples_per_token) float32, A codes     -> (A, embedding width)
 
-A reader sees all of a medium, so it must never read one whose codes are predicted: `data/assembly.py` names those that are
-given. Features depend on nothing else in the batch, and begin at 0: a model that gets a reader is at first what it was.
+A reader sees a whole medium, so it must never read media whose codes are predicted: `data/assembly.py` lists the media that are
+given. Features depend on their own medium only, and start at 0, so adding a reader does not change a model at first.
 
 Notable choices: a small residual CNN with group norm and standardized kernels (arXiv:1912.11370), so without statistics of a
 batch; its kernels are matrices, which Muon moves; on CPUs that multiply bfloat16 it computes in it, in half the time.
@@ -31,7 +31,7 @@ from pile_app.model.codecs import AudioCodec, ImageCodec
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """How given media of a modality are read besides their codes.
+    """How given media of a modality are read, in addition to their codes.
 
     Args:
         path: folder or hub name of an encoder of transformers (CLIP, SigLIP, DINOv2; Whisper, Wav2Vec2), whose features go
@@ -40,7 +40,7 @@ class ReaderConfig:
         pretrained: load the encoder's weights; false: build it from its config with random weights.
         train: train the encoder's weights (at `optimizer.backbone_learning_rate`), not the projector alone.
         width: channels of the CNN's last stage; the two before it have a half and a quarter.
-        blocks: residual blocks of each stage.
+        blocks: residual blocks of each of the last two stages.
     """
 
     path: str | None = None
@@ -57,11 +57,11 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class ReadersConfig:
-    """Readers of given media; of a modality that the model has no codec for, none is made.
+    """Readers of given media. Modalities without a codec get no reader.
 
     Args:
-        image: of images; null: codes alone are read.
-        audio: of sounds; null: codes alone are read.
+        image: reader of images; null: only codes are read.
+        audio: reader of sounds; null: only codes are read.
     """
 
     image: ReaderConfig | None = None
@@ -181,7 +181,7 @@ def divide(factor: int, size: int = 0) -> tuple[list[int], int]:
 
 
 class Pretrained(Reader):
-    """Features of an encoder of transformers, pooled to the codes' places, through a projector.
+    """Features of an encoder of transformers, pooled to the grid of codes, through a projector.
 
     Encoders see the codec's pixels or samples, resized or resampled and normed as they were trained. They are read without
     dropout, each sound alone.
@@ -251,7 +251,7 @@ class Pretrained(Reader):
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
         hidden = self.encoder(pixel_values=(pixels.clamp(0, 1).expand(-1, 3, -1, -1) - mean) / std).last_hidden_state
         side = size // self.shape.patch_size
-        grid = hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))  # after the tokens of no place
+        grid = hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))  # without class and register tokens
         return F.adaptive_avg_pool2d(grid.float(), self.codec.grid).flatten(2).transpose(1, 2).flatten(0, 1)
 
     def _listen(self, samples: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Pretrained(Reader):
 
         rate = self.processor.sampling_rate
         samples = resample(samples, self.codec.config.sample_rate, rate)
-        if self.shape.model_type != "whisper":  # on convolutions, of which the first need some samples
+        if self.shape.model_type != "whisper":  # its first convolutions need some samples
             if self.processor.do_normalize:
                 samples = (samples - samples.mean()) / (samples.var(correction=0) + 1e-7).sqrt()
             return self.encoder(F.pad(samples, (0, max(0, 800 - len(samples))))[None]).last_hidden_state[0]

@@ -93,7 +93,7 @@ class PileModule(LightningModule):
         dropout: fraction of the embeddings that is dropped in training (blocks: `backbone.dropout`).
         word_dropout: fraction of the learned text tokens that are hidden in training from what follows them.
         code_dropout: the same for codes of images and sounds that are given, not learned.
-        readers: nets that read given images and sounds besides their codes.
+        readers: networks that read given images and sounds, in addition to their codes.
         l1: weight of the sum of absolute values of the language model's matrices (L2: `optimizer.weight_decay`).
         recompute: activation checkpointing of the backbone's blocks: memory of one block instead of all, for a third more time.
         compile: compile each block of the backbone by `torch.compile`; pays on GPUs, on CPUs it takes a minute to start.

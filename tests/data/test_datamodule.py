@@ -106,6 +106,13 @@ def test_epochs_are_passes_over_all_sources(folder: Path, epochs: float) -> None
     assert times == {math.floor(epochs), math.ceil(epochs)}
 
 
+def test_small_data_is_repeated_for_the_least_number_of_steps(folder: Path) -> None:
+    once, more = module(folder, epochs=1), module(folder, epochs=1, min_steps=40)
+    assert once.order.length is not None and more.order.length is not None
+    assert once.order.length < 40 * more.global_batch <= more.order.length < 40 * more.global_batch + once.order.length
+    assert module(folder, epochs=1, min_steps=1).order.length == once.order.length
+
+
 def test_more_epochs_keep_what_was_seen_before(folder: Path) -> None:
     once, twice = module(folder, epochs=1), module(folder, epochs=2)
     size = once.order.packs_per_epoch

@@ -1,4 +1,4 @@
-"""Readers: what they see of given media, and that they see nothing of what is predicted."""
+"""Readers see given media, and nothing of media that are predicted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def batch_of(model: FusedLanguageModel, rows: list[tuple[Segment, ...]], annotat
 def test_a_medium_that_is_predicted_is_not_read(
     tiny_model: MakeModel, image: MakeSegment, sound: MakeSegment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The likelihood of codes is one: their own medium's pixels and samples change nothing, those that are given do."""
+    """The likelihood of codes is exact: pixels and samples of their own medium change nothing, those of given media do."""
     model = tiny_model(readers=READERS)
 
     def hidden(*media: Segment) -> tuple[Tensor, Batch]:
@@ -167,7 +167,7 @@ def test_encoders_of_transformers_read_media(tmp_path: Path, kind: str) -> None:
         media, tokens = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8), []
     else:
         media, tokens = torch.randn(7, 320) * 0.1, [3, 4]
-    assert not reader(media, tokens).any()  # it begins at 0
+    assert not reader(media, tokens).any()  # features start at 0
     torch.nn.init.normal_(reader.project[2].weight)
     features = reader(media, tokens)
     assert features.shape == (8 if not tokens else 7, 32) and features.std(0).min() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ wandb: null
 TASKS = "pile_app.tasks"
 READERS = ("--model.readers", "{image: {width: 8}, audio: {width: 8}}")
 KINDS = {  # name -> the options of a run
-    "codecs": ("--model.codec_steps", "3"),
+    "codecs": ("--model.codec_steps", "3", *READERS),
     "classification": (
         *("--model.objective", f"{TASKS}.classification.Classification", "--model.objective.labels", "[a, b, c]"),
         *("--model.objective.pooling", "[mean, max, deviation, last]", "--model.objective.class_weights", "balanced"),
@@ -66,6 +67,7 @@ def documents(count: int) -> Iterator[Document]:
             medium = Segment.from_audio(0.3 * rng.standard_normal(500 + 300 * (n % 7)), 8000)
         name, place = ("Ada", "Bob", "Eve")[n % 3], ("Oslo", "Rome")[n % 2]
         text, spans = f"{name} saw {place}" + " again" * (n % 3), [[0, 3, "person"], [8, 12, "place"]]
+        medium = replace(medium, loss=n % 5 > 0)  # or it is given
         yield Document((medium, Segment(text)), f"{n}", True, {"label": "abca"[n % 4], "spans": spans, "concept": f"{n % 11}"})
 
 

@@ -58,6 +58,16 @@ def test_objectives_of_a_sharded_model_lose_what_one_device_loses(bench: Bench, 
     )
 
 
+def test_run_with_readers_is_resumed_bit_by_bit(bench: Bench) -> None:
+    whole = bench.train("classification-1", "classification", *FAST)
+    bench.train("cut", "classification", *FAST, codes=(143,), STOP_AT="2")
+    cut = bench.train("cut", "classification", *FAST)
+    assert train_losses(cut) == train_losses(whole)
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (whole, cut)]
+    assert any(name.startswith("model.readers.image.") for name in states[0])
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_sums_on_apples_gpus_have_no_float64() -> None:
     table = TokenMetrics(2, sum_dtype(torch.device("mps"))).table
     assert table.dtype == torch.float32 and sum_dtype(torch.device("cuda")) == torch.float64

@@ -22,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pile_app.cli import main as pile
 from pile_app.data.tokenizers import ByteTokenizer
 from pile_app.model.backbones import LSTM, Transformer
+from pile_app.model.codec_configs import ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
+from pile_app.model.readers import ReaderConfig, ReadersConfig
 from pile_app.training import parallel
 from pile_app.training.cli import parse_config
 from pile_app.training.optim import OptimizerConfig, make_optimizer
@@ -362,9 +364,10 @@ def test_plan_of_a_run_with_its_data_measures_them(
 
 
 def test_rates_follow_the_width_and_stay_at_the_base() -> None:
-    def rates(width: int, lstm: bool = False, **values: Any) -> dict[str, float]:
+    def rates(width: int, lstm: bool = False, image: Any = None, **values: Any) -> dict[str, float]:
         backbone = LSTM(width, 1) if lstm else Transformer(width, 1, 2)
-        optimizer, _ = make_optimizer(FusedLanguageModel(backbone, ByteTokenizer()), OptimizerConfig(**values), 0, 9)
+        model = FusedLanguageModel(backbone, ByteTokenizer(), image, readers=ReadersConfig(ReaderConfig()))
+        optimizer, _ = make_optimizer(model, OptimizerConfig(**values), 0, 9)
         return {str(group["name"]): group["initial_lr"] for group in optimizer.param_groups}
 
     plain = {"matrices": 0.02, "heads": 0.003, "tables": 0.003, "vectors": 0.003}
@@ -372,5 +375,9 @@ def test_rates_follow_the_width_and_stay_at_the_base() -> None:
     assert rates(128, base_width=64) == plain | {"heads": 0.0015}  # Muon's matrices need nothing
     assert rates(128, base_width=64, name="adamw") == {"matrices": 0.0015, "heads": 0.0015, "tables": 0.003, "vectors": 0.003}
     assert rates(128, lstm=True, base_width=64)["matrices"] == 0.0015
+    seeing = rates(
+        64, image=ImageCodecConfig(), name="muon", learning_rate=0.0001
+    )  # small for trained weights, not for a new CNN
+    assert (seeing["vectors"], seeing["readers"], seeing["reader vectors"]) == (0.0001, 0.02, 0.002)
     with pytest.raises(ValueError, match="base_width=0"):
         OptimizerConfig(base_width=0)
