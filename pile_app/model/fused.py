@@ -259,7 +259,8 @@ class FusedLanguageModel(nn.Module):
         if self.tables or not self.backbone.is_pretrained:
             table, grid = self.tables[:2] if self.tables else self.embedding_tables()
             return F.embedding(tokens, table), grid
-        specials, words = self.embeddings[TEXT].parts()  # many and perhaps frozen words: without a copy of them
+        text: Any = self.embeddings[TEXT]
+        specials, words = text.parts()  # many and perhaps frozen words: without a copy of them
         ours = torch.cat([specials, *(embedding() for embedding in self.embeddings[1:])])
         word = tokens - len(specials)
         is_word = (word >= 0) & (word < len(words))
@@ -364,13 +365,14 @@ class FusedLanguageModel(nn.Module):
         """See `forward`; of what `read` returned."""
         hidden, following = hidden.flatten(0, 1), tokens.flatten()
         losses: dict[int, ModalityLoss] = {}
+        heads: Any = self.heads
         for modality, indices in enumerate(batch.targets):
             if not len(indices):
                 continue
             targets = following[indices + 1] - self.vocabulary.slices[modality].start
             found = linear_cross_entropy(
                 hidden[indices],
-                self.heads[modality].parts(),
+                heads[modality].parts(),
                 targets,
                 self.backbone.logit_cap,
                 predict,

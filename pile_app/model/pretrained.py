@@ -69,7 +69,7 @@ def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -
         values["tokenizer"] = "tokenizer.json"
     model.backbone.save_description(folder / "backbone")  # type: ignore[operator, union-attr]
     save_codecs(model.codecs, folder)  # type: ignore[arg-type]
-    for name, reader in model.readers.items():
+    for name, reader in model.readers.items():  # type: ignore[union-attr, operator]
         reader.save_description(folder / f"{name}_reader")
     description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))

@@ -71,6 +71,8 @@ class ReadersConfig:
 class Reader(nn.Module, ABC):
     """Reads the media of one codec."""
 
+    codec: Any
+
     def __init__(self, codec: ImageCodec | AudioCodec) -> None:
         super().__init__()
         self.__dict__["codec"] = codec  # which is no part of it
@@ -199,7 +201,7 @@ class Pretrained(Reader):
         known = KINDS[is_image]
         options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
         try:
-            shape = AutoConfig.from_pretrained(config.path, **options)
+            shape = AutoConfig.from_pretrained(str(config.path), **options)
             shape = getattr(shape, "vision_config", shape) if is_image else shape
             if shape.model_type not in known:
                 raise ValueError(f"a {shape.model_type} model is none of {', '.join(known)}")
@@ -209,7 +211,12 @@ class Pretrained(Reader):
                 encoder = AutoModel.from_config(shape)
             else:
                 encoder, info = AutoModel.from_pretrained(
-                    config.path, config=shape, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+                    str(config.path),
+                    config=shape,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
                 )
                 missing = [name for name in info["missing_keys"] if "pooler" not in name and "masked_spec" not in name]
             if missing:

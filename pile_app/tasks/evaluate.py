@@ -77,7 +77,9 @@ class SourceFigures(Callback):
 
     def of_source(self, source: int, data: PileDataModule, found: dict[str, dict[str, float]]) -> dict[str, Any]:
         """All figures of a source; `found`: its likelihoods by modality."""
-        for modality, name, metric in ((IMAGE, "psnr", self.psnr[source]), (AUDIO, "log_mel_distance", self.log_mel[source])):
+        metrics: list[tuple[int, str, Any]] = [(IMAGE, "psnr", self.psnr[source])]
+        metrics.append((AUDIO, "log_mel_distance", self.log_mel[source]))
+        for modality, name, metric in metrics:
             if metric._update_count:
                 found.setdefault(MODALITIES[modality], {})[name] = float(metric.compute())
         rejected = Counter({reason: count for (of, reason), count in sorted(self.rejected.items()) if of == source})

@@ -103,7 +103,8 @@ def inspect_data(
     if samples < 0 or (context is not None and context < 8):
         raise ValueError(f"samples={samples} must be 0 or more, context={context} tokens at least 8")
     found, config = find_shards(paths)
-    name, codecs, seed, cache = tokenizer or "bytes", (None, None), 0, ShardCache(cache_folder() / "shards", int(100e9))
+    codecs: tuple[Any, Any] = (None, None)
+    name, seed, cache = tokenizer or "bytes", 0, ShardCache(cache_folder() / "shards", int(100e9))
     if config is not None:
         from pile_app.training.cli import codec_configs
 

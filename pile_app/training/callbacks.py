@@ -265,14 +265,14 @@ class SampleGeneration(Callback):
         is_due = trainer.global_step == trainer.fit_loop.epoch_loop.max_steps
         is_due |= self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if is_due and not module.in_codec_phase and ends_step(trainer, batch_idx):
-            self.write(trainer, module.whole_model(), trainer.global_step - 1)
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)  # type: ignore[operator]
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Write before W&B has the step of the validation."""
         assert isinstance(module, PileModule)
         is_training = trainer.state.fn == "fit" and not module.in_codec_phase
         if is_training and self.every_n_steps is None and module.whole is None:
-            self.write(trainer, module.whole_model(), trainer.global_step - 1)
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)  # type: ignore[operator]
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Write the samples of a run that ended before its last step, as by early stopping. Called on the first device."""

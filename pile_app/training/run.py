@@ -169,7 +169,7 @@ class RunFolder(Callback):
         if not (self.run / BACKBONE).exists():
             module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
         save_codecs(module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
-        for name, reader in module.model.readers.items():  # type: ignore[union-attr]
+        for name, reader in module.model.readers.items():  # type: ignore[union-attr, operator]
             if not (folder := self.run / f"{name}_reader").exists():
                 reader.save_description(folder)
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
