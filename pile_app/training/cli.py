@@ -24,9 +24,12 @@ from typing import IO, Any, Literal, NoReturn
 # Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
-warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
+warnings.filterwarnings("ignore", message=".*(Total length of `list`|`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
 
 logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: not str(record.msg).startswith(("💡 Tip", "GPU available: False", "TPU available: False"))
+)
 
 gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
 
@@ -38,6 +41,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ti
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
+from pile_app.bundled import find_configs  # noqa: E402
 from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
 from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
@@ -59,6 +63,7 @@ from pile_app.training.load import (  # noqa: E402
     TOKENIZER,
     SkipInitialization,
     fast_precision,
+    is_pretrained,
     link_model_to_data,
     take_description,
 )
@@ -119,7 +124,7 @@ class PileCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lay `open_weights` over the configurations, under what the command line sets, where it applies."""
         super().parse_arguments(parser, args)
-        if self.config.open_weights and self.config.model.backbone.class_path.endswith("HuggingFace"):
+        if self.config.open_weights and is_pretrained(self.config.model.backbone):
             words = list(sys.argv[1:] if args is None else args)
             place = max((number for number, word in enumerate(words) if word.startswith("--config")), default=-1) + 1
             place += place > 0 and "=" not in words[place - 1]
@@ -179,8 +184,8 @@ class PileCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""
         is_replaced = self.checkpoint is not None or (is_sharded(self.config.trainer) and not is_first_process())
-        if is_replaced and (backbone := self.config.model.backbone).class_path.endswith("HuggingFace"):
-            backbone.init_args.pretrained = False
+        if is_replaced and is_pretrained(self.config.model.backbone):
+            self.config.model.backbone.init_args.pretrained = False
         with SkipInitialization() if is_replaced else nullcontext():
             super().instantiate_classes()
 
@@ -355,8 +360,11 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
     could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
     atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
+    name = " ".join(program) if program[0] == "pile" else Path(program[-1]).name
     try:
-        cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
+        words = None if arguments is None else find_configs(arguments)
+        CLI_OPTIONS["parser_kwargs"]["prog"] = name
+        cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=words)
         if cli.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         checkpoint = str(cli.checkpoint) if cli.checkpoint else None
@@ -370,7 +378,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
     except (ArgumentError, ValueError, OSError, ShardError, MisconfigurationException) as error:
         if cli is not None and cli.run.has_begun:
             raise
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(REFUSED) from error
     if cli.config.trainer.fast_dev_run:
         print(f"fast_dev_run: {cli.trainer.global_step} optimizer steps; nothing is kept")
@@ -405,7 +413,7 @@ def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
 
 def finish(cli: PileCLI) -> None:
     """Validate, run the evaluations of the config's callbacks, and write `summary.json` and `report.html`."""
-    from pile_app.training.report import write_report
+    from pile_app.training.report import short, write_report
 
     trainer, module, run = cli.trainer, cli.model, cli.run_folder
     logged, best = dict(trainer.callback_metrics), run / "checkpoints" / "best.ckpt"
@@ -439,4 +447,6 @@ def finish(cli: PileCLI) -> None:
         logger.save()
     close(trainer)
     report = write_report(run)
-    print("".join(f"\n{run}: {text}" for text in warned), f"\n{run} is complete: open {report}", sep="")
+    main = [f"{name} {short(figures[name])}" for name in ("loss", "text_bits_per_byte", "accuracy", "f1") if name in figures]
+    said = [*warned, *(["validation " + ", ".join(main)] if main else [])]
+    print("".join(f"\n{run}: {text}" for text in said), f"\n{run} is complete: open {report}", sep="")

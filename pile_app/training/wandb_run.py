@@ -49,6 +49,7 @@ class WandbRun(WandbLogger):
             mode=mode,
             settings=wandb.Settings(silent=mode != "online", console="off"),
         )
+        self._wandb_init.pop("anonymous")  # W&B warns of it
         self.run, self.mode = run, mode
 
     @rank_zero_only
@@ -80,8 +81,9 @@ class WandbRun(WandbLogger):
         earlier = [path for path in (self.run / "wandb").glob("offline-run-*") if path != Path(self.experiment.dir).parent]
         if self.mode != "offline" or not earlier:
             return
-        with open(self.run / "metrics.csv", newline="") as file:
-            history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
+        metrics = self.run / "metrics.csv"  # missing where the earlier start was refused before training
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(lines)]
         history += [(step_of(folder), folder) for folder in (self.run / "samples").glob("step-*")]
         for step, logged in sorted(history, key=lambda entry: entry[0]):
             if step >= first_step:
