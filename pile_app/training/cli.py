@@ -24,7 +24,9 @@ from typing import IO, Any, Literal, NoReturn
 # Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
-warnings.filterwarnings("ignore", message=".*(Total length of `list`|`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
+warnings.filterwarnings(
+    "ignore", message=".*(Total length of `list`|`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*"
+)
 
 logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
