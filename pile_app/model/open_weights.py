@@ -281,7 +281,7 @@ class TextTable(nn.Module):
 
 
 class _LayerCache:
-    """What a decoder layer of transformers asks of its cache, on a `Cache` of ours."""
+    """Cache of a decoder layer of transformers, stored in a `Cache` of Pile."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache

@@ -1,4 +1,4 @@
-"""What `train.py` does: read and check the configuration, build, train or resume, evaluate, report.
+"""Training from the command line: read and check the configuration, build, train or resume, evaluate, report.
 
 The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line.
 Invalid settings fail before data or model are built.
@@ -359,7 +359,7 @@ def parse_config(arguments: list[str]) -> Namespace:
 def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python", "train.py")) -> None:
     """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
     Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
-    could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
+    were rejected (change something first); 2 for an invalid configuration."""
     atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
     name = " ".join(program) if program[0] == "pile" else Path(program[-1]).name
