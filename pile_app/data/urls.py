@@ -75,8 +75,7 @@ def with_retries(
             if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
                 raise ShardError(f"{said}. Lower data.cache_gigabytes below the free space of the disk") from error
             if attempt > retries:
-                fix = "Check the URL and the credentials, and that the server runs"
-                raise ShardError(f"{said} (tried {attempt} times). {fix}") from error
+                raise ShardError(f"{said} (tried {attempt} times). Check the URL, and that the server runs") from error
             log.info("%s; attempt %d of %d", said, attempt + 1, retries + 1)
             pause(backoff_seconds * 2 ** (attempt - 1))
     raise AssertionError

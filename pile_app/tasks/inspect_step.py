@@ -39,7 +39,7 @@ def inspect_training(run: Path, asked: int | tuple[int, int], folder: Path, limi
     summary. Steps to come are described as planned. Raises ValueError if the data are not those of the run."""
     step = asked if isinstance(asked, int) else None
     if any(number is not None and number < 1 for number in (step, limit)):
-        raise ValueError(f"--step and --limit must be at least 1, not {step} and {limit}")
+        raise ValueError(f"steps and limits count from 1, not step {step}, limit {limit}")
     if not isinstance(asked, int) and not 0 <= asked[0] < asked[1]:
         raise ValueError(f"positions are START:STOP with 0 <= START < STOP, not {asked[0]}:{asked[1]} (STOP is excluded)")
     module, data, checkpoint = load_run(run)
