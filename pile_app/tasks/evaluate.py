@@ -77,7 +77,7 @@ class SourceFigures(Callback):
         self.table = pl_module.token_metrics.compute().cpu().clone()
 
     def of_source(self, source: int, data: PileDataModule, found: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Return all figures of a source. found: its likelihoods by modality."""
+        """All figures of a source; `found`: its likelihoods by modality."""
         codecs: dict[int, tuple[str, Any]] = {
             IMAGE: ("psnr", self.psnr[source]),
             AUDIO: ("log_mel_distance", self.log_mel[source]),

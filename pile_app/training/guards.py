@@ -36,7 +36,7 @@ PASSED_OVER = "passed over"
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Limits that reject an optimizer step. See `guards.py`.
+    """Which optimizer steps are rejected. See `guards.py`.
 
     Args:
         max_rejected: steps in a row that may be rejected; with one more the run stops.
@@ -134,8 +134,8 @@ class StepGuard(Callback):
             pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
         if self.in_a_row > self.config.max_rejected:
             raise DivergedError(
-                f"{self.in_a_row} optimizer steps in a row were rejected, up to step {step} ({self.reason}: {self.step}). "
-                f"No checkpoint contains them; their documents are listed in {self.path}",
+                f"{self.in_a_row} optimizer steps in a row could not be taken, up to step {step} ({self.reason}: {self.step}). "
+                f"Nothing of them is in a checkpoint; their documents are listed in {self.path}",
                 step - self.in_a_row + 1,
                 step,
             )

@@ -49,8 +49,8 @@ class WandbRun(WandbLogger):
             mode=mode,
             settings=wandb.Settings(silent=mode != "online", console="off"),
         )
-        self._wandb_init.pop("anonymous")  # W&B warns of it
         self.run, self.mode = run, mode
+        self._wandb_init.pop("anonymous")  # W&B warns of it
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -79,11 +79,10 @@ class WandbRun(WandbLogger):
         """Log the configuration and, offline, all that was logged before `first_step`."""
         self.log_hyperparams(config)
         earlier = [path for path in (self.run / "wandb").glob("offline-run-*") if path != Path(self.experiment.dir).parent]
-        if self.mode != "offline" or not earlier:
+        if self.mode != "offline" or not earlier or not (self.run / "metrics.csv").exists():  # refused before training
             return
-        metrics = self.run / "metrics.csv"  # missing where the earlier start was refused before training
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(lines)]
+        with open(self.run / "metrics.csv", newline="") as file:
+            history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
         history += [(step_of(folder), folder) for folder in (self.run / "samples").glob("step-*")]
         for step, logged in sorted(history, key=lambda entry: entry[0]):
             if step >= first_step:
