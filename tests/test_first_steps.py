@@ -51,6 +51,13 @@ def test_missing_open_weights_are_one_line_with_the_command_that_makes_them(tmp_
     assert Path(recipe).is_file() and "--folder data/smollm2/model" in line and "--model.backbone.path" in line
 
 
+def test_a_recipe_that_fails_ends_in_one_line(tmp_path: Path) -> None:
+    refused = start(["pile", "train", "--config", "shakespeare_fast", "--wandb=null"], tmp_path, PILE_SHAKESPEARE="missing.txt")
+    assert refused.wait() == 2 and "Traceback" not in refused.text
+    assert refused.text.splitlines()[-1].startswith("pile train: error: the recipe 'data/shakespeare/prepare.py' failed")
+    assert "PILE_SHAKESPEARE" in refused.text
+
+
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     assert start(["pile", "--version"], tmp_path).succeed().strip().replace(".", "").isalnum()
 

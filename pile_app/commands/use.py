@@ -348,8 +348,8 @@ def index_media(
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common()) or "nothing"
     print(f"{uri}: {len(index):,} segments, {replaced:,} replaced; skipped: {reasons}")
     recall = index.finish()
-    found = "exactly" if recall is None else f"approximately: {100 * recall:.1f} % of the exact ten nearest are found"
-    print(f"searched {found}")
+    if recall is not None:
+        print(f"searches are approximate: they find {100 * recall:.1f} % of the ten nearest")
 
 
 def read_documents(path: str) -> Iterator[tuple[Document, str] | str]:

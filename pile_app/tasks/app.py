@@ -89,16 +89,16 @@ class Page:
 
     def __init__(self, module: PileModule, context: int, limits: Limits) -> None:
         self.gr, self.module, self.model, self.context, self.limits = import_gradio(), module, module.model, context, limits
+        self.names = [MODALITIES[one] for one in sorted({TEXT, *self.model.vocabulary.modalities})]
 
     def prompt(self, label: str, id: str) -> Any:
         """A field for text, and for the media that the model reads."""
-        modalities = self.model.vocabulary.modalities
-        kinds = [*(IMAGE_EXTENSIONS if 1 in modalities else ()), *(AUDIO_EXTENSIONS if 2 in modalities else ())]
-        sources = ["upload"] * bool(kinds) + ["microphone"] * (2 in modalities)
-        read = ", ".join(["text", *["pictures"] * (1 in modalities), *["sounds"] * (2 in modalities)])
+        extensions = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
+        kinds = [kind for name in self.names for kind in extensions.get(name, ())]
+        sources = ["upload"] * bool(kinds) + ["microphone"] * ("audio" in self.names)
         return self.gr.MultimodalTextbox(
-            elem_id=id, show_label=False, placeholder=f"{label}: {read}", file_types=[f".{kind}" for kind in kinds] or None,
-            file_count="multiple", sources=sources, max_plain_text_length=100_000,
+            elem_id=id, show_label=False, placeholder=f"{label}: {', '.join(self.names)}",
+            file_types=[f".{kind}" for kind in kinds] or None, file_count="multiple", sources=sources, max_plain_text_length=100_000,
         )  # fmt: skip
 
     def document(self, sent: Mapping[str, Any], needed: bool = True) -> Document:
@@ -142,9 +142,9 @@ def make_sampling(temperature: float, top_p: float, guidance: float, tokens: flo
 
 
 def _generate_tab(page: Page) -> None:
-    gr, names = page.gr, [MODALITIES[one] for one in sorted({TEXT, *page.model.vocabulary.modalities})]
+    gr = page.gr
     with gr.Row():
-        to = gr.Radio(names, value=names[0], label="Write")
+        to = gr.Radio(page.names, value=page.names[0], label="Write")
         count = gr.Slider(1, 16, 4, step=1, label="How many")
     prompt = page.prompt("A prompt, or nothing", "generate-prompt")
     settings = page.settings()
@@ -241,7 +241,10 @@ def _tag_tab(page: Page) -> None:
     text = page.gr.Textbox(label="Text", lines=4, elem_id="tag-text")
 
     def tag(text: str) -> list[tuple[str, str | None]]:
-        return list(split_parts(tag_documents(page.module, [page.document({"text": text})], page.context)[0]))
+        parts = list(split_parts(tag_documents(page.module, [page.document({"text": text})], page.context)[0]))
+        if not any(label for _, label in parts):
+            page.gr.Info("no names were found")
+        return parts
 
     button = page.gr.Button("Find the names", variant="primary", elem_id="tag")
     found = page.gr.HighlightedText(label="Entities", elem_id="entities", show_legend=True)
@@ -251,7 +254,7 @@ def _tag_tab(page: Page) -> None:
 def _search_tab(page: Page) -> None:
     gr = page.gr
     with gr.Row():
-        to = gr.Radio(["all", *MODALITIES], value="all", label="Find")
+        to = gr.Radio(["all", *page.names], value="all", label="Find")
         count = gr.Slider(1, 50, 12, step=1, label="How many")
     prompt = page.prompt(f"Search {len(page.index):,} entries by", "search-prompt")
 
