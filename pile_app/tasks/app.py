@@ -98,7 +98,8 @@ class Page:
         sources = ["upload"] * bool(kinds) + ["microphone"] * ("audio" in self.names)
         return self.gr.MultimodalTextbox(
             elem_id=id, show_label=False, placeholder=f"{label}: {', '.join(self.names)}",
-            file_types=[f".{kind}" for kind in kinds] or None, file_count="multiple", sources=sources, max_plain_text_length=100_000,
+            file_types=[f".{kind}" for kind in kinds] or None, file_count="multiple",
+            sources=sources, max_plain_text_length=100_000,
         )  # fmt: skip
 
     def document(self, sent: Mapping[str, Any], needed: bool = True) -> Document:
