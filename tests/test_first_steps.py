@@ -58,6 +58,12 @@ def test_a_recipe_that_fails_ends_in_one_line(tmp_path: Path) -> None:
     assert "PILE_SHAKESPEARE" in refused.text
 
 
+def test_words_with_tags_are_read_from_a_tsv_if_the_kind_says_so(tmp_path: Path) -> None:
+    (tmp_path / "tweets.tsv").write_text("".join(f"In\tO\nParis\tB-location\n{n}\tO\n\n" for n in range(40)))
+    told = start(["pile", "prepare", "tweets.tsv", "out", "--kind", "entities"], tmp_path).succeed()
+    assert "40 read (40 CoNLL) = 40 documents" in told and "types '[location]'" in told
+
+
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     assert start(["pile", "--version"], tmp_path).succeed().strip().replace(".", "").isalnum()
 
