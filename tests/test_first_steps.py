@@ -34,7 +34,7 @@ def test_a_run_that_was_refused_starts_once_it_is_fixed(tmp_path: Path) -> None:
     refused = start([*words, "--model.codec_steps=9"], tmp_path, WANDB_MODE="offline")
     assert refused.wait() == 2
     last = refused.text.splitlines()[-1]
-    assert last.startswith("pile train: error: model.codec_steps=9") and "raise trainer.max_steps" in last
+    assert last.startswith("pile: error: model.codec_steps=9") and "raise trainer.max_steps" in last
     words.append("--model.codec_steps=1")
     stopped = start([*words, "--trainer.max_time=00:00:00:00"], tmp_path, WANDB_MODE="offline").succeed().splitlines()[-1]
     assert "continue with: pile train --config images_only" in stopped  # as it was typed
@@ -54,7 +54,7 @@ def test_missing_open_weights_are_one_line_with_the_command_that_makes_them(tmp_
 def test_a_recipe_that_fails_ends_in_one_line(tmp_path: Path) -> None:
     refused = start(["pile", "train", "--config", "shakespeare_fast", "--wandb=null"], tmp_path, PILE_SHAKESPEARE="missing.txt")
     assert refused.wait() == 2 and "Traceback" not in refused.text
-    assert refused.text.splitlines()[-1].startswith("pile train: error: the recipe 'data/shakespeare/prepare.py' failed")
+    assert refused.text.splitlines()[-1].startswith("pile: error: the recipe 'data/shakespeare/prepare.py' failed")
     assert "PILE_SHAKESPEARE" in refused.text
 
 

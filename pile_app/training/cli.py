@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
     except (ArgumentError, ValueError, OSError, ShardError, MisconfigurationException) as error:
         if cli is not None and cli.run.has_begun:
             raise
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name.split()[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(REFUSED) from error
     if cli.config.trainer.fast_dev_run:
         print(f"fast_dev_run: {cli.trainer.global_step} optimizer steps; nothing is kept")
