@@ -59,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(format_help())
         sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("pile-app"))
+        return
     try:
         run_command(words[0], words[1:])
         sys.stdout.flush()

@@ -237,7 +237,8 @@ class SampleView:
         """Return the chat or the interleaved record of the sample. names: fields that such a record uses."""
         found = next((record for record in self.records() if test(record)), None)
         if found is None:
-            detail = f"sample {self.key!r} holds no conversation, only {listing(self.leaves())}"
+            chat, other = "messages, conversations or instruction + output", "texts + images or text_list + image_info"
+            detail = f"sample {self.key!r} has {listing(self.leaves())}, but no {chat if 'messages' in names else other}"
             raise self.damaged or BadSample("no_conversation", detail)
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())

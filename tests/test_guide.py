@@ -22,11 +22,9 @@ SMALL = [
     "--data.micro_batch=null --data.num_workers=0 --model.backbone.init_args.width=32 --model.backbone.init_args.layers=1",
     "--checkpoint_every=4 --wandb=null",
 ]
-"""Behind each `train.py`: from 8 GPUs to 2 processes of a CPU, from presets to a model of a moment."""
+"""After each `pile train`: from 8 GPUs to 2 processes of a CPU, from presets to a model of a moment."""
 PRESET = [
-    "--model.tokenizer=bytes --model.image=null --model.audio=null --model.codec_steps=0",
     "--model.backbone.init_args.heads=2 --trainer.devices=2 --trainer.num_nodes=1 --trainer.precision=32-true",
-    "'--data.sources={mine: {train: shards/mine/my-texts-train-*.tar}}'",
 ]
 WORDS = ["once", "upon", "a", "time", "there", "was", "one", "who", "had", "three", "wishes"]
 CODECS = {"image": vars(IMAGE), "audio": vars(AUDIO)}
@@ -34,10 +32,8 @@ CODECS = {"image": vars(IMAGE), "audio": vars(AUDIO)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone's folders, and what the guide supposes a user to have: files of each kind, and a run of the demo."""
+    """An empty folder with what the guide supposes a user to have: files of each kind, and a run of the demo."""
     folder = tmp_path_factory.mktemp("guide")
-    for name in ("conf", "train.py", "pile_app"):
-        (folder / name).symlink_to(REPOSITORY / name)
     rng = np.random.default_rng(0)
     for name in ("my-texts", "my-reviews", "my-entities", "my-chats"):
         (folder / name).mkdir()
@@ -58,23 +54,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     demo = ["--name=digits", "--model.codec_steps=2", f"--data.sources={json.dumps(sources)}", "--trainer.callbacks=[]"]
     demo += [f"--model.{name}={json.dumps(codec)}" for name, codec in CODECS.items()] + ["--data.prepare=null"]
-    run(["python", "train.py", *demo], folder)
+    run(["pile", "train", *demo], folder)
     return folder
 
 
 def run(words: list[str], folder: Path) -> str:
     """Run a command of the guide with the sizes of a test appended; returns its output."""
-    if "train.py" not in words:
+    if "train" not in words:
         return start(words, folder).succeed()
-    of_preset = any(word.startswith("conf/sizes/") for word in words)
+    of_preset = any(word.startswith("sizes/") for word in words)
     small = shlex.split(" ".join(SMALL + (PRESET if of_preset else [])))
-    words = [*words[words.index("train.py") :], *small]
+    words = [*words[words.index("pile") :], *small]  # without torchrun
     printed = [rank.succeed() for rank in (start_ranks(words, folder) if of_preset else [start(words, folder)])]
     return printed[0]
 
 
 def test_every_command_of_the_guide_runs(folder: Path) -> None:
     printed: dict[str, str] = {}
+    (written,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    (folder / "big.yaml").write_text(written)
     for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL):
         for command in block.replace("\\\n", " ").strip().splitlines():
             printed[command] = run(shlex.split(command), folder)

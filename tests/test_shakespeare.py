@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from pile_app.cli import main as pile
 from pile_app.data.shards import Shards
 
 spec = importlib.util.spec_from_file_location("prepare_shakespeare", REPOSITORY / "data" / "shakespeare" / "prepare.py")
@@ -34,3 +35,11 @@ def test_a_text_that_is_not_there_is_named_with_what_to_do(tmp_path: Path, capsy
     assert recipe.main(["--text", str(tmp_path / "nothing.txt"), "--folder", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "nothing.txt" in error and "--text" in error and "PILE_SHAKESPEARE" in error
+
+
+def test_the_configuration_makes_the_model_that_the_published_losses_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """README and docs/results.md say 1.48 and 1.85 nats: when one of these numbers changes, measure that loss again."""
+    for config, parameters, steps in (("shakespeare", "659,232", "900"), ("shakespeare_fast", "528,640", "92")):
+        pile(["plan", "--config", config, "--hardware", "cpu"])
+        told = capsys.readouterr().out
+        assert f" {parameters} parameters" in told and f"in {steps} steps" in told

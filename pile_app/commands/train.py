@@ -15,17 +15,11 @@ def train(*settings: str) -> None:
     Args:
         settings: the options of LightningCLI; --config takes a file or the name of one in conf/: --config text_only
     """
-    from pile_app.bundled import find_configs
     from pile_app.training.cli import main
 
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    try:
-        arguments = find_configs(settings)
-    except ValueError as error:
-        print(f"pile: error: {error}", file=sys.stderr)
-        sys.exit(2)
     is_script = Path(sys.argv[0]).name == "train.py"
-    main(arguments, ("python", sys.argv[0]) if is_script else ("pile", "train"))
+    main(list(settings), ("python", sys.argv[0]) if is_script else ("pile", "train"))
 
 
 def plan(

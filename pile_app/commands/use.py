@@ -277,15 +277,14 @@ def read_shards(shards: Any) -> Iterator[tuple[str, Document | BadSample]]:
 
 def tag(
     run: Path, file: Path | None = None, *, text: Sequence[str] = (), format: Literal["inline", "json"] = "inline",
-    checkpoint: str = "auto", device: str = "auto", output: Path | None = None,
+    checkpoint: str = "auto", device: str = "auto",
 ) -> None:  # fmt: skip
-    """Find the named entities of texts, with a run that was trained to tag.
+    """Find the named entities of texts, with a run that was trained to tag, and print them.
 
     Args:
         file: lines of text, which are read separately; or CoNLL, tagged JSON lines or Parquet, whose words are tagged
         text: texts
         format: inline: [Paris|location]; json: a line for each text, start and end in characters
-        output: folder for entities.txt or entities.jsonl (default: print them)
     """
     from pile_app.commands.data import read_texts
     from pile_app.documents import BadSample, Document, Segment
@@ -301,16 +300,8 @@ def tag(
     if not documents:
         raise ValueError("there is nothing to tag: give a FILE, or --text")
     module, data, _ = load_on(run, checkpoint, device)
-    tagged = tag_documents(module, documents, data.context)
-    lines = (as_inline(one) if format == "inline" else json.dumps(as_record(one), ensure_ascii=False) for one in tagged)
-    written = "".join(f"{line}\n" for line in lines)
-    if output is None:
-        sys.stdout.write(written)
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / ("entities.txt" if format == "inline" else "entities.jsonl")
-        path.write_text(written, encoding="utf-8")
-        print(path)
+    for one in tag_documents(module, documents, data.context):
+        print(as_inline(one) if format == "inline" else json.dumps(as_record(one), ensure_ascii=False))
 
 
 def open_embedder(run: Path, checkpoint: str, device: str) -> Embedder:
@@ -348,8 +339,8 @@ def index_media(
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in left.most_common()) or "nothing"
     print(f"{uri}: {len(index):,} segments, {replaced:,} replaced; skipped: {reasons}")
     recall = index.finish()
-    found = "exactly" if recall is None else f"approximately: {100 * recall:.1f} % of the exact ten nearest are found"
-    print(f"searched {found}")
+    if recall is not None:
+        print(f"searches are approximate: they find {100 * recall:.1f} % of the ten nearest")
 
 
 def read_documents(path: str) -> Iterator[tuple[Document, str] | str]:

@@ -71,7 +71,7 @@ class Batch:
 
     @cached_property
     def piece_numbers(self) -> Tensor:
-        """Number of the piece of each token, (B, T) int64."""
+        """Return the index of the piece that each token belongs to, (B, T) int64."""
         lengths = self.piece_starts.diff()
         numbers = torch.arange(len(lengths), device=lengths.device)
         return torch.repeat_interleave(numbers, lengths, output_size=self.tokens.numel()).view(self.tokens.shape)
@@ -82,7 +82,7 @@ class Batch:
 
     @cached_property
     def document(self) -> Tensor:
-        """Number of the piece of each token, or `PADDING`, (B, T) int64."""
+        """Index of the piece of each token, or `PADDING`, (B, T) int64."""
         return self.piece_numbers.masked_fill(self._is_padding, PADDING)
 
     @cached_property
@@ -93,7 +93,7 @@ class Batch:
 
     @cached_property
     def source(self) -> Tensor:
-        """Number of the source, 0 in padding, (B, T) int32."""
+        """Index of the source, 0 in padding, (B, T) int32."""
         return self.piece_sources[self.piece_numbers].clamp_min(0)
 
     @cached_property

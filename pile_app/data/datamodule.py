@@ -454,14 +454,14 @@ def _is_unmade(source: Source, recipe: str) -> bool:
 
 
 def run_recipe(recipe: str) -> None:
-    """Run `python <recipe>`; raise FileNotFoundError if it does not exist, RuntimeError if it fails."""
+    """Run `python <recipe>`; raise FileNotFoundError if it does not exist, ValueError if it fails."""
     if not Path(recipe).is_file():
         copy_recipe(recipe)
     if not Path(recipe).is_file():
         raise FileNotFoundError(f"data.prepare names the recipe {recipe!r}, which does not exist in {os.getcwd()}")
     print(f"preparing data: python {recipe}", flush=True)
     if subprocess.run([sys.executable, recipe]).returncode:
-        raise RuntimeError(f"the recipe {recipe!r} failed; see its message above")
+        raise ValueError(f"the recipe {recipe!r} failed; see its message above")
 
 
 def check_data(sources: Mapping[str, Source], data: Any) -> None:

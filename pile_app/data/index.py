@@ -118,7 +118,7 @@ class ShardIndex:
         return block
 
     def document(self, sample: int, block: bytes) -> Document:
-        """The document of a sample, from its bytes in the tar. Raises `BadSample`."""
+        """Return the document of a sample, from its bytes in the tar. Raises `BadSample`."""
         return self.fields.read(self.key(sample), files_of_block(block)).document
 
     def contents(self, sample: int, block: bytes) -> dict[int, str | bytes]:

@@ -205,7 +205,7 @@ class SourceData(Shards):
             return table
 
     def _count(self, shard: int) -> list[int]:
-        """`SHARD_COLUMNS` of a shard."""
+        """Return the `SHARD_COLUMNS` of a shard."""
         pieces, lengths, too_long = self.opened(shard).cut()
         bounds = (int(lengths.min()), int(lengths.max())) if len(lengths) else (1 << 62, 0)
         return [len(pieces), int((pieces["stop"] - pieces["start"]).sum()), too_long, *bounds]

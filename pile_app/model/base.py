@@ -1,4 +1,4 @@
-"""What every backbone shares: the interface (see `backbones.py`), the cache, the norm, initialization."""
+"""Base of all backbones: the interface (see `backbones.py`), the cache, the norm, initialization."""
 
 from __future__ import annotations
 

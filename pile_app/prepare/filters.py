@@ -58,7 +58,7 @@ def apply_steps(document: Document, options: Options, evaluation: EvaluationText
         if evaluation is not None and segment.modality == TEXT:
             evaluation.check(segment.text)
     if "spans" in document.meta and segments != document.segments:
-        raise BadSample("moved_spans", "a step changes the text after its entities were found, as --quality c4 does")
+        raise BadSample("moved_spans", "a filter, such as --quality c4, changed the text after its entities were located")
     return replace(document, segments=segments)
 
 

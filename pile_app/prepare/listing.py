@@ -142,7 +142,8 @@ class Listing:
         kind, found = self.options.kind, FORMATS.get(extension(name), "")
         if kind == "auto" or found in OF_KIND[kind]:
             return found
-        if found not in ("", "text") or extension(name) in MEDIA or (is_about(name) and not self.is_one_file):
+        is_forced = found in ("", "text") or (kind, found) == ("entities", "csv")  # a word, a tab and its tag
+        if not is_forced or extension(name) in MEDIA or (is_about(name) and not self.is_one_file):
             return ""
         return OF_KIND[kind][0] if self.is_one_file or kind not in ("images", "audio") else ""
 

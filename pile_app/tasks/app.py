@@ -89,15 +89,17 @@ class Page:
 
     def __init__(self, module: PileModule, context: int, limits: Limits) -> None:
         self.gr, self.module, self.model, self.context, self.limits = import_gradio(), module, module.model, context, limits
+        self.names = [MODALITIES[one] for one in sorted({TEXT, *self.model.vocabulary.modalities})]
 
     def prompt(self, label: str, id: str) -> Any:
         """A field for text, and for the media that the model reads."""
-        modalities = self.model.vocabulary.modalities
-        kinds = [*(IMAGE_EXTENSIONS if 1 in modalities else ()), *(AUDIO_EXTENSIONS if 2 in modalities else ())]
-        sources = ["upload"] * bool(kinds) + ["microphone"] * (2 in modalities)
+        extensions = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
+        kinds = [kind for name in self.names for kind in extensions.get(name, ())]
+        sources = ["upload"] * bool(kinds) + ["microphone"] * ("audio" in self.names)
         return self.gr.MultimodalTextbox(
-            elem_id=id, show_label=False, placeholder=label, file_types=[f".{kind}" for kind in kinds] or None,
-            file_count="multiple", sources=sources, max_plain_text_length=100_000,
+            elem_id=id, show_label=False, placeholder=f"{label}: {', '.join(self.names)}",
+            file_types=[f".{kind}" for kind in kinds] or None, file_count="multiple",
+            sources=sources, max_plain_text_length=100_000,
         )  # fmt: skip
 
     def document(self, sent: Mapping[str, Any], needed: bool = True) -> Document:
@@ -141,11 +143,11 @@ def make_sampling(temperature: float, top_p: float, guidance: float, tokens: flo
 
 
 def _generate_tab(page: Page) -> None:
-    gr, names = page.gr, [MODALITIES[one] for one in sorted({TEXT, *page.model.vocabulary.modalities})]
+    gr = page.gr
     with gr.Row():
-        to = gr.Radio(names, value=names[0], label="Write")
+        to = gr.Radio(page.names, value=page.names[0], label="Write")
         count = gr.Slider(1, 16, 4, step=1, label="How many")
-    prompt = page.prompt("A prompt: text, pictures, sounds; empty: the model starts on its own", "generate-prompt")
+    prompt = page.prompt("A prompt, or nothing", "generate-prompt")
     settings = page.settings()
     with gr.Accordion("Settings", open=False), gr.Row():
         for setting in settings:
@@ -191,7 +193,7 @@ def _chat_tab(page: Page) -> None:
         reply, multimodal=True, additional_inputs=page.settings(),
         additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
         chatbot=gr.Chatbot(elem_id="chat", show_label=False, render_markdown=False, buttons=[], height=420),
-        textbox=page.prompt("Write a message, add a picture or record a sound", "message"),
+        textbox=page.prompt("A message", "message"),
         analytics_enabled=False, api_visibility="private",
     )  # fmt: skip
 
@@ -220,7 +222,7 @@ def _classify_tab(page: Page) -> None:
     gr, objective = page.gr, page.module.objective
     is_classifier = type(objective).__name__ == "Classification"
     labels = gr.Textbox(label="Labels", placeholder="positive, negative", visible=not is_classifier, elem_id="labels")
-    prompt = page.prompt("Text, pictures or sounds to label", "classify-prompt")
+    prompt = page.prompt("What to label", "classify-prompt")
 
     def classify(sent: Any, labels: str) -> dict[str, float]:
         document = page.document(sent)
@@ -240,7 +242,10 @@ def _tag_tab(page: Page) -> None:
     text = page.gr.Textbox(label="Text", lines=4, elem_id="tag-text")
 
     def tag(text: str) -> list[tuple[str, str | None]]:
-        return list(split_parts(tag_documents(page.module, [page.document({"text": text})], page.context)[0]))
+        parts = list(split_parts(tag_documents(page.module, [page.document({"text": text})], page.context)[0]))
+        if not any(label for _, label in parts):
+            page.gr.Info("no names were found")
+        return parts
 
     button = page.gr.Button("Find the names", variant="primary", elem_id="tag")
     found = page.gr.HighlightedText(label="Entities", elem_id="entities", show_legend=True)
@@ -250,9 +255,9 @@ def _tag_tab(page: Page) -> None:
 def _search_tab(page: Page) -> None:
     gr = page.gr
     with gr.Row():
-        to = gr.Radio(["all", *MODALITIES], value="all", label="Find")
+        to = gr.Radio(["all", *page.names], value="all", label="Find")
         count = gr.Slider(1, 50, 12, step=1, label="How many")
-    prompt = page.prompt(f"Search {len(page.index):,} texts, pictures and sounds by any of them", "search-prompt")
+    prompt = page.prompt(f"Search {len(page.index):,} entries by", "search-prompt")
 
     def search(sent: Any, to: str, count: float) -> str:
         hits = page.index.find(page.document(sent), int(count), None if to == "all" else to)

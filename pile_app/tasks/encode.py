@@ -56,7 +56,7 @@ NO_ENCODER = "0" * 32  # of a lost segment
 
 
 class Encoders:
-    """What encodes: a tokenizer, and a model for its codecs (None: media stay as they are).
+    """A tokenizer, and a model for its codecs (None: media stay as they are).
 
     Args:
         batch: images or sounds that are encoded at once.

@@ -129,6 +129,10 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
         metrics = {name.removeprefix("validation/"): float(value) for name, value in logged.items()}
         result["objective"] = {name: value for name, value in metrics.items() if name not in known}
         values |= {f"objective/{name}": value for name, value in result["objective"].items()}
+    if (confusion := getattr(module.objective, "confusion", None)) is not None:
+        labels: list[str] = module.objective.labels  # type: ignore[union-attr, assignment]
+        rows = (dict(zip(labels, row, strict=True)) for row in confusion.tolist())
+        result["confusion"] = dict(zip(labels, rows, strict=True))
     save_figures(result, values, output or run / "evaluation.json", run, config.get("wandb"))
     return result
 
@@ -154,7 +158,15 @@ def print_tables(result: Mapping[str, Any]) -> None:
         names = list(dict.fromkeys(figure for figures in rows.values() for figure in figures if figure != "shares"))
         cells = [[name, *(short(figures[n]) if n in figures else "" for n in names)] for name, figures in rows.items()]
         print_table(f"{modality}, step {result['step']:,}", ["source", *names], cells)
-    print_table("objective", ["metric", "value"], [[name, short(value)] for name, value in result.get("objective", {}).items()])
+    found = {name.partition("/")[0]: None for name in result.get("objective", {})}
+    by_label: dict[str, dict[str, float]] = {}  # "f1/happy" -> its row and column; "f1" is the mean over the labels
+    for name, value in result.get("objective", {}).items():
+        by_label.setdefault(name.partition("/")[2] or "all", {})[name.partition("/")[0]] = value
+    cells = [[label, *(short(row[n]) if n in row else "" for n in found)] for label, row in by_label.items()]
+    print_table("objective", ["label", *found], cells)
+    counts = result.get("confusion", {})
+    rows = [[label, *map(str, row.values())] for label, row in counts.items()]
+    print_table("documents by true label (row) and predicted label (column)", ["label", *counts], rows)
     if rejected := {name: found["rejected"] for name, found in result["sources"].items() if found["rejected"]}:
         print(f"documents that could not be used: {rejected}")
 

@@ -1,4 +1,4 @@
-"""What `train.py` does: read and check the configuration, build, train or resume, evaluate, report.
+"""Training from the command line: read and check the configuration, build, train or resume, evaluate, report.
 
 The configuration is LightningCLI's: `conf/default.yaml`, then each `--config`, then single values from the command line.
 Invalid settings fail before data or model are built.
@@ -24,9 +24,14 @@ from typing import Any, Literal, NoReturn
 # Lightning's advice on its internals, which users cannot follow. (Logged values are already reduced over ranks.)
 warnings.filterwarnings("ignore", message=".*(isinstance\\(treespec, LeafSpec\\)|num_workers|Checkpoint directory|sync_dist).*")
 warnings.filterwarnings("ignore", message=".*not resumable.*")
-warnings.filterwarnings("ignore", message=".*(`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*")
+warnings.filterwarnings(
+    "ignore", message=".*(Total length of `list`|`_get_vocab|srun|tensorboardX|Trainer\\(log_every_n_steps|torch.jit.script).*"
+)
 
 logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: not str(record.msg).startswith(("💡 Tip", "GPU available: False", "TPU available: False"))
+)
 
 gc.disable()  # the imports make a million objects and no garbage: searching them took a quarter of the start
 
@@ -37,7 +42,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ti
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
-from pile_app.bundled import BUNDLED  # noqa: E402
+from pile_app.bundled import BUNDLED, find_configs  # noqa: E402
 from pile_app.data.datamodule import PileDataModule, Source, check_data  # noqa: E402
 from pile_app.data.tar import ShardError  # noqa: E402
 from pile_app.model.backbones import Transformer  # noqa: E402
@@ -47,7 +52,7 @@ from pile_app.model.pretrained_codecs import take_codecs  # noqa: E402
 from pile_app.training import checkpoints  # noqa: E402
 from pile_app.training.callbacks import DataReport, Ledger, PileProgressBar, SampleGeneration, Throughput  # noqa: E402
 from pile_app.training.guards import DivergedError, GuardConfig, StepGuard  # noqa: E402
-from pile_app.training.load import SkipInitialization, fast_precision, link_model_to_data  # noqa: E402
+from pile_app.training.load import SkipInitialization, fast_precision, is_pretrained, link_model_to_data  # noqa: E402
 from pile_app.training.module import PileModule  # noqa: E402
 from pile_app.training.parallel import is_first_process  # noqa: E402 (and registers `fsdp2`)
 from pile_app.training.run import RunFolder, begin, find_divergence, keep_freed_memory, make_loggers  # noqa: E402
@@ -96,7 +101,7 @@ class PileCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Lay `open_weights` over the configurations, under what the command line sets, where it applies."""
         super().parse_arguments(parser, args)
-        if self.config.open_weights and self.config.model.backbone.class_path.endswith("HuggingFace"):
+        if self.config.open_weights and is_pretrained(self.config.model.backbone):
             words = list(sys.argv[1:] if args is None else args)
             place = max((number for number, word in enumerate(words) if word.startswith("--config")), default=-1) + 1
             place += place > 0 and "=" not in words[place - 1]
@@ -135,8 +140,8 @@ class PileCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything; weights that a checkpoint or rank 0 will replace are not drawn."""
         is_replaced = self.checkpoint is not None or (is_sharded(self.config.trainer) and not is_first_process())
-        if is_replaced and (backbone := self.config.model.backbone).class_path.endswith("HuggingFace"):
-            backbone.init_args.pretrained = False
+        if is_replaced and is_pretrained(self.config.model.backbone):
+            self.config.model.backbone.init_args.pretrained = False
         with SkipInitialization() if is_replaced else nullcontext():
             super().instantiate_classes()
 
@@ -293,11 +298,14 @@ def parse_config(arguments: list[str]) -> Namespace:
 def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python", "train.py")) -> None:
     """Trains. `arguments`: None takes the command line's. Raises SystemExit: 143, 138 or 130 after SIGTERM, SIGUSR1 or
     Ctrl-C, and 0 after `trainer.max_time`, with a checkpoint (run the same command again); 3 where too many steps in a row
-    could not be taken (do not, before something is changed); 2 for a configuration that cannot be."""
+    were rejected (change something first); 2 for an invalid configuration."""
     atexit.register(gc.freeze)  # or the interpreter searches everything twice for garbage, a second, before it ends
     cli: PileCLI = None  # type: ignore[assignment]
+    name = " ".join(program) if program[0] == "pile" else Path(program[-1]).name
     try:
-        cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=arguments)
+        words = None if arguments is None else find_configs(arguments)
+        CLI_OPTIONS["parser_kwargs"]["prog"] = name
+        cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=words)
         if cli.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         checkpoint = str(cli.checkpoint) if cli.checkpoint else None
@@ -311,7 +319,7 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
     except (ArgumentError, ValueError, OSError, ShardError, MisconfigurationException) as error:
         if cli is not None and cli.run.has_begun:
             raise
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name.split()[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(REFUSED) from error
     if cli.config.trainer.fast_dev_run:
         print(f"fast_dev_run: {cli.trainer.global_step} optimizer steps; nothing is kept")
@@ -346,7 +354,7 @@ def stop_diverged(cli: PileCLI, error: DivergedError) -> NoReturn:
 
 def finish(cli: PileCLI) -> None:
     """Validate, run the evaluations of the config's callbacks, and write `summary.json` and `report.html`."""
-    from pile_app.training.report import write_report
+    from pile_app.training.report import short, write_report
 
     trainer, module, run = cli.trainer, cli.model, cli.run_folder
     logged, best = dict(trainer.callback_metrics), run / "checkpoints" / "best.ckpt"
@@ -380,4 +388,6 @@ def finish(cli: PileCLI) -> None:
         logger.save()
     close(trainer)
     report = write_report(run)
-    print("".join(f"\n{run}: {text}" for text in warned), f"\n{run} is complete: open {report}", sep="")
+    main = [f"{name} {short(figures[name])}" for name in ("loss", "text_bits_per_byte", "accuracy", "f1") if name in figures]
+    said = [*warned, *(["validation " + ", ".join(main)] if main else [])]
+    print("".join(f"\n{run}: {text}" for text in said), f"\n{run} is complete: open {report}", sep="")

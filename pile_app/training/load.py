@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.overrides import TorchFunctionMode
 
 from pile_app.data.datamodule import PileDataModule
+from pile_app.model import backbones
 from pile_app.model.fused import AUTOCAST
 from pile_app.model.pretrained import check_shapes, take_readers
 from pile_app.model.pretrained_codecs import take_codecs
@@ -128,10 +130,16 @@ def is_open_weights(run: Path) -> bool:
         return False
 
 
+def is_pretrained(backbone: Any) -> bool:
+    """Whether a backbone of a configuration, a class and its arguments, starts from open weights."""
+    module, _, name = backbone["class_path"].rpartition(".")
+    return bool(getattr(import_module(module or backbones.__name__), name).is_pretrained)
+
+
 def take_description(model: Any, run: Path) -> None:
     """Let open weights be built from the description in the run's folder, where the checkpoint has the weights, and
     pretrained codecs and readers be read from there."""
-    if (run / BACKBONE).is_dir() and model["backbone"]["class_path"].endswith("HuggingFace"):
+    if (run / BACKBONE).is_dir() and is_pretrained(model["backbone"]):
         arguments = model["backbone"]["init_args"]
         arguments["path"], arguments["pretrained"] = str(run / BACKBONE), False
     take_codecs(model, run)

@@ -500,8 +500,8 @@ class PileModule(LightningModule):
         steps: int = self.trainer.datamodule.steps(self.trainer)  # type: ignore[attr-defined]
         if self.codec_steps and steps <= self.codec_steps:
             raise ValueError(
-                f"model.codec_steps={self.codec_steps} leaves nothing of the run's {steps} optimizer steps for the language "
-                "model"
+                f"model.codec_steps={self.codec_steps} leaves none of the run's {steps} optimizer steps for the language "
+                "model: lower model.codec_steps, or raise trainer.max_steps"
             )
         optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps, self.objective)
         self.groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -45,6 +45,7 @@ class WandbRun(WandbLogger):
         named: dict[str, Any] = {"name": run.name, "project": project, "id": identity.read_text(), "save_dir": str(run)}
         super().__init__(**named, resume=resume, mode=mode, settings=settings)
         self.run, self.mode = run, mode
+        self._wandb_init.pop("anonymous")  # W&B warns of it
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -73,7 +74,7 @@ class WandbRun(WandbLogger):
         """Log the configuration and, offline, all that was logged before `first_step`."""
         self.log_hyperparams(config)
         earlier = [path for path in (self.run / "wandb").glob("offline-run-*") if path != Path(self.experiment.dir).parent]
-        if self.mode != "offline" or not earlier:
+        if self.mode != "offline" or not earlier or not (self.run / "metrics.csv").exists():  # refused before training
             return
         with open(self.run / "metrics.csv", newline="") as file:
             history: list[tuple[int, Any]] = [(int(row.pop("step")), row) for row in csv.DictReader(file)]

@@ -184,8 +184,8 @@ def test_a_trained_model_learns_to_tag_and_tags_texts_and_files(
 
     gold = [line for number in range(300, 320) for line in sentence(number).splitlines()]
     (tmp_path / "new.conll").write_text("\n".join(gold) + "\n")
-    pile(["tag", str(tmp_path / "task"), str(tmp_path / "new.conll"), "--format", "json", "--output", str(tmp_path / "out")])
-    records = [json.loads(line) for line in (tmp_path / "out" / "entities.jsonl").read_text().splitlines()]
+    pile(["tag", str(tmp_path / "task"), str(tmp_path / "new.conll"), "--format", "json"])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["text"].split() for record in records] == [
         [line.split()[0] for line in sentence(number).splitlines() if line] for number in range(300, 320)
     ]

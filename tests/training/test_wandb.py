@@ -177,16 +177,13 @@ def test_each_trial_of_a_sweep_is_a_run_of_its_own(tmp_path: Path) -> None:
 
     sweep = load_sweep_config(str(REPOSITORY / "conf" / "sweep.yaml"))
     assert sweep is not None and sweep["metric"]["name"] == "validation/loss"
-    (tmp_path / "train.py").symlink_to(REPOSITORY / "train.py")
-    (tmp_path / "conf").symlink_to(REPOSITORY / "conf")
     for split in ("train", "validation"):
         write_shards(prose_documents(20, split), tmp_path / "data/digits/shards", f"prose-{split}")
     small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.global_batch=2", "--trainer.accelerator=cpu"]
     for trial, choose in {"first0": min, "second": max}.items():
         values = {name: {"value": choose(given.get("values") or (given["min"], given["max"]))}
                   for name, given in sweep["parameters"].items()}  # fmt: skip
-        macros = {"${env}": [], "${interpreter}": [], "${program}": [sweep["program"]]}
-        macros["${args}"] = create_sweep_command_args({"args": values})["args"]
+        macros = {"${program}": [sweep["program"]], "${args}": create_sweep_command_args({"args": values})["args"]}
         words = [word for part in create_sweep_command(list(sweep["command"])) for word in macros.get(part, [part])]
         environment = {"WANDB_SWEEP_ID": "a", "WANDB_RUN_ID": trial, "WANDB_MODE": "offline"}
         start([*words, *small, "--samples=false"], tmp_path, **environment).succeed()
