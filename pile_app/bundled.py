@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -37,18 +37,13 @@ def find_configs(settings: Sequence[str]) -> list[str]:
 
 
 def copy_recipe(recipe: str) -> None:
-    """Copy a recipe of the package, e.g. `data/digits/prepare.py`, and what recipes share into the working folder."""
+    """Copy the recipes of the package, which use each other, into the working folder if it has no `recipe`, e.g.
+    `data/digits/prepare.py`."""
     path = Path(recipe)
     if path.is_absolute() or path.parts[:1] != ("data",) or not (BUNDLED / path).is_file():
         return
-    for file in _files(path):
+    for file in (found.relative_to(BUNDLED) for found in sorted((BUNDLED / "data").rglob("*.py"))):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(BUNDLED / file, file)
     print(f"copied the recipe {recipe} from the package", flush=True)
-
-
-def _files(recipe: Path) -> Iterator[Path]:
-    for folder in (recipe.parent, *recipe.parent.parents):
-        if folder.parts:
-            yield from (file.relative_to(BUNDLED) for file in sorted((BUNDLED / folder).glob("*.py")))

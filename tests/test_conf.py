@@ -135,6 +135,7 @@ def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
     [
         ("default", {"digits", "prose"}, {"image", "audio"}),
         ("lstm", {"digits", "prose"}, {"image", "audio"}),
+        ("smollm2_digits", {"digits", "chat", "prose"}, {"image", "audio"}),
         ("emoji", {"emoji"}, {"image", "audio"}),
         ("text_only", {"prose"}, set()),
         ("images_only", {"images"}, {"image"}),
