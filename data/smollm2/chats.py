@@ -6,7 +6,7 @@
     chat-validation   the same with held-out pictures and voices, and as many conversations as there
 
 General questions are answered by the open weights in `data/smollm2/model` themselves, before they learn anything, so that a
-model that learns these conversations goes on writing its own English. The demo's digits are made first where they are missing.
+model that learns these conversations keeps writing its own English. The demo's digits are made first where they are missing.
 """
 
 from __future__ import annotations
