@@ -65,7 +65,7 @@ def test_general_questions_are_answered_by_the_open_weights_themselves(tmp_path:
         chats.own_answers(tmp_path)
     answered = chats.own_answers(write_chatty_weights(tmp_path / "weights"))
     assert {question for question, _ in answered} <= questions
-    assert all(answer[-1] in ".!?" and "<|turn|>" not in answer for _, answer in answered)
+    assert all(answer[-1] in ".!?" and "<|over|>" not in answer for _, answer in answered)
     pairs = [(question, f"Of {question}") for question in sorted(questions)]
     media = Segment(b"0", "png")
     speaker = chats.Talker(np.random.default_rng(0), lambda *_: media, general=iter(pairs * 9))
@@ -75,7 +75,7 @@ def test_general_questions_are_answered_by_the_open_weights_themselves(tmp_path:
     }
     found = [of[question].text for question in questions if question in of]
     assert len(found) > len(questions) / 2 and all(text.startswith("Of ") for text in found)
-    assert sum(segment == media for segment in told) > 200, "digits are most of it"
+    assert sum(segment == media for segment in told) > 150, "digits are most of it"
 
 
 def test_recipes_run_from_any_folder(tmp_path: Path) -> None:
