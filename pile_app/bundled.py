@@ -34,13 +34,13 @@ def find_configs(settings: Sequence[str]) -> list[str]:
 
 
 def copy_recipe(recipe: str) -> None:
-    """Copy a recipe of the package, e.g. `data/digits/prepare.py`, and what recipes share into the working folder."""
+    """Copy the recipes of the package, which use each other, into the working folder if it has no `recipe`, e.g.
+    `data/digits/prepare.py`."""
     path = Path(recipe)
     if path.is_absolute() or path.parts[:1] != ("data",) or not (BUNDLED / path).is_file():
         return
-    for folder in (folder for folder in path.parents if folder.parts):
-        for source in sorted((BUNDLED / folder).glob("*.py")):
-            if not (file := source.relative_to(BUNDLED)).exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, file)
+    for file in (found.relative_to(BUNDLED) for found in sorted((BUNDLED / "data").rglob("*.py"))):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(BUNDLED / file, file)
     print(f"copied the recipe {recipe} from the package", flush=True)

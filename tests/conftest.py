@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from processes import forks, start, start_ranks
 
 from pile_app.data.shards import write_shards
-from pile_app.data.tokenizers import ByteTokenizer
+from pile_app.data.tokenizers import ByteTokenizer, train_tokenizer
 from pile_app.documents import Document, Segment
 from pile_app.model.backbones import LSTM, RNN, Backbone, MinGRU, Transformer
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
@@ -146,6 +146,25 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     config.write_text(TINY_CONFIG.format(shards=shards))
     train("--config", config, "--name", "x", "--runs", base / "runs", "--wandb", "null", cwd=base)
     return TinyRun(base / "runs" / "x", config, shards)
+
+
+def write_chatty_weights(folder: Path) -> Path:
+    """Tiny Llama of random weights with a chat template, as a folder of transformers."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 340, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    train_tokenizer(["It is three. What is this? I hear eight! " * 9], "bpe", 300, folder / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|over|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def train(*arguments: str | Path, cwd: Path, ranks: int = 1) -> None:

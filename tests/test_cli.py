@@ -143,7 +143,7 @@ def test_an_installed_package_brings_configurations_and_the_demos_recipe(tmp_pat
     """As a wheel lays it out, in an empty folder."""
     installed, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "shards", "*.partial")
+    ignored = shutil.ignore_patterns("__pycache__", "shards", "*.partial", "model.safetensors")
     shutil.copytree(REPOSITORY / "pile_app", installed / "pile_app", ignore=ignored)
     sources = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
         "sources"
@@ -160,7 +160,7 @@ def test_an_installed_package_brings_configurations_and_the_demos_recipe(tmp_pat
     text_only = yaml.safe_load((REPOSITORY / "conf" / "text_only.yaml").read_text())
     printed = yaml.safe_load(done.stdout.partition("\n")[2])
     assert printed["name"] == text_only["name"] and printed["data"]["prepare"] == "data/digits/prepare.py"
-    assert {"data/digits/prepare.py", "data/recipe.py", "data/speech.py"} <= {
+    assert {"data/digits/prepare.py", "data/digits_chat/prepare.py", "data/recipe.py", "data/speech.py"} <= {
         str(path.relative_to(empty)) for path in empty.rglob("*.py")
     }
 

@@ -34,7 +34,7 @@ for name in sys.argv[1:]:
     config = [] if name == "default" else ["--config", f"conf/{name}.yaml"]
     small = "--trainer.max_steps=3 --model.codec_steps=1 --data.global_batch=2 --trainer.val_check_interval=2"
     # The demos' evaluation needs more than tiny shards; every other config has callbacks of its own.
-    callbacks = ["--trainer.callbacks=[]"] if name in ("default", "lstm", "emoji") else []
+    callbacks = ["--trainer.callbacks=[]"] if name in ("default", "lstm", "emoji", "smollm2_digits") else []
     pixels = ["--model.image.size=16"] if name in ("photos", "media") else []
     others = ["--trainer.accelerator=cpu", "--name", name, "--wandb=null", "--samples=false"]
     main([*config, *small.split(), *others, *callbacks, *pixels])
@@ -76,6 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for own in ("pictures", "recordings", "media"):
             write_shards(documents(own, 12), base / "shards" / own, f"own-{split}")
         write_shards(documents("digits", 24), base / "data" / "emoji" / "shards", f"emoji-{split}")
+        write_shards(documents("digits", 24), base / "data" / "smollm2" / "shards", f"chat-{split}")
         write_shards(documents("prose", 24), base / "data" / "shakespeare" / "shards", split)
     pile(["tokenizer", f"{shards}/prose-train-*.tar", str(shards / "words.json"), "--kind", "words", "--size", "10000"])
     emoji_tokenizer = str(base / "data" / "emoji" / "shards" / "tokenizer.json")
@@ -134,6 +135,7 @@ def test_the_command_at_its_top_names_the_config_and_its_run(name: str) -> None:
     [
         ("default", {"digits", "prose"}, {"image", "audio"}),
         ("lstm", {"digits", "prose"}, {"image", "audio"}),
+        ("smollm2_digits", {"digits", "chat", "prose"}, {"image", "audio"}),
         ("emoji", {"emoji"}, {"image", "audio"}),
         ("text_only", {"prose"}, set()),
         ("images_only", {"images"}, {"image"}),

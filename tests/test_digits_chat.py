@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import REPOSITORY
+import pytest
+from conftest import REPOSITORY, write_chatty_weights
 
 from pile_app.documents import IMAGE, TEXT, Segment
 from pile_app.records import ROLES
@@ -19,6 +20,8 @@ assert spec is not None and spec.loader is not None
 recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe)
 NAMES = recipe.digits.DIGITS
+sys.path.insert(0, str(REPOSITORY))
+from data.smollm2 import chats  # noqa: E402
 
 
 def test_answers_are_of_the_digit_that_was_shown_said_or_asked_for() -> None:
@@ -54,6 +57,25 @@ def test_answers_are_of_the_digit_that_was_shown_said_or_asked_for() -> None:
                 assert NAMES[spoken_of] == named[0]
         assert document.key == f"k{number}" and document.meta["label"] in NAMES
     assert follow_ups > 10 and kinds == 0b1111
+
+
+def test_general_questions_are_answered_by_the_open_weights_themselves(tmp_path: Path) -> None:
+    questions = {form.format(topic.strip()) for form, topics in chats.QUESTIONS.items() for topic in topics.split(",")}
+    with pytest.raises(RuntimeError, match="is missing: python"):
+        chats.own_answers(tmp_path)
+    answered = chats.own_answers(write_chatty_weights(tmp_path / "weights"))
+    assert {question for question, _ in answered} <= questions
+    assert all(answer[-1] in ".!?" and "<|over|>" not in answer for _, answer in answered)
+    pairs = [(question, f"Of {question}") for question in sorted(questions)]
+    media = Segment(b"0", "png")
+    speaker = chats.Talker(np.random.default_rng(0), lambda *_: media, general=iter(pairs * 9))
+    told = [segment for number in range(200) for segment in speaker.conversation(3, f"k{number}").segments]
+    of = {
+        segment.text: answer for segment, _, answer in zip(told, told[1:], told[2:], strict=False) if segment.modality == TEXT
+    }
+    found = [of[question].text for question in questions if question in of]
+    assert len(found) > len(questions) / 2 and all(text.startswith("Of ") for text in found)
+    assert sum(segment == media for segment in told) > 150, "digits are most of it"
 
 
 def test_recipes_run_from_any_folder(tmp_path: Path) -> None:

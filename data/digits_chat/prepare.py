@@ -107,7 +107,13 @@ class Speaker:
 
 
 def conversations(
-    count: int, pictures: Sequence[Any], clips: Sequence[Any], seed: int, augmented: float, prefix: str
+    count: int,
+    pictures: Sequence[Any],
+    clips: Sequence[Any],
+    seed: int,
+    augmented: float,
+    prefix: str,
+    make_speaker: Callable[..., Speaker] = Speaker,
 ) -> list[Document]:
     """Return `count` conversations, with every digit, picture and clip about equally often; some media are augmented."""
     rng = np.random.default_rng([seed, 7])
@@ -122,7 +128,7 @@ def conversations(
             return Segment.from_audio(digits.vary(medium.waveform, rng), digits.SAMPLE_RATE)
         return Segment.from_image(digits.augment(medium.pixels, rng))
 
-    speaker = Speaker(rng, media)
+    speaker = make_speaker(rng, media)
     return [speaker.conversation(number % 10, f"{prefix}-{number:06d}") for number in range(count)]
 
 

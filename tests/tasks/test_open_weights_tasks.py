@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import REPOSITORY, train
+from conftest import REPOSITORY, train, write_chatty_weights
 from test_tagging import sentence
 
 from pile_app.cli import main as pile
 from pile_app.data.shards import write_shards
 from pile_app.data.tokenizers import train_tokenizer
 from pile_app.documents import Document, Segment
+from pile_app.model.generate import Sampling
 from pile_app.prepare.pipeline import prepare
+from pile_app.records import MARKERS, Turn, conversation
+from pile_app.tasks.chat import Conversation
 from pile_app.training.load import load_run
 
 CONF = REPOSITORY / "conf"
+GREEDY = Sampling(temperature=0, max_text=20)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +89,41 @@ def test_open_weights_of_a_run_tag_the_second_reading(folder: Path, capsys: pyte
     assert short == "[Ada|person] saw [New Ur|place]"
     assert cut.count("[New Ur|place]") + cut.count("[Bo|person]") > 36
     assert cut.replace("|place]", "").replace("|person]", "").replace("[", "") == long
+
+
+def test_a_picture_in_a_conversation_is_named(tmp_path: Path) -> None:
+    """By conf/smollm2_digits.yaml: the chat template of the weights around pictures, and talk in between."""
+    write_chatty_weights(tmp_path / "weights")
+    rng = np.random.default_rng(0)
+
+    def picture(is_bright: bool) -> Segment:
+        return Segment.from_image(rng.integers(200, 256, (16, 16), np.uint8) if is_bright else np.zeros((16, 16), np.uint8))
+
+    def asked(is_bright: bool) -> list[Turn]:
+        answer = Segment("It is three." if is_bright else "I hear eight!")
+        return [Turn("user", (Segment("What is this?"), picture(is_bright))), Turn("assistant", (answer,))]
+
+    def talk() -> list[Turn]:
+        return [Turn("user", (Segment("Hello"),)), Turn("assistant", (Segment("Hello!"),))]
+
+    for split, count in (("train", 200), ("validation", 8)):
+        drawn = [[talk() if kind == 2 else asked(kind == 1) for kind in rng.integers(3, size=4)] for _ in range(count)]
+        told = [[turn for exchange in exchanges for turn in exchange] for exchanges in drawn]
+        write_shards([conversation(turns, str(n)) for n, turns in enumerate(told)], tmp_path / "chats", f"chat-{split}")
+    sources = "{chat: {train: chats/chat-train-*.tar, validation: chats/chat-validation-*.tar}}"
+    rates = ("--model.optimizer.backbone_learning_rate", "0.01", "--model.optimizer.learning_rate", "0.01")
+    steps = ("--model.codec_steps", "20", "--trainer.max_steps", "160", "--trainer.val_check_interval", "160")
+    place = ("--name", "seeing", "--runs", "runs", "--wandb", "null", "--samples", "false", "--trainer.accelerator", "cpu")
+    config = ("--config", CONF / "smollm2_digits.yaml", "--model.backbone.path", "weights", "--trainer.callbacks", "[]")
+    config += ("--model.backbone.lora", "null")  # random weights have to learn, too
+    train(*config, "--data.sources", sources, *rates, *steps, *place, cwd=tmp_path)
+    module, data, _ = load_run(tmp_path / "runs" / "seeing")
+    spoken = Conversation(module.model, data.context)
+    for is_bright in (True, False, False, True):
+        answer = "".join(
+            one for one in spoken.ask([Segment("What is this?"), picture(is_bright)], GREEDY) if isinstance(one, str)
+        )
+        assert answer == ("It is three." if is_bright else "I hear eight!")
+        assert "".join(one for one in spoken.ask([Segment("Hello")], GREEDY) if isinstance(one, str)) == "Hello!"
+    template = module.model.tokenizer.decode(module.model.tokenizer.encode(MARKERS[1]))
+    assert template == "<|over|>\n<|turn|>user", "the weights' own, around what a user writes"
