@@ -81,8 +81,8 @@ def _text_entries(names: Sequence[str], views: list[SampleView], with_media: int
     texts = [name for name in others if any(isinstance(one, str | bytes) or is_texts(one) for one in values(name))]
     plain = [name for name in names if any(isinstance(value, int | float) for value in values(name))]
     by_base = {base(name): name for name in reversed([*texts, *plain])}
-    for first, others in PAIRS.items():
-        other = next((by_base[name] for name in others if name in by_base), "")
+    for first, partners in PAIRS.items():
+        other = next((by_base[name] for name in partners if name in by_base), "")
         if not other or by_base.get(first) not in texts or (with_media and first == "title"):
             continue
         if first == "question" and "choices" in by_base and all(isinstance(value, int) for value in values(other)):

@@ -88,7 +88,7 @@ def prepare(folder: Path, seed: int = 0, report: Callable[[str], None] = print) 
     progress = timed(report)
     answered = own_answers(HERE / "model")
     progress(f"{len(answered)} answers to general questions")
-    pictures, clips = digits.handwritten_digits(seed), digits.spoken_digits(seed)
+    pictures, clips = digits.handwritten_digits(seed), digits.spoken_digits(seed)[:2]
     speaker = partial(Talker, general=deal(answered, np.random.default_rng([seed, 8])))
     make: Sequence[tuple[str, int, float]] = (
         ("train", CONVERSATIONS, digits_chat.AUGMENTED), ("validation", VALIDATION_CONVERSATIONS, 0.0),

@@ -165,8 +165,8 @@ def print_tables(result: Mapping[str, Any]) -> None:
     cells = [[label, *(short(row[n]) if n in row else "" for n in found)] for label, row in by_label.items()]
     print_table("objective", ["label", *found], cells)
     counts = result.get("confusion", {})
-    rows = [[label, *map(str, row.values())] for label, row in counts.items()]
-    print_table("documents by true label (row) and predicted label (column)", ["label", *counts], rows)
+    lines = [[label, *map(str, row.values())] for label, row in counts.items()]
+    print_table("documents by true label (row) and predicted label (column)", ["label", *counts], lines)
     if rejected := {name: found["rejected"] for name, found in result["sources"].items() if found["rejected"]}:
         print(f"documents that could not be used: {rejected}")
 

@@ -272,7 +272,7 @@ class SampleGeneration(Callback):
         assert isinstance(module, PileModule)
         is_training = trainer.state.fn == "fit" and not module.in_codec_phase
         if is_training and self.every_n_steps is None and module.whole is None:
-            self.write(trainer, module.whole_model(), trainer.global_step - 1)  # type: ignore[operator]
+            self.write(trainer, module.whole_model(), trainer.global_step - 1)
 
     def evaluate(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Write the samples of a run that ended before its last step, as by early stopping. Called on the first device."""
