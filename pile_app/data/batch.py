@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -186,6 +185,8 @@ class Memory:
     def reference(self, size: int) -> tuple[Any, ...]:
         """Return the arguments for `receive` in another process."""
         first, self.was_sent = not self.was_sent, True
+        from multiprocessing.reduction import DupFd  # not on Windows
+
         return os.getpid(), self.name, size, DupFd(self.descriptor) if first else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import multiprocessing
@@ -20,6 +19,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
+except ImportError:  # Windows, where nothing is locked
+    LOCK_SH, LOCK_EX, LOCK_NB, LOCK_UN = 1, 2, 4, 8
+
+    def flock(fd: Any, operation: int, /) -> None:
+        pass
+
 
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}
 
@@ -52,15 +60,16 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until renames in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    """Wait until renames in a folder are on disk; Windows has no such call."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def release(descriptor: int) -> None:
     """Unlock and close a file. Closing alone does not unlock it while a forked child holds a copy of the descriptor."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    flock(descriptor, LOCK_UN)
     os.close(descriptor)
 
 
@@ -71,7 +80,7 @@ def locked(path: str, wait: bool = True) -> Iterator[bool]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor, LOCK_EX if wait else LOCK_EX | LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 break  # else its last holder has removed the file meanwhile
         except BlockingIOError:

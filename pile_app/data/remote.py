@@ -7,7 +7,6 @@ on files that are open or needed next, which protects them from eviction, and wh
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -26,7 +25,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
-from pile_app.data.files import ShardError, locked, release
+from pile_app.data.files import LOCK_EX, LOCK_NB, LOCK_SH, ShardError, flock, locked, release
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -273,7 +272,7 @@ class Prefetcher:
 
 def _open_in_use(path: str | Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    flock(descriptor, LOCK_SH)
     return descriptor
 
 
@@ -296,7 +295,7 @@ def _delete_unused(path: str, is_stuck: bool) -> bool:
     """Delete a copy unless it is in use or being replaced."""
     try:
         with suppress(FileNotFoundError), open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file, LOCK_EX | LOCK_NB)
     except PermissionError:  # another user's
         return False
     except BlockingIOError:
@@ -349,6 +348,8 @@ def with_retries(
         except Exception as error:
             said = f"{url!r} cannot be fetched: {type(error).__name__}: {error}"
             status = getattr(error, "status", 0)  # of aiohttp
+            if "Credential" in type(error).__name__:  # of botocore, whose classes are not known here
+                raise ShardError(f"{said}. Set the credentials: AWS_ACCESS_KEY_ID and so on") from error
             if isinstance(error, FileNotFoundError | PermissionError) or status in (401, 403, 404, 410):
                 raise MissingError(f"{said}. No such file, or no access: check the URL and the credentials") from error
             if isinstance(error, ValueError | TypeError) or (400 <= status < 500 and status not in TEMPORARY):

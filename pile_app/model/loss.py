@@ -42,7 +42,7 @@ def linear_cross_entropy(
     """
     options = (cap, matmul_dtype(hidden), predict, _compiled() if compiled else cross_entropy)
     if torch.is_grad_enabled():
-        total, each, predictions = _LinearCrossEntropy.apply(hidden, targets, options, *weights)
+        total, each, predictions = _LinearCrossEntropy.apply(hidden, targets, *weights, options)
     else:
         each, predictions, _ = _by_chunks(hidden, weights, targets, options)
         total = each.sum()
@@ -51,10 +51,9 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, options: tuple[Any, ...], *weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *weights, options = rest
+        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1])
         each, predictions, ctx.gradients = _by_chunks(hidden, weights, targets, options, wanted)
         ctx.mark_non_differentiable(each, predictions)
         ctx.set_materialize_grads(False)
@@ -68,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         gradient = 4 * gradient  # see `cross_entropy`
         scaled = [None if g is None else g.mul_(gradient).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return scaled[0], None, None, *scaled[1:]
+        return scaled[0], None, *scaled[1:], None
 
 
 def _by_chunks(

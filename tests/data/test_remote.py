@@ -733,6 +733,20 @@ class TestS3:
             cache.fetch("s3://shards/a.tar")
         type(s3).clear_instance_cache()
 
+    def test_missing_credentials_are_named_at_once(
+        self, s3: Any, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "none"))
+        cache.backoff_seconds = 60
+        type(s3).clear_instance_cache()
+        with pytest.raises(ShardError, match=r"s3://shards/a\.tar.*Set the credentials"):
+            cache.fetch("s3://shards/a.tar")
+        type(s3).clear_instance_cache()
+
     def test_pile_index_publishes_the_manifest(self, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         from pile_app.cli import main
         from pile_app.data.shards import Shards

@@ -44,7 +44,9 @@ data:
   sources: {{labelled: {{train: "{shards}/train-*.tar", validation: "{shards}/validation-*.tar"}}}}
   global_batch: 4
   epochs: 30
-trainer: {{val_check_interval: 15}}
+trainer:
+  val_check_interval: 15
+  callbacks: [{{class_path: EarlyStopping, init_args: {{monitor: validation/f1, mode: max, patience: 4}}}}]
 """
 
 

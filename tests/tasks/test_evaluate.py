@@ -64,8 +64,8 @@ def test_bits_per_byte_are_those_of_each_document(evaluated: tuple[TinyRun, dict
 def test_own_sources_have_codecs_measured_and_weights(
     tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "evaluation.json"
-    main(["evaluate", str(tiny_run.folder), "--output", str(tmp_path), "--checkpoint", "best"])
+    output = tmp_path / "new" / "evaluation.json"
+    main(["evaluate", str(tiny_run.folder), "--output", str(output.parent), "--checkpoint", "best"])
     result, shown = json.loads(output.read_text()), capsys.readouterr().out
     summary = json.loads((tiny_run.folder / "summary.json").read_text())
     media, prose = result["sources"]["media"], result["sources"]["prose"]
