@@ -23,10 +23,8 @@ import numpy as np
 try:
     from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 except ImportError:  # Windows, where nothing is locked
-    LOCK_SH, LOCK_EX, LOCK_NB, LOCK_UN = 1, 2, 4, 8
-
-    def flock(fd: Any, operation: int, /) -> None:
-        pass
+    LOCK_SH, LOCK_EX, LOCK_NB, LOCK_UN = 1, 2, 4, 8  # type: ignore[misc]
+    flock = lambda *_: None  # noqa: E731
 
 
 DTYPES = {"BOOL": "|b1"} | {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "UIF" for size in (1, 2, 4, 8)}

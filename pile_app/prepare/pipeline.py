@@ -4,7 +4,6 @@ any engine, any number of processes, and after any interruption."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pile_app.data.files import Run, available_cores, worker_pool
+from pile_app.data.files import LOCK_EX, LOCK_NB, Run, available_cores, flock, worker_pool
 from pile_app.data.shards import Shards
 from pile_app.fields import OWN, Fields
 from pile_app.prepare.assign import Summary, listed, write_shards
@@ -163,7 +162,7 @@ def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file, LOCK_EX | LOCK_NB)
         except OSError:
             raise ValueError(f"another `pile prepare` is working in {str(folder)!r}") from None
         try:
