@@ -242,12 +242,13 @@ class SampleView:
             raise self.damaged or BadSample("no_conversation", detail)
         is_json = found is self.json
         self.used.update(f"json.{name}" if is_json else name for name in names & found.keys())
-        extensions = {"images": documents.IMAGE_EXTENSIONS, "audios": documents.AUDIO_EXTENSIONS}
-        others = [name for name, one in self.sample.items() if not (isinstance(one, Path) and one.name in repr(found))]
-        for kind in extensions if is_json else ():  # files that the JSON does not name
-            files = [name for name in others if extension(name) in extensions[kind]]
-            if files and not {kind, kind[:-1]} & found.keys():
-                found = {**found, kind: files}
+        if is_json:  # files that its conversation does not name
+            said = repr([found[name] for name in names & found.keys()])  # metadata may name them too
+            others = [name for name, one in self.sample.items() if not (isinstance(one, Path) and one.name in said)]
+            for kind, extensions in {"images": documents.IMAGE_EXTENSIONS, "audios": documents.AUDIO_EXTENSIONS}.items():
+                files = [name for name in others if extension(name) in extensions]
+                if files and not {kind, kind[:-1]} & found.keys():
+                    found = {**found, kind: files}
         return found
 
     def is_medium(self, name: str) -> bool:

@@ -67,7 +67,8 @@ class Listing:
     """Deal the files of an input to units.
 
     work: a folder to unpack archives to; rest: files that are not dealt yet; scopes: folders with an index, which decides about
-    texts and tables; folders: those of files in an index; splits: of files, classes: of columns, by a card.
+    texts and tables; folders: those of files in an index; splits: of files, by a card or a list; classes: of columns,
+    by a card.
 
     Raises ValueError: `input` does not exist."""
 
@@ -252,6 +253,8 @@ class Listing:
             table, preview = sniff(self.tree, file, "csv" if is_list else format, self.encoding)
             if is_list and not table.files:
                 table, preview = sniff(self.tree, file, "list", self.encoding)
+            if self.has_media and not table.is_index and any(chat_layout(row) or is_interleaved(row) for row in preview):
+                table = replace(table, nested=self._names_media(table))  # after its first rows, perhaps
         except (BadSample, *DAMAGE) as error:
             bad = as_bad(error)
             if bad.reason == "no_caption":
@@ -270,6 +273,11 @@ class Listing:
         if self.options.kind == "text":
             table = replace(table, files=(), nested=False)
         return replace(table, classes={**table.classes, **self.classes}, split=self.split(name))
+
+    def _names_media(self, table: Table) -> bool:
+        with suppress(*DAMAGE):
+            return any(True for _, row in rows(table) for _ in named_within(self.tree, table.name, shown(row)))
+        return False
 
     def _add_rows(self, table: Table) -> set[str]:
         """Add a sample for each row of a table that names files; return their names."""

@@ -212,9 +212,11 @@ def read_record(record: Record, options: Options, maps: Maps) -> Reading:
     return fields.read(record.where, content, partial(_open, record.files))
 
 
-def _open(files: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
+def _open(named: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
     """Read a file that a sample holds as a path, or that its record names."""
-    found = value if isinstance(value, Path) else files.get(value) or files.get(os.path.basename(value))
+    found = value if isinstance(value, Path) else named.get(value)
+    if found is None and not any("/" in name for name in named):  # the files beside a JSON, which may name them with a folder
+        found = named.get(os.path.basename(str(value)))
     if found is None:
         raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
     path = Path(found)

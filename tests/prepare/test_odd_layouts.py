@@ -123,6 +123,21 @@ def test_a_chat_beside_its_picture_may_name_it(tmp_path: Path, folder: str) -> N
     assert documents == expect(*(chat("user", picture(n), f"Q{n}", "assistant", f"A{n}") for n in range(3)))
 
 
+def test_a_chat_whose_metadata_names_its_picture_keeps_it(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    about = json.dumps({"file_name": "0.jpg", "messages": messages})
+    documents, _ = run(tmp_path, {"x/0.jpg": picture(0), "x/0.json": about})
+    assert documents == expect(chat("user", picture(0), "Q", "assistant", "A"))
+
+
+def test_a_picture_that_a_table_of_chats_names_late(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}]} for n in range(110)]
+    rows[105]["messages"][0]["content"] = [{"type": "image", "path": "late.jpg"}, {"type": "text", "text": "Q"}]  # type: ignore[call-overload]
+    documents, balance = run(tmp_path, {"x/chats.jsonl": lines(rows), "x/late.jpg": picture(1)})
+    assert len(documents) == 110 and not balance.rejected
+    assert chat("user", picture(1), "Q", "assistant", "A105") in documents
+
+
 def test_messages_name_real_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, {f"data0/train-0000{n}-of-00002.jsonl": lines([{"text": f"text {n}"}]) for n in range(2)})
     assert "data0/train-00000-of-00002.jsonl" in capfd.readouterr().err

@@ -454,6 +454,7 @@ def test_no_name_reaches_outside_the_input(tmp_path: Path) -> None:
     for follow in (None, str(folder)):
         records = read(folder, follow_links=follow)
         assert [name for name, sample in samples(records).items() if image(7) in sample.values()] == []
+        assert all(Path(path).resolve().is_relative_to(folder) for record in records for path in record.files.values())
         assert {f"list.csv:{n}": "missing_file" for n in (2, 3, 4, 5)}.items() <= reasons(records).items()
     for name in (
         "../secret.png",
@@ -465,6 +466,9 @@ def test_no_name_reaches_outside_the_input(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadSample, match="missing_file"):
             medium(folder, name, "docs/a.jsonl:1")
+        write(folder, {"docs/b.jsonl": lines(*({"texts": ["a", None], "images": [None, file]} for file in ("x.png", name)))})
+        assert [where for where, one in read_documents(folder, Options()) if isinstance(one, BadSample)
+                if where == "docs/b.jsonl:2" and one.reason == "missing_file"]  # fmt: skip
     assert medium(folder, "x.png", "docs/a.jsonl:1").file == image(1)
 
 
