@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
@@ -43,6 +44,14 @@ class Wanted(NamedTuple):
     url: str
     size: int | None = None
     check: Check | None = None
+
+
+class Ahead(NamedTuple):
+    """Of a file that is fetched ahead: do not wait for room or other processes, and end when `stop` is set; call `has_room` as
+    soon as room is reserved."""
+
+    stop: Event
+    has_room: Callable[[], None]
 
 
 class _Later(ShardError):
@@ -77,12 +86,11 @@ class ShardCache:
         release(self.open(url, size, check))
         return self.path(url)
 
-    def open(self, url: str, size: int | None = None, check: Check | None = None, ahead: Event | None = None) -> int:
+    def open(self, url: str, size: int | None = None, check: Check | None = None, ahead: Ahead | None = None) -> int:
         """Open a whole local copy for reading, downloaded by one process at most: a descriptor, which protects it from eviction
         until closed.
 
-        A copy of another `size` is replaced, a new copy for which `check` raises is fetched once more. ahead: for prefetching:
-        do not wait for room or for other processes, and end when this event is set."""
+        A copy of another `size` is replaced, and a new copy for which `check` raises is fetched once more."""
         if url.startswith("pipe:") and not self.allow_pipe:
             raise ShardError(f"{url!r} would run a command: set data.allow_pipe: true if you trust its author")
         path = self.path(url)
@@ -104,11 +112,11 @@ class ShardCache:
             return to
         return None
 
-    def _download(self, wanted: Wanted, path: str, ahead: Event | None) -> int:
+    def _download(self, wanted: Wanted, path: str, ahead: Ahead | None) -> int:
         """Fetch a file to `path`, whose `.lock` is held, and return it open: it must be protected before others can see it."""
         for stale in (path, *glob.glob(glob.escape(path) + ".*.part")):
             Path(stale).unlink(missing_ok=True)
-        part, stop = Path(f"{path}.{uuid.uuid4().hex[:8]}.part"), ahead or Event()
+        part, stop = Path(f"{path}.{uuid.uuid4().hex[:8]}.part"), ahead.stop if ahead else Event()
 
         def pause(seconds: float) -> None:
             if stop.wait(seconds):
@@ -116,7 +124,7 @@ class ShardCache:
 
         def transfer() -> None:
             try:
-                self._transfer(wanted, str(part), pause, ahead is None)
+                self._transfer(wanted, str(part), pause, ahead)
             except BaseException:
                 part.unlink(missing_ok=True)  # it must take no space during the pause
                 raise
@@ -138,11 +146,14 @@ class ShardCache:
                 part.unlink(missing_ok=True)
         raise AssertionError
 
-    def _transfer(self, wanted: Wanted, part: str, pause: Callable[[float], None], now: bool) -> None:
+    def _transfer(self, wanted: Wanted, part: str, pause: Callable[[float], None], ahead: Ahead | None) -> None:
         """Download to `part` once."""
         (url, size, _), written = wanted, 0
         open(part, "wb").close()
+        now = ahead is None
         reserved = self._reserve(url, part, size, now) if size else 0
+        if ahead:
+            ahead.has_room()
         with open(part, "r+b") as file, opened(url) as (read, said):
             if None not in (size, said) and size != said:
                 raise ShardError(f"{url!r} has {said:,} bytes, {size:,} were indexed: run `pile index {url}` again")
@@ -205,7 +216,7 @@ class Prefetcher:
     def __init__(self, cache: ShardCache, files: Iterable[tuple[float, Wanted]], ahead: int = 16, threads: int = 2) -> None:
         self.cache, self.ahead, self._files = cache, ahead, enumerate(files)
         self._kept: list[tuple[int, float, int]] = []  # (number of the file, position, open descriptor)
-        self._busy, self._waiting = set[int](), set[int]()  # numbers of files that are fetched; of those without room
+        self._busy, self._waiting = set[int](), set[int]()  # numbers of files that are fetched; of those without room yet
         self._changed, self._closed, self._warned, self._position = threading.Condition(), Event(), False, float("-inf")
         self._threads = [threading.Thread(target=self._run, name=f"prefetch-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
@@ -243,6 +254,7 @@ class Prefetcher:
                 if file is None:
                     return
                 self._busy.add(number)
+                self._waiting.add(number)  # so that no later file takes its room
             descriptor = self._open(number, file[1])
             with self._changed:
                 self._busy.remove(number)
@@ -251,10 +263,15 @@ class Prefetcher:
                     self._kept.append((number, file[0], descriptor))
                 self.advance(self._position)  # which may have passed the file while it was fetched
 
+    def _has_room(self, number: int) -> None:
+        with self._changed:
+            self._waiting.discard(number)
+            self._changed.notify_all()
+
     def _open(self, number: int, file: Wanted) -> int | None:
         while not self._closed.is_set():
             try:
-                return self.cache.open(*file, ahead=self._closed)
+                return self.cache.open(*file, ahead=Ahead(self._closed, partial(self._has_room, number)))
             except _Later as error:
                 with self._changed:
                     self._waiting.add(number)
