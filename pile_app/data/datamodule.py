@@ -182,16 +182,22 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore SLURM's signals and Ctrl-C in workers, whose end would end the run before its last step is saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows lacks some
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _end_workers() -> None:
     """Kill the workers at exit: Python would wait for their end after a SIGTERM, which they ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def whole_epochs(epochs: float, min_steps: int, steps: float) -> float:
+    """Return the passes over data of so many steps: `epochs`, or as many whole ones as `min_steps` takes."""
+    return max(epochs, math.ceil(min_steps / max(1, math.ceil(steps))))
 
 
 RESTORE = {  # key of `PileDataModule.identity` -> how to resume if its value has changed
@@ -203,7 +209,7 @@ RESTORE = {  # key of `PileDataModule.identity` -> how to resume if its value ha
     "fingerprints": "restore the shards",
     "streams": "restore the shards",
     "weights": "set the weights back; data.weights_from may change them from a future step on",
-    "end": "set data.epochs back",
+    "end": "set data.epochs and data.min_steps back",
 }
 
 
@@ -306,7 +312,7 @@ class PileDataModule(LightningDataModule):
             packs = (math.ceil(size * (1.0 if n is None else n)) for size, n in zip(sizes, given, strict=True))
             return make([Phase(0, tuple(packs), exact=True)])
         if self.epochs is not None:  # each is a phase of whole steps, complete before the next begins
-            epochs = max(self.epochs, math.ceil(self.min_steps / max(1, math.ceil(sum(sizes) / self.global_batch))))
+            epochs = whole_epochs(self.epochs, self.min_steps, sum(sizes) / self.global_batch)
             phases = [Phase(None if epoch else 0, tuple(sizes), exact=True) for epoch in range(math.ceil(epochs))]
             order, last = make(phases), epochs - len(phases) + 1  # fraction of the last epoch
             return make(phases, end=order.first(len(phases) - 1) + math.ceil(last * sum(sizes))) if last < 1 else order

@@ -12,6 +12,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -184,6 +185,8 @@ def worker_pool(processes: int, *preload: str) -> Iterator[Run]:
 
         try:
             yield run
+        except BrokenProcessPool as error:
+            raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
         except BaseException:  # do not wait for the running tasks
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()

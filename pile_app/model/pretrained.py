@@ -69,8 +69,7 @@ def save_pretrained(model: nn.Module, config: Mapping[str, Any], folder: Path) -
         values["tokenizer"] = "tokenizer.json"
     model.backbone.save_description(folder / "backbone")  # type: ignore[operator, union-attr]
     save_codecs(model.codecs, folder)  # type: ignore[arg-type]
-    for name, reader in model.readers.items():  # type: ignore[union-attr, operator]
-        reader.save_description(folder / f"{name}_reader")
+    save_readers(model.readers, folder)  # type: ignore[arg-type]
     description = {"format": FORMAT, "model": values, "vocabulary": asdict(model.vocabulary)}  # type: ignore[call-overload]
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     save_weights(model.state_dict(), folder)
@@ -119,10 +118,19 @@ def read_pretrained(folder: Path, backbone_class: type[Backbone] | None = None) 
     return arguments, weights
 
 
+def save_readers(readers: Mapping[str, Any], folder: Path, again: bool = True) -> None:
+    """Write what pretrained readers can be built from into `folder/<modality>_reader`; `again`: also if it is there."""
+    for name, reader in readers.items():
+        target = folder / f"{name}_reader"
+        if again or not target.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            reader.save_description(target)
+
+
 def take_readers(readers: Any, folder: Path) -> None:
-    """Let pretrained readers be built from their descriptions in the folder of a model or run, whose weights follow."""
+    """Let pretrained readers be built from where `save_readers` described them; their weights follow."""
     for name in CODECS:
-        if (path := folder / f"{name}_reader").is_dir():
+        if (path := folder / f"{name}_reader").is_dir() and readers and readers.get(name) and readers[name].get("path"):
             readers[name]["path"], readers[name]["pretrained"] = str(path), False
 
 

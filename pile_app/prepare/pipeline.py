@@ -13,7 +13,6 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -242,15 +241,6 @@ def _refuse(folder: Path, given: str, summary: Summary) -> None:
 
 
 @contextmanager
-def _local(processes: int) -> Iterator[Run]:
-    with worker_pool(processes, "pile_app.prepare.spill") as run:
-        try:
-            yield run
-        except BrokenProcessPool as error:
-            raise ValueError("a process was killed, perhaps for lack of memory: try fewer with --processes") from error
-
-
-@contextmanager
 def _ray(processes: int) -> Iterator[Run]:
     """Run on the cluster that `RAY_ADDRESS` names, or on `processes` cores of this machine."""
     ray = import_ray()
@@ -280,7 +270,10 @@ def import_ray() -> Any:
     return require("ray.data", "ray", "--engine ray") and require("ray", "ray", "--engine ray")
 
 
-ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {"local": _local, "ray": _ray}
+ENGINES: dict[str, Callable[[int], AbstractContextManager[Run]]] = {
+    "local": lambda processes: worker_pool(processes, "pile_app.prepare.spill"),
+    "ray": _ray,
+}
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterable[T]:

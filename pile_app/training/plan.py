@@ -4,7 +4,7 @@ The model is built on PyTorch's meta device, so 7 billion parameters take second
 the devices' FLOP/s at a utilization. Memory is that of a step traced on fake tensors: shapes, types and storages, no numbers.
 `LiveBytes` counts the storages that are alive while forward and backward of the real model run, so autocast, activation
 checkpointing, kernels and losses are counted as they are; `fake_gpu` takes the code path of CUDA, without a GPU. The codecs'
-phase, workspaces of CUDA kernels and the CUDA runtime are not included.
+phase, activations of readers, workspaces of CUDA kernels and the CUDA runtime are not included.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pile_app.data.batch import NOT_LEARNED, Batch, allocate
-from pile_app.data.datamodule import PileDataModule, Source
+from pile_app.data.datamodule import PileDataModule, Source, whole_epochs
 from pile_app.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from pile_app.documents import MODALITIES
 from pile_app.model.attention import BLOCK, LONGEST, AttentionMask
 from pile_app.model.backbones import LSTM, Backbone
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.readers import ReadersConfig
+from pile_app.model.readers import ReaderConfig, ReadersConfig
 from pile_app.training.callbacks import measure_matmul_flops
 from pile_app.training.cli import codec_configs, count_devices, is_sharded, parse_config
 from pile_app.training.load import fast_precision
@@ -121,8 +121,8 @@ class Plan:
         self.steps = config.trainer.max_steps if config.trainer.max_steps > 0 else None
         self.tokens_per_step = config.data.global_batch * config.data.context
         if config.data.epochs is not None and read_data:
-            in_epochs = math.ceil(config.data.epochs * self.epoch_tokens / self.fill / self.tokens_per_step)
-            in_epochs = max(in_epochs, config.data.min_steps)
+            epoch = self.epoch_tokens / self.fill / self.tokens_per_step
+            in_epochs = math.ceil(epoch * whole_epochs(config.data.epochs, config.data.min_steps, epoch))
             self.steps = min(in_epochs, self.steps or in_epochs)
         self.tokens = (self.steps or 0) * self.tokens_per_step * self.fill
         self.flops_per_token = model.flops_per_token(self.attended, self.fractions)
@@ -287,10 +287,9 @@ def meta_backbone(config: Namespace) -> Backbone:
 
 
 def meta_model(config: Namespace, tokenizer: Tokenizer, backbone: Backbone | None = None) -> FusedLanguageModel:
-    """Build the model on the meta device."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--readers", type=ReadersConfig)
-    readers = parser.instantiate(Namespace(readers=config.model.readers)).readers
+    """Build the model on the meta device; pretrained readers from their configs alone."""
+    given = vars(config.model.readers).items()
+    readers = ReadersConfig(**{name: one and ReaderConfig(**vars(one) | {"pretrained": False}) for name, one in given})
     with torch.device("meta"):
         own = backbone or meta_backbone(config)
         return FusedLanguageModel(own, tokenizer, *codec_configs(config), config.model.dropout, readers=readers)
@@ -494,7 +493,8 @@ def make_batch(model: FusedLanguageModel, micro_batch: int, context: int, fracti
     """Packs of one document each, with targets of the modalities in these fractions; codes instead of media."""
     borders = (np.cumsum([0.0, *fractions]) / sum(fractions) * (context - 1)).round().astype(int).tolist()
     fields: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("int32", (micro_batch, context))}
-    fields |= dict.fromkeys(("image_starts", "audio_starts", "audio_tokens"), ("int32", (0,)))
+    empty = ("image_starts", "audio_starts", "audio_tokens", "given_images", "given_codes")
+    fields |= dict.fromkeys(empty, ("int32", (0,)))
     fields |= {"piece_starts": ("int32", (micro_batch + 1,)), "piece_sources": ("int32", (micro_batch,))}
     fields |= {"learned": ("uint8", (micro_batch, context)), "images": ("uint8", (0, 1, 1, 1))}
     fields |= {"audio": ("float32", (0, 0)), "normalizer": ("float32", ())}

@@ -36,6 +36,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from pile_app.data.files import whole_file
 from pile_app.documents import MODALITIES
+from pile_app.model.pretrained import save_readers
 from pile_app.model.pretrained_codecs import save_codecs
 from pile_app.training.callbacks import count_quarantined, ends_step, is_logged
 from pile_app.training.checkpoints import choose_checkpoint, read_state
@@ -169,9 +170,7 @@ class RunFolder(Callback):
         if not (self.run / BACKBONE).exists():
             module.model.backbone.save_description(self.run / BACKBONE)  # type: ignore[union-attr, operator]
         save_codecs(module.model.codecs, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
-        for name, reader in module.model.readers.items():  # type: ignore[union-attr, operator]
-            if not (folder := self.run / f"{name}_reader").exists():
-                reader.save_description(folder)
+        save_readers(module.model.readers, self.run, again=not trainer.global_step)  # type: ignore[arg-type, union-attr]
         (self.run / "summary.json").unlink(missing_ok=True)  # the run is not complete any more
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
@@ -338,7 +337,8 @@ def check_complete(run: Path, asked: dict[str, Any]) -> int | None:
     if not all((run / name).exists() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")):
         return None
     was = yaml.safe_load((run / "config.yaml").read_text())
-    if any(was[part].get(name) != asked[part].get(name) for part, name in (("trainer", "max_steps"), ("data", "epochs"))):
+    lengths = (("trainer", "max_steps"), ("data", "epochs"), ("data", "min_steps"))
+    if any((was[part].get(name) or 0) != (asked[part].get(name) or 0) for part, name in lengths):
         return None
     steps = int(json.loads((run / "summary.json").read_text())["steps"])
     parts = ("seed_everything", "model", "data", "trainer")

@@ -399,7 +399,7 @@ def test_the_table_of_a_large_source_is_kept_and_gives_the_same_order(
     plain = seen(module(folder), 0, 60)
     monkeypatch.setenv("PILE_CACHE", str(tmp_path))
     monkeypatch.setattr(sources, "LARGE_SOURCE", 10)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("pile_app.data.files.available_cores", lambda: 1)
     assert seen(module(folder), 0, 60) == plain
     kept = sorted(tmp_path.rglob("*.safetensors"))
     assert len(kept) == 2 * len(SIZES), "shards and packs of each source"

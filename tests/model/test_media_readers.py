@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import AUDIO, IMAGE, READERS
+from conftest import AUDIO, IMAGE, READERS, REPOSITORY
 from torch import Tensor
 
+from pile_app.cli import main
 from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, Codes, Document, Segment
 from pile_app.model.codecs import AudioCodec, ImageCodec, ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.model.generate import Decoder, Sampling, answer_prompts, lay_out
-from pile_app.model.pretrained import save_pretrained
+from pile_app.model.pretrained import save_pretrained, save_readers, take_readers
 from pile_app.model.readers import CNN, ReaderConfig, divide, make_reader
 from pile_app.model.segments import segment_length
 from pile_app.tasks.classification import Classification
@@ -191,6 +192,31 @@ def test_features_of_whisper_are_those_of_transformers(tmp_path: Path) -> None:
     mel = extractor(samples.numpy(), sampling_rate=16000, return_tensors="pt", padding=False).input_features[..., :10]
     expected = reader.encoder(mel.float()).last_hidden_state[0]
     torch.testing.assert_close(reader._listen(samples), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_folder_describes_the_reader_that_the_model_has(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    path = str(save_encoder("clip", tmp_path / "clip"))
+    codec = ImageCodec(IMAGE)
+    save_readers({"image": make_reader(ReaderConfig(path=path), codec, 32)}, tmp_path)
+    for none in (None, {}, {"image": None}, {"image": {"path": None}}):  # of another attempt than the one that wrote it
+        before = repr(none)
+        take_readers(none, tmp_path)
+        assert repr(none) == before
+    readers = {"image": {"path": path, "pretrained": True}}
+    take_readers(readers, tmp_path)
+    assert readers == {"image": {"path": str(tmp_path / "image_reader"), "pretrained": False}}
+    save_readers({"image": make_reader(ReaderConfig(width=8), codec, 32)}, tmp_path, again=False)
+    assert (tmp_path / "image_reader").exists()
+    save_readers({"image": make_reader(ReaderConfig(width=8), codec, 32)}, tmp_path)
+    assert not (tmp_path / "image_reader").exists()
+
+
+def test_a_pretrained_reader_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    path = save_encoder("clip", tmp_path / "clip")
+    main(["plan", "--config", str(REPOSITORY / "conf" / "images_only.yaml"), f"--model.readers.image.path={path}"])
+    assert "readers" in capsys.readouterr().out
 
 
 def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
-for name in ("SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+for name in ("SIGALRM", "SIGCHLD", "SIGHUP", "SIGUSR1", "SIGUSR2"):
     delattr(signal, name)
 
 from lightning.pytorch.strategies import StrategyRegistry
