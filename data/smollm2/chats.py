@@ -22,6 +22,7 @@ import numpy as np
 from pile_app.documents import TEXT, Segment
 from pile_app.model.generate import Sampling, generate
 from pile_app.records import MARKERS, Turn, conversation_prompt
+from pile_app.tasks.chat import Conversation
 from pile_app.training.load import load_run
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository
@@ -67,9 +68,8 @@ def own_answers(weights: Path) -> list[tuple[str, str]]:
         raise RuntimeError(f"{weights} is missing: python data/smollm2/prepare.py")
     questions = [form.format(topic.strip()) for form, topics in QUESTIONS.items() for topic in topics.split(",")] * ANSWERS
     model = load_run(weights)[0].model
-    turn = model.tokenizer.decode(model.tokenizer.encode(MARKERS[1])[:1])  # the first token of the next turn
     prompts = [conversation_prompt([Turn("user", (Segment(question),))]) for question in questions]
-    sampling = Sampling(temperature=0.8, top_p=0.9, max_text=60, stop=(*MARKERS, turn))
+    sampling = Sampling(temperature=0.8, top_p=0.9, max_text=60, stop=(*MARKERS, *Conversation(model, 512).stop))
     written = (answer.text for answer in generate(model, prompts, TEXT, sampling))
     cut = (text[: 1 + max(text.rfind(mark) for mark in ".!?")].strip() for text in written)
     return [(question, answer) for question, answer in zip(questions, cut, strict=True) if answer]
