@@ -37,9 +37,9 @@ TASKS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def run(*command: object) -> None:
+def run(*command: object, stdout: Any = sys.stderr) -> subprocess.CompletedProcess[str]:
     """A Python program, whose output goes to stderr."""
-    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=sys.stderr)
+    return subprocess.run([sys.executable, *map(str, command)], check=True, stdout=stdout, text=True)
 
 
 def prepare(name: str, data: Path, shards: Path) -> None:
@@ -68,17 +68,17 @@ def pattern(shards: Path, name: str, split: str) -> str:
 
 def source(shards: Path, name: str, transforms: list[str]) -> list[str]:
     given: dict[str, Any] = {split: pattern(shards, name, split) for split in ("train", "validation")}
-    given = {name: given | ({"transforms": transforms} if transforms else {})}
-    return ["--data.sources", yaml.safe_dump(given, default_flow_style=True, width=10_000)]
+    given |= {"transforms": transforms} if transforms else {}
+    return ["--data.sources", yaml.safe_dump({name: given}, default_flow_style=True, width=10_000)]
 
 
 def train(name: str, options: argparse.Namespace, more: list[str]) -> Path:
-    begin, transforms, chosen = TASKS[name]
+    config, transforms, chosen = TASKS[name]
     shards, task = options.folder / "shards", "ner" if name == "wnut17" else "classification"
     prepare(name, options.data, shards)
     words: list[object] = ["--config", "open_weights", "--config", task, "--model.backbone.path", options.weights]
-    if begin:
-        words = ["--config", ROOT / "benchmarks" / "classification" / f"{begin}.yaml", "--config", task]
+    if config:
+        words = ["--config", ROOT / "benchmarks" / "classification" / f"{config}.yaml", "--config", task]
     labels = json.loads((shards / name / "dataset.json").read_text()).get("labels")
     for key, value in ({"labels": labels} | chosen if labels else chosen).items():
         words += [f"--{key if '.' in key else f'model.objective.init_args.{key}'}", json.dumps(value)]
@@ -95,8 +95,8 @@ def measure_on_test(name: str, folder: Path, options: argparse.Namespace) -> dic
         found = json.loads((folder / "classified" / "classification.json").read_text())
         return {key: round(found[key], 4) for key in ("accuracy", "f1", "documents")}
     development = options.data / "wnut17" / "emerging.dev.conll"
-    run("-m", "pile_app.cli", "tag", folder, development, "--format", "json", "--output", folder / "tagged")
-    lines = (folder / "tagged" / "entities.jsonl").read_text().splitlines()
+    words = ("-m", "pile_app.cli", "tag", folder, development, "--format", "json")
+    lines = run(*words, stdout=subprocess.PIPE).stdout.splitlines()
     guesses = [{(span["start"], span["end"], span["label"]) for span in json.loads(line)["spans"]} for line in lines]
     golds = [{tuple(span) for span in document.meta["spans"]} for _, document in read_texts(development)]  # type: ignore[union-attr]
     right = sum(len(gold & guess) for gold, guess in zip(golds, guesses, strict=True))
