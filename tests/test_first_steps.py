@@ -82,6 +82,7 @@ def test_the_report_of_a_classifier_has_a_row_for_each_label(capsys: pytest.Capt
     print_tables({"step": 1, "sources": {}, "objective": objective, "confusion": confusion})
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert rows == [
-        ["all", "0.9", "0.85", ""], ["good", "", "0.8", "0.7"], ["bad", "", "0.5", "0.6"],
+        ["accuracy", "0.9"], ["f1", "0.85"],
+        ["good", "0.7", "0.8"], ["bad", "0.6", "0.5"],
         ["good", "31", "2"], ["bad", "7", "44"],
     ]  # fmt: skip

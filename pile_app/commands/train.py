@@ -67,8 +67,6 @@ def evaluate(
     from pile_app.commands.data import parse_sources
 
     folder = output or run
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
     if tasks is None:
         if include is not None or fewshot is not None or limit is not None:
             raise ValueError("--include, --fewshot and --limit belong to --tasks")
@@ -97,8 +95,6 @@ def compare(runs: Sequence[Path], *, output: Path | None = None) -> None:
     from pile_app.tasks.evaluate import print_table
     from pile_app.training.report import write_comparison
 
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
     page = (output or runs[0].resolve().parent) / "compare.html"
     names, figures, settings = write_comparison(runs, page)
     print_table("final figures", ["", *names], figures)

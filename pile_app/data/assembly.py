@@ -83,6 +83,7 @@ def assemble(
     batch.given_sound_tokens = [sound.codes for sound in rows.sounds if sound.is_given and sound.piece not in rows.rejected]
     batch.rejected = [rows.rejected[number] for number in sorted(rows.rejected)]
     batch.numbers, batch.source_tokens = list(numbers), list(source_tokens)
+    batch.piece_lengths = np.diff(tables["piece_starts"])[tables["piece_sources"] != PADDING].tolist()
     if annotator is not None:
         batch.label_counts = np.add.reduceat((rows.labels != NO_LABEL).astype(int), rows.starts).tolist()
     batch.documents = [[(piece.source, key, piece.epoch, piece.start, piece.stop) for piece, key, *_ in pack] for pack in packs]
@@ -155,9 +156,9 @@ class _Rows:
         lists |= {"audio_starts": [sound.start for sound in sounds], "audio_tokens": [sound.codes for sound in sounds]}
         lists["piece_starts"] = [*self.starts, len(self.tokens)]
         lists["given_images"] = [number for number, image in enumerate(images) if image.is_given]
-        is_given = np.repeat([sound.is_given for sound in sounds], np.array([sound.codes for sound in sounds], int))
-        lists["given_codes"] = is_given.nonzero()[0].tolist()
         tables = {name: np.array(values, np.int32) for name, values in lists.items()}
+        is_given = np.repeat(np.array([sound.is_given for sound in sounds], bool), tables["audio_tokens"])
+        tables["given_codes"] = is_given.nonzero()[0].astype(np.int32)
         for name in ("tokens", "learned", *(["labels"] if self.annotator else [])):
             tables[name] = getattr(self, name).reshape(-1, self.context)
         return tables

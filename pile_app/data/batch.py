@@ -43,6 +43,7 @@ class Batch:
     numbers: list[int] = field(default_factory=list)  # positions of the packs in the order
     documents: list[list[tuple[int, str, int, int, int]]] = field(default_factory=list)  # (source, key, epoch, start, stop)
     source_tokens: list[int] = field(default_factory=list)  # planned tokens of each source in the step, over all ranks
+    piece_lengths: list[int] = field(default_factory=list)  # tokens of each piece that is not padding
     label_counts: list[int] = field(default_factory=list)  # labelled tokens of each piece, with an objective
     given_sound_tokens: list[int] = field(default_factory=list)  # codes of each sound that a reader reads
 
@@ -63,9 +64,8 @@ class Batch:
         self.audio: Tensor = views["audio"]  # (A, samples_per_token) float32, the samples of each code, zero-padded
         self.audio_starts: Tensor = views["audio_starts"]  # (M,) int32, flat index of each first code
         self.audio_tokens: Tensor = views["audio_tokens"]  # (M,) int32, codes of each sound
-        nothing = self.tokens.new_zeros(0)
-        self.given_images: Tensor = views.get("given_images", nothing)  # int32, which of `images` a reader reads
-        self.given_codes: Tensor = views.get("given_codes", nothing)  # int32, which of `audio`
+        self.given_images: Tensor = views["given_images"]  # int32, which of `images` a reader reads
+        self.given_codes: Tensor = views["given_codes"]  # int32, which of `audio`
         self.normalizer: Tensor = views["normalizer"]  # () float32, targets of the whole optimizer step over all ranks
 
     @cached_property

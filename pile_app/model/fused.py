@@ -370,14 +370,8 @@ class FusedLanguageModel(nn.Module):
             if not len(indices):
                 continue
             targets = following[indices + 1] - self.vocabulary.slices[modality].start
-            found = linear_cross_entropy(
-                hidden[indices],
-                heads[modality].parts(),
-                targets,
-                self.backbone.logit_cap,
-                predict,
-                self.backbone.is_compiled,
-            )
+            head, cap = heads[modality].parts(), self.backbone.logit_cap
+            found = linear_cross_entropy(hidden[indices], head, targets, cap, predict, self.backbone.is_compiled)
             losses[modality] = ModalityLoss(found[0], found[1], targets, found[2])
         if not losses and torch.is_grad_enabled():  # padding alone: the other devices wait for gradients all the same
             losses[TEXT] = ModalityLoss(hidden.sum() * 0.0, hidden.new_zeros(0), following[:0], None)

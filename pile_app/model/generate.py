@@ -32,8 +32,8 @@ from pile_app.vocabulary import Vocabulary
 
 __all__ = ["Answer", "Sampling", "answer_prompts", "generate", "generate_document", "plain", "segment_length", "stream"]
 
-# (B, T) tokens and image indices, (B, T, embedding width) features or None: with the prompt, and perhaps without it
-Context = list[tuple[Tensor, Tensor, Tensor | None]]
+Row = tuple[Tensor, Tensor, Tensor | None]  # (B, T) tokens and image indices, (B, T, embedding width) features
+Context = list[Row]  # with the prompt, and perhaps without it
 CHECK_EVERY = 16  # tokens between looks at which rows have ended: each look waits for the device
 TEXT_ENDS = (Vocabulary.END, *Vocabulary.OPENERS)  # what may follow a text
 
@@ -252,8 +252,13 @@ def lay_out(
 ) -> Context:
     """The tokens of a prompt, (1, T); `with_masked`: also with its first segments (None: all) behind `<null>`."""
     masked = len(prompt.segments) if masked_segments is None else masked_segments
-    layouts = [prompt_tokens(model, prompt, to, count) for count in (0, *[masked] * with_masked)]
-    return [(tokens[None], indices[None], None if found is None else found[None]) for tokens, indices, found in layouts]
+    return [as_row(*prompt_tokens(model, prompt, to, count)) for count in (0, *[masked] * with_masked)]
+
+
+def as_row(tokens: Tensor, indices: Tensor, features: Tensor | None, first: int = 0, stop: int | None = None) -> Row:
+    """What `prompt_tokens` laid out as one row, from a token to another."""
+    some = slice(first, stop)
+    return tokens[None, some], indices[None, some], None if features is None else features[None, some]
 
 
 def by_length(contexts: Sequence[Context], at_once: int = 1 << 30) -> Iterator[tuple[list[int], Context]]:
@@ -268,7 +273,7 @@ def by_length(contexts: Sequence[Context], at_once: int = 1 << 30) -> Iterator[t
             yield some, [_stack(list(zip(*rows, strict=True))) for rows in pairs]
 
 
-def _stack(columns: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _stack(columns: list[tuple[Any, ...]]) -> Row:
     tokens, indices, features = columns
     if any(found is None for found in features):  # of all, or of prompts without segments
         return torch.cat(tokens), torch.cat(indices), None

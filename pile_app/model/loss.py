@@ -13,7 +13,7 @@ cannot underflow the softmax, so the logarithm of a probability is exact. Withou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def _by_chunks(
             continue
         slopes = logits.split(sizes, 1)  # the logits are slopes now
         if wanted[0]:
-            of_hidden.append(sum(slope @ table for slope, table in zip(slopes, tables, strict=True)))
+            of_hidden.append(reduce(torch.add, map(torch.mm, slopes, tables)))
         for index, slope in enumerate(slopes):
             if wanted[1 + index]:
                 part, so_far = slope.t() @ x, of_weights[index]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pile_app.documents import TEXT, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import TEXT_ENDS, Context, Decoder, by_length, check_modalities, lay_out
+from pile_app.model.generate import TEXT_ENDS, Context, Decoder, as_row, by_length, check_modalities, lay_out
 from pile_app.model.sampling import Sampling, draw
 from pile_app.model.segments import is_continued, prompt_tokens
 from pile_app.vocabulary import Vocabulary
@@ -123,9 +123,7 @@ def score_answers(
             start = _start(len(tokens), len(tokens) + len(path), context)
             if start and bool(indices.any()):
                 raise ValueError(f"a document with media is longer than the context of {context}: only texts can be cut")
-            contexts.append(
-                [(tokens[None, start:], indices[None, start:], None if features is None else features[None, start:])]
-            )
+            contexts.append([as_row(tokens, indices, features, start)])
             paths.append([path])
         return [row[0] for row in score_paths(model, contexts, paths)]
 

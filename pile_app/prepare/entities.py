@@ -1,7 +1,7 @@
 """Texts with named entities: words, tags of words (BIO, IOB1, BIOES or BILOU), and published data sets of them.
 
 CoNLL files have a word and its tag in each line; records have `text` with `spans` or `entities`, or `tokens` with `ner_tags` or
-`tags`. They become documents as `tasks/entities.py` describes. Offsets are [start, stop) in characters. Errors with a single
+`tags`. They become documents as `tasks/tagging.py` describes. Offsets are [start, stop) in characters. Errors with a single
 reading are repaired: invalid tags, spans that end in whitespace or within a word, duplicate spans."""
 
 from __future__ import annotations

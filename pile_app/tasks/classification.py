@@ -24,7 +24,7 @@ from pile_app.data.assembly import assemble, whole
 from pile_app.data.batch import Batch
 from pile_app.documents import TEXT, BadSample, Document, Segment
 from pile_app.model.fused import FusedLanguageModel
-from pile_app.model.generate import evaluating
+from pile_app.model.generate import as_row, evaluating
 from pile_app.model.score import TEXT_END, score_paths
 from pile_app.model.score import Path as TokenPath
 from pile_app.model.segments import segment_length
@@ -114,7 +114,8 @@ class Classification(Objective):
         class_weights: of the labels in the loss, in their order; balanced: total / (classes * count), by the labels that the
             run has seen so far; null: all 1.
         dropout: fraction of the features that is dropped in training.
-        label_smoothing: probability that training gives to all labels alike instead of the right one (arXiv:1512.00567).
+        label_smoothing: probability that training gives to all labels alike instead of the right one (arXiv:1512.00567); not
+            used by `head: language` where labels begin alike.
         language_weight: see `Objective`.
         freeze: see `Objective`.
         learning_rate: see `Objective`.
@@ -163,7 +164,6 @@ class Classification(Objective):
         from torchmetrics import MetricCollection
         from torchmetrics import classification as metrics
 
-        super().build(model)
         classes = len(self.labels)
         self.register_buffer("reads_end", torch.zeros((), dtype=torch.bool))  # trained on labels that are no text
         if self.kind == "language":
@@ -208,16 +208,7 @@ class Classification(Objective):
             seen = model.features(batch)
             features = None if seen is None else seen.flatten(0, 1)
             spans = torch.stack([batch.piece_starts[pieces], last_labelled(batch)[pieces] + 1], 1).tolist()
-            contexts = [
-                [
-                    (
-                        tokens[None, first:stop],
-                        indices[None, first:stop],
-                        None if features is None else features[None, first:stop],
-                    )
-                ]
-                for first, stop in spans
-            ]
+            contexts = [[as_row(tokens, indices, features, first, stop)] for first, stop in spans]
             found = score_paths(model, contexts, [self.label_paths or []] * len(contexts))
         nats = [[row[number].nats for number in range(len(self.labels))] for row in found]
         return -torch.tensor(nats, device=tokens.device).view(-1, len(self.labels))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pile_app.data.assembly import assemble, whole
-from pile_app.data.files import ShardError, whole_file
+from pile_app.data.files import ShardError, available_cores, whole_file
 from pile_app.data.index import TYPES, UNORDERED, columns_of, segment_breaks, segment_size, starts, text_counts
 from pile_app.data.manifest import split_path
 from pile_app.data.packing import sentence_ends
@@ -231,7 +231,7 @@ def encode_media(
 
     sizes = [1 + segment_length(model, segment) for segment in segments]  # with `<begin>`, opener and end of a sound
     packs = [[whole(Document((one,), str(n)), size)] for n, (one, size) in enumerate(zip(segments, sizes, strict=True))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter's lock
+    with ThreadPoolExecutor(available_cores()) as pool:  # decoders release the interpreter's lock
         batch = assemble(packs, model.vocabulary, model.tokenizer, max(sizes), decode=pool.map)
     found: dict[int, Codes | BadSample] = {int(key): BadSample(*why) for _, key, *why in batch.rejected}
     tokens = model.fill(batch.to(model.token_bytes.device)).cpu().numpy() - model.vocabulary.slices[modality].start

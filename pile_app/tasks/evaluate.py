@@ -140,6 +140,7 @@ def evaluate(run: Path, on: Mapping[str, str], checkpoint: str = "auto", output:
 def save_figures(result: Mapping[str, Any], values: Mapping[str, float], file: Path, run: Path, project: str | None) -> None:
     """Write the result as JSON, and the values under `evaluation/` into the summary of the run's W&B run, if it has a project
     (offline: in another folder for `wandb sync`)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(str(file)) as written:
         written.write(json.dumps(result, indent=1).encode())
     if project is not None:
@@ -158,12 +159,15 @@ def print_tables(result: Mapping[str, Any]) -> None:
         names = list(dict.fromkeys(figure for figures in rows.values() for figure in figures if figure != "shares"))
         cells = [[name, *(short(figures[n]) if n in figures else "" for n in names)] for name, figures in rows.items()]
         print_table(f"{modality}, step {result['step']:,}", ["source", *names], cells)
-    found = {name.partition("/")[0]: None for name in result.get("objective", {})}
-    by_label: dict[str, dict[str, float]] = {}  # "f1/happy" -> its row and column; "f1" is the mean over the labels
-    for name, value in result.get("objective", {}).items():
-        by_label.setdefault(name.partition("/")[2] or "all", {})[name.partition("/")[0]] = value
+    metrics: dict[str, float] = result.get("objective", {})
+    by_label: dict[str, dict[str, float]] = {}  # "f1/happy" -> its row and column
+    for name, value in metrics.items():
+        if "/" in name:
+            by_label.setdefault(name.partition("/")[2], {})[name.partition("/")[0]] = value
+    print_table("objective", ["metric", "value"], [[name, short(value)] for name, value in metrics.items() if "/" not in name])
+    found = {name: None for row in by_label.values() for name in row}
     cells = [[label, *(short(row[n]) if n in row else "" for n in found)] for label, row in by_label.items()]
-    print_table("objective", ["label", *found], cells)
+    print_table("by label", ["label", *found], cells)
     counts = result.get("confusion", {})
     lines = [[label, *map(str, row.values())] for label, row in counts.items()]
     print_table("documents by true label (row) and predicted label (column)", ["label", *counts], lines)

@@ -108,7 +108,6 @@ class Contrastive(Objective):
         return GroupAnnotator()
 
     def build(self, model: FusedLanguageModel) -> None:
-        super().build(model)
         if len(model.vocabulary.modalities) < 2:
             raise ValueError(
                 "objective Contrastive brings modalities together, and this model has text alone: start from a run with "

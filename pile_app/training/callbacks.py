@@ -61,11 +61,6 @@ def is_logged(trainer: Trainer, batch_idx: int) -> bool:
     return ends_step(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
 
-def piece_lengths(batch: Batch) -> list[int]:
-    """Return the tokens of each document, or of the part of it, in a training batch."""
-    return [stop - start for documents in batch.documents for *_, start, stop in documents]
-
-
 class DataReport(Callback):
     """Count padding, tokens of each source and unusable documents, which are listed in `quarantine.jsonl`.
 
@@ -98,8 +93,8 @@ class DataReport(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
         names: list[str] = trainer.datamodule.source_names  # type: ignore[attr-defined]
         self.documents += sum(map(len, batch.documents))
-        self.tokens += sum(piece_lengths(batch))
-        self.positions += batch.document.numel()
+        self.tokens += sum(batch.piece_lengths)
+        self.positions += batch.tokens.numel()
         self._record("train", names, batch, batch_idx // trainer.accumulate_grad_batches + 1)
         self.rejected.update(f"{names[source]}/{reason}" for source, _, reason, _ in batch.rejected)
         if ends_step(trainer, batch_idx):
@@ -195,9 +190,8 @@ class Throughput(Callback):
         assert isinstance(module, PileModule)
         self.tokens = [count + len(targets) for count, targets in zip(self.tokens, batch.targets, strict=True)]
         if not module.in_codec_phase:
-            lengths = piece_lengths(batch)
-            self.read += sum(lengths)
-            self.attended += sum(length * (length + 1) // 2 for length in lengths)
+            self.read += sum(batch.piece_lengths)
+            self.attended += sum(length * (length + 1) // 2 for length in batch.piece_lengths)
         if not is_logged(trainer, batch_idx):
             return
         seconds, (shares, _) = max(time.perf_counter() - self.began, 1e-9), data_parallel(trainer)

@@ -304,8 +304,8 @@ def main(arguments: list[str] | None = None, program: tuple[str, ...] = ("python
     name = " ".join(program) if program[0] == "pile" else Path(program[-1]).name
     try:
         words = None if arguments is None else find_configs(arguments)
-        CLI_OPTIONS["parser_kwargs"]["prog"] = name
-        cli = PileCLI(PileModule, PileDataModule, **CLI_OPTIONS, args=words)
+        options = CLI_OPTIONS | {"parser_kwargs": CLI_OPTIONS["parser_kwargs"] | {"prog": name}}
+        cli = PileCLI(PileModule, PileDataModule, **options, args=words)
         if cli.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         checkpoint = str(cli.checkpoint) if cli.checkpoint else None

@@ -535,7 +535,7 @@ def _compute(metric: Any) -> Tensor:
 
 def check_source(source: SourceData, annotator: Annotator | None, augmented: bool, labels: bool) -> None:
     """Check documents in local shards, so that a run is refused before it trains: whether the model's encoders made the first
-    document with each modality, and the labels, of large sources of documents that are evenly spread over all shards.
+    document with each modality, and the labels; in large sources only those of documents spread evenly over all shards.
 
     Raises:
         ValueError: another encoder made a document, the model reads its media themselves, or it cannot be labelled.

@@ -47,6 +47,7 @@ class Objective(nn.Module, ABC):
     def annotator(self) -> Annotator:
         """Labels the tokens of documents."""
 
+    @abstractmethod
     def build(self, model: FusedLanguageModel) -> None:
         """Make head and metrics for a model."""
 

@@ -45,7 +45,7 @@ class WandbRun(WandbLogger):
         named: dict[str, Any] = {"name": run.name, "project": project, "id": identity.read_text(), "save_dir": str(run)}
         super().__init__(**named, resume=resume, mode=mode, settings=settings)
         self.run, self.mode = run, mode
-        self._wandb_init.pop("anonymous")  # W&B warns of it
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
