@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
+
+View = tuple[Tensor, Tensor, Tensor]  # real and made (N, C, H, W) for a discriminator; (H, 1) 1 in rows that count
+Judge = Callable[[Sequence[View]], Tensor]  # loss of an adversary, see `discriminators.py`
 
 
 def in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -108,8 +111,48 @@ class _ResidualBlock(nn.Sequential):
         return x + super().forward(x)
 
 
+class Convolution(nn.Linear):
+    """(N, C, H, W) -> (N, D, H / rows, W / columns), without bias. The kernel is a matrix (D, height * width * C) with
+    standardized rows (arXiv:1903.10520), which Muon moves."""
+
+    def __init__(self, inputs: int, outputs: int, rows: int = 1, columns: int = 1) -> None:
+        self.stride, self.kernel = (rows, columns), tuple(max(3, step) for step in (rows, columns))
+        self.padding = tuple((size - step + 1) // 2 for size, step in zip(self.kernel, self.stride, strict=True))
+        super().__init__(inputs * math.prod(self.kernel), outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.layer_norm(self.weight, (self.in_features,)) * self.in_features**-0.5
+        kernel = weight.unflatten(1, (*self.kernel, -1)).permute(0, 3, 1, 2)
+        return F.conv2d(x, kernel, stride=self.stride, padding=self.padding)
+
+
+class Activation(nn.GroupNorm):
+    """Norm over groups of channels of each medium, then ReLU; (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(math.gcd(8, channels), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Block(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        super().__init__(*(part for _ in range(2) for part in (Activation(width), Convolution(width, width))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def prime_factors(number: int) -> list[int]:
+    for prime in range(2, number):
+        if number % prime == 0:
+            return [prime, *prime_factors(number // prime)]
+    return [number] if number > 1 else []
+
+
 class ImageCodec(nn.Module):
-    """Patches -> CNN -> FSQ -> CNN -> patches. Pixels are scaled to [-1, 1] inside."""
+    """Pixels -> CNN in stages, each with a stride -> FSQ -> CNN in stages -> pixels, which are scaled to [-1, 1] inside."""
 
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
@@ -118,32 +161,22 @@ class ImageCodec(nn.Module):
         self.build(config)
 
     def build(self, config: ImageCodecConfig) -> None:
-        patch_width = config.channels * config.patch**2
         self.quantizer = FiniteScalarQuantizer(config.levels)
-        dimensions = len(config.levels)
-        blocks = [_ResidualBlock(config.width) for _ in range(2 * config.blocks)]
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(config.patch),
-            nn.Conv2d(patch_width, config.width, 3, padding=1),
-            *blocks[: config.blocks],
-            nn.GroupNorm(8, config.width),
-            nn.Conv2d(config.width, dimensions, 1),
-        )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(dimensions, config.width, 3, padding=1),
-            *blocks[config.blocks :],
-            nn.GroupNorm(8, config.width),
-            nn.SiLU(),
-            nn.Conv2d(config.width, patch_width, 3, padding=1),
-            nn.PixelShuffle(config.patch),
-        )
-
-    def patches(self, images: Tensor) -> Tensor:
-        """(N, C, height, width) uint8 -> (N, rows * columns, C * patch^2) pixels that each code stands for, in [-1, 1]."""
-        return F.pixel_unshuffle(images.float() / 127.5 - 1, self.config.patch).flatten(2).transpose(1, 2)
+        width, dimensions, strides = config.width, len(config.levels), prime_factors(config.patch) or [1]
+        widths = [config.channels, *(min(width, max(16, width >> n)) for n in reversed(range(len(strides))))]
+        encoder, decoder = list[nn.Module](), list[nn.Module]()
+        for stride, outside, inside in zip(strides, widths, widths[1:], strict=False):
+            # Standardized kernels do not see flat areas, and cannot write them.
+            convolution = Convolution if encoder else partial(nn.Conv2d, kernel_size=3, padding=1)
+            encoder += [nn.PixelUnshuffle(stride), convolution(outside * stride**2, inside), Activation(inside)]
+            decoder = [Activation(inside), convolution(inside, outside * stride**2), nn.PixelShuffle(stride), *decoder]
+        encoder[-1:] = [*(Block(width) for _ in range(config.blocks)), Activation(width), nn.Conv2d(width, dimensions, 1)]
+        begin = nn.Conv2d(dimensions, width, 3, padding=1)
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(begin, *(Block(width) for _ in range(config.blocks)), *decoder)
 
     def _quantize(self, images: Tensor) -> Tensor:
-        pixels = images.float() / 127.5 - 1
+        pixels = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         return self.quantizer(self.encoder(pixels).permute(0, 2, 3, 1))  # (N, rows, columns, d)
 
     def _reconstruct(self, quantized: Tensor) -> Tensor:
@@ -163,9 +196,13 @@ class ImageCodec(nn.Module):
         return self._reconstruct(self.quantizer.from_codes(codes).unflatten(1, self.grid))
 
     @in_full_precision
-    def loss(self, images: Tensor) -> Tensor:
-        """Mean over pixels of absolute plus squared error, pixels in [-1, 1]; () float32."""
-        return self.error(self._reconstruct(self._quantize(images)), images)
+    def loss(self, images: Tensor, judge: Judge | None = None) -> Tensor:
+        """Mean over pixels of absolute plus squared error, pixels in [-1, 1], plus what `judge` says; () float32."""
+        made = self._reconstruct(self._quantize(images))
+        loss = self.error(made, images)
+        if judge is None:
+            return loss
+        return loss + judge([(images.float() / 127.5 - 1, made, made.new_ones(1, 1))])
 
     def error(self, pixels: Tensor, images: Tensor) -> Tensor:
         error = pixels - (images.float() / 127.5 - 1)
@@ -346,7 +383,7 @@ class AudioCodec(nn.Module):
         return difference.abs().unflatten(1, (self.config.frames_per_token, -1)).mean(-1).flatten() * -math.log(self.FLOOR) / 2
 
     @in_full_precision
-    def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
+    def loss(self, audio: Tensor, tokens: Tensor, judge: Judge | None = None) -> Tensor:
         """Log-mel error of the magnitudes plus a multi-resolution STFT loss of the waveform (arXiv:1910.11480); () float32.
 
         Mean over the codes, each weighted alike: the losses of two batches average to that of both, by their numbers of codes.
@@ -359,6 +396,7 @@ class AudioCodec(nn.Module):
             patches = self._in_slices(self._patches, row, inside)
             target = (patches.view(-1, self.config.mels) - 1) * -math.log(self.FLOOR) / 2
         magnitude, waveform = self._synthesize(self._quantize(patches, inside), inside)
+        views: list[View] = []
         loss = ((self.log_mel(magnitude) - target).abs() * frames_inside).sum() / (len(audio) * patches.size(1))
         for scale in (0.5, 1.0, 2.0):
             window, hop = int(self.config.window * scale), int(self.config.hop * scale)
@@ -367,12 +405,14 @@ class AudioCodec(nn.Module):
             made, real = (self.spectrogram(samples.flatten(), window, hop) for samples in (waveform, row))
             code = torch.arange(len(made), device=row.device) * hop // self.config.samples_per_token  # of each frame
             floor, of_frame = self.FLOOR * window / 4, inside[code]
-            log_error = ((made.clamp_min(floor).log() - real.clamp_min(floor).log()).abs() * of_frame).sum()
+            log_made, log_real = made.clamp_min(floor).log(), real.clamp_min(floor).log()
+            log_error = ((log_made - log_real).abs() * of_frame).sum()
+            views.append((log_real[None, None], log_made[None, None], of_frame))
             energies = torch.stack([(made - real).square().sum(1), real.square().sum(1)], 1) * of_frame
             of_sound = energies.new_zeros(len(tokens), 2).index_add(0, sound_of_row[code], energies) + 1e-10
             convergence = (tokens * (of_sound[:, 0] / of_sound[:, 1]).sqrt()).sum() / len(audio)
             loss = loss + (log_error / (audio.numel() / hop * made.size(1)) + convergence) / 3
-        return loss
+        return loss if judge is None else loss + judge(views)
 
 
 Codec = ImageCodec | AudioCodec

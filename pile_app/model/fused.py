@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
 from pile_app.model.base import Backbone, Cache, initialize, matmul_dtype, norm
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.codecs import AudioCodec, Codec, ImageCodec
+from pile_app.model.codecs import AudioCodec, Codec, ImageCodec, Judge
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained
 from pile_app.model.pretrained_codecs import make_codec
@@ -191,16 +192,19 @@ class FusedLanguageModel(nn.Module):
         own = [*self.embeddings[modality].parameters(), *self.heads[modality].parameters()]
         return own + ([self.image_rows, self.image_columns] if modality == IMAGE else [])
 
-    def codec_loss(self, batch: Batch, crop: int | None = None) -> dict[int, Tensor]:
+    def codec_loss(
+        self, batch: Batch, crop: int | None = None, judges: Mapping[str, Judge] = MappingProxyType({})
+    ) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
         `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. Losses are means
-        over images and over the codes of sounds (see `codec_counts`). Pretrained codecs have none in training.
+        over images and over the codes of sounds (see `codec_counts`). Pretrained codecs have none in training. `judges`: see
+        `discriminators.py`.
         """
         losses: dict[int, Tensor] = {}
         codecs = {m: codec for m, codec in self.codecs.items() if not (codec.config.pretrained and torch.is_grad_enabled())}
         if IMAGE in codecs and len(batch.images):
-            losses[IMAGE] = codecs[IMAGE].loss(batch.images)
+            losses[IMAGE] = codecs[IMAGE].loss(batch.images, judges.get(MODALITIES[IMAGE]))
         if AUDIO in codecs and len(batch.audio):
             audio, tokens = batch.audio, batch.audio_tokens
             if crop is not None and max(batch.sound_tokens) > crop:
@@ -211,7 +215,7 @@ class FusedLanguageModel(nn.Module):
                 starts = tokens.cumsum(0) - tokens + first - (kept.cumsum(0) - kept)  # of each sound, minus its new start
                 shift = starts.repeat_interleave(kept, output_size=total)
                 audio, tokens = audio[torch.arange(total, device=tokens.device) + shift], kept
-            losses[AUDIO] = codecs[AUDIO].loss(audio, tokens)
+            losses[AUDIO] = codecs[AUDIO].loss(audio, tokens, judges.get(MODALITIES[AUDIO]))
         return losses
 
     def codec_counts(self, batch: Batch, crop: int | None = None) -> dict[int, int]:

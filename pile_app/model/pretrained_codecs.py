@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pile_app.documents import MODALITIES
 from pile_app.model.codec_configs import PICTURES, SOUNDS, AudioCodecConfig, ImageCodecConfig, Kinds, read_pretrained_config
-from pile_app.model.codecs import AudioCodec, Codec, ImageCodec, without_gradient
+from pile_app.model.codecs import AudioCodec, Codec, ImageCodec, Judge, without_gradient
 
 
 def _load(path: str, kinds: Kinds) -> Any:
@@ -109,7 +109,7 @@ class PretrainedAudioCodec(AudioCodec):
         return torch.arange(self.config.codebooks, device=codes.device) * self.codes
 
     @without_gradient
-    def loss(self, audio: Tensor, tokens: Tensor) -> Tensor:
+    def loss(self, audio: Tensor, tokens: Tensor, judge: Judge | None = None) -> Tensor:
         """Mean absolute log-mel error of what it reconstructs, in nats; () float32."""
         return self.log_mel_distances(audio, self.decode(self.encode(audio, tokens), tokens), tokens).mean()
 
@@ -138,7 +138,7 @@ class PretrainedImageCodec(ImageCodec):
         return torch.cat([self.model.decode(one.view(1, *shape)) for one in codes])
 
     @without_gradient
-    def loss(self, images: Tensor) -> Tensor:
+    def loss(self, images: Tensor, judge: Judge | None = None) -> Tensor:
         """Error as that of `ImageCodec`; () float32."""
         return self.error(self._pixels(self.encode(images)), images)
 

@@ -13,7 +13,6 @@ batch; its kernels are matrices, which Muon moves; on CPUs that multiply bfloat1
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pile_app.model.base import cpu_multiplies_bfloat16
-from pile_app.model.codecs import AudioCodec, ImageCodec
+from pile_app.model.codecs import Activation, AudioCodec, Block, Convolution, ImageCodec, prime_factors
 
 
 @dataclass(frozen=True)
@@ -91,39 +90,6 @@ def make_reader(config: ReaderConfig, codec: ImageCodec | AudioCodec, width: int
     return Pretrained(config, codec, width)
 
 
-class Convolution(nn.Linear):
-    """(N, H, W, C) -> (N, H / rows, W / columns, D), without bias. The kernel is a matrix (D, height * width * C) with
-    standardized rows (arXiv:1903.10520)."""
-
-    def __init__(self, inputs: int, outputs: int, rows: int = 1, columns: int = 1) -> None:
-        self.stride, self.kernel = (rows, columns), tuple(max(3, step) for step in (rows, columns))
-        self.padding = tuple((size - step + 1) // 2 for size, step in zip(self.kernel, self.stride, strict=True))
-        super().__init__(inputs * math.prod(self.kernel), outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = F.layer_norm(self.weight, (self.in_features,)) * self.in_features**-0.5
-        kernel = weight.unflatten(1, (*self.kernel, -1)).permute(0, 3, 1, 2)
-        return F.conv2d(x.permute(0, 3, 1, 2), kernel, stride=self.stride, padding=self.padding).permute(0, 2, 3, 1)
-
-
-class Activation(nn.GroupNorm):
-    """Norm over groups of channels of each medium, then ReLU; (N, H, W, C)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(math.gcd(8, channels), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(super().forward(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-
-
-class Block(nn.Sequential):
-    def __init__(self, width: int) -> None:
-        super().__init__(*(part for _ in range(2) for part in (Activation(width), Convolution(width, width))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 class CNN(Reader):
     """Convolutions in three stages, the last two with residual blocks; the strides between them lead to the grid of codes, or
     from frames to codes."""
@@ -157,22 +123,19 @@ class CNN(Reader):
         is_half = kind == "cpu" and cpu_multiplies_bfloat16()
         with torch.autocast(kind, torch.bfloat16) if is_half else nullcontext():
             if isinstance(codec, ImageCodec):
-                x = self.layers((media.float() / 127.5 - 1).permute(0, 2, 3, 1).contiguous())  # (N, H, W, D)
+                pixels = (media.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+                x = self.layers(pixels).permute(0, 2, 3, 1)  # (N, H, W, D)
                 x = x.unflatten(2, (-1, self.pool)).unflatten(1, (-1, self.pool)).mean((2, 4))
                 return self.out(x).flatten(0, 2).float()
             frames = codec.patches(media, torch.tensor(tokens, device=media.device))  # (codes, frames_per_token * mels)
-            sounds = [sound.view(1, -1, codec.config.mels, 1) for sound in frames.split(list(tokens))]
-            return self.out(torch.cat([self.layers(sound)[0] for sound in sounds]).flatten(1)).float()
+            sounds = [sound.view(1, -1, codec.config.mels, 1).permute(0, 3, 1, 2) for sound in frames.split(list(tokens))]
+            return self.out(torch.cat([self.layers(sound)[0].permute(1, 2, 0) for sound in sounds]).flatten(1)).float()
 
 
 def divide(factor: int, size: int = 0) -> tuple[list[int], int]:
     """Three strides and how much is pooled after them, product `factor`: the last two strides are prime, or 1. Of images with
     `size` rows, the first leaves 32 rows or more."""
-    primes: list[int] = []
-    for prime in range(2, factor + 1):
-        while factor % prime == 0:
-            primes, factor = [*primes, prime], factor // prime
-    primes = [1, 1, *primes]
+    primes = [1, 1, *prime_factors(factor)]
     first = pool = 1
     for prime in primes[:-2]:
         if size and size // (first * prime) < 32:

@@ -32,6 +32,7 @@ from pile_app.data.tokenizers import Tokenizer, load_tokenizer
 from pile_app.documents import MODALITIES, BadSample, Document
 from pile_app.model.backbones import Backbone
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
+from pile_app.model.discriminators import AdversarialConfig, make_adversaries
 from pile_app.model.fused import AUTOCAST, FusedLanguageModel, ModalityLoss
 from pile_app.model.pretrained import check_shapes
 from pile_app.model.readers import ReadersConfig
@@ -84,6 +85,7 @@ class PileModule(LightningModule):
         audio: shape of the audio codec; null: no sound.
         codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
         codec_crop: audio tokens of each sound that the codec trains on at a time.
+        adversarial: discriminators that the codecs learn to fool; null: codecs learn from the reconstruction error alone.
         codecs_from: checkpoint of another run to take codecs of this shape from.
         start_from: run folder (its last checkpoint) or checkpoint to take all weights from, of a model of this shape. Training
             starts at step 0.
@@ -107,6 +109,7 @@ class PileModule(LightningModule):
         audio: AudioCodecConfig | None = None,
         codec_steps: int = 0,
         codec_crop: int = 50,
+        adversarial: AdversarialConfig | None = None,
         codecs_from: str | None = None,
         start_from: str | None = None,
         objective: Objective | None = None,
@@ -131,6 +134,8 @@ class PileModule(LightningModule):
         self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout, readers)
         self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
         self.codec_crop = codec_crop
+        self.adversaries = make_adversaries(adversarial if self.codec_steps else None, self.model.codecs)
+        self.adversaries_from = int(adversarial.start * codec_steps) if adversarial else 0
         self.optimizer = optimizer
         self.weights = (weights.text, weights.image, weights.audio)
         self.l1 = l1
@@ -178,7 +183,9 @@ class PileModule(LightningModule):
 
     @property
     def codec_parameters(self) -> list[torch.nn.Parameter]:
-        return [p for codec in self.model.codecs.values() for p in codec.parameters() if p.requires_grad]
+        """Those that are trained in the codecs' phase only, discriminators included."""
+        parts = (*self.model.codecs.values(), self.adversaries)
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def setup(self, stage: str) -> None:
         from torchmetrics import MeanMetric
@@ -194,6 +201,7 @@ class PileModule(LightningModule):
         self.token_metrics = TokenMetrics(len(data.validation_names), sum_dtype(self.trainer.strategy.root_device))
         names = ["loss", *(f"{MODALITIES[m]}_loss" for m in self.vocabulary.modalities)]
         names += [f"{MODALITIES[m]}_codec_loss" for m in self.model.codecs] + ["objective_loss"] * (self.objective is not None)
+        names += [f"{name}_adversarial_loss" for name in self.adversaries]
         self.logged = {name: row for row, name in enumerate(names + [f"source/{name}_loss" for name in data.source_names])}
         device = self.trainer.strategy.root_device
         self.sums = torch.zeros(len(self.logged), 2, dtype=sum_dtype(device), device=device)
@@ -245,8 +253,8 @@ class PileModule(LightningModule):
             raise ValueError(f"model.l1={self.l1} needs whole matrices: set it to 0, or trainer.strategy to ddp")
         self.whole = WholeModel(self.model)
         shard(self.model, self.device_mesh, torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None)
-        if self.objective is not None:  # which is small, and whole on each device
-            for tensor in (*self.objective.parameters(), *self.objective.buffers()):
+        for part in filter(None, (self.objective, self.adversaries)):  # which are small, and whole on each device
+            for tensor in (*part.parameters(), *part.buffers()):
                 torch.distributed.broadcast(tensor.detach(), 0)
 
     def whole_model(self) -> FusedLanguageModel | None:
@@ -335,11 +343,17 @@ class PileModule(LightningModule):
         on_device = sum_over_devices(torch.stack([torch.full((), value, device=self.device) for value in sums.values()]))
         copies = self.trainer.world_size / data_parallel(self.trainer)[0]  # tensor-parallel devices read the same
         totals = dict(zip(sums, on_device.clamp_min(1) / copies, strict=True))
+        adversaries: dict[str, Any] = dict(self.adversaries.items()) if self.global_step >= self.adversaries_from else {}
         for batch, count in zip(batches, counts, strict=True):
             self._seed(batch)
             loss = torch.zeros((), device=self.device, requires_grad=True)
-            for modality, mean in self.model.codec_loss(batch, self.codec_crop).items():
-                self._add(f"{MODALITIES[modality]}_codec_loss", mean.detach() * count[modality], count[modality])
+            for modality, mean in self.model.codec_loss(batch, self.codec_crop, adversaries).items():
+                name, error = MODALITIES[modality], mean.detach()
+                if name in adversaries:
+                    adversarial = adversaries[name].last
+                    error = error - adversarial
+                    self._add(f"{name}_adversarial_loss", adversarial * count[modality], count[modality])
+                self._add(f"{name}_codec_loss", error * count[modality], count[modality])
                 loss = loss + mean * count[modality] / totals[modality]
             yield loss
 
@@ -414,7 +428,9 @@ class PileModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, and ask the guard, which needs the norm, whether the step is taken."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        judges = list(self.adversaries.parameters())  # clipped apart from what they judge
+        ids = {id(p) for p in judges}
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids]
         if self.whole is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).to(self.device)
         else:
@@ -422,13 +438,14 @@ class PileModule(LightningModule):
         loss, self.step_loss = self.step_loss, None
         assert loss is not None
         if self.guard is not None and self.guard.rejects(self, loss / self.trainer.accumulate_grad_batches, norm):
-            for parameter in parameters:
+            for parameter in (*parameters, *judges):
                 parameter.grad = None  # so the optimizer leaves it, its momenta and its step count as they are
         elif gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            torch.nn.utils.clip_grad_value_([*parameters, *judges], gradient_clip_val)
         elif gradient_clip_val:
             clip = torch.nn.utils.clip_grads_with_norm_ if self.whole is None else clip_gradients
             clip(parameters, gradient_clip_val, norm)
+            torch.nn.utils.clip_grad_norm_(judges, gradient_clip_val)
 
     # -- What is logged
 
@@ -503,7 +520,8 @@ class PileModule(LightningModule):
                 f"model.codec_steps={self.codec_steps} leaves none of the run's {steps} optimizer steps for the language "
                 "model: lower model.codec_steps, or raise trainer.max_steps"
             )
-        optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps, self.objective)
+        parts = (self.objective, list(self.adversaries.parameters()))
+        optimizer, schedule = make_optimizer(self.model, self.optimizer, self.codec_steps, steps, *parts)
         self.groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

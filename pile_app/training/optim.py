@@ -8,13 +8,14 @@ sgd    SGD with Nesterov momentum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from pile_app.model.codecs import Convolution
 from pile_app.model.fused import FusedLanguageModel
 from pile_app.training.muon import Muon
 from pile_app.training.objective import Objective
@@ -29,6 +30,8 @@ class OptimizerConfig:
         learning_rate: peak rate of AdamW or SGD.
         matrix_learning_rate: peak rate of Muon.
         codec_learning_rate: peak rate of AdamW for the codecs, in their phase.
+        codec_kernel_learning_rate: peak rate of Muon for the kernels of the image codec; without Muon they move as the rest.
+        discriminator_learning_rate: peak rate of AdamW for the discriminators of `model.adversarial`, in the same phase.
         backbone_learning_rate: peak rate of AdamW for open weights or their adapters (`HuggingFace`).
         reader_learning_rate: peak rate of Muon for the kernels of CNNs that read media; without Muon, and for their vectors,
             AdamW moves them at a tenth.
@@ -48,6 +51,8 @@ class OptimizerConfig:
     learning_rate: float = 0.003
     matrix_learning_rate: float = 0.02
     codec_learning_rate: float = 0.003
+    codec_kernel_learning_rate: float = 0.02
+    discriminator_learning_rate: float = 0.001
     backbone_learning_rate: float = 5e-5
     reader_learning_rate: float = 0.02
     thaw_at: int = 0
@@ -65,6 +70,8 @@ class OptimizerConfig:
             "learning_rate",
             "matrix_learning_rate",
             "codec_learning_rate",
+            "codec_kernel_learning_rate",
+            "discriminator_learning_rate",
             "backbone_learning_rate",
             "reader_learning_rate",
         ):
@@ -128,10 +135,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    model: FusedLanguageModel, config: OptimizerConfig, codec_steps: int, steps: int, objective: Objective | None = None
+    model: FusedLanguageModel,
+    config: OptimizerConfig,
+    codec_steps: int,
+    steps: int,
+    objective: Objective | None = None,
+    judges: Sequence[nn.Parameter] = (),
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Optimizer and its schedule, to be stepped once an optimizer step. The first `codec_steps` of `steps` train the codecs;
-    then the language model's schedule begins."""
+    then the language model's schedule begins. `judges`: parameters of discriminators, trained with the codecs."""
     codecs = [p for codec in model.codecs.values() for p in codec.parameters()]
     in_codecs = {id(p) for p in codecs}
     parts = (model.backbone, model.readers)
@@ -170,7 +182,15 @@ def make_optimizer(
         outside = "heads" if name.startswith("heads.") else "tables" if parameter.dim() >= 2 else "vectors"
         groups["matrices" if id(parameter) in hidden else outside]["params"].append(parameter)
     if codec_steps:
-        groups["codecs"] = {"params": codecs, "lr": config.codec_learning_rate, "weight_decay": 0.0, "name": "codecs"}
+        convolutions = (layer for codec in model.codecs.values() for layer in codec.modules() if isinstance(layer, Convolution))
+        kernels = {layer.weight for layer in convolutions if by_muon}
+        slow = {} if config.name == "sgd" else {"betas": (0.5, 0.9)}
+        for name, some, rate, options in (
+            ("codecs", [p for p in codecs if p not in kernels], config.codec_learning_rate, {}),
+            ("codec kernels", [p for p in codecs if p in kernels], config.codec_kernel_learning_rate, {"muon": True}),
+            ("discriminators", list(judges), config.discriminator_learning_rate, slow),
+        ):
+            groups[name] = {"params": some, "lr": rate, "weight_decay": 0.0, "name": name, **options}
     if objective is not None:
         head = list(objective.parameters())
         groups["objective"] = {"params": head, "lr": objective.learning_rate, "weight_decay": 0.0, "name": "objective"}
@@ -182,7 +202,7 @@ def make_optimizer(
         optimizer = MuonAdamW(used, config.momentum, config.betas)
 
     def factor(name: str) -> Callable[[int], float]:
-        if name == "codecs":
+        if name in ("codecs", "codec kernels", "discriminators"):
             return lambda step: schedule_factor(config, step, codec_steps)
         start = codec_steps + (config.thaw_at if name.startswith("open") else 0)
         return lambda step: schedule_factor(config, step - start, steps - start)

@@ -374,7 +374,7 @@ def plan_memory(
     optimizer = parallel = 0
     for group in make_optimizer(model, config, codec_steps, codec_steps + 1)[0].param_groups:
         momenta = 1 if group.get("muon") else int(config.momentum > 0) if config.name == "sgd" else 2
-        optimizer += momenta * count_bytes(group["params"], 1 if group["name"] == "codecs" else layout.shards)
+        optimizer += momenta * count_bytes(group["params"], 1 if group["name"].startswith("codec") else layout.shards)
     if layout.strategy == "ddp" and not layout.bucket_view:
         parallel = sum(kept.values())
     elif layout.shards > 1:  # parameters and gradients of the root, parameters of two blocks, gradients of one

@@ -11,7 +11,9 @@ import pytest
 import torch
 from attempts import Workbench, assert_same_run, checkpoint, damage, losses, make_bench
 from conftest import prose_documents
+from safetensors.torch import load_file
 
+from pile_app.cli import main
 from pile_app.data.shards import write_shards
 
 KILLED, STOPPED = -9, 143
@@ -34,6 +36,25 @@ def test_run_killed_five_times_is_bit_identical(bench: Workbench, workers: int) 
         assert bench.start(name, "--data.num_workers", str(workers), KILL_AT=str(step)).wait() == KILLED
     bench.train(name, "--data.num_workers", str(workers))
     assert_same_run(bench.run(name), bench.run("full"))
+
+
+def test_run_with_discriminators_killed_five_times_is_bit_identical(bench: Workbench, tmp_path: Path) -> None:
+    arguments = ("--model.codec_steps", "9", "--model.adversarial", "{start: 0.3, width: 4}", "--checkpoint_every", "2")
+    bench.train("judged", *arguments)
+    for step in (2, 4, 5, 8, 11):
+        assert bench.start("judged-killed", *arguments, KILL_AT=str(step)).wait() == KILLED
+    bench.train("judged-killed", *arguments)
+    assert_same_run(bench.run("judged-killed"), bench.run("judged"))
+    assert "train/audio_adversarial_loss" in losses(bench.run("judged"))[3]
+    main(["export", str(bench.run("judged")), str(tmp_path / "out")])
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    trained = checkpoint(bench.run("judged"))["state_dict"]
+    assert (
+        {f"model.{name}" for name in exported}
+        == {name for name in trained if not name.startswith("adversaries.")}
+        < set(trained)
+    )
+    bench.train("judged-after", "--model.codecs_from", str(bench.run("judged")), "--model.codec_steps", "0")
 
 
 def test_run_killed_between_accumulated_micro_batches_is_bit_identical(bench: Workbench) -> None:
