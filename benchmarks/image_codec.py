@@ -3,8 +3,8 @@
     python benchmarks/image_codec.py --seconds 120                     # an older codec: PYTHONPATH=CHECKOUT
     python benchmarks/image_codec.py --parts "[photos]" --seconds 300  # accuracy kept; Fréchet distance ÷ without discriminator
 
-Drawings: Tux Paint stamps of 64 pixels on white, 134 held out; digits: MNIST of 16 pixels and the demo's codec; photos: a subset
-of CIFAR-10. Drawings and photos become 64 codes of 12 bits: 96 bytes. Seconds are those of the process.
+Drawings: Tux Paint stamps of 64 pixels on white, 134 held out; digits: MNIST of 16 pixels, the demo's codec; photos: a subset of
+CIFAR-10. Drawings and photos become 64 codes of 12 bits: 96 bytes. Seconds are those of the process.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from pile_app.data.tokenizers import load_tokenizer
+from pile_app.model import codecs
 from pile_app.model.backbones import Transformer
 from pile_app.model.codec_configs import ImageCodecConfig
 from pile_app.model.fused import FusedLanguageModel
@@ -92,6 +93,8 @@ def train(config: ImageCodecConfig, images: Tensor, seconds: float, adversarial:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         batch = images[torch.randint(len(images), (16,), generator=generator)]
+        if hasattr(codecs, "mirror_and_shift"):
+            batch = codecs.mirror_and_shift(batch, torch.rand(16, 3, generator=generator))
         loss = codec.loss(batch, *(judges if judges and share >= adversarial.start else ()))  # type: ignore[union-attr]
         optimizer.zero_grad()
         loss.backward()

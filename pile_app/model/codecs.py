@@ -209,6 +209,18 @@ class ImageCodec(nn.Module):
         return (error.abs() + error.square()).mean()
 
 
+def mirror_and_shift(images: Tensor, draws: Tensor) -> Tensor:
+    """Mirror half of the images and shift all by up to an eighth of their size, repeating edges; (N, 3) draws in [0, 1)."""
+    size, reach = images.size(-1), images.size(-1) // 8
+    shifts = (draws[:, :2] * (2 * reach + 1)).long() - reach
+    rows, columns = (
+        (torch.arange(size, device=images.device) + shifts[..., None]).clamp(0, size - 1).unbind(1)
+    )  # (N, size) each
+    columns = torch.where(draws[:, 2:] < 0.5, columns, columns.flip(1))
+    moved = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return moved.gather(3, columns[:, None, None].expand_as(images))
+
+
 class _ConvNeXtBlock(nn.Module):
     """ConvNeXt for sequences (arXiv:2201.03545): depthwise convolution, then a feed-forward net at each position; (N, T, D)."""
 

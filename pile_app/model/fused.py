@@ -31,7 +31,7 @@ from pile_app.data.batch import Batch
 from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT
 from pile_app.model.base import Backbone, Cache, initialize, matmul_dtype, norm
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.codecs import AudioCodec, Codec, ImageCodec, Judge
+from pile_app.model.codecs import AudioCodec, Codec, ImageCodec, Judge, mirror_and_shift
 from pile_app.model.loss import linear_cross_entropy
 from pile_app.model.pretrained import load_weights, read_pretrained
 from pile_app.model.pretrained_codecs import make_codec
@@ -193,18 +193,25 @@ class FusedLanguageModel(nn.Module):
         return own + ([self.image_rows, self.image_columns] if modality == IMAGE else [])
 
     def codec_loss(
-        self, batch: Batch, crop: int | None = None, judges: Mapping[str, Judge] = MappingProxyType({})
+        self,
+        batch: Batch,
+        crop: int | None = None,
+        augment: bool = False,
+        judges: Mapping[str, Judge] = MappingProxyType({}),
     ) -> dict[int, Tensor]:
         """Reconstruction loss of each codec on the batch's media; a codec without media in the batch has none.
 
-        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings. Losses are means
-        over images and over the codes of sounds (see `codec_counts`). Pretrained codecs have none in training. `judges`: see
-        `discriminators.py`.
+        `crop` cuts sounds to so many tokens at a random position, which bounds the cost of long recordings; `augment`: see
+        `mirror_and_shift`; `judges`: see `discriminators.py`. Losses are means over images and over the codes of sounds (see
+        `codec_counts`). Pretrained codecs have none in training.
         """
         losses: dict[int, Tensor] = {}
         codecs = {m: codec for m, codec in self.codecs.items() if not (codec.config.pretrained and torch.is_grad_enabled())}
         if IMAGE in codecs and len(batch.images):
-            losses[IMAGE] = codecs[IMAGE].loss(batch.images, judges.get(MODALITIES[IMAGE]))
+            images = batch.images
+            if augment:
+                images = mirror_and_shift(images, batch.uniform(batch.image_slots[: len(images), 0].long(), 3))
+            losses[IMAGE] = codecs[IMAGE].loss(images, judges.get(MODALITIES[IMAGE]))
         if AUDIO in codecs and len(batch.audio):
             audio, tokens = batch.audio, batch.audio_tokens
             if crop is not None and max(batch.sound_tokens) > crop:

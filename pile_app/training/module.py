@@ -85,6 +85,7 @@ class PileModule(LightningModule):
         audio: shape of the audio codec; null: no sound.
         codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
         codec_crop: audio tokens of each sound that the codec trains on at a time.
+        codec_augment: the image codec trains on images that are mirrored and shifted at random.
         adversarial: discriminators that the codecs learn to fool; null: codecs learn from the reconstruction error alone.
         codecs_from: checkpoint of another run to take codecs of this shape from.
         start_from: run folder (its last checkpoint) or checkpoint to take all weights from, of a model of this shape. Training
@@ -109,6 +110,7 @@ class PileModule(LightningModule):
         audio: AudioCodecConfig | None = None,
         codec_steps: int = 0,
         codec_crop: int = 50,
+        codec_augment: bool = True,
         adversarial: AdversarialConfig | None = None,
         codecs_from: str | None = None,
         start_from: str | None = None,
@@ -133,7 +135,7 @@ class PileModule(LightningModule):
         words = load_tokenizer(backbone.tokenizer or tokenizer, backbone.turns)
         self.model = FusedLanguageModel(backbone, words, image, audio, dropout, word_dropout, code_dropout, readers)
         self.codec_steps = 0 if all(codec.config.pretrained for codec in self.model.codecs.values()) else codec_steps
-        self.codec_crop = codec_crop
+        self.codec_crop, self.codec_augment = codec_crop, codec_augment
         self.adversaries = make_adversaries(adversarial if self.codec_steps else None, self.model.codecs)
         self.adversaries_from = int(adversarial.start * codec_steps) if adversarial else 0
         self.optimizer = optimizer
@@ -347,7 +349,7 @@ class PileModule(LightningModule):
         for batch, count in zip(batches, counts, strict=True):
             self._seed(batch)
             loss = torch.zeros((), device=self.device, requires_grad=True)
-            for modality, mean in self.model.codec_loss(batch, self.codec_crop, adversaries).items():
+            for modality, mean in self.model.codec_loss(batch, self.codec_crop, self.codec_augment, adversaries).items():
                 name, error = MODALITIES[modality], mean.detach()
                 if name in adversaries:
                     adversarial = adversaries[name].last

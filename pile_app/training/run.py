@@ -287,7 +287,7 @@ def lock(run: Path) -> None:
 
 # Settings that a resumed run follows when they change; all others of `model` must stay.
 FOLLOWED = re.compile(
-    r"model\.(optimizer\.(?!name$)|weights\.|(dropout|word_dropout|code_dropout|l1|recompute|compile|codec_crop|tokenizer)$|"
+    r"model\.(optimizer\.(?!name$)|weights\.|(dropout|word_dropout|code_dropout|l1|recompute|compile|codec_crop|codec_augment|tokenizer)$|"
     r"backbone\.init_args\.dropout$|objective\.init_args\.(learning_rate|language_weight)$)"
 )
 # Settings that say how a run is computed, not what it learns.

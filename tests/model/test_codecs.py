@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pile_app.model.codec_configs import AudioCodecConfig, ImageCodecConfig
-from pile_app.model.codecs import AudioCodec, FiniteScalarQuantizer, ImageCodec
+from pile_app.model.codecs import AudioCodec, FiniteScalarQuantizer, ImageCodec, mirror_and_shift
 
 LEVELS = [(3,), (4,), (8, 5, 5, 5), (5, 7, 3), (4, 6, 8), (3, 4), (16, 3)]
 AUDIO = AudioCodecConfig(
@@ -137,6 +137,16 @@ def test_codes_of_an_image_are_row_by_row() -> None:
     changed[:, :, :4, 60:] = torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8)
     places = (codec.encode(plain) != codec.encode(changed))[0].unflatten(0, (16, 16)).nonzero()
     assert len(places) and places[:, 0].max() < 8 and places[:, 1].min() > 7
+
+
+def test_images_are_mirrored_and_shifted_by_draws() -> None:
+    image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    left, still, right = 0.0, 0.5, 0.99  # by one pixel
+    draws = torch.tensor([[still, still, 0.4], [right, still, 0.4], [still, left, 0.4], [still, still, 0.6]])
+    same, down, across, mirrored = mirror_and_shift(image.expand(4, 3, 8, 8), draws)[:, :1]
+    assert torch.equal(same, image[0]) and torch.equal(mirrored, image[0].flip(-1))
+    assert torch.equal(down[:, :-1], image[0][:, 1:]) and torch.equal(down[:, -1], image[0][:, -1])
+    assert torch.equal(across[..., 1:], image[0][..., :-1]) and torch.equal(across[..., 0], image[0][..., 0])
 
 
 # Sound
