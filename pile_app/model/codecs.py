@@ -127,18 +127,19 @@ class Convolution(nn.Linear):
 
 
 class Activation(nn.GroupNorm):
-    """Norm over groups of channels of each medium, then ReLU; (N, C, H, W)."""
+    """Norm over groups of channels of each medium, then ReLU or SiLU; (N, C, H, W)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, function: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__(math.gcd(8, channels), channels)
+        self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(super().forward(x))
+        return self.function(super().forward(x))
 
 
 class Block(nn.Sequential):
-    def __init__(self, width: int) -> None:
-        super().__init__(*(part for _ in range(2) for part in (Activation(width), Convolution(width, width))))
+    def __init__(self, width: int, function: Callable[[Tensor], Tensor] = F.relu) -> None:
+        super().__init__(*(part for _ in range(2) for part in (Activation(width, function), Convolution(width, width))))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -168,12 +169,16 @@ class ImageCodec(nn.Module):
         for stride, outside, inside in zip(strides, widths, widths[1:], strict=False):
             # Standardized kernels do not see flat areas, and cannot write them.
             convolution = Convolution if encoder else partial(nn.Conv2d, kernel_size=3, padding=1)
-            encoder += [nn.PixelUnshuffle(stride), convolution(outside * stride**2, inside), Activation(inside)]
-            decoder = [Activation(inside), convolution(inside, outside * stride**2), nn.PixelShuffle(stride), *decoder]
-        encoder[-1:] = [*(Block(width) for _ in range(config.blocks)), Activation(width), nn.Conv2d(width, dimensions, 1)]
+            encoder += [nn.PixelUnshuffle(stride), convolution(outside * stride**2, inside), Activation(inside, F.silu)]
+            decoder = [Activation(inside, F.silu), convolution(inside, outside * stride**2), nn.PixelShuffle(stride), *decoder]
+        encoder[-1:] = [
+            *(Block(width, F.silu) for _ in range(config.blocks)),
+            Activation(width, F.silu),
+            nn.Conv2d(width, dimensions, 1),
+        ]
         begin = nn.Conv2d(dimensions, width, 3, padding=1)
         self.encoder = nn.Sequential(*encoder)
-        self.decoder = nn.Sequential(begin, *(Block(width) for _ in range(config.blocks)), *decoder)
+        self.decoder = nn.Sequential(begin, *(Block(width, F.silu) for _ in range(config.blocks)), *decoder)
 
     def _quantize(self, images: Tensor) -> Tensor:
         pixels = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

@@ -38,6 +38,8 @@ class Muon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_mesh[getattr(parameter, "device_mesh", None)].append(parameter)
+            if group.get("stacked"):  # many small matrices, which no device shares
+                self._step_stacked(group, by_mesh.pop(None, []))
             for mesh, parameters in by_mesh.items():
                 count = mesh.size() if mesh is not None else 1
                 for first in range(0, len(parameters), count):
@@ -67,6 +69,16 @@ class Muon(torch.optim.Muon):
         for parameter, piece in zip(parameters, returned, strict=True):
             move(local(parameter), piece, parameter.shape, group)
 
+    def _step_stacked(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Orthogonalize matrices of the same shape at once: on a CPU a call costs more than a small product."""
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape].append(parameter)
+        for shape, alike in by_shape.items():
+            updates = torch.stack([self._update(group, parameter) for parameter in alike])
+            for parameter, update in zip(alike, newton_schulz(updates.to(compute_dtype(updates.device)), group), strict=True):
+                move(parameter, update, shape, group)
+
     def _update(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
         """Update the momentum; return the local part of what is orthogonalized."""
         state = self.state[parameter]
@@ -89,15 +101,16 @@ def move(parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, 
 
 
 def newton_schulz(matrix: Tensor, group: dict[str, Any]) -> Tensor:
-    """Orthogonalize by the quintic iteration of torch's Muon, in the matrix's own type."""
+    """Orthogonalize one matrix, or each of a stack, by the quintic iteration of torch's Muon, in the matrix's own type."""
     a, b, c = group["ns_coefficients"]
-    is_tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=group["eps"])
+    is_tall, is_one = matrix.size(-2) > matrix.size(-1), matrix.dim() == 2
+    x = matrix.mT if is_tall else matrix
+    x = x / (x.norm() if is_one else x.norm(dim=(-2, -1), keepdim=True)).clamp(min=group["eps"])
+    add = torch.addmm if is_one else torch.baddbmm
     for _ in range(group["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 def rectangle(matrix: Tensor, rank: int) -> Rectangle:

@@ -184,10 +184,11 @@ def make_optimizer(
     if codec_steps:
         convolutions = (layer for codec in model.codecs.values() for layer in codec.modules() if isinstance(layer, Convolution))
         kernels = {layer.weight for layer in convolutions if by_muon}
-        slow = {} if config.name == "sgd" else {"betas": (0.5, 0.9)}
+        slow: dict[str, Any] = {} if config.name == "sgd" else {"betas": (0.5, 0.9)}
+        stacked, others = [p for p in codecs if p in kernels], [p for p in codecs if p not in kernels]
         for name, some, rate, options in (
-            ("codecs", [p for p in codecs if p not in kernels], config.codec_learning_rate, {}),
-            ("codec kernels", [p for p in codecs if p in kernels], config.codec_kernel_learning_rate, {"muon": True}),
+            ("codecs", others, config.codec_learning_rate, {}),
+            ("codec kernels", stacked, config.codec_kernel_learning_rate, {"muon": True, "stacked": True}),
             ("discriminators", list(judges), config.discriminator_learning_rate, slow),
         ):
             groups[name] = {"params": some, "lr": rate, "weight_decay": 0.0, "name": name, **options}
