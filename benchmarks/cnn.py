@@ -53,6 +53,23 @@ def augment(images: Tensor) -> Tensor:
     return torch.stack([one.flip(-1) if flip else one for one, flip in zip(cropped, flips.tolist(), strict=True)])
 
 
+def train(images: Tensor, numbers: Tensor, seconds: float) -> tuple[nn.Sequential, int]:
+    """Return a network that was trained for so many seconds, and its steps."""
+    network = make(int(numbers.max()) + 1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003, weight_decay=0.05)
+    begin, share, steps = time.process_time(), 0.0, 0
+    while share < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.003 * min(1.0, 10 * share + 0.01, 1.25 * (1 - share))
+        some = torch.randint(0, len(images), (128,))
+        loss: Any = F.cross_entropy(network(augment(images[some]).contiguous(memory_format=torch.channels_last)), numbers[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        share, steps = (time.process_time() - begin) / seconds, steps + 1
+    return network.eval(), steps
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("train")
@@ -65,19 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (images, names), (held_out, wanted) = (read(pattern, options.size) for pattern in (options.train, options.test))
     labels = sorted(set(names))
     numbers = torch.tensor([labels.index(name) for name in names])
-    network = make(len(labels))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003, weight_decay=0.05)
-    begin, share, steps = time.process_time(), 0.0, 0
-    while share < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.003 * min(1.0, 10 * share + 0.01, 1.25 * (1 - share))
-        some = torch.randint(0, len(images), (128,))
-        loss: Any = F.cross_entropy(network(augment(images[some]).contiguous(memory_format=torch.channels_last)), numbers[some])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        share, steps = (time.process_time() - begin) / options.seconds, steps + 1
-    network.eval()
+    network, steps = train(images, numbers, options.seconds)
     with torch.no_grad():
         guesses = torch.cat([network(part).argmax(1) for part in held_out.split(250)]).tolist()
     accuracy = float(np.mean([labels[guess] == name for guess, name in zip(guesses, wanted, strict=True)]))

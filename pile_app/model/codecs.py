@@ -5,7 +5,7 @@
 
 A code is the mixed-radix number of its FSQ levels, so codes that differ in one level are neighbours. FSQ needs no extra loss.
 
-Notable choices: the image codec never convolves at full resolution (patches become channels first; on a CPU ten times cheaper);
+Notable choices: the image codec never convolves at full resolution, and has fewer channels where there are more positions;
 sounds form one row, with gaps of silence that no layer reaches across, so a sound's codes do not depend on its batch and memory
 grows with the seconds in it; the waveform comes from magnitudes and phases through an inverse STFT (Vocos, arXiv:2306.00814).
 Codecs compute in float32 without TF32 whatever the run does: rounding would move codes across the borders of their levels.
@@ -168,7 +168,8 @@ class ImageCodec(nn.Module):
         encoder, decoder = list[nn.Module](), list[nn.Module]()
         for stride, outside, inside in zip(strides, widths, widths[1:], strict=False):
             # Standardized kernels do not see flat areas, and cannot write them.
-            convolution = Convolution if encoder else partial(nn.Conv2d, kernel_size=3, padding=1)
+            plain = partial(nn.Conv2d, kernel_size=3, padding=1)
+            convolution: Callable[[int, int], nn.Module] = Convolution if encoder else plain
             encoder += [nn.PixelUnshuffle(stride), convolution(outside * stride**2, inside), Activation(inside, F.silu)]
             decoder = [Activation(inside, F.silu), convolution(inside, outside * stride**2), nn.PixelShuffle(stride), *decoder]
         encoder[-1:] = [

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pile_app.documents import MODALITIES
+from pile_app.documents import AUDIO, IMAGE, MODALITIES
 from pile_app.model.codecs import Codec, Convolution, ImageCodec, View
 
 
@@ -98,5 +98,6 @@ def _mean(x: Tensor, inside: Tensor) -> Tensor:
 
 def make_adversaries(config: AdversarialConfig | None, codecs: Mapping[int, Codec]) -> nn.ModuleDict:
     """Adversaries of the codecs that learn, by names of modalities."""
-    pairs = ((name, codecs[m]) for m, name in enumerate(MODALITIES) if m in codecs and config and getattr(config, name))
-    return nn.ModuleDict({name: Adversary(config, codec) for name, codec in pairs if not codec.config.pretrained})
+    weights = {IMAGE: config.image, AUDIO: config.audio} if config else {}
+    wanted = {m: codec for m, codec in codecs.items() if weights.get(m) and not codec.config.pretrained}
+    return nn.ModuleDict({MODALITIES[m]: Adversary(config, codec) for m, codec in wanted.items() if config})

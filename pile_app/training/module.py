@@ -85,7 +85,7 @@ class PileModule(LightningModule):
         audio: shape of the audio codec; null: no sound.
         codec_steps: optimizer steps of the codecs' phase; 0: codecs stay as they are loaded.
         codec_crop: audio tokens of each sound that the codec trains on at a time.
-        codec_augment: the image codec trains on images that are mirrored and shifted at random.
+        codec_augment: mirror and shift the images that the image codec trains on; pays for some thousands of pictures or fewer.
         adversarial: discriminators that the codecs learn to fool; null: codecs learn from the reconstruction error alone.
         codecs_from: checkpoint of another run to take codecs of this shape from.
         start_from: run folder (its last checkpoint) or checkpoint to take all weights from, of a model of this shape. Training
@@ -110,7 +110,7 @@ class PileModule(LightningModule):
         audio: AudioCodecConfig | None = None,
         codec_steps: int = 0,
         codec_crop: int = 50,
-        codec_augment: bool = True,
+        codec_augment: bool = False,
         adversarial: AdversarialConfig | None = None,
         codecs_from: str | None = None,
         start_from: str | None = None,

@@ -186,11 +186,12 @@ def make_optimizer(
         kernels = {layer.weight for layer in convolutions if by_muon}
         slow: dict[str, Any] = {} if config.name == "sgd" else {"betas": (0.5, 0.9)}
         stacked, others = [p for p in codecs if p in kernels], [p for p in codecs if p not in kernels]
-        for name, some, rate, options in (
+        trained: tuple[tuple[str, list[nn.Parameter], float, dict[str, Any]], ...] = (
             ("codecs", others, config.codec_learning_rate, {}),
             ("codec kernels", stacked, config.codec_kernel_learning_rate, {"muon": True, "stacked": True}),
             ("discriminators", list(judges), config.discriminator_learning_rate, slow),
-        ):
+        )
+        for name, some, rate, options in trained:
             groups[name] = {"params": some, "lr": rate, "weight_decay": 0.0, "name": name, **options}
     if objective is not None:
         head = list(objective.parameters())

@@ -45,7 +45,14 @@ TASKS = "pile_app.tasks"
 READERS = ("--model.readers", "{image: {width: 8}, audio: {width: 8}}")
 KINDS = {  # name -> the options of a run
     "codecs": ("--model.codec_steps", "3", *READERS),
-    "adversarial": ("--model.codec_steps", "4", "--model.adversarial", "{start: 0.25, width: 4}"),
+    "adversarial": (
+        "--model.codec_steps",
+        "4",
+        "--model.codec_augment",
+        "true",
+        "--model.adversarial",
+        "{start: 0.25, width: 4}",
+    ),
     "classification": (
         *("--model.objective", f"{TASKS}.classification.Classification", "--model.objective.labels", "[a, b, c]"),
         *("--model.objective.pooling", "[mean, max, deviation, last]", "--model.objective.class_weights", "balanced"),
