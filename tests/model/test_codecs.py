@@ -24,9 +24,9 @@ AUDIO = AudioCodecConfig(
 )
 
 
-def image_codec(channels: int = 3) -> ImageCodec:
+def image_codec(channels: int = 3, size: int = 16, patch: int = 4, width: int = 16) -> ImageCodec:
     torch.manual_seed(0)
-    codec = ImageCodec(ImageCodecConfig(size=16, channels=channels, patch=4, levels=(5, 4, 3), width=16, blocks=1))
+    codec = ImageCodec(ImageCodecConfig(size, channels, patch, levels=(5, 4, 3), width=width, blocks=1))
     perturb(codec)
     return codec
 
@@ -46,8 +46,8 @@ def perturb(codec: torch.nn.Module) -> None:
     codec.eval()
 
 
-def images(count: int, channels: int = 3) -> Tensor:
-    return torch.randint(0, 256, (count, channels, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def images(count: int, channels: int = 3, size: int = 16) -> Tensor:
+    return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 def sounds(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -119,12 +119,14 @@ def test_images_are_encoded_and_decoded_in_shape_and_range(channels: int) -> Non
     assert len(decoded.unique()) > 10
 
 
-def test_codes_of_an_image_do_not_depend_on_its_batch() -> None:
-    codec, batch = image_codec(), images(6)
+@pytest.mark.parametrize(("size", "patch", "width"), [(16, 4, 16), (64, 8, 64), (48, 6, 24), (10, 5, 8), (8, 1, 8)])
+def test_codes_of_an_image_do_not_depend_on_its_batch(size: int, patch: int, width: int) -> None:
+    codec, batch = image_codec(3, size, patch, width), images(6, size=size)
     together = codec.encode(batch)
     for number in range(6):
         assert torch.equal(codec.encode(batch[number : number + 1])[0], together[number])
-        assert torch.equal(codec.decode(together[number : number + 1])[0], codec.decode(together)[number])
+        alone, among = codec.decode(together[number : number + 1])[0], codec.decode(together)[number]
+        assert (alone.int() - among.int()).abs().max() <= 1, "sums of float32 in another order"
 
 
 def test_codes_of_an_image_are_row_by_row() -> None:
