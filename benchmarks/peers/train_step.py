@@ -143,13 +143,13 @@ def wait(device: str) -> None:
 def main() -> None:
     name, shape = sys.argv[1], Shape(**json.loads(sys.argv[2]))
     torch.manual_seed(0)
-    make: Callable[[Shape], tuple[torch.nn.Module, Loss, torch.optim.Optimizer]] = {
+    makers: dict[str, Callable[[Shape], tuple[torch.nn.Module, Loss, torch.optim.Optimizer]]] = {
         "pile": make_pile,
         "pile-adamw": partial(make_pile, name="adamw"),
         "transformers": make_transformers,
         "litgpt": make_litgpt,
-    }[name]
-    model, loss, optimizer = make(shape)
+    }
+    model, loss, optimizer = makers[name](shape)
 
     def step() -> None:
         for _ in range(shape.micro_batches):
