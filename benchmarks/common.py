@@ -93,7 +93,7 @@ class Contestant:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
+        raise RuntimeError(f"{self.process.args!r} ended with {self.process.wait()}")
 
     def take_turn(self, amount: float) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -118,7 +118,7 @@ def make_environment(folder: Path, packages: Sequence[str], overrides: Sequence[
         subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
         (folder / "overrides.txt").write_text("\n".join(overrides))
         # --no-config: the project's own bounds do not apply to a peer.
-        install = ["uv", "pip", "install", "--no-config", "--quiet", "--python", python]
+        install: list[str | Path] = ["uv", "pip", "install", "--no-config", "--quiet", "--python", python]
         subprocess.run([*install, "--override", folder / "overrides.txt", *packages], check=True, stdout=sys.stderr)
         done.write_text(" ".join(packages))
     return python

@@ -78,8 +78,8 @@ def main(
         read_all(data, "image")
         starts = {at: statistics.median(measure_alone(str(SCRIPTS / "load.py"), "pile", "resume", at, data)
                                         for _ in range(rounds)) for at in ("0", "0.9")}  # fmt: skip
-        rows = [(f"{float(at):.0%} of the epoch", f"{value:.3f}") for at, value in starts.items()]
-        table(["Pile's first batch at", "seconds after the imports"], rows)
+        first = [(f"{float(at):.0%} of the epoch", f"{value:.3f}") for at, value in starts.items()]
+        table(["Pile's first batch at", "seconds after the imports"], first)
         met &= starts["0.9"] <= 1.2 * starts["0"]
     print(f"\n{machine()}")
     return met

@@ -86,7 +86,7 @@ def rows(folder: Path, samples: int) -> Iterator[tuple[str, str, str]]:
     batches = iter(open_data(512, global_batch=16, num_workers=1).train_dataloader())
     while seen < samples:
         seen += sum(map(len, next(batches).documents))
-        (worker,) = (child.pid for child in multiprocessing.active_children())
+        (worker,) = (int(child.pid or 0) for child in multiprocessing.active_children())
         first = first or (resident("RssAnon", worker) if seen >= 1000 else 0)
     last = resident("RssAnon", worker)
     yield f"memory of a worker after {samples:,} samples ÷ after 1,000", f"{last / first:.3f} of {first / 1e6:.0f} MB", "≤ 1.1"

@@ -90,7 +90,8 @@ def train(name: str, options: argparse.Namespace, more: list[str]) -> Path:
 
 def measure_on_test(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     if name != "wnut17":
-        words = ("--checkpoint", "last") if TASKS[name][0] == "sounds" else ()  # known speakers and 17 clips cannot tell
+        is_last = TASKS[name][0] == "sounds"  # known speakers and 17 clips cannot tell
+        words: tuple[object, ...] = ("--checkpoint", "last") if is_last else ()
         run("-m", "pile_app.cli", "classify", folder, *words, "--on", pattern(options.folder / "shards", name, "test"))
         found = json.loads((folder / "classified" / "classification.json").read_text())
         return {key: round(found[key], 4) for key in ("accuracy", "f1", "documents")}

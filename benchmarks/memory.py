@@ -24,8 +24,7 @@ from common import command, measure_alone, resident, table
 
 from pile_app.data.assembly import PackedDocument, assemble, whole
 from pile_app.data.tokenizers import ByteTokenizer
-from pile_app.documents import Document, Segment
-from pile_app.media import decode_audio
+from pile_app.documents import AUDIO, Document, Segment
 from pile_app.model.backbones import MinGRU
 from pile_app.model.base import LOGIT_CAP
 from pile_app.model.codec_configs import AudioCodecConfig
@@ -86,7 +85,7 @@ WORK = ("batch", "codec step", "validation", "pile encode")
 
 def measure_sounds(work: str, lengths: list[float], folder: str) -> int:
     """Peak bytes of one batch of sounds of these seconds, `<seconds>.flac` in the folder."""
-    from pile_app.tasks.encode import encode_sounds
+    from pile_app.tasks.encode import encode_media
 
     torch.manual_seed(0)
     model = FusedLanguageModel(MinGRU(width=32, layers=1), ByteTokenizer(), None, AudioCodecConfig())
@@ -94,7 +93,7 @@ def measure_sounds(work: str, lengths: list[float], folder: str) -> int:
 
     def once(lengths: list[float]) -> None:
         if work == "pile encode":
-            encode_sounds([decode_audio(files[seconds], RATE) for seconds in lengths], model)
+            encode_media([Segment(files[seconds], "flac") for seconds in lengths], AUDIO, model, "")
             return
         tokens = {seconds: 4 + int(model.vocabulary.audio_tokens(round(seconds * RATE), RATE)) for seconds in lengths}
         context = max(tokens.values())
@@ -123,7 +122,7 @@ def measure_sounds(work: str, lengths: list[float], folder: str) -> int:
 
 
 def sounds_table(lengths: dict[str, list[float]]) -> bool:
-    ratios = []
+    ratios: list[float] = []
 
     def rows() -> Iterator[tuple[object, ...]]:
         for work in WORK:

@@ -31,14 +31,19 @@ from pile_app.documents import AUDIO, IMAGE, MODALITIES, TEXT, Document, Segment
 from pile_app.media import decode_audio, decode_image
 from pile_app.tasks.embed import Embedder
 from pile_app.tasks.retrieval import Embeddings, group_of, retrieval_metrics
+from pile_app.training.load import load_run
 
 NEIGHBOURS, SAMPLE_RATE, SIDE, PARTS, BANDS = 5, 8000, 8, 8, 40
 COLUMNS = ("recall_1", "recall_5", "recall_10", "median_rank", "mrr", "queries", "chance_5")
 BAR = 5.0  # times chance, at 5
 
 
-def find(document: Document, modality: int) -> Segment | None:
-    return next((segment for segment in document.segments if segment.modality == modality), None)
+def has(document: Document, modality: int) -> bool:
+    return any(segment.modality == modality for segment in document.segments)
+
+
+def find(document: Document, modality: int) -> Segment:
+    return next(segment for segment in document.segments if segment.modality == modality)
 
 
 def image_features(segment: Segment) -> np.ndarray:
@@ -72,15 +77,14 @@ def measure_baselines(train: Sequence[Document], test: Sequence[Document]) -> di
         stamp, _, variant = document.key.rpartition("-")
         captions[stamp] = str(document.meta["concept"])
         images[stamp].append(image_features(find(document, IMAGE)))
-        sound = find(document, AUDIO)
-        if sound is not None and int(variant) % 4 != 3:  # else it may be another sound than the caption
-            sounds[stamp].append(sound_features(sound))
+        if has(document, AUDIO) and int(variant) % 4 != 3:  # else it may be another sound than the caption
+            sounds[stamp].append(sound_features(find(document, AUDIO)))
     stamps = [stamp for stamp in captions if sounds[stamp]]
     known = {kind: np.stack([np.mean(of[stamp], 0) for stamp in stamps]) for kind, of in ((IMAGE, images), (AUDIO, sounds))}
     scale = {kind: (rows.mean(0), rows.std(0) + 1e-3) for kind, rows in known.items()}
     known = {kind: (rows - scale[kind][0]) / scale[kind][1] for kind, rows in known.items()}
 
-    spoken = [document for document in test if find(document, AUDIO)]
+    spoken = [document for document in test if has(document, AUDIO)]
     asked = {kind: (np.stack([extract(find(document, kind)) for document in documents]) - scale[kind][0]) / scale[kind][1]
              for kind, extract, documents in ((IMAGE, image_features, test), (AUDIO, sound_features, spoken))}  # fmt: skip
     words = TfidfVectorizer().fit([captions[stamp] for stamp in stamps])
@@ -95,9 +99,10 @@ def measure_baselines(train: Sequence[Document], test: Sequence[Document]) -> di
 
 
 def measure_model(run: Path, test: Sequence[Document]) -> dict[str, dict[str, float]]:
-    embedder, found = Embedder.of_run(run), {}
+    module, data, _ = load_run(run)
+    embedder, found = Embedder.of_run(run, module, data.context), {}
     for modality in range(len(MODALITIES)):
-        documents = [document for document in test if find(document, modality)]
+        documents = [document for document in test if has(document, modality)]
         vectors, bad = embedder.segments([find(document, modality) for document in documents])
         assert not bad, bad
         found[modality] = embeddings(vectors, documents)

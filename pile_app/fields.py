@@ -261,8 +261,8 @@ class SampleView:
         return isinstance(value, bytes) and (extension(name) in MEDIA_EXTENSIONS or media_extension(value) is not None)
 
     def medium(self, value: Any) -> Segment:
-        """Read a medium: bytes, a path, a data URI, base64, the name of a file, or an object of one of them by the name bytes,
-        path, data or url. Nothing is fetched.
+        """Read a medium: bytes, a path, a data URI, base64, the name of a file, or a mapping that holds one of these under
+        bytes, path, data or url. Nothing is fetched.
 
         Raises BadSample: `missing_file`, `remote_medium`, `invalid_base64`, `unknown_medium` or `empty_file`."""
         name = ""

@@ -71,7 +71,8 @@ class Rows:
     """Texts of a batch -> (rows, CONTEXT) int64, with a token 0 after each; the rest waits for the next batch."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.tokenizer, self.rest = path, None, np.zeros(0, np.int64)
+        self.path, self.rest = path, np.zeros(0, np.int64)
+        self.tokenizer: Any = None
 
     def __call__(self, texts: Sequence[bytes]) -> torch.Tensor:
         if self.path is None:
@@ -139,7 +140,7 @@ def pile(figure: str, folder: Path, fraction: float = 0, prepare: bool = False) 
     elif kind != "text":
         media = {"audio_codes": 1000, "sample_rate": RATE, "samples_per_token": 320}
     vocabulary = Vocabulary(text_tokens=tokenizer.size, tokenizer=tokenizer.fingerprint, **media)
-    options = {"context": CONTEXT, "global_batch": PACKS[figure], "num_workers": 1}
+    options: dict[str, Any] = {"context": CONTEXT, "global_batch": PACKS[figure], "num_workers": 1}
     began = time.perf_counter()
     data = PileDataModule({kind: Source(str(folder / "tars" / kind / "*.tar"))}, vocabulary, tokenizer, **options)
     if prepare:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -81,9 +82,11 @@ def make_transformers(shape: Shape) -> tuple[torch.nn.Module, Loss, torch.optim.
     config = LlamaConfig(
         hidden_size=shape.width, intermediate_size=hidden_width(shape), num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.heads, vocab_size=shape.vocabulary,
-        max_position_embeddings=shape.context, tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False,
+        max_position_embeddings=shape.context, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(shape.device)
+    config._attn_implementation = "sdpa"
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(shape.device)
     tokens = torch.randint(shape.vocabulary, (shape.packs, shape.context), device=shape.device)
     run = torch.compile(model) if shape.compile else model
     return model, lambda: run(input_ids=tokens, labels=tokens).loss / shape.micro_batches, adamw(model)
@@ -140,13 +143,13 @@ def wait(device: str) -> None:
 def main() -> None:
     name, shape = sys.argv[1], Shape(**json.loads(sys.argv[2]))
     torch.manual_seed(0)
-    make = {
+    makers: dict[str, Callable[[Shape], tuple[torch.nn.Module, Loss, torch.optim.Optimizer]]] = {
         "pile": make_pile,
         "pile-adamw": partial(make_pile, name="adamw"),
         "transformers": make_transformers,
         "litgpt": make_litgpt,
-    }[name]
-    model, loss, optimizer = make(shape)
+    }
+    model, loss, optimizer = makers[name](shape)
 
     def step() -> None:
         for _ in range(shape.micro_batches):

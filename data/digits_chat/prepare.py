@@ -47,6 +47,8 @@ SMALL_TALK = (
 class Speaker:
     """Draw the turns of a conversation; `media` returns the next picture or clip of a digit."""
 
+    follow_up, most_questions = FOLLOW_UP, 3
+
     def __init__(self, rng: np.random.Generator, media: Callable[[int, int], Segment]) -> None:
         self.rng = rng
         self.media = media
@@ -61,7 +63,7 @@ class Speaker:
         while True:
             asked, answer, digit, known = self.exchange(digit, known)
             turns += [Turn("user", tuple(asked)), Turn("assistant", tuple(answer))]
-            if len(turns) == 6 or self.rng.random() >= FOLLOW_UP:
+            if len(turns) == 2 * self.most_questions or self.rng.random() >= self.follow_up:
                 return conversation(turns, key, {"label": digits.DIGITS[digit]})
             if not known:
                 digit = int(self.rng.integers(10))

@@ -26,6 +26,7 @@ class Cache:
     layers: list[tuple[Tensor, ...]] = field(default_factory=list)
     length: int = 0
     capacity: int = 0
+    seen_media: Tensor | None = None  # (B, 1) whether a medium was read, for backbones that need it
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write a layer's next tokens, each (B, H, T, d), and return views of all, (B, H, length + T, d). The caller adds T to
@@ -45,7 +46,7 @@ class Cache:
     def select(self, rows: Tensor) -> Cache:
         """Copy some rows. Recurrent states are (layers of the cell, B, D), keys and values (B, ...)."""
         layers = [tuple(t[:, rows] if t.dim() == 3 else t[rows] for t in layer) for layer in self.layers]
-        return Cache(layers, self.length, self.capacity)
+        return Cache(layers, self.length, self.capacity, None if self.seen_media is None else self.seen_media[rows])
 
 
 LOGIT_CAP = 15.0  # logits are capped softly (arXiv:2408.00118)
@@ -65,6 +66,7 @@ class Backbone(nn.Module, ABC):
     code_std = 0.5  # of the initial vectors of codes
     logit_cap: float | None = LOGIT_CAP
     tokenizer: str | None = None  # the only one that the backbone works with
+    adapts_media_only = False  # takes `seen_media`, (B, T) of bool: an image or sound of the document begins here or before
     is_pretrained = False  # its weights come from others, and train at rates of their own
     passes = 3.0  # through the matrices in training: forward, backward by inputs and by weights
     turns: Mapping[str, str] = {}  # marker of a role (`records.py`) -> its text in the chat template of open weights

@@ -305,7 +305,8 @@ class FusedLanguageModel(nn.Module):
         if features is not None:
             x = x + features
         x = norm(x) if self.backbone.normalizes_input else x
-        return self.backbone(self.dropout(x), document, position, cache, piece_starts)
+        more = {"seen_media": seen_media(tokens, document, cache)} if self.backbone.adapts_media_only else {}
+        return self.backbone(self.dropout(x), document, position, cache, piece_starts, **more)
 
     def logits(self, hidden: Tensor, modality: int) -> Tensor:
         """(..., D) -> (..., size of the modality's slice), float32."""
@@ -401,6 +402,19 @@ class FusedLanguageModel(nn.Module):
             shares = [(modality in used) / len(used) for modality in range(len(sizes))]
         head = 2.0 * self.backbone.width * sum(share * size for share, size in zip(shares, sizes, strict=True))
         return self.backbone.passes * self.backbone.flops_per_token(context) + 3 * head
+
+
+def seen_media(tokens: Tensor, document: Tensor, cache: Cache | None = None) -> Tensor:
+    """(B, T) whether an image or a sound of its document begins at a token or before it; all (B, T) integers."""
+    opens = (tokens == Vocabulary.OPENERS[IMAGE]) | (tokens == Vocabulary.OPENERS[AUDIO])
+    if cache is None:
+        index = torch.arange(1, 1 + tokens.size(1), device=tokens.device)
+        starts = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
+        return (opens * index).cummax(1).values >= (starts * index).cummax(1).values
+    seen = opens.cumsum(1) > 0
+    seen = seen if cache.seen_media is None else seen | cache.seen_media
+    cache.seen_media = seen[:, -1:]
+    return seen
 
 
 def codec_fingerprint(codec: Codec) -> str:

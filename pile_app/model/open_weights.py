@@ -45,12 +45,15 @@ class LoRA:
         alpha: scale of the update, divided by `rank`.
         targets: names of the adapted layers, or "all-linear".
         dropout: of the adapters' input.
+        media_only: adapt what begins with the first image or sound of a document, so that texts without any keep the model's
+            own predictions.
     """
 
     rank: int = 16
     alpha: int = 32
     targets: str | list[str] = "all-linear"
     dropout: float = 0.0
+    media_only: bool = False
 
 
 class HuggingFace(Backbone):
@@ -137,12 +140,30 @@ class HuggingFace(Backbone):
             self.passes = 2.0  # no gradients of the matrices
             adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=lora.dropout)
             inject_adapter_in_model(adapters, model)
+            self.adapts_media_only = lora.media_only
         self.model, self._checkpoints, self.kind = model, False, type(model).__name__
         self._is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self.register_load_state_dict_post_hook(lambda own, _: own.tie())
         self.tensor_parallel = dict(self._plan(config.base_model_tp_plan or {}))
         names = inspect.signature(type(model.base_model).forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
+        if self.adapts_media_only:
+            self._gate_adapters()
+
+    def _gate_adapters(self) -> None:
+        """Let adapters read zeros at the tokens that `seen_media` excludes."""
+        gate: list[Tensor | None] = [None]
+
+        def take(block: nn.Module, inputs: Any, options: dict[str, Any]) -> None:  # also when activations are recomputed
+            gate[0] = options.get("pile_seen_media")
+
+        for block in self.blocks:
+            block.register_forward_pre_hook(take, with_kwargs=True)
+        for name, layer in self.model.named_modules():
+            for adapter in getattr(layer, "lora_A", {}).values():
+                adapter.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gate[0],))
+            if getattr(layer, "lora_embedding_A", None):
+                raise ValueError(f"lora.media_only adapts layers of blocks, not {name!r}: leave it out of lora.targets")
 
     def text_tables(self, tokenizer: Tokenizer) -> tuple[nn.Module, nn.Module]:
         words = len(self.text_embedding())
@@ -174,11 +195,12 @@ class HuggingFace(Backbone):
         shutil.copyfile(str(self.tokenizer), folder / "tokenizer.json")  # byte for byte: its fingerprint is the run's
 
     def merged(self) -> nn.Module:
-        """A copy of the model of transformers with the adapters merged into its weights."""
+        """A copy of the model of transformers with the adapters, if texts use them, merged into its weights."""
         model = copy.deepcopy(self.model)
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "get_base_layer"):  # of peft
-                layer.merge()
+                if not self.adapts_media_only:
+                    layer.merge()
                 model.set_submodule(name, layer.get_base_layer())
         return model
 
@@ -212,7 +234,13 @@ class HuggingFace(Backbone):
         return 2.0 * matrices + 4.0 * self.layers * self.heads * self.head_width * context
 
     def forward(
-        self, x: Tensor, document: Tensor, position: Tensor, cache: Cache | None = None, piece_starts: Tensor | None = None
+        self,
+        x: Tensor,
+        document: Tensor,
+        position: Tensor,
+        cache: Cache | None = None,
+        piece_starts: Tensor | None = None,
+        seen_media: Tensor | None = None,
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         if past + x.size(1) > self.context:
@@ -224,6 +252,9 @@ class HuggingFace(Backbone):
             getattr(self.model, f"{prefix}_checkpointing_{'enable' if wanted else 'disable'}")()
             self._checkpoints = wanted
         options: dict[str, Any] = {self._cache_name: _LayerCache(cache)} if cache is not None else {}
+        if self.adapts_media_only:
+            seen = torch.zeros_like(document, dtype=torch.bool) if seen_media is None else seen_media  # None: texts alone
+            options["pile_seen_media"] = seen[..., None]
         hidden: Tensor = self.model.base_model(
             inputs_embeds=x, position_ids=position, use_cache=cache is not None, pile_masks=masks, **options
         ).last_hidden_state

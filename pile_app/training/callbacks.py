@@ -315,8 +315,8 @@ class SampleGeneration(Callback):
 def questions(document: Document) -> Iterator[tuple[Document, int, Segment | None]]:
     """Yield (prompt, modality of the answer, reference) for each pair of modalities that the model learns from a document.
 
-    A text alone is continued, another segment alone has an empty prompt. In order, the first learned segment after the first
-    answers what is before it; in any order, each modality answers each other.
+    A document of one text is prompted with its beginning, one of one medium with nothing. Where the order counts, the first
+    learned segment after the first answers those before it; where it does not, each modality answers each of the others.
     """
     first, *rest = segments = document.segments
     if not rest and first.modality == TEXT:

@@ -196,8 +196,46 @@ def test_new_rows_and_weights_or_adapters_learn(
     assert weights and all(("lora" in name) == (lora is not None) for name in weights)
 
 
+def test_adapters_of_media_leave_texts_alone(folder: Path, image: Any, sound: Any) -> None:
+    model = fused(folder, lora=LoRA(rank=2, media_only=True)).eval()
+    plain = fused(folder).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.3)
+            else:
+                plain.get_parameter(name.replace(".base_layer", "")).copy_(parameter)
+    text, shown = Segment("once upon a time"), Document((Segment("a king"), image(1), Segment("there was")), "shown")
+    documents = [Document((text,), "text"), shown, Document((text, text), "texts")]
+    rows, grids, _ = zip(*(prompt_tokens(model, document, TEXT) for document in documents), strict=True)
+    tokens, indices = torch.cat(rows)[None], torch.cat(grids)[None]
+    document = torch.cat([torch.full_like(row, n) for n, row in enumerate(rows)])[None]
+    position = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    ours, theirs = (m.hidden(tokens, indices, document, position) for m in (model, plain))
+    opener = rows[1].tolist().index(model.vocabulary.OPENERS[1])
+    media = len(rows[0]) + opener, len(rows[0]) + len(rows[1])
+    same = (ours - theirs).abs().amax(-1)[0] < 1e-4
+    assert same.tolist() == [not media[0] <= n < media[1] for n in range(len(same))]
+
+    cache, steps = model.backbone.new_cache(), []
+    inside = slice(len(rows[0]), media[1])
+    for first in range(inside.start, inside.stop, 5):
+        part = slice(first, min(first + 5, inside.stop))
+        with torch.no_grad():
+            steps.append(model.hidden(tokens[:, part], indices[:, part], tokens[:, part] * 0, position[:, part], cache))
+    torch.testing.assert_close(torch.cat(steps, 1), ours[:, inside], atol=1e-4, rtol=1e-4)
+
+    gradients = []
+    for model.backbone.recompute in (False, True):
+        model.train().zero_grad()
+        losses = [model.hidden(tokens, indices, document, position).square().sum() for _ in range(2)]
+        (losses[0] + 2 * losses[1]).backward()
+        gradients.append([p.grad for name, p in model.named_parameters() if "lora" in name])
+    torch.testing.assert_close(*gradients)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2), LoRA(rank=2, media_only=True)], ids=["full", "lora", "media"])
 def test_the_export_is_loaded_by_transformers_with_the_same_logits(folder: Path, lora: LoRA | None, tmp_path: Path) -> None:
     model = fused(folder, media=False, lora=lora).eval()
     for parameter in model.parameters():

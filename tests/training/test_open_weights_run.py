@@ -68,7 +68,11 @@ def test_a_run_writes_every_modality_and_is_exported_without_the_folder(
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface")
 
 
-@pytest.mark.parametrize("lora", [(), ("--model.backbone.lora", "{rank: 2}")], ids=["full", "lora"])
+LORAS = {"full": (), "lora": ("--model.backbone.lora", "{rank: 2}")}
+LORAS["media"] = ("--model.backbone.lora", "{rank: 2, media_only: true}")
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=list(LORAS))
 def test_two_processes_lose_what_one_loses_and_continue_each_others_runs(bench: Workbench, lora: tuple[str, ...]) -> None:
     """From FSDP2 to one process; from one process to half of the heads on each of two."""
     sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
