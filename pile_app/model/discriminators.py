@@ -34,7 +34,7 @@ class AdversarialConfig:
         width: channels of the discriminators' first layer.
     """
 
-    image: float = 0.1
+    image: float = 0.02
     audio: float = 0.1
     features: float = 4.0
     start: float = 0.5
