@@ -52,7 +52,7 @@ def drawings(data: Path) -> tuple[Tensor, Tensor]:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         width, height = (max(64, round(side * 64 / min(image.size))) for side in image.size)
         left, top = (width - 64) // 2, (height - 64) // 2
-        images.append(image.resize((width, height), Image.BICUBIC).crop((left, top, left + 64, top + 64)))
+        images.append(image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64)))
     return as_tensor(images[:-134]), as_tensor(images[-134:])
 
 
@@ -60,7 +60,7 @@ def digits(data: Path) -> tuple[Tensor, Tensor]:
     def read(name: str, count: int) -> Tensor:
         content = gzip.decompress((data / "mnist" / f"{name}-images-idx3-ubyte.gz").read_bytes())
         pixels = np.frombuffer(content, np.uint8, -1, 16).reshape(-1, 28, 28)[:count]
-        return as_tensor([Image.fromarray(image).resize((16, 16), Image.BICUBIC) for image in pixels])
+        return as_tensor([Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC) for image in pixels])
 
     return read("train", 4000), read("t10k", 500)
 
@@ -115,10 +115,10 @@ def compress(image: Tensor, kind: str, limit: int = 96) -> Tensor:
     original, found = Image.fromarray(image.permute(1, 2, 0).numpy()), []
     for side in (2, 4, 6, 8, 12, 16, 24, 32, 64):
         for quality in (1, 10, 30, 60, 80):
-            original.resize((side, side), Image.LANCZOS).save(file := io.BytesIO(), kind, quality=quality)
+            original.resize((side, side), Image.Resampling.LANCZOS).save(file := io.BytesIO(), kind, quality=quality)
             content = file.getvalue()
             if len(content) - (content.index(b"\xff\xda") + 14 if kind == "jpeg" else 0) <= limit:
-                found.append(as_tensor([Image.open(file).convert("RGB").resize(original.size, Image.BICUBIC)]))
+                found.append(as_tensor([Image.open(file).convert("RGB").resize(original.size, Image.Resampling.BICUBIC)]))
     return max(found, key=lambda candidate: psnr(image[None], candidate))
 
 

@@ -71,7 +71,7 @@ class Adversary(nn.Module):
     def __init__(self, config: AdversarialConfig, codec: Codec) -> None:
         super().__init__()
         is_image = isinstance(codec, ImageCodec)
-        channels, stride = (codec.config.channels, (2, 2)) if is_image else (1, (1, 2))
+        channels, stride = (codec.config.channels, (2, 2)) if isinstance(codec, ImageCodec) else (1, (1, 2))
         self.weight, self.features = (config.image if is_image else config.audio), config.features
         self.views = nn.ModuleList(PatchDiscriminator(channels, config.width, stride) for _ in range(1 if is_image else 3))
 
