@@ -189,7 +189,7 @@ def test_crops_are_parts_of_their_own_sounds(
     assert batch.sound_tokens == [5, 1, 5]
     first, middle, last = batch.audio.split(batch.sound_tokens)
     starts = set()
-    for audio, tokens in seen:
+    for audio, tokens, _ in seen:
         assert tokens.tolist() == [2, 1, 2] and torch.equal(audio[2:3], middle)
         for crop, sound in ((audio[:2], first), (audio[3:], last)):
             (start,) = (n for n in range(4) if torch.equal(crop, sound[n : n + 2]))

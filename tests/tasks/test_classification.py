@@ -316,7 +316,7 @@ def test_labels_that_begin_alike_are_learned_and_scored_as_text(
     assert objective(model, hidden, batch).item() == pytest.approx(expected, rel=1e-4)
 
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         objective(model, model.read(batch)[1], batch).backward()
         optimizer.step()
