@@ -138,7 +138,7 @@ def frechet(one: Tensor, other: Tensor) -> float:
 def main(
     data: Path = Path("../shared/data"), parts: tuple[str, ...] = ("drawings", "digits", "photos"), seconds: float = 120
 ) -> None:
-    """Measure."""
+    """seconds: of training, for each codec and for the CNN."""
     torch.set_num_threads(1)
     for name in [name for name in parts if name != "photos"]:
         images, held_out = {"drawings": drawings, "digits": digits}[name](data)
