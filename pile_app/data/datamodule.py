@@ -196,7 +196,7 @@ def _end_workers() -> None:
 
 
 def whole_epochs(epochs: float, min_steps: int, steps: float) -> float:
-    """Return the passes over data of so many steps: `epochs`, or as many whole ones as `min_steps` takes."""
+    """Return how often data that last `steps` are read: `epochs` times, or until the whole pass that reaches `min_steps`."""
     return max(epochs, math.ceil(min_steps / max(1, math.ceil(steps))))
 
 

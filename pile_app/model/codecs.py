@@ -92,25 +92,6 @@ class FiniteScalarQuantizer(nn.Module):
         return (self.to_levels(codes) - middle) / middle
 
 
-class _ResidualBlock(nn.Sequential):
-    def __init__(self, width: int) -> None:
-        super().__init__(
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self[-1].weight)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 class Convolution(nn.Linear):
     """(N, C, H, W) -> (N, D, H / rows, W / columns), without bias. The kernel is a matrix (D, height * width * C) with
     standardized rows (arXiv:1903.10520), which Muon moves."""
@@ -219,9 +200,8 @@ def mirror_and_shift(images: Tensor, draws: Tensor) -> Tensor:
     """Mirror half of the images and shift all by up to an eighth of their size, repeating edges; (N, 3) draws in [0, 1)."""
     size, reach = images.size(-1), images.size(-1) // 8
     shifts = (draws[:, :2] * (2 * reach + 1)).long() - reach
-    rows, columns = (
-        (torch.arange(size, device=images.device) + shifts[..., None]).clamp(0, size - 1).unbind(1)
-    )  # (N, size) each
+    places = torch.arange(size, device=images.device) + shifts[..., None]  # (N, 2, size)
+    rows, columns = places.clamp(0, size - 1).unbind(1)
     columns = torch.where(draws[:, 2:] < 0.5, columns, columns.flip(1))
     moved = images.gather(2, rows[:, None, :, None].expand_as(images))
     return moved.gather(3, columns[:, None, None].expand_as(images))

@@ -70,10 +70,11 @@ class Adversary(nn.Module):
 
     def __init__(self, config: AdversarialConfig, codec: Codec) -> None:
         super().__init__()
-        is_image = isinstance(codec, ImageCodec)
-        channels, stride = (codec.config.channels, (2, 2)) if isinstance(codec, ImageCodec) else (1, (1, 2))
-        self.weight, self.features = (config.image if is_image else config.audio), config.features
-        self.views = nn.ModuleList(PatchDiscriminator(channels, config.width, stride) for _ in range(1 if is_image else 3))
+        self.weight, channels, stride, views = config.audio, 1, (1, 2), 3
+        if isinstance(codec, ImageCodec):
+            self.weight, channels, stride, views = config.image, codec.config.channels, (2, 2), 1
+        self.features = config.features
+        self.views = nn.ModuleList(PatchDiscriminator(channels, config.width, stride) for _ in range(views))
 
     def forward(self, views: Sequence[View]) -> Tensor:
         """Loss of the discriminators plus weighted loss of the codec, means over the media; () float32."""

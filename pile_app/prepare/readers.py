@@ -215,7 +215,7 @@ def read_record(record: Record, options: Options, maps: Maps) -> Reading:
 def _open(named: Mapping[str, str], value: str | Path) -> tuple[str, bytes]:
     """Read a file that a sample holds as a path, or that its record names."""
     found = value if isinstance(value, Path) else named.get(value)
-    if found is None and not any("/" in name for name in named):  # the files beside a JSON, which may name them with a folder
+    if found is None and not any("/" in name for name in named):  # they lie beside a JSON, which may write a folder before them
         found = named.get(os.path.basename(str(value)))
     if found is None:
         raise BadSample("missing_file", f"{value!r:.200} is not in the input, or several files have that name")
