@@ -1,4 +1,4 @@
-"""The image codec on drawings, digits and photos, beside WebP and JPEG, and what a CNN still recognizes after it.
+"""The image codec on drawings, digits and photos, compared with WebP and JPEG, and how well a CNN recognizes its output.
 
     python benchmarks/image_codec.py --seconds 120
     python benchmarks/image_codec.py --parts "[photos]" --seconds 300  # accuracy kept; Fréchet distance ÷ without discriminator

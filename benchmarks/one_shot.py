@@ -5,7 +5,7 @@
 Trains `conf/classifier.yaml` with `conf/tasks/retrieval.yaml` on the other four alphabets: a drawing and the name of its
 character have similar vectors. Characters turned by 90, 180 and 270 degrees are further characters. Then 20 characters of the
 held-out alphabet, one drawing of each, and 20 other drawings of them: the nearest vector decides; mean of 400 such tasks, drawn
-with seed 0. Beside it the nearest drawing by pixels (28 x 28, cosine).
+with seed 0. The baseline takes the nearest drawing by pixels (28 x 28, cosine).
 """
 
 from __future__ import annotations
